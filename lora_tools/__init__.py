@@ -1,0 +1,84 @@
+"""Surgery on model weights, file to file. The verbs of the command line are functions here.
+
+>>> import lora_tools
+>>> report = lora_tools.extract("base", "tuned", "adapter", rank=32)  # doctest: +SKIP
+>>> report.totals["relative_error"]  # doctest: +SKIP
+0.63
+
+Nothing heavy is imported until a verb runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lora_tools.errors import (
+        AdapterError,
+        CheckpointError,
+        LoraToolsError,
+        MismatchError,
+        NonFiniteError,
+        OutputError,
+        QualityGateError,
+        TensorNotFound,
+        UnsafeInput,
+        UnsupportedAdapter,
+        UsageError,
+    )
+    from lora_tools.records import Fate, Input, ModuleResult, Progress, Report, TensorSpec
+    from lora_tools.verbs.extract import extract
+    from lora_tools.verbs.merge import merge
+    from lora_tools.verbs.rescale import rescale
+    from lora_tools.verbs.unmerge import unmerge
+
+_HOMES = {
+    "errors": (
+        "AdapterError", "CheckpointError", "LoraToolsError", "MismatchError", "NonFiniteError",
+        "OutputError", "QualityGateError", "TensorNotFound", "UnsafeInput", "UnsupportedAdapter",
+        "UsageError",
+    ),
+    "records": ("Fate", "Input", "ModuleResult", "Progress", "Report", "TensorSpec"),
+    "verbs.extract": ("extract",),
+    "verbs.merge": ("merge",),
+    "verbs.rescale": ("rescale",),
+    "verbs.unmerge": ("unmerge",),
+}  # fmt: skip
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "AdapterError",
+    "CheckpointError",
+    "Fate",
+    "Input",
+    "LoraToolsError",
+    "MismatchError",
+    "ModuleResult",
+    "NonFiniteError",
+    "OutputError",
+    "Progress",
+    "QualityGateError",
+    "Report",
+    "TensorNotFound",
+    "TensorSpec",
+    "UnsafeInput",
+    "UnsupportedAdapter",
+    "UsageError",
+    "extract",
+    "merge",
+    "rescale",
+    "unmerge",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

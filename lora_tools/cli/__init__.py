@@ -1,0 +1,113 @@
+"""The command line. Importing this imports click and nothing heavy; torch waits for a verb."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import sys
+from types import FrameType
+from typing import NoReturn
+
+import click
+
+from lora_tools.cli.extract import extract
+from lora_tools.cli.groups import OrderedGroup
+from lora_tools.cli.merge import merge, unmerge
+from lora_tools.cli.rescale import rescale
+from lora_tools.errors import LoraToolsError
+
+
+@click.group(
+    cls=OrderedGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit codes: 0 done, 1 failed, 2 wrong invocation, 3 compared and found different "
+    "(--max-error). Documentation: README.md, docs/cli.md.",
+)
+@click.version_option(package_name="loratools", prog_name="loratools")
+def main() -> None:
+    """Surgery on model weights: extract, merge, unmerge and rescale LoRA adapters, file to file.
+
+    Each command has its own --help.
+    """
+
+
+for command in (extract, merge, unmerge, rescale):
+    main.add_command(command)
+
+
+@main.command(short_help="Print a shell's completion script.")
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the completion script of SHELL, to be put into its startup file.
+
+    \b
+    bash, zsh:  eval "$(loratools completion bash)"
+    fish:       loratools completion fish | source
+    """
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    assert kind is not None
+    click.echo(kind(main, {}, "loratools", "_LORATOOLS_COMPLETE").source())
+
+
+class _Terminated(BaseException):
+    """SIGTERM, raised in the main thread so that staging folders are removed on the way out."""
+
+
+def _on_sigterm(number: int, frame: FrameType | None) -> NoReturn:
+    raise _Terminated
+
+
+def run(args: list[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        code = main.main(args, prog_name="loratools", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return error.exit_code
+    except click.UsageError as error:
+        hint = f" (see {error.ctx.command_path} --help)" if error.ctx is not None else ""
+        click.echo(f"Error: {' '.join(error.format_message().split())}{hint}", err=True)
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except LoraToolsError as error:
+        click.echo(f"Error: {error}", err=True)
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("Interrupted; nothing was written.", err=True)
+        return 128 + signal.SIGINT
+    except _Terminated:
+        click.echo("Terminated; nothing was written.", err=True)
+        return 128 + signal.SIGTERM
+    except BrokenPipeError:
+        return 1
+    except OSError as error:  # a file that cannot be opened, a disk that fails
+        click.echo(f"Error: {error}", err=True)
+        return 1
+    except MemoryError:
+        click.echo("Error: out of memory; try --jobs 1", err=True)
+        return 1
+
+
+def entry() -> NoReturn:
+    """The console script.
+
+    Collecting garbage while torch is imported, and tearing down all it built at the end, costs a
+    third of a short command's time; the process ends here anyway. (mypy does the same.)
+    """
+    gc.disable()
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ.setdefault(name, "1")  # threads run over tensors here, not within operations
+    code = run()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:
+        code = code or 1
+    os._exit(code)

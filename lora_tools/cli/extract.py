@@ -1,0 +1,126 @@
+"""``loratools extract``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lora_tools.cli import options
+from lora_tools.cli.groups import GroupedCommand, option
+from lora_tools.cli.options import ADAPTER, OUTPUT
+from lora_tools.records import ProgressCallback, Report
+
+_TENSORS, _SVD = "Which tensors", "Decomposition"
+
+
+@click.command(
+    cls=GroupedCommand,
+    options_metavar="-o OUT [OPTIONS]",
+    short_help="Make the LoRA adapter that turns BASE into TUNED.",
+    epilog="Example: loratools extract org/base ./tuned -o adapter --rank 32",
+)
+@click.argument("base", type=click.Path())
+@click.argument("tuned", type=click.Path())
+@options.rank_option
+@options.energy_option
+@options.max_rank_option
+@option(
+    "-i",
+    "--include",
+    multiple=True,
+    metavar="REGEX",
+    group=_TENSORS,
+    help="Only modules in whose name this is found (model.layers.0.self_attn.q_proj); repeatable.",
+)
+@option(
+    "-e",
+    "--exclude",
+    multiple=True,
+    metavar="REGEX",
+    group=_TENSORS,
+    help="No modules in whose name this is found; repeatable, stronger than --include.",
+)
+@option(
+    "--embeddings",
+    type=click.Choice(["lora", "save", "skip"]),
+    default="lora",
+    show_default=True,
+    group=_TENSORS,
+    help="Changed embeddings: decompose them, save them whole, or leave them out.",
+)
+@option(
+    "--rest",
+    type=click.Choice(["save", "skip", "error"]),
+    default="save",
+    show_default=True,
+    group=_TENSORS,
+    help="Changed tensors without a low-rank form (norms, biases): save them whole, leave them "
+    "out, or stop.",
+)
+@option(
+    "--alpha",
+    type=float,
+    metavar="A",
+    group=ADAPTER,
+    help="lora_alpha; the effect is the same with any.  [default: each module's rank]",
+)
+@option("--rslora", is_flag=True, group=ADAPTER, help="Write use_rslora: scaling alpha/sqrt(r).")
+@options.dtype_option("that of each base tensor, for its factors")
+@options.consumer_option
+@option(
+    "--svd",
+    type=click.Choice(["auto", "exact"]),
+    default="auto",
+    show_default=True,
+    group=_SVD,
+    help="auto: iterate until --tolerance is met, small matrices exactly; exact: every matrix.",
+)
+@option(
+    "--tolerance",
+    type=float,
+    metavar="X",
+    default=1e-3,
+    show_default=True,
+    group=_SVD,
+    help="The energy captured may miss the best possible at that rank by this share.",
+)
+@option(
+    "--seed",
+    type=int,
+    metavar="N",
+    default=0,
+    show_default=True,
+    group=_SVD,
+    help="Of the random start.",
+)
+@option(
+    "--device",
+    metavar="DEVICE",
+    default="cpu",
+    show_default=True,
+    group=_SVD,
+    help="cpu, cuda, cuda:1, …",
+)
+@options.out_option
+@option(
+    "--max-error",
+    type=float,
+    metavar="X",
+    group=OUTPUT,
+    help="Quality gate: exit 3 and write nothing but the report if the relative error of a "
+    "module, or of all together, exceeds X.",
+)
+@options.verb
+def extract(
+    base: str, tuned: str, out: Path, progress: ProgressCallback | None, **rest: Any
+) -> Report:
+    """Write the LoRA adapter that turns BASE into TUNED, a fully fine-tuned copy of it.
+
+    BASE and TUNED are Hugging Face folders, .safetensors files or hub ids (org/name[@revision]).
+    --out becomes a folder that PEFT loads. Without --rank and --energy the rank is 32.
+    """
+    from lora_tools.verbs.extract import extract as work
+
+    return work(base, tuned, out, progress=progress, **rest)

@@ -1,0 +1,163 @@
+"""Reports and progress for people (stderr) and for programs (plain JSON types)."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from lora_tools.records import Progress, ProgressCallback, Report
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_MOST_ROWS = 40
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = 1000  # a log has no width, and a name cut short cannot be searched for
+    return console
+
+
+@contextlib.contextmanager
+def progress(quiet: bool) -> Iterator[ProgressCallback | None]:
+    """A bar on a terminal; nothing in a pipe or with --quiet."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    bar = Bar(
+        TextColumn("{task.percentage:>3.0f}%"), BarColumn(), TimeRemainingColumn(),
+        TextColumn("{task.description}"), console=_console(), transient=True,
+    )  # fmt: skip
+    with bar:
+        task = bar.add_task("", total=None)
+
+        def advance(step: Progress) -> None:
+            bar.update(task, completed=step.done, total=step.total, description=step.label)
+
+        yield advance
+
+
+def plain(report: Report) -> dict[str, Any]:
+    """The report as strict JSON: numbers that are not finite become null."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, float):
+            return value if math.isfinite(value) else None
+        if isinstance(value, dict):
+            return {k: clean(v) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [clean(v) for v in value]
+        return value
+
+    result: dict[str, Any] = clean(report.to_dict())
+    return result
+
+
+def size(nbytes: float) -> str:
+    """1234567 → 1.2 MB."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"
+
+
+def show(report: Report, *, verbose: bool, written: bool) -> None:
+    """Print the report."""
+    console = _console()
+    if report.modules:
+        _modules(console, report, verbose)
+    if verbose or report.dry_run:
+        _fates(console, report)
+    counts = Counter(fate.action for fate in report.plan)
+    console.print("tensors: " + ", ".join(f"{n} {action}" for action, n in counts.most_common()))
+    for note in report.notes:
+        console.print(f"note: {note}")
+    for line in _totals(report):
+        console.print(line)
+    if report.dry_run:
+        console.print("dry run: nothing was written")
+    elif written:
+        console.print(f"wrote {report.output} in {report.seconds:.1f} s")
+
+
+def _modules(console: Console, report: Report, verbose: bool) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("module", no_wrap=True, overflow="ellipsis")
+    columns = ["kind", "shape", "rank", "rel. error", "energy"]
+    searched = any(m.method != "resize" for m in report.modules)
+    if searched:  # a resized adapter was not searched for, and no base is at hand to compare with
+        columns += ["could gain", "rel. change"]
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    rows = report.modules
+    if len(rows) > _MOST_ROWS and not verbose:
+        rows = tuple(sorted(rows, key=lambda m: -m.relative_error)[:_MOST_ROWS])
+    for m in rows:
+        cells = [
+            m.module, m.layout, "x".join(map(str, m.shape)), str(m.rank),
+            f"{m.relative_error:.4g}", f"{m.energy:.2%}",
+        ]  # fmt: skip
+        if searched:
+            cells.append(f"{m.gain_bound:.1e}")
+            cells.append(f"{m.relative_change:.3%}" if math.isfinite(m.relative_change) else "-")
+        table.add_row(*cells)
+    console.print(table)
+    if len(rows) < len(report.modules):
+        console.print(
+            f"({len(rows)} of {len(report.modules)} modules, the largest errors first; "
+            "-v shows all)"
+        )
+
+
+def _fates(console: Console, report: Report) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("tensor", no_wrap=True, overflow="ellipsis")
+    table.add_column("fate", no_wrap=True)
+    table.add_column("bytes", justify="right")
+    table.add_column("why")
+    for fate in report.plan:
+        table.add_row(fate.tensor, fate.action, str(fate.nbytes or ""), fate.reason)
+    console.print(table)
+
+
+def _totals(report: Report) -> Iterator[str]:
+    t = report.totals
+    if "relative_error" in t:
+        ranks = f"{t['rank_min']}" + (f"-{t['rank_max']}" if t["rank_max"] != t["rank_min"] else "")
+        line = f"total: relative error {t['relative_error']:.4g}, energy {t['energy']:.2%}"
+        if "gain_bound" in t:
+            line += f" (at most {t['gain_bound']:.1e} below the best possible at these ranks)"
+        yield f"{line}, {t['modules']} modules, rank {ranks}"
+    if "parameters" in t:
+        yield f"{t['parameters_replaced']:,} parameters become {t['parameters']:,}"
+    if "expected_bytes_at_most" in t:
+        yield f"expected size: at most {size(t['expected_bytes_at_most'])}"
+    if "tensors_merged" in t:
+        yield f"{t['tensors_merged']} tensors merged, {t['tensors_copied']} copied"
+    if "sidecar_bytes" in t:
+        yield f"sidecar: {size(t['sidecar_bytes'])}, {t['sidecar_share']:.2%} of the model"
+    if t.get("exact"):
+        yield "the base, bit for bit: its digest is the one the sidecar holds"
+    elif "error_bound" in t:
+        yield (
+            f"rounding lost at most {t['error_bound']:.2e} of the weights' norm; merge with "
+            "--reversible to lose nothing"
+        )
+    if "bytes" in t:
+        yield f"size: {size(t['bytes'])}"

@@ -1,0 +1,213 @@
+"""Runs a function over independent items: the only room that knows threads and devices.
+
+torch runs one thread per operation here and Python threads run the items: small operations on
+several OpenMP threads cost tens of times their work on a busy machine, and torch releases the
+interpreter lock while it computes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from lora_tools.errors import UsageError
+from lora_tools.records import Progress, ProgressCallback
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Interrupted(Exception):
+    """Raised in workers once the run was given up."""
+
+
+def default_jobs() -> int:
+    """The processors this process may use, eight at most: more only fight over memory."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    return max(min(available, 8), 1)
+
+
+@contextlib.contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """torch at one thread per operation within, as it was before without."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class _MemoryGate:
+    """Admits items while the bytes in flight stay within a budget; one item always passes."""
+
+    def __init__(self, budget: int) -> None:
+        self._budget, self._used = budget, 0
+        self._changed = threading.Condition()
+        self.closed = False
+
+    @contextlib.contextmanager
+    def hold(self, nbytes: int) -> Iterator[None]:
+        with self._changed:
+            while self._used and self._used + nbytes > self._budget and not self.closed:
+                self._changed.wait()
+            if self.closed:
+                raise Interrupted
+            self._used += nbytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used -= nbytes
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        with self._changed:
+            self.closed = True
+            self._changed.notify_all()
+
+
+class Buffers:
+    """Work space that is used again: fresh memory costs the system more time to hand out than it
+    takes to fill. Holds no more buffers than were ever in use at once."""
+
+    def __init__(self) -> None:
+        self._free: list[torch.Tensor] = []
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def lend(self, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        """A tensor of that shape and dtype, its contents undefined."""
+        import torch
+
+        nbytes = math.prod(shape) * dtype.itemsize
+        with self._lock:
+            self._free.sort(key=torch.numel)
+            fitting = [i for i, b in enumerate(self._free) if b.numel() >= nbytes]
+            # The smallest that fits; else the largest is given up for a larger one.
+            buffer = self._free.pop(fitting[0] if fitting else -1) if self._free else None
+        if buffer is None or buffer.numel() < nbytes:
+            buffer = None
+            buffer = torch.empty(nbytes, dtype=torch.uint8)
+        try:
+            yield buffer[:nbytes].view(dtype).view(shape)
+        finally:
+            with self._lock:
+                self._free.append(buffer)
+
+
+def run(
+    items: Sequence[T],
+    work: Callable[[T], R],
+    *,
+    jobs: int | None = None,
+    nbytes: Callable[[T], int] = lambda item: 0,
+    label: Callable[[T], str] = str,
+    progress: ProgressCallback | None = None,
+) -> Iterator[R]:
+    """Yield ``work(item)`` for every item, in the order of the items.
+
+    Args:
+        jobs: threads; by default the processors at hand.
+        nbytes: working memory of an item. Together the items in flight take no more than the
+            largest one, and a quarter of it over, so memory follows the largest tensor.
+        label: what ``progress`` calls an item.
+
+    An exception in one item, or a caller that stops iterating, ends the rest.
+    """
+    jobs = default_jobs() if jobs is None else jobs
+    if jobs < 1:
+        raise UsageError(f"--jobs {jobs}: at least 1 is needed")
+    sizes = [max(nbytes(item), 1) for item in items]
+    total, done = sum(sizes), 0
+    gate = _MemoryGate(int(1.25 * max(sizes, default=0)))
+
+    def task(item: T, size: int) -> R:
+        with gate.hold(size), one_torch_thread_here():
+            return work(item)
+
+    with one_torch_thread():
+        pool = ThreadPoolExecutor(jobs, thread_name_prefix="loratools")
+        pending: deque[Future[R]] = deque()
+        queue = iter(zip(items, sizes, strict=True))
+        finished = iter(zip(items, sizes, strict=True))
+        try:
+            # A few items ahead keep every thread busy without holding many results.
+            for item, size in queue:
+                pending.append(pool.submit(task, item, size))
+                if len(pending) > 2 * jobs:
+                    break
+            while pending:
+                result = pending.popleft().result()
+                for item, size in queue:
+                    pending.append(pool.submit(task, item, size))
+                    break
+                item, size = next(finished)
+                done += size
+                if progress is not None:
+                    progress(Progress(done, total, label(item)))
+                yield result
+        finally:
+            gate.close()
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def one_torch_thread_here() -> Iterator[None]:
+    """The same for a worker thread: torch keeps the number of threads and the grad mode apart."""
+    import torch
+
+    if torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
+    with torch.no_grad():
+        yield
+
+
+def pick_device(name: str) -> str:
+    """``cpu`` or a usable accelerator such as ``cuda`` or ``cuda:1``. Raises UsageError."""
+    if name == "cpu":
+        return name
+    import torch
+
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--device {name}: not usable here ({reason}); try --device cpu") from None
+    return name
+
+
+def half_products(device: str) -> torch.dtype | None:
+    """bfloat16 where the device multiplies it in hardware, several times faster than float32."""
+    import torch
+
+    if device == "cpu":
+        return torch.bfloat16 if _CPU_BFLOAT16 & _cpu_flags() else None
+    if device.startswith("cuda"):
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
+    return None
+
+
+_CPU_BFLOAT16 = frozenset({"avx512_bf16", "amx_bf16"})
+
+
+def _cpu_flags() -> set[str]:
+    """The processor's features as Linux names them; empty where they cannot be told."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return next((set(line.split()) for line in lines if line.startswith("flags")), set())

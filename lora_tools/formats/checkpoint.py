@@ -1,0 +1,258 @@
+"""A checkpoint: a Hugging Face folder (one file, or shards and an index), or a bare file.
+
+Opening one reads headers only. Small files (config, tokenizer, …) are listed so that they can
+travel along with what is made of the weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lora_tools.errors import CheckpointError, TensorNotFound, UnsafeInput
+from lora_tools.formats import hub
+from lora_tools.formats.safetensors_file import SafetensorsFile, strict_json
+from lora_tools.records import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
+_WEIGHT_SUFFIXES = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot",
+    ".onnx_data", ".tflite", ".mlmodel",
+)  # fmt: skip
+_INDEX_SUFFIX = ".index.json"
+
+
+class TensorFile(Protocol):
+    """What a checkpoint asks of one of its files."""
+
+    path: Path
+    header: bytes
+    metadata: dict[str, str]
+    specs: dict[str, TensorSpec]
+
+    def tensor(self, name: str) -> torch.Tensor: ...
+    def raw(self, name: str) -> memoryview: ...
+    def release(self, name: str, start: int = 0, stop: int | None = None) -> None: ...
+
+
+class Checkpoint:
+    """Named tensors over one or more files.
+
+    Attributes:
+        path: the folder or file, as resolved.
+        is_folder: whether it is a folder (then ``companions`` travel with the weights).
+        files: the weight files, in the order of their names.
+        specs: every tensor's name, dtype and shape, in file order.
+        config: ``config.json``, or an empty dict.
+        index_name: name of the shard index, or None.
+    """
+
+    def __init__(
+        self, path: Path, files: Iterable[TensorFile], is_folder: bool, index_name: str | None
+    ) -> None:
+        self.path, self.is_folder, self.index_name = path, is_folder, index_name
+        self.files = tuple(files)
+        self._home: dict[str, TensorFile] = {}
+        self.specs: dict[str, TensorSpec] = {}
+        for file in self.files:
+            for name, spec in file.specs.items():
+                if name in self._home:
+                    raise CheckpointError(
+                        f"{path}: tensor {name!r} is in {self._home[name].path.name} and again in "
+                        f"{file.path.name}"
+                    )
+                self._home[name], self.specs[name] = file, spec
+        self.config = self._read_config()
+
+    def _read_config(self) -> dict[str, Any]:
+        path = self.path / "config.json"
+        if not (self.is_folder and path.is_file()):
+            return {}
+        try:
+            config = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path}: not JSON ({error})") from None
+        if not isinstance(config, dict):
+            raise CheckpointError(f"{path}: not a JSON object")
+        return config
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(spec.nbytes for spec in self.specs.values())
+
+    @property
+    def ties_embeddings(self) -> bool:
+        """Whether the config says that the output head is the input embedding."""
+        return ties_embeddings(self.config)
+
+    def _file(self, name: str) -> TensorFile:
+        try:
+            return self._home[name]
+        except KeyError:
+            raise TensorNotFound(f"{self.path}: no tensor {name!r}") from None
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor, memory-mapped. Never write to it."""
+        return self._file(name).tensor(name)
+
+    def raw(self, name: str) -> memoryview:
+        """The tensor's bytes."""
+        return self._file(name).raw(name)
+
+    def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
+        """Give the pages of a tensor's bytes [start, stop) back to the system."""
+        self._file(name).release(name, start, stop)
+
+    def companions(self) -> tuple[list[Path], list[Path]]:
+        """Files that travel with the weights, and weight-like files left behind; both relative.
+
+        Folders named in a sentence-transformers ``modules.json`` travel whole: they are part of
+        the model. Hidden files never travel.
+        """
+        if not self.is_folder:
+            return [], []
+        own = {file.path for file in self.files}
+        whole = self._module_folders()
+        travel, left = [], []
+        for path in sorted(self.path.rglob("*")):
+            relative = path.relative_to(self.path)
+            if (
+                not path.is_file()
+                or path in own
+                or path.name == self.index_name
+                or any(part.startswith(".") for part in relative.parts)
+            ):
+                continue
+            weights = path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(_INDEX_SUFFIX)
+            if weights and relative.parts[0] not in whole:
+                left.append(relative)
+            else:
+                travel.append(relative)
+        return travel, left
+
+    def _module_folders(self) -> set[str]:
+        path = self.path / "modules.json"
+        if not path.is_file():
+            return set()
+        try:
+            modules = json.loads(path.read_bytes())
+            return {PurePosixPath(m["path"]).parts[0] for m in modules if m.get("path")}
+        except (ValueError, RecursionError, TypeError, AttributeError, LookupError):
+            return set()  # whatever it is, it names no folders
+
+
+def ties_embeddings(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json says that the output head is the input embedding."""
+    text = config.get("text_config")
+    inner = text if isinstance(text, dict) else {}
+    return bool(config.get("tie_word_embeddings", inner.get("tie_word_embeddings", False)))
+
+
+def open_checkpoint(source: str | Path, allow_pickle: bool = False) -> Checkpoint:
+    """Open a folder, a bare file, or a hub id ``org/name[@revision]``.
+
+    Raises:
+        UnsafeInput: the weights are pickles and ``allow_pickle`` is false, or an index names a
+            file outside the folder.
+        CheckpointError: anything else that keeps it from being read as a checkpoint.
+    """
+    path = Path(source)
+    if not os.path.exists(path):  # noqa: PTH110 - Path.exists raises on an overlong name
+        if not hub.looks_like_hub_id(str(source)):
+            raise CheckpointError(f"{source}: no such file or folder, nor an org/name of the hub")
+        path = hub.fetch(str(source), allow_pickle)
+    if path.is_file():
+        return Checkpoint(path, [_open_file(path, allow_pickle)], False, None)
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: neither a file nor a folder")
+    return _open_folder(path, allow_pickle)
+
+
+def _open_file(path: Path, allow_pickle: bool) -> TensorFile:
+    if path.suffix not in _PICKLE_SUFFIXES:
+        return SafetensorsFile(path)
+    if not allow_pickle:
+        raise UnsafeInput(
+            f"{path}: a pickle, which can hold code. Convert it to safetensors, or pass "
+            "--allow-pickle to read it with weights_only=True"
+        )
+    from lora_tools.formats.pickle_file import PickleFile
+
+    return PickleFile(path)
+
+
+def _open_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
+    suffixes = (".safetensors", *_PICKLE_SUFFIXES)
+    for suffix in suffixes:
+        indexes = sorted(folder.glob(f"*{suffix}{_INDEX_SUFFIX}"))
+        files = sorted(folder.glob(f"*{suffix}"))
+        if len(indexes) > 1:
+            raise CheckpointError(f"{folder}: several indexes: {_names(indexes)}; pass one file")
+        if indexes:
+            names = _read_index(indexes[0])
+            checkpoint = Checkpoint(
+                folder,
+                [_open_file(folder / name, allow_pickle) for name in sorted(set(names.values()))],
+                True,
+                indexes[0].name,
+            )
+            _check_index(checkpoint, indexes[0], names)
+            return checkpoint
+        if (folder / f"model{suffix}") in files:
+            files = [folder / f"model{suffix}"]
+        if suffix in _PICKLE_SUFFIXES:
+            files = [f for f in files if f.stem not in ("training_args", "optimizer", "scheduler")]
+        if len(files) > 1:
+            raise CheckpointError(
+                f"{folder}: several weight files and no index: {_names(files)}; pass one of them"
+            )
+        if files:
+            if files[0].name.startswith("adapter_model"):
+                raise CheckpointError(f"{folder}: an adapter; a whole checkpoint is wanted here")
+            return Checkpoint(folder, [_open_file(files[0], allow_pickle)], True, None)
+    raise CheckpointError(f"{folder}: no .safetensors file in it; is the download complete?")
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name taken from a file is that of a file beside it, and leads nowhere else."""
+    return name not in ("", ".", "..") and not any(c in name for c in "/\\\0")
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        index = strict_json(path.read_bytes())
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not (names and isinstance(names, dict) and all(type(v) is str for v in names.values())):
+        raise CheckpointError(f"{path}: not a shard index (no weight_map of names to files)")
+    for file in set(names.values()):
+        if not is_plain_name(file):
+            raise UnsafeInput(f"{path}: names a file outside its folder: {file!r}")
+        if not (path.parent / file).is_file():
+            raise CheckpointError(f"{path}: shard {file} is missing; is the download complete?")
+    return dict(names)
+
+
+def _check_index(checkpoint: Checkpoint, index: Path, names: dict[str, str]) -> None:
+    for name, file in names.items():
+        if name not in checkpoint.specs:
+            raise CheckpointError(f"{index}: says tensor {name!r} is in {file}, which lacks it")
+        actual = checkpoint._file(name).path.name
+        if actual != file:
+            raise CheckpointError(f"{index}: says tensor {name!r} is in {file}; it is in {actual}")
+    extra = [name for name in checkpoint.specs if name not in names]
+    if extra:
+        where = checkpoint._file(extra[0]).path.name
+        raise CheckpointError(f"{index}: tensor {extra[0]!r} is in {where} and not in the index")
+
+
+def _names(paths: Iterable[Path]) -> str:
+    return ", ".join(path.name for path in paths)

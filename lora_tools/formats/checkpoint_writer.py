@@ -1,0 +1,185 @@
+"""Writing a checkpoint as a planned stream: shards laid out first, tensors in any order after."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from lora_tools.errors import UnsafeInput, UsageError
+from lora_tools.formats.checkpoint import Checkpoint, is_plain_name
+from lora_tools.formats.output import copy_synced, write_synced
+from lora_tools.formats.safetensors_file import SafetensorsWriter, encode_header
+from lora_tools.records import TensorSpec
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
+          "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}  # fmt: skip
+
+
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One file of the output: its name, tensors in order, and metadata."""
+
+    name: str
+    specs: tuple[TensorSpec, ...]
+    metadata: Mapping[str, str]
+    header: bytes | None = None  # the exact JSON to write, where it must be reproduced
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file."""
+        return encode_header(self.specs, self.metadata, self.header)[2]
+
+
+def parse_size(text: str) -> int:
+    """``5GB``, ``500MiB``, ``1000000`` → bytes. Raises UsageError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
+    if not match or match[2] == "I" or not float(match[1]) > 0:
+        raise UsageError(f"{text!r} is not a size such as 5GB or 500MiB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def safetensors_name(path: Path) -> str:
+    """The name transformers looks for once a weight file is safetensors: a pickle's
+    ``pytorch_model….bin`` becomes ``model….safetensors``."""
+    if path.suffix == ".safetensors":
+        return path.name
+    return path.with_suffix(".safetensors").name.removeprefix("pytorch_")
+
+
+def lay_out(
+    source: Checkpoint, specs: Mapping[str, TensorSpec], shard_size: int | None
+) -> list[Shard]:
+    """Files for ``specs``: those of ``source`` again, or by size.
+
+    Tensors that ``source`` does not hold go into the last file. With ``shard_size`` each file holds
+    up to that many bytes of tensors (a larger tensor has one for itself).
+    """
+    metadata = {"format": "pt", **source.files[0].metadata}
+    if shard_size is None:
+        groups = [[specs[name] for name in file.specs if name in specs] for file in source.files]
+        held = {spec.name for group in groups for spec in group}
+        groups[-1] += [spec for name, spec in specs.items() if name not in held]
+        names = [safetensors_name(file.path) for file in source.files]
+        metadatas: Sequence[Mapping[str, str]] = [f.metadata or metadata for f in source.files]
+        return [
+            Shard(name, tuple(group), meta)
+            for name, group, meta in zip(names, groups, metadatas, strict=True)
+        ]
+    groups = [[]]
+    filled = 0
+    for spec in specs.values():
+        if groups[-1] and filled + spec.nbytes > shard_size:
+            groups.append([])
+            filled = 0
+        groups[-1].append(spec)
+        filled += spec.nbytes
+    if len(groups) == 1:
+        return [Shard("model.safetensors", tuple(groups[0]), metadata)]
+    return [
+        Shard(f"model-{i:05}-of-{len(groups):05}.safetensors", tuple(group), metadata)
+        for i, group in enumerate(groups, 1)
+    ]
+
+
+class CheckpointWriter:
+    """Opens every shard at once, so that all space is reserved before any work.
+
+    Args:
+        out: the folder to make, or for a bare file its path.
+    """
+
+    def __init__(self, out: Path, shards: Sequence[Shard], is_folder: bool) -> None:
+        self._out, self._shards, self._is_folder = out, shards, is_folder
+        _refuse_paths(shard.name for shard in shards)
+        self._home: dict[str, SafetensorsWriter] = {}
+        self._writers: list[SafetensorsWriter] = []
+        if is_folder:
+            out.mkdir()
+        try:
+            for shard in shards:
+                path = out / shard.name if is_folder else out
+                writer = SafetensorsWriter(path, shard.specs, shard.metadata, shard.header)
+                self._writers.append(writer)
+                self._home.update((spec.name, writer) for spec in shard.specs)
+        except BaseException:
+            self._abandon()
+            raise
+
+    def write(self, name: str, data: memoryview, offset: int = 0) -> None:
+        """Bytes of one tensor from ``offset`` on; from any thread."""
+        self._home[name].write(name, data, offset)
+
+    def finish(
+        self,
+        source: Checkpoint,
+        index_name: str | None,
+        replaced: Mapping[str, bytes],
+        leave: Sequence[str] = (),
+    ) -> list[Path]:
+        """Sync the shards; write the index and the small files that travel along.
+
+        ``replaced`` holds files whose contents differ from the source's; files named in ``leave``
+        do not travel. Returns weight-like files of the source that were left behind.
+        """
+        _refuse_paths(replaced)
+        for writer in self._writers:
+            writer.close()
+        if not self._is_folder:
+            return []
+        name = _INDEX
+        if index_name and index_name.endswith(".safetensors.index.json"):  # not a pickle's
+            name = index_name
+        if (len(self._shards) > 1 or index_name) and name not in replaced:
+            write_synced(self._out / name, _index(source, self._shards))
+        travel, left = source.companions()
+        for relative in travel:
+            if relative.as_posix() not in (*replaced, *leave):
+                copy_synced(source.path / relative, self._out / relative)
+        for relative_name, data in replaced.items():
+            write_synced(self._out / relative_name, data)
+        return left
+
+    def _abandon(self) -> None:
+        for writer in self._writers:
+            writer.abandon()
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._abandon()
+
+
+def _refuse_paths(names: Iterable[str]) -> None:
+    """Names may come out of a sidecar, which is input: none may lead out of the output."""
+    for name in names:
+        if not is_plain_name(name):
+            raise UnsafeInput(f"{name!r} is not the name of a file beside the weights")
+
+
+def _index(source: Checkpoint, shards: Iterable[Shard]) -> bytes:
+    """A shard index; what metadata the source's index has is kept, sizes are counted anew."""
+    metadata: dict[str, Any] = {}
+    if source.index_name:
+        given = json.loads((source.path / source.index_name).read_bytes()).get("metadata")
+        metadata = given if isinstance(given, dict) else {}
+    specs = [(spec, shard.name) for shard in shards for spec in shard.specs]
+    metadata["total_size"] = sum(spec.nbytes for spec, _ in specs)
+    if "total_parameters" in metadata:
+        metadata["total_parameters"] = sum(spec.numel for spec, _ in specs)
+    weight_map = {spec.name: name for spec, name in sorted(specs, key=lambda s: s[0].name)}
+    text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2)
+    return (text + "\n").encode()

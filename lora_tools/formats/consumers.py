@@ -1,0 +1,53 @@
+"""What each program that loads adapters reads of them, one row each."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from lora_tools.errors import UnsupportedAdapter
+
+
+@dataclasses.dataclass(frozen=True)
+class Consumer:
+    """A program that loads adapters.
+
+    Attributes:
+        patterns: reads rank_pattern and alpha_pattern. Where not, every module is padded with
+            zeros to one rank, lora_alpha is that rank, and what scale is left goes into lora_B.
+        ranks: the ranks it accepts, or empty for any.
+        saved: reads tensors saved whole; bias: biases; dora: DoRA magnitudes.
+        head: wants factors for an output head that is tied to the input embedding, too. (llama.cpp
+            has one tensor for both and refuses them.)
+    """
+
+    name: str
+    patterns: bool = False
+    ranks: tuple[int, ...] = ()
+    saved: bool = False
+    bias: bool = False
+    dora: bool = False
+    head: bool = True
+
+    def rank_for(self, rank: int) -> int:
+        """The smallest accepted rank that holds ``rank``. Raises UnsupportedAdapter."""
+        fitting = [r for r in self.ranks if r >= rank] if self.ranks else [rank]
+        if not fitting:
+            raise UnsupportedAdapter(
+                f"{self.name} reads ranks up to {self.ranks[-1]} and this adapter has {rank}; "
+                "lower it with --rank or --max-rank"
+            )
+        return fitting[0]
+
+    def refuse(self, what: str, instead: str) -> UnsupportedAdapter:
+        """The error for a part of an adapter that this consumer does not read."""
+        return UnsupportedAdapter(f"{self.name} does not read {what}; {instead}")
+
+
+CONSUMERS: dict[str, Consumer] = {
+    consumer.name: consumer
+    for consumer in (
+        Consumer("peft", patterns=True, saved=True, bias=True, dora=True),
+        Consumer("vllm", ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512)),
+        Consumer("llama.cpp", head=False),
+    )
+}

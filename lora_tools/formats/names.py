@@ -1,0 +1,147 @@
+"""Names: which layer kind a tensor is, which modules a short name stands for, and prefixes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from lora_tools.errors import MismatchError
+from lora_tools.records import TensorSpec
+
+# No model is built, so a 2-D weight is told to be an embedding by the last part of its module's
+# name. These are the names transformers, timm and fairseq give to nn.Embedding.
+_EMBEDDING = re.compile(
+    r"(embed_tokens|tok_embeddings|token_embedding|word_embeddings?|embed_in|wte|wpe|shared"
+    r"|position_embeddings?|token_type_embeddings|embed_positions|rel_embeddings"
+    r"|relative_attention_bias|tokens_embed|positions_embed|embeddings?)"
+)
+_INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in",
+                     "shared")  # fmt: skip
+_HEAD = re.compile(r"(lm_head|embed_out|output_projection)")
+# Architectures whose linear layers are transformers' Conv1D, stored (in, out), and those layers.
+_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+_CONV1D = re.compile(r"(c_attn|c_proj|c_fc|q_attn)")
+# Architectures with an output head to tie. (BertModel's config ties as well, and it has none.)
+_LANGUAGE_MODEL = re.compile(
+    r".*(For\w*LM|LMHead\w*|DoubleHeadsModel|ForConditionalGeneration|ForPreTraining)"
+)
+_KNOWN_WRAPPERS = ("module.", "_orig_mod.", "model.", "base_model.model.")
+
+
+def split_tensor(tensor: str) -> tuple[str, str]:
+    """``a.b.weight`` → (``a.b``, ``weight``)."""
+    module, _, parameter = tensor.rpartition(".")
+    return module, parameter
+
+
+def layout_name(spec: TensorSpec, config: Mapping[str, Any]) -> str | None:
+    """The layout of a weight (a key of ``linalg.layouts.LAYOUTS``), or None where it has none.
+
+    ``config`` is the checkpoint's config.json: GPT-2's family is known by ``model_type``.
+    """
+    module, parameter = split_tensor(spec.name)
+    if parameter != "weight" or len(spec.shape) != 2 or not spec.is_float or not module:
+        return None
+    last = module.rpartition(".")[2]
+    if _EMBEDDING.fullmatch(last):
+        return "embedding"
+    if _CONV1D.fullmatch(last) and config.get("model_type") in _CONV1D_MODELS:
+        return "conv1d"
+    return "linear"
+
+
+def is_output_head(tensor: str) -> bool:
+    """Whether the name is that of a language model's output head."""
+    return bool(_HEAD.fullmatch(split_tensor(tensor)[0].rpartition(".")[2]))
+
+
+def is_input_embedding(tensor: str) -> bool:
+    """Whether the name is that of a language model's token embedding."""
+    return split_tensor(tensor)[0].rpartition(".")[2] in _INPUT_EMBEDDINGS
+
+
+def tied_head(config: Mapping[str, Any], tensors: Collection[str]) -> str:
+    """The output head of a model that ties it to the input embedding, going by the architecture
+    and by the tensors that lie beside it; "" where the architecture has none."""
+    architectures = config.get("architectures") or ["ForCausalLM"]
+    if not _LANGUAGE_MODEL.fullmatch(str(architectures[0])):
+        return ""
+    for beside, head in (
+        ("cls.predictions.", "cls.predictions.decoder.weight"),
+        ("lm_head.dense.", "lm_head.decoder.weight"),
+    ):
+        if any(name.startswith(beside) for name in tensors):
+            return head
+    return next(filter(is_output_head, tensors), "lm_head.weight")
+
+
+def modules_matched(name: str, modules: Iterable[str]) -> set[str]:
+    """Modules that PEFT's ``target_modules: [name]`` selects: by whole name or by last parts."""
+    return {m for m in modules if m == name or m.endswith("." + name)}
+
+
+def compact(chosen: Collection[str], everything: Collection[str]) -> list[str]:
+    """The shortest list of names by which PEFT selects exactly ``chosen`` out of ``everything``.
+
+    The last part of a name stands for all modules that end in it, where all of them are chosen;
+    the full name stands otherwise. Returns [] where not even full names select exactly.
+    """
+    wanted, result = set(chosen), []
+    for last in sorted({name.rpartition(".")[2] for name in wanted}):
+        mine = {n for n in wanted if n.rpartition(".")[2] == last}
+        if modules_matched(last, everything) == mine:
+            result.append(last)
+        else:
+            result += sorted(mine)
+    exact = {m for name in result for m in modules_matched(name, everything)} == wanted
+    return result if exact else []
+
+
+def align(theirs: Collection[str], ours: Collection[str]) -> tuple[dict[str, str], str]:
+    """Map ``theirs`` onto the names of ``ours`` where one side carries a prefix the other lacks.
+
+    Returns the mapping (each of ``theirs`` to a name, perhaps unknown to ``ours``) and a sentence
+    saying what was done, empty if nothing. The prefix is taken from the names themselves
+    (``bert.``, ``model.``, ``module.``, ``_orig_mod.`` …) and only where it makes more names agree
+    than leaving them alone.
+
+    Raises:
+        MismatchError: two prefixes explain the names equally well.
+    """
+    own = set(ours)
+    if own.issuperset(theirs):
+        return {name: name for name in theirs}, ""
+    heads = {""} | set(_KNOWN_WRAPPERS)
+    for name in (*theirs, *ours):
+        parts = name.split(".")
+        heads |= {".".join(parts[:n]) + "." for n in (1, 2) if len(parts) > n}
+    candidates: list[tuple[int, str, dict[str, str]]] = []
+    for prefix in sorted(heads):
+        stripped = {n: n.removeprefix(prefix) for n in theirs}
+        added = {n: prefix + n if prefix + n in own else n for n in theirs}
+        for mapping, text in (
+            (stripped, f"the prefix {prefix!r} was left out"),
+            (added, f"the prefix {prefix!r} was put before"),
+        ):
+            targets = list(mapping.values())
+            if len(set(targets)) == len(targets):
+                candidates.append((sum(t in own for t in targets), text if prefix else "", mapping))
+    best = max(score for score, _, _ in candidates)
+    plain = next(c for c in candidates if not c[1])
+    if plain[0] == best:
+        return plain[2], ""
+    distinct: list[tuple[int, str, dict[str, str]]] = []
+    for candidate in candidates:
+        if candidate[0] == best and all(
+            _hits(candidate[2], own) != _hits(d[2], own) for d in distinct
+        ):
+            distinct.append(candidate)
+    if len(distinct) > 1:
+        ways = " or ".join(text for _, text, _ in distinct[:3])
+        raise MismatchError(f"the names agree in more than one way ({ways}); rename one side")
+    return distinct[0][2], distinct[0][1]
+
+
+def _hits(mapping: dict[str, str], own: set[str]) -> dict[str, str]:
+    return {k: v for k, v in mapping.items() if v in own}

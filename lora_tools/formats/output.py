@@ -1,0 +1,153 @@
+"""Output that appears whole or not at all.
+
+Everything is written into a staging folder beside the destination, synced, then renamed. A staging
+folder is held by an advisory lock while its process lives, so that one left behind by a kill is
+recognised and removed by the next command that writes to the same place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from lora_tools.errors import OutputError
+
+_MARK = ".loratools-"
+
+
+def check_destination(destination: Path, inputs: Iterable[Path], force: bool) -> None:
+    """Refuse a destination that exists (without ``force``), is an input, or lies inside one.
+
+    What a killed command left beside it is cleared away first.
+
+    Raises:
+        OutputError: and nothing has been written.
+    """
+    if destination.name in ("", ".."):
+        raise OutputError(f"{destination} is no name for something new; choose another output")
+    target = destination.resolve()
+    for path in inputs:
+        source = path.resolve()
+        if target == source or source in target.parents or target in source.parents:
+            raise OutputError(
+                f"{destination} is the input {path}, or one contains the other; "
+                "the input is never modified: choose another output"
+            )
+    if not destination.parent.is_dir():
+        raise OutputError(f"{destination.parent} is not a folder; create it first")
+    _remove_stale(destination)
+    if os.path.lexists(destination) and not force:
+        raise OutputError(f"{destination} already exists; choose another output or pass --force")
+
+
+def check_space(destination: Path, nbytes: int) -> None:
+    """Raises OutputError where the file system has less than ``nbytes`` free."""
+    total, _, free = shutil.disk_usage(destination.parent)
+    if total and free < nbytes:  # a file system without a size, such as /proc, says nothing
+        raise OutputError(
+            f"{destination}: needs {nbytes:,} bytes and {destination.parent} has {free:,} free; "
+            "free some space or choose another disk"
+        )
+
+
+@contextlib.contextmanager
+def staged(destination: Path) -> Iterator[Path]:
+    """A folder to write into. On success its one entry ``out`` (a file or a folder) becomes
+    ``destination``; on any exception nothing remains. An OSError comes out as an OutputError.
+
+    Files beside ``out`` whose names begin with ``out.`` (a sidecar) are renamed alongside it,
+    before it.
+    """
+    staging = destination.with_name(f".{destination.name}{_MARK}{secrets.token_hex(4)}")
+    lock = -1
+    try:
+        try:
+            staging.mkdir(mode=0o700)
+        except OSError as error:
+            where = destination.parent
+            raise OutputError(f"{where}: cannot write there ({error.strerror})") from None
+        lock = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield staging
+        _commit(staging, destination)
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        named = str(error.filename or staging)
+        where = destination if named.startswith(str(staging)) else Path(named)
+        raise OutputError(f"{where}: {error.strerror or error}") from error
+    finally:
+        _discard(staging, destination)
+        if lock >= 0:
+            os.close(lock)
+
+
+def _discard(staging: Path, destination: Path) -> None:
+    """Remove a staging folder. An old destination that had stepped aside into it, and has no
+    successor, comes back."""
+    old = staging / "old"
+    if os.path.lexists(old) and not os.path.lexists(destination):
+        old.rename(destination)
+    shutil.rmtree(staging, ignore_errors=True)
+
+
+def _commit(staging: Path, destination: Path) -> None:
+    out = staging / "out"
+    for path in [out, *out.rglob("*")] if out.is_dir() else [out]:
+        if path.is_dir():
+            _sync(path)
+    for extra in sorted(staging.glob("out.*")):
+        extra.replace(destination.with_name(destination.name + extra.name.removeprefix("out")))
+    if out.is_dir() or destination.is_dir():
+        # A folder cannot be renamed over one that is not empty: the old one steps aside into the
+        # staging folder first. If the new one does not take its place, _discard brings it back.
+        if os.path.lexists(destination):
+            destination.rename(staging / "old")
+        out.rename(destination)
+    else:
+        out.replace(destination)
+    _sync(destination.parent)
+
+
+def _sync(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _remove_stale(destination: Path) -> None:
+    prefix = f".{destination.name}{_MARK}"
+    for path in destination.parent.glob("*"):
+        if not (path.name.startswith(prefix) and path.is_dir()):
+            continue
+        with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if its process is alive
+                _discard(path, destination)
+            finally:
+                os.close(lock)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a small file and sync it."""
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def copy_synced(source: Path, target: Path) -> None:
+    """Copy a file's contents (never its link or its permissions) and sync it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with source.open("rb") as reader, target.open("xb") as writer:
+        shutil.copyfileobj(reader, writer, 1 << 20)
+        writer.flush()
+        os.fsync(writer.fileno())

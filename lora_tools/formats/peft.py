@@ -1,0 +1,424 @@
+"""PEFT adapters: ``adapter_model.safetensors`` and ``adapter_config.json`` (peft 0.21).
+
+Reading classifies every key of the file; a key that is none of the known kinds is an error.
+Writing is a stream: factors are added as they are computed, in any order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_tools.errors import AdapterError, UnsafeInput, UnsupportedAdapter
+from lora_tools.formats import hub
+from lora_tools.formats.checkpoint import TensorFile
+from lora_tools.formats.dtypes import dtype_name
+from lora_tools.formats.names import compact, split_tensor
+from lora_tools.formats.output import write_synced
+from lora_tools.formats.safetensors_file import SafetensorsFile, SafetensorsSpool
+from lora_tools.formats.tensors import as_bytes
+from lora_tools.records import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+PREFIX = "base_model.model."
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+
+_FACTOR = re.compile(
+    r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B"
+    r"|lora_magnitude_vector)(?:\.default)?(?:\.(?P<leaf>weight|bias))?"
+)
+_TOKENS = ".token_adapter.trainable_tokens_delta"
+
+_NOT_LORA = {
+    "PREFIX_TUNING": "prefix tuning trains keys and values put before the sequence",
+    "PROMPT_TUNING": "prompt tuning trains input vectors put before the sequence",
+    "MULTITASK_PROMPT_TUNING": "prompt tuning trains input vectors put before the sequence",
+    "CPT": "context-aware prompt tuning trains input vectors put before the sequence",
+    "P_TUNING": "p-tuning trains an encoder of input vectors",
+    "ADAPTION_PROMPT": "LLaMA-Adapter trains prompts inside attention",
+    "IA3": "IA³ multiplies activations and has no low-rank delta",
+    "ADALORA": "AdaLoRA holds three factors and its own ranks; save it as LoRA with PEFT first",
+    "LOHA": "LoHa is a Hadamard product of two low-rank deltas",
+    "LOKR": "LoKr is a Kronecker product",
+    "OFT": "OFT rotates weights", "BOFT": "BOFT rotates weights", "HRA": "HRA reflects weights",
+    "VERA": "VeRA shares random factors that are not in the file",
+    "LN_TUNING": "it holds whole norms and no low-rank delta",
+    "TRAINABLE_TOKENS": "it holds single embedding rows and no low-rank delta",
+}  # fmt: skip
+_CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraModule:
+    """One module's low-rank update, as keys of the file and numbers of the config.
+
+    Attributes:
+        module: its name, without PEFT's prefix.
+        embedding: whether the factors are those of an Embedding.
+        A, B, bias, magnitude: keys in the file; the last two may be None.
+        r, alpha: rank and lora_alpha of this module, patterns applied.
+    """
+
+    module: str
+    embedding: bool
+    A: str
+    B: str
+    bias: str | None
+    magnitude: str | None
+    r: int
+    alpha: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenRows:
+    """Trained rows of one embedding: they replace the rows at ``indices``."""
+
+    module: str
+    key: str
+    indices: tuple[int, ...]
+
+
+class Adapter:
+    """A PEFT adapter, its factors unread until asked for.
+
+    Attributes:
+        modules: low-rank updates by module name.
+        whole: tensors saved whole (modules_to_save, biases, resized embeddings) → key.
+        tokens: trained embedding rows by module name.
+    """
+
+    def __init__(self, path: Path, file: TensorFile, config: dict[str, Any]) -> None:
+        self.path, self.file, self.config = path, file, config
+        refuse_unmergeable(path, config)
+        self.use_rslora = bool(config.get("use_rslora"))
+        self.use_dora = bool(config.get("use_dora"))
+        self.fan_in_fan_out = bool(config.get("fan_in_fan_out"))
+        self.modules: dict[str, LoraModule] = {}
+        self.whole: dict[str, str] = {}
+        self.tokens: dict[str, TokenRows] = {}
+        self._classify()
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """A tensor of the file. Never write to it."""
+        return self.file.tensor(key)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """A tensor's shape, without reading it."""
+        return self.file.specs[key].shape
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.file.specs.values())
+
+    def _fail(self, what: str) -> AdapterError:
+        return AdapterError(f"{self.path}: {what}")
+
+    def _classify(self) -> None:
+        parts: dict[str, dict[str, str]] = {}
+        for key in self.file.specs:
+            name = key.removeprefix(PREFIX)
+            if match := _FACTOR.fullmatch(name):
+                module, part = match["module"], match["part"]
+                if module.endswith(".base_layer"):
+                    raise UnsupportedAdapter(
+                        f"{self.path}: {key}: made with target_parameters (fused experts), "
+                        "which this version does not merge"
+                    )
+                leaf = "bias" if match["leaf"] == "bias" else part
+                if leaf in parts.setdefault(module, {}):
+                    raise self._fail(f"{key!r} repeats {parts[module][leaf]!r}")
+                parts[module][leaf] = key
+            elif name.endswith(_TOKENS):
+                module = name.removesuffix(_TOKENS)
+                self.tokens[module] = TokenRows(module, key, self._token_indices(module))
+            elif ".lora_" in name or "." not in name or not self.file.specs[key].is_float:
+                raise self._fail(f"key {key!r} is none that PEFT's LoRA writes")
+            else:
+                tensor = name.replace(".modules_to_save.", ".").replace(".base_layer.", ".")
+                self.whole[tensor.replace(".default.", ".")] = key
+        for module, keys in sorted(parts.items()):
+            self.modules[module] = self._module(module, keys)
+        if not (self.modules or self.whole or self.tokens):
+            raise self._fail("holds no tensors")
+
+    def _module(self, module: str, keys: dict[str, str]) -> LoraModule:
+        embedding = "lora_embedding_A" in keys or "lora_embedding_B" in keys
+        a, b = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
+        if a not in keys or b not in keys:
+            raise self._fail(f"{module}: has {sorted(keys)} and lacks one of {a}, {b}")
+        for key in keys.values():
+            if not self.file.specs[key].is_float:
+                raise self._fail(f"{key}: stored as {self.file.specs[key].dtype}, not a float")
+        A, B = self.shape(keys[a]), self.shape(keys[b])
+        if len(A) != 2 or len(B) != 2:
+            raise UnsupportedAdapter(
+                f"{self.path}: {module}: {a} has shape {list(A)}; convolutions are not merged by "
+                "this version"
+            )
+        if A[0] != B[1] or 0 in A or 0 in B:
+            raise self._fail(f"{module}: {a} {list(A)} and {b} {list(B)} do not multiply")
+        if self.use_dora != ("lora_magnitude_vector" in keys):
+            raise self._fail(
+                f"{module}: use_dora is {self.use_dora} in {CONFIG}, and the file "
+                f"{'has' if not self.use_dora else 'lacks'} its lora_magnitude_vector"
+            )
+        r = self.pattern("rank_pattern", module, self.config.get("r"))
+        alpha = self.pattern("alpha_pattern", module, self.config.get("lora_alpha"))
+        if r != A[0]:
+            raise self._fail(f"{module}: {CONFIG} says rank {r}, its factors have rank {A[0]}")
+        if not _is_finite(alpha):
+            raise self._fail(f"{module}: lora_alpha is {alpha!r} in {CONFIG}")
+        magnitude = keys.get("lora_magnitude_vector")
+        return LoraModule(
+            module, embedding, keys[a], keys[b], keys.get("bias"), magnitude, A[0], float(alpha)
+        )
+
+    def pattern(self, which: str, module: str, default: Any) -> Any:
+        """The first entry of rank_pattern or alpha_pattern that matches, else ``default``."""
+        patterns = self.config.get(which) or {}
+        if not isinstance(patterns, dict):
+            raise self._fail(f"{CONFIG}: {which} is no mapping of names to numbers")
+        for key, value in patterns.items():
+            try:
+                matches = re.match(rf"(.*\.)?({key})$", module)
+            except re.error as error:
+                raise self._fail(f"{CONFIG}: {which}: {key!r} is no pattern ({error})") from None
+            if matches:
+                return value
+        return default
+
+    def _token_indices(self, module: str) -> tuple[int, ...]:
+        given = self.config.get("trainable_token_indices")
+        if isinstance(given, Mapping):
+            given = next(
+                (v for k, v in given.items() if module == k or module.endswith("." + k)), None
+            )
+        if not isinstance(given, list) or not all(type(i) is int for i in given):
+            raise self._fail(f"{module}: {CONFIG} gives no trainable_token_indices for it")
+        return tuple(given)
+
+
+def refuse_unmergeable(path: Path, config: Mapping[str, Any]) -> None:
+    """Raises UnsupportedAdapter, with the reason, for what cannot be added to weights soundly."""
+    kind = str(config.get("peft_type", "LORA"))
+    if kind != "LORA":
+        reason = _NOT_LORA.get(kind, "its weights are not those of LoRA")
+        raise UnsupportedAdapter(f"{path}: a {kind} adapter cannot be merged here: {reason}")
+    if config.get("alora_invocation_tokens"):
+        raise UnsupportedAdapter(
+            f"{path}: an activated LoRA (aLoRA) acts only after its invocation tokens; weights "
+            "cannot tell tokens apart, so it cannot be merged"
+        )
+    for field, why in (
+        ("arrow_config", "Arrow routes every token to other experts"),
+        ("use_bdlora", "its factors are block-diagonal (BD-LoRA)"),
+        ("use_qalora", "QA-LoRA pools its inputs"),
+        ("layer_replication", "it replicates layers, so its modules are not the checkpoint's"),
+        ("target_parameters", "target_parameters (fused experts) is not merged by this version"),
+        ("kasa_config", "KaSA changed the base"),
+        ("megatron_config", "Megatron's parallel layers are not the checkpoint's"),
+    ):
+        if config.get(field):
+            raise UnsupportedAdapter(f"{path}: cannot be merged: {why}")
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_CHANGED_BASE):
+        raise UnsupportedAdapter(
+            f"{path}: initialised with {init!r}, which changed the base before training, so adding "
+            "it to the pristine base is wrong. Save it with "
+            "path_initial_model_for_weight_conversion to make it a plain LoRA, or, if BASE is the "
+            "changed base itself, set init_lora_weights to true in its adapter_config.json"
+        )
+
+
+def open_adapter(source: str | Path, allow_pickle: bool = False) -> Adapter:
+    """Open an adapter folder or a hub id.
+
+    Raises:
+        AdapterError, UnsupportedAdapter, UnsafeInput, CheckpointError (a truncated file).
+    """
+    folder = Path(source)
+    if not folder.exists() and hub.looks_like_hub_id(str(source)):
+        folder = hub.fetch(str(source), allow_pickle)
+    if folder.is_file() and (folder.parent / CONFIG).is_file():
+        folder = folder.parent
+    config_path = folder / CONFIG
+    if not config_path.is_file():
+        raise AdapterError(f"{source}: no {CONFIG} there; is it a PEFT adapter folder?")
+    try:
+        config = json.loads(config_path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{config_path}: not JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise AdapterError(f"{config_path}: not a JSON object")
+    refuse_unmergeable(folder, config)
+    if (folder / WEIGHTS).is_file():
+        return Adapter(folder, SafetensorsFile(folder / WEIGHTS), config)
+    pickle = folder / "adapter_model.bin"
+    if not pickle.is_file():
+        raise AdapterError(f"{folder}: no {WEIGHTS} in it")
+    if not allow_pickle:
+        raise UnsafeInput(
+            f"{pickle}: a pickle, which can hold code; pass --allow-pickle to read it with "
+            "weights_only=True"
+        )
+    from lora_tools.formats.pickle_file import PickleFile
+
+    return Adapter(folder, PickleFile(pickle), config)
+
+
+class PeftWriter:
+    """Collects an adapter and writes it into a folder.
+
+    Ranks may differ by module; ``finish`` puts the most common one into the config and the others
+    into the patterns. Not for use from several threads.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._spool = SafetensorsSpool(folder)
+        self._rank: dict[str, int] = {}
+        self._alpha: dict[str, float] = {}
+        self._saved_modules: set[str] = set()
+        self._biases = False
+
+    def add_lora(
+        self,
+        module: str,
+        lora_A: torch.Tensor,
+        lora_B: torch.Tensor,
+        alpha: float,
+        *,
+        embedding: bool = False,
+        bias: torch.Tensor | None = None,
+        magnitude: torch.Tensor | None = None,
+    ) -> None:
+        """lora_A (r, in) and lora_B (out, r) of one module, as PEFT stores them."""
+        a, b = (
+            ("lora_embedding_A", "lora_embedding_B")
+            if embedding
+            else ("lora_A.weight", "lora_B.weight")
+        )
+        self._add(f"{PREFIX}{module}.{a}", lora_A)
+        self._add(f"{PREFIX}{module}.{b}", lora_B)
+        if bias is not None:
+            self._add(f"{PREFIX}{module}.lora_B.bias", bias)
+        if magnitude is not None:
+            self._add(f"{PREFIX}{module}.lora_magnitude_vector", magnitude)
+        self._rank[module], self._alpha[module] = lora_A.shape[0], alpha
+
+    def add_saved(self, tensor_name: str, tensor: torch.Tensor) -> None:
+        """A tensor of a module that is saved whole (modules_to_save)."""
+        self._saved_modules.add(split_tensor(tensor_name)[0])
+        self._add(PREFIX + tensor_name, tensor)
+
+    def add_bias(self, tensor_name: str, tensor: torch.Tensor, targeted: bool) -> None:
+        """A bias, as PEFT's ``bias="all"`` stores it; ``targeted`` if its module has factors."""
+        module, parameter = split_tensor(tensor_name)
+        self._biases = True
+        middle = ".base_layer." if targeted else "."
+        self._add(f"{PREFIX}{module}{middle}{parameter}", tensor)
+
+    def add_raw(self, key: str, tensor: torch.Tensor) -> None:
+        """A tensor copied from another adapter under the same key."""
+        self._add(key, tensor)
+
+    def _add(self, key: str, tensor: torch.Tensor) -> None:
+        spec = TensorSpec(key, dtype_name(tensor.dtype), tuple(tensor.shape))
+        self._spool.add(spec, as_bytes(tensor))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes added so far."""
+        return sum(spec.nbytes for spec in self._spool.specs)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Rank by module."""
+        return dict(self._rank)
+
+    def finish(
+        self,
+        base: Mapping[str, Any],
+        all_modules: Collection[str] | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write both files.
+
+        Args:
+            base: config fields that are not derived here (base_model_name_or_path, use_rslora…).
+            all_modules: every module name of the model, by which target_modules can be short;
+                None keeps ``target_modules`` and ``modules_to_save`` of ``base``.
+        """
+        config = {**DEFAULT_CONFIG, **base}
+        r = _most_common(self._rank, config["r"])
+        alpha = _most_common(self._alpha, config["lora_alpha"])
+        config["r"], config["lora_alpha"] = r, _plain(alpha)
+        config["rank_pattern"] = _pattern(self._rank, r)
+        config["alpha_pattern"] = {k: _plain(v) for k, v in _pattern(self._alpha, alpha).items()}
+        if self._biases:
+            config["bias"] = "all"
+        if all_modules is not None:
+            config["target_modules"] = target_modules(self._rank, all_modules)
+            config["modules_to_save"] = sorted(self._saved_modules) or None
+        self._spool.finish(self._folder / WEIGHTS, {"format": "pt", **(metadata or {})})
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        write_synced(self._folder / CONFIG, text.encode())
+
+    def close(self) -> None:
+        """Drop the scratch space, whether finished or not."""
+        self._spool.close()
+
+
+def target_modules(chosen: Collection[str], everything: Collection[str]) -> list[str] | str:
+    """What selects exactly the chosen modules: a list of names, or where none does, a regex."""
+    if not chosen:
+        return []
+    names = compact(chosen, everything)
+    return names or "(" + "|".join(re.escape(name) for name in sorted(chosen)) + ")"
+
+
+DEFAULT_CONFIG: dict[str, Any] = {
+    "peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "revision": None,
+    "inference_mode": True, "r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "bias": "none",
+    "fan_in_fan_out": False, "use_rslora": False, "use_dora": False, "init_lora_weights": True,
+    "target_modules": None, "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},
+}  # fmt: skip
+
+
+def _most_common(values: Mapping[str, Any], default: Any) -> Any:
+    """The commonest value, the largest of equally common ones."""
+    counts = Counter(values.values())
+    return max(counts, key=lambda v: (counts[v], v)) if counts else default
+
+
+def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """Exceptions to ``default``. PEFT takes the first key that ends the module's name, and does not
+    keep the order of the keys when it saves; so a name that ends another one is anchored."""
+    parts = [name.split(".") for name in values]
+    endings = {".".join(p[i:]) for p in parts for i in range(1, len(p))}
+    return {
+        ("^" if name in endings else "") + name: value
+        for name, value in sorted(values.items())
+        if value != default
+    }
+
+
+def _is_finite(number: Any) -> bool:
+    try:
+        return isinstance(number, int | float) and math.isfinite(number)
+    except OverflowError:  # an integer beyond all floats
+        return False
+
+
+def _plain(number: float) -> int | float:
+    """16.0 → 16: PEFT declares lora_alpha an integer."""
+    return int(number) if float(number).is_integer() else number

@@ -1,0 +1,356 @@
+"""One safetensors file: a suspicious lazy reader and a writer whose header is known beforehand.
+
+The format (https://github.com/huggingface/safetensors): eight bytes of little-endian header
+length N, N bytes of JSON ``{name: {dtype, shape, data_offsets}, "__metadata__": {str: str}}``,
+then the data, without holes or overlaps.
+
+The reader exists beside the ``safetensors`` package because a plan needs names and shapes without
+importing torch, because pages that were read must be given back to the system (or resident memory
+grows to the size of the model), and because input is hostile. The writer exists because the
+package's own needs every tensor of the file in memory at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import mmap
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from lora_tools.errors import CheckpointError, OutputError, TensorNotFound
+from lora_tools.formats.dtypes import torch_dtype
+from lora_tools.records import DTYPE_BITS, TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+_MAX_HEADER = 100_000_000  # the safetensors package's own limit
+_MAX_DIMS = 64  # numpy's limit
+_MAX_SIZE = 2**63 - 1  # torch's limit
+_PAGE = mmap.PAGESIZE
+_WRITEBACK = 64 << 20  # start writing to disk in steps of this size
+
+
+def _pairs_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in seen:
+            raise CheckpointError(f"names {key!r} twice")
+        seen[key] = value
+    return seen
+
+
+def strict_json(text: bytes | str) -> Any:
+    """JSON in UTF-8 in which a repeated key is an error instead of the last one winning.
+
+    Raises:
+        CheckpointError: for that, and for whatever is not JSON.
+    """
+    try:
+        text = text.decode() if isinstance(text, bytes) else text
+        return json.loads(text, object_pairs_hook=_pairs_without_duplicates)
+    except (ValueError, RecursionError) as error:  # a ValueError, too, is an endless number
+        raise CheckpointError(f"not JSON ({error})") from None
+
+
+def _parse_entry(name: str, entry: Any) -> tuple[TensorSpec, int, int]:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        honest = (
+            isinstance(dtype, str)
+            and isinstance(shape, list)
+            and len(shape) <= _MAX_DIMS
+            and all(type(n) is int and 0 <= n <= _MAX_SIZE for n in (*shape, begin, end))
+            and math.prod(n for n in shape if n) <= _MAX_SIZE
+            and begin <= end
+        )
+    except (TypeError, KeyError, ValueError):
+        honest = False
+    if not honest:
+        raise CheckpointError(f"tensor {name!r}: malformed header entry {entry!r:.200}")
+    if dtype not in DTYPE_BITS:
+        raise CheckpointError(f"tensor {name!r}: unknown dtype {dtype!r}")
+    spec = TensorSpec(name, dtype, tuple(shape))
+    if spec.nbytes != end - begin:
+        raise CheckpointError(
+            f"tensor {name!r}: {dtype} {shape} takes {spec.nbytes} bytes, "
+            f"but the header gives it {end - begin}"
+        )
+    return spec, begin, end
+
+
+def parse_header(
+    raw: bytes, data_size: int | None
+) -> tuple[dict[str, TensorSpec], dict[str, int], dict[str, str]]:
+    """Specs in the order of the data, offsets in it, and metadata. Raises CheckpointError on any
+    lie.
+
+    ``data_size`` is what the file holds behind the header; None where there is no file.
+    """
+    try:
+        header = strict_json(raw)
+    except CheckpointError as error:
+        raise CheckpointError(f"the header: {error}") from None
+    if not isinstance(header, dict):
+        raise CheckpointError("the header is not a JSON object")
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointError("__metadata__ is not a mapping of strings")
+    for text in (*header, *metadata, *metadata.values()):
+        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+            raise CheckpointError(f"the header: {text!r} is not Unicode (half a surrogate pair)")
+    specs: dict[str, TensorSpec] = {}
+    offsets: dict[str, int] = {}
+    expected = 0
+    extents = [_parse_entry(name, entry) for name, entry in header.items()]
+    for spec, begin, end in sorted(extents, key=lambda e: (e[1], e[2])):
+        if begin != expected:
+            what = "overlaps the one before it" if begin < expected else "leaves a hole before it"
+            raise CheckpointError(f"tensor {spec.name!r} {what} (at byte {begin} of the data)")
+        specs[spec.name], offsets[spec.name] = spec, begin
+        expected = end
+    if data_size is not None and expected != data_size:
+        raise CheckpointError(
+            f"the header promises {expected} bytes of data and the file holds {data_size}; "
+            "is it truncated? Fetch it again"
+        )
+    return specs, offsets, metadata
+
+
+class SafetensorsFile:
+    """A memory-mapped safetensors file. Nothing is read but the header until a tensor is asked for.
+
+    Raises:
+        CheckpointError: the header is malformed, or promises other than what the file holds.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                length = int.from_bytes(file.read(8), "little")
+                if size < 8 or length > min(size - 8, _MAX_HEADER):
+                    raise CheckpointError(
+                        f"the first 8 bytes promise a header of {length} bytes and the file has "
+                        f"{size}; it is truncated or not safetensors"
+                    )
+                self.header = file.read(length)
+                self._start = 8 + length
+                self.specs, self._offsets, self.metadata = parse_header(
+                    self.header, size - self._start
+                )
+                # Private and never written to: torch warns of read-only buffers. NORESERVE keeps
+                # a checkpoint larger than memory from counting as memory promised.
+                flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
+                self._map = mmap.mmap(
+                    file.fileno(), size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE
+                )
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+        except OSError as error:
+            raise CheckpointError(f"{path}: {error.strerror or error}") from None
+        self._view = memoryview(self._map)
+
+    def _extent(self, name: str) -> tuple[int, int]:
+        try:
+            begin = self._start + self._offsets[name]
+        except KeyError:
+            raise TensorNotFound(f"{self.path}: no tensor {name!r}") from None
+        return begin, begin + self.specs[name].nbytes
+
+    def raw(self, name: str) -> memoryview:
+        """The tensor's bytes, without a copy."""
+        begin, end = self._extent(name)
+        return self._view[begin:end]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor, without a copy. Never write to it."""
+        import torch
+
+        raw = self.raw(name)
+        spec = self.specs[name]
+        dtype = torch_dtype(spec.dtype)
+        if not raw.nbytes:
+            return torch.empty(spec.shape, dtype=dtype)
+        return torch.frombuffer(raw, dtype=torch.uint8).view(dtype).view(spec.shape)
+
+    def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
+        """Give the pages of the tensor's bytes [start, stop) back to the system.
+
+        Reading them again is still possible.
+        """
+        begin, end = self._extent(name)
+        end = end if stop is None else begin + stop
+        begin = (begin + start) // _PAGE * _PAGE
+        if end - begin >= _PAGE and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED, begin, (end - begin) // _PAGE * _PAGE)
+
+
+def encode_header(
+    specs: Iterable[TensorSpec],
+    metadata: Mapping[str, str] | None = None,
+    body: bytes | None = None,
+) -> tuple[bytes, dict[str, int], int]:
+    """Header bytes (length included), each tensor's offset in the file, and the file's size.
+
+    Tensors keep the order given; the header is padded with spaces to a multiple of 8 bytes as the
+    safetensors package does. ``body`` is JSON to write as it is, for the same tensors in order.
+    """
+    entries: dict[str, Any] = {}
+    if metadata:
+        entries["__metadata__"] = dict(metadata)
+    position, starts = 0, {}
+    for spec in specs:
+        starts[spec.name] = position
+        end = position + spec.nbytes
+        entries[spec.name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    if body is None:
+        body = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        body += b" " * (-len(body) % 8)
+    header = len(body).to_bytes(8, "little") + body
+    return header, {k: v + len(header) for k, v in starts.items()}, len(header) + position
+
+
+class SafetensorsWriter:
+    """Writes a planned file in any order and from any thread; the header goes first.
+
+    Space for the whole file is reserved at once, so a full disk is met before any work. ``close``
+    raises if a planned tensor was not written whole, then syncs the file to disk.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        specs: Iterable[TensorSpec],
+        metadata: Mapping[str, str] | None = None,
+        body: bytes | None = None,
+    ) -> None:
+        specs = list(specs)
+        self.path = path
+        header, self._offsets, self.size = encode_header(specs, metadata, body)
+        self._missing = {spec.name: spec.nbytes for spec in specs if spec.nbytes}
+        self._unsynced = 0
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            reserve(self._fd, self.size, path)
+            _write_all(self._fd, header, 0)
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def write(self, name: str, data: memoryview, offset: int = 0) -> None:
+        """Write ``data`` at byte ``offset`` of the tensor."""
+        start = self._offsets[name] + offset
+        _write_all(self._fd, data, start)
+        self._missing[name] = self._missing.get(name, 0) - data.nbytes
+        self._unsynced += data.nbytes
+        if self._unsynced >= _WRITEBACK and hasattr(os, "posix_fadvise"):
+            # Starts the disk working now, so that the sync at the end finds little left to do.
+            self._unsynced = 0
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def close(self) -> None:
+        """Sync and close. Raises OutputError naming a tensor that was not written whole."""
+        try:
+            short = [name for name, left in self._missing.items() if left]
+            if short:
+                raise OutputError(f"{self.path}: tensor {short[0]!r} was not written whole")
+            os.fsync(self._fd)
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Close without a check: for a file that is about to be deleted."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abandon()
+
+
+class SafetensorsSpool:
+    """Collects tensors whose shapes are known only once computed, then writes them sorted by name.
+
+    What is added goes to an unlinked scratch file in the destination's folder, never to memory, and
+    ``finish`` copies it behind a header. The result depends on the tensors alone, not on the order
+    in which they were added.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / ".spool"
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        path.unlink()
+        self._end = 0
+        self._at: dict[str, tuple[TensorSpec, int]] = {}
+
+    def add(self, spec: TensorSpec, data: memoryview) -> None:
+        """Append one tensor's bytes. Not for use from several threads."""
+        assert data.nbytes == spec.nbytes
+        assert spec.name not in self._at
+        _write_all(self._fd, data, self._end)
+        self._at[spec.name] = (spec, self._end)
+        self._end += data.nbytes
+
+    @property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """What was added, sorted by name."""
+        return tuple(self._at[name][0] for name in sorted(self._at))
+
+    def finish(self, path: Path, metadata: Mapping[str, str] | None = None) -> None:
+        """Write the file, synced, and drop the scratch space."""
+        with SafetensorsWriter(path, self.specs, metadata) as writer:
+            for spec in self.specs:
+                position = self._at[spec.name][1]
+                for step in range(0, spec.nbytes, _WRITEBACK):
+                    size = min(_WRITEBACK, spec.nbytes - step)
+                    chunk = os.pread(self._fd, size, position + step)
+                    writer.write(spec.name, memoryview(chunk), step)
+        self.close()
+
+    def close(self) -> None:
+        """Drop the scratch space."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def reserve(fd: int, size: int, path: Path) -> None:
+    """Reserve ``size`` bytes for an open file. Raises OSError on a full disk."""
+    try:
+        if size and hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            return  # a file system without it: the check of free space has to do
+        raise OSError(error.errno, f"no room for {size:,} bytes ({error.strerror})", path) from None
+
+
+def _write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
+    view = memoryview(data).cast("B")
+    while view.nbytes:
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written

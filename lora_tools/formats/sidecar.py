@@ -1,0 +1,154 @@
+"""The sidecar of a reversible merge: what turns the merged checkpoint back into its base.
+
+A safetensors file (its name ends otherwise, so that no loader takes it for weights) holding, for
+each changed tensor, zstd-compressed listings (see ``linalg.reversible``), a table of their lengths
+by run, and DoRA norms; the headers of the base's own files; and in its metadata the base's digest,
+which proves the result, the adapters' digests, which tell a wrong adapter from the right one, and
+its own digest, which tells damage.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import zstandard
+
+from lora_tools.errors import CheckpointError
+from lora_tools.formats import digest as hashing
+from lora_tools.formats.safetensors_file import SafetensorsFile, SafetensorsSpool
+from lora_tools.records import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+NAME = "loratools-unmerge.sidecar"
+_VERSION = "1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """One tensor's listings, a (gaps, distances) pair a run, and its DoRA norms."""
+
+    runs: tuple[tuple[bytes, bytes], ...]
+    norms: tuple[torch.Tensor, ...] = ()
+
+
+def sidecar_path(merged: Path) -> Path:
+    """Where the sidecar of a merged folder or file lies."""
+    return merged / NAME if merged.is_dir() else merged.with_name(merged.name + ".sidecar")
+
+
+class SidecarWriter:
+    """Collects listings as they are made, in any order, and writes them sorted."""
+
+    def __init__(self, folder: Path) -> None:
+        self._spool = SafetensorsSpool(folder)
+        self._hashes: dict[str, str] = {}
+        self._packer = zstandard.ZstdCompressor(level=3)
+
+    def _add(self, name: str, data: bytes) -> None:
+        self._add_spec(TensorSpec(name, "U8", (len(data),)), memoryview(data))
+
+    def _add_spec(self, spec: TensorSpec, data: memoryview) -> None:
+        self._hashes[spec.name] = hashing.tensor_hash(data)
+        self._spool.add(spec, data)
+
+    def add_header(self, file: str, header: bytes) -> None:
+        """The JSON header of one of the base's files."""
+        self._add(f"header/{file}", self._packer.compress(header))
+
+    def add_file(self, name: str, data: bytes) -> None:
+        """A small file of the base that the merged checkpoint lacks or has changed."""
+        self._add(f"file/{name}", self._packer.compress(data))
+
+    def add(self, tensor: str, listing: Listing) -> None:
+        """The listing of one tensor."""
+        import torch
+
+        from lora_tools.formats.tensors import as_bytes
+
+        lengths = torch.tensor([[len(g), len(d)] for g, d in listing.runs], dtype=torch.int64)
+        spec = TensorSpec(f"lengths/{tensor}", "I64", tuple(lengths.shape))
+        self._add_spec(spec, as_bytes(lengths))
+        self._add(f"gaps/{tensor}", self._packer.compress(b"".join(g for g, _ in listing.runs)))
+        self._add(
+            f"distances/{tensor}", self._packer.compress(b"".join(d for _, d in listing.runs))
+        )
+        for i, norm in enumerate(listing.norms):
+            spec = TensorSpec(f"norm{i}/{tensor}", "F32", tuple(norm.shape))
+            self._add_spec(spec, as_bytes(norm.float()))
+
+    def finish(self, path: Path, base_digest: str, adapters: Sequence[dict[str, Any]]) -> None:
+        """Write the file, synced."""
+        metadata = {
+            "loratools_sidecar": _VERSION,
+            "base_digest": base_digest,
+            "digest": hashing.digest(self._spool.specs, self._hashes),
+            "adapters": json.dumps(list(adapters), sort_keys=True),
+        }
+        self._spool.finish(path, metadata)
+
+    def close(self) -> None:
+        """Drop the scratch space, whether finished or not."""
+        self._spool.close()
+
+
+class Sidecar:
+    """A sidecar, read lazily. Raises CheckpointError where it is none."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._file = path, SafetensorsFile(path)
+        if self._file.metadata.get("loratools_sidecar") != _VERSION:
+            raise CheckpointError(f"{path}: not a sidecar this version can read")
+        hashes = {name: hashing.tensor_hash(self._file.raw(name)) for name in self._file.specs}
+        try:
+            self.base_digest = self._file.metadata["base_digest"]
+            self.adapters = [
+                (str(used["digest"]), float(used["weight"]))
+                for used in json.loads(self._file.metadata["adapters"])
+            ]
+            whole = self._file.metadata["digest"] == hashing.digest(
+                self._file.specs.values(), hashes
+            )
+        except (KeyError, TypeError, ValueError):
+            whole = False
+        if not whole:
+            raise CheckpointError(f"{path}: the sidecar is damaged; fetch it again")
+
+    def __contains__(self, tensor: str) -> bool:
+        return f"lengths/{tensor}" in self._file.specs
+
+    def _unpack(self, name: str) -> bytes:
+        try:
+            return zstandard.ZstdDecompressor().decompress(self._file.raw(name))
+        except zstandard.ZstdError as error:
+            raise CheckpointError(f"{self.path}: {name} is damaged ({error})") from None
+
+    def headers(self) -> dict[str, bytes]:
+        """The base's weight files and their JSON headers."""
+        return self._all("header/")
+
+    def files(self) -> dict[str, bytes]:
+        """Small files of the base that the merged checkpoint lacks or has changed."""
+        return self._all("file/")
+
+    def _all(self, prefix: str) -> dict[str, bytes]:
+        names = [name for name in self._file.specs if name.startswith(prefix)]
+        return {name.removeprefix(prefix): self._unpack(name) for name in names}
+
+    def listing(self, tensor: str) -> Listing:
+        """The listing of one tensor."""
+        lengths = self._file.tensor(f"lengths/{tensor}").tolist()
+        gaps, distances = self._unpack(f"gaps/{tensor}"), self._unpack(f"distances/{tensor}")
+        runs, i, j = [], 0, 0
+        for g, d in lengths:
+            runs.append((gaps[i : i + g], distances[j : j + d]))
+            i, j = i + g, j + d
+        norms: list[torch.Tensor] = []
+        while f"norm{len(norms)}/{tensor}" in self._file.specs:
+            norms.append(self._file.tensor(f"norm{len(norms)}/{tensor}"))
+        return Listing(tuple(runs), tuple(norms))

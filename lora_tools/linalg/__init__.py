@@ -1,0 +1,1 @@
+"""Pure tensors in, tensors out: no paths, no module names, no formats."""

@@ -1,0 +1,129 @@
+"""The algebra of low-rank updates: scaling, deltas, fitting, DoRA, merging.
+
+Weights are handled as stored. ``left`` (rows, r) and ``right`` (r, cols) are the stored factors of
+a delta (see ``layouts``), so one formula serves every layer kind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+
+from lora_tools.linalg.svd import TruncatedSVD, sum_of_squares
+
+# Rows are merged in runs of about this many elements, so that a run stays in cache.
+RUN_ELEMENTS = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """‖Δ − factors‖²_F of factors as rounded, and the energy of the fit before rounding."""
+
+    error: float
+    captured: float
+
+
+def scaling(lora_alpha: float, r: int, use_rslora: bool) -> float:
+    """The factor on B·A: alpha / r (LoRA, arXiv 2106.09685), alpha / √r (rsLoRA, 2312.03732)."""
+    return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
+
+
+class Rows(Protocol):
+    """A matrix that is read in runs of rows, as often as needed."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    def runs(self) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """(start, stop, rows) over all rows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """A matrix in memory, as ``Rows``."""
+
+    matrix: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.matrix.shape[0], self.matrix.shape[1]
+
+    def runs(self) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """Slices, without a copy."""
+        step = rows_per_run(self.shape)
+        for start in range(0, self.shape[0], step):
+            rows = self.matrix[start : start + step]
+            yield start, start + rows.shape[0], rows
+
+
+def balanced_factors(
+    svd: TruncatedSVD, delta: Rows, scale: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, Fit]:
+    """left (rows, r), right (r, cols) in ``dtype`` with scale · left @ right ≈ delta.
+
+    Each factor takes √S. ``right`` is rounded first; ``left`` is then the least-squares fit to it,
+    which undoes what rounding ``right`` cost and, being one more product with ``delta``, improves
+    on the decomposition. The error of the rounded factors comes with it: with P = delta·rightᵀ and
+    G = right·rightᵀ it is ‖delta‖² − 2⟨left, P⟩ + ⟨leftᵀleft, G⟩, in float64; where that cancels to
+    nothing the residual is formed and summed instead.
+    """
+    device = svd.Vh.device
+    right = (svd.S.sqrt().to(device)[:, None] * svd.Vh.double()).to(dtype)
+    wide = right.double()
+    G = wide @ wide.T
+    P = torch.empty(delta.shape[0], svd.rank, dtype=torch.float64, device=device)
+    for start, stop, run in delta.runs():
+        P[start:stop] = run.to(device) @ right.to(run.dtype).T
+    best = torch.linalg.solve(G, P, left=False)
+    left = (best / scale).to(dtype)
+    written = left.double() * scale
+    error = svd.total - 2 * float((written * P).sum()) + float(((written.T @ written) * G).sum())
+    if error < 1e-4 * svd.total:
+        error = residual_energy(delta, left, right, scale)
+    return left, right, Fit(error, float((best * P).sum()))
+
+
+def residual_energy(delta: Rows, left: torch.Tensor, right: torch.Tensor, scale: float) -> float:
+    """‖delta − scale · left @ right‖²_F, run by run."""
+    return math.fsum(
+        sum_of_squares(
+            torch.addmm(
+                run.to(left.device), left[start:stop].to(run.dtype), right.to(run.dtype),
+                alpha=-scale,
+            )
+        )
+        for start, stop, run in delta.runs()
+    )  # fmt: skip
+
+
+def rows_per_run(shape: torch.Size | tuple[int, ...]) -> int:
+    """How many rows of a matrix make one cache-sized run."""
+    return max(RUN_ELEMENTS // max(math.prod(shape[1:]), 1), 1)
+
+
+def resize(
+    left: torch.Tensor, right: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Exact SVD (U, S, Vh) of ``left @ right`` without forming it, in float64.
+
+    QR of left and of rightᵀ, then an SVD of the r x r core: O((rows + cols) r²).
+    """
+    Ql, Rl = torch.linalg.qr(left.double())
+    Qr, Rr = torch.linalg.qr(right.double().T)
+    U, S, Vh = torch.linalg.svd(Rl @ Rr.T, full_matrices=False)
+    return Ql @ U, S, Vh @ Qr.T
+
+
+def difference_energy(
+    one: tuple[torch.Tensor, torch.Tensor, float], other: tuple[torch.Tensor, torch.Tensor, float]
+) -> float:
+    """‖s₁·L₁R₁ − s₂·L₂R₂‖²_F of two (left, right, scale) products, without forming them: they are
+    one product of the stacked factors."""
+    (L1, R1, s1), (L2, R2, s2) = one, other
+    left = torch.cat((L1.double() * s1, L2.double() * -s2), 1)
+    right = torch.cat((R1.double(), R2.double()), 0)
+    core = torch.linalg.qr(left, mode="r").R @ torch.linalg.qr(right.T, mode="r").R.T
+    return float(core.square().sum())

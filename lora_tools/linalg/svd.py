@@ -1,0 +1,312 @@
+"""Truncated singular value decompositions of one matrix, each with its energy accounted for.
+
+``truncated`` chooses: small matrices are decomposed exactly, large ones by randomized block Krylov
+iteration (Musco & Musco 2015, arXiv 1504.05477, algorithm 2; Golub, Luk & Overton 1981 for the
+recurrence), which stops by its own measure of what is still to be gained.
+
+Two facts make the measure cheap. For an orthonormal Q, ‖A − QQᵀA‖²_F = ‖A‖²_F − ‖QᵀA‖²_F exactly,
+so the captured energy is known and not estimated. And the next Krylov block, which is needed to go
+on anyway, holds the residuals of the current Ritz pairs, which bound the energy still missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+
+from lora_tools.linalg.ranks import RankRule, Spectrum
+
+_BLOCK = 16  # the narrowest block at which a float32 product runs near full speed
+_DENSE = 64  # up to this smaller side a dense SVD costs less than setting up anything else
+_GRAM = 8  # below this many times the rank the Gram matrix costs less than iterating
+_SUBSET = 1024  # from this size on, LAPACK's subset of eigenvectors pays for importing scipy
+_SUM_CHUNK = 1 << 16
+HALF_LOSS = 2.0**-16  # energy, relative, that rounding the matrix to bfloat16 may hide
+EPS = torch.finfo(torch.float32).eps
+
+
+@dataclasses.dataclass(frozen=True)
+class TruncatedSVD:
+    """A ≈ U · diag(S) · Vh with U (m, r), S (r) float64, Vh (r, n).
+
+    Attributes:
+        total: ‖A‖²_F.
+        captured: the energy ΣS² of the r directions, as found.
+        gain: upper bound on the energy that the best rank-r approximation holds beyond
+            ``captured``. Zero for the exact methods, to rounding. For "krylov" it holds provided
+            that no direction orthogonal to the random start outweighs the (r+1)-th found one,
+            which fails with probability zero.
+        method: "dense", "gram" or "krylov"; "none" for a zero matrix.
+    """
+
+    U: torch.Tensor
+    S: torch.Tensor
+    Vh: torch.Tensor
+    total: float
+    captured: float
+    gain: float
+    method: str
+
+    @property
+    def rank(self) -> int:
+        return len(self.S)
+
+
+def sum_of_squares(x: torch.Tensor) -> float:
+    """‖x‖²_F: float32 within runs of 65,536 elements, float64 across them."""
+    flat = x.reshape(-1)
+    if flat.dtype != torch.float64 and flat.device.type == "cpu":
+        runs = torch.split(flat, _SUM_CHUNK)
+        return math.fsum(float(torch.dot(run, run)) for run in runs)
+    return float(torch.linalg.vector_norm(flat, dtype=torch.float64)) ** 2
+
+
+def truncated(
+    A: torch.Tensor,
+    rule: RankRule,
+    *,
+    total: float | None = None,
+    tolerance: float = 1e-3,
+    noise: float = 0.0,
+    exact: bool = False,
+    seed: int = 0,
+) -> TruncatedSVD:
+    """The leading singular directions of ``A`` (m, n), as many as ``rule`` asks for.
+
+    Args:
+        rule: how many directions; asked again as more of the spectrum becomes known.
+        total: ‖A‖²_F where it is known already.
+        tolerance: stop once the energy found at the chosen rank is within this relative
+            distance of the best possible.
+        noise: singular values up to this are rounding of the input and are never kept (except
+            the first: a matrix that is not zero has rank 1 at least).
+        exact: decompose exactly whatever the size.
+        seed: of the random start.
+
+    Signs are fixed (the entry of largest magnitude in each left vector is positive).
+    """
+    total = sum_of_squares(A) if total is None else total
+    if total == 0:
+        return TruncatedSVD(
+            A.new_zeros(A.shape[0], 0), torch.zeros(0, dtype=torch.float64),
+            A.new_zeros(0, A.shape[1]), 0.0, 0.0, 0.0, "none",
+        )  # fmt: skip
+    wide = _wide(A)
+    if wide.shape[0] <= _DENSE or A.dtype == torch.float64:
+        found = _dense(wide, rule, total, noise)
+    elif not iterates(A.shape, rule, exact):
+        found = _gram(wide, rule, total, noise)
+    else:
+        found = _krylov(wide, rule, total, noise, tolerance, seed) or _gram(
+            wide, rule, total, noise
+        )
+    return _oriented(found, A)
+
+
+def iterates(shape: torch.Size | tuple[int, int], rule: RankRule, exact: bool) -> bool:
+    """Whether a float32 matrix of that shape is decomposed by iteration."""
+    short = min(shape)
+    few = rule.ceiling(*shape) if rule.policy == "rank" else 0
+    return not exact and short > _DENSE and short >= _GRAM * few
+
+
+def sketched(
+    A: torch.Tensor, rule: RankRule, *, total: float, tolerance: float, noise: float, seed: int
+) -> TruncatedSVD | None:
+    """``truncated`` by iteration on a copy of the matrix in half precision, where the products with
+    it are several times faster; None where the iteration does not get there.
+
+    Rounding A to bfloat16 adds a random matrix whose spectral norm is a small fraction of A's, and
+    turns the leading subspace by as little: the energy of A along ``Vh`` is short by HALF_LOSS at
+    most, far below any tolerance this serves. ``captured`` itself is only good to some 1e-3, so the
+    energy must be measured on A, and ``gain`` counts from what is measured along ``Vh``. It does
+    not serve where the tail is as small as the rounding.
+    """
+    found = _krylov(_wide(A), rule, total, noise, tolerance, seed)
+    if found is None:
+        return None
+    return _oriented(dataclasses.replace(found, gain=found.gain + HALF_LOSS * total), A)
+
+
+def _wide(A: torch.Tensor) -> torch.Tensor:
+    """A or its transpose: the side whose basis is kept orthonormal is the shorter one."""
+    return A.T if A.shape[0] > A.shape[1] else A
+
+
+def _oriented(svd: TruncatedSVD, A: torch.Tensor) -> TruncatedSVD:
+    """The factors of ``_wide(A)`` as those of A, signs fixed."""
+    if A.shape[0] > A.shape[1]:
+        svd = dataclasses.replace(svd, U=svd.Vh.T, Vh=svd.U.T)
+    return _fix_signs(svd)
+
+
+def _fix_signs(svd: TruncatedSVD) -> TruncatedSVD:
+    if not svd.rank:
+        return svd
+    peak = svd.U.gather(0, svd.U.abs().argmax(0, keepdim=True))
+    sign = torch.where(peak < 0, -1.0, 1.0).to(svd.U.dtype)
+    return dataclasses.replace(svd, U=svd.U * sign, Vh=svd.Vh * sign.T)
+
+
+def _spectrum(squared: torch.Tensor, total: float, noise: float, complete: bool) -> Spectrum:
+    """What stands above rounding of ``squared`` (descending); complete if anything fell below."""
+    # A float32 factorisation resolves singular values down to a few eps of the first.
+    floor = max(noise, 8 * EPS * float(squared[0].clamp(min=0)) ** 0.5) ** 2
+    kept = max(int((squared > floor).sum()), 1)
+    return Spectrum(squared[:kept], total, complete or kept < len(squared))
+
+
+def top_directions(S: torch.Tensor, rule: RankRule) -> int:
+    """The rank the rule chooses for a matrix whose singular values are all in S, descending."""
+    squared = S.double().cpu().square()
+    return _decide(rule, _spectrum(squared, float(squared.sum()), 0.0, complete=True))
+
+
+def _decide(rule: RankRule, spectrum: Spectrum) -> int:
+    rank = rule(spectrum)
+    assert rank is not None, "a complete spectrum decides every rule"
+    return rank
+
+
+def _dense(A: torch.Tensor, rule: RankRule, total: float, noise: float) -> TruncatedSVD:
+    """LAPACK's SVD in float64."""
+    U, S, Vh = torch.linalg.svd(A.double(), full_matrices=False)
+    S = S.cpu()
+    r = _decide(rule, _spectrum(S * S, total, noise, complete=True))
+    captured = float((S[:r] ** 2).sum())
+    return TruncatedSVD(
+        U[:, :r].to(A.dtype), S[:r], Vh[:r].to(A.dtype), total, captured, 0.0, "dense"
+    )
+
+
+def _gram(A: torch.Tensor, rule: RankRule, total: float, noise: float) -> TruncatedSVD:
+    """Exact, through the eigenvectors of the Gram matrix A·Aᵀ of the shorter side.
+
+    Squaring costs half the digits: singular values below √eps of the first are lost. In float64
+    that is 1.5e-8 of the first, less than float32 input resolves, so the matrix is formed in
+    float64. It costs m·n·min(m, n) against the dense SVD's several times that.
+    """
+    m = A.shape[0]
+    G = torch.zeros(m, m, dtype=torch.float64, device=A.device)
+    step = max(_SUM_CHUNK * 16 // m, 1)
+    for columns in torch.split(A, step, dim=1):
+        wide = columns.double()
+        G.addmm_(wide, wide.T)
+    squared, W = _top_eigh(G, rule.ceiling(*A.shape) + 1 if rule.policy == "rank" else m)
+    r = _decide(rule, _spectrum(squared, total, noise, complete=True))
+    U = W[:, :r].to(A.dtype)
+    Z = U.T @ A
+    S = torch.linalg.vector_norm(Z, dim=1, dtype=torch.float64).cpu()
+    return TruncatedSVD(
+        U, S, (Z.double() / S.to(Z.device)[:, None]).to(A.dtype), total,
+        float((S * S).sum()), 0.0, "gram",
+    )  # fmt: skip
+
+
+def _top_eigh(G: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ``count`` largest eigenvalues (descending, clamped at 0, on the CPU) and vectors."""
+    n = G.shape[0]
+    if G.device.type == "cpu" and n >= _SUBSET and count < n // 2:
+        from scipy.linalg import eigh  # its subset costs a fraction of all eigenvectors
+
+        values, vectors = eigh(G.numpy(), subset_by_index=[n - count, n - 1], overwrite_a=True)
+        lam, W = torch.from_numpy(values), torch.from_numpy(vectors)
+    else:
+        lam, W = torch.linalg.eigh(G)
+    return lam.flip(0).clamp(min=0).cpu(), W.flip(1)
+
+
+def _project_out(Y: torch.Tensor, Q: torch.Tensor) -> torch.Tensor:
+    """The part of Y's columns orthogonal to Q's."""
+    return Y - Q @ (Q.T @ Y) if Q.shape[1] else Y
+
+
+def missing_energy(squared: torch.Tensor, residual: torch.Tensor, r: int) -> float:
+    """Upper bound on Σ_{i≤r} σ_i(A)² − Σ_{i≤r} θ_i from Ritz values and residuals.
+
+    θ_i are Ritz values of AAᵀ (descending, more than r of them), ρ_i² = ‖(AAᵀ − θ_i)u_i‖² their
+    squared residuals. Let μ bound the part of AAᵀ orthogonal to the first r Ritz vectors. Then
+    each σ_i² exceeds θ_i by at most min(ρ_i, ρ_i² / (θ_i − μ)) (Parlett, The Symmetric Eigenvalue
+    Problem, 11.7); μ is taken as θ_{r+1} + ρ_{r+1}.
+    """
+    rho = residual.clamp(min=0).sqrt()
+    mu = float(squared[r] + rho[r])
+    gap = (squared[:r] - mu).clamp(min=1e-300)
+    return float(torch.minimum(rho[:r], residual[:r] / gap).sum())
+
+
+def _krylov(
+    A: torch.Tensor, rule: RankRule, total: float, noise: float, tolerance: float, seed: int
+) -> TruncatedSVD | None:
+    """Randomized block Krylov iteration; None where it would cost more than an exact method.
+
+    Q (m, k) is an orthonormal basis of [AΩ, (AAᵀ)AΩ, …], Z = AᵀQ. Products with A are made in A's
+    dtype, the rest in float32, the small k × k problem in float64.
+    """
+    m, n = A.shape
+    block = min(_BLOCK, m)
+    start = torch.Generator().manual_seed(seed)
+    X = torch.randn(n, block, generator=start).to(A.device)
+    # Z'Z squares singular values: only float64 keeps those that float32 products resolve.
+    wide = torch.float64 if A.dtype == torch.float32 else torch.float32
+    Q, Z = _Columns(X.new_empty(m, 0)), _Columns(X.new_empty(n, 0, dtype=wide))
+    T = torch.zeros(0, 0, dtype=torch.float64)
+    # Where the spectrum is looked at first: a fixed rank takes at least this many dimensions.
+    look_at = min(5 * rule.ceiling(m, n) // 2 if rule.policy == "rank" else 0, m // 2)
+    while True:
+        product = (A @ X.to(A.dtype)).float()
+        Y, E = torch.linalg.qr(_project_out(product, Q.all))
+        k = Q.all.shape[1]
+        # Only rounding is left of a product: Q holds the whole range, and must not grow by noise.
+        exhausted = k > 0 and float(E.norm()) <= 16 * EPS * float(product.norm())
+        if exhausted or (k > 0 and k >= min(look_at, m // 2 - block)):
+            lam, W = torch.linalg.eigh(T)
+            values, W = lam.flip(0).clamp(min=0), W.flip(1)
+            rank = rule(_spectrum(values, total, noise, complete=exhausted))
+            if exhausted:
+                assert rank is not None, "a complete spectrum decides every rule"
+                captured = float(values[:rank].sum())
+                gain = 0.0
+                break
+            if rank is not None and rank < k:
+                residual = (E.double().cpu() @ W[-block:]).square().sum(0)
+                gain = missing_energy(values, residual, rank)
+                captured = float(values[:rank].sum())
+                if gain <= tolerance * captured:
+                    break
+                # A block lowers the bound some six times near the end: look again when it may do.
+                look_at = k + block * math.ceil(math.log(gain / (tolerance * captured), 6))
+        if 2 * (k + block) > m:
+            return None
+        # Once more after normalising: what is left may have lost its digits to the first time.
+        Y = torch.linalg.qr(_project_out(Y, Q.all)).Q
+        X = (Y.T.to(A.dtype) @ A).float().T
+        Q.append(Y)
+        Z.append(X)
+        cross = (Z.all.T @ X.to(wide)).double().cpu()
+        T = torch.cat((torch.cat((T, cross[:-block]), 1), cross.T), 0)
+    S = values[:rank].sqrt()
+    W = W[:, :rank].to(A.device)
+    U = Q.all @ W.float()
+    Vh = (Z.all @ (W / S.to(A.device)).to(wide)).T.float()
+    gain = min(gain, max(total - captured, 0.0))
+    return TruncatedSVD(U, S, Vh, total, captured, gain, "krylov")
+
+
+class _Columns:
+    """A matrix that grows by columns, in memory that doubles."""
+
+    def __init__(self, empty: torch.Tensor) -> None:
+        self._store, self.all = empty, empty
+
+    def append(self, columns: torch.Tensor) -> None:
+        """Put columns on the right, converted to the matrix's dtype."""
+        used = self.all.shape[1]
+        wanted = used + columns.shape[1]
+        if wanted > self._store.shape[1]:
+            self._store = self.all.new_empty(self.all.shape[0], max(2 * used, 4 * _BLOCK))
+            self._store[:, :used] = self.all
+        self._store[:, used:wanted] = columns
+        self.all = self._store[:, :wanted]

@@ -1,0 +1,1 @@
+"""One file a verb: read, plan, work tensor by tensor, write, report."""

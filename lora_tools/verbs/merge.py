@@ -1,0 +1,355 @@
+"""``merge``: a base checkpoint with one or more adapters added to its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from lora_tools.errors import NonFiniteError, UsageError
+from lora_tools.formats import digest as hashing
+from lora_tools.formats.checkpoint import Checkpoint, open_checkpoint
+from lora_tools.formats.checkpoint_writer import CheckpointWriter, Shard, lay_out, parse_size
+from lora_tools.formats.dtypes import parse_float_dtype, torch_dtype
+from lora_tools.formats.output import check_destination, check_space, staged
+from lora_tools.formats.safetensors_file import encode_header
+from lora_tools.formats.sidecar import NAME as SIDECAR_NAME
+from lora_tools.records import Input, ProgressCallback, Report, TensorSpec
+from lora_tools.verbs.common import tool_version
+from lora_tools.verbs.merge_plan import (
+    MergePlan,
+    Target,
+    Weighted,
+    adapter_digest,
+    build_effects,
+    open_weighted,
+    plan_merge,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from lora_tools.formats.sidecar import Listing, SidecarWriter
+
+_COPY_STEP = 8 << 20
+
+
+def merge(
+    base: str | Path,
+    adapters: Sequence[str | Path | tuple[str | Path, float]],
+    out: str | Path,
+    *,
+    dtype: str | None = None,
+    shard_size: str | None = None,
+    reversible: bool = False,
+    allow_unmatched: bool = False,
+    jobs: int | None = None,
+    allow_pickle: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: ProgressCallback | None = None,
+) -> Report:
+    """Write to ``out`` the base with every adapter added: W + Σ weight · (its effect on W).
+
+    Args:
+        base: a checkpoint folder, a safetensors file or a hub id.
+        adapters: PEFT adapters: ``path``, ``"path=weight"`` or ``(path, weight)``.
+        dtype: of the output's float tensors; by default each keeps its own.
+        shard_size: such as ``"5GB"``; by default the base's files again.
+        reversible: write a sidecar by which ``unmerge`` gives the base back bit for bit.
+        allow_unmatched: leave out adapter keys that match no tensor instead of refusing.
+        dry_run: return the plan; read headers only and write nothing.
+
+    The sum is formed in float32 (float64 for float64 tensors) and rounded once.
+
+    Raises:
+        LoraToolsError: any of the tree; the destination is untouched then.
+    """
+    started = time.perf_counter()
+    wanted = parse_float_dtype(dtype) if dtype else None
+    limit = parse_size(shard_size) if shard_size else None
+    checkpoint = open_checkpoint(base, allow_pickle)
+    weighted = open_weighted(adapters, allow_pickle)
+    destination = Path(out)
+    if (
+        reversible
+        and wanted
+        and any(s.is_float and s.dtype != wanted for s in checkpoint.specs.values())
+    ):
+        raise UsageError("--reversible keeps the base's dtypes: leave --dtype out")
+    if limit is not None and not checkpoint.is_folder:
+        raise UsageError("--shard-size needs a folder as BASE: a bare file stays one file")
+    plan = plan_merge(checkpoint, weighted, allow_unmatched)
+    if reversible:
+        _refuse_resized(plan, checkpoint)
+    shards = lay_out(checkpoint, _out_specs(plan, wanted), limit)
+    nbytes = sum(shard.nbytes for shard in shards)
+    inputs = [Input("base", str(base)), *(Input("adapter", _shown(w)) for w in weighted)]
+    report = Report(
+        "merge", tool_version(), tuple(inputs), str(out), dry_run, plan.fates(),
+        totals={"bytes": nbytes}, notes=plan.notes,
+    )  # fmt: skip
+    if not dry_run:
+        paths = [checkpoint.path, *(w.adapter.path for w in weighted)]
+        check_destination(destination, paths, force)
+        beside = destination.with_name(destination.name + ".sidecar")
+        if not checkpoint.is_folder and reversible:
+            check_destination(beside, paths, force)
+        check_space(destination, nbytes)
+        with staged(destination) as staging:
+            report = _merge(
+                report, checkpoint, weighted, plan, shards, staging / "out", reversible, jobs,
+                progress,
+            )  # fmt: skip
+        if force and not checkpoint.is_folder and not reversible:
+            beside.unlink(missing_ok=True)  # that of the file replaced
+    return dataclasses.replace(report, seconds=time.perf_counter() - started)
+
+
+def _refuse_resized(plan: MergePlan, base: Checkpoint) -> None:
+    for target in plan.targets:
+        if target.spec.shape != base.specs[target.base_name].shape:
+            raise UsageError(
+                f"--reversible: {target.spec.name} is replaced by one of another shape, which "
+                "cannot be undone from a sidecar; keep the base instead"
+            )
+
+
+def _shown(weighted: Weighted) -> str:
+    return weighted.path if weighted.weight == 1 else f"{weighted.path}={weighted.weight:g}"
+
+
+def _out_specs(plan: MergePlan, wanted: str | None) -> dict[str, TensorSpec]:
+    specs = {}
+    for target in (*plan.targets, *plan.untied):
+        spec = target.spec
+        if wanted and spec.is_float:
+            spec = dataclasses.replace(spec, dtype=wanted)
+        specs[spec.name] = spec
+    return specs
+
+
+def _merge(
+    report: Report,
+    base: Checkpoint,
+    adapters: Sequence[Weighted],
+    plan: MergePlan,
+    shards: Sequence[Shard],
+    out: Path,
+    reversible: bool,
+    jobs: int | None,
+    progress: ProgressCallback | None,
+) -> Report:
+    from lora_tools import engine
+    from lora_tools.formats.sidecar import SidecarWriter
+
+    specs = {spec.name: spec for shard in shards for spec in shard.specs}
+    sidecar = SidecarWriter(out.parent) if reversible else None
+    base_hashes: dict[str, str] = {}
+    out_hashes: dict[str, str] = {}
+    try:
+        with CheckpointWriter(out, shards, base.is_folder) as writer:
+            for target, result in zip(
+                (*plan.targets, *plan.untied),
+                engine.run(
+                    (*plan.targets, *plan.untied),
+                    lambda target: merge_tensor(
+                        target, base, specs[target.spec.name], writer.write, reversible
+                    ),
+                    jobs=jobs,
+                    nbytes=lambda target: target.spec.nbytes,
+                    label=lambda target: target.spec.name,
+                    progress=progress,
+                ),
+                strict=True,
+            ):
+                out_hashes[target.spec.name] = result.out_hash
+                if target not in plan.untied:
+                    base_hashes[target.base_name] = result.base_hash
+                    if sidecar is not None and result.listing is not None:
+                        sidecar.add(target.base_name, result.listing)
+            changed = _changed_files(base, plan, specs)
+            left = writer.finish(
+                base, base.index_name if len(shards) > 1 else None, changed, (SIDECAR_NAME,)
+            )
+        digests = [hashing.digest(base.specs.values(), base_hashes)]
+        digests += [adapter_digest(w.adapter) for w in adapters]
+        totals = {
+            **report.totals,
+            "tensors_merged": sum(bool(t.parts) for t in plan.targets) + len(plan.untied),
+            "tensors_copied": sum(not t.parts for t in plan.targets),
+            "output_digest": hashing.digest(specs.values(), out_hashes),
+        }
+        if sidecar is not None:
+            path = out / SIDECAR_NAME if base.is_folder else out.with_name("out.sidecar")
+            _write_sidecar(sidecar, path, base, digests, adapters, changed)
+            totals["sidecar_bytes"] = path.stat().st_size
+            totals["sidecar_share"] = path.stat().st_size / report.totals["bytes"]
+    finally:
+        if sidecar is not None:
+            sidecar.close()
+    notes = list(report.notes)
+    if left:
+        notes.append(f"left behind, since they hold other weights: {', '.join(map(str, left))}")
+    inputs = tuple(
+        dataclasses.replace(i, digest=d) for i, d in zip(report.inputs, digests, strict=True)
+    )
+    return dataclasses.replace(report, inputs=inputs, totals=totals, notes=tuple(notes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Merged:
+    """Hashes of one tensor before and after, and what undoes the change."""
+
+    base_hash: str
+    out_hash: str
+    listing: Listing | None = None
+
+
+Write = Callable[[str, memoryview, int], None]
+
+
+def copy_tensor(source: Checkpoint, name: str, write: Write) -> str:
+    """Copy a tensor's bytes through; returns their hash."""
+    raw, state = source.raw(name), xxhash.xxh3_128()
+    for offset in range(0, raw.nbytes, _COPY_STEP):
+        chunk = raw[offset : offset + _COPY_STEP]
+        state.update(chunk)
+        write(name, chunk, offset)
+        source.release(name, offset, offset + chunk.nbytes)
+    return state.hexdigest()
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32, or float64 where the tensor is float64."""
+    import torch
+
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def as_matrix(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of any rank as (rows, cols), without a copy; a vector is one row."""
+    return tensor.reshape(1, -1) if tensor.dim() < 2 else tensor.reshape(tensor.shape[0], -1)
+
+
+def merge_tensor(
+    target: Target, base: Checkpoint, spec: TensorSpec, write: Write, reversible: bool
+) -> Merged:
+    """Merge one tensor, writing it run by run, or copy it where nothing acts on it."""
+    from lora_tools.formats.tensors import as_bytes
+    from lora_tools.linalg import reversible as codec
+    from lora_tools.linalg.lora import rows_per_run
+    from lora_tools.linalg.merge import TensorMerge
+
+    stored = base.specs[target.base_name]
+    if not target.parts and spec.dtype == stored.dtype and spec.name == target.base_name:
+        digest = copy_tensor(base, target.base_name, write)
+        return Merged(digest, digest)
+    base_hash = hashing.tensor_hash(base.raw(target.base_name))
+    dtype = torch_dtype(spec.dtype)
+    source = as_matrix(base.tensor(target.base_name))
+    working = working_dtype(source.dtype)
+
+    def read(start: int, stop: int) -> torch.Tensor:
+        return source[start:stop].to(working, copy=True)
+
+    effects = build_effects(target)
+    if spec.shape != stored.shape:  # saved whole with another vocabulary
+        source = as_matrix(target.parts[0].weighted.adapter.tensor(str(target.parts[0].source)))
+    shape = (source.shape[0], source.shape[1])
+    work = TensorMerge(effects, shape, read, working)
+    # An estimate in float64 keeps the listing of a float32 base short.
+    wide = work if dtype.itemsize < 4 else TensorMerge(
+        effects, shape, None, torch_dtype("F64"), work.norms)  # fmt: skip
+    state, runs, offset = xxhash.xxh3_128(), [], 0
+    step = rows_per_run(shape)
+    for start in range(0, shape[0], step):
+        stop = min(start + step, shape[0])
+        exact = work.forward(read(start, stop), start, stop)
+        merged = exact.to(dtype)
+        _check_finite(exact, merged, spec.name)
+        data = as_bytes(merged)
+        write(spec.name, data, offset)
+        state.update(data)
+        if reversible:
+            slack = wide.slack(merged.to(wide.dtype), start, stop)
+            estimate = wide.estimate(merged.to(wide.dtype, copy=True), start, stop)
+            where = codec.listed(source[start:stop], estimate, slack)
+            runs.append(codec.encode(source[start:stop], merged, where))
+        offset += data.nbytes
+    base.release(target.base_name)
+    listing = _listing(runs, work.norms) if reversible else None
+    return Merged(base_hash, state.hexdigest(), listing)
+
+
+def _listing(runs: list[tuple[bytes, bytes]], norms: Sequence[torch.Tensor]) -> Listing:
+    from lora_tools.formats.sidecar import Listing
+
+    return Listing(tuple(runs), tuple(norms))
+
+
+def _check_finite(exact: torch.Tensor, rounded: torch.Tensor, name: str) -> None:
+    import torch
+
+    if not exact.numel():
+        return
+    low, high = torch.aminmax(exact)  # NaN propagates and fails both comparisons
+    limit = torch.finfo(rounded.dtype).max
+    if not (float(low) >= -limit and float(high) <= limit) and not rounded.isfinite().all():
+        raise NonFiniteError(
+            f"{name}: the merged tensor holds an inf or a NaN in {rounded.dtype}; check the base "
+            "and the adapter, or choose a wider --dtype"
+        )
+
+
+def _changed_files(
+    base: Checkpoint, plan: MergePlan, specs: dict[str, TensorSpec]
+) -> dict[str, bytes]:
+    """Small files of the output whose contents differ from the base's."""
+    if not base.config:
+        return {}
+    config: dict[str, Any] = json.loads(json.dumps(base.config))
+    inner = config.get("text_config")
+    levels = [config, inner] if isinstance(inner, dict) else [config]
+    for level in levels:
+        if plan.unties:
+            level["tie_word_embeddings"] = False
+        for target in plan.targets:
+            before = base.specs[target.base_name].shape
+            if target.spec.shape != before and level.get("vocab_size") == before[0]:
+                level["vocab_size"] = target.spec.shape[0]
+    dtypes = {
+        spec.dtype for name, spec in specs.items()
+        if spec.is_float and name in base.specs and base.specs[name].dtype != spec.dtype
+    }  # fmt: skip
+    for key in ("torch_dtype", "dtype"):
+        if dtypes and key in config:
+            config[key] = str(torch_dtype(next(iter(dtypes)))).removeprefix("torch.")
+    if config == base.config:
+        return {}
+    return {"config.json": (json.dumps(config, indent=2) + "\n").encode()}
+
+
+def _write_sidecar(
+    sidecar: SidecarWriter,
+    path: Path,
+    base: Checkpoint,
+    digests: Sequence[str],
+    adapters: Sequence[Weighted],
+    changed: dict[str, bytes],
+) -> None:
+    for file in base.files:
+        header = file.header or encode_header(file.specs.values())[0][8:]
+        sidecar.add_header(file.path.with_suffix(".safetensors").name, header)
+    for name in {*changed, *([base.index_name] if base.index_name else [])}:
+        sidecar.add_file(name, (base.path / name).read_bytes())
+    used = [
+        {"digest": digest, "weight": w.weight}
+        for digest, w in zip(digests[1:], adapters, strict=True)
+    ]
+    sidecar.finish(path, digests[0], used)

@@ -1,0 +1,388 @@
+"""The plan of a merge: which adapter keys act on which tensor of the base. Shared by ``merge`` and
+``unmerge``. Names and shapes decide; no tensor is read until an effect is built."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_tools.errors import AdapterError, MismatchError, UnsupportedAdapter, UsageError
+from lora_tools.formats import digest as hashing
+from lora_tools.formats.checkpoint import Checkpoint, ties_embeddings
+from lora_tools.formats.names import (
+    align,
+    is_input_embedding,
+    is_output_head,
+    layout_name,
+    split_tensor,
+    tied_head,
+)
+from lora_tools.formats.peft import Adapter, LoraModule, TokenRows, open_adapter
+from lora_tools.linalg.layouts import LAYOUTS, Layout
+from lora_tools.records import Fate, TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from lora_tools.linalg.merge import Effect
+
+
+@dataclasses.dataclass(frozen=True)
+class Outline:
+    """What a plan needs to know of a checkpoint."""
+
+    path: Path
+    specs: Mapping[str, TensorSpec]
+    config: Mapping[str, Any]
+
+    @property
+    def ties_embeddings(self) -> bool:
+        return ties_embeddings(self.config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighted:
+    """An adapter and the weight it is merged with."""
+
+    adapter: Adapter
+    weight: float
+    path: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One key, or one pair of factors, of one adapter acting on one tensor."""
+
+    weighted: Weighted
+    source: LoraModule | TokenRows | str  # a str is the key of a tensor saved whole
+    kind: str  # "lora", "dora", "bias", "saved", "rows"
+    layout: Layout | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One tensor of the output: the base's (or the one it is untied from) and what acts on it."""
+
+    spec: TensorSpec
+    base_name: str
+    parts: tuple[Part, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class MergePlan:
+    """Every tensor of the output, in file order; ``untied`` are those the base does not store.
+
+    ``unties`` says that output head and input embedding, tied in the base, come to differ.
+    """
+
+    targets: tuple[Target, ...]
+    untied: tuple[Target, ...]
+    unties: bool
+    unmatched: tuple[Fate, ...]
+    notes: tuple[str, ...]
+
+    def fates(self) -> tuple[Fate, ...]:
+        """The fate of every tensor, and of every adapter key that matched nothing."""
+        fates = []
+        for target in (*self.targets, *self.untied):
+            kinds = sorted({part.kind for part in target.parts})
+            action = "merge" if kinds else "copy"
+            reason = ", ".join(kinds)
+            if target in self.untied:
+                reason = f"untied from {target.base_name}" + (f"; {reason}" if reason else "")
+                action = "add"
+            fates.append(Fate(target.spec.name, action, reason, target.spec.nbytes))
+        return (*fates, *self.unmatched)
+
+
+def open_weighted(
+    adapters: Sequence[str | Path | tuple[str | Path, float]], allow_pickle: bool
+) -> list[Weighted]:
+    """``PATH``, ``PATH=WEIGHT`` or (path, weight) → open adapters. Raises UsageError."""
+    if not adapters:
+        raise UsageError("at least one adapter is needed")
+    result = []
+    for given in adapters:
+        path, weight = given if isinstance(given, tuple) else _split_weight(str(given))
+        if not math.isfinite(weight):
+            raise UsageError(f"{path}: its weight is {weight}; a finite number is needed")
+        result.append(Weighted(open_adapter(path, allow_pickle), weight, str(path)))
+    return result
+
+
+def _split_weight(given: str) -> tuple[str, float]:
+    path, equals, number = given.rpartition("=")
+    if not equals or Path(given).exists():
+        return given, 1.0
+    try:
+        return path, float(number)
+    except ValueError:
+        raise UsageError(f"{given!r}: {number!r} is not a number (ADAPTER=WEIGHT)") from None
+
+
+def adapter_digest(adapter: Adapter) -> str:
+    """Content digest of an adapter's tensors."""
+    hashes = {name: hashing.tensor_hash(adapter.file.raw(name)) for name in adapter.file.specs}
+    return hashing.digest(adapter.file.specs.values(), hashes)
+
+
+def plan_merge(
+    base: Checkpoint | Outline, adapters: Sequence[Weighted], allow_unmatched: bool = False
+) -> MergePlan:
+    """Match every key of every adapter to a tensor.
+
+    Raises:
+        AdapterError: a key matches nothing (unless allowed), or two adapters replace one tensor.
+        MismatchError: shapes that do not fit.
+    """
+    parts: dict[str, list[Part]] = {}
+    unmatched: list[Fate] = []
+    notes: list[str] = []
+    head, embedding = _tied_pair(base, adapters)
+    for weighted in adapters:
+        wanted = _wanted(weighted)
+        known = list(base.specs) + ([head] if head else [])
+        mapping, sentence = align([name for name, _ in wanted], known)
+        if sentence:
+            notes.append(f"{weighted.path}: {sentence} to match the base")
+        for name, part in wanted:
+            target = mapping[name]
+            if target in base.specs or target == head:
+                spec = base.specs.get(target) or base.specs[embedding]
+                parts.setdefault(target, []).append(_fit(part, target, spec, base))
+            elif allow_unmatched:
+                unmatched.append(Fate(name, "unmatched", f"{weighted.path}: no such tensor"))
+            else:
+                raise AdapterError(
+                    f"{weighted.path}: {name} matches no tensor of {base.path}; is this the right "
+                    "base? --allow-unmatched leaves such keys out"
+                )
+    if not parts:
+        raise AdapterError(f"no key of {', '.join(w.path for w in adapters)} matches {base.path}")
+    _refuse_two_replacements(parts)
+    unties = bool(head) and _differ(parts, head, embedding)
+    untied: tuple[Target, ...] = ()
+    if unties:
+        _refuse_unless_untiable(head, embedding)
+        notes.append(
+            f"{head} and {embedding} were one tensor and are two now, since the adapters do not "
+            "act on both alike; tie_word_embeddings is set to false in config.json"
+        )
+    if head and head not in base.specs:
+        if unties:
+            spec = dataclasses.replace(base.specs[embedding], name=head)
+            acting = parts.get(head, [])
+            untied = (Target(_shape_after(spec, acting), embedding, tuple(acting)),)
+        elif parts.pop(head, None):
+            notes.append(f"{head} stays tied to {embedding}: the adapters act on both alike")
+    targets = tuple(
+        Target(_shape_after(spec, parts.get(name, [])), name, tuple(parts.get(name, ())))
+        for name, spec in base.specs.items()
+    )
+    return MergePlan(targets, untied, unties, tuple(unmatched), tuple(notes))
+
+
+def _wanted(weighted: Weighted) -> list[tuple[str, Part]]:
+    """Every part of an adapter with the tensor name it asks for."""
+    adapter = weighted.adapter
+    wanted: list[tuple[str, Part]] = []
+    for name, key in sorted(adapter.whole.items()):
+        wanted.append((name, Part(weighted, key, "saved")))
+    for name, module in sorted(adapter.modules.items()):
+        kind = "dora" if module.magnitude else "lora"
+        wanted.append((f"{name}.weight", Part(weighted, module, kind)))
+        if module.bias:
+            wanted.append((f"{name}.bias", Part(weighted, module, "bias")))
+    for name, rows in sorted(adapter.tokens.items()):
+        wanted.append((f"{name}.weight", Part(weighted, rows, "rows")))
+    return wanted
+
+
+def _tied_pair(base: Checkpoint | Outline, adapters: Sequence[Weighted]) -> tuple[str, str]:
+    """(output head, input embedding) where the base ties them; else two ""."""
+    head = tied_head(base.config, base.specs) if base.ties_embeddings else ""
+    embedding = next((n for n in base.specs if is_input_embedding(n)), "")
+    if not (head and embedding):
+        return "", ""
+    asked = {t for w in adapters for t, _ in _wanted(w) if is_output_head(t)}
+    return (min(asked) if asked and head not in base.specs else head), embedding
+
+
+def _differ(parts: dict[str, list[Part]], head: str, embedding: str) -> bool:
+    """Whether the effects on the two sides of a tied pair differ.
+
+    What PEFT lets the head follow is put there first: trained rows always, the rest where the
+    adapter asks for it. (PEFT 0.21 writes the factors of both sides then, or both weights.)
+    """
+    mine, theirs = parts.get(embedding, []), parts.get(head, [])
+    for part in mine:
+        follows = part.kind == "rows" or part.weighted.adapter.config.get("ensure_weight_tying")
+        if follows and not any(p.weighted is part.weighted and p.kind == part.kind for p in theirs):
+            theirs = parts.setdefault(head, [])
+            theirs.append(part)
+    return len(mine) != len(theirs) or not all(any(_alike(p, q) for q in theirs) for p in mine)
+
+
+def _alike(one: Part, other: Part) -> bool:
+    """Whether two parts of one adapter do the same to two tensors that are equal, to rounding.
+
+    Reads them. Factors need not be the same numbers: a resize gives others with their product.
+    """
+    import torch
+
+    from lora_tools.linalg.lora import difference_energy
+
+    if one is other or one.weighted is not other.weighted or one.kind != other.kind:
+        return one is other
+    adapter = one.weighted.adapter
+    if isinstance(one.source, LoraModule) and isinstance(other.source, LoraModule):
+        if one.kind == "dora":  # a magnitude for each dimension, and one for each token
+            return False
+        mine, theirs = _scaled_factors(one), _scaled_factors(other)
+        unit = max(torch.finfo(factor.dtype).eps for factor in (*mine[:2], *theirs[:2]))
+        scale = difference_energy(mine, (mine[0], mine[1], 0.0))
+        return difference_energy(mine, theirs) <= (4 * unit) ** 2 * scale
+    if isinstance(one.source, TokenRows) and isinstance(other.source, TokenRows):
+        if one.source.indices != other.source.indices:
+            return False
+    elif not (isinstance(one.source, str) and isinstance(other.source, str)):
+        return False
+    return torch.equal(adapter.tensor(_key(one)), adapter.tensor(_key(other)))
+
+
+def _scaled_factors(part: Part) -> tuple[torch.Tensor, torch.Tensor, float]:
+    from lora_tools.linalg.lora import scaling
+
+    assert isinstance(part.source, LoraModule)
+    scale = scaling(part.source.alpha, part.source.r, part.weighted.adapter.use_rslora)
+    return (*_stored_factors(part), scale)
+
+
+def _stored_factors(part: Part) -> tuple[torch.Tensor, torch.Tensor]:
+    adapter, module = part.weighted.adapter, part.source
+    assert part.layout is not None
+    assert isinstance(module, LoraModule)
+    return part.layout.stored_factors(adapter.tensor(module.A), adapter.tensor(module.B))
+
+
+def _refuse_unless_untiable(head: str, embedding: str) -> None:
+    if head.startswith(("cls.", "lm_head.decoder")):
+        raise UnsupportedAdapter(
+            f"{head} is tied to {embedding}, the adapter acts on one of them only, and this "
+            "architecture ties a bias with them, so that they cannot be parted. If the head is to "
+            "follow, set ensure_weight_tying to true in the adapter's adapter_config.json"
+        )
+
+
+def _fit(part: Part, name: str, spec: TensorSpec, base: Checkpoint | Outline) -> Part:
+    """Check shapes and choose the layout."""
+    adapter = part.weighted.adapter
+    if isinstance(part.source, LoraModule) and part.kind != "bias":
+        a, b = adapter.shape(part.source.A), adapter.shape(part.source.B)
+        layout = _layout(part.source, (b[0], a[1]), spec, base, adapter.fan_in_fan_out)
+        if not spec.is_float:
+            raise MismatchError(f"{name}: the base stores it as {spec.dtype}, which is not a float")
+        return dataclasses.replace(part, layout=layout)
+    key = _key(part)
+    shape = adapter.shape(key)
+    if isinstance(part.source, TokenRows):
+        rows = part.source.indices
+        fits = shape == (len(rows), *spec.shape[1:]) and all(0 <= i < spec.shape[0] for i in rows)
+    else:
+        # Other rows are another vocabulary, or other labels.
+        resizable = len(spec.shape) == 2 or split_tensor(name)[1] == "bias"
+        resized = resizable and part.kind == "saved" and shape[1:] == spec.shape[1:]
+        fits = shape == spec.shape or (resized and part.weighted.weight == 1)
+    if not fits:
+        raise MismatchError(
+            f"{name}: base is {spec.shape}, {part.weighted.path} brings {shape} ({part.kind})"
+        )
+    return part
+
+
+def _key(part: Part) -> str:
+    if isinstance(part.source, str):
+        return part.source
+    key = part.source.key if isinstance(part.source, TokenRows) else part.source.bias
+    assert key is not None
+    return key
+
+
+def _layout(
+    module: LoraModule,
+    out_in: tuple[int, int],
+    spec: TensorSpec,
+    base: Checkpoint | Outline,
+    fan_in_fan_out: bool,
+) -> Layout:
+    """The layout under which the factors have the stored shape. A square weight fits both
+    orientations: then GPT-2's Conv1D is known by the architecture (of a bare file, by what the
+    adapter says of it) and its layers' names."""
+    transposed = (out_in[1], out_in[0])
+    if module.embedding:
+        if spec.shape == transposed:
+            return LAYOUTS["embedding"]
+    elif spec.shape == out_in == transposed:
+        named = layout_name(spec, base.config or {"model_type": "gpt2" if fan_in_fan_out else ""})
+        return LAYOUTS["conv1d" if named == "conv1d" else "linear"]
+    elif spec.shape == out_in:
+        return LAYOUTS["linear"]
+    elif spec.shape == transposed:
+        return LAYOUTS["conv1d"]
+    raise MismatchError(
+        f"{module.module}: base is {spec.shape}, the factors are for (out, in) = {out_in}; is this "
+        "the base the adapter was trained on?"
+    )
+
+
+def _shape_after(spec: TensorSpec, parts: Sequence[Part]) -> TensorSpec:
+    """A tensor saved whole may bring another shape: a resized vocabulary."""
+    for part in parts:
+        if part.kind == "saved":
+            shape = part.weighted.adapter.shape(_key(part))
+            return dataclasses.replace(spec, shape=shape)
+    return spec
+
+
+def _refuse_two_replacements(parts: dict[str, list[Part]]) -> None:
+    for name, acting in parts.items():
+        saved = [p for p in acting if p.kind == "saved"]
+        if len(saved) > 1:
+            paths = " and ".join(p.weighted.path for p in saved)
+            raise AdapterError(f"{name}: {paths} each replace it whole; merge one of them only")
+
+
+def build_effects(target: Target) -> list[Effect]:
+    """Read the factors that act on a tensor."""
+    import torch
+
+    from lora_tools.linalg.lora import scaling
+    from lora_tools.linalg.merge import Added, LowRank, Replaced, RowsReplaced
+
+    effects: list[Effect] = []
+    for part in target.parts:
+        adapter, weight, source = part.weighted.adapter, part.weighted.weight, part.source
+        if isinstance(source, TokenRows):
+            indices = torch.tensor(source.indices)
+            effects.append(RowsReplaced(indices, adapter.tensor(source.key), weight))
+        elif isinstance(source, str):
+            effects.append(Replaced(_rows(adapter.tensor(source)), weight))
+        else:
+            scale = scaling(source.alpha, source.r, adapter.use_rslora)
+            if part.kind == "bias":
+                assert source.bias is not None
+                effects.append(Added(_rows(adapter.tensor(source.bias)), weight * scale))
+                continue
+            assert part.layout is not None
+            left, right = _stored_factors(part)
+            magnitude = adapter.tensor(source.magnitude) if source.magnitude else None
+            effects.append(LowRank(part.layout, left, right, scale, weight, magnitude))
+    return effects
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Any tensor as a matrix: a vector is one row."""
+    return tensor.reshape(1, -1) if tensor.dim() < 2 else tensor.reshape(tensor.shape[0], -1)

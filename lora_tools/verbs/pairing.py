@@ -1,0 +1,226 @@
+"""The plan of an extraction: which tensor of the tuned side answers which of the base, and the
+fate of each. Names, shapes and dtypes decide; no tensor is read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from lora_tools.errors import MismatchError
+from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.formats.names import (
+    align,
+    is_input_embedding,
+    is_output_head,
+    layout_name,
+    split_tensor,
+    tied_head,
+)
+from lora_tools.linalg.layouts import LAYOUTS
+from lora_tools.linalg.ranks import RankRule
+from lora_tools.records import Fate, TensorSpec
+
+# What is done with a pair if its two tensors turn out to differ.
+Action = Literal["decompose", "save", "bias", "skip", "refuse"]
+_WHEN_CHANGED = {
+    "decompose": "decompose if changed",
+    "save": "save whole if changed",
+    "bias": "save whole if changed",
+    "skip": "skip",
+    "refuse": "refuse if changed",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """One tensor of either side.
+
+    Attributes:
+        name: its name in the adapter (that of ``Plan.names_of``'s side).
+        base, tuned: its spec on each side, or None where it lacks there.
+        action: what to do if the two differ.
+        layout: its layer kind, for "decompose".
+        reason: why this action.
+        followed_by: the output head's module, where it is tied to this input embedding: what is
+            done to the one is done to the other.
+    """
+
+    name: str
+    base: TensorSpec | None
+    tuned: TensorSpec | None
+    action: Action
+    layout: str | None = None
+    reason: str = ""
+    followed_by: str = ""
+
+    @property
+    def spec(self) -> TensorSpec:
+        spec = self.tuned or self.base
+        assert spec is not None
+        return spec
+
+    @property
+    def module(self) -> str:
+        return split_tensor(self.name)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All pairs, fates that need no reading, and what the user should be told."""
+
+    pairs: tuple[Pair, ...]
+    settled: tuple[Fate, ...]
+    modules: frozenset[str]
+    notes: tuple[str, ...]
+
+    def fates(self, rule: RankRule) -> tuple[Fate, ...]:
+        """Every tensor's fate as far as it is known before anything is read."""
+        return (
+            *(Fate(p.name, _WHEN_CHANGED[p.action], p.reason, upper_bound(p, rule))
+              for p in self.pairs),
+            *self.settled,
+        )  # fmt: skip
+
+
+def upper_bound(pair: Pair, rule: RankRule) -> int:
+    """The most bytes this pair can take in the adapter, at two-sided rank and the base's dtype."""
+    if pair.followed_by:
+        return 2 * upper_bound(dataclasses.replace(pair, followed_by=""), rule)
+    if pair.action in ("save", "bias"):
+        return pair.spec.nbytes
+    if pair.action != "decompose":
+        return 0
+    rows, cols = pair.spec.shape
+    return (rows + cols) * rule.ceiling(rows, cols) * pair.spec.nbytes // pair.spec.numel
+
+
+def make_plan(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    *,
+    chosen: Callable[[str], bool],
+    embeddings: Literal["lora", "save", "skip"],
+    rest: Literal["save", "skip", "error"],
+) -> Plan:
+    """Pair the tensors of both sides and settle what to do with each.
+
+    Raises:
+        MismatchError: nothing in common, ambiguous prefixes, or shapes that differ.
+    """
+    notes: list[str] = []
+    to_base, sentence = align(list(tuned.specs), list(base.specs))
+    if sentence:
+        notes.append(f"tuned names: {sentence} to match the base")
+    if not any(name in base.specs for name in to_base.values()):
+        raise MismatchError(
+            f"{base.path} and {tuned.path} have no tensor name in common "
+            f"({next(iter(base.specs), '-')}, … against {next(iter(tuned.specs), '-')}, …); "
+            "are they the same architecture?"
+        )
+    pairs: list[Pair] = []
+    settled: list[Fate] = []
+    # Both sides by the base's names; a spec keeps its own.
+    ours, theirs = dict(base.specs), {to_base[name]: spec for name, spec in tuned.specs.items()}
+    followed = _settle_heads((base, ours), (tuned, theirs), settled, notes)
+    added = [name for name in theirs if name not in ours]
+    # Tensors that only the tuned side has are saved under its own names: the model that can load
+    # them is the tuned one. Otherwise the adapter goes on the base and takes the base's names.
+    own_names = bool(added) and rest == "save"
+    if own_names and sentence:
+        notes.append(
+            "the adapter carries the tuned side's names, since some tensors are only there"
+        )
+    options = {"embeddings": embeddings, "rest": rest}
+    to_tuned = {name: own for own, name in to_base.items()}
+    for name, spec in ours.items():
+        if name not in theirs:
+            settled.append(Fate(name, "only in base", "the adapter leaves it as it is"))
+            continue
+        shown = to_tuned.get(name, name) if own_names else name
+        pair = _pair(shown, spec, theirs[name], base.config, chosen, options)
+        pairs.append(dataclasses.replace(pair, followed_by=followed.get(name, "")))
+    pairs += [_one_sided(theirs[name], rest) for name in added]
+    modules = {m for p in pairs for m in (p.module, p.followed_by) if m}
+    return Plan(tuple(pairs), tuple(settled), frozenset(modules), tuple(notes))
+
+
+def _settle_heads(
+    ours: tuple[Checkpoint, dict[str, TensorSpec]],
+    theirs: tuple[Checkpoint, dict[str, TensorSpec]],
+    settled: list[Fate],
+    notes: list[str],
+) -> dict[str, str]:
+    """Settle output heads that a config ties to the input embedding.
+
+    Where both sides tie them, the embedding speaks for the head, which follows it: returned is
+    {embedding: head's module}. Where one side does and the other has a head of its own, the
+    embedding is put in the head's place, so that the two make a pair like any other.
+    """
+    tied = [_tied(side, specs) for side, specs in (ours, theirs)]
+    if tied[0] and tied[1]:
+        head, embedding = tied[0]
+        for _, specs in (ours, theirs):
+            if specs.pop(head, None):
+                settled.append(Fate(head, "tied", "the same tensor as the input embedding"))
+        if embedding in theirs[1]:
+            notes.append(f"{head} is tied to {embedding}, and so are their changes")
+            return {embedding: split_tensor(head)[0]}
+        return {}
+    for names, (_, specs), (_, others) in zip(tied, (ours, theirs), (theirs, ours), strict=True):
+        if names and names[0] in others:
+            head, embedding = names
+            specs[head] = specs[embedding]
+            notes.append(f"{head} is tied to {embedding} on one side only: they are parted")
+    return {}
+
+
+def _tied(side: Checkpoint, specs: Mapping[str, TensorSpec]) -> tuple[str, str] | None:
+    """(output head, input embedding) where the checkpoint has both as one tensor."""
+    head = tied_head(side.config, side.specs) if side.ties_embeddings else ""
+    embedding = next(filter(is_input_embedding, specs), "")
+    return (head, embedding) if head and embedding else None
+
+
+def _pair(
+    name: str,
+    base: TensorSpec,
+    tuned: TensorSpec,
+    config: Mapping[str, Any],
+    chosen: Callable[[str], bool],
+    options: Mapping[str, str],
+) -> Pair:
+    module, parameter = split_tensor(name)
+    kind = layout_name(dataclasses.replace(base, name=name), config)
+    resizable = kind == "embedding" or is_output_head(name)
+    if base.shape != tuned.shape:
+        grown = base.shape[1:] == tuned.shape[1:] and resizable
+        if not (grown and options["embeddings"] != "lora"):
+            hint = (
+                "was the vocabulary resized? --embeddings save keeps the tuned one whole, "
+                "--embeddings skip leaves it out"
+                if grown
+                else "are they the same architecture?"
+            )
+            raise MismatchError(f"{name}: base is {base.shape}, tuned is {tuned.shape}; {hint}")
+    if not chosen(module):
+        return Pair(name, base, tuned, "skip", reason="left out by --include/--exclude")
+    if (kind == "embedding" and options["embeddings"] != "lora") or base.shape != tuned.shape:
+        action: Action = "save" if options["embeddings"] == "save" else "skip"
+        return Pair(name, base, tuned, action, reason=f"--embeddings {options['embeddings']}")
+    if kind is not None and base.is_float and tuned.is_float:
+        return Pair(name, base, tuned, "decompose", kind, LAYOUTS[kind].name)
+    if parameter == "bias" and options["rest"] == "save":
+        return Pair(name, base, tuned, "bias", reason="a bias has no low-rank form")
+    action = {"save": "save", "skip": "skip", "error": "refuse"}[options["rest"]]  # type: ignore[assignment]
+    return Pair(name, base, tuned, action, reason=f"no low-rank form (--rest {options['rest']})")
+
+
+def _one_sided(spec: TensorSpec, rest: str) -> Pair:
+    if rest == "error":
+        raise MismatchError(
+            f"{spec.name}: only the tuned side has it; --rest save keeps it whole, --rest skip "
+            "leaves it out"
+        )
+    reason = f"only the tuned side has it (--rest {rest})"
+    return Pair(spec.name, None, spec, "save" if rest == "save" else "skip", reason=reason)

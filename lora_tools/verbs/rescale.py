@@ -1,0 +1,328 @@
+"""``rescale``: another strength, alpha or rank for an adapter, or the form one consumer reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lora_tools.errors import NonFiniteError, UnsupportedAdapter, UsageError
+from lora_tools.formats.consumers import Consumer
+from lora_tools.formats.dtypes import parse_float_dtype, torch_dtype
+from lora_tools.formats.output import check_destination, check_space, staged
+from lora_tools.formats.peft import Adapter, LoraModule, open_adapter
+from lora_tools.linalg.layouts import LAYOUTS
+from lora_tools.linalg.ranks import RankRule
+from lora_tools.records import Fate, Input, ModuleResult, ProgressCallback, Report
+from lora_tools.verbs.common import consumer_named, rank_rule, tool_version
+from lora_tools.verbs.merge_plan import adapter_digest
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    scale: float
+    alpha: float | None
+    keep_effect: bool
+    rule: RankRule | None
+    rslora: bool
+    dtype: str | None
+    consumer: Consumer
+    pad_to: int | None  # the one rank of a consumer that reads no patterns
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scaled:
+    """One module's new factors; ``result`` where its rank was chosen anew."""
+
+    module: LoraModule
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+    alpha: float
+    bias: torch.Tensor | None
+    result: ModuleResult | None
+
+
+def rescale(
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    scale: float | None = None,
+    alpha: float | None = None,
+    effect: Literal["keep", "change"] = "keep",
+    rank: int | None = None,
+    energy: float | None = None,
+    max_rank: int | None = None,
+    rslora: bool | None = None,
+    dtype: str | None = None,
+    consumer: str = "peft",
+    jobs: int | None = None,
+    allow_pickle: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: ProgressCallback | None = None,
+) -> Report:
+    """Write to ``out`` the adapter with another scale, alpha, rank or form.
+
+    Args:
+        scale: multiply the adapter's effect; lora_alpha changes, the factors do not.
+        alpha: set lora_alpha. With ``effect="keep"`` lora_B makes up for it; with "change" the
+            factors stay and the effect changes in proportion.
+        rank, energy, max_rank: resize, as in ``extract``: by an exact SVD of B·A that never forms
+            it (QR of both factors, SVD of the r x r core).
+        rslora: write use_rslora or not, the effect kept.
+        dtype: of the factors; by default each keeps its own.
+        consumer: write what peft, vllm or llama.cpp reads.
+
+    Raises:
+        UsageError: nothing to do, or options that contradict each other.
+        UnsupportedAdapter: DoRA with ``scale`` (its magnitude fixes the norm, so that a factor on
+            the delta does not scale the effect), or a part that the consumer does not read.
+    """
+    started = time.perf_counter()
+    rule = rank_rule(rank, energy, max_rank)
+    target = consumer_named(consumer)
+    if scale is not None and not math.isfinite(scale):
+        raise UsageError(f"--scale {scale}: a finite number is needed")
+    if alpha is not None and not (alpha > 0 and math.isfinite(alpha)):
+        raise UsageError(f"--alpha {alpha}: a number above 0 is needed")
+    asked = (scale, alpha, rule, rslora, dtype)
+    if all(option is None for option in asked) and target.patterns:
+        raise UsageError("nothing to do: give --scale, --alpha, --rank, --energy, --rslora, "
+                         "--dtype or --for")  # fmt: skip
+    if effect == "change" and (alpha is None or rule is not None):
+        raise UsageError("--effect change goes with --alpha, and not with --rank or --energy")
+    given = open_adapter(adapter, allow_pickle)
+    if given.use_dora and (scale is not None or effect == "change"):
+        raise UnsupportedAdapter(
+            f"{adapter}: a DoRA adapter cannot be scaled: its magnitudes fix the norm of each "
+            "output; merge it with a weight instead (ADAPTER=0.5)"
+        )
+    _refuse_unread(given, target)
+    pad_to = None
+    if not target.patterns:
+        ranks = [_ceiling(m, given, rule) for m in given.modules.values()]
+        pad_to = target.rank_for(max(ranks, default=1))
+    options = _Options(
+        1.0 if scale is None else scale, alpha, effect == "keep", rule,
+        given.use_rslora if rslora is None else rslora,
+        parse_float_dtype(dtype) if dtype else None, target, pad_to,
+    )  # fmt: skip
+    report = Report(
+        "rescale", tool_version(), (Input("adapter", str(adapter)),), str(out), dry_run,
+        _fates(given, options), notes=tuple(_notes(given, options, scale)),
+    )  # fmt: skip
+    if not dry_run:
+        destination = Path(out)
+        check_destination(destination, [given.path], force)
+        check_space(destination, 3 * given.nbytes)
+        with staged(destination) as staging:
+            report = _rescale(report, given, options, staging / "out", jobs, progress)
+    return dataclasses.replace(report, seconds=time.perf_counter() - started)
+
+
+def conform_in_place(folder: Path, consumer: Consumer) -> None:
+    """Rewrite an adapter folder as the consumer reads it: one rank, alpha = r, scale in lora_B."""
+    given = open_adapter(folder)
+    _refuse_unread(given, consumer)
+    pad_to = consumer.rank_for(max(m.r for m in given.modules.values()))
+    options = _Options(1.0, None, True, None, False, None, consumer, pad_to)
+    new = folder.with_name(folder.name + "-conformed")
+    report = Report("rescale", tool_version(), (Input("adapter", ""),), "", False, ())
+    _rescale(report, given, options, new, 1, None)
+    shutil.rmtree(folder)
+    new.rename(folder)
+
+
+def _refuse_unread(given: Adapter, consumer: Consumer) -> None:
+    if given.use_dora and not consumer.dora:
+        raise consumer.refuse("DoRA", "merge the adapter into the base instead")
+    if (given.whole or given.tokens) and not consumer.saved:
+        first = min([*given.whole, *given.tokens])
+        raise consumer.refuse(
+            f"tensors saved whole ({first})", "merge the adapter into the base instead"
+        )
+    if any(m.bias for m in given.modules.values()) and not consumer.bias:
+        raise consumer.refuse("lora_bias", "merge the adapter into the base instead")
+
+
+def _ceiling(module: LoraModule, given: Adapter, rule: RankRule | None) -> int:
+    if rule is None:
+        return module.r
+    rows, cols = given.shape(module.B)[0], given.shape(module.A)[1]
+    return min(rule.ceiling(rows, cols), module.r)
+
+
+def _fates(given: Adapter, options: _Options) -> tuple[Fate, ...]:
+    action = "resize" if options.rule is not None else "rescale"
+    return (
+        *(Fate(name, action, f"rank {m.r}, alpha {m.alpha:g}")
+          for name, m in given.modules.items()),
+        *(Fate(name, "copy", "saved whole") for name in given.whole),
+        *(Fate(name, "copy", "trained rows") for name in given.tokens),
+    )  # fmt: skip
+
+
+def _notes(given: Adapter, options: _Options, scale: float | None) -> list[str]:
+    notes = []
+    if scale is not None:
+        notes.append(f"the effect is {scale:g} times what it was")
+        if given.whole or given.tokens:
+            notes.append("tensors saved whole are not scaled")
+    elif not options.keep_effect:
+        notes.append("the effect changes in proportion to lora_alpha")
+    elif options.rule is None:
+        notes.append("the effect is kept")
+    if options.pad_to is not None:
+        notes.append(f"for {options.consumer.name}: every module has rank {options.pad_to}, "
+                     "alpha the same, zeros where it had less")  # fmt: skip
+    return notes
+
+
+def _rescale(
+    report: Report,
+    given: Adapter,
+    options: _Options,
+    folder: Path,
+    jobs: int | None,
+    progress: ProgressCallback | None,
+) -> Report:
+    from lora_tools import engine
+    from lora_tools.formats.peft import PeftWriter
+
+    folder.mkdir()
+    writer = PeftWriter(folder)
+    results = []
+    try:
+        for scaled in engine.run(
+            list(given.modules.values()),
+            lambda module: _scale_module(module, given, options),
+            jobs=jobs,
+            nbytes=lambda m: 8 * m.r * (given.shape(m.A)[1] + given.shape(m.B)[0]),
+            label=lambda module: module.module,
+            progress=progress,
+        ):
+            module = scaled.module
+            magnitude = given.tensor(module.magnitude) if module.magnitude else None
+            writer.add_lora(
+                module.module, scaled.lora_A, scaled.lora_B, scaled.alpha,
+                embedding=module.embedding, bias=scaled.bias, magnitude=magnitude,
+            )  # fmt: skip
+            if scaled.result is not None:
+                results.append(scaled.result)
+        for key in (*given.whole.values(), *(rows.key for rows in given.tokens.values())):
+            writer.add_raw(key, given.tensor(key))
+        config = {**given.config, "use_rslora": options.rslora and options.pad_to is None}
+        metadata = {k: v for k, v in given.file.metadata.items() if k != "format"}
+        writer.finish(config, None, metadata)
+    finally:
+        writer.close()
+    nbytes = sum(path.stat().st_size for path in folder.iterdir())
+    totals: dict[str, Any] = {"modules": len(given.modules), "bytes": nbytes}
+    energy = math.fsum(m.delta_norm**2 for m in results)
+    if energy:
+        missing = math.fsum((m.relative_error * m.delta_norm) ** 2 for m in results)
+        totals |= {
+            "relative_error": math.sqrt(missing / energy),
+            "energy": 1 - missing / energy,
+            "rank_min": min(m.rank for m in results),
+            "rank_max": max(m.rank for m in results),
+        }
+    digest = adapter_digest(given)
+    inputs = tuple(dataclasses.replace(i, digest=digest) for i in report.inputs)
+    return dataclasses.replace(report, inputs=inputs, modules=tuple(results), totals=totals)
+
+
+def _scale_module(module: LoraModule, given: Adapter, options: _Options) -> _Scaled:
+    from lora_tools.linalg import lora
+
+    A, B = given.tensor(module.A), given.tensor(module.B)
+    bias = given.tensor(module.bias) if module.bias else None
+    before = lora.scaling(module.alpha, module.r, given.use_rslora)
+    result = None
+    if options.rule is not None:
+        A, B, alpha, result = _resize(module, A, B, before * options.scale, given, options)
+        now = lora.scaling(alpha, A.shape[0], options.rslora)
+        bias = _times(bias, before * options.scale / now)
+    else:
+        # Strength goes into alpha, which costs no rounding, unless alpha is given.
+        strength = before * options.scale
+        if options.alpha is not None:
+            alpha = options.alpha
+            if options.keep_effect:
+                ratio = strength / lora.scaling(alpha, module.r, options.rslora)
+                B, bias = _times(B, ratio), _times(bias, ratio)
+        else:
+            alpha = strength / lora.scaling(1.0, module.r, options.rslora)
+            if options.scale == 1.0 and options.rslora == given.use_rslora:
+                alpha = module.alpha
+    if options.pad_to is not None:
+        B = _times(B, lora.scaling(alpha, A.shape[0], options.rslora))
+        A, B = _pad(A, B, options.pad_to)
+        alpha = float(options.pad_to)
+    if options.dtype is not None:
+        dtype = torch_dtype(options.dtype)
+        A, B, bias = A.to(dtype), B.to(dtype), None if bias is None else bias.to(dtype)
+    if not all(x.isfinite().all() for x in (A, B, bias) if x is not None):
+        raise NonFiniteError(
+            f"{module.module}: the factors hold an inf or a NaN; were they so before? Otherwise "
+            "choose a wider --dtype"
+        )
+    return _Scaled(module, A, B, alpha, bias, result)
+
+
+def _times(tensor: Any, factor: float) -> Any:
+    """tensor · factor, rounded once to the tensor's dtype; None stays None."""
+    if tensor is None or factor == 1.0:
+        return tensor
+    return (tensor.double() * factor).to(tensor.dtype)
+
+
+def _pad(A: torch.Tensor, B: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Zero rows and columns up to rank r: the product stays."""
+    from torch.nn.functional import pad
+
+    missing = r - A.shape[0]
+    return pad(A, (0, 0, 0, missing)), pad(B, (0, missing))
+
+
+def _resize(
+    module: LoraModule,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    strength: float,
+    given: Adapter,
+    options: _Options,
+) -> tuple[torch.Tensor, torch.Tensor, float, ModuleResult]:
+    """The best factors of the rank the rule chooses, with the strength folded in."""
+    from lora_tools.linalg import lora
+    from lora_tools.linalg.svd import top_directions
+
+    assert options.rule is not None
+    if not (A.isfinite().all() and B.isfinite().all()):
+        raise NonFiniteError(f"{module.module}: its factors hold an inf or a NaN")
+    U, S, Vh = lora.resize(B, A)
+    total = float((S * S).sum())
+    if not math.isfinite(total):
+        raise NonFiniteError(f"{module.module}: its factors hold an inf or a NaN")
+    r = top_directions(S, options.rule)
+    root = S[:r].sqrt()
+    alpha = options.alpha if options.alpha is not None else float(r)
+    scale = lora.scaling(alpha, r, options.rslora)
+    new_A = (root[:, None] * Vh[:r]).to(A.dtype)
+    new_B = (U[:, :r] * root * (strength / scale)).to(B.dtype)
+    error = lora.difference_energy((B, A, strength), (new_B, new_A, scale))
+    full = total * strength**2
+    layout = LAYOUTS["embedding" if module.embedding else "linear"].name
+    result = ModuleResult(
+        module=module.module, layout=layout, shape=(B.shape[0], A.shape[1]), rank=r,
+        relative_error=math.sqrt(error / full) if full else 0.0,
+        energy=1 - error / full if full else 1.0, gain_bound=0.0, delta_norm=math.sqrt(full),
+        relative_change=math.nan, method="resize",
+    )  # fmt: skip
+    return new_A, new_B, alpha, result

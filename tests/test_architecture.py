@@ -1,0 +1,251 @@
+"""The rooms, what each may import, and what the package shows to the outside."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import click
+import pytest
+
+import lora_tools
+from lora_tools.cli import main
+from lora_tools.cli.groups import GroupedOption
+
+PACKAGE = Path(lora_tools.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+LONGEST_FILE = 420
+
+# What each room may import, besides itself and the standard library less ``NOT_HERE``.
+BELOW = {
+    "__init__": {"errors", "records", "verbs"},
+    "__main__": {"cli"},
+    "cli": {"verbs", "records", "errors", "click", "rich"},
+    "verbs": {
+        "engine", "formats", "linalg", "nn", "onnx", "records", "errors", "torch", "xxhash"
+    },
+    "onnx": {
+        "nn", "engine", "formats", "linalg", "records", "errors", "torch", "onnx", "onnxscript",
+        "onnxruntime", "transformers", "numpy",
+    },
+    "nn": {"engine", "linalg", "records", "errors", "torch"},
+    "engine": {"formats", "linalg", "records", "errors", "torch", "dask", "distributed"},
+    "formats": {"records", "errors", "torch", "numpy", "huggingface_hub", "xxhash", "zstandard"},
+    "linalg": {"records", "errors", "torch", "numpy", "scipy"},
+    "records": set(),
+    "errors": {"records"},
+}  # fmt: skip
+THREADS = {"threading", "concurrent", "multiprocessing", "asyncio"}
+NOT_HERE = {
+    "linalg": THREADS | {"pathlib", "json", "os", "io", "sys", "re", "shutil"},
+    "formats": THREADS,
+    "verbs": THREADS,
+    "cli": THREADS,
+    "nn": THREADS,
+    "onnx": THREADS,
+    "records": THREADS | {"pathlib", "os", "json"},
+    "errors": THREADS | {"pathlib", "os", "json"},
+}
+# Never at the top of a module: a verb asks for them, ``--help`` and a dry run do not.
+HEAVY = {"torch", "numpy", "scipy", "rich", "huggingface_hub", "transformers", "onnx"}
+# Modules that work with tensors all along, which only a running verb imports.
+NUMERIC = {
+    "linalg/delta.py", "linalg/lora.py", "linalg/merge.py", "linalg/reversible.py", "linalg/svd.py",
+    "linalg/combine.py", "linalg/nf4.py", "nn.py",
+}  # fmt: skip
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imports(path: Path) -> Iterator[tuple[str, ast.AST, bool]]:
+    """(module, node, whether it runs on import) of every import statement in a file."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+
+    def walk(node: ast.AST, at_top: bool) -> Iterator[tuple[str, ast.AST, bool]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                yield from ((alias.name, child, at_top) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                assert child.level == 0, f"{path}:{child.lineno}: import by the full name"
+                if child.module == "lora_tools":
+                    yield from ((f"lora_tools.{a.name}", child, at_top) for a in child.names)
+                else:
+                    yield str(child.module), child, at_top
+            elif isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+                for part in child.body:
+                    yield from walk(ast.Module([part], []), False)
+                for part in child.orelse:
+                    yield from walk(ast.Module([part], []), at_top)
+            else:
+                inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+                yield from walk(child, at_top and not inside)
+
+    yield from walk(tree, True)
+
+
+def test_the_walker_sees_every_form_of_import(tmp_path: Path) -> None:
+    file = tmp_path / "a.py"
+    file.write_text(
+        "import x.y\nif TYPE_CHECKING:\n import t\ndef f():\n from z import q\n"
+        "from lora_tools import engine\nclass C:\n import c\ntry:\n import d\nexcept E:\n pass\n"
+    )
+    assert [(name, at_top) for name, _, at_top in imports(file)] == [
+        ("x.y", True), ("t", False), ("z", False), ("lora_tools.engine", True), ("c", True),
+        ("d", True),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_run_downward_only(path: Path) -> None:
+    mine = room(path)
+    for name, node, _ in imports(path):
+        top, _, rest = name.partition(".")
+        where = f"{path.relative_to(PACKAGE)}:{node.lineno}: {name}"  # type: ignore[attr-defined]
+        if top == "lora_tools":
+            target = rest.split(".")[0]
+            assert target == mine or target in BELOW[mine], f"{where}: not below {mine}"
+        elif top in sys.stdlib_module_names:
+            assert top not in NOT_HERE.get(mine, set()), f"{where}: not in {mine}"
+        else:
+            assert top in BELOW[mine], f"{where}: {mine} does without"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_heavy_imports_are_lazy(path: Path) -> None:
+    if path.relative_to(PACKAGE).as_posix() in NUMERIC:
+        return
+    for name, node, at_top in imports(path):
+        top = name.partition(".")[0]
+        assert not (at_top and top in HEAVY), f"{path}:{node.lineno}: {name}"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_stay_short(path: Path) -> None:
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= LONGEST_FILE, f"{path.name} has {lines} lines: give part of it a file"
+
+
+def test_exported_names() -> None:
+    assert lora_tools.__all__ == [
+        "AdapterError", "CheckpointError", "Fate", "Input", "LoraToolsError", "MismatchError",
+        "ModuleResult", "NonFiniteError", "OutputError", "Progress", "QualityGateError", "Report",
+        "TensorNotFound", "TensorSpec", "UnsafeInput", "UnsupportedAdapter", "UsageError",
+        "extract", "merge", "rescale", "unmerge",
+    ]  # fmt: skip
+    for name in lora_tools.__all__:
+        assert getattr(lora_tools, name).__module__.startswith("lora_tools.")
+    assert dir(lora_tools) == lora_tools.__all__
+    with pytest.raises(AttributeError):
+        lora_tools.no_such_name  # noqa: B018
+
+
+def public(path: Path) -> Iterator[tuple[str, ast.AST]]:
+    """Public functions, classes and their public methods, with their names."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    kinds = ast.FunctionDef | ast.ClassDef
+    for node in tree.body:
+        if isinstance(node, kinds) and not node.name.startswith("_"):
+            yield node.name, node
+            for inner in node.body if isinstance(node, ast.ClassDef) else ():
+                if isinstance(inner, kinds) and not inner.name.startswith("_"):
+                    yield f"{node.name}.{inner.name}", inner
+
+
+def says_nothing_new(node: ast.AST) -> bool:
+    """A property, or a body of ``...``: its name and type say what it is."""
+    if not isinstance(node, ast.FunctionDef):
+        return False
+    decorators = {ast.unparse(d) for d in node.decorator_list}
+    return "property" in decorators or ast.unparse(node.body[-1]) == "..."
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_what_is_public_has_a_docstring(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree) or not tree.body, "the module itself"
+    without = [
+        name for name, node in public(path)
+        if not ast.get_docstring(node) and not says_nothing_new(node)  # type: ignore[arg-type]
+    ]  # fmt: skip
+    assert not without
+
+
+def test_every_verb_is_a_command_with_the_same_options() -> None:
+    renamed = {"report_file", "as_json", "quiet", "verbose", "help"}  # the command line's own
+    for name in ("extract", "merge", "unmerge", "rescale"):
+        parameters = inspect.signature(getattr(lora_tools, name)).parameters
+        command = {p.name for p in main.commands[name].params} - renamed
+        assert command == set(parameters) - {"progress"}, name
+
+
+def test_choices_are_those_of_the_verbs() -> None:
+    from lora_tools.formats.consumers import CONSUMERS
+
+    for name, command in main.commands.items():
+        verb = getattr(lora_tools, name, None)
+        for option in command.params:
+            if verb is None or not isinstance(option.type, click.Choice):
+                continue
+            if option.name == "consumer":
+                assert list(option.type.choices) == list(CONSUMERS)
+            else:
+                assert get_args(get_type_hints(verb)[option.name]) == tuple(option.type.choices)
+
+
+def test_defaults_are_those_of_the_verbs() -> None:
+    for name in ("extract", "merge", "unmerge", "rescale"):
+        command, parameters = main.commands[name], inspect.signature(getattr(lora_tools, name))
+        needed = sum(isinstance(p, click.Argument) for p in command.params)
+        given = command.make_context(name, [*["x"] * needed, "-o", "out"]).params
+        for parameter in parameters.parameters.values():
+            if parameter.default is not inspect.Parameter.empty and parameter.name in given:
+                assert given[parameter.name] == parameter.default, (name, parameter.name)
+
+
+def test_every_command_and_option_is_documented() -> None:
+    page = (PACKAGE.parent / "docs" / "cli.md").read_text(encoding="utf-8")
+    sections = {part.split("\n")[0]: part for part in page.split("\n## ")[1:]}
+    assert list(sections) == list(main.commands)
+    for name, command in main.commands.items():
+        assert command.help, name
+        assert command.short_help, name
+        assert len(command.short_help) <= 60, f"{name}: cut short in loratools --help"
+        for option in command.params:
+            if isinstance(option, click.Option):
+                assert option.help, f"{name} {option.opts}"
+                assert all(o in sections[name] for o in option.opts), f"{name} {option.opts}"
+                if name != "completion":
+                    assert isinstance(option, GroupedOption), f"{name} {option.opts}"
+
+
+LOADED = "import sys; {}; print(*sorted({{m.partition('.')[0] for m in sys.modules}}))"
+RUN = "from lora_tools.cli import run; run({!r})"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import lora_tools",
+        "import lora_tools.cli",
+        *(RUN.format(args) for args in (
+            ["--help"], ["--version"], ["extract", "--help"], ["merge", "--help"], [],
+            ["extract", "base"], ["extract", "a", "b", "-o", "c", "--rank", "x"], ["nonsense"],
+            ["extract", "no/such@", "b", "-o", "c"],
+        )),
+    ],
+)  # fmt: skip
+def test_nothing_heavy_is_imported_before_it_is_needed(code: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED.format(code)],
+        capture_output=True, text=True, check=True, cwd=tmp_path,
+    )  # fmt: skip
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert "lora_tools" in loaded
+    assert not loaded & HEAVY

@@ -1,0 +1,283 @@
+"""The documentation does what it says: snippets run, tables match the code, links lead on."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+import lora_tools
+
+from . import models
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli")
+
+ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/cli.md", "docs/extract.md",
+         "docs/merge.md", "docs/report.md"]  # fmt: skip
+FENCE = re.compile(
+    r"(?:^<!-- (?P<mark>[\w:-]+) -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.M | re.S
+)
+
+
+LABELS = r"module |total:|\d.*become|\d+ tensors|size:|sidecar:|the base,|note:"
+
+
+def read(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def blocks(page: str) -> list[tuple[str, str, str]]:
+    """(mark, language, text) of every fenced block."""
+    return [(m["mark"] or "", m["kind"], m["text"]) for m in FENCE.finditer(read(page))]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """base, tuned and two adapters, of which the second saves nothing whole."""
+    folder = tmp_path_factory.mktemp("pair")
+    model = models.make("llama")
+    models.save(model, folder / "base")
+    models.perturb(model, 0.01, seed=1)
+    models.save(model, folder / "tuned")
+    sides = folder / "base", folder / "tuned"
+    lora_tools.extract(*sides, folder / "adapter", rank=4)
+    lora_tools.extract(*sides, folder / "other", rank=2, rest="skip", embeddings="skip")
+    return folder
+
+
+@pytest.fixture
+def desk(pair: Path, tmp_path: Path) -> Path:
+    """A folder of one's own with base and tuned in it."""
+    for name in ("base", "tuned"):
+        shutil.copytree(pair / name, tmp_path / name)
+    return tmp_path
+
+
+def shell(text: str, folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run shell commands as a person would, with this environment's loratools."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", text], cwd=folder, capture_output=True, text=True,
+        timeout=200, check=False, env={**os.environ, "PATH": path, **env},
+    )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------- snippets
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if "```bash" in read(p)])
+def test_snippets_run(page: str, desk: Path, pair: Path) -> None:
+    """In order, in one folder, as a reader would type them."""
+    if page == "docs/merge.md":
+        for name in ("adapter", "other"):
+            shutil.copytree(pair / name, desk / name)
+    count = 0
+    for mark, kind, text in blocks(page):
+        if kind == "bash" and mark.startswith("ci:"):
+            continue  # installs things: .ci/run executes it
+        if kind == "bash":
+            assert mark == "run", f"neither run nor ci: {text}"
+            done = shell(text, desk)
+        elif kind == "python":
+            done = subprocess.run(
+                [sys.executable, "-c", text], cwd=desk, capture_output=True, text=True, check=False
+            )
+        else:
+            continue
+        assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+        count += 1
+        said = done.stdout
+        if "--max-error" in text:
+            assert "exit 3" in said
+        if "--no-sidecar" in text:
+            assert "exit 1" in said
+        if "cmp " in text:
+            assert "the same bytes" in said
+    assert count
+
+
+def test_the_output_in_readme_is_what_is_printed(desk: Path) -> None:
+    """Numbers and sizes aside: those are of another model, and .ci/run's log shows them."""
+
+    def mask(line: str) -> str:
+        return re.sub(r"[\d.,]+(e[+-]\d+)?( bytes| kB| MB)?", "#", " ".join(line.split()))
+
+    shown = "".join(text for _, kind, text in blocks("README.md") if kind == "text")
+    commands = """(
+        loratools extract base tuned -o adapter --energy 0.5
+        loratools merge base adapter -o merged --reversible
+        loratools unmerge merged adapter -o back
+        loratools extract base tuned -o attention --rank 4 --include self_attn --rest skip -q
+        loratools rescale attention -o half --scale 0.5
+        loratools rescale adapter -o small --energy 0.6
+        loratools rescale attention -o padded --for llama.cpp
+    ) 2>&1"""
+    printed = {mask(line) for line in shell(commands, desk).stdout.splitlines()}
+    lines = [line for line in shown.splitlines() if re.match(LABELS, line)]
+    assert len(lines) > 10
+    for line in lines:
+        assert mask(line) in printed, line
+
+
+def test_the_workflow_in_readme(desk: Path) -> None:
+    """Its steps run here on the tiny pair; at rank 64 that is decomposed without loss."""
+    [text] = [text for _, kind, text in blocks("README.md") if kind == "yaml"]
+    [job] = yaml.safe_load(text)["jobs"].values()
+    ran = 0
+    for step in job["steps"]:
+        commands = step.get("run", "")
+        if not commands or "pip install" in commands:
+            continue
+        if "jq" in commands and shutil.which("jq") is None:
+            continue
+        done = shell(commands, desk, BASE="base", TUNED="tuned")
+        assert done.returncode == 0, f"{commands}\n{done.stdout}\n{done.stderr}"
+        ran += 1
+    assert ran >= 1
+
+
+# ---------------------------------------------------------------------------- what CI executes
+
+
+def ci(name: str) -> list[str]:
+    [text] = [text for mark, _, text in blocks("README.md") if mark == f"ci:{name}"]
+    return text.strip().splitlines()
+
+
+def test_the_commands_of_ci_are_those_of_readme() -> None:
+    script = read(".ci/run")
+    function = script[script.index("block()") : script.index("copy()")]
+    for name in ("main-job", "tests"):
+        done = shell(f"root={ROOT}\n{function}\nblock {name}", ROOT)
+        assert done.stdout.splitlines() == ci(name)
+        assert f"block {name}" in script
+        assert all("-c constraints.txt" in line or "--no-deps" in line
+                   for line in ci(name) if "pip install" in line)  # fmt: skip
+    assert ci("tests")[-1] == "pytest"
+
+
+def test_constraints_pin_what_is_asked_for() -> None:
+    project = tomllib.loads(read("pyproject.toml"))["project"]
+    pins = dict(
+        line.split("==") for line in read("constraints.txt").splitlines() if line[:1] not in "#"
+    )
+    pins = {name.lower().replace("_", "-"): version for name, version in pins.items()}
+    assert pins["torch"] == "2.13.0", "other versions of torch bring gigabytes of CUDA"
+    for text in [*project["dependencies"], *project["optional-dependencies"]["test"]]:
+        wanted = Requirement(text)
+        pinned = pins[wanted.name.lower().replace("_", "-")]
+        assert wanted.specifier.contains(pinned), f"{text}, pinned to {pinned}"
+
+
+# ------------------------------------------------------------------------------------- reference
+
+
+def test_the_cli_reference_is_up_to_date() -> None:
+    spec = importlib.util.spec_from_file_location("generate_cli", ROOT / "docs/generate_cli.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.render() == read("docs/cli.md"), "run: python docs/generate_cli.py"
+
+
+def section(title: str) -> str:
+    return read("docs/report.md").split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def first_column(text: str) -> list[str]:
+    """The code words of the first cell of every row."""
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    return [word for row in rows for word in re.findall(r"`(\w+)`", row)]
+
+
+@pytest.mark.parametrize("record", ["Report", "Input", "Fate", "ModuleResult"])
+def test_every_field_of_the_report_is_documented(record: str) -> None:
+    fields = [field.name for field in dataclasses.fields(getattr(lora_tools, record))]
+    assert first_column(section(record)) == fields
+
+
+def test_every_total_and_action_is_documented(pair: Path, tmp_path: Path) -> None:
+    base, tuned, out = pair / "base", pair / "tuned", tmp_path
+    options: list[dict[str, Any]] = [
+        {}, {"dry_run": True}, {"exclude": ["lm_head"]}, {"exclude": ["."], "dry_run": True},
+        {"rest": "error", "dry_run": True},
+    ]  # fmt: skip
+    reports = [lora_tools.extract(base, tuned, out / f"a{i}", **o) for i, o in enumerate(options)]
+    reports += [
+        lora_tools.merge(base, [pair / "adapter"], out / "m"),
+        lora_tools.merge(base, [pair / "other"], out / "r", reversible=True),
+        lora_tools.unmerge(out / "r", [pair / "other"], out / "u1"),
+        lora_tools.unmerge(out / "r", [pair / "other"], out / "u2", sidecar=False),
+        lora_tools.rescale(pair / "adapter", out / "s", scale=2),
+        lora_tools.rescale(pair / "adapter", out / "n", rank=1),
+        lora_tools.rescale(pair / "adapter", out / "n", rank=1, dry_run=True),
+    ]
+    rows = [line for line in section("totals").splitlines() if line.startswith("| `")]
+    verbs = {key: row.split("|")[2] for row in rows for key in first_column(row)}
+    seen: dict[str, set[str]] = {}
+    for report in reports:
+        for key in report.totals:
+            seen.setdefault(key, set()).add(report.verb)
+    assert set(verbs) == set(seen)
+    for key, by in seen.items():
+        named = set(re.findall(r"extract|merge|unmerge|rescale", verbs[key].split("but")[0]))
+        assert named == by or "all" in verbs[key], key
+    actions = {fate.action for report in reports for fate in report.plan}
+    documented = set(re.findall(r"`([^`]+)`", section("Fate")))
+    assert actions <= documented, actions - documented
+    assert {m.method for r in reports for m in r.modules} <= set(
+        re.findall(r"`(\w+)`", section("ModuleResult"))
+    )
+
+
+def test_what_merge_refuses_is_listed() -> None:
+    """Every kind of adapter that is known and refused stands in the table of docs/merge.md."""
+    from lora_tools.formats import peft
+
+    table = read("docs/merge.md").split("## What is refused")[1].split("\n## ")[0]
+    flat = re.sub(r"[^a-z0-9]", "", table.lower().replace("³", "3"))
+    for kind in peft._NOT_LORA:
+        words = {
+            "MULTITASK_PROMPT_TUNING": "prompt", "PROMPT_TUNING": "prompt", "CPT": "prompt",
+            "PREFIX_TUNING": "prefix", "P_TUNING": "ptuning", "ADAPTION_PROMPT": "llamaadapter",
+            "TRAINABLE_TOKENS": "trainabletokens",
+        }  # fmt: skip
+        assert words.get(kind, re.sub(r"[^a-z0-9]", "", kind.lower())) in flat, kind
+    for start in peft._CHANGED_BASE:
+        assert re.sub(r"[^a-z]", "", start) in flat, start
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    text = re.sub(r"```.*?```", "", read(page), flags=re.S)
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if "://" in target:
+            continue
+        file, _, anchor = target.partition("#")
+        path = (ROOT / page).parent / file if file else ROOT / page
+        assert path.exists(), f"{page}: {target}"
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.M)
+            slugs = {re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles}
+            assert anchor in slugs, f"{page}: {target}"
+
+
+def test_no_machine_of_ours_is_in_the_project() -> None:
+    """Paths of one machine mean nothing on another."""
+    for page in [*PAGES, ".ci/run", "constraints.txt", "pyproject.toml"]:
+        assert not re.search(r"(?<![\w./])/(home|root|work|Users|tmp/w)/", read(page)), page

@@ -1,0 +1,347 @@
+"""Output appears whole or not at all, and what was there stays until its successor is complete."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora_tools.errors import OutputError
+from lora_tools.formats import output
+from lora_tools.formats.output import (
+    check_destination,
+    check_space,
+    copy_synced,
+    staged,
+    write_synced,
+)
+
+from .iotools import tree
+
+
+def build(kind: str, path: Path, text: str) -> None:
+    """A file, a folder, or a symbolic link to either (or to nothing), holding a text."""
+    if kind == "file":
+        path.write_text(text)
+    elif kind == "folder":
+        (path / "sub").mkdir(parents=True)
+        (path / "sub" / "content").write_text(text)
+    elif kind.startswith("link to a "):
+        real = path.with_name("real")
+        build(kind.removeprefix("link to a "), real, text)
+        path.symlink_to(real)
+    elif kind == "dangling link":
+        path.symlink_to(path.with_name("nowhere"))
+    else:
+        assert kind == "nothing"
+
+
+def read(path: Path) -> str | None:
+    if path.is_dir():
+        return (path / "sub" / "content").read_text()
+    return path.read_text() if path.exists() else None
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+OLD = ["nothing", "file", "folder", "link to a file", "link to a folder", "dangling link"]
+
+
+# ------------------------------------------------------------------------------------ staged
+
+
+@pytest.mark.parametrize("new", ["file", "folder"])
+@pytest.mark.parametrize("old", OLD)
+def test_the_new_takes_the_place_of_the_old_only_at_the_end(old, new, tmp_path):
+    out = tmp_path / "out"
+    build(old, out, "old")
+    before = tree(tmp_path)
+    with staged(out) as staging:
+        build(new, staging / "out", "new")
+        during = {k: v for k, v in tree(tmp_path).items() if not k.startswith(".out.loratools-")}
+        assert during == before
+    assert read(out) == "new"
+    assert not out.is_symlink()
+    assert names(tmp_path) == (["out", "real"] if "to a" in old else ["out"])
+    if "to a" in old:
+        assert read(tmp_path / "real") == "old"  # the link was replaced, not what it leads to
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, OSError(5, "bad")])
+@pytest.mark.parametrize("old", OLD)
+def test_after_an_exception_all_is_as_it_was(old, error, tmp_path):
+    out = tmp_path / "out"
+    build(old, out, "old")
+    before = tree(tmp_path)
+    expected = OutputError if isinstance(error, OSError) else error
+
+    def work() -> None:
+        with staged(out) as staging:
+            build("folder", staging / "out", "new")
+            (staging / "out.extra").write_text("beside")
+            raise error
+
+    with pytest.raises(expected):
+        work()
+    assert tree(tmp_path) == before
+
+
+def test_files_beside_out_are_renamed_alongside(tmp_path):
+    with staged(tmp_path / "m.safetensors") as staging:
+        (staging / "out").write_text("weights")
+        (staging / "out.sidecar").write_text("sidecar")
+    assert names(tmp_path) == ["m.safetensors", "m.safetensors.sidecar"]
+    assert (tmp_path / "m.safetensors.sidecar").read_text() == "sidecar"
+
+
+def test_nothing_made_is_an_error_and_the_old_stays(tmp_path):
+    (tmp_path / "out").write_text("old")
+    with pytest.raises(OutputError), staged(tmp_path / "out"):
+        pass
+    assert names(tmp_path) == ["out"]
+    assert read(tmp_path / "out") == "old"
+
+
+@pytest.mark.parametrize("old", [kind for kind in OLD if kind != "nothing"])
+@pytest.mark.parametrize("error", [OSError(5, "it broke"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_interrupted_between_the_two_renames_the_old_comes_back(
+    old, error, when, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    build(old, out, "old")
+    before = tree(tmp_path)
+    rename, interrupted = Path.rename, []
+
+    def interrupt(self: Path, target: Path) -> Path:
+        second = self.name == "out" and ".loratools-" in self.parent.name
+        if when == "before" and second and not interrupted:
+            interrupted.append(1)
+            raise error
+        result = rename(self, target)
+        if when == "after" and target.name == "old" and not interrupted:
+            interrupted.append(1)
+            raise error
+        return result
+
+    monkeypatch.setattr(Path, "rename", interrupt)
+    with (
+        pytest.raises(OutputError if isinstance(error, OSError) else KeyboardInterrupt),
+        staged(out) as staging,
+    ):
+        build("folder", staging / "out", "new")
+    assert interrupted
+    assert tree(tmp_path) == before
+
+
+def test_an_error_of_the_system_names_what_it_befell(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(OutputError, match=f"^{out}: No space left"), staged(out):
+        raise OSError(28, "No space left on device")
+    with pytest.raises(OutputError, match=f"^{out}: File exists"), staged(out) as staging:
+        staging.mkdir()
+    with pytest.raises(OutputError, match=r"^/elsewhere/config.json: Permission"), staged(out):
+        raise PermissionError(13, "Permission denied", "/elsewhere/config.json")
+    with pytest.raises(OutputError, match=r"^said already$"), staged(out):
+        raise OutputError("said already")
+
+
+def test_a_folder_that_cannot_be_written_to_is_named():
+    with pytest.raises(OutputError, match=r"^/proc: cannot write there"), staged(Path("/proc/out")):
+        pytest.fail("never entered")
+
+
+def test_folders_are_synced(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(output, "_sync", synced.append)
+    with staged(tmp_path / "out") as staging:
+        build("folder", staging / "out", "new")
+    assert [path.name for path in synced] == ["out", "sub", tmp_path.name]
+
+
+# ------------------------------------------------------------------------------- stale staging
+
+
+def stale(destination: Path, token: str) -> Path:
+    folder = destination.with_name(f".{destination.name}.loratools-{token}")
+    build("folder", folder / "out", "half")
+    return folder
+
+
+def test_what_dead_processes_left_is_removed_and_what_living_ones_hold_is_kept(tmp_path):
+    out = tmp_path / "out"
+    stale(out, "dead0001")
+    held = stale(out, "live0001")
+    others = [stale(tmp_path / "outer", "dead0002"), tmp_path / ".out.loratools-file"]
+    others[1].write_text("a file")
+    code = (
+        "import fcntl, os, sys, time\n"
+        "fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX)\n"
+        "print('held', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, held], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"held\n"
+            check_destination(out, [], False)
+            assert names(tmp_path) == sorted(p.name for p in (held, *others))
+            assert read(held / "out") == "half"
+        finally:
+            process.kill()
+    check_destination(out, [], False)
+    assert names(tmp_path) == sorted(p.name for p in others)
+
+
+def test_a_staging_folder_in_use_is_held(tmp_path):
+    with staged(tmp_path / "out") as staging:
+        check_destination(tmp_path / "out", [], False)  # another command to the same place
+        assert staging.is_dir()
+        fd = os.open(staging, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(fd)
+        (staging / "out").write_text("new")
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("old", [kind for kind in OLD if kind != "nothing"])
+def test_killed_between_the_two_renames_the_next_command_brings_the_old_back(old, tmp_path):
+    out = tmp_path / "out"
+    left = stale(out, "dead0001")
+    build(old, out, "old")
+    wanted = read(out)
+    out.rename(left / "old")
+    with pytest.raises(OutputError, match="already exists"):
+        check_destination(out, [], force=False)
+    assert read(out) == wanted
+    assert not left.exists()
+
+
+def test_a_complete_successor_wins_over_the_old_of_a_killed_command(tmp_path):
+    out = tmp_path / "out"
+    left = stale(out, "dead0001")
+    build("folder", left / "old", "old")
+    build("folder", out, "new")
+    check_destination(out, [], force=True)
+    assert names(tmp_path) == ["out"]
+    assert read(out) == "new"
+
+
+def test_a_stale_folder_that_cannot_be_opened_is_no_hindrance(tmp_path, monkeypatch):
+    left = stale(tmp_path / "out", "dead0001")
+
+    def refuse(path: object, *rest: object) -> int:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(output.os, "open", refuse)
+    check_destination(tmp_path / "out", [], False)
+    assert left.is_dir()
+
+
+# -------------------------------------------------------------------------- check_destination
+
+
+@pytest.mark.parametrize("kind", OLD[1:])
+def test_what_exists_is_refused_without_force(kind, tmp_path):
+    out = tmp_path / "out"
+    build(kind, out, "old")
+    before = tree(tmp_path)
+    with pytest.raises(OutputError, match=r"out already exists.*--force"):
+        check_destination(out, [], force=False)
+    check_destination(out, [], force=True)
+    assert tree(tmp_path) == before
+
+
+# Where the output goes, relative to a folder holding the input folder "in" and links to it.
+CLASHES = {
+    "the input": "in",
+    "the input by another way": "in/sub/..",
+    "inside the input": "in/out",
+    "deep inside the input": "in/sub/out",
+    "the input's folder": ".",
+    "through a link": "link",
+    "inside, through a link": "link/out",
+    "a link into it": "inner/out",
+    "a link to a parent": "up/in",
+}
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("what", CLASHES)
+def test_an_input_is_never_an_output(what, force, tmp_path):
+    top = tmp_path / "top"
+    build("folder", top / "in", "input")
+    (top / "link").symlink_to("in")
+    (top / "inner").symlink_to("in/sub")
+    (top / "up").symlink_to(".")
+    before = tree(top)
+    with pytest.raises(OutputError, match=r"input|no name"):
+        check_destination(top / CLASHES[what], [top / "else", top / "in"], force)
+    assert tree(top) == before
+
+
+def test_an_input_given_by_a_link_is_known(tmp_path):
+    build("folder", tmp_path / "in", "input")
+    (tmp_path / "link").symlink_to("in")
+    (tmp_path / "m").write_text("file")
+    (tmp_path / "m2").symlink_to("m")
+    for source, out in (("link", "in"), ("link", "in/out"), ("m2", "m"), ("m", "m2")):
+        with pytest.raises(OutputError, match="is the input"):
+            check_destination(tmp_path / out, [tmp_path / source], force=True)
+    check_destination(tmp_path / "inside", [tmp_path / "in"], force=False)  # a name that begins so
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "/"])
+def test_no_name_for_something_new(name):
+    with pytest.raises(OutputError, match="no name for something new"):
+        check_destination(Path(name), [], force=True)
+
+
+def test_a_parent_must_be_a_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "absent" / "out", tmp_path / "file" / "out"):
+        with pytest.raises(OutputError, match="is not a folder"):
+            check_destination(out, [], force=True)
+
+
+def test_space(tmp_path):
+    check_space(tmp_path / "out", 1)
+    with pytest.raises(OutputError, match=r"out: needs 1,000,000,000,000,000,000 bytes"):
+        check_space(tmp_path / "out", 10**18)
+
+
+# -------------------------------------------------------------------------------- small files
+
+
+def test_small_files_are_new_and_copies_are_plain_files(tmp_path):
+    write_synced(tmp_path / "a", b"1")
+    with pytest.raises(FileExistsError):
+        write_synced(tmp_path / "a", b"2")
+    (tmp_path / "a").chmod(0o400)
+    (tmp_path / "link").symlink_to("a")
+    copy_synced(tmp_path / "link", tmp_path / "deep" / "er" / "b")
+    copied = tmp_path / "deep" / "er" / "b"
+    assert copied.read_bytes() == b"1"
+    assert not copied.is_symlink()
+    assert copied.stat().st_mode & 0o200
+    with pytest.raises(FileExistsError):
+        copy_synced(tmp_path / "a", copied)
+
+
+def test_staging_of_two_at_once(tmp_path):
+    """The second to finish replaces the first; neither is ever half."""
+    out = tmp_path / "out"
+    with staged(out) as one:
+        build("folder", one / "out", "one")
+        with staged(out) as two:
+            build("folder", two / "out", "two")
+        assert read(out) == "two"
+    assert read(out) == "one"
+    assert names(tmp_path) == ["out"]

@@ -1,0 +1,397 @@
+"""``unmerge``: with the sidecar it gives the base back byte for byte; without, within its bound."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import lora_tools
+from lora_tools.errors import CheckpointError, LoraToolsError, MismatchError, UnsupportedAdapter
+from lora_tools.formats.sidecar import NAME as SIDECAR
+from lora_tools.linalg import reversible
+
+from . import models
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+LLAMA = {"target_modules": ["q_proj", "k_proj", "down_proj"]}
+ALL = ["q_proj", "v_proj", "up_proj", "embed_tokens", "lm_head"]
+
+# Model kind, adapters as (LoraConfig, weight), further options of merge.
+CASES: dict[str, tuple[str, list[tuple[dict[str, Any], float]], dict[str, Any]]] = {
+    "plain": ("llama", [(LLAMA, 1.0)], {}),
+    "rslora-huge": ("llama", [({**LLAMA, "use_rslora": True, "lora_alpha": 400}, 1.0)], {}),
+    "dora": ("llama", [({**LLAMA, "use_dora": True}, 1.0)], {}),
+    "dora-embeddings": ("llama", [({"target_modules": ALL, "use_dora": True}, 1.0)], {}),
+    "dora-gpt2": (
+        "gpt2",
+        [({"target_modules": ["c_attn", "c_proj"], "use_dora": True, "fan_in_fan_out": True}, 0.7)],
+        {},
+    ),
+    "several": (
+        "llama",
+        [(LLAMA, 0.5), ({**LLAMA, "use_dora": True}, -0.25), ({"target_modules": ALL}, 2.0)],
+        {},
+    ),
+    "bias": ("llama", [({**LLAMA, "bias": "all"}, 1.0)], {}),
+    "lora-bias": ("bert", [({"target_modules": ["query", "dense"], "lora_bias": True}, 0.3)], {}),
+    "embeddings": ("llama", [({"target_modules": ALL}, 1.0)], {}),
+    "saved": ("llama", [({**LLAMA, "modules_to_save": ["norm", "lm_head"]}, 1.0)], {}),
+    "saved-in-part": ("llama", [({**LLAMA, "modules_to_save": ["norm"]}, 0.4)], {}),
+    "tokens": ("llama-tied", [({**LLAMA, "trainable_token_indices": [3, 0, 95]}, 1.0)], {}),
+    "tokens-in-part": ("llama", [({**LLAMA, "trainable_token_indices": [3, 0, 95]}, 0.5)], {}),
+    "untied": ("llama-tied", [({"target_modules": ["embed_tokens"]}, 1.0)], {}),
+    "untied-by-the-head": ("llama-tied", [({"target_modules": ["lm_head"]}, 1.0)], {}),
+    "sharded": ("llama", [({"target_modules": ALL}, 1.0)], {"shards": "20KB"}),
+    "sharded-anew": ("llama", [({"target_modules": ALL}, 1.0)], {"shard_size": "20KB"}),
+    "shards-joined": (
+        "llama-tied", [({"target_modules": ["embed_tokens"]}, 1.0)],
+        {"shards": "20KB", "shard_size": "1GB"},
+    ),
+}  # fmt: skip
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = [p for p in folder.rglob("*") if p.is_file()]
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def prepare(case: str, dtype: torch.dtype, root: Path) -> tuple[Path, list[Any], dict[str, Any]]:
+    """Base folder, adapters with weights, and options of merge."""
+    kind, adapters, options = CASES[case]
+    options = dict(options)
+    model = models.make(kind).to(dtype)
+    base = models.save(model, root / "base", max_shard_size=options.pop("shards", "1GB"))
+    (base / "tokenizer.json").write_text("{}\n")
+    given = []
+    for i, (config, weight) in enumerate(adapters):
+        config = {"r": 4, "lora_alpha": 6, **config}
+        models.train(base, root / str(i), config, seed=i, save_embedding_layers=False)
+        given.append((root / str(i), weight))
+    return base, given, options
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_gives_the_base_back_byte_for_byte(case: str, dtype: str, tmp_path: Path) -> None:
+    base, adapters, options = prepare(case, DTYPES[dtype], tmp_path)
+    lora_tools.merge(base, adapters, tmp_path / "m", reversible=True, **options)
+    plain = lora_tools.merge(base, adapters, tmp_path / "plain", **options)
+    merged = digests(tmp_path / "m")
+    assert merged.pop(SIDECAR)
+    assert merged == digests(tmp_path / "plain"), "the sidecar is all that differs"
+    assert merged != digests(base)
+    report = lora_tools.unmerge(tmp_path / "m", adapters, tmp_path / "back")
+    assert report.totals["exact"]
+    assert report.totals["base_digest"] == plain.inputs[0].digest
+    assert digests(tmp_path / "back") == digests(base)
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(
+    dtype=st.sampled_from(sorted(DTYPES)),
+    rows=st.integers(1, 9),
+    cols=st.integers(1, 9),
+    rank=st.integers(1, 3),
+    data=st.data(),
+    dora=st.booleans(),
+    weight=st.sampled_from([1.0, -0.5, 3.0, 0.0]),
+    alpha=st.sampled_from([1e-6, 0.1, 1.0, 1000.0]),
+)
+def test_law_for_any_numbers(
+    dtype: str, rows: int, cols: int, rank: int, data: st.DataObject, dora: bool, weight: float,
+    alpha: float,
+) -> None:  # fmt: skip
+    """Zeros of both signs, denormals, tiny and large numbers: every bit comes back."""
+    width = 64 if dtype == "F64" else 32
+    numbers = st.floats(-1e4, 1e4, width=width) | st.sampled_from([0.0, -0.0, 1e-44, 6e-8, -1e-39])
+
+    def draw(*shape: int) -> torch.Tensor:
+        drawn = data.draw(st.lists(numbers, min_size=math.prod(shape), max_size=math.prod(shape)))
+        return torch.tensor(drawn, dtype=DTYPES[dtype]).reshape(shape)
+
+    W, A, B = draw(rows, cols), draw(rank, cols), draw(rows, rank)
+    magnitude = draw(rows).abs() if dora else None
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        save_file({"w.weight": W}, root / "b.safetensors", {"format": "pt"})
+        adapter = models.write_adapter(root / "a", A, B, alpha, magnitude)
+        try:
+            lora_tools.merge(
+                root / "b.safetensors", [(adapter, weight)], root / "m.safetensors",
+                reversible=True, jobs=1,
+            )  # fmt: skip
+        except lora_tools.NonFiniteError:
+            hypothesis.reject()
+        lora_tools.unmerge(
+            root / "m.safetensors", [(adapter, weight)], root / "back.safetensors", jobs=1
+        )
+        assert (root / "back.safetensors").read_bytes() == (root / "b.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ratio", [1e-6, 1e-2, 1.0, 1e3, 1e12])
+def test_deltas_of_any_size(dtype: str, ratio: float, tmp_path: Path) -> None:
+    """Where |Δ| dwarfs |W| nothing of W is left in the merged weight: the listing holds it all."""
+    if dtype == "F16" and ratio > 1e3:
+        pytest.skip("the merged weight would overflow")
+    torch.manual_seed(0)
+    W = (0.02 * torch.randn(300, 200)).to(DTYPES[dtype])
+    A, B = torch.randn(4, 200), 0.01 * ratio * torch.randn(300, 4)
+    adapter = models.write_adapter(tmp_path / "a", A, B, 4)
+    save_file({"w.weight": W}, tmp_path / "b.safetensors")
+    out = tmp_path / "m.safetensors"
+    lora_tools.merge(tmp_path / "b.safetensors", [adapter], out, reversible=True)
+    lora_tools.unmerge(out, [adapter], tmp_path / "back.safetensors")
+    assert (tmp_path / "back.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("change", [-0.999, -0.5, 0.5, 0.999])
+def test_another_machines_arithmetic(
+    change: float, dora: bool, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products summed in another order move the estimate within the slack; the bytes do not."""
+    from lora_tools.linalg.merge import TensorMerge
+
+    base, adapters, _ = prepare("dora" if dora else "plain", DTYPES[dtype], tmp_path)
+    lora_tools.merge(base, adapters, tmp_path / "m", reversible=True)
+    real = TensorMerge.estimate
+
+    def elsewhere(self: TensorMerge, merged: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        slack = self.slack(merged.clone(), start, stop)
+        return real(self, merged, start, stop) + change * slack
+
+    monkeypatch.setattr(TensorMerge, "estimate", elsewhere)
+    lora_tools.unmerge(tmp_path / "m", adapters, tmp_path / "back")
+    assert digests(tmp_path / "back") == digests(base)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_slack_covers_other_orders_of_summation(dtype: str) -> None:
+    """Against the same estimate with the rank summed backwards, and in float64."""
+    from lora_tools.linalg.layouts import LAYOUTS
+    from lora_tools.linalg.merge import LowRank, TensorMerge
+
+    torch.manual_seed(0)
+    working = torch.float64 if dtype in ("F32", "F64") else torch.float32
+    left, right = torch.randn(90, 24), torch.randn(24, 70)
+    merged = torch.randn(90, 70).to(DTYPES[dtype]).to(working)
+
+    def work(left: torch.Tensor, right: torch.Tensor, kind: torch.dtype) -> TensorMerge:
+        effect = LowRank(LAYOUTS["linear"], left, right, 0.3, 1.0)
+        return TensorMerge([effect], (90, 70), None, kind)
+
+    here = work(left, right, working)
+    found, slack = here.estimate(merged.clone(), 0, 90), here.slack(merged.clone(), 0, 90)
+    there = work(left.flip(1), right.flip(0), working).estimate(merged.clone(), 0, 90)
+    exact = work(left, right, torch.float64).estimate(merged.double(), 0, 90)
+    assert ((there - found).abs() <= slack).all()
+    assert ((exact - found).abs() <= slack).all()
+
+
+@pytest.fixture
+def merged(tmp_path: Path) -> tuple[Path, list[Any]]:
+    """A reversibly merged checkpoint of two adapters in bfloat16."""
+    base, adapters, _ = prepare("several", torch.bfloat16, tmp_path)
+    lora_tools.merge(base, adapters[:2], tmp_path / "m", reversible=True)
+    return tmp_path / "m", adapters
+
+
+def refuse(merged: Path, adapters: list[Any], reason: str, **options: Any) -> None:
+    before = sorted(p.name for p in merged.parent.iterdir())
+    with pytest.raises((MismatchError, CheckpointError), match=reason):
+        lora_tools.unmerge(merged, adapters, merged.parent / "back", **options)
+    assert sorted(p.name for p in merged.parent.iterdir()) == before
+
+
+def test_other_adapters_are_refused(merged: tuple[Path, list[Any]]) -> None:
+    path, adapters = merged
+    refuse(path, [adapters[2]], "made with 2 other adapter")
+    refuse(path, [adapters[0], adapters[2]], "made with 2 other adapter")
+    refuse(path, [adapters[0]], "made with 2 other adapter")
+    refuse(path, [*adapters[:2], adapters[2]], "made with 2 other adapter")
+
+
+def test_other_weights_and_orders_are_refused(merged: tuple[Path, list[Any]]) -> None:
+    path, adapters = merged
+    refuse(path, [a for a, _ in adapters[:2]], "merged with weights 0.5, -0.25")
+    refuse(path, adapters[1::-1], "in another order")
+
+
+@pytest.mark.parametrize("field", [{"lora_alpha": 7}, {"use_rslora": True}])
+def test_an_adapter_whose_config_changed_is_refused(
+    field: dict[str, Any], merged: tuple[Path, list[Any]]
+) -> None:
+    """Alpha is in the config and not in the tensors, and it changes the delta all the same."""
+    path, adapters = merged
+    config = adapters[0][0] / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **field}))
+    refuse(path, adapters[:2], "made with 2 other adapter|the result is not the base")
+
+
+def test_a_merged_file_that_was_changed_is_refused(merged: tuple[Path, list[Any]]) -> None:
+    path, adapters = merged
+    file = path / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, file, {"format": "pt"})
+    refuse(path, adapters[:2], "the result is not the base .* changed after the merge")
+
+
+def test_a_merged_file_without_a_tensor_is_refused(merged: tuple[Path, list[Any]]) -> None:
+    path, adapters = merged
+    tensors = load_file(path / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    refuse(path, adapters[:2], "model.norm.weight")
+
+
+def test_a_merged_tensor_of_another_shape_is_refused(merged: tuple[Path, list[Any]]) -> None:
+    path, adapters = merged
+    tensors = load_file(path / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    for other in (tensors[name][:-1].clone(), tensors[name].float(), tensors[name].repeat(2, 1)):
+        save_file({**tensors, name: other}, path / "model.safetensors", {"format": "pt"})
+        refuse(path, adapters[:2], "q_proj.weight|not the base")
+
+
+@pytest.mark.parametrize("at", [0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99])
+@pytest.mark.parametrize("damage", ["flip", "cut", "zero"])
+def test_a_damaged_sidecar_never_gives_a_wrong_base(
+    damage: str, at: float, merged: tuple[Path, list[Any]]
+) -> None:
+    """A clear error and no output, unless what was damaged is of no consequence."""
+    path, adapters = merged
+    data = bytearray((path / SIDECAR).read_bytes())
+    place = int(len(data) * at)
+    if damage == "flip":
+        data[place] ^= 0x55
+    elif damage == "cut":
+        del data[place:]
+    else:
+        data[place : place + 40] = bytes(len(data[place : place + 40]))
+    (path / SIDECAR).write_bytes(bytes(data))
+    back = path.parent / "back"
+    try:
+        lora_tools.unmerge(path, adapters[:2], back)
+    except LoraToolsError:
+        assert not back.exists()
+    else:
+        assert digests(back) == digests(path.parent / "base")
+
+
+def test_a_sidecar_can_be_demanded_or_ignored(merged: tuple[Path, list[Any]]) -> None:
+    path, adapters = merged
+    with pytest.raises(UnsupportedAdapter, match="DoRA's norms are those of the base"):
+        lora_tools.unmerge(path, adapters[:2], path.parent / "back", sidecar=False)
+    (path / SIDECAR).unlink()
+    refuse(path, adapters[:2], "no sidecar there", sidecar=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", ["plain", "rslora-huge", "embeddings", "lora-bias", "sharded"])
+def test_without_the_sidecar_the_bound_holds(case: str, dtype: str, tmp_path: Path) -> None:
+    base, adapters, _ = prepare(case, DTYPES[dtype], tmp_path)
+    lora_tools.merge(base, adapters, tmp_path / "m")
+    report = lora_tools.unmerge(tmp_path / "m", adapters, tmp_path / "back")
+    assert not report.totals["exact"]
+    found, wanted = models.tensors(tmp_path / "back"), models.tensors(base)
+    touched = [f.tensor for f in report.plan if f.action == "subtract"]
+    assert touched
+    for name in wanted.keys() - set(touched):
+        assert torch.equal(found[name], wanted[name])
+    error = math.sqrt(sum(float((found[n].double() - wanted[n].double()).square().sum())
+                          for n in touched))  # fmt: skip
+    norm = math.sqrt(sum(float(found[n].double().square().sum()) for n in touched))
+    assert error <= report.totals["error_bound"] * norm
+    assert report.totals["error_bound"] < 30000 * torch.finfo(DTYPES[dtype]).eps
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [("dora", "DoRA's norms"), ("saved", "replaced it whole"), ("tokens", "replaced rows")],
+)
+def test_without_the_sidecar_some_merges_cannot_be_undone(
+    case: str, reason: str, tmp_path: Path
+) -> None:
+    base, adapters, _ = prepare(case, torch.float32, tmp_path)
+    lora_tools.merge(base, adapters, tmp_path / "m")
+    with pytest.raises(UnsupportedAdapter, match=rf"cannot be undone.*{reason}|{reason}.*sidecar"):
+        lora_tools.unmerge(tmp_path / "m", adapters, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_bound_covers_sums_that_cancel(dtype: str, tmp_path: Path) -> None:
+    """A large rank whose directions cancel: float32 sums lose more than the last rounding."""
+    torch.manual_seed(0)
+    A, B = torch.randn(64, 50), torch.randn(40, 64)
+    A, B = torch.cat((A, A)), torch.cat((B, -0.999 * B), 1)
+    adapter = models.write_adapter(tmp_path / "a", A, B, 1280)
+    W = (0.01 * torch.randn(40, 50)).to(DTYPES[dtype])
+    save_file({"w.weight": W}, tmp_path / "b.safetensors")
+    lora_tools.merge(tmp_path / "b.safetensors", [adapter], tmp_path / "m.safetensors")
+    out = tmp_path / "back.safetensors"
+    report = lora_tools.unmerge(tmp_path / "m.safetensors", [adapter], out)
+    found = load_file(out)["w.weight"].double()
+    assert (found - W.double()).norm() <= report.totals["error_bound"] * found.norm()
+
+
+def test_without_the_sidecar_an_untied_head_stays_untied(tmp_path: Path) -> None:
+    base, adapters, _ = prepare("untied", torch.float32, tmp_path)
+    lora_tools.merge(base, adapters, tmp_path / "m")
+    lora_tools.unmerge(tmp_path / "m", adapters, tmp_path / "back")
+    wanted = models.tensors(base)
+    wanted["lm_head.weight"] = wanted["model.embed_tokens.weight"]
+    models.assert_same(models.tensors(tmp_path / "back"), wanted, 1e-5)
+    models.load(tmp_path / "back")
+
+
+def test_one_side_of_a_tied_pair_that_was_never_parted(tmp_path: Path) -> None:
+    """As PEFT's merge_and_unload leaves it: the delta went into both, or into neither."""
+    base, adapters, _ = prepare("untied", torch.float32, tmp_path)
+    with pytest.raises(UnsupportedAdapter, match=r"lm_head.*merged by something else"):
+        lora_tools.unmerge(base, adapters, tmp_path / "back")
+
+
+def test_resized_tensors_are_refused_before_work(tmp_path: Path) -> None:
+    base, adapters, _ = prepare("plain", torch.float32, tmp_path)
+    file = tmp_path / "0" / "adapter_model.safetensors"
+    more = {"base_model.model.model.embed_tokens.weight": torch.ones(99, 32)}
+    save_file({**load_file(file), **more}, file)
+    with pytest.raises(lora_tools.UsageError, match="another shape"):
+        lora_tools.merge(base, adapters, tmp_path / "m", reversible=True)
+
+
+# The share of the model that a sidecar takes, for an adapter of rank 16 with |Δ| of 1 % of |W|.
+@pytest.mark.parametrize(("dtype", "most"), [("BF16", 0.03), ("F16", 0.03), ("F32", 0.04)])
+def test_share_of_the_sidecar(dtype: str, most: float, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    W = 0.02 * torch.randn(1024, 2048)
+    A, B = torch.randn(16, 2048), torch.randn(1024, 16)
+    B *= 0.01 * W.norm() / (B @ A).norm()
+    adapter = models.write_adapter(tmp_path / "a", A, B, 16)
+    save_file({"w.weight": W.to(DTYPES[dtype])}, tmp_path / "b.safetensors")
+    out = tmp_path / "m.safetensors"
+    report = lora_tools.merge(tmp_path / "b.safetensors", [adapter], out, reversible=True)
+    print(f"sidecar share {dtype}: {report.totals['sidecar_share']:.4%}")
+    assert report.totals["sidecar_share"] < most
+
+
+def test_the_listing_is_what_subtraction_misses() -> None:
+    """An element is listed if and only if rounding the estimate does not give it back."""
+    base = torch.tensor([1.0, 2.0, 3.0], dtype=torch.bfloat16)
+    where = reversible.listed(base, torch.tensor([1.0, 2.5, 3.0]), 0.0)
+    assert np.array_equal(where.numpy(), [False, True, False])
