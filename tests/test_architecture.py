@@ -203,7 +203,9 @@ def test_defaults_are_those_of_the_verbs() -> None:
     for name in ("extract", "merge", "unmerge", "rescale"):
         command, parameters = main.commands[name], inspect.signature(getattr(lora_tools, name))
         needed = sum(isinstance(p, click.Argument) for p in command.params)
-        given = command.make_context(name, [*["x"] * needed, "-o", "out"]).params
+        arguments = [*["x"] * needed, "-o", "out"]
+        # With main's settings: click keeps the --help option of a command's first context for ever.
+        given = command.make_context(name, arguments, **main.context_settings).params
         for parameter in parameters.parameters.values():
             if parameter.default is not inspect.Parameter.empty and parameter.name in given:
                 assert given[parameter.name] == parameter.default, (name, parameter.name)

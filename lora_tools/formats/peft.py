@@ -1,7 +1,7 @@
-"""PEFT adapters: ``adapter_model.safetensors`` and ``adapter_config.json`` (peft 0.21).
+"""Reading PEFT adapters: ``adapter_model.safetensors`` and ``adapter_config.json`` (peft 0.21).
 
-Reading classifies every key of the file; a key that is none of the known kinds is an error.
-Writing is a stream: factors are added as they are computed, in any order.
+Every key of the file is classified; a key that is none of the known kinds is an error.
+``peft_writer`` writes them.
 """
 
 from __future__ import annotations
@@ -10,20 +10,14 @@ import dataclasses
 import json
 import math
 import re
-from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import AdapterError, UnsafeInput, UnsupportedAdapter
 from lora_tools.formats import hub
 from lora_tools.formats.checkpoint import TensorFile
-from lora_tools.formats.dtypes import dtype_name
-from lora_tools.formats.names import compact, split_tensor
-from lora_tools.formats.output import write_synced
-from lora_tools.formats.safetensors_file import SafetensorsFile, SafetensorsSpool
-from lora_tools.formats.tensors import as_bytes
-from lora_tools.records import TensorSpec
+from lora_tools.formats.safetensors_file import SafetensorsFile
 
 if TYPE_CHECKING:
     import torch
@@ -275,150 +269,8 @@ def open_adapter(source: str | Path, allow_pickle: bool = False) -> Adapter:
     return Adapter(folder, PickleFile(pickle), config)
 
 
-class PeftWriter:
-    """Collects an adapter and writes it into a folder.
-
-    Ranks may differ by module; ``finish`` puts the most common one into the config and the others
-    into the patterns. Not for use from several threads.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._spool = SafetensorsSpool(folder)
-        self._rank: dict[str, int] = {}
-        self._alpha: dict[str, float] = {}
-        self._saved_modules: set[str] = set()
-        self._biases = False
-
-    def add_lora(
-        self,
-        module: str,
-        lora_A: torch.Tensor,
-        lora_B: torch.Tensor,
-        alpha: float,
-        *,
-        embedding: bool = False,
-        bias: torch.Tensor | None = None,
-        magnitude: torch.Tensor | None = None,
-    ) -> None:
-        """lora_A (r, in) and lora_B (out, r) of one module, as PEFT stores them."""
-        a, b = (
-            ("lora_embedding_A", "lora_embedding_B")
-            if embedding
-            else ("lora_A.weight", "lora_B.weight")
-        )
-        self._add(f"{PREFIX}{module}.{a}", lora_A)
-        self._add(f"{PREFIX}{module}.{b}", lora_B)
-        if bias is not None:
-            self._add(f"{PREFIX}{module}.lora_B.bias", bias)
-        if magnitude is not None:
-            self._add(f"{PREFIX}{module}.lora_magnitude_vector", magnitude)
-        self._rank[module], self._alpha[module] = lora_A.shape[0], alpha
-
-    def add_saved(self, tensor_name: str, tensor: torch.Tensor) -> None:
-        """A tensor of a module that is saved whole (modules_to_save)."""
-        self._saved_modules.add(split_tensor(tensor_name)[0])
-        self._add(PREFIX + tensor_name, tensor)
-
-    def add_bias(self, tensor_name: str, tensor: torch.Tensor, targeted: bool) -> None:
-        """A bias, as PEFT's ``bias="all"`` stores it; ``targeted`` if its module has factors."""
-        module, parameter = split_tensor(tensor_name)
-        self._biases = True
-        middle = ".base_layer." if targeted else "."
-        self._add(f"{PREFIX}{module}{middle}{parameter}", tensor)
-
-    def add_raw(self, key: str, tensor: torch.Tensor) -> None:
-        """A tensor copied from another adapter under the same key."""
-        self._add(key, tensor)
-
-    def _add(self, key: str, tensor: torch.Tensor) -> None:
-        spec = TensorSpec(key, dtype_name(tensor.dtype), tuple(tensor.shape))
-        self._spool.add(spec, as_bytes(tensor))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes added so far."""
-        return sum(spec.nbytes for spec in self._spool.specs)
-
-    @property
-    def ranks(self) -> dict[str, int]:
-        """Rank by module."""
-        return dict(self._rank)
-
-    def finish(
-        self,
-        base: Mapping[str, Any],
-        all_modules: Collection[str] | None = None,
-        metadata: Mapping[str, str] | None = None,
-    ) -> None:
-        """Write both files.
-
-        Args:
-            base: config fields that are not derived here (base_model_name_or_path, use_rslora…).
-            all_modules: every module name of the model, by which target_modules can be short;
-                None keeps ``target_modules`` and ``modules_to_save`` of ``base``.
-        """
-        config = {**DEFAULT_CONFIG, **base}
-        r = _most_common(self._rank, config["r"])
-        alpha = _most_common(self._alpha, config["lora_alpha"])
-        config["r"], config["lora_alpha"] = r, _plain(alpha)
-        config["rank_pattern"] = _pattern(self._rank, r)
-        config["alpha_pattern"] = {k: _plain(v) for k, v in _pattern(self._alpha, alpha).items()}
-        if self._biases:
-            config["bias"] = "all"
-        if all_modules is not None:
-            config["target_modules"] = target_modules(self._rank, all_modules)
-            config["modules_to_save"] = sorted(self._saved_modules) or None
-        self._spool.finish(self._folder / WEIGHTS, {"format": "pt", **(metadata or {})})
-        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-        write_synced(self._folder / CONFIG, text.encode())
-
-    def close(self) -> None:
-        """Drop the scratch space, whether finished or not."""
-        self._spool.close()
-
-
-def target_modules(chosen: Collection[str], everything: Collection[str]) -> list[str] | str:
-    """What selects exactly the chosen modules: a list of names, or where none does, a regex."""
-    if not chosen:
-        return []
-    names = compact(chosen, everything)
-    return names or "(" + "|".join(re.escape(name) for name in sorted(chosen)) + ")"
-
-
-DEFAULT_CONFIG: dict[str, Any] = {
-    "peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "revision": None,
-    "inference_mode": True, "r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "bias": "none",
-    "fan_in_fan_out": False, "use_rslora": False, "use_dora": False, "init_lora_weights": True,
-    "target_modules": None, "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},
-}  # fmt: skip
-
-
-def _most_common(values: Mapping[str, Any], default: Any) -> Any:
-    """The commonest value, the largest of equally common ones."""
-    counts = Counter(values.values())
-    return max(counts, key=lambda v: (counts[v], v)) if counts else default
-
-
-def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """Exceptions to ``default``. PEFT takes the first key that ends the module's name, and does not
-    keep the order of the keys when it saves; so a name that ends another one is anchored."""
-    parts = [name.split(".") for name in values]
-    endings = {".".join(p[i:]) for p in parts for i in range(1, len(p))}
-    return {
-        ("^" if name in endings else "") + name: value
-        for name, value in sorted(values.items())
-        if value != default
-    }
-
-
 def _is_finite(number: Any) -> bool:
     try:
         return isinstance(number, int | float) and math.isfinite(number)
     except OverflowError:  # an integer beyond all floats
         return False
-
-
-def _plain(number: float) -> int | float:
-    """16.0 → 16: PEFT declares lora_alpha an integer."""
-    return int(number) if float(number).is_integer() else number

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
 
     from lora_tools.engine import Buffers
-    from lora_tools.formats.peft import PeftWriter
+    from lora_tools.formats.peft_writer import PeftWriter
     from lora_tools.linalg.delta import Delta
 
 DEFAULT_RANK = 32
@@ -158,7 +158,7 @@ def _extract(
     progress: ProgressCallback | None,
 ) -> Report:
     from lora_tools import engine
-    from lora_tools.formats.peft import PeftWriter
+    from lora_tools.formats.peft_writer import PeftWriter
 
     device = engine.pick_device(options.device)
     options = dataclasses.replace(options, half=engine.half_products(device))

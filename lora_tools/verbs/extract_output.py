@@ -14,7 +14,7 @@ from lora_tools.records import ModuleResult
 from lora_tools.verbs.pairing import Plan
 
 if TYPE_CHECKING:
-    from lora_tools.formats.peft import PeftWriter
+    from lora_tools.formats.peft_writer import PeftWriter
     from lora_tools.verbs.extract import Outcome
 
 

@@ -193,7 +193,7 @@ def _rescale(
     progress: ProgressCallback | None,
 ) -> Report:
     from lora_tools import engine
-    from lora_tools.formats.peft import PeftWriter
+    from lora_tools.formats.peft_writer import PeftWriter
 
     folder.mkdir()
     writer = PeftWriter(folder)
