@@ -44,40 +44,37 @@ class Delta:
         wide = torch.float64 in (tuned.dtype, base.dtype)
         self.dtype = torch.float64 if wide else torch.float32
         self.shape = (tuned.shape[0], tuned.shape[1])
+        self.base_energy = 0.0
 
     def runs(self) -> Iterator[tuple[int, int, torch.Tensor]]:
         """(start, stop, rows) over all rows; each run's tensor is reused for the next."""
-        for start, run, _ in self._runs():
-            yield start, start + run.shape[0], run
-
-    def _runs(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """(start, rows of Δ, the same rows of the base)."""
         rows, cols = self.shape
         step = min(rows_per_run(self.shape), rows)
         out, wide = torch.empty(2, step, cols, dtype=self.dtype)
+        self.base_energy = 0.0
         for start in range(0, rows, step):
             stop = min(start + step, rows)
             run, base = out[: stop - start], wide[: stop - start]
             run.copy_(self._tuned[start:stop])
             base.copy_(self._base[start:stop])
+            self.base_energy += sum_of_squares(base)
             run.sub_(base)
-            yield start, run, base
+            yield start, stop, run
             self._done(start, stop)
 
     def fill(self, out: torch.Tensor) -> Energies:
         """Write Δ into ``out`` (rows, cols), rounded to its dtype, and measure it unrounded."""
-        energy = base_energy = 0.0
-        for start, run, base in self._runs():
+        energy = 0.0
+        for start, stop, run in self.runs():
             energy += sum_of_squares(run)
-            base_energy += sum_of_squares(base)
-            out[start : start + run.shape[0]] = run
-        return Energies(energy, base_energy, self._noise(energy, base_energy))
+            out[start:stop] = run
+        return Energies(energy, self.base_energy, self._noise(energy))
 
-    def _noise(self, energy: float, base_energy: float) -> float:
+    def _noise(self, energy: float) -> float:
         stored = (self._tuned.dtype, self._base.dtype)
         if any(d not in (torch.float32, torch.float64) for d in stored):
             return 0.0
         rows, cols = self.shape
         unit = EPS if torch.float32 in stored else torch.finfo(torch.float64).eps
-        rms = (math.sqrt(base_energy) + math.sqrt(energy)) / math.sqrt(max(rows * cols, 1))
+        rms = (math.sqrt(self.base_energy) + math.sqrt(energy)) / math.sqrt(max(rows * cols, 1))
         return unit * rms / math.sqrt(12) * (math.sqrt(rows) + math.sqrt(cols))
