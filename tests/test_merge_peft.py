@@ -365,7 +365,8 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "alora": ({"config": {"alora_invocation_tokens": [1]}}, UnsupportedAdapter, "tokens apart"),
     "arrow": ({"config": {"arrow_config": {"top_k": 2}}}, UnsupportedAdapter, "Arrow routes"),
     "target-parameters": (
-        {"config": {"target_parameters": ["experts.w"]}}, UnsupportedAdapter, "target_parameters"
+        {"config": {"target_parameters": [Q.removeprefix("base_model.model.") + ".a", "q_proj.b"]}},
+        AdapterError, "q_proj: target_parameters name a, b, and the file has factors for 1",
     ),
     "kasa": ({"config": {"kasa_config": {"beta": 1}}}, UnsupportedAdapter, "KaSA"),
     "bdlora": ({"config": {"use_bdlora": {"nblocks": 2}}}, UnsupportedAdapter, "block-diagonal"),
@@ -378,7 +379,8 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         for init in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga")
     },
     "experts": (
-        {"add": {f"{Q}.base_layer.lora_A.weight": torch.ones(4, 8)}}, UnsupportedAdapter, "experts"
+        {"add": {f"{Q}.base_layer.lora_A.weight": torch.ones(4, 8)}}, AdapterError,
+        "base_layer, and no target_parameters",
     ),
     "rank": ({"config": {"r": 8}}, AdapterError, "says rank 8, its factors have rank 4"),
     "rank-pattern": (
@@ -396,9 +398,10 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no-tensors": ({"drop": ""}, AdapterError, "holds no tensors"),
     "unknown-key": ({"add": {f"{Q}.lora_C.weight": torch.ones(2)}}, AdapterError, "is none that"),
     "convolution": (
-        {"add": {"base_model.model.c.lora_A.weight": torch.ones(4, 1, 3, 3),
-                 "base_model.model.c.lora_B.weight": torch.ones(8, 4, 1, 1)}},
-        UnsupportedAdapter, "convolutions",
+        {"drop": "layers.0.self_attn.q_proj",
+         "add": {f"{Q}.lora_A.weight": torch.ones(4, 1, 3, 3),
+                 f"{Q}.lora_B.weight": torch.ones(32, 4, 1, 1)}},
+        MismatchError, r"q_proj: base is \(32, 32\), .* lora_A \(4, 1, 3, 3\)",
     ),
     "factors-do-not-multiply": (
         {"drop": "layers.0.self_attn.q_proj.lora_B",

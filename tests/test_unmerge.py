@@ -181,7 +181,7 @@ def test_another_machines_arithmetic(
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_slack_covers_other_orders_of_summation(dtype: str) -> None:
     """Against the same estimate with the rank summed backwards, and in float64."""
-    from lora_tools.linalg.layouts import LAYOUTS
+    from lora_tools.linalg.layouts import LAYOUTS, Block
     from lora_tools.linalg.merge import LowRank, TensorMerge
 
     torch.manual_seed(0)
@@ -190,7 +190,7 @@ def test_slack_covers_other_orders_of_summation(dtype: str) -> None:
     merged = torch.randn(90, 70).to(DTYPES[dtype]).to(working)
 
     def work(left: torch.Tensor, right: torch.Tensor, kind: torch.dtype) -> TensorMerge:
-        effect = LowRank(LAYOUTS["linear"], left, right, 0.3, 1.0)
+        effect = LowRank(LAYOUTS["linear"], [Block(0, 0, left, right)], 0.3, 1.0)
         return TensorMerge([effect], (90, 70), None, kind)
 
     here = work(left, right, working)

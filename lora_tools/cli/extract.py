@@ -60,6 +60,15 @@ _TENSORS, _SVD = "Which tensors", "Decomposition"
     "out, or stop.",
 )
 @option(
+    "--layout",
+    multiple=True,
+    metavar="REGEX=KIND",
+    group=_TENSORS,
+    help="Layer kind of modules in whose name REGEX is found, where name and shape do not tell: "
+    "conv:GROUPS, merged:3 (factors for each block), merged:64,16,16/101 (by size, first and last "
+    "only), linear, conv1d, embedding, none (docs/extract.md); repeatable.",
+)
+@option(
     "--alpha",
     type=float,
     metavar="A",

@@ -16,6 +16,7 @@ class Consumer:
             zeros to one rank, lora_alpha is that rank, and what scale is left goes into lora_B.
         ranks: the ranks it accepts, or empty for any.
         saved: reads tensors saved whole; bias: biases; dora: DoRA magnitudes.
+        forms: the forms of factors it reads.
         head: wants factors for an output head that is tied to the input embedding, too. (llama.cpp
             has one tensor for both and refuses them.)
     """
@@ -26,6 +27,7 @@ class Consumer:
     saved: bool = False
     bias: bool = False
     dora: bool = False
+    forms: tuple[str, ...] = ("matrix", "embedding")
     head: bool = True
 
     def rank_for(self, rank: int) -> int:
@@ -46,7 +48,14 @@ class Consumer:
 CONSUMERS: dict[str, Consumer] = {
     consumer.name: consumer
     for consumer in (
-        Consumer("peft", patterns=True, saved=True, bias=True, dora=True),
+        Consumer(
+            "peft",
+            patterns=True,
+            saved=True,
+            bias=True,
+            dora=True,
+            forms=("matrix", "embedding", "conv", "experts"),
+        ),
         Consumer("vllm", ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512)),
         Consumer("llama.cpp", head=False),
     )

@@ -22,6 +22,15 @@ _HEAD = re.compile(r"(lm_head|embed_out|output_projection)")
 # Architectures whose linear layers are transformers' Conv1D, stored (in, out), and those layers.
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D = re.compile(r"(c_attn|c_proj|c_fc|q_attn)")
+# Fused experts: the parameters that hold them, and the layers of one expert that go into each, one
+# above the other, where a checkpoint stores them apart (Qwen's and DeepSeek's names, Mixtral's).
+_FUSED = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "down_proj": (("down_proj",), ("w2",)),
+    "up_proj": (("up_proj",),),
+}
+# Architectures that hold experts as (E, in, out): transformers' ``is_transposed``.
+_TRANSPOSED_EXPERTS = ("gpt_oss", "openai_privacy_filter", "aria", "aria_text")
 # Architectures with an output head to tie. (BertModel's config ties as well, and it has none.)
 _LANGUAGE_MODEL = re.compile(
     r".*(For\w*LM|LMHead\w*|DoubleHeadsModel|ForConditionalGeneration|ForPreTraining)"
@@ -36,19 +45,62 @@ def split_tensor(tensor: str) -> tuple[str, str]:
 
 
 def layout_name(spec: TensorSpec, config: Mapping[str, Any]) -> str | None:
-    """The layout of a weight (a key of ``linalg.layouts.LAYOUTS``), or None where it has none.
+    """The layer kind of a weight (a key of ``linalg.layouts.LAYOUTS``), or None where it has none.
 
-    ``config`` is the checkpoint's config.json: GPT-2's family is known by ``model_type``.
+    ``config`` is the checkpoint's config.json: GPT-2's family is known by ``model_type``. Grouped
+    convolutions, and blocks of a weight, cannot be told from a name and a shape.
     """
     module, parameter = split_tensor(spec.name)
-    if parameter != "weight" or len(spec.shape) != 2 or not spec.is_float or not module:
-        return None
     last = module.rpartition(".")[2]
+    if not (spec.is_float and module):
+        return None
+    if len(spec.shape) == 3 and last == "experts" and parameter in _FUSED:
+        return "experts-transposed" if stores_transposed(spec, config) else "experts"
+    if parameter != "weight":
+        return None
+    if 3 <= len(spec.shape) <= 5 and spec.shape[1] > 1:  # else depthwise, or of one channel
+        return "conv"
+    if len(spec.shape) != 2:
+        return None
     if _EMBEDDING.fullmatch(last):
         return "embedding"
-    if _CONV1D.fullmatch(last) and config.get("model_type") in _CONV1D_MODELS:
-        return "conv1d"
-    return "linear"
+    return "conv1d" if stores_transposed(spec, config) else "linear"
+
+
+def as_held(parameters: Iterable[str]) -> list[str]:
+    """Parameters of a module of experts in the order in which it holds them: down_proj last. (So do
+    all of transformers 5's.)"""
+    return sorted(parameters, key=lambda name: (name == "down_proj", name))
+
+
+def stores_transposed(spec: TensorSpec, config: Mapping[str, Any]) -> bool:
+    """Whether the architecture stores this weight as (in, out)."""
+    last = split_tensor(spec.name)[0].rpartition(".")[2]
+    if len(spec.shape) == 3:
+        return config.get("model_type") in _TRANSPOSED_EXPERTS
+    return bool(_CONV1D.fullmatch(last)) and config.get("model_type") in _CONV1D_MODELS
+
+
+def split_experts(
+    fused: str, tensors: Mapping[str, TensorSpec]
+) -> tuple[tuple[int, ...], dict[str, int]]:
+    """Where a checkpoint stores the experts of a fused weight one by one, as transformers 5 does by
+    default: the shape of the fused weight, and of each tensor the first row of (E · out, in) that
+    it is. Nothing where it does not."""
+    module, parameter = split_tensor(fused)
+    for place in (module, module.replace(".mlp.", ".block_sparse_moe.")):
+        for names in _FUSED.get(parameter, ()):
+            rows: dict[str, int] = {}
+            start = count = 0
+            while all(f"{place}.{count}.{name}.weight" in tensors for name in names):
+                for name in names:
+                    tensor = f"{place}.{count}.{name}.weight"
+                    rows[tensor] = start
+                    start += tensors[tensor].shape[0]
+                count += 1
+            if count:
+                return (count, start // count, tensors[next(iter(rows))].shape[-1]), rows
+    return (), {}
 
 
 def is_output_head(tensor: str) -> bool:

@@ -10,13 +10,14 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import AdapterError, UnsafeInput, UnsupportedAdapter
 from lora_tools.formats import hub
 from lora_tools.formats.checkpoint import TensorFile
+from lora_tools.formats.names import as_held, split_tensor
 from lora_tools.formats.safetensors_file import SafetensorsFile
 
 if TYPE_CHECKING:
@@ -57,19 +58,43 @@ class LoraModule:
 
     Attributes:
         module: its name, without PEFT's prefix.
-        embedding: whether the factors are those of an Embedding.
+        form: how the factors are held: "matrix", "embedding", "conv", "merged" or "experts", as in
+            ``linalg.layouts``.
         A, B, bias, magnitude: keys in the file; the last two may be None.
         r, alpha: rank and lora_alpha of this module, patterns applied.
+        parameter: the module's parameter they act on.
+        enabled, sizes: of form "merged": which blocks take part, and their sizes, or () for equal
+            ones.
+        experts: of form "experts": how many.
     """
 
     module: str
-    embedding: bool
+    form: str
     A: str
     B: str
     bias: str | None
     magnitude: str | None
     r: int
     alpha: float
+    parameter: str = "weight"
+    enabled: tuple[bool, ...] = ()
+    sizes: tuple[int, ...] = ()
+    experts: int = 0
+
+    @property
+    def weight(self) -> str:
+        """The tensor they act on."""
+        return f"{self.module}.{self.parameter}"
+
+    @property
+    def name(self) -> str:
+        """The module, or of several parameters that it holds the parameter."""
+        return self.module if self.parameter == "weight" else self.weight
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What the layer kind is to know, for ``layouts.of_form``."""
+        return {"enabled": self.enabled, "sizes": self.sizes, "experts": self.experts}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +110,7 @@ class Adapter:
     """A PEFT adapter, its factors unread until asked for.
 
     Attributes:
-        modules: low-rank updates by module name.
+        modules: low-rank updates by module name; of several parameters of one module, by theirs.
         whole: tensors saved whole (modules_to_save, biases, resized embeddings) → key.
         tokens: trained embedding rows by module name.
     """
@@ -110,6 +135,13 @@ class Adapter:
         return self.file.specs[key].shape
 
     @property
+    def transposes_experts(self) -> bool:
+        """Whether it was written by a PEFT before 0.19, which took fused experts for (E, in, out)
+        always."""
+        version = str(self.config.get("peft_version") or "")
+        return re.match(r"0\.1[0-8]\.", version) is not None
+
+    @property
     def nbytes(self) -> int:
         return sum(spec.nbytes for spec in self.file.specs.values())
 
@@ -122,11 +154,6 @@ class Adapter:
             name = key.removeprefix(PREFIX)
             if match := _FACTOR.fullmatch(name):
                 module, part = match["module"], match["part"]
-                if module.endswith(".base_layer"):
-                    raise UnsupportedAdapter(
-                        f"{self.path}: {key}: made with target_parameters (fused experts), "
-                        "which this version does not merge"
-                    )
                 leaf = "bias" if match["leaf"] == "bias" else part
                 if leaf in parts.setdefault(module, {}):
                     raise self._fail(f"{key!r} repeats {parts[module][leaf]!r}")
@@ -139,12 +166,50 @@ class Adapter:
             else:
                 tensor = name.replace(".modules_to_save.", ".").replace(".base_layer.", ".")
                 self.whole[tensor.replace(".default.", ".")] = key
-        for module, keys in sorted(parts.items()):
-            self.modules[module] = self._module(module, keys)
+        for nested, keys in sorted(parts.items()):
+            module = nested.replace(".base_layer", "")
+            parameter = self._parameter(module, nested.count(".base_layer"), parts)
+            found = self._module(module, parameter, keys)
+            self.modules[found.name] = found
         if not (self.modules or self.whole or self.tokens):
             raise self._fail("holds no tensors")
 
-    def _module(self, module: str, keys: dict[str, str]) -> LoraModule:
+    def _parameter(self, module: str, depth: int, parts: Collection[str]) -> str:
+        """The parameter that factors under ``depth`` times ``.base_layer`` act on.
+
+        PEFT nests one wrapper in another where several parameters of one module are targeted, in
+        the order in which the module holds them, and does not say which is which.
+        """
+        named = self._parameters(module)
+        if not named:
+            if depth:
+                raise self._fail(f"{module}: .base_layer, and no target_parameters in {CONFIG}")
+            return "weight"
+        deepest = max(
+            n.count(".base_layer") for n in parts if n.replace(".base_layer", "") == module
+        )
+        if deepest + 1 != len(named):
+            raise self._fail(
+                f"{module}: target_parameters name {', '.join(named)}, and the file has factors "
+                f"for {deepest + 1}"
+            )
+        if len(named) > 2 or (len(named) == 2 and named[1] != "down_proj"):
+            raise UnsupportedAdapter(
+                f"{self.path}: {module}: target_parameters name {', '.join(named)} of one module, "
+                "and the file does not say which of its factors are for which"
+            )
+        return named[deepest - depth]
+
+    def _parameters(self, module: str) -> list[str]:
+        """The parameters of a module that target_parameters name, in the module's order."""
+        given = self.config.get("target_parameters") or []
+        if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
+            raise self._fail(f"{CONFIG}: target_parameters is no list of names")
+        split = (split_tensor(name) for name in given)
+        mine = {p for m, p in split if m == module or module.endswith("." + m) or not m}
+        return as_held(mine)
+
+    def _module(self, module: str, parameter: str, keys: dict[str, str]) -> LoraModule:
         embedding = "lora_embedding_A" in keys or "lora_embedding_B" in keys
         a, b = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
         if a not in keys or b not in keys:
@@ -153,28 +218,30 @@ class Adapter:
             if not self.file.specs[key].is_float:
                 raise self._fail(f"{key}: stored as {self.file.specs[key].dtype}, not a float")
         A, B = self.shape(keys[a]), self.shape(keys[b])
-        if len(A) != 2 or len(B) != 2:
-            raise UnsupportedAdapter(
-                f"{self.path}: {module}: {a} has shape {list(A)}; convolutions are not merged by "
-                "this version"
-            )
-        if A[0] != B[1] or 0 in A or 0 in B:
+        # A convolution's lora_B is grouped as its layer is: each group takes its share of the rank.
+        sound = len(A) == len(B) >= 2 and 0 not in A + B and A[0] % B[1] == 0
+        if not sound or (len(A) == 2 and A[0] != B[1]):
             raise self._fail(f"{module}: {a} {list(A)} and {b} {list(B)} do not multiply")
         if self.use_dora != ("lora_magnitude_vector" in keys):
             raise self._fail(
                 f"{module}: use_dora is {self.use_dora} in {CONFIG}, and the file "
                 f"{'has' if not self.use_dora else 'lacks'} its lora_magnitude_vector"
             )
-        r = self.pattern("rank_pattern", module, self.config.get("r"))
-        alpha = self.pattern("alpha_pattern", module, self.config.get("lora_alpha"))
-        if r != A[0]:
+        form = "embedding" if embedding else "matrix" if len(A) == 2 else "conv"
+        name = f"{module}.{parameter}" if self._parameters(module) else module
+        r = self.pattern("rank_pattern", name, self.config.get("r"))
+        alpha = self.pattern("alpha_pattern", name, self.config.get("lora_alpha"))
+        experts = 0
+        if name != module and type(r) is int and r > 0 and A[0] % r == 0:
+            form, experts = "experts", A[0] // r
+        if r != A[0] and not experts:
             raise self._fail(f"{module}: {CONFIG} says rank {r}, its factors have rank {A[0]}")
         if not _is_finite(alpha):
             raise self._fail(f"{module}: lora_alpha is {alpha!r} in {CONFIG}")
-        magnitude = keys.get("lora_magnitude_vector")
         return LoraModule(
-            module, embedding, keys[a], keys[b], keys.get("bias"), magnitude, A[0], float(alpha)
-        )
+            module, form, keys[a], keys[b], keys.get("bias"), keys.get("lora_magnitude_vector"),
+            r, float(alpha), parameter, experts=experts,
+        )  # fmt: skip
 
     def pattern(self, which: str, module: str, default: Any) -> Any:
         """The first entry of rank_pattern or alpha_pattern that matches, else ``default``."""
@@ -217,7 +284,6 @@ def refuse_unmergeable(path: Path, config: Mapping[str, Any]) -> None:
         ("use_bdlora", "its factors are block-diagonal (BD-LoRA)"),
         ("use_qalora", "QA-LoRA pools its inputs"),
         ("layer_replication", "it replicates layers, so its modules are not the checkpoint's"),
-        ("target_parameters", "target_parameters (fused experts) is not merged by this version"),
         ("kasa_config", "KaSA changed the base"),
         ("megatron_config", "Megatron's parallel layers are not the checkpoint's"),
     ):

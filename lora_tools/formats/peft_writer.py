@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_tools.formats.dtypes import dtype_name
-from lora_tools.formats.names import compact, split_tensor
+from lora_tools.formats.names import as_held, compact, split_tensor
 from lora_tools.formats.output import write_synced
 from lora_tools.formats.peft import CONFIG, PREFIX, WEIGHTS
 from lora_tools.formats.safetensors_file import SafetensorsSpool
@@ -35,6 +35,7 @@ class PeftWriter:
         self._rank: dict[str, int] = {}
         self._alpha: dict[str, float] = {}
         self._saved_modules: set[str] = set()
+        self._parameters: dict[str, set[str]] = {}
         self._biases = False
 
     def add_lora(
@@ -44,23 +45,31 @@ class PeftWriter:
         lora_B: torch.Tensor,
         alpha: float,
         *,
-        embedding: bool = False,
+        form: str = "matrix",
+        parameter: str = "weight",
+        r: int | None = None,
         bias: torch.Tensor | None = None,
         magnitude: torch.Tensor | None = None,
     ) -> None:
-        """lora_A (r, in) and lora_B (out, r) of one module, as PEFT stores them."""
+        """lora_A and lora_B of one module, as PEFT stores them for its form: "matrix" (r, in) and
+        (out, r), "embedding", "conv", or "experts" for a ``parameter`` of the module, with its r.
+        """
         a, b = (
             ("lora_embedding_A", "lora_embedding_B")
-            if embedding
+            if form == "embedding"
             else ("lora_A.weight", "lora_B.weight")
         )
-        self._add(f"{PREFIX}{module}.{a}", lora_A)
-        self._add(f"{PREFIX}{module}.{b}", lora_B)
+        name = module
+        if form == "experts":
+            self._parameters.setdefault(module, set()).add(parameter)
+            name = f"{module}.{parameter}"
+        self._add(f"{PREFIX}{name}.{a}", lora_A)
+        self._add(f"{PREFIX}{name}.{b}", lora_B)
         if bias is not None:
-            self._add(f"{PREFIX}{module}.lora_B.bias", bias)
+            self._add(f"{PREFIX}{name}.lora_B.bias", bias)
         if magnitude is not None:
-            self._add(f"{PREFIX}{module}.lora_magnitude_vector", magnitude)
-        self._rank[module], self._alpha[module] = lora_A.shape[0], alpha
+            self._add(f"{PREFIX}{name}.lora_magnitude_vector", magnitude)
+        self._rank[name], self._alpha[name] = lora_A.shape[0] if r is None else r, alpha
 
     def add_saved(self, tensor_name: str, tensor: torch.Tensor) -> None:
         """A tensor of a module that is saved whole (modules_to_save)."""
@@ -113,12 +122,26 @@ class PeftWriter:
         config["alpha_pattern"] = {k: _plain(v) for k, v in _pattern(self._alpha, alpha).items()}
         if self._biases:
             config["bias"] = "all"
+        whole = {f"{m}.{p}" for m, names in self._parameters.items() for p in names}
         if all_modules is not None:
-            config["target_modules"] = target_modules(self._rank, all_modules)
+            config["target_modules"] = target_modules(self._rank.keys() - whole, all_modules)
+            config["target_parameters"] = sorted(whole) or None
             config["modules_to_save"] = sorted(self._saved_modules) or None
+        self._nest()
         self._spool.finish(self._folder / WEIGHTS, {"format": "pt", **(metadata or {})})
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         write_synced(self._folder / CONFIG, text.encode())
+
+    def _nest(self) -> None:
+        """Name the factors of parameters as PEFT does: one wrapper around the other, the parameter
+        that the module holds first innermost."""
+        for module, names in self._parameters.items():
+            for depth, parameter in enumerate(reversed(as_held(names))):
+                for part in ("lora_A.weight", "lora_B.weight"):
+                    self._spool.rename(
+                        f"{PREFIX}{module}.{parameter}.{part}",
+                        f"{PREFIX}{module}{'.base_layer' * depth}.{part}",
+                    )
 
     def close(self) -> None:
         """Drop the scratch space, whether finished or not."""

@@ -12,6 +12,7 @@ package's own needs every tensor of the file in memory at once.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import math
@@ -314,6 +315,12 @@ class SafetensorsSpool:
         _write_all(self._fd, data, self._end)
         self._at[spec.name] = (spec, self._end)
         self._end += data.nbytes
+
+    def rename(self, name: str, new: str) -> None:
+        """Give what was added under one name another."""
+        assert new not in self._at
+        spec, position = self._at.pop(name)
+        self._at[new] = (dataclasses.replace(spec, name=new), position)
 
     @property
     def specs(self) -> tuple[TensorSpec, ...]:

@@ -70,6 +70,11 @@ class Delta:
             out[start:stop] = run
         return Energies(energy, self.base_energy, self._noise(energy))
 
+    def measure(self) -> Energies:
+        """What ``fill`` measures, without keeping Δ."""
+        energy = sum(sum_of_squares(run) for _, _, run in self.runs())
+        return Energies(energy, self.base_energy, self._noise(energy))
+
     def _noise(self, energy: float) -> float:
         stored = (self._tuned.dtype, self._base.dtype)
         if any(d not in (torch.float32, torch.float64) for d in stored):

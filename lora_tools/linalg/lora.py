@@ -86,6 +86,11 @@ def balanced_factors(
     return left, right, Fit(error, float((best * P).sum()))
 
 
+def no_factors(shape: tuple[int, int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """left (rows, 0), right (0, cols): the factors of no change."""
+    return torch.zeros(shape[0], 0, dtype=dtype), torch.zeros(0, shape[1], dtype=dtype)
+
+
 def residual_energy(delta: Rows, left: torch.Tensor, right: torch.Tensor, scale: float) -> float:
     """‖delta − scale · left @ right‖²_F, run by run."""
     return math.fsum(

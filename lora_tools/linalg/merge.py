@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from lora_tools.linalg.layouts import Layout
+from lora_tools.linalg.layouts import Block, Layout, Region
 from lora_tools.linalg.lora import rows_per_run
 
 # Reads rows [start, stop) of the base, in the working dtype.
@@ -26,11 +26,10 @@ RowReader = Callable[[int, int], torch.Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class LowRank:
-    """weight · scale · left (rows, r) @ right (r, cols), with DoRA's magnitude where it has one."""
+    """weight · scale · the product of each block, with DoRA's magnitude where it has one."""
 
     layout: Layout
-    left: torch.Tensor
-    right: torch.Tensor
+    blocks: Sequence[Block]
     scale: float
     weight: float
     magnitude: torch.Tensor | None = None
@@ -61,6 +60,9 @@ class RowsReplaced:
     weight: float
 
 
+# Where a product lies, its left (rows, r) with all scales, its right (r, cols).
+_Product = tuple[Region, torch.Tensor, torch.Tensor]
+_Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Effect = LowRank | Added | Replaced | RowsReplaced
 
 
@@ -88,26 +90,30 @@ class TensorMerge:
         plain = [e for e in low_rank if e.magnitude is None]
         self._doras = [e for e in low_rank if e.magnitude is not None]
         self._keep = 1.0 - sum(e.weight for e in self._doras)
-        self._left = _cat([e.left.to(dtype) * (e.weight * e.scale) for e in plain], 1)
-        self._right = _cat([e.right.to(dtype) for e in plain], 0)
+        self._plain = _products(
+            [(block, e.weight * e.scale) for e in plain for block in e.blocks], dtype
+        )
+        self._dora_products = [
+            _products([(b, e.scale) for b in e.blocks], dtype) for e in self._doras
+        ]
         if norms is not None:
             self.norms = [norm.to(dtype) for norm in norms]
         elif self._doras:
             assert read is not None
-            self.norms = [self._norm(e, read) for e in self._doras]
+            self.norms = [
+                self._norm(e, products, read)
+                for e, products in zip(self._doras, self._dora_products, strict=True)
+            ]
         else:
             self.norms = []
         self._factors = [
-            e.layout.per_output(e.magnitude.to(dtype) / norm) * e.weight
+            e.layout.per_output(e.magnitude.flatten().to(dtype) / norm) * e.weight
             for e, norm in zip(self._doras, self.norms, strict=True)
             if e.magnitude is not None
         ]
-        self._dora_left = [e.left.to(dtype) * e.scale for e in self._doras]
-        self._dora_right = [e.right.to(dtype) for e in self._doras]
 
-    def _norm(self, effect: LowRank, read: RowReader) -> torch.Tensor:
+    def _norm(self, effect: LowRank, products: Sequence[_Product], read: RowReader) -> torch.Tensor:
         """‖W + D‖ along the layout's magnitude dimension."""
-        left, right = effect.left.to(self.dtype) * effect.scale, effect.right.to(self.dtype)
         dim = effect.layout.magnitude_dim
         parts = []
         for start in range(0, self.shape[0], self._step):
@@ -115,7 +121,7 @@ class TensorMerge:
             rows = read(start, stop)
             for replaced in self._replaced:
                 rows = _move(rows, replaced, start, stop)
-            merged = torch.addmm(rows, left[start:stop], right)
+            merged = _add_products(rows, products, start, stop)
             parts.append(merged.double().square_().sum(dim))
         total = torch.cat(parts) if dim == 1 else torch.stack(parts).sum(0)
         return total.sqrt().to(self.dtype)
@@ -130,11 +136,10 @@ class TensorMerge:
         result = rows
         if self._doras:
             result = rows * self._keep
-            for factor, left, right in self._dora_rows(start, stop):
-                moved = torch.addmm(rows, left, right)
+            for factor, products in self._dora_rows(start, stop):
+                moved = _add_products(rows.clone(), products, start, stop)
                 result.addcmul_(factor.expand_as(moved), moved)
-        if self._left is not None and self._right is not None:
-            result = result.addmm_(self._left[start:stop], self._right)
+        result = _add_products(result, self._plain, start, stop)
         for added in self._added:
             result = result.add_(added.values[start:stop].to(self.dtype), alpha=added.weight)
         return result
@@ -144,13 +149,13 @@ class TensorMerge:
 
         Rows that were replaced are returned as they are.
         """
-        if self._left is not None and self._right is not None:
-            merged = merged.addmm_(self._left[start:stop], self._right, alpha=-1)
+        merged = _add_products(merged, self._plain, start, stop, -1)
         for added in self._added:
             merged = merged.sub_(added.values[start:stop].to(self.dtype), alpha=added.weight)
         if self._doras:
-            for here, left, right in self._dora_rows(start, stop):
-                merged = merged.sub_(here * (left @ right))
+            for here, products in self._dora_rows(start, stop):
+                delta = _add_products(torch.zeros_like(merged), products, start, stop)
+                merged = merged.sub_(here * delta)
             merged = merged.div_(self._divisor(start, stop))
         return merged
 
@@ -159,39 +164,78 @@ class TensorMerge:
         from this one's: elementwise, generously."""
         unit = 4 * torch.finfo(self.dtype).eps
         result = merged.abs() * unit
-        if self._left is not None and self._right is not None:
-            result += _product_slack(self._left[start:stop], self._right, unit)
+        for part, left, right in _within(result, self._plain, start, stop):
+            part += _product_slack(left, right, unit)
         for added in self._added:
             result += added.values[start:stop].to(self.dtype).abs() * (abs(added.weight) * unit)
         if self._doras:
-            for here, left, right in self._dora_rows(start, stop):
-                result += here.abs() * _product_slack(left, right, unit)
+            for here, products in self._dora_rows(start, stop):
+                moved = torch.zeros_like(result)
+                for part, left, right in _within(moved, products, start, stop):
+                    part += _product_slack(left, right, unit)
+                result += here.abs() * moved
             result /= self._divisor(start, stop).abs()
         return result
 
     def _dora_rows(
         self, start: int, stop: int
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        for factor, left, right in zip(
-            self._factors, self._dora_left, self._dora_right, strict=True
-        ):
-            yield self._slice(factor, start, stop), left[start:stop], right
+    ) -> Iterator[tuple[torch.Tensor, Sequence[_Product]]]:
+        for factor, products in zip(self._factors, self._dora_products, strict=True):
+            yield self._slice(factor, start, stop), products
 
     def _divisor(self, start: int, stop: int) -> torch.Tensor:
         """What the base was multiplied by: 1 − Σ w_d + Σ w_d f_d."""
         return self._keep + sum(
-            (here for here, _, _ in self._dora_rows(start, stop)), torch.zeros(1, dtype=self.dtype)
+            (here for here, _ in self._dora_rows(start, stop)), torch.zeros(1, dtype=self.dtype)
         )
+
+
+def dense(blocks: Sequence[Block], shape: tuple[int, int]) -> torch.Tensor:
+    """The sum of blocks as a matrix of this shape, in float64."""
+    rows = torch.zeros(shape, dtype=torch.float64)
+    products = _products([(block, 1.0) for block in blocks], torch.float64)
+    return _add_products(rows, products, 0, shape[0])
+
+
+def _products(blocks: Sequence[tuple[Block, float]], dtype: torch.dtype) -> list[_Product]:
+    """Blocks with their scales, those on one region put together into one product."""
+    regions: dict[Region, list[tuple[Block, float]]] = {}
+    for block, scale in blocks:
+        regions.setdefault(block.region, []).append((block, scale))
+    return [
+        (
+            at,
+            torch.cat([b.left.to(dtype) * scale for b, scale in here], 1),
+            torch.cat([b.right.to(dtype) for b, _ in here], 0),
+        )
+        for at, here in regions.items()
+    ]
+
+
+def _within(
+    rows: torch.Tensor, products: Sequence[_Product], start: int, stop: int
+) -> Iterator[_Part]:
+    """The part of rows [start, stop) that each product acts on, and the factors cut to it."""
+    for at, left, right in products:
+        first, last = max(start, at.row), min(stop, at.row + at.rows)
+        if first < last:
+            here = rows[first - start : last - start, at.col : at.col + at.cols]
+            yield here, left[first - at.row : last - at.row], right
+
+
+def _add_products(
+    rows: torch.Tensor, products: Sequence[_Product], start: int, stop: int, sign: int = 1
+) -> torch.Tensor:
+    """Rows [start, stop) with every product added, in place."""
+    for part, left, right in _within(rows, products, start, stop):
+        part.addmm_(left, right, alpha=sign)
+    return rows
 
 
 def _product_slack(left: torch.Tensor, right: torch.Tensor, unit: float) -> torch.Tensor:
     """The error bound of a product of inner length r, γ_r ‖left_i‖ ‖right_j‖ (Higham, Accuracy and
     Stability, 3.5, with the Cauchy–Schwarz inequality)."""
     return torch.outer(left.norm(dim=1) * (left.shape[1] * unit), right.norm(dim=0))
-
-
-def _cat(parts: list[torch.Tensor], dim: int) -> torch.Tensor | None:
-    return torch.cat(parts, dim) if parts else None
 
 
 def _move(

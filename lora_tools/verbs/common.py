@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from lora_tools.errors import UsageError
 from lora_tools.formats.consumers import CONSUMERS, Consumer
+from lora_tools.linalg.layouts import Layout, named
 from lora_tools.linalg.ranks import RankRule
 
 
@@ -58,6 +59,20 @@ def name_filter(include: Sequence[str], exclude: Sequence[str]) -> Callable[[str
         )
 
     return chosen
+
+
+def layer_kinds(given: Sequence[str]) -> list[tuple[re.Pattern[str], Layout | None]]:
+    """``REGEX=KIND`` → the pattern on module names, and the kind. Raises UsageError."""
+    kinds = []
+    for text in given:
+        regex, equals, kind = text.rpartition("=")
+        if not (equals and regex):
+            raise UsageError(f"--layout {text!r}: REGEX=KIND is needed")
+        try:
+            kinds.append((re.compile(regex), named(kind)))
+        except re.error as error:
+            raise UsageError(f"{regex!r} is not a regular expression: {error}") from None
+    return kinds
 
 
 def consumer_named(name: str) -> Consumer:

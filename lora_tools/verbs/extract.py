@@ -11,57 +11,29 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lora_tools.errors import (
     MismatchError,
-    NonFiniteError,
     QualityGateError,
     UsageError,
 )
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.checkpoint import Checkpoint, open_checkpoint
-from lora_tools.formats.consumers import Consumer
-from lora_tools.formats.dtypes import parse_float_dtype, torch_dtype
+from lora_tools.formats.dtypes import parse_float_dtype
 from lora_tools.formats.output import check_destination, check_space, staged
-from lora_tools.linalg.layouts import LAYOUTS
-from lora_tools.linalg.ranks import RankRule
-from lora_tools.records import Fate, Input, ModuleResult, ProgressCallback, Report
-from lora_tools.verbs.common import consumer_named, name_filter, rank_rule, tool_version
+from lora_tools.records import Fate, Input, ProgressCallback, Report
+from lora_tools.verbs.common import (
+    consumer_named,
+    layer_kinds,
+    name_filter,
+    rank_rule,
+    tool_version,
+)
+from lora_tools.verbs.decompose import Options, Outcome, work_on
 from lora_tools.verbs.extract_output import complete_saved, totals
-from lora_tools.verbs.pairing import Pair, Plan, make_plan
+from lora_tools.verbs.pairing import Plan, make_plan
 
 if TYPE_CHECKING:
-    import torch
-
-    from lora_tools.engine import Buffers
     from lora_tools.formats.peft_writer import PeftWriter
-    from lora_tools.linalg.delta import Delta
 
 DEFAULT_RANK = 32
-_LARGE = 32 << 20
-
-
-@dataclasses.dataclass(frozen=True)
-class _Options:
-    rule: RankRule
-    alpha: float | None
-    rslora: bool
-    dtype: str | None
-    exact: bool
-    tolerance: float
-    seed: int
-    device: str
-    half: torch.dtype | None  # what products are several times faster in, if the device has it
-    consumer: Consumer
-
-
-@dataclasses.dataclass
-class Outcome:
-    """What one pair came to: its fate, and what of it goes into the adapter."""
-
-    pair: Pair
-    action: str
-    base_hash: str = ""
-    tuned_hash: str = ""
-    result: ModuleResult | None = None
-    lora: tuple[torch.Tensor, torch.Tensor, float] | None = None
 
 
 def extract(
@@ -74,6 +46,7 @@ def extract(
     max_rank: int | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    layout: Sequence[str] = (),
     alpha: float | None = None,
     rslora: bool = False,
     dtype: str | None = None,
@@ -98,6 +71,8 @@ def extract(
         rank: cap on each module's rank (default 32); a module of lower rank gets its own.
         energy: instead, the smallest rank that holds this share of ‖Δ‖²_F, up to ``max_rank``.
         include, exclude: regular expressions on module names.
+        layout: ``"REGEX=KIND"``: the layer kind of modules in whose name REGEX is found, where name
+            and shape do not tell it (``linalg.layouts.named``).
         alpha: lora_alpha; by default each module's rank, so that the scaling is 1.
         rslora: write use_rslora, scaling alpha / √r; the effect is the same.
         dtype: of the factors; by default that of each base tensor.
@@ -121,16 +96,16 @@ def extract(
         raise UsageError(f"--alpha {alpha}: a number above 0 is needed")
     if not 0 < tolerance < 1:
         raise UsageError(f"--tolerance {tolerance}: a number between 0 and 1 is needed")
-    options = _Options(
+    options = Options(
         rule, alpha, rslora, parse_float_dtype(dtype) if dtype else None,
         svd == "exact", tolerance, seed, device, None, consumer_named(consumer),
     )  # fmt: skip
-    chosen = name_filter(include, exclude)
+    chosen, kinds = name_filter(include, exclude), layer_kinds(layout)
     destination = Path(out)
     sides = open_checkpoint(base, allow_pickle), open_checkpoint(tuned, allow_pickle)
     if not dry_run:
         check_destination(destination, [side.path for side in sides], force)
-    plan = make_plan(*sides, chosen=chosen, embeddings=embeddings, rest=rest)
+    plan = make_plan(*sides, chosen=chosen, kinds=kinds, embeddings=embeddings, rest=rest)
     fates = plan.fates(rule)
     expected = sum(fate.nbytes for fate in fates)
     inputs = (Input("base", str(base)), Input("tuned", str(tuned)))
@@ -151,7 +126,7 @@ def extract(
 def _extract(
     sides: tuple[Checkpoint, Checkpoint],
     plan: Plan,
-    options: _Options,
+    options: Options,
     folder: Path,
     inputs: tuple[Input, Input],
     jobs: int | None,
@@ -171,7 +146,7 @@ def _extract(
     try:
         for outcome in engine.run(
             pairs,
-            lambda pair: _work(pair, sides, options, buffers),
+            lambda pair: work_on(pair, sides, options, buffers),
             jobs=jobs,
             nbytes=lambda pair: 4 * pair.spec.numel if pair.action == "decompose" else 0,
             label=lambda pair: pair.name,
@@ -202,150 +177,24 @@ def _extract(
         tuple(dataclasses.replace(i, digest=d) for i, d in zip(inputs, digests, strict=True)),
         "", False,
         (*(Fate(o.pair.name, o.action, o.pair.reason) for o in outcomes), *plan.settled),
-        modules, totals(modules, folder), tuple(notes),
+        modules, totals(modules, sum(o.parameters for o in outcomes), folder), tuple(notes),
     )  # fmt: skip
 
 
-def _work(
-    pair: Pair, sides: tuple[Checkpoint, Checkpoint], options: _Options, buffers: Buffers
-) -> Outcome:
-    """Read one pair and, if it changed and is to be decomposed, decompose it."""
-    base, tuned = sides
-    tuned_hash = _hash(tuned, _tuned_name(pair))
-    if pair.base is None:
-        return Outcome(pair, "saved whole" if pair.action == "save" else "skipped", "", tuned_hash)
-    outcome = Outcome(pair, "unchanged", _hash(base, pair.base.name), tuned_hash)
-    if outcome.base_hash == tuned_hash and dataclasses.replace(pair.base, name="") == (
-        dataclasses.replace(pair.spec, name="")
-    ):
-        return outcome
-    if pair.action == "refuse":
-        raise MismatchError(
-            f"{pair.name}: changed, and it has no low-rank form; --rest save keeps it whole, "
-            "--rest skip leaves it out"
-        )
-    if pair.action == "decompose":
-        _decompose(outcome, sides, options, buffers)
-    else:
-        outcome.action = "skipped" if pair.action == "skip" else "saved whole"
-    return outcome
-
-
-def _hash(side: Checkpoint, name: str) -> str:
-    value = hashing.tensor_hash(side.raw(name))
-    if side.specs[name].nbytes > _LARGE:
-        side.release(name)  # it is read again, but must not stay beside its delta
-    return value
-
-
-def _tuned_name(pair: Pair) -> str:
-    assert pair.tuned is not None
-    return pair.tuned.name
-
-
-def _delta(pair: Pair, sides: tuple[Checkpoint, Checkpoint]) -> Delta:
-    """tuned − base, giving pages back as they are read."""
-    from lora_tools.linalg.delta import Delta
-
-    assert pair.base is not None
-    assert pair.tuned is not None
-    (base, ours), (tuned, theirs) = (sides[0], pair.base), (sides[1], pair.tuned)
-    rows = pair.spec.shape[0]
-
-    def done(start: int, stop: int) -> None:
-        for side, spec in ((base, ours), (tuned, theirs)):
-            row = spec.nbytes // rows
-            side.release(spec.name, start * row, stop * row)
-
-    return Delta(tuned.tensor(theirs.name), base.tensor(ours.name), done)
-
-
-def _decompose(
-    outcome: Outcome,
-    sides: tuple[Checkpoint, Checkpoint],
-    options: _Options,
-    buffers: Buffers,
-) -> None:
-    """Decompose a pair's delta, by way of half precision where that is faster and good enough."""
-    import torch
-
-    from lora_tools.linalg.svd import HALF_LOSS, iterates
-
-    pair = outcome.pair
-    delta = _delta(pair, sides)
-    half = options.half
-    if (
-        half is not None
-        and delta.dtype == torch.float32
-        and options.tolerance > 4 * HALF_LOSS
-        and iterates(delta.shape, options.rule, options.exact)
-        and _factorise(outcome, delta, options, buffers, half)
-    ):
-        return
-    _factorise(outcome, delta, options, buffers, delta.dtype)
-
-
-def _factorise(
-    outcome: Outcome, delta: Delta, options: _Options, buffers: Buffers, dtype: torch.dtype
-) -> bool:
-    """Decompose by a copy of the delta in ``dtype``. False if half precision does not do: the
-    iteration did not converge, or what is left out is as small as its rounding."""
-    from lora_tools.linalg import lora
-    from lora_tools.linalg.svd import HALF_LOSS, sketched, truncated
-
-    pair = outcome.pair
-    assert pair.layout is not None
-    assert pair.base is not None
-    half = dtype != delta.dtype
-    with buffers.lend(delta.shape, dtype) as buffer:
-        energies = delta.fill(buffer)
-        total = energies.delta
-        if not math.isfinite(total):
-            side = "tuned" if math.isfinite(energies.base) else "base"
-            raise NonFiniteError(f"{pair.name}: the {side} side holds an inf or a NaN")
-        if total == 0:  # other dtypes, the same values
-            return True
-        matrix = buffer.to(options.device)
-        known = {"total": total, "tolerance": options.tolerance, "noise": energies.noise}
-        if half:
-            svd = sketched(matrix, options.rule, **known, seed=options.seed)
-        else:
-            svd = truncated(matrix, options.rule, **known, seed=options.seed, exact=options.exact)
-        del matrix
-    if svd is None:
-        return False
-    alpha = options.alpha if options.alpha is not None else float(svd.rank)
-    scale = lora.scaling(alpha, svd.rank, options.rslora)
-    written = torch_dtype(options.dtype or pair.base.dtype)
-    left, right, fit = lora.balanced_factors(svd, delta, scale, written)
-    if not math.isfinite(fit.error):
-        raise NonFiniteError(
-            f"{pair.name}: its factors overflow {written}; choose a wider one with --dtype"
-        )
-    if half and total - fit.captured < 64 * HALF_LOSS * total:
-        return False
-    # The fit holds what the decomposition found, and a little more or, from rounding, less.
-    gain = svd.gain if half else max(svd.captured + svd.gain - fit.captured, 0.0)
-    layout = LAYOUTS[pair.layout]
-    lora_A, lora_B = layout.lora_factors(left.cpu(), right.cpu())
-    outcome.action = "decomposed"
-    outcome.lora = lora_A, lora_B, alpha
-    outcome.result = ModuleResult(
-        module=pair.module, layout=layout.name, shape=pair.spec.shape, rank=svd.rank,
-        relative_error=math.sqrt(max(fit.error, 0.0) / total), energy=1 - fit.error / total,
-        gain_bound=gain / total,
-        delta_norm=math.sqrt(total),
-        relative_change=math.sqrt(total / energies.base) if energies.base else math.inf,
-        method=svd.method,
-    )  # fmt: skip
-    return True
-
-
-def _add(outcome: Outcome, tuned: Checkpoint, options: _Options, writer: PeftWriter) -> None:
+def _add(outcome: Outcome, tuned: Checkpoint, options: Options, writer: PeftWriter) -> None:
     pair = outcome.pair
     if outcome.lora is not None:
         lora_A, lora_B, alpha = outcome.lora
-        writer.add_lora(pair.module, lora_A, lora_B, alpha, embedding=pair.layout == "embedding")
+        assert pair.layout is not None
+        form = pair.layout.written
+        if form not in options.consumer.forms:
+            raise options.consumer.refuse(
+                f"factors of a layer of kind {pair.layout.name} ({pair.name} changed)",
+                "leave it out with --exclude, or extract for peft",
+            )
+        writer.add_lora(
+            pair.module, lora_A, lora_B, alpha, form=form, parameter=pair.parameter, r=outcome.r
+        )
         if pair.followed_by and options.consumer.head:
             # The same delta as a Linear's: the head's weight is stored as the embedding's is.
             writer.add_lora(pair.followed_by, lora_B.T.contiguous(), lora_A.T.contiguous(), alpha)
@@ -360,16 +209,20 @@ def _add(outcome: Outcome, tuned: Checkpoint, options: _Options, writer: PeftWri
 def _finish(
     writer: PeftWriter,
     plan: Plan,
-    options: _Options,
+    options: Options,
     base_name: str,
     outcomes: Sequence[Outcome],
     digests: tuple[str, str],
 ) -> None:
-    layouts = {o.pair.layout for o in outcomes if o.result is not None}
+    transposed = any(
+        o.pair.layout.transposed and o.pair.layout.written == "matrix"
+        for o in outcomes
+        if o.result is not None and o.pair.layout is not None
+    )
     config: dict[str, Any] = {
         "base_model_name_or_path": base_name,
         "use_rslora": options.rslora,
-        "fan_in_fan_out": "conv1d" in layouts,
+        "fan_in_fan_out": transposed,
     }
     if any(o.pair.followed_by and o.action in ("decomposed", "saved whole") for o in outcomes):
         config["ensure_weight_tying"] = True

@@ -15,7 +15,7 @@ from lora_tools.verbs.pairing import Plan
 
 if TYPE_CHECKING:
     from lora_tools.formats.peft_writer import PeftWriter
-    from lora_tools.verbs.extract import Outcome
+    from lora_tools.verbs.decompose import Outcome
 
 
 def complete_saved(
@@ -65,7 +65,7 @@ def _is_norm(module: str, plan: Plan) -> bool:
     return any(p.name == f"{module}.weight" and p.action == "save" for p in plan.pairs)
 
 
-def totals(modules: Sequence[ModuleResult], folder: Path) -> dict[str, Any]:
+def totals(modules: Sequence[ModuleResult], parameters: int, folder: Path) -> dict[str, Any]:
     """Figures over all modules, weighted by their energy."""
     energy = math.fsum(m.delta_norm**2 for m in modules)
     missing = math.fsum(m.relative_error**2 * m.delta_norm**2 for m in modules)
@@ -78,7 +78,7 @@ def totals(modules: Sequence[ModuleResult], folder: Path) -> dict[str, Any]:
         "gain_bound": gain / energy,
         "rank_min": ranks[0],
         "rank_max": ranks[-1],
-        "parameters": sum(m.rank * sum(m.shape) for m in modules),
+        "parameters": parameters,
         "parameters_replaced": sum(math.prod(m.shape) for m in modules),
         "bytes": sum(path.stat().st_size for path in folder.iterdir()),
     }

@@ -232,9 +232,9 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def as_matrix(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of any rank as (rows, cols), without a copy; a vector is one row."""
-    return tensor.reshape(1, -1) if tensor.dim() < 2 else tensor.reshape(tensor.shape[0], -1)
+def as_matrix(tensor: torch.Tensor, target: Target) -> torch.Tensor:
+    """A tensor of any rank as the matrix (rows, cols) that it is worked on as, without a copy."""
+    return tensor.reshape(target.matrix(tuple(tensor.shape)))
 
 
 def merge_tensor(
@@ -252,7 +252,7 @@ def merge_tensor(
         return Merged(digest, digest)
     base_hash = hashing.tensor_hash(base.raw(target.base_name))
     dtype = torch_dtype(spec.dtype)
-    source = as_matrix(base.tensor(target.base_name))
+    source = as_matrix(base.tensor(target.base_name), target)
     working = working_dtype(source.dtype)
 
     def read(start: int, stop: int) -> torch.Tensor:
@@ -260,7 +260,9 @@ def merge_tensor(
 
     effects = build_effects(target)
     if spec.shape != stored.shape:  # saved whole with another vocabulary
-        source = as_matrix(target.parts[0].weighted.adapter.tensor(str(target.parts[0].source)))
+        source = as_matrix(
+            target.parts[0].weighted.adapter.tensor(str(target.parts[0].source)), target
+        )
     shape = (source.shape[0], source.shape[1])
     work = TensorMerge(effects, shape, read, working)
     # An estimate in float64 keeps the listing of a float32 base short.

@@ -16,12 +16,13 @@ from lora_tools.formats.names import (
     align,
     is_input_embedding,
     is_output_head,
-    layout_name,
+    split_experts,
     split_tensor,
+    stores_transposed,
     tied_head,
 )
 from lora_tools.formats.peft import Adapter, LoraModule, TokenRows, open_adapter
-from lora_tools.linalg.layouts import LAYOUTS, Layout
+from lora_tools.linalg.layouts import Block, Layout, clip, of_form
 from lora_tools.records import Fate, TensorSpec
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ class Part:
     source: LoraModule | TokenRows | str  # a str is the key of a tensor saved whole
     kind: str  # "lora", "dora", "bias", "saved", "rows"
     layout: Layout | None = None
+    shape: tuple[int, ...] = ()  # of the weight that the factors are for
+    start: int = 0  # the first of its matrix's rows, where the tensor is a part of that weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +72,14 @@ class Target:
     spec: TensorSpec
     base_name: str
     parts: tuple[Part, ...]
+
+    def matrix(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """(rows, cols) that the tensor is worked on as: by its first dimension, a vector as one
+        row, or as the one layer kind that acts on it sees it."""
+        kinds = {part.layout.matrix(part.shape) for part in self.parts if part.layout}
+        if len(kinds) == 1 and all(part.layout and part.shape == shape for part in self.parts):
+            return kinds.pop()
+        return (1, math.prod(shape)) if len(shape) < 2 else (shape[0], math.prod(shape[1:]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +154,7 @@ def plan_merge(
     notes: list[str] = []
     head, embedding = _tied_pair(base, adapters)
     for weighted in adapters:
-        wanted = _wanted(weighted)
+        wanted = _wanted(weighted, base.specs)
         known = list(base.specs) + ([head] if head else [])
         mapping, sentence = align([name for name, _ in wanted], known)
         if sentence:
@@ -185,19 +196,26 @@ def plan_merge(
     return MergePlan(targets, untied, unties, tuple(unmatched), tuple(notes))
 
 
-def _wanted(weighted: Weighted) -> list[tuple[str, Part]]:
+def _wanted(weighted: Weighted, base: Mapping[str, TensorSpec]) -> list[tuple[str, Part]]:
     """Every part of an adapter with the tensor name it asks for."""
     adapter = weighted.adapter
     wanted: list[tuple[str, Part]] = []
     for name, key in sorted(adapter.whole.items()):
         wanted.append((name, Part(weighted, key, "saved")))
-    for name, module in sorted(adapter.modules.items()):
-        kind = "dora" if module.magnitude else "lora"
-        wanted.append((f"{name}.weight", Part(weighted, module, kind)))
+    for module in (adapter.modules[name] for name in sorted(adapter.modules)):
+        part = Part(weighted, module, "dora" if module.magnitude else "lora")
+        if module.experts and module.weight not in base:
+            shape, rows = split_experts(module.weight, base)
+            wanted += [
+                (name, dataclasses.replace(part, shape=shape, start=start))
+                for name, start in rows.items()
+            ] or [(module.weight, part)]
+        else:
+            wanted.append((module.weight, part))
         if module.bias:
-            wanted.append((f"{name}.bias", Part(weighted, module, "bias")))
-    for name, rows in sorted(adapter.tokens.items()):
-        wanted.append((f"{name}.weight", Part(weighted, rows, "rows")))
+            wanted.append((f"{module.module}.bias", Part(weighted, module, "bias")))
+    for name, tokens in sorted(adapter.tokens.items()):
+        wanted.append((f"{name}.weight", Part(weighted, tokens, "rows")))
     return wanted
 
 
@@ -207,7 +225,7 @@ def _tied_pair(base: Checkpoint | Outline, adapters: Sequence[Weighted]) -> tupl
     embedding = next((n for n in base.specs if is_input_embedding(n)), "")
     if not (head and embedding):
         return "", ""
-    asked = {t for w in adapters for t, _ in _wanted(w) if is_output_head(t)}
+    asked = {t for w in adapters for t, _ in _wanted(w, base.specs) if is_output_head(t)}
     return (min(asked) if asked and head not in base.specs else head), embedding
 
 
@@ -254,18 +272,23 @@ def _alike(one: Part, other: Part) -> bool:
 
 
 def _scaled_factors(part: Part) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Of a head or an embedding, which are one product."""
     from lora_tools.linalg.lora import scaling
 
     assert isinstance(part.source, LoraModule)
+    (block,) = _blocks(part)
     scale = scaling(part.source.alpha, part.source.r, part.weighted.adapter.use_rslora)
-    return (*_stored_factors(part), scale)
+    return block.left, block.right, scale
 
 
-def _stored_factors(part: Part) -> tuple[torch.Tensor, torch.Tensor]:
+def _blocks(part: Part) -> list[Block]:
     adapter, module = part.weighted.adapter, part.source
     assert part.layout is not None
     assert isinstance(module, LoraModule)
-    return part.layout.stored_factors(adapter.tensor(module.A), adapter.tensor(module.B))
+    try:
+        return part.layout.blocks(adapter.tensor(module.A), adapter.tensor(module.B), part.shape)
+    except UnsupportedAdapter as error:
+        raise UnsupportedAdapter(f"{part.weighted.path}: {module.module}: {error}") from None
 
 
 def _refuse_unless_untiable(head: str, embedding: str) -> None:
@@ -281,11 +304,11 @@ def _fit(part: Part, name: str, spec: TensorSpec, base: Checkpoint | Outline) ->
     """Check shapes and choose the layout."""
     adapter = part.weighted.adapter
     if isinstance(part.source, LoraModule) and part.kind != "bias":
-        a, b = adapter.shape(part.source.A), adapter.shape(part.source.B)
-        layout = _layout(part.source, (b[0], a[1]), spec, base, adapter.fan_in_fan_out)
+        whole = dataclasses.replace(spec, shape=part.shape or spec.shape)
+        layout = _layout(part.source, whole, base, adapter)
         if not spec.is_float:
             raise MismatchError(f"{name}: the base stores it as {spec.dtype}, which is not a float")
-        return dataclasses.replace(part, layout=layout)
+        return dataclasses.replace(part, layout=layout, shape=whole.shape)
     key = _key(part)
     shape = adapter.shape(key)
     if isinstance(part.source, TokenRows):
@@ -312,30 +335,28 @@ def _key(part: Part) -> str:
 
 
 def _layout(
-    module: LoraModule,
-    out_in: tuple[int, int],
-    spec: TensorSpec,
-    base: Checkpoint | Outline,
-    fan_in_fan_out: bool,
+    module: LoraModule, spec: TensorSpec, base: Checkpoint | Outline, adapter: Adapter
 ) -> Layout:
-    """The layout under which the factors have the stored shape. A square weight fits both
-    orientations: then GPT-2's Conv1D is known by the architecture (of a bare file, by what the
-    adapter says of it) and its layers' names."""
-    transposed = (out_in[1], out_in[0])
-    if module.embedding:
-        if spec.shape == transposed:
-            return LAYOUTS["embedding"]
-    elif spec.shape == out_in == transposed:
-        named = layout_name(spec, base.config or {"model_type": "gpt2" if fan_in_fan_out else ""})
-        return LAYOUTS["conv1d" if named == "conv1d" else "linear"]
-    elif spec.shape == out_in:
-        return LAYOUTS["linear"]
-    elif spec.shape == transposed:
-        return LAYOUTS["conv1d"]
-    raise MismatchError(
-        f"{module.module}: base is {spec.shape}, the factors are for (out, in) = {out_in}; is this "
-        "the base the adapter was trained on?"
-    )
+    """The layer kind under which the factors have the stored shape. Square weights fit both
+    orientations: then the architecture says how it stores such layers (of a bare file, the adapter
+    says)."""
+    a, b = adapter.shape(module.A), adapter.shape(module.B)
+    kinds = (kind.fits(spec.shape, a, b) for kind in of_form(module.form, **module.parameters))
+    found = [kind for kind in kinds if kind is not None]
+    if not found:
+        factors = f"(out, in) = {(b[0], a[1])}" if len(a) == 2 else f"lora_A {a}, lora_B {b}"
+        raise MismatchError(
+            f"{module.module}: base is {spec.shape}, the factors are for {factors}; is this the "
+            "base the adapter was trained on?"
+        )
+    if len(found) > 1:
+        config = base.config or {"model_type": "gpt2" if adapter.fan_in_fan_out else ""}
+        if module.experts:
+            transposed = adapter.transposes_experts or stores_transposed(spec, config)
+        else:
+            transposed = stores_transposed(spec, config)
+        found = [kind for kind in found if kind.transposed == transposed]
+    return found[0]
 
 
 def _shape_after(spec: TensorSpec, parts: Sequence[Part]) -> TensorSpec:
@@ -360,7 +381,7 @@ def build_effects(target: Target) -> list[Effect]:
     import torch
 
     from lora_tools.linalg.lora import scaling
-    from lora_tools.linalg.merge import Added, LowRank, Replaced, RowsReplaced
+    from lora_tools.linalg.merge import Added, LowRank, Replaced, RowsReplaced, dense
 
     effects: list[Effect] = []
     for part in target.parts:
@@ -369,20 +390,24 @@ def build_effects(target: Target) -> list[Effect]:
             indices = torch.tensor(source.indices)
             effects.append(RowsReplaced(indices, adapter.tensor(source.key), weight))
         elif isinstance(source, str):
-            effects.append(Replaced(_rows(adapter.tensor(source)), weight))
+            tensor = adapter.tensor(source)
+            effects.append(Replaced(tensor.reshape(target.matrix(tensor.shape)), weight))
         else:
             scale = scaling(source.alpha, source.r, adapter.use_rslora)
             if part.kind == "bias":
                 assert source.bias is not None
-                effects.append(Added(_rows(adapter.tensor(source.bias)), weight * scale))
+                bias = adapter.tensor(source.bias)
+                effects.append(Added(bias.reshape(1, -1), weight * scale))
                 continue
             assert part.layout is not None
-            left, right = _stored_factors(part)
+            blocks, shape = _blocks(part), target.matrix(target.spec.shape)
             magnitude = adapter.tensor(source.magnitude) if source.magnitude else None
-            effects.append(LowRank(part.layout, left, right, scale, weight, magnitude))
+            if part.shape != target.spec.shape:
+                blocks = clip(blocks, part.start, part.start + shape[0])
+            elif part.layout.matrix(part.shape) != shape:
+                # Another adapter sees the tensor as another matrix.
+                values = dense(blocks, part.layout.matrix(part.shape)).reshape(shape)
+                effects.append(Added(values, weight * scale))
+                continue
+            effects.append(LowRank(part.layout, blocks, scale, weight, magnitude))
     return effects
-
-
-def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    """Any tensor as a matrix: a vector is one row."""
-    return tensor.reshape(1, -1) if tensor.dim() < 2 else tensor.reshape(tensor.shape[0], -1)

@@ -4,10 +4,12 @@ fate of each. Names, shapes and dtypes decide; no tensor is read."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from lora_tools.errors import MismatchError
+from lora_tools.errors import MismatchError, UsageError
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.names import (
     align,
@@ -17,7 +19,7 @@ from lora_tools.formats.names import (
     split_tensor,
     tied_head,
 )
-from lora_tools.linalg.layouts import LAYOUTS
+from lora_tools.linalg.layouts import LAYOUTS, Layout
 from lora_tools.linalg.ranks import RankRule
 from lora_tools.records import Fate, TensorSpec
 
@@ -50,7 +52,7 @@ class Pair:
     base: TensorSpec | None
     tuned: TensorSpec | None
     action: Action
-    layout: str | None = None
+    layout: Layout | None = None
     reason: str = ""
     followed_by: str = ""
 
@@ -63,6 +65,15 @@ class Pair:
     @property
     def module(self) -> str:
         return split_tensor(self.name)[0]
+
+    @property
+    def parameter(self) -> str:
+        return split_tensor(self.name)[1]
+
+    @property
+    def target(self) -> str:
+        """What factors are for: a module, or a parameter that a module of experts holds."""
+        return self.module if self.parameter == "weight" else self.name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +102,10 @@ def upper_bound(pair: Pair, rule: RankRule) -> int:
         return pair.spec.nbytes
     if pair.action != "decompose":
         return 0
-    rows, cols = pair.spec.shape
-    return (rows + cols) * rule.ceiling(rows, cols) * pair.spec.nbytes // pair.spec.numel
+    assert pair.layout is not None
+    sides = [(at.rows, at.cols) for at in pair.layout.regions(pair.spec.shape)]
+    shapes = pair.layout.shapes(pair.spec.shape, max(rule.ceiling(*side) for side in sides))
+    return sum(map(math.prod, shapes)) * pair.spec.nbytes // pair.spec.numel
 
 
 def make_plan(
@@ -100,12 +113,18 @@ def make_plan(
     tuned: Checkpoint,
     *,
     chosen: Callable[[str], bool],
+    kinds: Sequence[tuple[re.Pattern[str], Layout | None]] = (),
     embeddings: Literal["lora", "save", "skip"],
     rest: Literal["save", "skip", "error"],
 ) -> Plan:
     """Pair the tensors of both sides and settle what to do with each.
 
+    Args:
+        kinds: layer kinds of modules in whose names a pattern is found, instead of what name and
+            shape tell; None for no low-rank form. The last that is found counts.
+
     Raises:
+        UsageError: a kind does not fit a weight that it is named for, or is for none.
         MismatchError: nothing in common, ambiguous prefixes, or shapes that differ.
     """
     notes: list[str] = []
@@ -138,8 +157,10 @@ def make_plan(
             settled.append(Fate(name, "only in base", "the adapter leaves it as it is"))
             continue
         shown = to_tuned.get(name, name) if own_names else name
-        pair = _pair(shown, spec, theirs[name], base.config, chosen, options)
+        kind = _kind(dataclasses.replace(spec, name=shown), base.config, kinds)
+        pair = _pair(shown, spec, theirs[name], kind, chosen, options)
         pairs.append(dataclasses.replace(pair, followed_by=followed.get(name, "")))
+    _refuse_idle(kinds, pairs)
     pairs += [_one_sided(theirs[name], rest) for name in added]
     modules = {m for p in pairs for m in (p.module, p.followed_by) if m}
     return Plan(tuple(pairs), tuple(settled), frozenset(modules), tuple(notes))
@@ -182,17 +203,44 @@ def _tied(side: Checkpoint, specs: Mapping[str, TensorSpec]) -> tuple[str, str] 
     return (head, embedding) if head and embedding else None
 
 
+def _kind(
+    spec: TensorSpec,
+    config: Mapping[str, Any],
+    kinds: Sequence[tuple[re.Pattern[str], Layout | None]],
+) -> Layout | None:
+    """The layer kind of a weight: as the user says, or by name and shape."""
+    module, parameter = split_tensor(spec.name)
+    given = [kind for pattern, kind in kinds if pattern.search(module)]
+    if not given or (parameter != "weight" and len(spec.shape) != 3):
+        name = layout_name(spec, config)
+        return LAYOUTS[name] if name else None
+    kind = given[-1]
+    if kind is not None and not kind.suits(spec.shape):
+        raise UsageError(
+            f"--layout: {spec.name} has shape {spec.shape}, which is not {kind.name}'s"
+        )
+    return kind
+
+
+def _refuse_idle(
+    kinds: Sequence[tuple[re.Pattern[str], Layout | None]], pairs: Sequence[Pair]
+) -> None:
+    for pattern, _ in kinds:
+        if not any(pattern.search(pair.module) for pair in pairs):
+            raise UsageError(f"--layout {pattern.pattern}=…: found in no module's name")
+
+
 def _pair(
     name: str,
     base: TensorSpec,
     tuned: TensorSpec,
-    config: Mapping[str, Any],
+    kind: Layout | None,
     chosen: Callable[[str], bool],
     options: Mapping[str, str],
 ) -> Pair:
     module, parameter = split_tensor(name)
-    kind = layout_name(dataclasses.replace(base, name=name), config)
-    resizable = kind == "embedding" or is_output_head(name)
+    embedding = kind is not None and kind.name == "embedding"
+    resizable = embedding or is_output_head(name)
     if base.shape != tuned.shape:
         grown = base.shape[1:] == tuned.shape[1:] and resizable
         if not (grown and options["embeddings"] != "lora"):
@@ -205,11 +253,11 @@ def _pair(
             raise MismatchError(f"{name}: base is {base.shape}, tuned is {tuned.shape}; {hint}")
     if not chosen(module):
         return Pair(name, base, tuned, "skip", reason="left out by --include/--exclude")
-    if (kind == "embedding" and options["embeddings"] != "lora") or base.shape != tuned.shape:
+    if (embedding and options["embeddings"] != "lora") or base.shape != tuned.shape:
         action: Action = "save" if options["embeddings"] == "save" else "skip"
         return Pair(name, base, tuned, action, reason=f"--embeddings {options['embeddings']}")
     if kind is not None and base.is_float and tuned.is_float:
-        return Pair(name, base, tuned, "decompose", kind, LAYOUTS[kind].name)
+        return Pair(name, base, tuned, "decompose", kind, kind.name)
     if parameter == "bias" and options["rest"] == "save":
         return Pair(name, base, tuned, "bias", reason="a bias has no low-rank form")
     action = {"save": "save", "skip": "skip", "error": "refuse"}[options["rest"]]  # type: ignore[assignment]

@@ -14,7 +14,7 @@ from lora_tools.formats.consumers import Consumer
 from lora_tools.formats.dtypes import parse_float_dtype, torch_dtype
 from lora_tools.formats.output import check_destination, check_space, staged
 from lora_tools.formats.peft import Adapter, LoraModule, open_adapter
-from lora_tools.linalg.layouts import LAYOUTS
+from lora_tools.linalg.layouts import of_form
 from lora_tools.linalg.ranks import RankRule
 from lora_tools.records import Fate, Input, ModuleResult, ProgressCallback, Report
 from lora_tools.verbs.common import consumer_named, rank_rule, tool_version
@@ -43,6 +43,7 @@ class _Scaled:
     module: LoraModule
     lora_A: torch.Tensor
     lora_B: torch.Tensor
+    r: int
     alpha: float
     bias: torch.Tensor | None
     result: ModuleResult | None
@@ -147,6 +148,12 @@ def _refuse_unread(given: Adapter, consumer: Consumer) -> None:
         raise consumer.refuse(
             f"tensors saved whole ({first})", "merge the adapter into the base instead"
         )
+    for module in given.modules.values():
+        if module.form not in consumer.forms:
+            raise consumer.refuse(
+                f"factors of form {module.form} ({module.module})",
+                "merge the adapter into the base instead",
+            )
     if any(m.bias for m in given.modules.values()) and not consumer.bias:
         raise consumer.refuse("lora_bias", "merge the adapter into the base instead")
 
@@ -203,7 +210,7 @@ def _rescale(
             list(given.modules.values()),
             lambda module: _scale_module(module, given, options),
             jobs=jobs,
-            nbytes=lambda m: 8 * m.r * (given.shape(m.A)[1] + given.shape(m.B)[0]),
+            nbytes=lambda m: 8 * (math.prod(given.shape(m.A)) + math.prod(given.shape(m.B))),
             label=lambda module: module.module,
             progress=progress,
         ):
@@ -211,7 +218,8 @@ def _rescale(
             magnitude = given.tensor(module.magnitude) if module.magnitude else None
             writer.add_lora(
                 module.module, scaled.lora_A, scaled.lora_B, scaled.alpha,
-                embedding=module.embedding, bias=scaled.bias, magnitude=magnitude,
+                form=module.form, parameter=module.parameter, r=scaled.r, bias=scaled.bias,
+                magnitude=magnitude,
             )  # fmt: skip
             if scaled.result is not None:
                 results.append(scaled.result)
@@ -244,10 +252,11 @@ def _scale_module(module: LoraModule, given: Adapter, options: _Options) -> _Sca
     A, B = given.tensor(module.A), given.tensor(module.B)
     bias = given.tensor(module.bias) if module.bias else None
     before = lora.scaling(module.alpha, module.r, given.use_rslora)
-    result = None
+    result, r = None, module.r
     if options.rule is not None:
-        A, B, alpha, result = _resize(module, A, B, before * options.scale, given, options)
-        now = lora.scaling(alpha, A.shape[0], options.rslora)
+        A, B, alpha, result = _resize(module, A, B, before * options.scale, options)
+        r = result.rank
+        now = lora.scaling(alpha, r, options.rslora)
         bias = _times(bias, before * options.scale / now)
     else:
         # Strength goes into alpha, which costs no rounding, unless alpha is given.
@@ -262,9 +271,9 @@ def _scale_module(module: LoraModule, given: Adapter, options: _Options) -> _Sca
             if options.scale == 1.0 and options.rslora == given.use_rslora:
                 alpha = module.alpha
     if options.pad_to is not None:
-        B = _times(B, lora.scaling(alpha, A.shape[0], options.rslora))
+        B = _times(B, lora.scaling(alpha, r, options.rslora))
         A, B = _pad(A, B, options.pad_to)
-        alpha = float(options.pad_to)
+        r, alpha = options.pad_to, float(options.pad_to)
     if options.dtype is not None:
         dtype = torch_dtype(options.dtype)
         A, B, bias = A.to(dtype), B.to(dtype), None if bias is None else bias.to(dtype)
@@ -273,7 +282,7 @@ def _scale_module(module: LoraModule, given: Adapter, options: _Options) -> _Sca
             f"{module.module}: the factors hold an inf or a NaN; were they so before? Otherwise "
             "choose a wider --dtype"
         )
-    return _Scaled(module, A, B, alpha, bias, result)
+    return _Scaled(module, A, B, r, alpha, bias, result)
 
 
 def _times(tensor: Any, factor: float) -> Any:
@@ -296,31 +305,39 @@ def _resize(
     A: torch.Tensor,
     B: torch.Tensor,
     strength: float,
-    given: Adapter,
     options: _Options,
 ) -> tuple[torch.Tensor, torch.Tensor, float, ModuleResult]:
     """The best factors of the rank the rule chooses, with the strength folded in."""
     from lora_tools.linalg import lora
+    from lora_tools.linalg.layout import pad_rank
     from lora_tools.linalg.svd import top_directions
 
     assert options.rule is not None
     if not (A.isfinite().all() and B.isfinite().all()):
         raise NonFiniteError(f"{module.module}: its factors hold an inf or a NaN")
-    U, S, Vh = lora.resize(B, A)
-    total = float((S * S).sum())
+    layout = of_form(module.form, **module.parameters)[0].of_factors(tuple(A.shape), tuple(B.shape))
+    products = layout.split(A, B)
+    exact = [lora.resize(left, right) for left, right in products]
+    total = math.fsum(float((S * S).sum()) for _, S, _ in exact)
     if not math.isfinite(total):
         raise NonFiniteError(f"{module.module}: its factors hold an inf or a NaN")
-    r = top_directions(S, options.rule)
-    root = S[:r].sqrt()
+    ranks = [top_directions(S, options.rule) for _, S, _ in exact]
+    r = layout.r(ranks)
     alpha = options.alpha if options.alpha is not None else float(r)
     scale = lora.scaling(alpha, r, options.rslora)
-    new_A = (root[:, None] * Vh[:r]).to(A.dtype)
-    new_B = (U[:, :r] * root * (strength / scale)).to(B.dtype)
-    error = lora.difference_energy((B, A, strength), (new_B, new_A, scale))
+    parts, error = [], 0.0
+    for before, (U, S, Vh), rank in zip(products, exact, ranks, strict=True):
+        root = S[:rank].sqrt()
+        new_A = (root[:, None] * Vh[:rank]).to(A.dtype)
+        new_B = (U[:, :rank] * root * (strength / scale)).to(B.dtype)
+        error += lora.difference_energy((*before, strength), (new_B, new_A, scale))
+        parts.append(pad_rank(new_B, new_A, max(ranks)))
+    new_A, new_B = layout.join(parts, tuple(A.shape), tuple(B.shape))
     full = total * strength**2
-    layout = LAYOUTS["embedding" if module.embedding else "linear"].name
+    experts = (module.experts,) if module.experts else ()
     result = ModuleResult(
-        module=module.module, layout=layout, shape=(B.shape[0], A.shape[1]), rank=r,
+        module=module.name, layout=layout.name, shape=(*experts, B.shape[0], *A.shape[1:]),
+        rank=r,
         relative_error=math.sqrt(error / full) if full else 0.0,
         energy=1 - error / full if full else 1.0, gain_bound=0.0, delta_norm=math.sqrt(full),
         relative_change=math.nan, method="resize",

@@ -238,7 +238,7 @@ def _restore(target: Target, merged: Checkpoint, memory: Sidecar | None, write: 
     name = target.spec.name
     if not target.parts:
         return _Outcome(copy_tensor(merged, name, write))
-    source = as_matrix(merged.tensor(name))
+    source = as_matrix(merged.tensor(name), target)
     listing = memory.listing(name) if memory is not None else None
     dtype = torch_dtype("F64") if source.element_size() >= 4 else working_dtype(source.dtype)
     norms = listing.norms if listing is not None else ()
