@@ -26,14 +26,12 @@ BELOW = {
     "__init__": {"errors", "records", "verbs"},
     "__main__": {"cli"},
     "cli": {"verbs", "records", "errors", "click", "rich"},
-    "verbs": {
-        "engine", "formats", "linalg", "nn", "onnx", "records", "errors", "torch", "xxhash"
-    },
+    "nn": {"verbs", "formats", "linalg", "records", "errors", "torch"},
+    "verbs": {"engine", "formats", "linalg", "onnx", "records", "errors", "torch", "xxhash"},
     "onnx": {
-        "nn", "engine", "formats", "linalg", "records", "errors", "torch", "onnx", "onnxscript",
+        "engine", "formats", "linalg", "records", "errors", "torch", "onnx", "onnxscript",
         "onnxruntime", "transformers", "numpy",
     },
-    "nn": {"engine", "linalg", "records", "errors", "torch"},
     "engine": {"formats", "linalg", "records", "errors", "torch", "dask", "distributed"},
     "formats": {"records", "errors", "torch", "numpy", "huggingface_hub", "xxhash", "zstandard"},
     "linalg": {"records", "errors", "torch", "numpy", "scipy"},
@@ -56,7 +54,7 @@ HEAVY = {"torch", "numpy", "scipy", "rich", "huggingface_hub", "transformers", "
 # Modules that work with tensors all along, which only a running verb imports.
 NUMERIC = {
     "linalg/delta.py", "linalg/lora.py", "linalg/merge.py", "linalg/reversible.py", "linalg/svd.py",
-    "linalg/combine.py", "linalg/nf4.py", "nn.py",
+    "linalg/combine.py", "linalg/nf4.py", "nn/__init__.py", "nn/attach.py", "nn/layers.py",
 }  # fmt: skip
 
 

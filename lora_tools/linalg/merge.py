@@ -190,6 +190,26 @@ class TensorMerge:
         )
 
 
+def merged_whole(
+    weight: torch.Tensor, effects: Sequence[Effect], matrix: tuple[int, int]
+) -> torch.Tensor:
+    """A tensor in memory, seen as ``matrix`` (rows, cols), with the effects on it, in its own shape
+    and dtype: summed in float32 or better and rounded once."""
+    source = weight.detach().reshape(matrix)
+    working = torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+    def read(start: int, stop: int) -> torch.Tensor:
+        return source[start:stop].to(working, copy=True)
+
+    work = TensorMerge(effects, matrix, read, working)
+    result = torch.empty_like(source)
+    step = rows_per_run(matrix)
+    for start in range(0, matrix[0], step):
+        stop = min(start + step, matrix[0])
+        result[start:stop] = work.forward(read(start, stop), start, stop)
+    return result.reshape(weight.shape)
+
+
 def dense(blocks: Sequence[Block], shape: tuple[int, int]) -> torch.Tensor:
     """The sum of blocks as a matrix of this shape, in float64."""
     rows = torch.zeros(shape, dtype=torch.float64)
