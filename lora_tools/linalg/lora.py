@@ -114,12 +114,13 @@ def resize(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Exact SVD (U, S, Vh) of ``left @ right`` without forming it, in float64.
 
-    QR of left and of rightᵀ, then an SVD of the r x r core: O((rows + cols) r²).
+    QR of left and of rightᵀ, then an SVD of the r x r core: O((rows + cols) r²). Rows and columns
+    that are zero stay exactly so (the channels of other groups in a grouped convolution).
     """
     Ql, Rl = torch.linalg.qr(left.double())
     Qr, Rr = torch.linalg.qr(right.double().T)
     U, S, Vh = torch.linalg.svd(Rl @ Rr.T, full_matrices=False)
-    return Ql @ U, S, Vh @ Qr.T
+    return Ql @ U * left.any(1, keepdim=True), S, Vh @ Qr.T * right.any(0, keepdim=True)
 
 
 def difference_energy(
