@@ -27,7 +27,7 @@ else:
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/cli.md", "docs/extract.md",
-         "docs/merge.md", "docs/report.md"]  # fmt: skip
+         "docs/layers.md", "docs/merge.md", "docs/report.md"]  # fmt: skip
 FENCE = re.compile(
     r"(?:^<!-- (?P<mark>[\w:-]+) -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.M | re.S
 )
@@ -243,6 +243,13 @@ def test_every_total_and_action_is_documented(pair: Path, tmp_path: Path) -> Non
     assert {m.method for r in reports for m in r.modules} <= set(
         re.findall(r"`(\w+)`", section("ModuleResult"))
     )
+
+
+def test_every_layer_kind_is_listed() -> None:
+    from lora_tools.linalg.layouts import LAYOUTS
+
+    table = read("docs/layers.md").split("\n## ")[0]
+    assert re.findall(r"^\| `([\w-]+)` \|", table, re.M) == list(LAYOUTS)
 
 
 def test_what_merge_refuses_is_listed() -> None:
