@@ -139,6 +139,18 @@ def test_law_for_any_numbers(
         assert (root / "back.safetensors").read_bytes() == (root / "b.safetensors").read_bytes()
 
 
+def test_dora_norms_that_float32_does_not_hold(tmp_path: Path) -> None:
+    W = torch.tensor([[0.0, 1.0], [0.0, 1e-100], [0.0, 1e100]], dtype=torch.float64)
+    A, B = torch.zeros(1, 2, dtype=torch.float64), torch.zeros(3, 1, dtype=torch.float64)
+    adapter = models.write_adapter(tmp_path / "a", A, B, 1, torch.zeros(3, dtype=torch.float64))
+    save_file({"w.weight": W}, tmp_path / "b.safetensors", {"format": "pt"})
+    given = [(adapter, -0.5)]
+    out = tmp_path / "m.safetensors"
+    lora_tools.merge(tmp_path / "b.safetensors", given, out, reversible=True)
+    lora_tools.unmerge(out, given, tmp_path / "back.safetensors")
+    assert (tmp_path / "back.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("ratio", [1e-6, 1e-2, 1.0, 1e3, 1e12])
 def test_deltas_of_any_size(dtype: str, ratio: float, tmp_path: Path) -> None:

@@ -69,6 +69,7 @@ class SidecarWriter:
         """The listing of one tensor."""
         import torch
 
+        from lora_tools.formats.dtypes import dtype_name
         from lora_tools.formats.tensors import as_bytes
 
         lengths = torch.tensor([[len(g), len(d)] for g, d in listing.runs], dtype=torch.int64)
@@ -79,8 +80,8 @@ class SidecarWriter:
             f"distances/{tensor}", self._packer.compress(b"".join(d for _, d in listing.runs))
         )
         for i, norm in enumerate(listing.norms):
-            spec = TensorSpec(f"norm{i}/{tensor}", "F32", tuple(norm.shape))
-            self._add_spec(spec, as_bytes(norm.float()))
+            spec = TensorSpec(f"norm{i}/{tensor}", dtype_name(norm.dtype), tuple(norm.shape))
+            self._add_spec(spec, as_bytes(norm))
 
     def finish(self, path: Path, base_digest: str, adapters: Sequence[dict[str, Any]]) -> None:
         """Write the file, synced."""
