@@ -480,3 +480,45 @@ def test_real_convolutional_weights(tmp_path: Path) -> None:
     lora_tools.extract(base, tmp_path / "tuned.safetensors", tmp_path / "full", rank=512)
     lora_tools.merge(base, [tmp_path / "full"], tmp_path / "f.safetensors")
     models.assert_same(load_file(tmp_path / "f.safetensors"), after, 1e-6)
+
+
+def test_a_plain_matrix_as_a_target_parameter(tmp_path: Path) -> None:
+    """PEFT takes it for one expert; factors for more do not fit it."""
+    base = store(net(), tmp_path / "base")
+    tuned = trained(net(), tmp_path / "a", target_modules=[], target_parameters=["head.weight"])
+    lora_tools.merge(base, [tmp_path / "a"], tmp_path / "m")
+    wanted = models.quietly(tuned.merge_and_unload).state_dict()
+    models.assert_same(models.tensors(tmp_path / "m"), wanted, 1e-6)
+    path = tmp_path / "a" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 2}))
+    with pytest.raises(MismatchError, match="head: base is"):
+        lora_tools.merge(base, [tmp_path / "a"], tmp_path / "n")
+
+
+def test_a_batch_norm_beside_a_convolution(tmp_path: Path) -> None:
+    """Its counter is an integer, saved with it and put back exactly; and modules that only hold
+    others are not taken for a target of the same last name."""
+
+    def make() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.Sequential(
+            torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.Conv2d(3, 4, 3)),
+            torch.nn.Sequential(torch.nn.BatchNorm2d(4), torch.nn.Conv2d(4, 2, 1)),
+        )
+
+    tuned = make()
+    models.perturb(tuned, 0.1, 0)
+    tuned[0][0].num_batches_tracked += 2**40 + 1
+    base, target = store(make(), tmp_path / "base"), store(tuned, tmp_path / "tuned")
+    lora_tools.extract(base, target, tmp_path / "a", rank=64)
+    lora_tools.merge(base, [tmp_path / "a"], tmp_path / "m", reversible=True)
+    found, wanted = models.tensors(tmp_path / "m"), models.tensors(target)
+    models.assert_same(found, wanted, 1e-5)
+    assert torch.equal(found["0.0.num_batches_tracked"], wanted["0.0.num_batches_tracked"])
+    lora_tools.unmerge(tmp_path / "m", [tmp_path / "a"], tmp_path / "back")
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (
+        base / "model.safetensors"
+    ).read_bytes()
+    x = torch.randn(2, 3, 8, 8)
+    model = models.quietly(lambda: peft.PeftModel.from_pretrained(make(), tmp_path / "a")).eval()
+    torch.testing.assert_close(model(x), tuned.eval()(x), atol=1e-5, rtol=1e-4)

@@ -19,6 +19,7 @@ from lora_tools.formats import hub
 from lora_tools.formats.checkpoint import TensorFile
 from lora_tools.formats.names import as_held, split_tensor
 from lora_tools.formats.safetensors_file import SafetensorsFile
+from lora_tools.records import TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -161,7 +162,7 @@ class Adapter:
             elif name.endswith(_TOKENS):
                 module = name.removesuffix(_TOKENS)
                 self.tokens[module] = TokenRows(module, key, self._token_indices(module))
-            elif ".lora_" in name or "." not in name or not self.file.specs[key].is_float:
+            elif ".lora_" in name or "." not in name or not _is_kept(self.file.specs[key]):
                 raise self._fail(f"key {key!r} is none that PEFT's LoRA writes")
             else:
                 tensor = name.replace(".modules_to_save.", ".").replace(".base_layer.", ".")
@@ -220,6 +221,7 @@ class Adapter:
         A, B = self.shape(keys[a]), self.shape(keys[b])
         # A convolution's lora_B is grouped as its layer is: each group takes its share of the rank.
         sound = len(A) == len(B) >= 2 and 0 not in A + B and A[0] % B[1] == 0
+        sound = sound and set(B[2:]) <= {1}
         if not sound or (len(A) == 2 and A[0] != B[1]):
             raise self._fail(f"{module}: {a} {list(A)} and {b} {list(B)} do not multiply")
         if self.use_dora != ("lora_magnitude_vector" in keys):
@@ -333,6 +335,11 @@ def open_adapter(source: str | Path, allow_pickle: bool = False) -> Adapter:
     from lora_tools.formats.pickle_file import PickleFile
 
     return Adapter(folder, PickleFile(pickle), config)
+
+
+def _is_kept(spec: TensorSpec) -> bool:
+    """Whether a tensor can be saved whole: a float, or a counter such as a BatchNorm's."""
+    return spec.is_float or spec.dtype in ("I16", "I32", "I64")
 
 
 def _is_finite(number: Any) -> bool:

@@ -149,10 +149,15 @@ class PeftWriter:
 
 
 def target_modules(chosen: Collection[str], everything: Collection[str]) -> list[str] | str:
-    """What selects exactly the chosen modules: a list of names, or where none does, a regex."""
+    """What selects exactly the chosen modules: a list of names, or where none does, a regex.
+
+    PEFT looks at the modules that hold others, too: ``stages.1`` must not be taken for ``conv.1``.
+    """
     if not chosen:
         return []
-    names = compact(chosen, everything)
+    parts = [name.split(".") for name in everything]
+    holders = {".".join(p[:i]) for p in parts for i in range(1, len(p))}
+    names = compact(chosen, holders | set(everything))
     return names or "(" + "|".join(re.escape(name) for name in sorted(chosen)) + ")"
 
 

@@ -52,7 +52,7 @@ class Layout:
 
     Attributes:
         name: the key in ``layouts.LAYOUTS``.
-        forms: how adapters hold its factors: "matrix" (lora_A (r, in), lora_B (out, r)),
+        form: how adapters hold its factors: "matrix" (lora_A (r, in), lora_B (out, r)),
             "embedding", "conv", "merged" or "experts"; see the kinds. PEFT holds a "merged" one as
             "matrix".
         transposed: the weight is stored as (in, out), so that delta = lora_A.T @ lora_B.T.
@@ -62,14 +62,14 @@ class Layout:
     """
 
     name: str
-    forms: tuple[str, ...] = ("matrix",)
+    form: str = "matrix"
     transposed: bool = False
     magnitude_dim: int = 1
 
     @property
     def written(self) -> str:
         """The form of what ``factors`` gives."""
-        return self.forms[0]
+        return self.form
 
     def matrix(self, weight: Shape) -> tuple[int, int]:
         """(rows, cols) that a stored weight of this shape is looked at as."""
@@ -138,6 +138,10 @@ class Layout:
         if self.transposed:
             parts = [(right.T, left.T) for left, right in parts]
         return self.join(parts, *self.shapes(weight, r))
+
+    def magnitudes(self, weight: Shape) -> int:
+        """How many magnitudes DoRA has for a weight of this shape."""
+        return self.matrix(weight)[1 - self.magnitude_dim]
 
     def per_output(self, magnitude: torch.Tensor) -> torch.Tensor:
         """DoRA's magnitudes, or numbers to go with them, shaped to scale the matrix."""

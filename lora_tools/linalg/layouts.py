@@ -246,8 +246,8 @@ class Experts(Layout):
     experts: int = 0
 
     def matrix(self, weight: Shape) -> tuple[int, int]:
-        """The experts' matrices one below the other."""
-        return weight[0] * weight[1], weight[2]
+        """The experts' matrices one below the other; a plain matrix is one expert."""
+        return math.prod(weight[:-1]), weight[-1]
 
     def suits(self, weight: Shape) -> bool:
         """One matrix for each expert."""
@@ -255,15 +255,17 @@ class Experts(Layout):
 
     def regions(self, weight: Shape) -> tuple[Region, ...]:
         """One for each expert."""
-        count, rows, cols = weight
+        count, rows, cols = (1, *weight)[-3:]
         return tuple(Region(i * rows, 0, rows, cols) for i in range(count))
 
     def fits(self, weight: Shape, a: Shape, b: Shape) -> Layout | None:
         """By both sides of one expert's matrix."""
-        if len(weight) != 3 or not len(a) == len(b) == 2 or a[0] != b[1] or a[0] % weight[0]:
+        if len(weight) not in ((3,) if self.transposed else (2, 3)) or a[0] != b[1]:
             return None
-        out_in = (b[0], a[1])
-        return self if weight[1:] == (out_in[::-1] if self.transposed else out_in) else None
+        count, *sides = (1, *weight)[-3:]
+        out_in = [b[0], a[1]]
+        fits = sides == (out_in[::-1] if self.transposed else out_in) and a[0] % count == 0
+        return self if fits and self.experts in (0, count) else None
 
     def shapes(self, weight: Shape, r: int) -> tuple[Shape, Shape]:
         """lora_A (E · r, in), lora_B (out, r · E)."""
@@ -272,7 +274,7 @@ class Experts(Layout):
 
     def blocks(self, lora_A: torch.Tensor, lora_B: torch.Tensor, weight: Shape) -> list[Block]:
         """One for each expert."""
-        counted = dataclasses.replace(self, experts=weight[0])
+        counted = dataclasses.replace(self, experts=(1, *weight)[-3])
         return super(Experts, counted).blocks(lora_A, lora_B, weight)
 
     def split(self, lora_A: torch.Tensor, lora_B: torch.Tensor) -> list[Product]:
@@ -292,30 +294,26 @@ class Experts(Layout):
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout
     for layout in (
-        Layout("linear", ("matrix", "experts")),
+        Layout("linear"),
         # transformers' Conv1D of GPT-2; loralib's fan_in_fan_out
         Layout("conv1d", transposed=True, magnitude_dim=0),
-        Layout("embedding", ("embedding",), transposed=True, magnitude_dim=0),
-        Conv("conv", ("conv",)),
+        Layout("embedding", "embedding", transposed=True, magnitude_dim=0),
+        Conv("conv", "conv"),
         ReshapedConv("reshaped-conv"),
-        Merged("merged", ("merged",)),
-        Merged("merged-conv1d", ("merged",), transposed=True, magnitude_dim=0),
-        Experts("experts", ("experts",)),
-        Experts("experts-transposed", ("experts",), transposed=True, magnitude_dim=0),
+        Merged("merged", "merged"),
+        Merged("merged-conv1d", "merged", transposed=True, magnitude_dim=0),
+        Experts("experts", "experts"),
+        Experts("experts-transposed", "experts", transposed=True, magnitude_dim=0),
     )
 }
 
 
 def of_form(form: str, **parameters: Any) -> list[Layout]:
-    """Every kind whose factors can be held in this form, with those parameters set that it has; the
-    kind that is held so by itself comes first."""
-    kinds = sorted(
-        (layout for layout in LAYOUTS.values() if form in layout.forms),
-        key=lambda layout: layout.forms.index(form),
-    )
+    """Every kind whose factors are held in this form, with those parameters set that it has."""
     return [
         layout.having(**{k: v for k, v in parameters.items() if hasattr(layout, k)})
-        for layout in kinds
+        for layout in LAYOUTS.values()
+        if layout.form == form
     ]
 
 

@@ -190,13 +190,19 @@ class TensorMerge:
         )
 
 
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32; float64 for float64, and for integers, which it holds up to 2⁵³."""
+    half_or_single = dtype.is_floating_point and dtype != torch.float64
+    return torch.float32 if half_or_single else torch.float64
+
+
 def merged_whole(
     weight: torch.Tensor, effects: Sequence[Effect], matrix: tuple[int, int]
 ) -> torch.Tensor:
     """A tensor in memory, seen as ``matrix`` (rows, cols), with the effects on it, in its own shape
     and dtype: summed in float32 or better and rounded once."""
     source = weight.detach().reshape(matrix)
-    working = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    working = working_dtype(weight.dtype)
 
     def read(start: int, stop: int) -> torch.Tensor:
         return source[start:stop].to(working, copy=True)

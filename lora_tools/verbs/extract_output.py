@@ -29,6 +29,7 @@ def complete_saved(
     targeted = set(writer.ranks)
     saved = [o for o in outcomes if o.action == "saved whole"]
     modules: set[str] = set()
+    bare = []
     for outcome in saved:
         pair, (module, parameter) = outcome.pair, split_tensor(outcome.pair.name)
         assert pair.tuned is not None
@@ -37,8 +38,8 @@ def complete_saved(
             writer.add_bias(pair.name, tensor, module in targeted)
         elif parameter in ("weight", "bias") and module and module not in targeted:
             modules.add(module)
-        else:  # a bare parameter: PEFT loads it by its name
-            writer.add_raw(f"base_model.model.{pair.name}", tensor)
+        else:
+            bare.append((module, pair.name, tensor))
     taken_in = {m for m in plan.modules if any(m.endswith(s) for s in modules)} - modules
     clash = taken_in & targeted
     if clash:
@@ -46,6 +47,9 @@ def complete_saved(
             f"{min(clash)} is decomposed, and PEFT would also save it whole, because its name ends "
             "like that of a module saved whole; leave one out with --exclude"
         )
+    for module, name, tensor in bare:
+        if module not in modules | taken_in:  # PEFT loads it by its name
+            writer.add_raw(f"base_model.model.{name}", tensor)
     for outcome in outcomes:
         pair = outcome.pair
         if pair.module in modules | taken_in and pair.tuned is not None:

@@ -226,10 +226,10 @@ def copy_tensor(source: Checkpoint, name: str, write: Write) -> str:
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32, or float64 where the tensor is float64."""
-    import torch
+    """What a tensor is worked on in."""
+    from lora_tools.linalg.merge import working_dtype
 
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return working_dtype(dtype)
 
 
 def as_matrix(tensor: torch.Tensor, target: Target) -> torch.Tensor:
@@ -298,7 +298,7 @@ def _listing(runs: list[tuple[bytes, bytes]], norms: Sequence[torch.Tensor]) -> 
 def _check_finite(exact: torch.Tensor, rounded: torch.Tensor, name: str) -> None:
     import torch
 
-    if not exact.numel():
+    if not exact.numel() or not rounded.is_floating_point():
         return
     low, high = torch.aminmax(exact)  # NaN propagates and fails both comparisons
     limit = torch.finfo(rounded.dtype).max

@@ -308,6 +308,13 @@ def _fit(part: Part, name: str, spec: TensorSpec, base: Checkpoint | Outline) ->
         layout = _layout(part.source, whole, base, adapter)
         if not spec.is_float:
             raise MismatchError(f"{name}: the base stores it as {spec.dtype}, which is not a float")
+        if part.source.magnitude:
+            found, wanted = adapter.shape(part.source.magnitude), layout.magnitudes(whole.shape)
+            if math.prod(found) != wanted:
+                raise MismatchError(
+                    f"{name}: {wanted} magnitudes are wanted for {whole.shape}, "
+                    f"{part.weighted.path} brings {found}"
+                )
         return dataclasses.replace(part, layout=layout, shape=whole.shape)
     key = _key(part)
     shape = adapter.shape(key)

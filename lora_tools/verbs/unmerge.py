@@ -246,7 +246,7 @@ def _restore(target: Target, merged: Checkpoint, memory: Sidecar | None, write: 
                        norms)  # fmt: skip
     state, offset, energy, bound = xxhash.xxh3_128(), 0, 0.0, 0.0
     step = rows_per_run(source.shape)
-    unit = torch.finfo(source.dtype).eps / 2
+    unit = torch.finfo(source.dtype).eps / 2 if source.is_floating_point() else 0.0
     coarser = torch.finfo(working_dtype(source.dtype)).eps / torch.finfo(dtype).eps
     for i, start in enumerate(range(0, source.shape[0], step)):
         stop = min(start + step, source.shape[0])
