@@ -169,13 +169,14 @@ def open_checkpoint(source: str | Path, allow_pickle: bool = False) -> Checkpoin
             raise CheckpointError(f"{source}: no such file or folder, nor an org/name of the hub")
         path = hub.fetch(str(source), allow_pickle)
     if path.is_file():
-        return Checkpoint(path, [_open_file(path, allow_pickle)], False, None)
+        return Checkpoint(path, [open_weights(path, allow_pickle)], False, None)
     if not path.is_dir():
         raise CheckpointError(f"{path}: neither a file nor a folder")
     return _open_folder(path, allow_pickle)
 
 
-def _open_file(path: Path, allow_pickle: bool) -> TensorFile:
+def open_weights(path: Path, allow_pickle: bool) -> TensorFile:
+    """One file of tensors, safetensors or a pickle. Raises UnsafeInput, CheckpointError."""
     if path.suffix not in _PICKLE_SUFFIXES:
         return SafetensorsFile(path)
     if not allow_pickle:
@@ -199,7 +200,7 @@ def _open_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
             names = _read_index(indexes[0])
             checkpoint = Checkpoint(
                 folder,
-                [_open_file(folder / name, allow_pickle) for name in sorted(set(names.values()))],
+                [open_weights(folder / name, allow_pickle) for name in sorted(set(names.values()))],
                 True,
                 indexes[0].name,
             )
@@ -216,7 +217,7 @@ def _open_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
         if files:
             if files[0].name.startswith("adapter_model"):
                 raise CheckpointError(f"{folder}: an adapter; a whole checkpoint is wanted here")
-            return Checkpoint(folder, [_open_file(files[0], allow_pickle)], True, None)
+            return Checkpoint(folder, [open_weights(files[0], allow_pickle)], True, None)
     raise CheckpointError(f"{folder}: no .safetensors file in it; is the download complete?")
 
 

@@ -11,7 +11,7 @@ from lora_tools.records import TensorSpec
 
 # No model is built, so a 2-D weight is told to be an embedding by the last part of its module's
 # name. These are the names transformers, timm and fairseq give to nn.Embedding.
-_EMBEDDING = re.compile(
+EMBEDDING = re.compile(
     r"(embed_tokens|tok_embeddings|token_embedding|word_embeddings?|embed_in|wte|wpe|shared"
     r"|position_embeddings?|token_type_embeddings|embed_positions|rel_embeddings"
     r"|relative_attention_bias|tokens_embed|positions_embed|embeddings?)"
@@ -62,7 +62,7 @@ def layout_name(spec: TensorSpec, config: Mapping[str, Any]) -> str | None:
         return "conv"
     if len(spec.shape) != 2:
         return None
-    if _EMBEDDING.fullmatch(last):
+    if EMBEDDING.fullmatch(last):
         return "embedding"
     return "conv1d" if stores_transposed(spec, config) else "linear"
 

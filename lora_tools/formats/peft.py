@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import AdapterError, UnsafeInput, UnsupportedAdapter
-from lora_tools.formats import hub
 from lora_tools.formats.checkpoint import TensorFile
 from lora_tools.formats.names import as_held, split_tensor
 from lora_tools.formats.safetensors_file import SafetensorsFile
@@ -33,6 +32,7 @@ _FACTOR = re.compile(
     r"|lora_magnitude_vector)(?:\.default)?(?:\.(?P<leaf>weight|bias))?"
 )
 _TOKENS = ".token_adapter.trainable_tokens_delta"
+_IA3 = re.compile(r"(?P<module>.+)\.ia3_l(?:\.default)?")
 
 _NOT_LORA = {
     "PREFIX_TUNING": "prefix tuning trains keys and values put before the sequence",
@@ -41,7 +41,6 @@ _NOT_LORA = {
     "CPT": "context-aware prompt tuning trains input vectors put before the sequence",
     "P_TUNING": "p-tuning trains an encoder of input vectors",
     "ADAPTION_PROMPT": "LLaMA-Adapter trains prompts inside attention",
-    "IA3": "IA³ multiplies activations and has no low-rank delta",
     "ADALORA": "AdaLoRA holds three factors and its own ranks; save it as LoRA with PEFT first",
     "LOHA": "LoHa is a Hadamard product of two low-rank deltas",
     "LOKR": "LoKr is a Kronecker product",
@@ -107,6 +106,15 @@ class TokenRows:
     indices: tuple[int, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class Multiplier:
+    """IA³'s vector of one module: it multiplies the module's inputs, or its outputs."""
+
+    module: str
+    key: str
+    on_input: bool
+
+
 class Adapter:
     """A PEFT adapter, its factors unread until asked for.
 
@@ -114,6 +122,7 @@ class Adapter:
         modules: low-rank updates by module name; of several parameters of one module, by theirs.
         whole: tensors saved whole (modules_to_save, biases, resized embeddings) → key.
         tokens: trained embedding rows by module name.
+        multipliers: IA³'s vectors by module name; an adapter has these or low-rank updates.
     """
 
     def __init__(self, path: Path, file: TensorFile, config: dict[str, Any]) -> None:
@@ -125,6 +134,8 @@ class Adapter:
         self.modules: dict[str, LoraModule] = {}
         self.whole: dict[str, str] = {}
         self.tokens: dict[str, TokenRows] = {}
+        self.multipliers: dict[str, Multiplier] = {}
+        self.is_ia3 = config.get("peft_type") == "IA3"
         self._classify()
 
     def tensor(self, key: str) -> torch.Tensor:
@@ -153,7 +164,11 @@ class Adapter:
         parts: dict[str, dict[str, str]] = {}
         for key in self.file.specs:
             name = key.removeprefix(PREFIX)
-            if match := _FACTOR.fullmatch(name):
+            if self.is_ia3 and (match := _IA3.fullmatch(name)):
+                self._add_multiplier(match["module"], key)
+            elif match := _FACTOR.fullmatch(name):
+                if self.is_ia3:
+                    raise self._fail(f"key {key!r} is none that PEFT's IA3 writes")
                 module, part = match["module"], match["part"]
                 leaf = "bias" if match["leaf"] == "bias" else part
                 if leaf in parts.setdefault(module, {}):
@@ -172,8 +187,30 @@ class Adapter:
             parameter = self._parameter(module, nested.count(".base_layer"), parts)
             found = self._module(module, parameter, keys)
             self.modules[found.name] = found
-        if not (self.modules or self.whole or self.tokens):
+        if not (self.modules or self.whole or self.tokens or self.multipliers):
             raise self._fail("holds no tensors")
+
+    def _add_multiplier(self, module: str, key: str) -> None:
+        spec, given = self.file.specs[key], self.config.get("feedforward_modules") or []
+        if isinstance(given, str):
+            on_input = re.fullmatch(given, module) is not None
+        else:
+            on_input = any(module.endswith(str(name)) for name in given)
+        along = 1 if on_input or len(spec.shape) > 2 else 0
+        if not spec.is_float or len(spec.shape) < 2 or spec.shape[along] != spec.numel:
+            raise self._fail(
+                f"{key}: {spec.dtype} {list(spec.shape)} is no vector over the module's "
+                f"{'in' if on_input else 'out'}puts, as feedforward_modules in {CONFIG} has it"
+            )
+        self.multipliers[module] = Multiplier(module, key, on_input)
+
+    def need_lora(self, what: str) -> None:
+        """Raises UnsupportedAdapter for an IA³, which has no ``what``."""
+        if self.is_ia3:
+            raise UnsupportedAdapter(
+                f"{self.path}: an IA³ adapter: it multiplies activations by vectors and has no "
+                f"{what}; it can be merged into weights (loratools merge)"
+            )
 
     def _parameter(self, module: str, depth: int, parts: Collection[str]) -> str:
         """The parameter that factors under ``depth`` times ``.base_layer`` act on.
@@ -273,7 +310,7 @@ class Adapter:
 def refuse_unmergeable(path: Path, config: Mapping[str, Any]) -> None:
     """Raises UnsupportedAdapter, with the reason, for what cannot be added to weights soundly."""
     kind = str(config.get("peft_type", "LORA"))
-    if kind != "LORA":
+    if kind not in ("LORA", "IA3"):
         reason = _NOT_LORA.get(kind, "its weights are not those of LoRA")
         raise UnsupportedAdapter(f"{path}: a {kind} adapter cannot be merged here: {reason}")
     if config.get("alora_invocation_tokens"):
@@ -301,26 +338,28 @@ def refuse_unmergeable(path: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def open_adapter(source: str | Path, allow_pickle: bool = False) -> Adapter:
-    """Open an adapter folder or a hub id.
+def read_config(path: Path) -> dict[str, Any]:
+    """An adapter_config.json. Raises AdapterError where it is absent or no JSON object."""
+    try:
+        config = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{path}: not JSON ({error})") from None
+    except FileNotFoundError:
+        raise AdapterError(f"{path.parent}: no {path.name} there") from None
+    if not isinstance(config, dict):
+        raise AdapterError(f"{path}: not a JSON object")
+    return config
+
+
+def open_peft(source: str | Path, folder: Path, allow_pickle: bool = False) -> Adapter:
+    """Open a PEFT adapter folder, which ``source`` stands for.
 
     Raises:
         AdapterError, UnsupportedAdapter, UnsafeInput, CheckpointError (a truncated file).
     """
-    folder = Path(source)
-    if not folder.exists() and hub.looks_like_hub_id(str(source)):
-        folder = hub.fetch(str(source), allow_pickle)
-    if folder.is_file() and (folder.parent / CONFIG).is_file():
-        folder = folder.parent
-    config_path = folder / CONFIG
-    if not config_path.is_file():
+    if not (folder / CONFIG).is_file():
         raise AdapterError(f"{source}: no {CONFIG} there; is it a PEFT adapter folder?")
-    try:
-        config = json.loads(config_path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{config_path}: not JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise AdapterError(f"{config_path}: not a JSON object")
+    config = read_config(folder / CONFIG)
     refuse_unmergeable(folder, config)
     if (folder / WEIGHTS).is_file():
         return Adapter(folder, SafetensorsFile(folder / WEIGHTS), config)

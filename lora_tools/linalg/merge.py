@@ -5,9 +5,9 @@ with its weight w, the merged tensor is
 
     W' = W + Σ_u w_u D_u + Σ_d w_d (f_d ∘ (W + D_d) − W),    f_d = m_d / ‖W + D_d‖,
 
-so effects add up and do not depend on their order. One adapter of weight 1 gives what PEFT's
-``merge_and_unload`` gives. The sum is formed in float32 (float64 for float64 tensors) and rounded
-once by the caller.
+and Σ_l w_l (l ∘ W − W) of IA³'s vectors l, so effects add up and do not depend on their order. One
+adapter of weight 1 gives what PEFT's ``merge_and_unload`` gives. The sum is formed in float32
+(float64 for float64 tensors) and rounded once by the caller.
 """
 
 from __future__ import annotations
@@ -60,10 +60,21 @@ class RowsReplaced:
     weight: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Multiplied:
+    """The tensor moves by ``weight`` of the way to ``factor`` ∘ W: IA³ (arXiv 2205.05638).
+
+    ``factor``: (rows, 1) or (1, cols).
+    """
+
+    factor: torch.Tensor
+    weight: float
+
+
 # Where a product lies, its left (rows, r) with all scales, its right (r, cols).
 _Product = tuple[Region, torch.Tensor, torch.Tensor]
 _Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-Effect = LowRank | Added | Replaced | RowsReplaced
+Effect = LowRank | Added | Multiplied | Replaced | RowsReplaced
 
 
 class TensorMerge:
@@ -90,6 +101,9 @@ class TensorMerge:
         plain = [e for e in low_rank if e.magnitude is None]
         self._doras = [e for e in low_rank if e.magnitude is not None]
         self._keep = 1.0 - sum(e.weight for e in self._doras)
+        self._gains = [
+            (e.factor.to(dtype) - 1) * e.weight for e in effects if isinstance(e, Multiplied)
+        ]
         self._plain = _products(
             [(block, e.weight * e.scale) for e in plain for block in e.blocks], dtype
         )
@@ -134,8 +148,8 @@ class TensorMerge:
         for effect in self._replaced:
             rows = _move(rows, effect, start, stop)
         result = rows
-        if self._doras:
-            result = rows * self._keep
+        if self._doras or self._gains:
+            result = rows * self._kept(start, stop)
             for factor, products in self._dora_rows(start, stop):
                 moved = _add_products(rows.clone(), products, start, stop)
                 result.addcmul_(factor.expand_as(moved), moved)
@@ -152,7 +166,7 @@ class TensorMerge:
         merged = _add_products(merged, self._plain, start, stop, -1)
         for added in self._added:
             merged = merged.sub_(added.values[start:stop].to(self.dtype), alpha=added.weight)
-        if self._doras:
+        if self._doras or self._gains:
             for here, products in self._dora_rows(start, stop):
                 delta = _add_products(torch.zeros_like(merged), products, start, stop)
                 merged = merged.sub_(here * delta)
@@ -168,7 +182,7 @@ class TensorMerge:
             part += _product_slack(left, right, unit)
         for added in self._added:
             result += added.values[start:stop].to(self.dtype).abs() * (abs(added.weight) * unit)
-        if self._doras:
+        if self._doras or self._gains:
             for here, products in self._dora_rows(start, stop):
                 moved = torch.zeros_like(result)
                 for part, left, right in _within(moved, products, start, stop):
@@ -183,11 +197,19 @@ class TensorMerge:
         for factor, products in zip(self._factors, self._dora_products, strict=True):
             yield self._slice(factor, start, stop), products
 
+    def _kept(self, start: int, stop: int) -> torch.Tensor:
+        """What the base alone is multiplied by: 1 − Σ w_d + Σ w_l (l − 1)."""
+        total = torch.full((1, 1), self._keep, dtype=self.dtype)
+        for gain in self._gains:
+            total = total + self._slice(gain, start, stop)
+        return total
+
     def _divisor(self, start: int, stop: int) -> torch.Tensor:
-        """What the base was multiplied by: 1 − Σ w_d + Σ w_d f_d."""
-        return self._keep + sum(
-            (here for here, _ in self._dora_rows(start, stop)), torch.zeros(1, dtype=self.dtype)
-        )
+        """What the base was multiplied by in all: that, and Σ w_d f_d. 1 where that is 0."""
+        total = self._kept(start, stop)
+        for here, _ in self._dora_rows(start, stop):
+            total = total + here
+        return torch.where(total == 0, 1, total)
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:

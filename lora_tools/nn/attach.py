@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from lora_tools.errors import MismatchError, NonFiniteError, UsageError
+from lora_tools.formats.base_names import names_of
 from lora_tools.formats.dtypes import dtype_name
 from lora_tools.linalg.layouts import Block
 from lora_tools.linalg.merge import Effect, LowRank, merged_whole
@@ -25,9 +26,9 @@ from lora_tools.verbs.merge_plan import (
     Outline,
     Target,
     build_effects,
-    open_weighted,
     plan_merge,
 )
+from lora_tools.verbs.weighted import open_weighted
 
 M = TypeVar("M", bound=nn.Module)
 Adapters = str | Path | Sequence[str | Path | tuple[str | Path, float]]
@@ -101,7 +102,9 @@ def _put_on(
         )
     given = [adapters] if isinstance(adapters, str | Path) else list(adapters)
     state = model.state_dict(keep_vars=True)
-    plan = plan_merge(_outline(model, state), open_weighted(given, allow_pickle), allow_unmatched)
+    outline = _outline(model, state)
+    names = names_of(outline.path, outline.specs, outline.config)
+    plan = plan_merge(outline, open_weighted(given, allow_pickle, names), allow_unmatched)
     record = _Record()
     try:
         with torch.no_grad():

@@ -24,12 +24,11 @@ from lora_tools.verbs.common import tool_version
 from lora_tools.verbs.merge_plan import (
     MergePlan,
     Target,
-    Weighted,
     adapter_digest,
     build_effects,
-    open_weighted,
     plan_merge,
 )
+from lora_tools.verbs.weighted import Weighted, open_weighted
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +57,7 @@ def merge(
 
     Args:
         base: a checkpoint folder, a safetensors file or a hub id.
-        adapters: PEFT adapters: ``path``, ``"path=weight"`` or ``(path, weight)``.
+        adapters: of any format that is read: ``path``, ``"path=weight"`` or ``(path, weight)``.
         dtype: of the output's float tensors; by default each keeps its own.
         shard_size: such as ``"5GB"``; by default the base's files again.
         reversible: write a sidecar by which ``unmerge`` gives the base back bit for bit.
@@ -74,7 +73,7 @@ def merge(
     wanted = parse_float_dtype(dtype) if dtype else None
     limit = parse_size(shard_size) if shard_size else None
     checkpoint = open_checkpoint(base, allow_pickle)
-    weighted = open_weighted(adapters, allow_pickle)
+    weighted = open_weighted(adapters, allow_pickle, checkpoint)
     destination = Path(out)
     if (
         reversible

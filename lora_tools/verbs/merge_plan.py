@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_tools.errors import AdapterError, MismatchError, UnsupportedAdapter, UsageError
+from lora_tools.errors import AdapterError, MismatchError, UnsupportedAdapter
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.checkpoint import Checkpoint, ties_embeddings
 from lora_tools.formats.names import (
@@ -21,9 +21,11 @@ from lora_tools.formats.names import (
     stores_transposed,
     tied_head,
 )
-from lora_tools.formats.peft import Adapter, LoraModule, TokenRows, open_adapter
+from lora_tools.formats.peft import Adapter, LoraModule, Multiplier, TokenRows
 from lora_tools.linalg.layouts import Block, Layout, clip, of_form
 from lora_tools.records import Fate, TensorSpec
+from lora_tools.verbs import ia3
+from lora_tools.verbs.weighted import Weighted
 
 if TYPE_CHECKING:
     import torch
@@ -45,21 +47,12 @@ class Outline:
 
 
 @dataclasses.dataclass(frozen=True)
-class Weighted:
-    """An adapter and the weight it is merged with."""
-
-    adapter: Adapter
-    weight: float
-    path: str
-
-
-@dataclasses.dataclass(frozen=True)
 class Part:
     """One key, or one pair of factors, of one adapter acting on one tensor."""
 
     weighted: Weighted
-    source: LoraModule | TokenRows | str  # a str is the key of a tensor saved whole
-    kind: str  # "lora", "dora", "bias", "saved", "rows"
+    source: LoraModule | TokenRows | Multiplier | str  # a str: the key of a tensor saved whole
+    kind: str  # "lora", "dora", "bias", "saved", "rows", "ia3"
     layout: Layout | None = None
     shape: tuple[int, ...] = ()  # of the weight that the factors are for
     start: int = 0  # the first of its matrix's rows, where the tensor is a part of that weight
@@ -109,31 +102,6 @@ class MergePlan:
         return (*fates, *self.unmatched)
 
 
-def open_weighted(
-    adapters: Sequence[str | Path | tuple[str | Path, float]], allow_pickle: bool
-) -> list[Weighted]:
-    """``PATH``, ``PATH=WEIGHT`` or (path, weight) → open adapters. Raises UsageError."""
-    if not adapters:
-        raise UsageError("at least one adapter is needed")
-    result = []
-    for given in adapters:
-        path, weight = given if isinstance(given, tuple) else _split_weight(str(given))
-        if not math.isfinite(weight):
-            raise UsageError(f"{path}: its weight is {weight}; a finite number is needed")
-        result.append(Weighted(open_adapter(path, allow_pickle), weight, str(path)))
-    return result
-
-
-def _split_weight(given: str) -> tuple[str, float]:
-    path, equals, number = given.rpartition("=")
-    if not equals or Path(given).exists():
-        return given, 1.0
-    try:
-        return path, float(number)
-    except ValueError:
-        raise UsageError(f"{given!r}: {number!r} is not a number (ADAPTER=WEIGHT)") from None
-
-
 def adapter_digest(adapter: Adapter) -> str:
     """Content digest of an adapter's tensors."""
     hashes = {name: hashing.tensor_hash(adapter.file.raw(name)) for name in adapter.file.specs}
@@ -161,6 +129,8 @@ def plan_merge(
             notes.append(f"{weighted.path}: {sentence} to match the base")
         for name, part in wanted:
             target = mapping[name]
+            if part.kind == "ia3" and target not in base.specs and target.endswith(".bias"):
+                continue  # IA³ multiplies a module's output; not every module adds a bias to it
             if target in base.specs or target == head:
                 spec = base.specs.get(target) or base.specs[embedding]
                 parts.setdefault(target, []).append(_fit(part, target, spec, base))
@@ -214,6 +184,10 @@ def _wanted(weighted: Weighted, base: Mapping[str, TensorSpec]) -> list[tuple[st
             wanted.append((module.weight, part))
         if module.bias:
             wanted.append((f"{module.module}.bias", Part(weighted, module, "bias")))
+    for name, multiplier in sorted(adapter.multipliers.items()):
+        wanted.append((f"{name}.weight", Part(weighted, multiplier, "ia3")))
+        if not multiplier.on_input:
+            wanted.append((f"{name}.bias", Part(weighted, multiplier, "ia3")))
     for name, tokens in sorted(adapter.tokens.items()):
         wanted.append((f"{name}.weight", Part(weighted, tokens, "rows")))
     return wanted
@@ -316,6 +290,9 @@ def _fit(part: Part, name: str, spec: TensorSpec, base: Checkpoint | Outline) ->
                     f"{part.weighted.path} brings {found}"
                 )
         return dataclasses.replace(part, layout=layout, shape=whole.shape)
+    if isinstance(part.source, Multiplier):
+        stored = ia3.multiplier_layout(adapter, part.source, spec, base.config)
+        return dataclasses.replace(part, layout=stored, shape=spec.shape)
     key = _key(part)
     shape = adapter.shape(key)
     if isinstance(part.source, TokenRows):
@@ -336,6 +313,8 @@ def _fit(part: Part, name: str, spec: TensorSpec, base: Checkpoint | Outline) ->
 def _key(part: Part) -> str:
     if isinstance(part.source, str):
         return part.source
+    if isinstance(part.source, Multiplier):
+        return part.source.key
     key = part.source.key if isinstance(part.source, TokenRows) else part.source.bias
     assert key is not None
     return key
@@ -388,7 +367,7 @@ def build_effects(target: Target) -> list[Effect]:
     import torch
 
     from lora_tools.linalg.lora import scaling
-    from lora_tools.linalg.merge import Added, LowRank, Replaced, RowsReplaced, dense
+    from lora_tools.linalg.merge import Added, LowRank, Multiplied, Replaced, RowsReplaced, dense
 
     effects: list[Effect] = []
     for part in target.parts:
@@ -396,6 +375,9 @@ def build_effects(target: Target) -> list[Effect]:
         if isinstance(source, TokenRows):
             indices = torch.tensor(source.indices)
             effects.append(RowsReplaced(indices, adapter.tensor(source.key), weight))
+        elif isinstance(source, Multiplier):
+            factor = ia3.factor(adapter.tensor(source.key), source, part.layout, target.spec)
+            effects.append(Multiplied(factor, weight))
         elif isinstance(source, str):
             tensor = adapter.tensor(source)
             effects.append(Replaced(tensor.reshape(target.matrix(tensor.shape)), weight))

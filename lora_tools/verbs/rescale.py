@@ -9,11 +9,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lora_tools.adapters import open_adapter
 from lora_tools.errors import NonFiniteError, UnsupportedAdapter, UsageError
 from lora_tools.formats.consumers import Consumer
 from lora_tools.formats.dtypes import parse_float_dtype, torch_dtype
 from lora_tools.formats.output import check_destination, check_space, staged
-from lora_tools.formats.peft import Adapter, LoraModule, open_adapter
+from lora_tools.formats.peft import Adapter, LoraModule
 from lora_tools.linalg.layouts import of_form
 from lora_tools.linalg.ranks import RankRule
 from lora_tools.records import Fate, Input, ModuleResult, ProgressCallback, Report
@@ -99,6 +100,7 @@ def rescale(
     if effect == "change" and (alpha is None or rule is not None):
         raise UsageError("--effect change goes with --alpha, and not with --rank or --energy")
     given = open_adapter(adapter, allow_pickle)
+    given.need_lora("rank or alpha to change")
     if given.use_dora and (scale is not None or effect == "change"):
         raise UnsupportedAdapter(
             f"{adapter}: a DoRA adapter cannot be scaled: its magnitudes fix the norm of each "

@@ -27,12 +27,11 @@ from lora_tools.verbs.merge_plan import (
     MergePlan,
     Outline,
     Target,
-    Weighted,
     adapter_digest,
     build_effects,
-    open_weighted,
     plan_merge,
 )
+from lora_tools.verbs.weighted import Weighted, open_weighted
 
 if TYPE_CHECKING:
     pass
@@ -76,7 +75,7 @@ def unmerge(
     """
     started = time.perf_counter()
     checkpoint = open_checkpoint(merged, allow_pickle)
-    weighted = open_weighted(adapters, allow_pickle)
+    weighted = open_weighted(adapters, allow_pickle, checkpoint)
     destination = Path(out)
     lies_at = sidecar_path(checkpoint.path)
     if sidecar and not lies_at.is_file():
@@ -162,9 +161,10 @@ def _check_merged(merged: Checkpoint, plan: MergePlan) -> None:
 def _refuse_lossy(plan: MergePlan) -> None:
     for target in (*plan.targets, *plan.untied):
         for part in target.parts:
-            if part.kind in ("dora", "saved", "rows"):
+            if part.kind in ("dora", "saved", "rows", "ia3"):
                 why = {
                     "dora": "DoRA's norms are those of the base, which is lost",
+                    "ia3": "IA³ multiplied it, and rounding was multiplied with it",
                     "saved": "the adapter replaced it whole",
                     "rows": "the adapter replaced rows of it",
                 }[part.kind]

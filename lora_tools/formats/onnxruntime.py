@@ -1,0 +1,115 @@
+"""ONNX Runtime's adapter file (1.20 or later), written and read by ``onnxruntime.AdapterFormat``.
+
+Parameters ``<module>.lora_A`` (in, r) and ``<module>.lora_B`` (r, out) with the scale folded into
+lora_B, so that a graph adds (x A) B. float32 or float16; the file keeps nothing else.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_tools.errors import AdapterError, CheckpointError, TensorNotFound
+from lora_tools.formats.tensors import as_bytes
+from lora_tools.formats.view import BaseNames, Compute, Context, Outline, group_parts, pair
+from lora_tools.formats.writers import Factors, Writer
+from lora_tools.records import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+MAGIC = b"TORT"  # the flatbuffer's file identifier, at byte 4
+_PARTS = ("lora_A", "lora_B")
+_DTYPES = {"float32": "F32", "float16": "F16", "float64": "F64"}
+
+
+def _package() -> Any:
+    try:
+        import onnxruntime
+    except ImportError:
+        raise AdapterError(
+            "ONNX Runtime's adapter files need onnxruntime: pip install 'loratools[onnxruntime]'"
+        ) from None
+    return onnxruntime
+
+
+class OrtFile:
+    """The parameters of an adapter file, with the face of a ``TensorFile``."""
+
+    def __init__(self, path: Path) -> None:
+        package = _package()
+        self.path, self.header = path, b""
+        self.metadata: dict[str, str] = {}
+        try:
+            self._adapter = package.AdapterFormat.read_adapter(str(path))
+            self._values = dict(self._adapter.get_parameters())
+            arrays = {name: value.numpy() for name, value in self._values.items()}
+        except Exception as error:  # whatever onnxruntime raises on a malformed file
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointError(f"{path}: not an ONNX Runtime adapter ({first})") from None
+        self.specs: dict[str, TensorSpec] = {}
+        for name, array in sorted(arrays.items()):
+            dtype = _DTYPES.get(array.dtype.name)
+            if dtype is None:
+                raise CheckpointError(f"{path}: parameter {name!r} is {array.dtype}, not a float")
+            self.specs[name] = TensorSpec(name, dtype, tuple(array.shape))
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor, copied out of the file."""
+        import torch
+
+        if name not in self.specs:
+            raise TensorNotFound(f"{self.path}: no tensor {name!r}")
+        return torch.from_numpy(self._values[name].numpy().copy())
+
+    def raw(self, name: str) -> memoryview:
+        """The tensor's bytes."""
+        return as_bytes(self.tensor(name))
+
+    def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
+        """Nothing to give back: onnxruntime owns the memory."""
+
+
+def split(key: str) -> tuple[str, str] | None:
+    """``a.b.lora_A`` → (``a.b``, ``lora_A``); ``.weight`` may follow."""
+    module, _, part = key.removesuffix(".weight").rpartition(".")
+    return (module, part) if module else None
+
+
+def read(path: Path, file: OrtFile, context: Context) -> Outline:
+    """What the file holds, as PEFT would."""
+    outline = Outline(path, file, "ONNX Runtime")
+    for module, keys in group_parts(outline, _PARTS, split).items():
+        a, b = pair(outline, module, keys, *_PARTS)
+        outline.add_lora(module, outline.transposed(a), outline.transposed(b), None)
+    return outline
+
+
+class OrtWriter(Writer):
+    """Collects the parameters and writes one file; bfloat16 and float64 become float32."""
+
+    def __init__(self, out: Path, base: BaseNames | None, compute: Compute) -> None:
+        super().__init__(out, base, compute)
+        self._package = _package()
+        self._values: dict[str, Any] = {}
+
+    def add(self, factors: Factors) -> None:
+        """Take one module's factors."""
+        import torch
+
+        for part, tensor in zip(_PARTS, (factors.lora_A.T, factors.lora_B.T), strict=True):
+            plain = tensor if tensor.dtype == torch.float16 else tensor.float()
+            self._values[f"{factors.module}.{part}"] = self._package.OrtValue.ortvalue_from_numpy(
+                plain.contiguous().numpy()
+            )
+
+    def finish(self) -> None:
+        """Write the file."""
+        adapter = self._package.AdapterFormat()
+        adapter.set_adapter_version(1)
+        adapter.set_model_version(1)
+        adapter.set_parameters(dict(sorted(self._values.items())))
+        adapter.export_adapter(str(self.out))
+
+    def close(self) -> None:
+        """Nothing is open."""
