@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from lora_tools.errors import UsageError
 from lora_tools.formats.consumers import CONSUMERS, Consumer
 from lora_tools.linalg.layouts import Layout, named
 from lora_tools.linalg.ranks import RankRule
+from lora_tools.records import ModuleResult
 
 
 def tool_version() -> str:
@@ -80,3 +83,17 @@ def consumer_named(name: str) -> Consumer:
     if name not in CONSUMERS:
         raise UsageError(f"--for {name!r}: one of {', '.join(CONSUMERS)} is needed")
     return CONSUMERS[name]
+
+
+def resized_totals(results: Sequence[ModuleResult]) -> dict[str, Any]:
+    """Figures over modules whose rank was chosen anew, weighted by their energy."""
+    energy = math.fsum(m.delta_norm**2 for m in results)
+    if not energy:
+        return {}
+    missing = math.fsum((m.relative_error * m.delta_norm) ** 2 for m in results)
+    return {
+        "relative_error": math.sqrt(missing / energy),
+        "energy": 1 - missing / energy,
+        "rank_min": min(m.rank for m in results),
+        "rank_max": max(m.rank for m in results),
+    }

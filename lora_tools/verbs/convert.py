@@ -1,0 +1,385 @@
+"""``convert``: an adapter in another format, its effect on the weights the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_tools.adapters import open_adapter
+from lora_tools.errors import NonFiniteError, UnsupportedAdapter, UsageError
+from lora_tools.formats.adapter_formats import FEATURES, Format, format_named
+from lora_tools.formats.base_names import base_names
+from lora_tools.formats.dtypes import parse_float_dtype, torch_dtype
+from lora_tools.formats.output import check_destination, check_space, staged
+from lora_tools.formats.peft import Adapter, LoraModule
+from lora_tools.formats.view import BaseNames, parse_enable_lora
+from lora_tools.linalg.layouts import Layout, of_form
+from lora_tools.linalg.ranks import RankRule
+from lora_tools.records import Fate, Input, ModuleResult, ProgressCallback, Report
+from lora_tools.verbs.common import rank_rule, resized_totals, tool_version
+from lora_tools.verbs.merge_plan import adapter_digest
+
+if TYPE_CHECKING:
+    import torch
+
+    from lora_tools.formats.writers import Factors
+    from lora_tools.linalg.factors import Resized
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    to: Format
+    dropped: frozenset[str]
+    rule: RankRule | None
+    dtype: str | None
+    # Of formats with one alpha, and one rank: chosen before any factor is read.
+    alpha: float | None
+    pad_to: int | None
+
+
+def convert(
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    to: str,
+    base: str | Path | None = None,
+    source: str | None = None,
+    drop: Sequence[str] = (),
+    alpha: float | None = None,
+    enable_lora: str | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    max_rank: int | None = None,
+    dtype: str | None = None,
+    jobs: int | None = None,
+    allow_pickle: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: ProgressCallback | None = None,
+) -> Report:
+    """Write to ``out`` the adapter in the format ``to``.
+
+    Factors are renamed, turned and reordered without a change to any number. Only where the format
+    has no place for a module's alpha is its scale folded into lora_B, which rounds once. What the
+    format cannot hold is refused unless ``drop`` names it.
+
+    Args:
+        base: the model it was trained on, a checkpoint or a diffusers pipeline; headers are read.
+            Formats with names of their own need it (see ``FORMATS``).
+        source: the format of ``adapter``; by default its content tells.
+        drop: of ``FEATURES``, what is left out. Without DoRA's magnitudes the effect is another.
+        alpha, enable_lora: what the file does not say (loralib, torchtune); ``"1,0,1"``.
+        rank, energy, max_rank: cut the rank, as in ``rescale``. LoHa and LoKr become the exact
+            LoRA that they are, which may be of a high rank; this lowers it, with the error stated.
+        dtype: of the factors; by default each keeps its own.
+
+    Raises:
+        UnsupportedAdapter: the format cannot hold a part of the adapter.
+        LoraToolsError: any other of the tree, with nothing written.
+    """
+    started = time.perf_counter()
+    target = format_named(to, "--to")
+    rule = rank_rule(rank, energy, max_rank)
+    unknown = set(drop) - set(FEATURES)
+    if unknown:
+        raise UsageError(f"--drop {min(unknown)!r}: one of {', '.join(FEATURES)} is needed")
+    if alpha is not None and not (alpha > 0 and math.isfinite(alpha)):
+        raise UsageError(f"--alpha {alpha}: a number above 0 is needed")
+    written = parse_float_dtype(dtype) if dtype else None
+    blocks = parse_enable_lora(enable_lora)
+    names = base_names(base, allow_pickle) if base is not None else None
+    given = open_adapter(adapter, allow_pickle, base=names, source_format=source, alpha=alpha,
+                         enable_lora=blocks)  # fmt: skip
+    given.need_lora("factors to convert")
+    found = features(given, names)
+    options = _choose(given, target, frozenset(drop), rule, written, found)
+    kept = _kept(given, options, found)
+    report = Report(
+        "convert", tool_version(), (Input("adapter", str(adapter)),), str(out), dry_run,
+        _fates(given, kept, options), notes=tuple(_notes(given, kept, options, found)),
+    )  # fmt: skip
+    if not dry_run:
+        destination = Path(out)
+        inputs = [given.path, *([names.path] if names is not None else [])]
+        check_destination(destination, inputs, force)
+        check_space(destination, 3 * given.nbytes)
+        with staged(destination) as staging:
+            report = _convert(report, given, kept, names, options, staging / "out", jobs, progress)
+    return dataclasses.replace(report, seconds=time.perf_counter() - started)
+
+
+_MODULES = ("embedding", "conv", "experts", "head")  # features that are modules of their own
+
+
+def features(given: Adapter, names: BaseNames | None = None) -> dict[str, list[str]]:
+    """Which of ``FEATURES`` an adapter has, each with the modules or tensors that have it.
+
+    ``names``: of its base, which alone tell that an output head is tied.
+    """
+    found = {
+        "embedding": [m.name for m in given.modules.values() if m.form == "embedding"],
+        "conv": [m.name for m in given.modules.values() if m.form == "conv"],
+        "experts": [m.name for m in given.modules.values() if m.form == "experts"],
+        "dora": [m.module for m in given.modules.values() if m.magnitude],
+        "bias": [m.module for m in given.modules.values() if m.bias],
+        "saved": list(given.whole),
+        "tokens": list(given.tokens),
+        "head": [m for m in given.modules if names is not None and m == names.tied],
+    }
+    return {feature: where for feature, where in found.items() if where}
+
+
+def _choose(
+    given: Adapter,
+    target: Format,
+    drop: frozenset[str],
+    rule: RankRule | None,
+    dtype: str | None,
+    found: Mapping[str, list[str]],
+) -> _Options:
+    """Check that the format holds the adapter; settle on its one alpha and rank, if it has one."""
+    lacks = {f: where for f, where in found.items() if f not in target.keeps and f not in drop}
+    if lacks:
+        parts = " or ".join(f"{FEATURES[f]} ({min(where)})" for f, where in lacks.items())
+        raise UnsupportedAdapter(
+            f"{given.path}: {target.title} has no place for {parts}; "
+            f"{' '.join(f'--drop {f}' for f in lacks)} leaves them out"
+        )
+    alpha, pad_to = None, None
+    if target.alpha == "one":
+        modules = given.modules.values()
+        top = max((_ceiling(m, given, rule) for m in modules), default=1)
+        alphas, ranks = {m.alpha for m in modules}, {m.r for m in modules}
+        plain = rule is None and not given.use_rslora and len(alphas) == 1
+        if target.one_rank:
+            plain, pad_to = plain and len(ranks) == 1, top
+        alpha = alphas.pop() if plain else float(top)
+    return _Options(target, drop, rule, dtype, alpha, pad_to)
+
+
+def _ceiling(module: LoraModule, given: Adapter, rule: RankRule | None) -> int:
+    if rule is None:
+        return module.r
+    rows, cols = given.shape(module.B)[0], math.prod(given.shape(module.A)[1:])
+    return min(rule.ceiling(rows, cols), module.r)
+
+
+def _kept(
+    given: Adapter, options: _Options, where: Mapping[str, list[str]]
+) -> dict[str, LoraModule]:
+    """The modules that are written."""
+    gone = {m for f in _MODULES if f in options.dropped for m in where.get(f, ())}
+    kept = {name: module for name, module in given.modules.items() if name not in gone}
+    if not kept and not (options.to.name == "peft" and (given.whole or given.tokens)):
+        raise UnsupportedAdapter(f"{given.path}: nothing would be left of it")
+    return kept
+
+
+def _fates(given: Adapter, kept: Mapping[str, LoraModule], options: _Options) -> tuple[Fate, ...]:
+    fates = []
+    for name, module in given.modules.items():
+        lost = [f for f, have in (("dora", module.magnitude), ("bias", module.bias))
+                if have and f in options.dropped]  # fmt: skip
+        reason = f"rank {module.r}, alpha {module.alpha:g}"
+        if lost:
+            reason += "; without " + " and ".join(FEATURES[f] for f in lost)
+        fates.append(Fate(name, "convert" if name in kept else "drop", reason))
+    for feature, names in (("saved", given.whole), ("tokens", given.tokens)):
+        action = "drop" if feature in options.dropped else "copy"
+        fates += [Fate(name, action, FEATURES[feature]) for name in names]
+    return tuple(fates)
+
+
+def _notes(
+    given: Adapter,
+    kept: Mapping[str, LoraModule],
+    options: _Options,
+    found: Mapping[str, list[str]],
+) -> list[str]:
+    notes = list(getattr(given, "notes", ()))
+    lost = [f for f in found if f in options.dropped]
+    if lost:
+        what = " and ".join(FEATURES[f] for f in lost)
+        notes.append(f"left out: {what}; the effect is not that of the adapter given")
+    folded = sum(_fold(m, m.r, given, options) != 1 for m in kept.values())
+    if options.rule is None and folded:
+        place = "a place for no alpha" if options.to.alpha == "folded" else "one alpha for all"
+        notes.append(
+            f"{options.to.title} has {place}: the scale went into lora_B of {folded} of "
+            f"{len(kept)} modules, rounded once"
+        )
+    if options.pad_to is not None and any(m.r != options.pad_to for m in kept.values()):
+        notes.append(f"every module has rank {options.pad_to}, with zeros where it had less")
+    return notes
+
+
+def _alpha(module: LoraModule, r: int, given: Adapter, options: _Options) -> float:
+    """lora_alpha as the format will have it."""
+    if options.to.alpha == "folded":
+        return float(r)
+    if options.alpha is not None:
+        return options.alpha
+    if r != module.r:
+        return float(r)
+    if given.use_rslora and options.to.name != "peft":
+        from lora_tools.linalg.lora import scaling
+
+        return scaling(module.alpha, module.r, True) * r
+    return module.alpha
+
+
+def _fold(module: LoraModule, r: int, given: Adapter, options: _Options) -> float:
+    """What lora_B is multiplied by, its rank becoming ``r``."""
+    from lora_tools.linalg.lora import scaling
+
+    strength = scaling(module.alpha, module.r, given.use_rslora)
+    return strength / _scale(module, r, given, options)
+
+
+def _scale(module: LoraModule, r: int, given: Adapter, options: _Options) -> float:
+    """The scaling that readers of the format will apply."""
+    from lora_tools.linalg.lora import scaling
+
+    rank = options.pad_to or r
+    return scaling(_alpha(module, r, given, options), rank, _writes_rslora(given, options))
+
+
+def _writes_rslora(given: Adapter, options: _Options) -> bool:
+    return given.use_rslora and options.to.name == "peft"
+
+
+def _convert(
+    report: Report,
+    given: Adapter,
+    kept: Mapping[str, LoraModule],
+    names: BaseNames | None,
+    options: _Options,
+    out: Path,
+    jobs: int | None,
+    progress: ProgressCallback | None,
+) -> Report:
+    from lora_tools import engine
+    from lora_tools.formats.peft_format import PeftFormat
+    from lora_tools.linalg.recipes import compute
+
+    writer = (options.to.writer or PeftFormat)(out, names, compute)
+    results = []
+    try:
+        for factors, result in engine.run(
+            list(kept.values()),
+            lambda module: _module(module, given, options),
+            jobs=jobs,
+            nbytes=lambda m: 16 * m.r * (math.prod(given.shape(m.A)[1:]) + given.shape(m.B)[0]),
+            label=lambda module: module.module,
+            progress=progress,
+        ):
+            writer.add(factors)
+            if result is not None:
+                results.append(result)
+        if isinstance(writer, PeftFormat):
+            _add_peft(writer, given, options)
+        writer.finish()
+    finally:
+        writer.close()
+    files = list(out.iterdir()) if out.is_dir() else [out]
+    totals: dict[str, Any] = {
+        "modules": len(kept), "bytes": sum(f.stat().st_size for f in files),
+        **resized_totals(results),
+    }  # fmt: skip
+    inputs = tuple(dataclasses.replace(i, digest=adapter_digest(given)) for i in report.inputs)
+    return dataclasses.replace(report, inputs=inputs, modules=tuple(results), totals=totals)
+
+
+def _add_peft(writer: Any, given: Adapter, options: _Options) -> None:
+    """What PEFT alone has a place for."""
+    for feature, keys in (
+        ("saved", list(given.whole.values())),
+        ("tokens", [rows.key for rows in given.tokens.values()]),
+    ):
+        if feature not in options.dropped:
+            for key in keys:
+                writer.add_raw(key, given.tensor(key))
+    none = {"dora": ("use_dora", False), "bias": ("lora_bias", False),
+            "saved": ("modules_to_save", None),
+            "tokens": ("trainable_token_indices", None)}  # fmt: skip
+    config = {**given.config, "use_rslora": _writes_rslora(given, options)}
+    config |= dict(none[feature] for feature in none if feature in options.dropped)
+    writer.config = config
+
+
+def _module(
+    module: LoraModule, given: Adapter, options: _Options
+) -> tuple[Factors, ModuleResult | None]:
+    """One module's factors as the format has them."""
+    from lora_tools.formats.writers import Factors
+    from lora_tools.linalg import factors as algebra
+    from lora_tools.linalg.lora import scaling
+
+    A, B = given.tensor(module.A), given.tensor(module.B)
+    bias = given.tensor(module.bias) if module.bias and "bias" not in options.dropped else None
+    magnitude = (
+        given.tensor(module.magnitude)
+        if module.magnitude and "dora" not in options.dropped
+        else None
+    )
+    written = torch_dtype(options.dtype) if options.dtype else None
+    result = None
+    if options.rule is not None:
+        strength = scaling(module.alpha, module.r, given.use_rslora)
+        layout = module_layout(module, A, B)
+        cut = algebra.cut_factors(
+            layout, layout.split(A, B), (tuple(A.shape), tuple(B.shape)), strength, options.rule,
+            written or B.dtype,
+        )  # fmt: skip
+        _check_finite(module, cut.lora_A, cut.lora_B)
+        A, B, rank = cut.lora_A, cut.lora_B, cut.r
+        fold = 1 / _scale(module, rank, given, options)
+        bias = None if bias is None else algebra.scaled(bias, strength * fold)
+        result = resized(module, layout, cut)
+    else:
+        rank, fold = module.r, _fold(module, module.r, given, options)
+        bias = None if bias is None else algebra.scaled(bias, fold)
+        if written is not None:
+            A, bias = A.to(written), None if bias is None else bias.to(written)
+            B = B.to(written) if fold == 1 else (B.double() * fold).to(written)
+            fold = 1.0
+    B = algebra.scaled(B, fold)
+    if options.pad_to is not None:
+        A, B = algebra.padded(A, B, options.pad_to)
+    _check_finite(module, A, B, *(x for x in (bias, magnitude) if x is not None))
+    alpha = _alpha(module, rank, given, options)
+    scale = scaling(alpha, options.pad_to or rank, _writes_rslora(given, options))
+    return Factors(
+        module.module, A, B, alpha, scale, options.pad_to or rank, form=module.form,
+        parameter=module.parameter, bias=bias, magnitude=magnitude,
+    ), result  # fmt: skip
+
+
+def module_layout(module: LoraModule, A: torch.Tensor, B: torch.Tensor) -> Layout:
+    """The kind of layer, as far as the factors tell it."""
+    layout = of_form(module.form, **module.parameters)[0]
+    return layout.of_factors(tuple(A.shape), tuple(B.shape))
+
+
+def resized(module: LoraModule, layout: Layout, new: Resized) -> ModuleResult:
+    """The figures of one module whose rank was chosen anew."""
+    lost = new.error / new.total if new.total else 0.0
+    experts = (module.experts,) if module.experts else ()
+    return ModuleResult(
+        module=module.name, layout=layout.name,
+        shape=(*experts, new.lora_B.shape[0], *new.lora_A.shape[1:]), rank=new.r,
+        relative_error=math.sqrt(max(lost, 0.0)), energy=1 - lost, gain_bound=0.0,
+        delta_norm=math.sqrt(new.total), relative_change=math.nan, method="resize",
+    )  # fmt: skip
+
+
+def _check_finite(module: LoraModule, *tensors: torch.Tensor) -> None:
+    if not all(x.isfinite().all() for x in tensors):
+        raise NonFiniteError(
+            f"{module.module}: the factors hold an inf or a NaN; were they so before? Otherwise "
+            "choose a wider --dtype"
+        )

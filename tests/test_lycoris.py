@@ -1,0 +1,165 @@
+"""LoHa, LoKr and LoCon made by lycoris itself: merged as the exact LoRA that each is, and cut."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import lora_tools
+from lora_tools.errors import AdapterError, UnsupportedAdapter
+
+from . import iotools, models
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from lycoris.modules.locon import LoConModule
+    from lycoris.modules.loha import LohaModule
+    from lycoris.modules.lokr import LokrModule
+
+LAYERS: dict[str, torch.nn.Module] = {
+    "linear": torch.nn.Linear(24, 36, bias=False),
+    "conv": torch.nn.Conv2d(12, 16, (3, 3), bias=False),
+    "line": torch.nn.Conv1d(12, 16, 3, bias=False),
+}
+CASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "loha": (LohaModule, {"lora_dim": 3, "alpha": 5}),
+    "loha-tucker": (LohaModule, {"lora_dim": 3, "alpha": 5, "use_tucker": True}),
+    "lokr": (LokrModule, {"lora_dim": 2, "alpha": 5}),
+    "lokr-both": (LokrModule, {"lora_dim": 1, "alpha": 3, "decompose_both": True}),
+    "lokr-whole": (LokrModule, {"lora_dim": 2, "alpha": 5, "full_matrix": True}),
+    "lokr-factor": (LokrModule, {"lora_dim": 2, "alpha": 5, "factor": 2}),
+    "lokr-tucker": (LokrModule, {"lora_dim": 2, "alpha": 5, "use_tucker": True, "factor": 2}),
+    "locon": (LoConModule, {"lora_dim": 3, "alpha": 5}),
+    "locon-tucker": (LoConModule, {"lora_dim": 3, "alpha": 5, "use_tucker": True}),
+}  # fmt: skip
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    noise = torch.Generator().manual_seed(1)
+    tensors = {
+        f"net.{name}.weight": torch.randn(layer.weight.shape, generator=noise)
+        for name, layer in LAYERS.items()
+    }
+    return iotools.checkpoint(tmp_path / "base", tensors)
+
+
+def made(case: str, path: Path, **more: Any) -> dict[str, torch.Tensor]:
+    """A file by lycoris' modules with random numbers, and what each does to its weight."""
+    torch.manual_seed(3)
+    kind, options = CASES[case]
+    state, deltas = {}, {}
+    for name, layer in LAYERS.items():
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            module = kind(f"lycoris_net_{name}", layer, **options, **more)
+            for parameter in module.parameters():
+                parameter.copy_(torch.randn_like(parameter))
+            own = module.custom_state_dict()
+            state.update({f"lycoris_net_{name}.{k}": v for k, v in own.items()})
+            deltas[f"net.{name}.weight"] = _delta(module, layer)
+    save_file({k: v.detach().clone().contiguous() for k, v in state.items()}, path)
+    return deltas
+
+
+def _delta(module: Any, layer: torch.nn.Module) -> torch.Tensor:
+    """What the module adds to the weight. (lycoris 4.1's get_diff_weight applies the scale of a
+    LoHa or LoKr twice, which its forward, and so the training, does not.)"""
+    if isinstance(module, LoConModule):
+        return module.get_diff_weight(shape=layer.weight.shape)[0]
+    weight = module.get_weight(layer.weight.shape)
+    if weight.dim() == 2:
+        unit = torch.eye(weight.shape[1])
+        torch.testing.assert_close((module(unit) - layer(unit)).T, weight, rtol=1e-4, atol=1e-4)
+    return weight
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_merged_as_the_lora_that_it_is(case: str, base: Path, tmp_path: Path) -> None:
+    deltas = made(case, tmp_path / "a.safetensors")
+    before = models.tensors(base)
+    lora_tools.merge(base, [tmp_path / "a.safetensors"], tmp_path / "m")
+    after = models.tensors(tmp_path / "m")
+    for name, delta in deltas.items():
+        wanted = before[name].double() + delta.double()
+        assert delta.norm() > 0.1
+        assert (after[name] - wanted).norm() <= 3e-6 * wanted.norm(), name
+
+
+@pytest.mark.parametrize("case", ["loha", "lokr-whole", "lokr", "locon-tucker"])
+def test_an_svd_with_its_error(case: str, base: Path, tmp_path: Path) -> None:
+    """The error reported is the error there is, and the least there can be."""
+    deltas = made(case, tmp_path / "a.safetensors")
+    for to in ("peft", "kohya"):
+        report = lora_tools.convert(
+            tmp_path / "a.safetensors", tmp_path / to, to=to, base=base, rank=2
+        )
+        lora_tools.merge(base, [tmp_path / to], tmp_path / f"m-{to}")
+        before, after = models.tensors(base), models.tensors(tmp_path / f"m-{to}")
+        for module in report.modules:
+            name = f"{module.module}.weight"
+            delta = deltas[name].double().flatten(1)
+            change = (after[name].double() - before[name].double()).flatten(1)
+            best = torch.linalg.svdvals(delta)[2:].norm() / delta.norm()
+            found = (change - delta).norm() / delta.norm()
+            assert module.rank == min(2, torch.linalg.matrix_rank(delta))
+            assert module.relative_error == pytest.approx(float(best), abs=1e-5)
+            assert float(found) == pytest.approx(float(best), abs=1e-4)
+        assert report.totals["rank_max"] == 2
+
+
+def test_the_exact_rank_is_said(base: Path, tmp_path: Path) -> None:
+    made("loha", tmp_path / "a.safetensors")
+    report = lora_tools.convert(tmp_path / "a.safetensors", tmp_path / "p", to="peft", base=base)
+    assert {f.reason.split(",")[0] for f in report.plan} == {"rank 9"}
+    assert sum("exact LoRA of rank 9" in note for note in report.notes) == 3
+
+
+def _spoilt() -> Iterator[tuple[str, dict[str, torch.Tensor], str]]:
+    name = "lycoris_net_linear"
+    one = torch.ones
+    loha = {"hada_w1_a": one(36, 2), "hada_w1_b": one(2, 24), "hada_w2_a": one(36, 2),
+            "hada_w2_b": one(2, 24)}  # fmt: skip
+    yield "a part missing", {k: v for k, v in loha.items() if k != "hada_w2_b"}, "no whole LoHa"
+    yield "half of tucker", {**loha, "hada_t1": one(2, 2, 3, 3)}, "no whole LoHa"
+    yield "another weight", {**loha, "hada_w1_b": one(2, 25), "hada_w2_b": one(2, 25)}, "36 x 25"
+    yield "LoKr by half", {"lokr_w1": one(6, 6), "lokr_w2_a": one(6, 2)}, "no whole LoKr"
+    yield "whole and factored", {"lokr_w1": one(6, 6), "lokr_w1_a": one(6, 2), "lokr_w1_b":
+                                 one(2, 6), "lokr_w2": one(6, 4)}, "no whole LoKr"  # fmt: skip
+    yield "an alpha of two", {**loha, "alpha": one(2)}, "one number"
+    yield "full", {"diff": one(36, 24)}, "no low-rank update"
+    yield "OFT", {"oft_blocks": one(2, 3, 3)}, "OFT"
+    yield "a bias", {**loha, "diff_b": one(36)}, "a bias"
+    yield "magnitudes of inputs", {**loha, "dora_scale": one(1, 24)}, "each input"
+    _ = name
+
+
+@pytest.mark.parametrize(("what", "parts", "says"), list(_spoilt()), ids=lambda x: str(x)[:20])
+def test_what_is_refused(
+    what: str, parts: dict[str, torch.Tensor], says: str, base: Path, tmp_path: Path
+) -> None:
+    save_file({f"lycoris_net_linear.{k}": v for k, v in parts.items()}, tmp_path / "a.safetensors")
+    with pytest.raises((AdapterError, UnsupportedAdapter), match=says) as caught:
+        lora_tools.merge(base, [tmp_path / "a.safetensors"], tmp_path / "m")
+    assert "net" in str(caught.value)
+
+
+def test_dora_of_outputs(base: Path, tmp_path: Path) -> None:
+    """LoCon with one magnitude for each output is PEFT's DoRA."""
+    noise = torch.Generator().manual_seed(5)
+    down, up = torch.randn(2, 24, generator=noise), torch.randn(36, 2, generator=noise)
+    m = torch.rand(36, 1, generator=noise) + 1
+    parts = {"lora_down.weight": down, "lora_up.weight": up, "dora_scale": m}
+    name = "lora_unet_net_linear"
+    save_file({f"{name}.{k}": v for k, v in parts.items()}, tmp_path / "a.safetensors")
+    lora_tools.merge(base, [tmp_path / "a.safetensors"], tmp_path / "m")
+    moved = models.tensors(base)["net.linear.weight"] + up @ down
+    wanted = m * moved / moved.norm(dim=1, keepdim=True)
+    found = models.tensors(tmp_path / "m")["net.linear.weight"]
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
