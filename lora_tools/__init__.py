@@ -28,6 +28,8 @@ if TYPE_CHECKING:
         UsageError,
     )
     from lora_tools.records import Fate, Input, ModuleResult, Progress, Report, TensorSpec
+    from lora_tools.verbs.combine import combine
+    from lora_tools.verbs.convert import convert
     from lora_tools.verbs.extract import extract
     from lora_tools.verbs.merge import merge
     from lora_tools.verbs.rescale import rescale
@@ -40,6 +42,8 @@ _HOMES = {
         "UsageError",
     ),
     "records": ("Fate", "Input", "ModuleResult", "Progress", "Report", "TensorSpec"),
+    "verbs.combine": ("combine",),
+    "verbs.convert": ("convert",),
     "verbs.extract": ("extract",),
     "verbs.merge": ("merge",),
     "verbs.rescale": ("rescale",),
@@ -65,6 +69,8 @@ __all__ = [
     "UnsafeInput",
     "UnsupportedAdapter",
     "UsageError",
+    "combine",
+    "convert",
     "extract",
     "merge",
     "rescale",

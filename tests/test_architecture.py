@@ -26,14 +26,20 @@ BELOW = {
     "__init__": {"errors", "records", "verbs"},
     "__main__": {"cli"},
     "cli": {"verbs", "records", "errors", "click", "rich"},
-    "nn": {"verbs", "formats", "linalg", "records", "errors", "torch"},
-    "verbs": {"engine", "formats", "linalg", "onnx", "records", "errors", "torch", "xxhash"},
+    "nn": {"adapters", "verbs", "formats", "linalg", "records", "errors", "torch"},
+    "verbs": {
+        "adapters", "engine", "formats", "linalg", "onnx", "records", "errors", "torch", "xxhash",
+    },
     "onnx": {
         "engine", "formats", "linalg", "records", "errors", "torch", "onnx", "onnxscript",
         "onnxruntime", "transformers", "numpy",
     },
+    "adapters": {"formats", "linalg", "records", "errors"},
     "engine": {"formats", "linalg", "records", "errors", "torch", "dask", "distributed"},
-    "formats": {"records", "errors", "torch", "numpy", "huggingface_hub", "xxhash", "zstandard"},
+    "formats": {
+        "records", "errors", "torch", "numpy", "huggingface_hub", "xxhash", "zstandard", "gguf",
+        "onnxruntime",
+    },
     "linalg": {"records", "errors", "torch", "numpy", "scipy"},
     "records": set(),
     "errors": {"records"},
@@ -50,12 +56,26 @@ NOT_HERE = {
     "errors": THREADS | {"pathlib", "os", "json"},
 }
 # Never at the top of a module: a verb asks for them, ``--help`` and a dry run do not.
-HEAVY = {"torch", "numpy", "scipy", "rich", "huggingface_hub", "transformers", "onnx"}
+HEAVY = {
+    "torch",
+    "numpy",
+    "scipy",
+    "rich",
+    "huggingface_hub",
+    "transformers",
+    "onnx",
+    "gguf",
+    "onnxruntime",
+}
 # Modules that work with tensors all along, which only a running verb imports.
 NUMERIC = {
     "linalg/delta.py", "linalg/lora.py", "linalg/merge.py", "linalg/reversible.py", "linalg/svd.py",
-    "linalg/combine.py", "linalg/nf4.py", "nn/__init__.py", "nn/attach.py", "nn/layers.py",
+    "linalg/combine.py", "linalg/factors.py", "linalg/nf4.py", "nn/__init__.py",
+    "nn/attach.py", "nn/layers.py",
 }  # fmt: skip
+
+
+VERBS = ("extract", "merge", "unmerge", "rescale", "combine", "convert")
 
 
 def room(path: Path) -> str:
@@ -135,7 +155,7 @@ def test_exported_names() -> None:
         "AdapterError", "CheckpointError", "Fate", "Input", "LoraToolsError", "MismatchError",
         "ModuleResult", "NonFiniteError", "OutputError", "Progress", "QualityGateError", "Report",
         "TensorNotFound", "TensorSpec", "UnsafeInput", "UnsupportedAdapter", "UsageError",
-        "extract", "merge", "rescale", "unmerge",
+        "combine", "convert", "extract", "merge", "rescale", "unmerge",
     ]  # fmt: skip
     for name in lora_tools.__all__:
         assert getattr(lora_tools, name).__module__.startswith("lora_tools.")
@@ -177,13 +197,14 @@ def test_what_is_public_has_a_docstring(path: Path) -> None:
 
 def test_every_verb_is_a_command_with_the_same_options() -> None:
     renamed = {"report_file", "as_json", "quiet", "verbose", "help"}  # the command line's own
-    for name in ("extract", "merge", "unmerge", "rescale"):
+    for name in VERBS:
         parameters = inspect.signature(getattr(lora_tools, name)).parameters
         command = {p.name for p in main.commands[name].params} - renamed
         assert command == set(parameters) - {"progress"}, name
 
 
 def test_choices_are_those_of_the_verbs() -> None:
+    from lora_tools.formats.adapter_formats import FEATURES, FORMATS
     from lora_tools.formats.consumers import CONSUMERS
 
     for name, command in main.commands.items():
@@ -191,17 +212,20 @@ def test_choices_are_those_of_the_verbs() -> None:
         for option in command.params:
             if verb is None or not isinstance(option.type, click.Choice):
                 continue
-            if option.name == "consumer":
-                assert list(option.type.choices) == list(CONSUMERS)
+            tables = {
+                "consumer": CONSUMERS, "to": FORMATS, "source": FORMATS, "drop": FEATURES
+            }  # fmt: skip
+            if option.name in tables:
+                assert list(option.type.choices) == list(tables[option.name])
             else:
                 assert get_args(get_type_hints(verb)[option.name]) == tuple(option.type.choices)
 
 
 def test_defaults_are_those_of_the_verbs() -> None:
-    for name in ("extract", "merge", "unmerge", "rescale"):
+    for name in VERBS:
         command, parameters = main.commands[name], inspect.signature(getattr(lora_tools, name))
         needed = sum(isinstance(p, click.Argument) for p in command.params)
-        arguments = [*["x"] * needed, "-o", "out"]
+        arguments = [*["x"] * needed, "-o", "out", *(["--to", "mlx"] if name == "convert" else [])]
         # With main's settings: click keeps the --help option of a command's first context for ever.
         given = command.make_context(name, arguments, **main.context_settings).params
         for parameter in parameters.parameters.values():

@@ -36,6 +36,9 @@ COMMANDS = {
     "subtract": ["unmerge", "merged", "adapter", "-o", "out", "--no-sidecar"],
     "rescale": ["rescale", "adapter", "-o", "out", "--scale", "2"],
     "resize": ["rescale", "adapter", "-o", "out", "--rank", "1"],
+    "combine": ["combine", "adapter", "-o", "out"],
+    "prune": ["combine", "adapter", "-o", "out", "--method", "ties", "--density", "0.5"],
+    "convert": ["convert", "adapter", "-o", "out", "--to", "diffusers"],
 }
 # Each folder that a command reads.
 READS = [
@@ -291,6 +294,7 @@ def test_an_adapter_as_a_checkpoint_and_a_checkpoint_as_an_adapter(work, refused
         ("unmerge", "merged", Q), ("unmerge", "adapter", A),
         ("subtract", "merged", Q), ("subtract", "adapter", B),
         ("rescale", "adapter", A), ("rescale", "adapter", B), ("resize", "adapter", A),
+        ("combine", "adapter", A), ("prune", "adapter", B), ("convert", "adapter", A),
     ],
 )  # fmt: skip
 def test_no_number(name, folder, tensor, dtype, value, work, refused):
@@ -341,7 +345,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["merge", "unmerge", "rescale", "resize"])
+@pytest.mark.parametrize("name", ["merge", "unmerge", "rescale", "resize", "combine", "convert"])
 @pytest.mark.parametrize("what", CONFIGS)
 def test_adapter_config(what, name, work, refused):
     fields, says = CONFIGS[what]
@@ -491,6 +495,14 @@ WRONG = {
     "shards of a bare file": ["merge", "base/model.safetensors", "adapter", "-o", "out",
                               "--shard-size", "1GB"],
     "a weight that is none": ["merge", "base", "adapter=much", "-o", "out"],
+    "no format": ["convert", "adapter", "-o", "out"],
+    "a format that is none": ["convert", "adapter", "-o", "out", "--to", "zip"],
+    "a feature that is none": [*COMMANDS["convert"], "--drop", "biases"],
+    "blocks that are none": [*COMMANDS["convert"], "--enable-lora", "yes,no"],
+    "an alpha of zero": [*COMMANDS["convert"], "--alpha", "0"],
+    "density of a sum": [*COMMANDS["combine"], "--density", "0.5"],
+    "no density": ["combine", "adapter", "-o", "out", "--method", "ties"],
+    "density zero": [*COMMANDS["prune"], "--density", "0"],
     "an infinite weight": ["merge", "base", "adapter=inf", "-o", "out"],
     "a weight NaN": ["merge", "base", "adapter=nan", "-o", "out"],
     "no device": [*COMMANDS["extract"], "--device", "toaster"],
@@ -513,7 +525,7 @@ def test_a_wrong_call(what, work, refused):
 # ------------------------------------------------------------------------------- a real process
 
 
-@pytest.mark.parametrize("name", ["extract", "merge", "unmerge", "rescale"])
+@pytest.mark.parametrize("name", ["extract", "merge", "unmerge", "rescale", "combine", "convert"])
 def test_the_same_from_a_shell(name, work):
     folder = COMMANDS[name][1]
     os.truncate(weights_of(folder), 60)

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from lora_tools.adapters import open_adapter
 from lora_tools.cli import run
 from lora_tools.formats import output
 from lora_tools.formats.checkpoint import open_checkpoint
-from lora_tools.formats.peft import open_adapter
 
 from . import iotools
 
@@ -27,6 +27,8 @@ VERBS = {
     "merge": ["merge", "base", "adapter", "--reversible"],
     "unmerge": ["unmerge", "merged", "adapter"],
     "rescale": ["rescale", "adapter", "--rank", "3"],
+    "combine": ["combine", "adapter", "adapter", "--rank", "3"],
+    "convert": ["convert", "adapter", "--to", "mlx"],
 }
 
 
@@ -81,9 +83,9 @@ import os, signal, sys
 import torch
 import lora_tools
 from lora_tools.cli import run
-for name in ("extract", "merge", "unmerge", "rescale"):
+for name in ("extract", "merge", "unmerge", "rescale", "combine", "convert"):
     getattr(lora_tools, name)
-import lora_tools.engine, lora_tools.formats.sidecar, lora_tools.formats.peft
+import lora_tools.adapters, lora_tools.engine, lora_tools.formats.sidecar
 import lora_tools.linalg.lora, lora_tools.linalg.merge, lora_tools.linalg.svd
 top, args = sys.argv[1], sys.argv[2:]
 CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.truncate"}
@@ -302,7 +304,7 @@ def fails(capfd):
 def test_a_full_disk(verb, checked, larger, disk, fails, monkeypatch):
     untouched = iotools.tree(larger)
     if not checked:
-        for module in ("extract", "merge", "unmerge", "rescale"):
+        for module in ("extract", "merge", "unmerge", "rescale", "combine", "convert"):
             monkeypatch.setattr(f"lora_tools.verbs.{module}.check_space", lambda *given: None)
     said = fails(command(verb, larger, disk / "out"))
     assert said.startswith(f"Error: {disk / 'out'}: ")

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import click
 
+from lora_tools.cli.convert import combine, convert
 from lora_tools.cli.extract import extract
 from lora_tools.cli.groups import OrderedGroup
 from lora_tools.cli.merge import merge, unmerge
@@ -26,13 +27,14 @@ from lora_tools.errors import LoraToolsError
 )
 @click.version_option(package_name="loratools", prog_name="loratools")
 def main() -> None:
-    """Surgery on model weights: extract, merge, unmerge and rescale LoRA adapters, file to file.
+    """Surgery on model weights: extract, merge, unmerge, rescale, combine and convert LoRA
+    adapters, file to file.
 
     Each command has its own --help.
     """
 
 
-for command in (extract, merge, unmerge, rescale):
+for command in (extract, merge, unmerge, rescale, combine, convert):
     main.add_command(command)
 
 
