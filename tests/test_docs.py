@@ -27,7 +27,8 @@ else:
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/cli.md", "docs/extract.md",
-         "docs/layers.md", "docs/merge.md", "docs/report.md"]  # fmt: skip
+         "docs/layers.md", "docs/merge.md", "docs/formats.md", "docs/combine.md",
+         "docs/report.md"]  # fmt: skip
 FENCE = re.compile(
     r"(?:^<!-- (?P<mark>[\w:-]+) -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.M | re.S
 )
@@ -56,6 +57,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sides = folder / "base", folder / "tuned"
     lora_tools.extract(*sides, folder / "adapter", rank=4)
     lora_tools.extract(*sides, folder / "other", rank=2, rest="skip", embeddings="skip")
+    lora_tools.extract(*sides, folder / "attention", rank=3, rest="skip", include=["self_attn"])
     return folder
 
 
@@ -82,8 +84,8 @@ def shell(text: str, folder: Path, **env: str) -> subprocess.CompletedProcess[st
 @pytest.mark.parametrize("page", [p for p in PAGES if "```bash" in read(p)])
 def test_snippets_run(page: str, desk: Path, pair: Path) -> None:
     """In order, in one folder, as a reader would type them."""
-    if page == "docs/merge.md":
-        for name in ("adapter", "other"):
+    if page in ("docs/merge.md", "docs/formats.md", "docs/combine.md"):
+        for name in ("adapter", "other", "attention"):
             shutil.copytree(pair / name, desk / name)
     count = 0
     for mark, kind, text in blocks(page):
@@ -195,6 +197,19 @@ def test_the_cli_reference_is_up_to_date() -> None:
     assert module.render() == read("docs/cli.md"), "run: python docs/generate_cli.py"
 
 
+def test_the_table_of_formats_is_up_to_date() -> None:
+    spec = importlib.util.spec_from_file_location(
+        "generate_formats", ROOT / "docs/generate_formats.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    page = read("README.md")
+    assert module.render() in page
+    assert module.insert(page) == page, "run: python docs/generate_formats.py"
+
+
 def section(title: str) -> str:
     return read("docs/report.md").split(f"\n## {title}\n")[1].split("\n## ")[0]
 
@@ -226,6 +241,10 @@ def test_every_total_and_action_is_documented(pair: Path, tmp_path: Path) -> Non
         lora_tools.rescale(pair / "adapter", out / "s", scale=2),
         lora_tools.rescale(pair / "adapter", out / "n", rank=1),
         lora_tools.rescale(pair / "adapter", out / "n", rank=1, dry_run=True),
+        lora_tools.combine([pair / "adapter", pair / "other"], out / "c", rank=2),
+        lora_tools.combine([pair / "other"], out / "p", method="ties", density=0.5),
+        lora_tools.convert(pair / "adapter", out / "v", to="mlx", drop=["saved"], rank=2),
+        lora_tools.convert(pair / "adapter", out / "w", to="peft", dry_run=True),
     ]
     rows = [line for line in section("totals").splitlines() if line.startswith("| `")]
     verbs = {key: row.split("|")[2] for row in rows for key in first_column(row)}
@@ -235,7 +254,8 @@ def test_every_total_and_action_is_documented(pair: Path, tmp_path: Path) -> Non
             seen.setdefault(key, set()).add(report.verb)
     assert set(verbs) == set(seen)
     for key, by in seen.items():
-        named = set(re.findall(r"extract|merge|unmerge|rescale", verbs[key].split("but")[0]))
+        words = r"extract|merge|unmerge|rescale|combine|convert"
+        named = set(re.findall(words, verbs[key].split("but")[0]))
         assert named == by or "all" in verbs[key], key
     actions = {fate.action for report in reports for fate in report.plan}
     documented = set(re.findall(r"`([^`]+)`", section("Fate")))
