@@ -260,6 +260,8 @@ RUN = "from lora_tools.cli import run; run({!r})"
         "import lora_tools.cli",
         *(RUN.format(args) for args in (
             ["--help"], ["--version"], ["extract", "--help"], ["merge", "--help"], [],
+            ["convert", "--help"], ["combine", "--help"],
+            ["convert", "a", "-o", "b", "--to", "zip"],
             ["extract", "base"], ["extract", "a", "b", "-o", "c", "--rank", "x"], ["nonsense"],
             ["extract", "no/such@", "b", "-o", "c"],
         )),

@@ -25,6 +25,7 @@ from lora_tools.errors import (
 from lora_tools.linalg.combine import keep_by_chance, keep_largest
 
 from . import iotools, models
+from .test_layers_peft import PLAIN, mixtral, net, store, trained
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "one": {"target_modules": ["q_proj", "down_proj"], "r": 4, "lora_alpha": 6,
@@ -316,3 +317,39 @@ def test_pruning_by_itself() -> None:
     assert set(kept.unique().tolist()) == {0.0, 4.0}
     assert abs(float(kept.mean()) - 1) < 0.03
     assert torch.equal(kept, keep_by_chance(big.clone(), 0.25, seed=3))
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "convolutions": {"target_modules": PLAIN, "rank_pattern": {"image": 2}},
+    "experts": {
+        "target_modules": ["q_proj"],
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    },
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_layer_kind(kind: str, tmp_path: Path) -> None:
+    """Merging the combined adapter is merging both; cut, resized and converted, it stays so."""
+    make = net if kind == "convolutions" else mixtral
+    if kind == "convolutions":
+        base = store(make(), tmp_path / "base")
+    else:
+        base = models.save(make(), tmp_path / "base", save_original_format=False)
+    trained(make(), tmp_path / "a", **KINDS[kind])
+    trained(make(), tmp_path / "b", **KINDS[kind] | {"r": 3, "lora_alpha": 2})
+    weighted = [(tmp_path / "a", 0.5), (tmp_path / "b", 2.0)]
+    lora_tools.merge(base, weighted, tmp_path / "wanted")
+    wanted = models.tensors(tmp_path / "wanted")
+    ways: dict[str, tuple[dict[str, Any], float]] = {
+        "cat": ({}, 1e-6),
+        "linear": ({"method": "linear"}, 1e-6),
+        "pruned": ({"method": "magnitude_prune", "density": 1.0, "rank": 99}, 2e-5),
+    }
+    for name, (options, rtol) in ways.items():
+        lora_tools.combine(weighted, tmp_path / name, **options)
+        lora_tools.merge(base, [tmp_path / name], tmp_path / f"{name}-merged")
+        models.assert_same(models.tensors(tmp_path / f"{name}-merged"), wanted, rtol)
+    lora_tools.convert(tmp_path / "cat", tmp_path / "p", to="peft", energy=1.0)
+    lora_tools.merge(base, [tmp_path / "p"], tmp_path / "p-merged")
+    models.assert_same(models.tensors(tmp_path / "p-merged"), wanted, 1e-6)

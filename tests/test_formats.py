@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -562,6 +563,21 @@ class TestOnnxRuntime(FormatContract):
             if name.endswith(".lora_A")
         }
         assert_deltas(root, kind, found)
+
+
+@pytest.mark.parametrize("name", ["gguf", "onnxruntime"])
+def test_a_library_that_is_not_installed(
+    name: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = tmp_path / "a"
+    lora_tools.convert(root / "even", given, to=name, base=root / "base")
+    monkeypatch.setitem(sys.modules, name, None)
+    for use in (
+        lambda: lora_tools.convert(root / "even", tmp_path / "b", to=name, base=root / "base"),
+        lambda: lora_tools.merge(root / "base", [given], tmp_path / "m"),
+    ):
+        with pytest.raises(AdapterError, match=rf"pip install 'loratools\[{name}\]'"):
+            use()
 
 
 def test_every_format_has_its_contract() -> None:

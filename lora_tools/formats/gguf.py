@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import AdapterError, CheckpointError, TensorNotFound, UnsupportedAdapter
 from lora_tools.formats.architectures import architecture, heads, is_rotated
+from lora_tools.formats.output import sync_file
 from lora_tools.formats.tensors import as_bytes
 from lora_tools.formats.view import BaseNames, Compute, Context, Outline, group_parts, pair
 from lora_tools.formats.writers import Factors, Writer
@@ -179,6 +180,8 @@ class GgufWriter(Writer):
         self._writer.write_header_to_file()
         self._writer.write_kv_data_to_file()
         self._writer.write_tensors_to_file()
+        self._writer.close()
+        sync_file(self.out)
 
     def close(self) -> None:
         """Close the file, whether finished or not."""

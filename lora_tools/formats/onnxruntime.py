@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import AdapterError, CheckpointError, TensorNotFound
+from lora_tools.formats.output import sync_file
 from lora_tools.formats.tensors import as_bytes
 from lora_tools.formats.view import BaseNames, Compute, Context, Outline, group_parts, pair
 from lora_tools.formats.writers import Factors, Writer
@@ -110,6 +111,7 @@ class OrtWriter(Writer):
         adapter.set_model_version(1)
         adapter.set_parameters(dict(sorted(self._values.items())))
         adapter.export_adapter(str(self.out))
+        sync_file(self.out)
 
     def close(self) -> None:
         """Nothing is open."""

@@ -136,6 +136,15 @@ def _remove_stale(destination: Path) -> None:
                 os.close(lock)
 
 
+def sync_file(path: Path) -> None:
+    """Sync a file that another library wrote."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def write_synced(path: Path, data: bytes) -> None:
     """Write a small file and sync it."""
     with path.open("xb") as file:
