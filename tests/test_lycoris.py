@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import lora_tools
-from lora_tools.errors import AdapterError, UnsupportedAdapter
+from lora_tools.errors import AdapterError, MismatchError
 
 from . import iotools, models
 
@@ -134,6 +134,9 @@ def _spoilt() -> Iterator[tuple[str, dict[str, torch.Tensor], str]]:
                                  one(2, 6), "lokr_w2": one(6, 4)}, "no whole LoKr"  # fmt: skip
     yield "an alpha of two", {**loha, "alpha": one(2)}, "one number"
     yield "full", {"diff": one(36, 24)}, "no low-rank update"
+    yield "parts of other ranks", {**loha, "hada_w1_a": one(36, 3)}, "go together"
+    locon = {"lora_down.weight": one(2, 24), "lora_up.weight": one(36, 3)}
+    yield "a middle for a matrix", {**locon, "lora_mid.weight": one(3, 4, 1, 1)}, "factors are for"
     yield "OFT", {"oft_blocks": one(2, 3, 3)}, "OFT"
     yield "a bias", {**loha, "diff_b": one(36)}, "a bias"
     yield "magnitudes of inputs", {**loha, "dora_scale": one(1, 24)}, "each input"
@@ -145,7 +148,7 @@ def test_what_is_refused(
     what: str, parts: dict[str, torch.Tensor], says: str, base: Path, tmp_path: Path
 ) -> None:
     save_file({f"lycoris_net_linear.{k}": v for k, v in parts.items()}, tmp_path / "a.safetensors")
-    with pytest.raises((AdapterError, UnsupportedAdapter), match=says) as caught:
+    with pytest.raises((AdapterError, MismatchError), match=says) as caught:
         lora_tools.merge(base, [tmp_path / "a.safetensors"], tmp_path / "m")
     assert "net" in str(caught.value)
 

@@ -55,10 +55,20 @@ def architecture(base: BaseNames, path: Path, form: str) -> Architecture:
 
 def heads(config: Mapping[str, Any], module: str) -> int:
     """Heads of q_proj, or of k_proj where the module is one."""
-    queries = int(config.get("num_attention_heads") or 1)
+    queries = _count(config.get("num_attention_heads"), 1)
     if module.endswith("k_proj"):
-        return int(config.get("num_key_value_heads") or queries)
+        return _count(config.get("num_key_value_heads"), queries)
     return queries
+
+
+def layers(base: BaseNames) -> int:
+    """How many layers the base has; no more than it has modules, whatever its config says."""
+    said = base.config.get("num_hidden_layers") or base.config.get("n_layer")
+    return min(_count(said, 0), len(base.weights))
+
+
+def _count(value: Any, default: int) -> int:
+    return value if type(value) is int and value > 0 else default
 
 
 def is_rotated(row: Architecture, module: str) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import AdapterError, CheckpointError, TensorNotFound, UnsupportedAdapter
-from lora_tools.formats.architectures import architecture, heads, is_rotated
+from lora_tools.formats.architectures import architecture, heads, is_rotated, layers
 from lora_tools.formats.output import sync_file
 from lora_tools.formats.tensors import as_bytes
 from lora_tools.formats.view import BaseNames, Compute, Context, Outline, group_parts, pair
@@ -102,8 +102,7 @@ def _names(base: BaseNames, path: Path) -> dict[str, str]:
     gguf = _package()
     row = architecture(base, path, "GGUF")
     [arch] = [key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == row.gguf]
-    layers = int(base.config.get("num_hidden_layers") or base.config.get("n_layer") or 0)
-    mapping = gguf.get_tensor_name_map(arch, layers)
+    mapping = gguf.get_tensor_name_map(arch, layers(base))
     names = {module: mapping.get_name(module) for module in base.weights}
     return {module: f"{name}.weight" for module, name in names.items() if name}
 

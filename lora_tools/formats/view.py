@@ -12,7 +12,13 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_tools.errors import AdapterError, CheckpointError, TensorNotFound, UsageError
+from lora_tools.errors import (
+    AdapterError,
+    CheckpointError,
+    MismatchError,
+    TensorNotFound,
+    UsageError,
+)
 from lora_tools.formats.checkpoint import TensorFile
 from lora_tools.formats.names import EMBEDDING
 from lora_tools.formats.peft import PREFIX, Adapter
@@ -120,7 +126,15 @@ class View:
             raise TensorNotFound(f"{self.path}: no tensor {name!r}")
         made = self._made[name]
         given = [self._file.tensor(key) for key in made.keys]
-        result = self._compute(made.recipe, given, made.numbers)
+        try:
+            result = self._compute(made.recipe, given, made.numbers)
+        except MismatchError as error:
+            raise MismatchError(f"{self.path}: {', '.join(made.keys)}: {error}") from None
+        if result.numel() != made.spec.numel:
+            raise MismatchError(
+                f"{self.path}: {', '.join(made.keys)}: shapes do not go together: they make "
+                f"{list(result.shape)}, and {list(made.spec.shape)} is wanted"
+            )
         return result.reshape(made.spec.shape)
 
     def raw(self, name: str) -> memoryview:

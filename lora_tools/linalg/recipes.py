@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from lora_tools.errors import MismatchError
+
 if TYPE_CHECKING:
     import torch
 
@@ -192,5 +194,13 @@ RECIPES: dict[str, Recipe] = {
 def compute(
     recipe: str, tensors: Sequence[torch.Tensor], numbers: Sequence[int] = ()
 ) -> torch.Tensor:
-    """One tensor by a row of the table."""
-    return RECIPES[recipe](tensors, numbers)
+    """One tensor by a row of the table.
+
+    Raises:
+        MismatchError: the tensors' shapes do not go together.
+    """
+    try:
+        return RECIPES[recipe](tensors, numbers)
+    except (RuntimeError, ValueError, IndexError, ZeroDivisionError):
+        shapes = " and ".join(str(list(t.shape)) for t in tensors)
+        raise MismatchError(f"shapes {shapes} do not go together ({recipe}{numbers})") from None

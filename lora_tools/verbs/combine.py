@@ -258,13 +258,12 @@ def _working_bytes(terms: Sequence[Term], options: Options) -> int:
 
 
 def _config(weighted: Sequence[Weighted], terms: Mapping[str, list[Term]]) -> dict[str, Any]:
-    """The first adapter's config, with the modules of all."""
+    """The first adapter's config, with the modules of all of them by their full names."""
     config = {**weighted[0].adapter.config, "use_rslora": False, "init_lora_weights": True}
-    names: set[str] = set()
-    for each in weighted:
-        given = each.adapter.config.get("target_modules")
-        names |= set(given) if isinstance(given, list) else set(each.adapter.modules)
-    config["target_modules"] = sorted(names)
+    modules = [mine[0].module for mine in terms.values()]
+    config["target_modules"] = sorted(m.module for m in modules if m.form != "experts")
+    for field in ("layers_to_transform", "layers_pattern", "exclude_modules"):
+        config[field] = None
     config["lora_bias"] = any(t.module.bias for mine in terms.values() for t in mine)
     saved = [s for w in weighted for s in w.adapter.config.get("modules_to_save") or []]
     config["modules_to_save"] = sorted(set(saved)) or None
