@@ -53,6 +53,7 @@ def read(path: Path, file: TensorFile, context: Context) -> Outline:
     modules = group_parts(outline, PARTS, split)
     names = resolve_all(outline, modules, context)
     assert context.base is not None
+    exact = []
     for flat, keys in modules.items():
         module = names[flat]
         spec = context.base.weights[module].shape
@@ -62,6 +63,14 @@ def read(path: Path, file: TensorFile, context: Context) -> Outline:
             _add_lokr(outline, module, keys, spec)
         else:
             add_locon(outline, module, keys)
+            continue
+        exact.append(outline.ranks[module])
+    if exact:
+        ranks = f"{min(exact)} to {max(exact)}" if min(exact) < max(exact) else str(exact[0])
+        outline.notes.append(
+            f"{len(exact)} modules are LoHa or LoKr, and are read as the exact LoRA that they are, of "
+            f"rank {ranks}; convert --rank or --energy makes it smaller"
+        )
     return outline
 
 
@@ -145,9 +154,6 @@ def _add_exact(
         module, right((rank, *weight[1:])), left((out, rank, *[1] * len(kernel))), alpha,
         magnitude=magnitude(outline, module, keys), of_rank=file_rank,
     )  # fmt: skip
-    outline.notes.append(
-        f"{module}: an exact LoRA of rank {rank} stands for it; --rank or --energy makes it smaller"
-    )
 
 
 class LycorisWriter(KohyaWriter):

@@ -198,7 +198,7 @@ def _notes(options: Options, weighted: Sequence[Weighted]) -> list[str]:
         notes.append(
             "pruning leaves no low rank behind: the errors are those of decomposing the result"
         )
-    names = {str(w.adapter.config.get("base_model_name_or_path")) for w in weighted}
+    names = {str(w.adapter.config.get("base_model_name_or_path") or "") for w in weighted} - {""}
     if len(names) > 1:
         notes.append(f"the adapters name different bases: {', '.join(sorted(names))}")
     return notes

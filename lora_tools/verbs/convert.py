@@ -207,7 +207,7 @@ def _notes(
         notes.append(f"left out: {what}; the effect is not that of the adapter given")
     folded = sum(_fold(m, m.r, given, options) != 1 for m in kept.values())
     if options.rule is None and folded:
-        place = "a place for no alpha" if options.to.alpha == "folded" else "one alpha for all"
+        place = "no place for lora_alpha" if options.to.alpha == "folded" else "one alpha for all"
         notes.append(
             f"{options.to.title} has {place}: the scale went into lora_B of {folded} of "
             f"{len(kept)} modules, rounded once"
