@@ -68,8 +68,8 @@ def read(path: Path, file: TensorFile, context: Context) -> Outline:
     if exact:
         ranks = f"{min(exact)} to {max(exact)}" if min(exact) < max(exact) else str(exact[0])
         outline.notes.append(
-            f"{len(exact)} modules are LoHa or LoKr, and are read as the exact LoRA that they are, of "
-            f"rank {ranks}; convert --rank or --energy makes it smaller"
+            f"{len(exact)} modules are LoHa or LoKr, and are read as the exact LoRA that they are, "
+            f"of rank {ranks}; convert --rank or --energy makes it smaller"
         )
     return outline
 
