@@ -180,7 +180,9 @@ def test_killed_at_random_moments(verb, medium, tmp_path):
     whole = iotools.tree(first)
     dice = random.Random(verb)
     killed = 0
-    for i in range(6):
+    for i in range(12):
+        if killed == 5:
+            break
         force = i % 2 == 1
         shutil.rmtree(out, ignore_errors=True)
         if force:
@@ -190,12 +192,15 @@ def test_killed_at_random_moments(verb, medium, tmp_path):
             # Most of a run is the start of Python; the moments that matter come after.
             time.sleep(lasts * dice.uniform(0.35, 1.0))
             process.kill()
-            killed += process.wait() == -signal.SIGKILL
+            was_killed = process.wait() == -signal.SIGKILL
+        killed += was_killed
+        if not was_killed:  # the machine has become faster than it was
+            lasts *= 0.8
         if out.exists():
             assert iotools.tree(out) == whole
         else:
             assert not force or list(out.parent.glob(".out.loratools-*/old"))
-    assert killed >= 3
+    assert killed >= 5
     assert iotools.cli(*command(verb, medium, out, "--force")).returncode == 0
     assert iotools.tree(out) == whole
     assert left_over(out.parent, out) == []
