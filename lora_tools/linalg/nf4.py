@@ -1,0 +1,281 @@
+"""Four-bit block quantization as bitsandbytes 0.50.2 does it on a CPU, to the bit.
+
+A tensor is taken as a flat row-major run of ``n`` numbers in blocks of ``blocksize`` (QLoRA,
+arXiv 2305.14314). A block's ``absmax`` is its largest magnitude; each number, divided by it,
+becomes the index of the nearest of the codebook's 16 values, two indices to a byte, the first in
+the high half. Double quantization stores ``absmax`` itself in eight bits (the signed dynamic map of arXiv
+1511.04561), in blocks of 256, less its mean.
+
+The arithmetic is numpy's over runs that stay in cache: a compare and an add for each of the 15
+midpoints is several times faster than a search. Nothing here depends on the processor's vector
+width; torch must run on one thread, since its mean of more than 32,767 numbers depends on how many
+there are. Callers make sure that all numbers are finite.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import functools
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Array = npt.NDArray[Any]
+
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+NESTED_BLOCKSIZE = 256
+RUN = 1 << 16  # elements that are worked on at a time; a multiple of every block size
+SCRATCH_BYTES = RUN * 10
+_TINY = np.float32(1e-38)
+
+
+@dataclasses.dataclass(frozen=True)
+class Codebook:
+    """16 values, ``values[code]``, in the order of their codes; ``name`` is bitsandbytes'."""
+
+    name: str
+    values: tuple[float, ...]
+
+    @property
+    def table(self) -> Array:
+        """The values, (16,) float32, as ``quant_map`` holds them."""
+        return np.array(self.values, np.float32)
+
+    @functools.cached_property
+    def order(self) -> Array:
+        """Codes (16,) by ascending value; of equal values the lower code first."""
+        return np.argsort(self.table, kind="stable").astype(np.uint8)
+
+    @functools.cached_property
+    def midpoints(self) -> Array:
+        """(15,) float32 halfway between neighbours; what lies on one belongs to the lower."""
+        ascending = self.table[self.order]
+        return (ascending[:-1] + ascending[1:]) / np.float32(2)
+
+    @functools.cached_property
+    def pairs(self) -> Array:
+        """(256,) of complex64, which stands for two float32: the values of each byte's halves."""
+        byte = np.arange(256)
+        both = np.stack((self.table[byte >> 4], self.table[byte & 15]), 1)
+        return np.ascontiguousarray(both).view(np.complex64).reshape(-1)
+
+
+CODEBOOKS: dict[str, Codebook] = {
+    book.name: book
+    for book in (
+        Codebook("nf4", (
+            -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+            -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+            0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+            0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+        )),
+        Codebook("fp4", (
+            0.0, 0.0625 / 12, 8 / 12, 1.0, 4 / 12, 6 / 12, 2 / 12, 3 / 12,
+            0.0, -0.0625 / 12, -8 / 12, -1.0, -4 / 12, -6 / 12, -2 / 12, -3 / 12,
+        )),
+    )
+}  # fmt: skip
+
+# The dynamic map's 127 values between 0 and 1, float32, little-endian: computing them anew gives
+# other last bits on other processors.
+_DYNAMIC = base64.b64decode(
+    "t6MTNZQaWjb/BQI3BkKyNzSANziz74o4Sx+6OAvXIzkF54w5g+LHOQFvATrB7B46gGo8Oj7oWTr/ZXc6ne+nOvyp8Tot"
+    "sh07XI9CO4psZzvdJIY7dJOYOw0CqzukcL07O9/PO9NN4jtqvPQ7gZUDPM3MDDwYBBY8ZDsfPEjhOjzD9Wg8H4WLPF2P"
+    "ojyambk816PQPBWu5zxSuP48SOEKPWdmFj2F6yE9o3AtPcP1OD3hekQ9AABQPR+FWz09Cmc9XY9yPXsUfj3NzIQ9XY+K"
+    "PetRkD17FJY9CtebPZqZoT0qXKc9uB6tPUjhsj3Xo7g9Z2a+PfcoxD2F68k9NDPbPQAA+D1mZgo+zcwYPjMzJz6amTU+"
+    "AABEPmZmUj7NzGA+MzNvPpmZfT4AAIY+NDONPmZmlD6amZs+zMyiPgAAqj4zM7E+Zma4PpqZvz7MzMY+AADOPjMz1T5m"
+    "Ztw+mpnjPszM6j4AAPI+MjP5PjMzAD/MzAM/ZmYHPwAACz+amQ4/NDMSP83MFT9mZhk/AAAdP5qZID80MyQ/zcwnP2Zm"
+    "Kz8AAC8/mpkyPzQzNj/NzDk/ZmY9PwAAQT+amUQ/MzNIP83MSz9mZk8/AABTP5qZVj8zM1o/zcxdP2ZmYT8AAGU/mplo"
+    "PzMzbD/NzG8/ZmZzPwAAdz+amXo/MzN+Pw=="
+)
+
+
+@functools.cache
+def dynamic_map() -> Array:
+    """(256,) float32, ascending: bitsandbytes' signed eight-bit dynamic data type."""
+    inner = np.frombuffer(_DYNAMIC, "<f4").astype(np.float32)
+    return np.concatenate((-inner[::-1], [np.float32(0)], inner, [np.float32(1)]))
+
+
+@functools.cache
+def _dynamic_codes() -> Array:
+    """(65536,) codes of the dynamic map for as many equal steps from -1 to 1: bitsandbytes' CPU
+    encoder looks up the step a number falls on, which is not always its nearest value."""
+    steps = np.float32(-1) + np.float32(2) * np.arange(65536, dtype=np.float32) / np.float32(65535)
+    codes = dynamic_map()
+    midpoints = np.float32(0.5) * (codes[:-1] + codes[1:])
+    return np.searchsorted(midpoints, steps, side="left").astype(np.uint8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Nested:
+    """``absmax`` (blocks,) in eight bits: map[codes] · absmax of 256 blocks + offset."""
+
+    codes: Array
+    absmax: Array
+    offset: np.float32
+
+
+def blocks_of(n: int, blocksize: int) -> int:
+    """How many blocks ``n`` numbers fill, the last one perhaps in part."""
+    return -(n // -blocksize)
+
+
+def packed_size(n: int) -> int:
+    """Bytes of ``n`` codes: an odd one has a byte to itself."""
+    return -(n // -2)
+
+
+class Scratch:
+    """Room for one run of RUN elements. ``store`` lends SCRATCH_BYTES of warm memory."""
+
+    def __init__(self, store: torch.Tensor | None = None) -> None:
+        store = torch.empty(SCRATCH_BYTES, dtype=torch.uint8) if store is None else store
+        self.wide = store[: 4 * RUN].view(torch.float32)
+        self.other = store[4 * RUN : 8 * RUN].view(torch.float32)
+        self.codes = store[8 * RUN : 9 * RUN].numpy()
+        self.above = store[9 * RUN : 10 * RUN].numpy()
+
+
+def quantize(
+    x: torch.Tensor, codebook: Codebook, blocksize: int, scratch: Scratch | None = None
+) -> tuple[Array, Array]:
+    """The codes (⌈n/2⌉,) uint8 and the absmax (blocks,) float32 of ``x`` (n,), of any float dtype.
+
+    What ``bitsandbytes.functional.quantize_4bit`` gives on a CPU.
+    """
+    n = x.numel()
+    packed = np.empty(packed_size(n), np.uint8)
+    absmax = np.empty(blocks_of(n, blocksize), np.float32)
+    scratch = scratch or Scratch()
+    for start in range(0, n, RUN):
+        stop = min(start + RUN, n)
+        quantize_run(
+            x[start:stop], codebook, blocksize, packed[start // 2 : packed_size(stop)],
+            absmax[start // blocksize : blocks_of(stop, blocksize)], scratch,
+        )  # fmt: skip
+    return packed, absmax
+
+
+def quantize_run(
+    x: torch.Tensor,
+    codebook: Codebook,
+    blocksize: int,
+    packed: Array,
+    absmax: Array,
+    scratch: Scratch,
+) -> None:
+    """Up to RUN numbers that begin at the start of a block, into ``packed`` and ``absmax``.
+
+    Only the last run of a tensor may end within a block: there bitsandbytes divides where else it
+    multiplies by a reciprocal, and its absmax is never below 1e-38.
+    """
+    n, full = x.numel(), x.numel() // blocksize
+    wide = scratch.wide[:n]
+    wide.copy_(x)
+    _absmax(wide, blocksize, absmax, scratch)
+    scaled = scratch.other[: full * blocksize].view(full, blocksize)
+    inverse = torch.from_numpy(np.float32(1) / np.maximum(absmax[:full], _TINY))
+    torch.mul(wide[: full * blocksize].view(full, blocksize), inverse[:, None], out=scaled)
+    if full < len(absmax):
+        absmax[full] = max(absmax[full], _TINY)
+        tail = scratch.other[full * blocksize : n]
+        torch.div(wide[full * blocksize :], float(absmax[full]), out=tail)
+    _encode(scratch.other[:n].numpy(), codebook, packed, scratch)
+
+
+def _absmax(wide: torch.Tensor, blocksize: int, absmax: Array, scratch: Scratch) -> None:
+    n, full = wide.numel(), wide.numel() // blocksize
+    magnitude = torch.abs(wide, out=scratch.other[:n])
+    if full:
+        into = torch.from_numpy(absmax[:full])
+        torch.amax(magnitude[: full * blocksize].view(full, blocksize), 1, out=into)
+    if full < len(absmax):
+        absmax[full] = float(magnitude[full * blocksize :].max())
+
+
+def _encode(scaled: Array, codebook: Codebook, packed: Array, scratch: Scratch) -> None:
+    """Codes of numbers from -1 to 1, two to a byte."""
+    n = len(scaled)
+    codes, above = scratch.codes[: 2 * len(packed)], scratch.above[:n]
+    rank = codes[:n]
+    rank.fill(0)
+    for midpoint in codebook.midpoints:
+        np.greater(scaled, midpoint, out=above.view(np.bool_))
+        np.add(rank, above, out=rank)
+    if codebook.order[7] != 7 or not np.array_equal(codebook.order, np.arange(16)):
+        np.take(codebook.order, rank, out=rank, mode="clip")
+    if n % 2:  # bitsandbytes pads with the number 0
+        codes[n] = codebook.order[np.count_nonzero(codebook.midpoints < 0)]
+    both = codes.view("<u2")
+    low = scratch.above[: 2 * len(packed)].view("<u2")
+    np.right_shift(both, 8, out=low)
+    np.left_shift(both, 4, out=both)
+    np.bitwise_or(both, low, out=packed, casting="unsafe")
+
+
+def double_quantize(absmax: Array) -> Nested:
+    """(blocks,) float32 in eight bits each, as ``quantize_blockwise`` encodes on a CPU."""
+    offset = np.float32(torch.from_numpy(absmax).mean())
+    padded = np.zeros((blocks_of(len(absmax), NESTED_BLOCKSIZE), NESTED_BLOCKSIZE), np.float32)
+    padded.reshape(-1)[: len(absmax)] = absmax - offset
+    nested = np.abs(padded).max(1, initial=0)
+    with np.errstate(all="ignore"):  # the reciprocal of a denormal is infinite there, too
+        scaled = padded * (np.float32(1) / nested)[:, None]
+    scaled = np.clip(scaled, np.float32(-1), np.float32(1))
+    scaled[np.isnan(scaled)] = -1  # 0 · inf, and a block of zeros: code 0
+    # One rounding of a product and a sum: bitsandbytes' compiler fuses them.
+    step = ((scaled + np.float32(1)).astype(np.float64) * 32767.5 + 0.5).astype(np.float32)
+    codes = _dynamic_codes()[step.astype(np.int32)].reshape(-1)[: len(absmax)]
+    return Nested(codes, nested, offset)
+
+
+def restore_absmax(nested: Nested) -> Array:
+    """(blocks,) float32 that a reader of the double-quantized ``absmax`` works with."""
+    values: Array = dynamic_map()[nested.codes]
+    values *= np.repeat(nested.absmax, NESTED_BLOCKSIZE)[: len(values)]
+    values += nested.offset
+    return values
+
+
+def dequantize(
+    packed: Array,
+    absmax: Array,
+    codebook: Codebook,
+    blocksize: int,
+    out: torch.Tensor,
+    scratch: Scratch | None = None,
+) -> torch.Tensor:
+    """Fill ``out`` (n,), of any float dtype: value · absmax in float32, rounded once."""
+    n = out.numel()
+    scratch = scratch or Scratch()
+    for start in range(0, n, RUN):
+        stop = min(start + RUN, n)
+        dequantize_run(
+            packed[start // 2 : packed_size(stop)],
+            absmax[start // blocksize : blocks_of(stop, blocksize)],
+            codebook, blocksize, out[start:stop], scratch,
+        )  # fmt: skip
+    return out
+
+
+def dequantize_run(
+    packed: Array,
+    absmax: Array,
+    codebook: Codebook,
+    blocksize: int,
+    out: torch.Tensor,
+    scratch: Scratch,
+) -> None:
+    """Up to RUN numbers that begin at the start of a block, into ``out``."""
+    n, full = out.numel(), out.numel() // blocksize
+    values = scratch.wide[: 2 * len(packed)]
+    np.take(codebook.pairs, packed, out=values.numpy().view(np.complex64), mode="clip")
+    blocks = values[: full * blocksize].view(full, blocksize)
+    blocks.mul_(torch.from_numpy(absmax[:full])[:, None])
+    if full * blocksize < n:
+        values[full * blocksize :].mul_(float(absmax[full]))
+    out.copy_(values[:n])
