@@ -27,9 +27,18 @@ if TYPE_CHECKING:
         UnsupportedAdapter,
         UsageError,
     )
-    from lora_tools.records import Fate, Input, ModuleResult, Progress, Report, TensorSpec
+    from lora_tools.records import (
+        Fate,
+        Input,
+        ModuleResult,
+        Progress,
+        Report,
+        TensorResult,
+        TensorSpec,
+    )
     from lora_tools.verbs.extract import extract
     from lora_tools.verbs.merge import merge
+    from lora_tools.verbs.quantize import quantize
     from lora_tools.verbs.rescale import rescale
     from lora_tools.verbs.unmerge import unmerge
 
@@ -39,9 +48,12 @@ _HOMES = {
         "OutputError", "QualityGateError", "TensorNotFound", "UnsafeInput", "UnsupportedAdapter",
         "UsageError",
     ),
-    "records": ("Fate", "Input", "ModuleResult", "Progress", "Report", "TensorSpec"),
+    "records": (
+        "Fate", "Input", "ModuleResult", "Progress", "Report", "TensorResult", "TensorSpec",
+    ),
     "verbs.extract": ("extract",),
     "verbs.merge": ("merge",),
+    "verbs.quantize": ("quantize",),
     "verbs.rescale": ("rescale",),
     "verbs.unmerge": ("unmerge",),
 }  # fmt: skip
@@ -61,12 +73,14 @@ __all__ = [
     "QualityGateError",
     "Report",
     "TensorNotFound",
+    "TensorResult",
     "TensorSpec",
     "UnsafeInput",
     "UnsupportedAdapter",
     "UsageError",
     "extract",
     "merge",
+    "quantize",
     "rescale",
     "unmerge",
 ]

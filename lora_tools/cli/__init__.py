@@ -14,6 +14,7 @@ import click
 from lora_tools.cli.extract import extract
 from lora_tools.cli.groups import OrderedGroup
 from lora_tools.cli.merge import merge, unmerge
+from lora_tools.cli.quantize import quantize
 from lora_tools.cli.rescale import rescale
 from lora_tools.errors import LoraToolsError
 
@@ -32,7 +33,7 @@ def main() -> None:
     """
 
 
-for command in (extract, merge, unmerge, rescale):
+for command in (extract, merge, unmerge, rescale, quantize):
     main.add_command(command)
 
 

@@ -28,12 +28,7 @@ _adapters = click.argument(
 @options.unmatched_option
 @options.out_option
 @options.dtype_option("each tensor keeps its own")
-@option(
-    "--shard-size",
-    metavar="SIZE",
-    group=OUTPUT,
-    help="Most bytes of tensors in one file, such as 5GB.  [default: BASE's files again]",
-)
+@options.shard_size_option
 @option(
     "--reversible",
     is_flag=True,

@@ -19,15 +19,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from lora_tools.errors import CheckpointError
 from lora_tools.formats.dtypes import FLOAT_NAMES, parse_float_dtype
+from lora_tools.formats.names import is_output_head, layout_name, split_tensor
 from lora_tools.formats.safetensors_file import strict_json
 from lora_tools.records import DTYPE_BITS, TensorSpec
 
 QUANT_TYPES = ("nf4", "fp4")
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
 # bnb_4bit_quant_storage: the dtype whose elements hold the packed bytes.
 STORAGES = {"uint8": "U8", "float16": "F16", "bfloat16": "BF16", "float32": "F32"}
@@ -104,8 +107,7 @@ class QuantState:
             )  # fmt: skip
             honest = (
                 state.quant_type in QUANT_TYPES
-                and type(state.blocksize) is int
-                and state.blocksize > 0
+                and state.blocksize in BLOCKSIZES
                 and all(type(n) is int and n >= 0 for n in state.shape)
                 and math.isfinite(state.nested_offset or 0)
                 and (not nested or fields["nested_blocksize"] == NESTED_BLOCKSIZE)
@@ -225,3 +227,59 @@ def quantization_config(
         "llm_int8_skip_modules": sorted(skip), "llm_int8_threshold": 6.0,
         "load_in_4bit": True, "load_in_8bit": False, "quant_method": "bitsandbytes",
     }  # fmt: skip
+
+
+_CLASSIFIERS = re.compile(
+    r"(classifier|score|scores|qa_outputs|seq_relationship|logits_proj|sop_classifier"
+    r"|reward_head|value_head|v_head|summary|regression_head|prediction_head)"
+)
+# Heads that a folder may lack and its loader may add: tied ones, and those of a new task.
+ADDED_HEADS = ("lm_head", "score", "classifier", "qa_outputs")
+_ROUTERS = re.compile(r"(gate|router|shared_expert_gate|switch)")
+# Linear layers that transformers 5.23 keeps out of every quantization (_keep_in_fp32_modules).
+_KEPT = re.compile(r"(.*\.)?(qformer|compressor)\..*|(.*\.)?weights_proj")
+_KEPT_WO = ("t5", "mt5", "umt5", "udop", "pop2piano")
+
+
+def reason_to_keep(spec: TensorSpec, config: Mapping[str, Any], head: bool) -> tuple[str, bool]:
+    """Why a weight is not quantized ("" if it is to be), and whether it is a linear layer's.
+
+    The rules follow transformers: linear layers only, without output heads (unless ``head``),
+    classification heads, and what its models keep in full precision. Experts and their routers
+    stay as they are: transformers 5 fuses experts into one tensor, which it does not quantize.
+    """
+    module = split_tensor(spec.name)[0]
+    layout = layout_name(spec, config)
+    if layout is None:
+        return "no weight of a linear layer", False
+    if layout == "embedding":
+        return "embedding", False
+    last = module.rpartition(".")[2]
+    if is_output_head(spec.name) or module == "cls.predictions.decoder":
+        return ("" if head else "output head"), True
+    if _CLASSIFIERS.fullmatch(last):
+        return "classification head", True
+    if ".experts." in module:
+        return "expert, which transformers fuses", True
+    if _ROUTERS.fullmatch(last):
+        return "router", True
+    if _KEPT.fullmatch(module) or (last == "wo" and config.get("model_type") in _KEPT_WO):
+        return "kept in full precision by transformers", True
+    if not spec.numel:
+        return "empty", True
+    return "", True
+
+
+def skip_entry(module: str) -> str:
+    """What to list for a linear layer that stays: its name, or all experts of its layer."""
+    before, experts, _ = module.partition(".experts.")
+    return f"{before}.experts" if experts else module
+
+
+def loader_skips(module: str, skip: Collection[str]) -> bool:
+    """Whether transformers leaves a linear layer alone that has this set of modules to skip: its
+    name ends like one of them, or begins with one up to a dot."""
+    parts = module.split(".")
+    return any(module[i:] in skip for i in range(len(module))) or any(
+        ".".join(parts[:n]) in skip for n in range(1, len(parts))
+    )

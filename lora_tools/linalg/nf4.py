@@ -3,8 +3,8 @@
 A tensor is taken as a flat row-major run of ``n`` numbers in blocks of ``blocksize`` (QLoRA,
 arXiv 2305.14314). A block's ``absmax`` is its largest magnitude; each number, divided by it,
 becomes the index of the nearest of the codebook's 16 values, two indices to a byte, the first in
-the high half. Double quantization stores ``absmax`` itself in eight bits (the signed dynamic map of arXiv
-1511.04561), in blocks of 256, less its mean.
+the high half. Double quantization stores ``absmax`` itself in eight bits (the signed dynamic map of
+arXiv 1511.04561), in blocks of 256, less its mean.
 
 The arithmetic is numpy's over runs that stay in cache: a compare and an add for each of the 15
 midpoints is several times faster than a search. Nothing here depends on the processor's vector
@@ -17,19 +17,23 @@ from __future__ import annotations
 import base64
 import dataclasses
 import functools
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from lora_tools.linalg.svd import sum_of_squares
+
 Array = npt.NDArray[Any]
 
-BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
 RUN = 1 << 16  # elements that are worked on at a time; a multiple of every block size
 SCRATCH_BYTES = RUN * 10
 _TINY = np.float32(1e-38)
+_SMALL = np.float32(2.0**-117)  # a scale from which on a value may be denormal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,14 +154,28 @@ def quantize(
     n = x.numel()
     packed = np.empty(packed_size(n), np.uint8)
     absmax = np.empty(blocks_of(n, blocksize), np.float32)
-    scratch = scratch or Scratch()
-    for start in range(0, n, RUN):
-        stop = min(start + RUN, n)
+    quantize_into(x, codebook, blocksize, packed, absmax, scratch or Scratch())
+    return packed, absmax
+
+
+def quantize_into(
+    x: torch.Tensor,
+    codebook: Codebook,
+    blocksize: int,
+    packed: Array,
+    absmax: Array,
+    scratch: Scratch,
+) -> None:
+    """``quantize`` into arrays that are there already."""
+    for start, stop in _runs(x.numel()):
         quantize_run(
             x[start:stop], codebook, blocksize, packed[start // 2 : packed_size(stop)],
             absmax[start // blocksize : blocks_of(stop, blocksize)], scratch,
         )  # fmt: skip
-    return packed, absmax
+
+
+def _runs(n: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + RUN, n)) for start in range(0, n, RUN))
 
 
 def quantize_run(
@@ -222,15 +240,20 @@ def double_quantize(absmax: Array) -> Nested:
     offset = np.float32(torch.from_numpy(absmax).mean())
     padded = np.zeros((blocks_of(len(absmax), NESTED_BLOCKSIZE), NESTED_BLOCKSIZE), np.float32)
     padded.reshape(-1)[: len(absmax)] = absmax - offset
-    nested = np.abs(padded).max(1, initial=0)
+    codes, nested = _encode_nested(padded)
+    return Nested(codes.reshape(-1)[: len(absmax)], nested, offset)
+
+
+def _encode_nested(blocks: Array) -> tuple[Array, Array]:
+    """(m, 256) float32 → codes (m, 256) uint8 and absmax (m,)."""
+    absmax = np.abs(blocks).max(1, initial=0)
     with np.errstate(all="ignore"):  # the reciprocal of a denormal is infinite there, too
-        scaled = padded * (np.float32(1) / nested)[:, None]
+        scaled = blocks * (np.float32(1) / absmax)[:, None]
     scaled = np.clip(scaled, np.float32(-1), np.float32(1))
     scaled[np.isnan(scaled)] = -1  # 0 · inf, and a block of zeros: code 0
     # One rounding of a product and a sum: bitsandbytes' compiler fuses them.
     step = ((scaled + np.float32(1)).astype(np.float64) * 32767.5 + 0.5).astype(np.float32)
-    codes = _dynamic_codes()[step.astype(np.int32)].reshape(-1)[: len(absmax)]
-    return Nested(codes, nested, offset)
+    return _dynamic_codes()[step.astype(np.int32)], absmax
 
 
 def restore_absmax(nested: Nested) -> Array:
@@ -250,10 +273,8 @@ def dequantize(
     scratch: Scratch | None = None,
 ) -> torch.Tensor:
     """Fill ``out`` (n,), of any float dtype: value · absmax in float32, rounded once."""
-    n = out.numel()
     scratch = scratch or Scratch()
-    for start in range(0, n, RUN):
-        stop = min(start + RUN, n)
+    for start, stop in _runs(out.numel()):
         dequantize_run(
             packed[start // 2 : packed_size(stop)],
             absmax[start // blocksize : blocks_of(stop, blocksize)],
@@ -278,4 +299,45 @@ def dequantize_run(
     blocks.mul_(torch.from_numpy(absmax[:full])[:, None])
     if full * blocksize < n:
         values[full * blocksize :].mul_(float(absmax[full]))
-    out.copy_(values[:n])
+    if out.dtype == torch.bfloat16 and np.abs(absmax).min(initial=1) < _SMALL:
+        _round_to_bfloat16(values[:n], out)
+    else:
+        out.copy_(values[:n])
+
+
+def _round_to_bfloat16(values: torch.Tensor, out: torch.Tensor) -> None:
+    """To the nearest, ties to even, by integers: the processor's own instruction, where it has one,
+    turns denormal numbers into zeros."""
+    bits = values.view(torch.int32)
+    out.view(torch.int16).copy_((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
+
+
+def measure(
+    x: torch.Tensor,
+    packed: Array,
+    absmax: Array,
+    codebook: Codebook,
+    blocksize: int,
+    scratch: Scratch,
+    done: Callable[[int, int], None] = lambda start, stop: None,
+) -> tuple[float, float]:
+    """‖x̂ − x‖² and ‖x‖² for ``x`` (n,), x̂ dequantized to its dtype.
+
+    ``done`` hears of numbers [start, stop) once they will not be read again.
+    """
+    errors, energies = [], []
+    rounded = torch.empty(min(RUN, x.numel()), dtype=x.dtype)
+    for start, stop in _runs(x.numel()):
+        back = rounded[: stop - start]
+        dequantize_run(
+            packed[start // 2 : packed_size(stop)],
+            absmax[start // blocksize : blocks_of(stop, blocksize)],
+            codebook, blocksize, back, scratch,
+        )  # fmt: skip
+        wide, other = scratch.wide[: stop - start], scratch.other[: stop - start]
+        wide.copy_(x[start:stop])
+        energies.append(sum_of_squares(wide))
+        wide -= other.copy_(back)
+        errors.append(sum_of_squares(wide))
+        done(start, stop)
+    return math.fsum(errors), math.fsum(energies)

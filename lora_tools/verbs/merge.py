@@ -87,9 +87,9 @@ def merge(
     plan = plan_merge(checkpoint, weighted, allow_unmatched)
     if reversible:
         _refuse_resized(plan, checkpoint)
-    shards = lay_out(checkpoint, _out_specs(plan, wanted), limit)
+    shards = lay_out(checkpoint, out_specs(plan, wanted), limit)
     nbytes = sum(shard.nbytes for shard in shards)
-    inputs = [Input("base", str(base)), *(Input("adapter", _shown(w)) for w in weighted)]
+    inputs = [Input("base", str(base)), *(Input("adapter", shown(w)) for w in weighted)]
     report = Report(
         "merge", tool_version(), tuple(inputs), str(out), dry_run, plan.fates(),
         totals={"bytes": nbytes}, notes=plan.notes,
@@ -120,11 +120,13 @@ def _refuse_resized(plan: MergePlan, base: Checkpoint) -> None:
             )
 
 
-def _shown(weighted: Weighted) -> str:
+def shown(weighted: Weighted) -> str:
+    """An adapter as it was given."""
     return weighted.path if weighted.weight == 1 else f"{weighted.path}={weighted.weight:g}"
 
 
-def _out_specs(plan: MergePlan, wanted: str | None) -> dict[str, TensorSpec]:
+def out_specs(plan: MergePlan, wanted: str | None) -> dict[str, TensorSpec]:
+    """The output's tensors by name, floats in the dtype wanted."""
     specs = {}
     for target in (*plan.targets, *plan.untied):
         spec = target.spec
@@ -173,7 +175,7 @@ def _merge(
                     base_hashes[target.base_name] = result.base_hash
                     if sidecar is not None and result.listing is not None:
                         sidecar.add(target.base_name, result.listing)
-            changed = _changed_files(base, plan, specs)
+            changed = changed_files(base, plan, specs)
             left = writer.finish(
                 base, base.index_name if len(shards) > 1 else None, changed, (SIDECAR_NAME,)
             )
@@ -307,7 +309,7 @@ def _check_finite(exact: torch.Tensor, rounded: torch.Tensor, name: str) -> None
         )
 
 
-def _changed_files(
+def changed_files(
     base: Checkpoint, plan: MergePlan, specs: dict[str, TensorSpec]
 ) -> dict[str, bytes]:
     """Small files of the output whose contents differ from the base's."""
