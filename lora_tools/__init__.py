@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         TensorResult,
         TensorSpec,
     )
+    from lora_tools.verbs.dequantize import dequantize
     from lora_tools.verbs.extract import extract
     from lora_tools.verbs.merge import merge
     from lora_tools.verbs.quantize import quantize
@@ -51,6 +52,7 @@ _HOMES = {
     "records": (
         "Fate", "Input", "ModuleResult", "Progress", "Report", "TensorResult", "TensorSpec",
     ),
+    "verbs.dequantize": ("dequantize",),
     "verbs.extract": ("extract",),
     "verbs.merge": ("merge",),
     "verbs.quantize": ("quantize",),
@@ -78,6 +80,7 @@ __all__ = [
     "UnsafeInput",
     "UnsupportedAdapter",
     "UsageError",
+    "dequantize",
     "extract",
     "merge",
     "quantize",

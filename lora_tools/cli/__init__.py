@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import click
 
+from lora_tools.cli.dequantize import dequantize
 from lora_tools.cli.extract import extract
 from lora_tools.cli.groups import OrderedGroup
 from lora_tools.cli.merge import merge, unmerge
@@ -33,7 +34,7 @@ def main() -> None:
     """
 
 
-for command in (extract, merge, unmerge, rescale, quantize):
+for command in (extract, merge, unmerge, rescale, quantize, dequantize):
     main.add_command(command)
 
 

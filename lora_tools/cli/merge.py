@@ -35,6 +35,13 @@ _adapters = click.argument(
     group=OUTPUT,
     help="Also write a small sidecar, from which unmerge gives BASE back bit for bit.",
 )
+@option(
+    "--requantize",
+    is_flag=True,
+    group=OUTPUT,
+    help="Where BASE is in four bits, write four bits again; most of a small change is lost, and "
+    "the report says how much.  [default: a four-bit BASE becomes plain]",
+)
 @options.verb
 def merge(
     base: str, adapters: tuple[str, ...], out: Path, progress: ProgressCallback | None, **rest: Any

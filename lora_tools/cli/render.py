@@ -179,6 +179,11 @@ def _totals(report: Report) -> Iterator[str]:
         yield f"expected size: at most {size(t['expected_bytes_at_most'])}"
     if "tensors_merged" in t:
         yield f"{t['tensors_merged']} tensors merged, {t['tensors_copied']} copied"
+    if "delta_kept" in t:
+        yield (
+            f"of the adapters' change {t['delta_kept']:.1%} was kept, beside an error of "
+            f"{t['delta_error']:.2%} of its norm"
+        )
     if "sidecar_bytes" in t:
         yield f"sidecar: {size(t['sidecar_bytes'])}, {t['sidecar_share']:.2%} of the model"
     if t.get("exact"):

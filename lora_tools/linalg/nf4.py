@@ -158,6 +158,49 @@ def quantize(
     return packed, absmax
 
 
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """A quantized tensor: codes as packed bytes and the scales of its blocks.
+
+    Attributes:
+        scales: (blocks,) float32 that a reader works with, decoded where they are nested.
+        nested: the scales as stored in eight bits, or None where they are stored as they are.
+    """
+
+    packed: Array
+    scales: Array
+    nested: Nested | None
+
+    @property
+    def is_finite(self) -> bool:
+        """False where the input, or with double quantization the mean of its scales, is not."""
+        return bool(np.isfinite(self.scales).all())
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Scales as stored: (absmax,) or (absmax's codes, their absmax)."""
+        if self.nested is None:
+            return (torch.from_numpy(self.scales),)
+        return torch.from_numpy(self.nested.codes), torch.from_numpy(self.nested.absmax)
+
+
+def quantize_whole(
+    x: torch.Tensor,
+    codebook: Codebook,
+    blocksize: int,
+    double: bool,
+    packed: torch.Tensor,
+    scratch: Scratch,
+) -> Quantized:
+    """``x`` (n,) into ``packed`` (⌈n/2⌉,) uint8, its scales doubly quantized or not."""
+    absmax = np.empty(blocks_of(x.numel(), blocksize), np.float32)
+    room = packed.numpy()
+    with np.errstate(all="ignore"):  # what is not finite is for the caller to refuse
+        quantize_into(x, codebook, blocksize, room, absmax, scratch)
+        nested = double_quantize(absmax) if double else None
+        scales = absmax if nested is None else restore_absmax(nested)
+    return Quantized(room, scales, nested)
+
+
 def quantize_into(
     x: torch.Tensor,
     codebook: Codebook,
@@ -281,6 +324,29 @@ def dequantize(
             codebook, blocksize, out[start:stop], scratch,
         )  # fmt: skip
     return out
+
+
+def dequantize_stored(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    quant_map: torch.Tensor,
+    nested: tuple[torch.Tensor, torch.Tensor, float] | None,
+    blocksize: int,
+    out: torch.Tensor,
+) -> None:
+    """``dequantize`` of tensors as a checkpoint holds them, by the maps that lie with them.
+
+    Args:
+        nested: the absmax of absmax, its map and its offset, where ``absmax`` is in eight bits.
+    """
+    book = Codebook("stored", tuple(quant_map.tolist()))
+    scales = absmax.numpy()
+    if nested is not None:
+        codes, (inner, table, offset) = scales, nested
+        scales = table.numpy()[codes]
+        scales *= np.repeat(inner.numpy(), NESTED_BLOCKSIZE)[: len(scales)]
+        scales += np.float32(offset)
+    dequantize(packed.numpy(), scales, book, blocksize, out)
 
 
 def dequantize_run(

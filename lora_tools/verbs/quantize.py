@@ -177,10 +177,7 @@ def _quantize(
                 results.append(done.result)
         logical = {item.name: item.spec for item in plan.items}
         changed = changed_files(base, plan.merge, logical)
-        if base.config:
-            config = json.loads(changed.get("config.json", b"null")) or dict(base.config)
-            config["quantization_config"] = settings
-            changed["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
+        config_with(base, changed, settings)
         left = writer.finish(base, base.index_name if len(shards) > 1 else None, changed)
         nbytes = writer.nbytes
     digests = [hashing.digest(base.specs.values(), base_hashes)]
@@ -194,9 +191,17 @@ def _quantize(
             dataclasses.replace(i, digest=d) for i, d in zip(report.inputs, digests, strict=True)
         ),
         tensors=tuple(results),
-        totals=_totals(plan, results, nbytes),
+        totals=totals_of(plan, results, nbytes),
         notes=tuple(notes),
     )
+
+
+def config_with(base: Checkpoint, changed: dict[str, bytes], settings: Any) -> None:
+    """Put ``quantization_config`` into the changed small files."""
+    if base.config:
+        config = json.loads(changed.get("config.json", b"null")) or dict(base.config)
+        config["quantization_config"] = settings
+        changed["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
 
 
 def _working_memory(item: Item) -> int:
@@ -217,7 +222,8 @@ class Done:
 def work_on(item: Item, base: Checkpoint, writer: CheckpointWriter, buffers: Buffers) -> Done:
     """Merge one tensor, quantize it where it is to be, and write it."""
     if item.packed is None:
-        return Done(merge_tensor(item.target, base, item.spec, writer.write, False).base_hash)
+        done = merge_tensor(item.target, base, item.spec, writer.write)
+        return Done(done.base_hash)
     import torch
 
     stored = base.specs[item.target.base_name]
@@ -227,12 +233,12 @@ def work_on(item: Item, base: Checkpoint, writer: CheckpointWriter, buffers: Buf
         state = xxhash.xxh3_128()
         raw, width = base.raw(name), x.element_size()
 
-        def done(start: int, stop: int) -> None:
+        def read(start: int, stop: int) -> None:
             base.release(name, start * width, stop * width)
 
         for start in range(0, raw.nbytes, 1 << 23):
             state.update(raw[start : start + (1 << 23)])
-        return Done(state.hexdigest(), _pack(item, x.reshape(-1), writer, buffers, done))
+        return Done(state.hexdigest(), pack(item, x.reshape(-1), writer, buffers, read))
     dtype = torch_dtype(item.spec.dtype)
     with buffers.lend(item.spec.shape, dtype) as merged:
         into = merged.view(torch.uint8).reshape(-1).numpy().data
@@ -240,23 +246,24 @@ def work_on(item: Item, base: Checkpoint, writer: CheckpointWriter, buffers: Buf
         def keep(name: str, data: memoryview, offset: int) -> None:
             into[offset : offset + data.nbytes] = data
 
-        base_hash = merge_tensor(item.target, base, item.spec, keep, False).base_hash
+        base_hash = merge_tensor(item.target, base, item.spec, keep).base_hash
         if not item.transposed:
-            return Done(base_hash, _pack(item, merged.reshape(-1), writer, buffers))
+            return Done(base_hash, pack(item, merged.reshape(-1), writer, buffers))
         with buffers.lend(item.spec.shape[::-1], dtype) as turned:
             turned.copy_(merged.T)
-            return Done(base_hash, _pack(item, turned.reshape(-1), writer, buffers))
+            return Done(base_hash, pack(item, turned.reshape(-1), writer, buffers))
 
 
-def _pack(
+def pack(
     item: Item,
     x: torch.Tensor,
     writer: CheckpointWriter,
     buffers: Buffers,
     done: Callable[[int, int], None] = lambda start, stop: None,
+    back: torch.Tensor | None = None,
 ) -> TensorResult:
-    """Quantize a flat tensor and write all that is stored of it."""
-    import numpy as np
+    """Quantize a flat tensor and write all that is stored of it; into ``back`` (n,), if given, goes
+    what a reader makes of that."""
     import torch
 
     from lora_tools.formats.tensors import as_bytes
@@ -266,33 +273,30 @@ def _pack(
     state, name = item.packed.state, item.name
     book = nf4.CODEBOOKS[state.quant_type]
     n = x.numel()
-    absmax = np.empty(state.blocks, np.float32)
     with (
         buffers.lend((nf4.SCRATCH_BYTES,), torch.uint8) as store,
         buffers.lend((nf4.packed_size(n),), torch.uint8) as room,
     ):
-        scratch, packed = nf4.Scratch(store), room.numpy()
-        nf4.quantize_into(x, book, state.blocksize, packed, absmax, scratch)
-        if not np.isfinite(absmax).all():
-            raise NonFiniteError(f"{name}: holds an inf or a NaN, which has no four-bit form")
-        writer.write(name, packed.data)
-        tables = {QUANT_MAP: book.table}
-        if state.nested:
-            nested = nf4.double_quantize(absmax)
-            if not np.isfinite(nested.offset):
-                raise NonFiniteError(
-                    f"{name}: the mean of its scales overflows float32; pass --no-double-quant"
-                )
-            state = dataclasses.replace(state, nested_offset=float(nested.offset))
-            tables |= {
-                ABSMAX: nested.codes, NESTED_ABSMAX: nested.absmax, NESTED_MAP: nf4.dynamic_map(),
-            }  # fmt: skip
-            absmax = nf4.restore_absmax(nested)
-        else:
-            tables[ABSMAX] = absmax
-        error, energy = nf4.measure(x, packed, absmax, book, state.blocksize, scratch, done)
-    for end, table in tables.items():
-        writer.write(name + end, as_bytes(torch.from_numpy(table)))
+        scratch = nf4.Scratch(store)
+        made = nf4.quantize_whole(x, book, state.blocksize, state.nested, room, scratch)
+        if not made.is_finite:
+            raise NonFiniteError(
+                f"{name}: holds an inf or a NaN, which has no four-bit form, or its scales are so "
+                "large that their mean overflows; see --no-double-quant"
+            )
+        writer.write(name, as_bytes(room))
+        error, energy = nf4.measure(
+            x, made.packed, made.scales, book, state.blocksize, scratch, done
+        )
+        if back is not None:
+            nf4.dequantize(made.packed, made.scales, book, state.blocksize, back, scratch)
+    stored = dict(zip((ABSMAX, NESTED_ABSMAX), made.tensors(), strict=False))
+    stored[QUANT_MAP] = torch.from_numpy(book.table)
+    if made.nested is not None:
+        stored[NESTED_MAP] = torch.from_numpy(nf4.dynamic_map())
+        state = dataclasses.replace(state, nested_offset=float(made.nested.offset))
+    for end, tensor in stored.items():
+        writer.write(name + end, as_bytes(tensor))
     text = state.to_json()
     writer.write_last(name + STATE + state.quant_type, text)
     nbytes = item.nbytes - item.packed.state.most_json + len(text)
@@ -300,7 +304,8 @@ def _pack(
     return TensorResult(name, item.spec.shape, 8 * nbytes / n, relative, math.sqrt(energy))
 
 
-def _totals(plan: QuantizePlan, results: Sequence[TensorResult], nbytes: int) -> dict[str, Any]:
+def totals_of(plan: QuantizePlan, results: Sequence[TensorResult], nbytes: int) -> dict[str, Any]:
+    """Figures over all tensors, errors weighted by their energy."""
     energy = math.fsum(r.norm**2 for r in results)
     error = math.fsum((r.relative_error * r.norm) ** 2 for r in results)
     sizes = [math.prod(r.shape) for r in results]
