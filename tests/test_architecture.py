@@ -136,8 +136,8 @@ def test_exported_names() -> None:
     assert lora_tools.__all__ == [
         "AdapterError", "CheckpointError", "Fate", "Input", "LoraToolsError", "MismatchError",
         "ModuleResult", "NonFiniteError", "OutputError", "Progress", "QualityGateError", "Report",
-        "TensorNotFound", "TensorSpec", "UnsafeInput", "UnsupportedAdapter", "UsageError",
-        "extract", "merge", "rescale", "unmerge",
+        "TensorNotFound", "TensorResult", "TensorSpec", "UnsafeInput", "UnsupportedAdapter", "UsageError",
+        "dequantize", "extract", "merge", "quantize", "rescale", "unmerge",
     ]  # fmt: skip
     for name in lora_tools.__all__:
         assert getattr(lora_tools, name).__module__.startswith("lora_tools.")
@@ -177,9 +177,12 @@ def test_what_is_public_has_a_docstring(path: Path) -> None:
     assert not without
 
 
+VERBS = ("extract", "merge", "unmerge", "rescale", "quantize", "dequantize")
+
+
 def test_every_verb_is_a_command_with_the_same_options() -> None:
     renamed = {"report_file", "as_json", "quiet", "verbose", "help"}  # the command line's own
-    for name in ("extract", "merge", "unmerge", "rescale"):
+    for name in VERBS:
         parameters = inspect.signature(getattr(lora_tools, name)).parameters
         command = {p.name for p in main.commands[name].params} - renamed
         assert command == set(parameters) - {"progress"}, name
@@ -200,7 +203,7 @@ def test_choices_are_those_of_the_verbs() -> None:
 
 
 def test_defaults_are_those_of_the_verbs() -> None:
-    for name in ("extract", "merge", "unmerge", "rescale"):
+    for name in VERBS:
         command, parameters = main.commands[name], inspect.signature(getattr(lora_tools, name))
         needed = sum(isinstance(p, click.Argument) for p in command.params)
         arguments = [*["x"] * needed, "-o", "out"]
@@ -237,7 +240,7 @@ RUN = "from lora_tools.cli import run; run({!r})"
         "import lora_tools",
         "import lora_tools.cli",
         *(RUN.format(args) for args in (
-            ["--help"], ["--version"], ["extract", "--help"], ["merge", "--help"], [],
+            ["--help"], ["--version"], ["extract", "--help"], ["merge", "--help"], [], ["quantize", "--help"],
             ["extract", "base"], ["extract", "a", "b", "-o", "c", "--rank", "x"], ["nonsense"],
             ["extract", "no/such@", "b", "-o", "c"],
         )),

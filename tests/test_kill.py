@@ -27,6 +27,9 @@ VERBS = {
     "merge": ["merge", "base", "adapter", "--reversible"],
     "unmerge": ["unmerge", "merged", "adapter"],
     "rescale": ["rescale", "adapter", "--rank", "3"],
+    "quantize": ["quantize", "base", "--adapter", "adapter"],
+    "dequantize": ["dequantize", "packed"],
+    "requantize": ["merge", "packed", "adapter", "--requantize"],
 }
 
 
@@ -39,6 +42,7 @@ def inputs(top: Path, width: int, layers: int, shards: int) -> Path:
     before = signal.getsignal(signal.SIGTERM)
     merge = ["merge", str(top / "base"), str(top / "adapter"), "-o", str(top / "merged")]
     assert run([*merge, "--reversible", "-q"]) == 0
+    assert run(["quantize", str(top / "base"), "-o", str(top / "packed"), "-q"]) == 0
     signal.signal(signal.SIGTERM, before)
     return top
 
@@ -81,8 +85,9 @@ import os, signal, sys
 import torch
 import lora_tools
 from lora_tools.cli import run
-for name in ("extract", "merge", "unmerge", "rescale"):
+for name in ("extract", "merge", "unmerge", "rescale", "quantize", "dequantize"):
     getattr(lora_tools, name)
+import lora_tools.linalg.nf4, lora_tools.verbs.requantize
 import lora_tools.engine, lora_tools.formats.sidecar, lora_tools.formats.peft
 import lora_tools.linalg.lora, lora_tools.linalg.merge, lora_tools.linalg.svd
 top, args = sys.argv[1], sys.argv[2:]
@@ -302,7 +307,7 @@ def fails(capfd):
 def test_a_full_disk(verb, checked, larger, disk, fails, monkeypatch):
     untouched = iotools.tree(larger)
     if not checked:
-        for module in ("extract", "merge", "unmerge", "rescale"):
+        for module in ("extract", "merge", "unmerge", "rescale", "quantize", "dequantize"):
             monkeypatch.setattr(f"lora_tools.verbs.{module}.check_space", lambda *given: None)
     said = fails(command(verb, larger, disk / "out"))
     assert said.startswith(f"Error: {disk / 'out'}: ")

@@ -181,7 +181,7 @@ def _totals(report: Report) -> Iterator[str]:
         yield f"{t['tensors_merged']} tensors merged, {t['tensors_copied']} copied"
     if "delta_kept" in t:
         yield (
-            f"of the adapters' change {t['delta_kept']:.1%} was kept, beside an error of "
+            f"of the adapters' change {t['delta_kept']:.1%} was kept, beside a rounding error of "
             f"{t['delta_error']:.2%} of its norm"
         )
     if "sidecar_bytes" in t:

@@ -83,9 +83,7 @@ def merge(
     checkpoint = open_checkpoint(base, allow_pickle)
     view = plain_view(checkpoint)
     if view is not None and reversible:
-        raise UsageError(
-            "--reversible keeps the base's bytes, and those of a four-bit base are not"
-        )
+        raise UsageError("--reversible cannot give back a four-bit BASE")
     if view is None and requantize:
         raise UsageError("--requantize needs a BASE in four bits (bitsandbytes)")
     checkpoint = view or checkpoint
