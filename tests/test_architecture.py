@@ -136,7 +136,8 @@ def test_exported_names() -> None:
     assert lora_tools.__all__ == [
         "AdapterError", "CheckpointError", "Fate", "Input", "LoraToolsError", "MismatchError",
         "ModuleResult", "NonFiniteError", "OutputError", "Progress", "QualityGateError", "Report",
-        "TensorNotFound", "TensorResult", "TensorSpec", "UnsafeInput", "UnsupportedAdapter", "UsageError",
+        "TensorNotFound", "TensorResult", "TensorSpec", "UnsafeInput", "UnsupportedAdapter",
+        "UsageError",
         "dequantize", "extract", "merge", "quantize", "rescale", "unmerge",
     ]  # fmt: skip
     for name in lora_tools.__all__:
@@ -240,7 +241,8 @@ RUN = "from lora_tools.cli import run; run({!r})"
         "import lora_tools",
         "import lora_tools.cli",
         *(RUN.format(args) for args in (
-            ["--help"], ["--version"], ["extract", "--help"], ["merge", "--help"], [], ["quantize", "--help"],
+            ["--help"], ["--version"], ["extract", "--help"], ["merge", "--help"], [],
+            ["quantize", "--help"],
             ["extract", "base"], ["extract", "a", "b", "-o", "c", "--rank", "x"], ["nonsense"],
             ["extract", "no/such@", "b", "-o", "c"],
         )),
