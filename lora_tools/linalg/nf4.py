@@ -210,14 +210,14 @@ def quantize_into(
     scratch: Scratch,
 ) -> None:
     """``quantize`` into arrays that are there already."""
-    for start, stop in _runs(x.numel()):
+    for start, stop in runs(x.numel()):
         quantize_run(
             x[start:stop], codebook, blocksize, packed[start // 2 : packed_size(stop)],
             absmax[start // blocksize : blocks_of(stop, blocksize)], scratch,
         )  # fmt: skip
 
 
-def _runs(n: int) -> Iterator[tuple[int, int]]:
+def runs(n: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + RUN, n)) for start in range(0, n, RUN))
 
 
@@ -245,7 +245,7 @@ def quantize_run(
         absmax[full] = max(absmax[full], _TINY)
         tail = scratch.other[full * blocksize : n]
         torch.div(wide[full * blocksize :], float(absmax[full]), out=tail)
-    _encode(scratch.other[:n].numpy(), codebook, packed, scratch)
+    encode(scratch.other[:n].numpy(), codebook, packed, scratch)
 
 
 def _absmax(wide: torch.Tensor, blocksize: int, absmax: Array, scratch: Scratch) -> None:
@@ -258,7 +258,7 @@ def _absmax(wide: torch.Tensor, blocksize: int, absmax: Array, scratch: Scratch)
         absmax[full] = float(magnitude[full * blocksize :].max())
 
 
-def _encode(scaled: Array, codebook: Codebook, packed: Array, scratch: Scratch) -> None:
+def encode(scaled: Array, codebook: Codebook, packed: Array, scratch: Scratch) -> None:
     """Codes of numbers from -1 to 1, two to a byte."""
     n = len(scaled)
     codes, above = scratch.codes[: 2 * len(packed)], scratch.above[:n]
@@ -317,7 +317,7 @@ def dequantize(
 ) -> torch.Tensor:
     """Fill ``out`` (n,), of any float dtype: value · absmax in float32, rounded once."""
     scratch = scratch or Scratch()
-    for start, stop in _runs(out.numel()):
+    for start, stop in runs(out.numel()):
         dequantize_run(
             packed[start // 2 : packed_size(stop)],
             absmax[start // blocksize : blocks_of(stop, blocksize)],
@@ -393,7 +393,7 @@ def measure(
     """
     errors, energies = [], []
     rounded = torch.empty(min(RUN, x.numel()), dtype=x.dtype)
-    for start, stop in _runs(x.numel()):
+    for start, stop in runs(x.numel()):
         back = rounded[: stop - start]
         dequantize_run(
             packed[start // 2 : packed_size(stop)],

@@ -56,6 +56,7 @@ def quantize(
     double_quant: bool = True,
     compute_dtype: str = "bfloat16",
     quant_storage: Literal["uint8", "float16", "bfloat16", "float32"] = "uint8",
+    scale_search: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     lm_head: bool = False,
@@ -82,6 +83,8 @@ def quantize(
         double_quant: store the scales in eight bits.
         compute_dtype: what the loader computes in.
         quant_storage: the dtype whose elements hold the packed bytes.
+        scale_search: choose each block's scale for the least error instead of as its largest
+            magnitude. Loaders read it as ever; it takes up to ten times as long.
         include, exclude: regular expressions on module names.
         lm_head: quantize the output head too, where it has weights of its own.
         dtype: of the tensors that stay, and of what the quantized ones are made of and come back
@@ -104,7 +107,7 @@ def quantize(
         raise UsageError("--shard-size needs a folder: a bare file stays one file")
     weighted = open_weighted(adapters, allow_pickle) if adapters else []
     merge = plan_merge(base, weighted, allow_unmatched)
-    scheme = Scheme(quant_type, blocksize, double_quant, STORAGES[quant_storage])
+    scheme = Scheme(quant_type, blocksize, double_quant, STORAGES[quant_storage], scale_search)
     plan = plan_quantize(base, merge, out_specs(merge, wanted), scheme, chosen, lm_head)
     shards = plan.shards(base, limit)
     nbytes = sum(shard.nbytes for shard in shards)
@@ -268,6 +271,7 @@ def pack(
 
     from lora_tools.formats.tensors import as_bytes
     from lora_tools.linalg import nf4
+    from lora_tools.linalg.nf4_search import quantize_searched
 
     assert item.packed is not None
     state, name = item.packed.state, item.name
@@ -278,7 +282,8 @@ def pack(
         buffers.lend((nf4.packed_size(n),), torch.uint8) as room,
     ):
         scratch = nf4.Scratch(store)
-        made = nf4.quantize_whole(x, book, state.blocksize, state.nested, room, scratch)
+        work = quantize_searched if item.searched else nf4.quantize_whole
+        made = work(x, book, state.blocksize, state.nested, room, scratch)
         if not made.is_finite:
             raise NonFiniteError(
                 f"{name}: holds an inf or a NaN, which has no four-bit form, or its scales are so "
@@ -331,6 +336,6 @@ def _gate(report: Report, max_error: float | None) -> None:
         raise QualityGateError(
             f"relative error above --max-error {max_error:g}: worst is {worst.tensor} with "
             f"{worst.relative_error:.4g}, total is {total:.4g}; nothing was written. A smaller "
-            "--blocksize lowers it",
+            "--blocksize, or --scale-search, lowers it",
             report,
         )

@@ -43,6 +43,7 @@ class Item:
         packed: its quantized form, or None where it stays.
         transposed: it is stored as (in, out) and quantized as (out, in).
         reason: why it stays.
+        searched: its scales are searched for (``linalg.nf4_search``).
     """
 
     target: Target
@@ -50,6 +51,7 @@ class Item:
     packed: QuantizedTensor | None
     transposed: bool
     reason: str
+    searched: bool = False
 
     @property
     def name(self) -> str:
@@ -195,4 +197,5 @@ def _item(
     shape = spec.shape[::-1] if transposed else spec.shape
     offset = 0.0 if scheme.double else None
     state = QuantState(scheme.quant_type, scheme.blocksize, spec.dtype, shape, offset)
-    return Item(target, spec, quantized_tensor(spec.name, state, scheme.storage), transposed, "")
+    packed = quantized_tensor(spec.name, state, scheme.storage)
+    return Item(target, spec, packed, transposed, "", scheme.search)
