@@ -56,7 +56,8 @@ HEAVY = {"torch", "numpy", "scipy", "rich", "huggingface_hub", "transformers", "
 # Modules that work with tensors all along, which only a running verb imports.
 NUMERIC = {
     "linalg/delta.py", "linalg/lora.py", "linalg/merge.py", "linalg/reversible.py", "linalg/svd.py",
-    "linalg/combine.py", "linalg/nf4.py", "nn.py",
+    "linalg/combine.py", "linalg/nf4.py", "linalg/nf4_search.py",
+    "nn.py",
 }  # fmt: skip
 
 

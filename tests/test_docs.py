@@ -27,7 +27,7 @@ else:
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/cli.md", "docs/extract.md",
-         "docs/merge.md", "docs/report.md"]  # fmt: skip
+         "docs/merge.md", "docs/quantize.md", "docs/report.md"]  # fmt: skip
 FENCE = re.compile(
     r"(?:^<!-- (?P<mark>[\w:-]+) -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.M | re.S
 )

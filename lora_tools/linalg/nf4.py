@@ -218,6 +218,7 @@ def quantize_into(
 
 
 def runs(n: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of the runs that ``n`` numbers are worked on in."""
     return ((start, min(start + RUN, n)) for start in range(0, n, RUN))
 
 
