@@ -123,6 +123,7 @@ def test_the_output_in_readme_is_what_is_printed(desk: Path) -> None:
         loratools unmerge merged adapter -o back
         loratools extract base tuned -o attention --rank 4 --include self_attn --rest skip -q
         loratools rescale attention -o half --scale 0.5
+        loratools quantize base -o nf4
         loratools rescale adapter -o small --energy 0.6
         loratools rescale attention -o padded --for llama.cpp
     ) 2>&1"""
@@ -205,7 +206,7 @@ def first_column(text: str) -> list[str]:
     return [word for row in rows for word in re.findall(r"`(\w+)`", row)]
 
 
-@pytest.mark.parametrize("record", ["Report", "Input", "Fate", "ModuleResult"])
+@pytest.mark.parametrize("record", ["Report", "Input", "Fate", "ModuleResult", "TensorResult"])
 def test_every_field_of_the_report_is_documented(record: str) -> None:
     fields = [field.name for field in dataclasses.fields(getattr(lora_tools, record))]
     assert first_column(section(record)) == fields
@@ -226,6 +227,11 @@ def test_every_total_and_action_is_documented(pair: Path, tmp_path: Path) -> Non
         lora_tools.rescale(pair / "adapter", out / "s", scale=2),
         lora_tools.rescale(pair / "adapter", out / "n", rank=1),
         lora_tools.rescale(pair / "adapter", out / "n", rank=1, dry_run=True),
+        lora_tools.quantize(base, out / "q", dry_run=True),
+        lora_tools.quantize(base, out / "q"),
+        lora_tools.dequantize(out / "q", out / "d"),
+        lora_tools.merge(out / "q", [pair / "adapter"], out / "mq"),
+        lora_tools.merge(out / "q", [pair / "adapter"], out / "rq", requantize=True),
     ]
     rows = [line for line in section("totals").splitlines() if line.startswith("| `")]
     verbs = {key: row.split("|")[2] for row in rows for key in first_column(row)}
@@ -235,7 +241,7 @@ def test_every_total_and_action_is_documented(pair: Path, tmp_path: Path) -> Non
             seen.setdefault(key, set()).add(report.verb)
     assert set(verbs) == set(seen)
     for key, by in seen.items():
-        named = set(re.findall(r"extract|merge|unmerge|rescale", verbs[key].split("but")[0]))
+        named = set(re.findall(r"extract|merge|unmerge|rescale|dequantize|quantize", verbs[key].split("but")[0]))
         assert named == by or "all" in verbs[key], key
     actions = {fate.action for report in reports for fate in report.plan}
     documented = set(re.findall(r"`([^`]+)`", section("Fate")))
