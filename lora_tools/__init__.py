@@ -27,11 +27,21 @@ if TYPE_CHECKING:
         UnsupportedAdapter,
         UsageError,
     )
-    from lora_tools.records import Fate, Input, ModuleResult, Progress, Report, TensorSpec
+    from lora_tools.records import (
+        Fate,
+        Input,
+        ModuleResult,
+        Progress,
+        Report,
+        TensorResult,
+        TensorSpec,
+    )
     from lora_tools.verbs.combine import combine
     from lora_tools.verbs.convert import convert
+    from lora_tools.verbs.dequantize import dequantize
     from lora_tools.verbs.extract import extract
     from lora_tools.verbs.merge import merge
+    from lora_tools.verbs.quantize import quantize
     from lora_tools.verbs.rescale import rescale
     from lora_tools.verbs.unmerge import unmerge
 
@@ -41,11 +51,15 @@ _HOMES = {
         "OutputError", "QualityGateError", "TensorNotFound", "UnsafeInput", "UnsupportedAdapter",
         "UsageError",
     ),
-    "records": ("Fate", "Input", "ModuleResult", "Progress", "Report", "TensorSpec"),
+    "records": (
+        "Fate", "Input", "ModuleResult", "Progress", "Report", "TensorResult", "TensorSpec",
+    ),
     "verbs.combine": ("combine",),
     "verbs.convert": ("convert",),
+    "verbs.dequantize": ("dequantize",),
     "verbs.extract": ("extract",),
     "verbs.merge": ("merge",),
+    "verbs.quantize": ("quantize",),
     "verbs.rescale": ("rescale",),
     "verbs.unmerge": ("unmerge",),
 }  # fmt: skip
@@ -65,14 +79,17 @@ __all__ = [
     "QualityGateError",
     "Report",
     "TensorNotFound",
+    "TensorResult",
     "TensorSpec",
     "UnsafeInput",
     "UnsupportedAdapter",
     "UsageError",
     "combine",
     "convert",
+    "dequantize",
     "extract",
     "merge",
+    "quantize",
     "rescale",
     "unmerge",
 ]

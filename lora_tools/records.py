@@ -79,6 +79,25 @@ class ModuleResult:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class TensorResult:
+    """The measured outcome of quantizing one tensor.
+
+    Attributes:
+        shape: as stored in the plain checkpoint.
+        bits_per_parameter: all that is stored of it, tables and states counted.
+        relative_error: ‖Ŵ − W‖_F / ‖W‖_F with Ŵ as a loader dequantizes what was written (the
+            relative root mean square error).
+        norm: ‖W‖_F.
+    """
+
+    tensor: str
+    shape: tuple[int, ...]
+    bits_per_parameter: float
+    relative_error: float
+    norm: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Input:
     """An input and its content hash (see ``formats.digest``); empty where nothing was read."""
 
@@ -101,6 +120,7 @@ class Report:
     totals: dict[str, Any] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
+    tensors: tuple[TensorResult, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON types."""

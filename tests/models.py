@@ -17,42 +17,44 @@ VOCAB = 96
 transformers.logging.disable_progress_bar()
 
 
-def _llama(tied: bool, **options: Any) -> transformers.PreTrainedModel:
+def _llama(width: int, tied: bool) -> transformers.PreTrainedModel:
     config = transformers.LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        vocab_size=VOCAB, hidden_size=width, intermediate_size=3 * width // 2, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-        tie_word_embeddings=tied, attention_bias=True, **options,
+        tie_word_embeddings=tied, attention_bias=True,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config)
 
 
-def _bert_config() -> transformers.BertConfig:
+def _bert_config(width: int) -> transformers.BertConfig:
     return transformers.BertConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        vocab_size=VOCAB, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
         num_attention_heads=4, max_position_embeddings=32, type_vocab_size=2,
     )  # fmt: skip
 
 
-def _gpt2() -> transformers.PreTrainedModel:
+def _gpt2(width: int) -> transformers.PreTrainedModel:
     config = transformers.GPT2Config(
-        vocab_size=VOCAB, n_positions=32, n_embd=32, n_layer=2, n_head=4, n_inner=64
+        vocab_size=VOCAB, n_positions=32, n_embd=width, n_layer=2, n_head=4, n_inner=2 * width
     )
     return transformers.GPT2LMHeadModel(config)
 
 
-MODELS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
-    "llama": lambda: _llama(tied=False),
-    "llama-tied": lambda: _llama(tied=True),
-    "bert": lambda: transformers.BertModel(_bert_config()),
-    "bert-classifier": lambda: transformers.BertForSequenceClassification(_bert_config()),
+MODELS: dict[str, Callable[[int], transformers.PreTrainedModel]] = {
+    "llama": lambda width: _llama(width, tied=False),
+    "llama-tied": lambda width: _llama(width, tied=True),
+    "bert": lambda width: transformers.BertModel(_bert_config(width)),
+    "bert-classifier": lambda width: transformers.BertForSequenceClassification(
+        _bert_config(width)
+    ),
     "gpt2": _gpt2,  # Conv1D throughout, its attn.c_proj square; tied
 }
 
 
-def make(kind: str, seed: int = 0) -> transformers.PreTrainedModel:
+def make(kind: str, seed: int = 0, width: int = 32) -> transformers.PreTrainedModel:
     """A model in float32 whose every parameter is random, norms and biases included."""
     torch.manual_seed(seed)
-    model = MODELS[kind]()
+    model = MODELS[kind](width)
     perturb(model, 0.1, seed)
     return model.eval()
 

@@ -70,8 +70,8 @@ HEAVY = {
 # Modules that work with tensors all along, which only a running verb imports.
 NUMERIC = {
     "linalg/delta.py", "linalg/lora.py", "linalg/merge.py", "linalg/reversible.py", "linalg/svd.py",
-    "linalg/combine.py", "linalg/factors.py", "linalg/nf4.py", "nn/__init__.py",
-    "nn/attach.py", "nn/layers.py",
+    "linalg/combine.py", "linalg/factors.py", "linalg/nf4.py", "linalg/nf4_search.py",
+    "nn/__init__.py", "nn/attach.py", "nn/layers.py",
 }  # fmt: skip
 
 
@@ -154,8 +154,9 @@ def test_exported_names() -> None:
     assert lora_tools.__all__ == [
         "AdapterError", "CheckpointError", "Fate", "Input", "LoraToolsError", "MismatchError",
         "ModuleResult", "NonFiniteError", "OutputError", "Progress", "QualityGateError", "Report",
-        "TensorNotFound", "TensorSpec", "UnsafeInput", "UnsupportedAdapter", "UsageError",
-        "combine", "convert", "extract", "merge", "rescale", "unmerge",
+        "TensorNotFound", "TensorResult", "TensorSpec", "UnsafeInput", "UnsupportedAdapter",
+        "UsageError", "combine", "convert", "dequantize", "extract", "merge", "quantize", "rescale",
+        "unmerge",
     ]  # fmt: skip
     for name in lora_tools.__all__:
         assert getattr(lora_tools, name).__module__.startswith("lora_tools.")
@@ -193,6 +194,9 @@ def test_what_is_public_has_a_docstring(path: Path) -> None:
         if not ast.get_docstring(node) and not says_nothing_new(node)  # type: ignore[arg-type]
     ]  # fmt: skip
     assert not without
+
+
+VERBS = ("extract", "merge", "unmerge", "rescale", "quantize", "dequantize")
 
 
 def test_every_verb_is_a_command_with_the_same_options() -> None:
@@ -262,6 +266,7 @@ RUN = "from lora_tools.cli import run; run({!r})"
             ["--help"], ["--version"], ["extract", "--help"], ["merge", "--help"], [],
             ["convert", "--help"], ["combine", "--help"],
             ["convert", "a", "-o", "b", "--to", "zip"],
+            ["quantize", "--help"],
             ["extract", "base"], ["extract", "a", "b", "-o", "c", "--rank", "x"], ["nonsense"],
             ["extract", "no/such@", "b", "-o", "c"],
         )),

@@ -28,7 +28,7 @@ else:
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/cli.md", "docs/extract.md",
          "docs/layers.md", "docs/merge.md", "docs/formats.md", "docs/combine.md",
-         "docs/report.md"]  # fmt: skip
+         "docs/quantize.md", "docs/report.md"]  # fmt: skip
 FENCE = re.compile(
     r"(?:^<!-- (?P<mark>[\w:-]+) -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.M | re.S
 )
@@ -125,6 +125,7 @@ def test_the_output_in_readme_is_what_is_printed(desk: Path) -> None:
         loratools unmerge merged adapter -o back
         loratools extract base tuned -o attention --rank 4 --include self_attn --rest skip -q
         loratools rescale attention -o half --scale 0.5
+        loratools quantize base -o nf4
         loratools rescale adapter -o small --energy 0.6
         loratools rescale attention -o padded --for llama.cpp
     ) 2>&1"""
@@ -220,7 +221,7 @@ def first_column(text: str) -> list[str]:
     return [word for row in rows for word in re.findall(r"`(\w+)`", row)]
 
 
-@pytest.mark.parametrize("record", ["Report", "Input", "Fate", "ModuleResult"])
+@pytest.mark.parametrize("record", ["Report", "Input", "Fate", "ModuleResult", "TensorResult"])
 def test_every_field_of_the_report_is_documented(record: str) -> None:
     fields = [field.name for field in dataclasses.fields(getattr(lora_tools, record))]
     assert first_column(section(record)) == fields
@@ -245,6 +246,11 @@ def test_every_total_and_action_is_documented(pair: Path, tmp_path: Path) -> Non
         lora_tools.combine([pair / "other"], out / "p", method="ties", density=0.5),
         lora_tools.convert(pair / "adapter", out / "v", to="mlx", drop=["saved"], rank=2),
         lora_tools.convert(pair / "adapter", out / "w", to="peft", dry_run=True),
+        lora_tools.quantize(base, out / "q", dry_run=True),
+        lora_tools.quantize(base, out / "q"),
+        lora_tools.dequantize(out / "q", out / "d"),
+        lora_tools.merge(out / "q", [pair / "adapter"], out / "mq"),
+        lora_tools.merge(out / "q", [pair / "adapter"], out / "rq", requantize=True),
     ]
     rows = [line for line in section("totals").splitlines() if line.startswith("| `")]
     verbs = {key: row.split("|")[2] for row in rows for key in first_column(row)}
@@ -254,7 +260,7 @@ def test_every_total_and_action_is_documented(pair: Path, tmp_path: Path) -> Non
             seen.setdefault(key, set()).add(report.verb)
     assert set(verbs) == set(seen)
     for key, by in seen.items():
-        words = r"extract|merge|unmerge|rescale|combine|convert"
+        words = r"extract|merge|unmerge|rescale|combine|convert|dequantize|quantize"
         named = set(re.findall(words, verbs[key].split("but")[0]))
         assert named == by or "all" in verbs[key], key
     actions = {fate.action for report in reports for fate in report.plan}

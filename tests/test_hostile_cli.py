@@ -35,6 +35,10 @@ COMMANDS = {
     "unmerge": ["unmerge", "merged", "adapter", "-o", "out"],
     "subtract": ["unmerge", "merged", "adapter", "-o", "out", "--no-sidecar"],
     "rescale": ["rescale", "adapter", "-o", "out", "--scale", "2"],
+    "quantize": ["quantize", "base", "--adapter", "adapter", "-o", "out"],
+    "dequantize": ["dequantize", "packed", "-o", "out"],
+    "merge packed": ["merge", "packed", "adapter", "-o", "out"],
+    "requantize": ["merge", "packed", "adapter", "-o", "out", "--requantize"],
     "resize": ["rescale", "adapter", "-o", "out", "--rank", "1"],
     "combine": ["combine", "adapter", "-o", "out"],
     "prune": ["combine", "adapter", "-o", "out", "--method", "ties", "--density", "0.5"],
@@ -44,7 +48,7 @@ COMMANDS = {
 READS = [
     (name, given)
     for name, command in COMMANDS.items()
-    for given in ("base", "tuned", "merged", "adapter")
+    for given in ("base", "tuned", "merged", "adapter", "packed")
     if given in command
 ]
 
@@ -59,6 +63,7 @@ def sound(tmp_path_factory):
     iotools.adapter(top / "adapter", iotools.linear_shapes(tensors))
     merge = ["merge", str(top / "base"), str(top / "adapter"), "-o", str(top / "merged")]
     assert run([*merge, "--reversible"]) == 0
+    assert run(["quantize", str(top / "base"), "-o", str(top / "packed")]) == 0
     return top
 
 

@@ -29,6 +29,9 @@ VERBS = {
     "rescale": ["rescale", "adapter", "--rank", "3"],
     "combine": ["combine", "adapter", "adapter", "--rank", "3"],
     "convert": ["convert", "adapter", "--to", "mlx"],
+    "quantize": ["quantize", "base", "--adapter", "adapter"],
+    "dequantize": ["dequantize", "packed"],
+    "requantize": ["merge", "packed", "adapter", "--requantize"],
 }
 
 
@@ -41,6 +44,7 @@ def inputs(top: Path, width: int, layers: int, shards: int) -> Path:
     before = signal.getsignal(signal.SIGTERM)
     merge = ["merge", str(top / "base"), str(top / "adapter"), "-o", str(top / "merged")]
     assert run([*merge, "--reversible", "-q"]) == 0
+    assert run(["quantize", str(top / "base"), "-o", str(top / "packed"), "-q"]) == 0
     signal.signal(signal.SIGTERM, before)
     return top
 
@@ -83,8 +87,9 @@ import os, signal, sys
 import torch
 import lora_tools
 from lora_tools.cli import run
-for name in ("extract", "merge", "unmerge", "rescale", "combine", "convert"):
+for name in lora_tools.__all__:
     getattr(lora_tools, name)
+import lora_tools.linalg.nf4, lora_tools.verbs.requantize
 import lora_tools.adapters, lora_tools.engine, lora_tools.formats.sidecar
 import lora_tools.linalg.lora, lora_tools.linalg.merge, lora_tools.linalg.svd
 top, args = sys.argv[1], sys.argv[2:]
@@ -309,7 +314,10 @@ def fails(capfd):
 def test_a_full_disk(verb, checked, larger, disk, fails, monkeypatch):
     untouched = iotools.tree(larger)
     if not checked:
-        for module in ("extract", "merge", "unmerge", "rescale", "combine", "convert"):
+        for module in (
+            "extract", "merge", "unmerge", "rescale", "combine", "convert", "quantize",
+            "dequantize",
+        ):  # fmt: skip
             monkeypatch.setattr(f"lora_tools.verbs.{module}.check_space", lambda *given: None)
     said = fails(command(verb, larger, disk / "out"))
     assert said.startswith(f"Error: {disk / 'out'}: ")

@@ -12,9 +12,11 @@ from typing import NoReturn
 import click
 
 from lora_tools.cli.convert import combine, convert
+from lora_tools.cli.dequantize import dequantize
 from lora_tools.cli.extract import extract
 from lora_tools.cli.groups import OrderedGroup
 from lora_tools.cli.merge import merge, unmerge
+from lora_tools.cli.quantize import quantize
 from lora_tools.cli.rescale import rescale
 from lora_tools.errors import LoraToolsError
 
@@ -34,7 +36,9 @@ def main() -> None:
     """
 
 
-for command in (extract, merge, unmerge, rescale, combine, convert):
+for command in (
+    extract, merge, unmerge, rescale, combine, convert, quantize, dequantize,
+):  # fmt: skip
     main.add_command(command)
 
 

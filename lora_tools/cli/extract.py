@@ -9,10 +9,10 @@ import click
 
 from lora_tools.cli import options
 from lora_tools.cli.groups import GroupedCommand, option
-from lora_tools.cli.options import ADAPTER, OUTPUT
+from lora_tools.cli.options import ADAPTER, TENSORS
 from lora_tools.records import ProgressCallback, Report
 
-_TENSORS, _SVD = "Which tensors", "Decomposition"
+_SVD = "Decomposition"
 
 
 @click.command(
@@ -26,28 +26,14 @@ _TENSORS, _SVD = "Which tensors", "Decomposition"
 @options.rank_option
 @options.energy_option
 @options.max_rank_option
-@option(
-    "-i",
-    "--include",
-    multiple=True,
-    metavar="REGEX",
-    group=_TENSORS,
-    help="Only modules in whose name this is found (model.layers.0.self_attn.q_proj); repeatable.",
-)
-@option(
-    "-e",
-    "--exclude",
-    multiple=True,
-    metavar="REGEX",
-    group=_TENSORS,
-    help="No modules in whose name this is found; repeatable, stronger than --include.",
-)
+@options.include_option
+@options.exclude_option
 @option(
     "--embeddings",
     type=click.Choice(["lora", "save", "skip"]),
     default="lora",
     show_default=True,
-    group=_TENSORS,
+    group=TENSORS,
     help="Changed embeddings: decompose them, save them whole, or leave them out.",
 )
 @option(
@@ -55,7 +41,7 @@ _TENSORS, _SVD = "Which tensors", "Decomposition"
     type=click.Choice(["save", "skip", "error"]),
     default="save",
     show_default=True,
-    group=_TENSORS,
+    group=TENSORS,
     help="Changed tensors without a low-rank form (norms, biases): save them whole, leave them "
     "out, or stop.",
 )
@@ -63,7 +49,7 @@ _TENSORS, _SVD = "Which tensors", "Decomposition"
     "--layout",
     multiple=True,
     metavar="REGEX=KIND",
-    group=_TENSORS,
+    group=TENSORS,
     help="Layer kind of modules in whose name REGEX is found, where name and shape do not tell: "
     "conv:GROUPS, merged:3 (factors for each block), merged:64,16,16/101 (by size, first and last "
     "only), linear, conv1d, embedding, none (docs/extract.md); repeatable.",
@@ -113,14 +99,7 @@ _TENSORS, _SVD = "Which tensors", "Decomposition"
     help="cpu, cuda, cuda:1, …",
 )
 @options.out_option
-@option(
-    "--max-error",
-    type=float,
-    metavar="X",
-    group=OUTPUT,
-    help="Quality gate: exit 3 and write nothing but the report if the relative error of a "
-    "module, or of all together, exceeds X.",
-)
+@options.max_error_option("a module")
 @options.verb
 def extract(
     base: str, tuned: str, out: Path, progress: ProgressCallback | None, **rest: Any

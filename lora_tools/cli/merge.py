@@ -28,17 +28,19 @@ _adapters = click.argument(
 @options.unmatched_option
 @options.out_option
 @options.dtype_option("each tensor keeps its own")
-@option(
-    "--shard-size",
-    metavar="SIZE",
-    group=OUTPUT,
-    help="Most bytes of tensors in one file, such as 5GB.  [default: BASE's files again]",
-)
+@options.shard_size_option
 @option(
     "--reversible",
     is_flag=True,
     group=OUTPUT,
     help="Also write a small sidecar, from which unmerge gives BASE back bit for bit.",
+)
+@option(
+    "--requantize",
+    is_flag=True,
+    group=OUTPUT,
+    help="Where BASE is in four bits, write four bits again; most of a small change is lost, and "
+    "the report says how much.  [default: a four-bit BASE becomes plain]",
 )
 @options.verb
 def merge(

@@ -18,6 +18,7 @@ from lora_tools.records import Report
 F = TypeVar("F", bound=Callable[..., Any])
 
 RANK, ADAPTER, OUTPUT, REPORT, RUNNING = "Rank", "Adapter", "Output", "Report", "Running"
+TENSORS = "Which tensors"
 
 out_option = option(
     "-o", "--out", required=True, type=click.Path(path_type=Path), group=OUTPUT,
@@ -45,6 +46,18 @@ unmatched_option = option(
     "--allow-unmatched", is_flag=True, group="Adapters",
     help="Leave out adapter keys that match no tensor, instead of refusing.",
 )  # fmt: skip
+include_option = option(
+    "-i", "--include", multiple=True, metavar="REGEX", group=TENSORS,
+    help="Only modules in whose name this is found (model.layers.0.self_attn.q_proj); repeatable.",
+)  # fmt: skip
+exclude_option = option(
+    "-e", "--exclude", multiple=True, metavar="REGEX", group=TENSORS,
+    help="No modules in whose name this is found; repeatable, stronger than --include.",
+)  # fmt: skip
+shard_size_option = option(
+    "--shard-size", metavar="SIZE", group=OUTPUT,
+    help="Most bytes of tensors in one file, such as 5GB.  [default: the input's files again]",
+)  # fmt: skip
 _COMMON = (
     option("--force", is_flag=True, group=OUTPUT,
            help="Replace what is at --out, once the new one is complete."),
@@ -70,6 +83,15 @@ def dtype_option(default: str) -> Callable[[F], F]:
     return option(
         "--dtype", metavar="DTYPE", group=ADAPTER if "factor" in default else OUTPUT,
         help=f"bfloat16, float16, float32 or float64.  [default: {default}]",
+    )  # fmt: skip
+
+
+def max_error_option(what: str) -> Callable[[F], F]:
+    """--max-error, the quality gate."""
+    return option(
+        "--max-error", type=float, metavar="X", group=OUTPUT,
+        help=f"Quality gate: exit 3 and write nothing but the report if the relative error of "
+        f"{what}, or of all together, exceeds X.",
     )  # fmt: skip
 
 
@@ -113,7 +135,7 @@ def verb(function: F) -> F:
 
 def _check_report_file(file: Path, options: Mapping[str, Any]) -> None:
     """Before hours of work, not after; and no input is ever written to."""
-    given = [options.get(name) for name in ("base", "tuned", "merged", "adapter")]
+    given = [options.get(name) for name in ("base", "tuned", "merged", "adapter", "checkpoint")]
     for text in (*filter(None, given), *options.get("adapters", ())):
         for source in {Path(text), Path(text.rpartition("=")[0])} - {Path()}:
             if source.exists() and source.resolve() in (file.resolve(), *file.resolve().parents):

@@ -78,6 +78,8 @@ def show(report: Report, *, verbose: bool, written: bool) -> None:
     console = _console()
     if report.modules:
         _modules(console, report, verbose)
+    if report.tensors:
+        _tensors(console, report, verbose)
     if verbose or report.dry_run:
         _fates(console, report)
     counts = Counter(fate.action for fate in report.plan)
@@ -123,6 +125,27 @@ def _modules(console: Console, report: Report, verbose: bool) -> None:
         )
 
 
+def _tensors(console: Console, report: Report, verbose: bool) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("tensor", no_wrap=True, overflow="ellipsis")
+    for column in ("shape", "bits", "rel. error"):
+        table.add_column(column, justify="right", no_wrap=True)
+    rows = report.tensors
+    if len(rows) > _MOST_ROWS and not verbose:
+        rows = tuple(sorted(rows, key=lambda t: -t.relative_error)[:_MOST_ROWS])
+    for t in rows:
+        shape = "x".join(map(str, t.shape))
+        table.add_row(t.tensor, shape, f"{t.bits_per_parameter:.3f}", f"{t.relative_error:.4g}")
+    console.print(table)
+    if len(rows) < len(report.tensors):
+        console.print(
+            f"({len(rows)} of {len(report.tensors)} tensors, the largest errors first; "
+            "-v shows all)"
+        )
+
+
 def _fates(console: Console, report: Report) -> None:
     from rich.table import Table
 
@@ -144,12 +167,23 @@ def _totals(report: Report) -> Iterator[str]:
         if "gain_bound" in t:
             line += f" (at most {t['gain_bound']:.1e} below the best possible at these ranks)"
         yield f"{line}, {t['modules']} modules, rank {ranks}"
-    if "parameters" in t:
+    if "parameters_replaced" in t:
         yield f"{t['parameters_replaced']:,} parameters become {t['parameters']:,}"
+    if "quantization_error" in t:
+        yield (
+            f"total: relative error {t['quantization_error']:.4g}; "
+            f"{t['bits_per_quantized_parameter']:.3f} bits a quantized parameter, "
+            f"{t['bits_per_parameter']:.3f} over all {t['parameters']:,}"
+        )
     if "expected_bytes_at_most" in t:
         yield f"expected size: at most {size(t['expected_bytes_at_most'])}"
     if "tensors_merged" in t:
         yield f"{t['tensors_merged']} tensors merged, {t['tensors_copied']} copied"
+    if "delta_kept" in t:
+        yield (
+            f"of the adapters' change {t['delta_kept']:.1%} was kept, beside a rounding error of "
+            f"{t['delta_error']:.2%} of its norm"
+        )
     if "sidecar_bytes" in t:
         yield f"sidecar: {size(t['sidecar_bytes'])}, {t['sidecar_share']:.2%} of the model"
     if t.get("exact"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import types
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -55,18 +56,27 @@ def safetensors_name(path: Path) -> str:
 
 
 def lay_out(
-    source: Checkpoint, specs: Mapping[str, TensorSpec], shard_size: int | None
+    source: Checkpoint,
+    specs: Mapping[str, TensorSpec],
+    shard_size: int | None,
+    beside: Mapping[str, str] = types.MappingProxyType({}),
 ) -> list[Shard]:
     """Files for ``specs``: those of ``source`` again, or by size.
 
-    Tensors that ``source`` does not hold go into the last file. With ``shard_size`` each file holds
-    up to that many bytes of tensors (a larger tensor has one for itself).
+    Tensors that ``source`` does not hold go into the last file, or where the tensor lies that
+    ``beside`` names for them. With ``shard_size`` each file holds up to that many bytes of tensors
+    (more only where what belongs together is larger).
     """
     metadata = {"format": "pt", **source.files[0].metadata}
+    together: dict[str, list[TensorSpec]] = {}
+    for spec in specs.values():
+        together.setdefault(beside.get(spec.name, spec.name), []).append(spec)
+    groups: list[list[TensorSpec]]
     if shard_size is None:
-        groups = [[specs[name] for name in file.specs if name in specs] for file in source.files]
-        held = {spec.name for group in groups for spec in group}
-        groups[-1] += [spec for name, spec in specs.items() if name not in held]
+        place = {name: i for i, file in enumerate(source.files) for name in file.specs}
+        groups = [[] for _ in source.files]
+        for name, unit in together.items():
+            groups[place.get(name, -1)] += unit
         names = [safetensors_name(file.path) for file in source.files]
         metadatas: Sequence[Mapping[str, str]] = [f.metadata or metadata for f in source.files]
         return [
@@ -75,12 +85,13 @@ def lay_out(
         ]
     groups = [[]]
     filled = 0
-    for spec in specs.values():
-        if groups[-1] and filled + spec.nbytes > shard_size:
+    for unit in together.values():
+        nbytes = sum(spec.nbytes for spec in unit)
+        if groups[-1] and filled + nbytes > shard_size:
             groups.append([])
             filled = 0
-        groups[-1].append(spec)
-        filled += spec.nbytes
+        groups[-1] += unit
+        filled += nbytes
     if len(groups) == 1:
         return [Shard("model.safetensors", tuple(groups[0]), metadata)]
     return [
@@ -117,6 +128,15 @@ class CheckpointWriter:
         """Bytes of one tensor from ``offset`` on; from any thread."""
         self._home[name].write(name, data, offset)
 
+    def write_last(self, name: str, data: bytes) -> None:
+        """A tensor of bytes whose size is known only now (see ``SafetensorsWriter``)."""
+        self._home[name].write_last(name, data)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the files, once finished."""
+        return sum(writer.size for writer in self._writers)
+
     def finish(
         self,
         source: Checkpoint,
@@ -138,7 +158,8 @@ class CheckpointWriter:
         if index_name and index_name.endswith(".safetensors.index.json"):  # not a pickle's
             name = index_name
         if (len(self._shards) > 1 or index_name) and name not in replaced:
-            write_synced(self._out / name, _index(source, self._shards))
+            specs = [(spec, w.path.name) for w in self._writers for spec in w.specs]
+            write_synced(self._out / name, _index(source, specs))
         travel, left = source.companions()
         for relative in travel:
             if relative.as_posix() not in (*replaced, *leave):
@@ -170,13 +191,12 @@ def _refuse_paths(names: Iterable[str]) -> None:
             raise UnsafeInput(f"{name!r} is not the name of a file beside the weights")
 
 
-def _index(source: Checkpoint, shards: Iterable[Shard]) -> bytes:
+def _index(source: Checkpoint, specs: Sequence[tuple[TensorSpec, str]]) -> bytes:
     """A shard index; what metadata the source's index has is kept, sizes are counted anew."""
     metadata: dict[str, Any] = {}
     if source.index_name:
         given = json.loads((source.path / source.index_name).read_bytes()).get("metadata")
         metadata = given if isinstance(given, dict) else {}
-    specs = [(spec, shard.name) for shard in shards for spec in shard.specs]
     metadata["total_size"] = sum(spec.nbytes for spec, _ in specs)
     if "total_parameters" in metadata:
         metadata["total_parameters"] = sum(spec.numel for spec, _ in specs)

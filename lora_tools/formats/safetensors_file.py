@@ -238,10 +238,12 @@ class SafetensorsWriter:
         metadata: Mapping[str, str] | None = None,
         body: bytes | None = None,
     ) -> None:
-        specs = list(specs)
-        self.path = path
-        header, self._offsets, self.size = encode_header(specs, metadata, body)
-        self._missing = {spec.name: spec.nbytes for spec in specs if spec.nbytes}
+        self.specs = list(specs)
+        self.path, self._metadata = path, metadata
+        header, self._offsets, self.size = encode_header(self.specs, metadata, body)
+        self._header_size = len(header)
+        self._missing = {spec.name: spec.nbytes for spec in self.specs if spec.nbytes}
+        self._last: dict[str, bytes] = {}
         self._unsynced = 0
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
@@ -262,12 +264,38 @@ class SafetensorsWriter:
             self._unsynced = 0
             os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
+    def write_last(self, name: str, data: bytes) -> None:
+        """A tensor of bytes whose size is known only now: it was planned with the most it can have,
+        as one of the last of the file. From any thread."""
+        self._last[name] = data
+        self._missing.pop(name, None)
+
+    def _settle(self) -> None:
+        """Write what came by ``write_last`` at its true size, and the header anew, in the room it
+        has: smaller numbers are no longer than those planned."""
+        kept = len(self.specs) - len(self._last)
+        assert {spec.name for spec in self.specs[kept:]} == set(self._last), "they are not last"
+        self.specs[kept:] = [
+            dataclasses.replace(spec, shape=(len(self._last[spec.name]),))
+            for spec in self.specs[kept:]
+        ]
+        header, _, _ = encode_header(self.specs, self._metadata)
+        body = header[8:] + b" " * (self._header_size - len(header))
+        header, offsets, self.size = encode_header(self.specs, self._metadata, body)
+        assert len(header) == self._header_size
+        for name, data in self._last.items():
+            _write_all(self._fd, data, offsets[name])
+        _write_all(self._fd, header, 0)
+        os.ftruncate(self._fd, self.size)
+
     def close(self) -> None:
         """Sync and close. Raises OutputError naming a tensor that was not written whole."""
         try:
             short = [name for name, left in self._missing.items() if left]
             if short:
                 raise OutputError(f"{self.path}: tensor {short[0]!r} was not written whole")
+            if self._last:
+                self._settle()
             os.fsync(self._fd)
         finally:
             self.abandon()

@@ -19,6 +19,7 @@ import torch
 
 from lora_tools.linalg.layouts import Block, Layout, Region
 from lora_tools.linalg.lora import rows_per_run
+from lora_tools.linalg.svd import sum_of_squares
 
 # Reads rows [start, stop) of the base, in the working dtype.
 RowReader = Callable[[int, int], torch.Tensor]
@@ -69,6 +70,30 @@ class Multiplied:
 
     factor: torch.Tensor
     weight: float
+
+
+@dataclasses.dataclass
+class Survival:
+    """How much of a change Δ = exact − base is left in what was written, summed run by run.
+
+    Attributes:
+        wanted: ‖Δ‖².
+        moved: ⟨written − base, Δ⟩; moved / wanted is the share of Δ that was kept.
+        error: ‖written − exact‖².
+    """
+
+    wanted: float = 0.0
+    moved: float = 0.0
+    error: float = 0.0
+
+    def add(self, base: torch.Tensor, exact: torch.Tensor, written: torch.Tensor) -> None:
+        """One run of rows of each, base and exact in the working dtype. May reuse ``base``."""
+        off = written.to(exact.dtype) - exact
+        delta = torch.sub(exact, base, out=base).reshape(-1)
+        energy = sum_of_squares(delta)
+        self.wanted += energy
+        self.moved += energy + float(torch.dot(delta, off.reshape(-1)))
+        self.error += sum_of_squares(off)
 
 
 # Where a product lies, its left (rows, r) with all scales, its right (r, cols).

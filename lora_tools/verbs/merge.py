@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,12 +29,14 @@ from lora_tools.verbs.merge_plan import (
     build_effects,
     plan_merge,
 )
+from lora_tools.verbs.plain_view import PlainView, plain_files, plain_view
 from lora_tools.verbs.weighted import Weighted, open_weighted
 
 if TYPE_CHECKING:
     import torch
 
     from lora_tools.formats.sidecar import Listing, SidecarWriter
+    from lora_tools.linalg.merge import Survival
 
 _COPY_STEP = 8 << 20
 
@@ -46,6 +49,7 @@ def merge(
     dtype: str | None = None,
     shard_size: str | None = None,
     reversible: bool = False,
+    requantize: bool = False,
     allow_unmatched: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
@@ -56,11 +60,14 @@ def merge(
     """Write to ``out`` the base with every adapter added: W + Σ weight · (its effect on W).
 
     Args:
-        base: a checkpoint folder, a safetensors file or a hub id.
+        base: a checkpoint folder, a safetensors file or a hub id. One in four bits (bitsandbytes)
+            is dequantized on the way, and the report states how much of the adapters was kept.
         adapters: of any format that is read: ``path``, ``"path=weight"`` or ``(path, weight)``.
         dtype: of the output's float tensors; by default each keeps its own.
         shard_size: such as ``"5GB"``; by default the base's files again.
         reversible: write a sidecar by which ``unmerge`` gives the base back bit for bit.
+        requantize: put what was in four bits back into four bits, which loses most of a small
+            change; the report states how much.
         allow_unmatched: leave out adapter keys that match no tensor instead of refusing.
         dry_run: return the plan; read headers only and write nothing.
 
@@ -73,6 +80,12 @@ def merge(
     wanted = parse_float_dtype(dtype) if dtype else None
     limit = parse_size(shard_size) if shard_size else None
     checkpoint = open_checkpoint(base, allow_pickle)
+    view = plain_view(checkpoint)
+    if view is not None and reversible:
+        raise UsageError("--reversible cannot give back a four-bit BASE")
+    if view is None and requantize:
+        raise UsageError("--requantize needs a BASE in four bits (bitsandbytes)")
+    checkpoint = view or checkpoint
     weighted = open_weighted(adapters, allow_pickle, checkpoint)
     destination = Path(out)
     if (
@@ -86,9 +99,15 @@ def merge(
     plan = plan_merge(checkpoint, weighted, allow_unmatched)
     if reversible:
         _refuse_resized(plan, checkpoint)
-    shards = lay_out(checkpoint, _out_specs(plan, wanted), limit)
+    if view is not None and requantize:
+        from lora_tools.verbs.requantize import plan_requantize, requantized
+
+        work = plan_requantize(view, plan, out_specs(plan, wanted))
+        shards = work.shards(view, limit)
+    else:
+        shards = lay_out(checkpoint, out_specs(plan, wanted), limit)
     nbytes = sum(shard.nbytes for shard in shards)
-    inputs = [Input("base", str(base)), *(Input("adapter", _shown(w)) for w in weighted)]
+    inputs = [Input("base", str(base)), *(Input("adapter", shown(w)) for w in weighted)]
     report = Report(
         "merge", tool_version(), tuple(inputs), str(out), dry_run, plan.fates(),
         totals={"bytes": nbytes}, notes=plan.notes,
@@ -101,10 +120,15 @@ def merge(
             check_destination(beside, paths, force)
         check_space(destination, nbytes)
         with staged(destination) as staging:
-            report = _merge(
-                report, checkpoint, weighted, plan, shards, staging / "out", reversible, jobs,
-                progress,
-            )  # fmt: skip
+            if view is not None and requantize:
+                report = requantized(
+                    report, view, weighted, work, shards, staging / "out", jobs, progress
+                )
+            else:
+                report = _merge(
+                    report, checkpoint, weighted, plan, shards, staging / "out", reversible, jobs,
+                    progress,
+                )  # fmt: skip
         if force and not checkpoint.is_folder and not reversible:
             beside.unlink(missing_ok=True)  # that of the file replaced
     return dataclasses.replace(report, seconds=time.perf_counter() - started)
@@ -119,11 +143,13 @@ def _refuse_resized(plan: MergePlan, base: Checkpoint) -> None:
             )
 
 
-def _shown(weighted: Weighted) -> str:
+def shown(weighted: Weighted) -> str:
+    """An adapter as it was given."""
     return weighted.path if weighted.weight == 1 else f"{weighted.path}={weighted.weight:g}"
 
 
-def _out_specs(plan: MergePlan, wanted: str | None) -> dict[str, TensorSpec]:
+def out_specs(plan: MergePlan, wanted: str | None) -> dict[str, TensorSpec]:
+    """The output's tensors by name, floats in the dtype wanted."""
     specs = {}
     for target in (*plan.targets, *plan.untied):
         spec = target.spec
@@ -151,6 +177,7 @@ def _merge(
     sidecar = SidecarWriter(out.parent) if reversible else None
     base_hashes: dict[str, str] = {}
     out_hashes: dict[str, str] = {}
+    survivals: list[Survival] = []
     try:
         with CheckpointWriter(out, shards, base.is_folder) as writer:
             for target, result in zip(
@@ -158,7 +185,12 @@ def _merge(
                 engine.run(
                     (*plan.targets, *plan.untied),
                     lambda target: merge_tensor(
-                        target, base, specs[target.spec.name], writer.write, reversible
+                        target,
+                        base,
+                        specs[target.spec.name],
+                        writer.write,
+                        reversible,
+                        measured=isinstance(base, PlainView),
                     ),
                     jobs=jobs,
                     nbytes=lambda target: target.spec.nbytes,
@@ -168,11 +200,14 @@ def _merge(
                 strict=True,
             ):
                 out_hashes[target.spec.name] = result.out_hash
+                survivals += [result.survival] if result.survival else []
                 if target not in plan.untied:
                     base_hashes[target.base_name] = result.base_hash
                     if sidecar is not None and result.listing is not None:
                         sidecar.add(target.base_name, result.listing)
-            changed = _changed_files(base, plan, specs)
+            changed = changed_files(base, plan, specs)
+            if isinstance(base, PlainView):
+                changed = plain_files(base, changed)
             left = writer.finish(
                 base, base.index_name if len(shards) > 1 else None, changed, (SIDECAR_NAME,)
             )
@@ -183,6 +218,7 @@ def _merge(
             "tensors_merged": sum(bool(t.parts) for t in plan.targets) + len(plan.untied),
             "tensors_copied": sum(not t.parts for t in plan.targets),
             "output_digest": hashing.digest(specs.values(), out_hashes),
+            **survival_totals(survivals),
         }
         if sidecar is not None:
             path = out / SIDECAR_NAME if base.is_folder else out.with_name("out.sidecar")
@@ -208,6 +244,7 @@ class Merged:
     base_hash: str
     out_hash: str
     listing: Listing | None = None
+    survival: Survival | None = None
 
 
 Write = Callable[[str, memoryview, int], None]
@@ -237,13 +274,24 @@ def as_matrix(tensor: torch.Tensor, target: Target) -> torch.Tensor:
 
 
 def merge_tensor(
-    target: Target, base: Checkpoint, spec: TensorSpec, write: Write, reversible: bool
+    target: Target,
+    base: Checkpoint,
+    spec: TensorSpec,
+    write: Write,
+    reversible: bool = False,
+    measured: bool = False,
+    stand_in: torch.Tensor | None = None,
 ) -> Merged:
-    """Merge one tensor, writing it run by run, or copy it where nothing acts on it."""
+    """Merge one tensor, writing it run by run, or copy it where nothing acts on it.
+
+    Args:
+        measured: find out how much of the change is left after rounding; ``stand_in`` (rows, cols)
+            is what was written, where that is not the rounded sum.
+    """
     from lora_tools.formats.tensors import as_bytes
     from lora_tools.linalg import reversible as codec
     from lora_tools.linalg.lora import rows_per_run
-    from lora_tools.linalg.merge import TensorMerge
+    from lora_tools.linalg.merge import Survival, TensorMerge
 
     stored = base.specs[target.base_name]
     if not target.parts and spec.dtype == stored.dtype and spec.name == target.base_name:
@@ -268,6 +316,7 @@ def merge_tensor(
     wide = work if dtype.itemsize < 4 else TensorMerge(
         effects, shape, None, torch_dtype("F64"), work.norms)  # fmt: skip
     state, runs, offset = xxhash.xxh3_128(), [], 0
+    survival = Survival() if measured and effects and spec.shape == stored.shape else None
     step = rows_per_run(shape)
     for start in range(0, shape[0], step):
         stop = min(start + step, shape[0])
@@ -277,6 +326,9 @@ def merge_tensor(
         data = as_bytes(merged)
         write(spec.name, data, offset)
         state.update(data)
+        if survival is not None:
+            written = merged if stand_in is None else stand_in[start:stop]
+            survival.add(read(start, stop), exact, written)
         if reversible:
             slack = wide.slack(merged.to(wide.dtype), start, stop)
             estimate = wide.estimate(merged.to(wide.dtype, copy=True), start, stop)
@@ -285,7 +337,18 @@ def merge_tensor(
         offset += data.nbytes
     base.release(target.base_name)
     listing = _listing(runs, work.norms) if reversible else None
-    return Merged(base_hash, state.hexdigest(), listing)
+    return Merged(base_hash, state.hexdigest(), listing, survival)
+
+
+def survival_totals(survivals: Sequence[Survival]) -> dict[str, float]:
+    """What all of them come to: the share of the change that was kept, and the error beside it."""
+    wanted = math.fsum(s.wanted for s in survivals)
+    if not wanted:
+        return {}
+    return {
+        "delta_kept": math.fsum(s.moved for s in survivals) / wanted,
+        "delta_error": math.sqrt(math.fsum(s.error for s in survivals) / wanted),
+    }
 
 
 def _listing(runs: list[tuple[bytes, bytes]], norms: Sequence[torch.Tensor]) -> Listing:
@@ -308,7 +371,7 @@ def _check_finite(exact: torch.Tensor, rounded: torch.Tensor, name: str) -> None
         )
 
 
-def _changed_files(
+def changed_files(
     base: Checkpoint, plan: MergePlan, specs: dict[str, TensorSpec]
 ) -> dict[str, bytes]:
     """Small files of the output whose contents differ from the base's."""

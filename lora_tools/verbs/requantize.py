@@ -1,0 +1,146 @@
+"""Merging into a four-bit base whose weights become four bits again, in its own scheme."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_tools.formats import digest as hashing
+from lora_tools.formats.bitsandbytes import STATE, quantized_tensor
+from lora_tools.formats.checkpoint_writer import CheckpointWriter, Shard
+from lora_tools.formats.dtypes import torch_dtype
+from lora_tools.records import Fate, ProgressCallback, Report, TensorResult, TensorSpec
+from lora_tools.verbs.merge import changed_files, copy_tensor, merge_tensor, survival_totals
+from lora_tools.verbs.merge_plan import MergePlan, adapter_digest
+from lora_tools.verbs.plain_view import PlainView
+from lora_tools.verbs.quantize import config_with, pack
+from lora_tools.verbs.quantize_plan import Item, QuantizePlan
+from lora_tools.verbs.weighted import Weighted
+
+if TYPE_CHECKING:
+    from lora_tools.engine import Buffers
+    from lora_tools.linalg.merge import Survival
+
+
+def plan_requantize(
+    view: PlainView, merge: MergePlan, specs: Mapping[str, TensorSpec]
+) -> QuantizePlan:
+    """Every tensor: one in four bits stays so, with new codes where an adapter acts on it."""
+    items = []
+    for target in (*merge.targets, *merge.untied):
+        spec = specs[target.spec.name]
+        packed = view.quantized.get(spec.name)
+        transposed = packed is not None and packed.state.shape != spec.shape
+        if packed is not None and target.parts:
+            state = dataclasses.replace(packed.state, dtype=spec.dtype)
+            packed = quantized_tensor(spec.name, state, packed.specs[""].dtype)
+        items.append(Item(target, spec, packed, transposed, "" if packed else "not quantized"))
+    return QuantizePlan(tuple(items), (), merge)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Done:
+    base_hash: str
+    result: TensorResult | None = None
+    survival: Survival | None = None
+
+
+def requantized(
+    report: Report,
+    view: PlainView,
+    adapters: Sequence[Weighted],
+    plan: QuantizePlan,
+    shards: Sequence[Shard],
+    out: Path,
+    jobs: int | None,
+    progress: ProgressCallback | None,
+) -> Report:
+    """Write it; the report's ``tensors`` hold the error of each weight that has new codes."""
+    from lora_tools import engine
+
+    buffers = engine.Buffers()
+    hashes: dict[str, str] = {}
+    outcomes: list[_Done] = []
+    with CheckpointWriter(out, shards, view.is_folder) as writer:
+        for item, done in zip(
+            plan.items,
+            engine.run(
+                plan.items,
+                lambda item: _work_on(item, view, writer, buffers),
+                jobs=jobs,
+                nbytes=lambda item: 12 * item.spec.numel,
+                label=lambda item: item.name,
+                progress=progress,
+            ),
+            strict=True,
+        ):
+            outcomes.append(done)
+            if item.target not in plan.merge.untied:
+                hashes[item.target.base_name] = done.base_hash
+        changed = changed_files(view, plan.merge, {i.name: i.spec for i in plan.items})
+        config_with(view, changed, view.stored.config.get("quantization_config"))
+        index = view.index_name if len(shards) > 1 else None
+        left = writer.finish(view, index, changed)
+        nbytes = writer.nbytes
+    digests = [hashing.digest(view.specs.values(), hashes)]
+    digests += [adapter_digest(w.adapter) for w in adapters]
+    merged = sum(bool(i.target.parts) for i in plan.items)
+    totals = {
+        "bytes": nbytes, "tensors_merged": merged, "tensors_copied": len(plan.items) - merged,
+        **survival_totals([d.survival for d in outcomes if d.survival is not None]),
+    }  # fmt: skip
+    notes = list(report.notes)
+    if left:
+        notes.append(f"left behind, since they hold other weights: {', '.join(map(str, left))}")
+    return dataclasses.replace(
+        report,
+        inputs=tuple(
+            dataclasses.replace(i, digest=d) for i, d in zip(report.inputs, digests, strict=True)
+        ),
+        plan=tuple(_fate(fate, view) for fate in report.plan),
+        totals=totals,
+        tensors=tuple(d.result for d in outcomes if d.result is not None),
+        notes=tuple(notes),
+    )
+
+
+def _fate(fate: Fate, view: PlainView) -> Fate:
+    if fate.action == "merge" and fate.tensor in view.quantized:
+        return dataclasses.replace(fate, action="requantize")
+    return fate
+
+
+def _work_on(item: Item, view: PlainView, writer: CheckpointWriter, buffers: Buffers) -> _Done:
+    import torch
+
+    target, packed = item.target, item.packed
+    if packed is None:
+        done = merge_tensor(target, view, item.spec, writer.write, measured=True)
+        return _Done(done.base_hash, None, done.survival)
+    if not target.parts:
+        for spec in packed.specs.values():
+            if STATE in spec.name:
+                writer.write_last(spec.name, bytes(view.stored.raw(spec.name)))
+            else:
+                copy_tensor(view.stored, spec.name, writer.write)
+        return _Done(hashing.tensor_hash(view.raw(item.name)))
+    with (
+        buffers.lend(item.spec.shape, torch_dtype(item.spec.dtype)) as merged,
+        buffers.lend(packed.state.shape, torch.float32) as back,
+    ):
+        into = merged.view(torch.uint8).reshape(-1).numpy().data
+
+        def keep(name: str, data: memoryview, offset: int) -> None:
+            into[offset : offset + data.nbytes] = data
+
+        def drop(name: str, data: memoryview, offset: int) -> None:
+            pass
+
+        merge_tensor(target, view, item.spec, keep)
+        turned = merged.T.contiguous() if item.transposed else merged
+        result = pack(item, turned.reshape(-1), writer, buffers, back=back.reshape(-1))
+        stored = back.T.contiguous() if item.transposed else back
+        done = merge_tensor(target, view, item.spec, drop, measured=True, stand_in=stored)
+    return _Done(done.base_hash, result, done.survival)
