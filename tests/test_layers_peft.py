@@ -16,7 +16,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import lora_tools
-from lora_tools.errors import MismatchError, UnsupportedAdapter, UsageError
+from lora_tools.errors import MismatchError, NonFiniteError, UnsupportedAdapter, UsageError
 
 from . import models
 
@@ -303,6 +303,10 @@ def test_a_change_in_a_block_left_out_is_in_the_error(tmp_path: Path) -> None:
     assert report.modules[0].relative_error == pytest.approx(0.5**0.5)
     with pytest.raises(MismatchError, match="only in blocks that --layout leaves out"):
         lora_tools.extract(*files, tmp_path / "none", layout=["qkv=merged:3/001"])
+    changed[4] = float("nan")
+    save_file({"qkv.weight": changed}, tmp_path / "t")
+    with pytest.raises(NonFiniteError, match=r"qkv\.weight: a block that --layout leaves out"):
+        lora_tools.extract(*files, tmp_path / "none", layout=["qkv=merged:3/101"])
 
 
 @pytest.mark.parametrize(

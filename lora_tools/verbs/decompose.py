@@ -171,6 +171,8 @@ def _factorise(
     changed = [svd for svd, _ in found if svd is not None]
     rest = [_delta(pair, sides, at).measure() for at in layout.rest(shape)]
     total = math.fsum(energies.delta for energies in (*(e for _, e in found), *rest))
+    if not math.isfinite(total):
+        raise NonFiniteError(f"{pair.name}: a block that --layout leaves out holds an inf or a NaN")
     if not changed:
         if any(energies.delta for energies in rest):
             raise MismatchError(
