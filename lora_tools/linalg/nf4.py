@@ -30,7 +30,8 @@ from lora_tools.linalg.svd import sum_of_squares
 Array = npt.NDArray[Any]
 
 NESTED_BLOCKSIZE = 256
-RUN = 1 << 16  # elements that are worked on at a time; a multiple of every block size
+RUN = 1 << 19  # elements at a time, a multiple of every block size: smaller runs stay in a nearer
+# cache, and lose more to two threads handing the interpreter to each other at every step
 SCRATCH_BYTES = RUN * 10
 _TINY = np.float32(1e-38)
 _SMALL = np.float32(2.0**-117)  # a scale from which on a value may be denormal
