@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         UsageError,
     )
     from lora_tools.records import Fate, Input, ModuleResult, Progress, Report, TensorSpec
+    from lora_tools.verbs.export import export
     from lora_tools.verbs.extract import extract
     from lora_tools.verbs.merge import merge
     from lora_tools.verbs.rescale import rescale
@@ -40,6 +41,7 @@ _HOMES = {
         "UsageError",
     ),
     "records": ("Fate", "Input", "ModuleResult", "Progress", "Report", "TensorSpec"),
+    "verbs.export": ("export",),
     "verbs.extract": ("extract",),
     "verbs.merge": ("merge",),
     "verbs.rescale": ("rescale",),
@@ -65,6 +67,7 @@ __all__ = [
     "UnsafeInput",
     "UnsupportedAdapter",
     "UsageError",
+    "export",
     "extract",
     "merge",
     "rescale",

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import click
 
+from lora_tools.cli.export import export
 from lora_tools.cli.extract import extract
 from lora_tools.cli.groups import OrderedGroup
 from lora_tools.cli.merge import merge, unmerge
@@ -32,7 +33,7 @@ def main() -> None:
     """
 
 
-for command in (extract, merge, unmerge, rescale):
+for command in (extract, merge, unmerge, rescale, export):
     main.add_command(command)
 
 

@@ -113,7 +113,7 @@ def verb(function: F) -> F:
 
 def _check_report_file(file: Path, options: Mapping[str, Any]) -> None:
     """Before hours of work, not after; and no input is ever written to."""
-    given = [options.get(name) for name in ("base", "tuned", "merged", "adapter")]
+    given = [options.get(name) for name in ("base", "tuned", "merged", "adapter", "checkpoint")]
     for text in (*filter(None, given), *options.get("adapters", ())):
         for source in {Path(text), Path(text.rpartition("=")[0])} - {Path()}:
             if source.exists() and source.resolve() in (file.resolve(), *file.resolve().parents):

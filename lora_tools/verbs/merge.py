@@ -58,7 +58,8 @@ def merge(
 
     Args:
         base: a checkpoint folder, a safetensors file or a hub id.
-        adapters: PEFT adapters: ``path``, ``"path=weight"`` or ``(path, weight)``.
+        adapters: PEFT adapters: ``path``, ``"path=weight"`` or ``(path, weight)``; none is enough
+            where ``dtype`` is given.
         dtype: of the output's float tensors; by default each keeps its own.
         shard_size: such as ``"5GB"``; by default the base's files again.
         reversible: write a sidecar by which ``unmerge`` gives the base back bit for bit.
@@ -74,7 +75,7 @@ def merge(
     wanted = parse_float_dtype(dtype) if dtype else None
     limit = parse_size(shard_size) if shard_size else None
     checkpoint = open_checkpoint(base, allow_pickle)
-    weighted = open_weighted(adapters, allow_pickle)
+    weighted = open_weighted(adapters, allow_pickle) if adapters or not dtype else []
     destination = Path(out)
     if (
         reversible

@@ -171,7 +171,7 @@ def plan_merge(
                     f"{weighted.path}: {name} matches no tensor of {base.path}; is this the right "
                     "base? --allow-unmatched leaves such keys out"
                 )
-    if not parts:
+    if adapters and not parts:
         raise AdapterError(f"no key of {', '.join(w.path for w in adapters)} matches {base.path}")
     _refuse_two_replacements(parts)
     unties = bool(head) and _differ(parts, head, embedding)
