@@ -1,5 +1,5 @@
-"""Tiny random models of the architectures that export is tried on: four layers, so that there is
-something to repeat, or one period of layers where attention alternates."""
+"""Tiny random models of the architectures that export is tried on: two layers, or in one or two of
+each kind enough that some are repeated."""
 
 from __future__ import annotations
 
@@ -17,11 +17,18 @@ _ENCODER = {
     "num_attention_heads": 4, "max_position_embeddings": 64,
 }  # fmt: skip
 _DECODER = _ENCODER | {"num_key_value_heads": 2, "head_dim": 8}
+_SHALLOW = _DECODER | {"num_hidden_layers": 2}
 
 
 def _gpt2() -> Any:
     config = hf.GPT2Config(
-        vocab_size=96, n_positions=64, n_embd=32, n_layer=5, n_head=4, n_inner=48, bos_token_id=1,
+        vocab_size=96,
+        n_positions=64,
+        n_embd=32,
+        n_layer=5,
+        n_head=4,
+        n_inner=48,
+        bos_token_id=1,
         eos_token_id=2,
     )
     return hf.GPT2LMHeadModel(config)
@@ -29,7 +36,7 @@ def _gpt2() -> Any:
 
 def _t5() -> Any:
     config = hf.T5Config(
-        vocab_size=96, d_model=32, d_kv=8, d_ff=48, num_layers=5, num_decoder_layers=5, num_heads=4
+        vocab_size=96, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_decoder_layers=2, num_heads=4
     )
     return hf.T5ForConditionalGeneration(config)
 
@@ -46,14 +53,12 @@ def _whisper() -> Any:
 
 def _phi3() -> Any:
     return hf.Phi3ForCausalLM(
-        hf.Phi3Config(**_DECODER, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+        hf.Phi3Config(**_SHALLOW, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     )
 
 
 def _mixtral() -> Any:
-    config = hf.MixtralConfig(
-        **_DECODER | {"num_hidden_layers": 2}, num_local_experts=4, num_experts_per_tok=2
-    )
+    config = hf.MixtralConfig(**_SHALLOW, num_local_experts=4, num_experts_per_tok=2)
     return hf.MixtralForCausalLM(config)
 
 
@@ -107,8 +112,8 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
     "Mistral, sliding window": lambda: hf.MistralForCausalLM(
         hf.MistralConfig(**_DECODER, sliding_window=8)
     ),
-    "Qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**_DECODER)),
-    "Qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**_DECODER)),
+    "Qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**_SHALLOW)),
+    "Qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**_SHALLOW)),
     "Gemma-3": _gemma3,
     "Phi-3": _phi3,
     "Mixtral": _mixtral,

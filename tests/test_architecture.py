@@ -30,7 +30,7 @@ BELOW = {
     "verbs": {"engine", "formats", "linalg", "onnx", "records", "errors", "torch", "xxhash"},
     "onnx": {
         "engine", "formats", "linalg", "records", "errors", "torch", "onnx", "onnxscript",
-        "onnxruntime", "transformers", "numpy",
+        "onnxruntime", "onnx_ir", "transformers", "accelerate", "numpy",
     },
     "engine": {"formats", "linalg", "records", "errors", "torch", "dask", "distributed"},
     "formats": {"records", "errors", "torch", "numpy", "huggingface_hub", "xxhash", "zstandard"},
@@ -55,6 +55,7 @@ HEAVY = {"torch", "numpy", "scipy", "rich", "huggingface_hub", "transformers", "
 NUMERIC = {
     "linalg/delta.py", "linalg/lora.py", "linalg/merge.py", "linalg/reversible.py", "linalg/svd.py",
     "linalg/combine.py", "linalg/nf4.py", "nn/__init__.py", "nn/attach.py", "nn/layers.py",
+    "onnx/check.py", "onnx/graphs.py", "onnx/model.py", "onnx/trace.py", "onnx/weights.py",
 }  # fmt: skip
 
 
@@ -135,7 +136,7 @@ def test_exported_names() -> None:
         "AdapterError", "CheckpointError", "Fate", "Input", "LoraToolsError", "MismatchError",
         "ModuleResult", "NonFiniteError", "OutputError", "Progress", "QualityGateError", "Report",
         "TensorNotFound", "TensorSpec", "UnsafeInput", "UnsupportedAdapter", "UsageError",
-        "extract", "merge", "rescale", "unmerge",
+        "export", "extract", "merge", "rescale", "unmerge",
     ]  # fmt: skip
     for name in lora_tools.__all__:
         assert getattr(lora_tools, name).__module__.startswith("lora_tools.")
@@ -177,7 +178,7 @@ def test_what_is_public_has_a_docstring(path: Path) -> None:
 
 def test_every_verb_is_a_command_with_the_same_options() -> None:
     renamed = {"report_file", "as_json", "quiet", "verbose", "help"}  # the command line's own
-    for name in ("extract", "merge", "unmerge", "rescale"):
+    for name in ("extract", "merge", "unmerge", "rescale", "export"):
         parameters = inspect.signature(getattr(lora_tools, name)).parameters
         command = {p.name for p in main.commands[name].params} - renamed
         assert command == set(parameters) - {"progress"}, name
@@ -198,7 +199,7 @@ def test_choices_are_those_of_the_verbs() -> None:
 
 
 def test_defaults_are_those_of_the_verbs() -> None:
-    for name in ("extract", "merge", "unmerge", "rescale"):
+    for name in ("extract", "merge", "unmerge", "rescale", "export"):
         command, parameters = main.commands[name], inspect.signature(getattr(lora_tools, name))
         needed = sum(isinstance(p, click.Argument) for p in command.params)
         arguments = [*["x"] * needed, "-o", "out"]

@@ -26,8 +26,8 @@ else:
     tomllib = pytest.importorskip("tomli")
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/cli.md", "docs/extract.md",
-         "docs/layers.md", "docs/merge.md", "docs/report.md"]  # fmt: skip
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/cli.md", "docs/export.md",
+         "docs/extract.md", "docs/layers.md", "docs/merge.md", "docs/report.md"]  # fmt: skip
 FENCE = re.compile(
     r"(?:^<!-- (?P<mark>[\w:-]+) -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.M | re.S
 )

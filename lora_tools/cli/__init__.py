@@ -23,11 +23,11 @@ from lora_tools.errors import LoraToolsError
     cls=OrderedGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit codes: 0 done, 1 failed, 2 wrong invocation, 3 compared and found different "
-    "(--max-error). Documentation: README.md, docs/cli.md.",
+    "(--max-error, export). Documentation: README.md, docs/cli.md.",
 )
 @click.version_option(package_name="loratools", prog_name="loratools")
 def main() -> None:
-    """Surgery on model weights: extract, merge, unmerge and rescale LoRA adapters, file to file.
+    """Surgery on model weights: extract, merge and rescale LoRA adapters, export to ONNX.
 
     Each command has its own --help.
     """

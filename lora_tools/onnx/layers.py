@@ -65,7 +65,7 @@ def _period(layers: nn.ModuleList, config: Any) -> int:
         value for value in getattr(config, "__dict__", {}).values()
         if isinstance(value, list | tuple) and len(value) == len(layers)
     ]  # fmt: skip
-    for period in range(1, (len(layers) - _FREE) // 2):
+    for period in range(1, (len(layers) - _FREE + 1) // 2):  # so that some are left out
         pairs = [(i, i - period) for i in range(_FREE + period, len(layers))]
         if all(_like(kinds, i, j) and all(v[i] == v[j] for v in lists) for i, j in pairs):
             return period

@@ -111,7 +111,7 @@ def export(
             graph=Path(graph) if graph else None, opset=opset, trust_remote_code=trust_remote_code,
         )  # fmt: skip
         for file in chosen.files():
-            graphs.check_model(folder / file)
+            graphs.check_model(folder / file, linked=in_place)
         check = None
         if not no_verify:
             from lora_tools.engine import one_torch_thread
@@ -125,7 +125,7 @@ def export(
         return _measured(report, built, check)
 
     if in_place:
-        report = _add_to(destination, source, chosen, force, work)
+        report = _add_to(destination, chosen, force, (atol, rtol), work)
     else:
         inputs = [source.path, *(Path(str(a[0] if isinstance(a, tuple) else a)) for a in adapters)]
         failed = destination.with_name(destination.name + ".failed")
@@ -257,7 +257,11 @@ def _drop_weights(folder: Path) -> None:
 
 
 def _add_to(
-    destination: Path, source: Checkpoint, task: Task, force: bool, work: Callable[[Path], Report]
+    destination: Path,
+    task: Task,
+    force: bool,
+    allowed: tuple[float, float],
+    work: Callable[[Path], Report],
 ) -> Report:
     """Put graphs into the checkpoint's own folder; nothing else in it changes.
 
@@ -275,7 +279,7 @@ def _add_to(
                 os.link(path.resolve(), folder / path.name)
         before = {path.name for path in folder.iterdir()}
         report = work(folder)
-        _gate(report, 0, 0)
+        _gate(report, *allowed)
         made = {p.name for p in folder.iterdir()} - before - {main}
         for name in sorted(made):
             (folder / name).replace(destination / name)
