@@ -18,11 +18,11 @@ import numpy as np
 import torch
 
 from lora_tools.errors import CheckpointError
-from lora_tools.onnx.model import (
+from lora_tools.onnx.model import loaded
+from lora_tools.onnx.parts import (
     decoder_inputs,
     image_size,
     is_speech,
-    loaded,
     speech_shape,
     text_inputs,
 )

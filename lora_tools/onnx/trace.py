@@ -23,7 +23,8 @@ import torch
 from lora_tools.errors import CheckpointError
 from lora_tools.formats.names import align
 from lora_tools.onnx.layers import NotRepeating, Stack, repeat, shorten
-from lora_tools.onnx.model import Part, parts, weightless, with_memory
+from lora_tools.onnx.model import weightless, with_memory
+from lora_tools.onnx.parts import Part, parts
 from lora_tools.onnx.tasks import Task
 from lora_tools.records import TensorSpec
 
