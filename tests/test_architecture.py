@@ -55,7 +55,8 @@ HEAVY = {"torch", "numpy", "scipy", "rich", "huggingface_hub", "transformers", "
 NUMERIC = {
     "linalg/delta.py", "linalg/lora.py", "linalg/merge.py", "linalg/reversible.py", "linalg/svd.py",
     "linalg/combine.py", "linalg/nf4.py", "nn/__init__.py", "nn/attach.py", "nn/layers.py",
-    "onnx/check.py", "onnx/graphs.py", "onnx/model.py", "onnx/parts.py", "onnx/trace.py", "onnx/weights.py",
+    "onnx/check.py", "onnx/graphs.py", "onnx/model.py", "onnx/parts.py", "onnx/trace.py",
+    "onnx/weights.py",
 }  # fmt: skip
 
 
