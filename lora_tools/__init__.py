@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from lora_tools.verbs.combine import combine
     from lora_tools.verbs.convert import convert
     from lora_tools.verbs.dequantize import dequantize
+    from lora_tools.verbs.export import export
     from lora_tools.verbs.extract import extract
     from lora_tools.verbs.merge import merge
     from lora_tools.verbs.quantize import quantize
@@ -57,6 +58,7 @@ _HOMES = {
     "verbs.combine": ("combine",),
     "verbs.convert": ("convert",),
     "verbs.dequantize": ("dequantize",),
+    "verbs.export": ("export",),
     "verbs.extract": ("extract",),
     "verbs.merge": ("merge",),
     "verbs.quantize": ("quantize",),
@@ -87,6 +89,7 @@ __all__ = [
     "combine",
     "convert",
     "dequantize",
+    "export",
     "extract",
     "merge",
     "quantize",

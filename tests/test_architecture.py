@@ -32,7 +32,7 @@ BELOW = {
     },
     "onnx": {
         "engine", "formats", "linalg", "records", "errors", "torch", "onnx", "onnxscript",
-        "onnxruntime", "transformers", "numpy",
+        "onnxruntime", "onnx_ir", "transformers", "accelerate", "numpy",
     },
     "adapters": {"formats", "linalg", "records", "errors"},
     "engine": {"formats", "linalg", "records", "errors", "torch", "dask", "distributed"},
@@ -72,10 +72,15 @@ NUMERIC = {
     "linalg/delta.py", "linalg/lora.py", "linalg/merge.py", "linalg/reversible.py", "linalg/svd.py",
     "linalg/combine.py", "linalg/factors.py", "linalg/nf4.py", "linalg/nf4_search.py",
     "nn/__init__.py", "nn/attach.py", "nn/layers.py",
+    "onnx/check.py", "onnx/graphs.py", "onnx/model.py", "onnx/parts.py", "onnx/trace.py",
+    "onnx/weights.py",
 }  # fmt: skip
 
 
-VERBS = ("extract", "merge", "unmerge", "rescale", "combine", "convert")
+VERBS = (
+    "extract", "merge", "unmerge", "rescale", "combine", "convert", "quantize", "dequantize",
+    "export",
+)  # fmt: skip
 
 
 def room(path: Path) -> str:
@@ -155,8 +160,8 @@ def test_exported_names() -> None:
         "AdapterError", "CheckpointError", "Fate", "Input", "LoraToolsError", "MismatchError",
         "ModuleResult", "NonFiniteError", "OutputError", "Progress", "QualityGateError", "Report",
         "TensorNotFound", "TensorResult", "TensorSpec", "UnsafeInput", "UnsupportedAdapter",
-        "UsageError", "combine", "convert", "dequantize", "extract", "merge", "quantize", "rescale",
-        "unmerge",
+        "UsageError", "combine", "convert", "dequantize", "export", "extract", "merge", "quantize",
+        "rescale", "unmerge",
     ]  # fmt: skip
     for name in lora_tools.__all__:
         assert getattr(lora_tools, name).__module__.startswith("lora_tools.")

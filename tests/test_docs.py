@@ -28,7 +28,7 @@ else:
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/cli.md", "docs/extract.md",
          "docs/layers.md", "docs/merge.md", "docs/formats.md", "docs/combine.md",
-         "docs/quantize.md", "docs/report.md"]  # fmt: skip
+         "docs/quantize.md", "docs/export.md", "docs/report.md"]  # fmt: skip
 FENCE = re.compile(
     r"(?:^<!-- (?P<mark>[\w:-]+) -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.M | re.S
 )

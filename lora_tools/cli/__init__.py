@@ -13,6 +13,7 @@ import click
 
 from lora_tools.cli.convert import combine, convert
 from lora_tools.cli.dequantize import dequantize
+from lora_tools.cli.export import export
 from lora_tools.cli.extract import extract
 from lora_tools.cli.groups import OrderedGroup
 from lora_tools.cli.merge import merge, unmerge
@@ -25,19 +26,19 @@ from lora_tools.errors import LoraToolsError
     cls=OrderedGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit codes: 0 done, 1 failed, 2 wrong invocation, 3 compared and found different "
-    "(--max-error). Documentation: README.md, docs/cli.md.",
+    "(--max-error, export). Documentation: README.md, docs/cli.md.",
 )
 @click.version_option(package_name="loratools", prog_name="loratools")
 def main() -> None:
-    """Surgery on model weights: extract, merge, unmerge, rescale, combine and convert LoRA
-    adapters, file to file.
+    """Surgery on model weights, file to file: LoRA adapters out of fine-tunes and into checkpoints,
+    four bits, ONNX.
 
     Each command has its own --help.
     """
 
 
 for command in (
-    extract, merge, unmerge, rescale, combine, convert, quantize, dequantize,
+    extract, merge, unmerge, rescale, combine, convert, quantize, dequantize, export,
 ):  # fmt: skip
     main.add_command(command)
 

@@ -184,6 +184,14 @@ def _totals(report: Report) -> Iterator[str]:
             f"of the adapters' change {t['delta_kept']:.1%} was kept, beside a rounding error of "
             f"{t['delta_error']:.2%} of its norm"
         )
+    if "graph_nodes" in t:
+        yield f"graph: {t['graph_nodes']} nodes, {size(t['graph_bytes'])}"
+    if "verified" in t:
+        line = f"greatest difference from torch {t['max_difference']:.2e} (relative "
+        line += f"{t['max_relative_difference']:.2e}) in {t['outputs_compared']} outputs"
+        if "tokens_generated" in t:
+            line += f"; {t['tokens_same']} of {t['tokens_generated']} generated tokens the same"
+        yield line
     if "sidecar_bytes" in t:
         yield f"sidecar: {size(t['sidecar_bytes'])}, {t['sidecar_share']:.2%} of the model"
     if t.get("exact"):

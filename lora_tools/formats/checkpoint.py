@@ -155,6 +155,15 @@ def ties_embeddings(config: Mapping[str, Any]) -> bool:
     return bool(config.get("tie_word_embeddings", inner.get("tie_word_embeddings", False)))
 
 
+def with_theta(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json that also gives ``rope_theta`` at the top: readers before transformers 5 look
+    for it there, and take 10000 where it is not."""
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        return {**config, "rope_theta": config.get("rope_theta", rope["rope_theta"])}
+    return dict(config)
+
+
 def open_checkpoint(source: str | Path, allow_pickle: bool = False) -> Checkpoint:
     """Open a folder, a bare file, or a hub id ``org/name[@revision]``.
 

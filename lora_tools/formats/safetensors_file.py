@@ -159,7 +159,8 @@ class SafetensorsFile:
             raise CheckpointError(f"{path}: {error.strerror or error}") from None
         self._view = memoryview(self._map)
 
-    def _extent(self, name: str) -> tuple[int, int]:
+    def extent(self, name: str) -> tuple[int, int]:
+        """Where in the file the tensor's bytes begin and end."""
         try:
             begin = self._start + self._offsets[name]
         except KeyError:
@@ -168,7 +169,7 @@ class SafetensorsFile:
 
     def raw(self, name: str) -> memoryview:
         """The tensor's bytes, without a copy."""
-        begin, end = self._extent(name)
+        begin, end = self.extent(name)
         return self._view[begin:end]
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -187,7 +188,7 @@ class SafetensorsFile:
 
         Reading them again is still possible.
         """
-        begin, end = self._extent(name)
+        begin, end = self.extent(name)
         end = end if stop is None else begin + stop
         begin = (begin + start) // _PAGE * _PAGE
         if end - begin >= _PAGE and hasattr(mmap, "MADV_DONTNEED"):

@@ -15,8 +15,9 @@ from lora_tools.formats.dtypes import parse_float_dtype
 from lora_tools.formats.output import check_destination, check_space, staged
 from lora_tools.records import Fate, Input, ProgressCallback, Report
 from lora_tools.verbs.common import tool_version
-from lora_tools.verbs.merge import changed_files, merge_tensor, out_specs
+from lora_tools.verbs.merge import changed_files, out_specs
 from lora_tools.verbs.merge_plan import MergePlan, plan_merge
+from lora_tools.verbs.merge_tensor import merge_tensor
 from lora_tools.verbs.plain_view import PlainView, plain_files, plain_view
 
 

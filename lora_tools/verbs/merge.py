@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import xxhash
-
-from lora_tools.errors import NonFiniteError, UsageError
+from lora_tools.errors import UsageError
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.checkpoint import Checkpoint, open_checkpoint
 from lora_tools.formats.checkpoint_writer import CheckpointWriter, Shard, lay_out, parse_size
@@ -24,21 +21,16 @@ from lora_tools.records import Input, ProgressCallback, Report, TensorSpec
 from lora_tools.verbs.common import tool_version
 from lora_tools.verbs.merge_plan import (
     MergePlan,
-    Target,
     adapter_digest,
-    build_effects,
     plan_merge,
 )
+from lora_tools.verbs.merge_tensor import merge_tensor, survival_totals
 from lora_tools.verbs.plain_view import PlainView, plain_files, plain_view
 from lora_tools.verbs.weighted import Weighted, open_weighted
 
 if TYPE_CHECKING:
-    import torch
-
-    from lora_tools.formats.sidecar import Listing, SidecarWriter
+    from lora_tools.formats.sidecar import SidecarWriter
     from lora_tools.linalg.merge import Survival
-
-_COPY_STEP = 8 << 20
 
 
 def merge(
@@ -62,7 +54,8 @@ def merge(
     Args:
         base: a checkpoint folder, a safetensors file or a hub id. One in four bits (bitsandbytes)
             is dequantized on the way, and the report states how much of the adapters was kept.
-        adapters: of any format that is read: ``path``, ``"path=weight"`` or ``(path, weight)``.
+        adapters: of any format that is read: ``path``, ``"path=weight"`` or ``(path, weight)``;
+            none is enough where ``dtype`` is given.
         dtype: of the output's float tensors; by default each keeps its own.
         shard_size: such as ``"5GB"``; by default the base's files again.
         reversible: write a sidecar by which ``unmerge`` gives the base back bit for bit.
@@ -86,7 +79,9 @@ def merge(
     if view is None and requantize:
         raise UsageError("--requantize needs a BASE in four bits (bitsandbytes)")
     checkpoint = view or checkpoint
-    weighted = open_weighted(adapters, allow_pickle, checkpoint)
+    weighted = []
+    if adapters or not dtype:
+        weighted = open_weighted(adapters, allow_pickle, checkpoint)
     destination = Path(out)
     if (
         reversible
@@ -235,140 +230,6 @@ def _merge(
         dataclasses.replace(i, digest=d) for i, d in zip(report.inputs, digests, strict=True)
     )
     return dataclasses.replace(report, inputs=inputs, totals=totals, notes=tuple(notes))
-
-
-@dataclasses.dataclass(frozen=True)
-class Merged:
-    """Hashes of one tensor before and after, and what undoes the change."""
-
-    base_hash: str
-    out_hash: str
-    listing: Listing | None = None
-    survival: Survival | None = None
-
-
-Write = Callable[[str, memoryview, int], None]
-
-
-def copy_tensor(source: Checkpoint, name: str, write: Write) -> str:
-    """Copy a tensor's bytes through; returns their hash."""
-    raw, state = source.raw(name), xxhash.xxh3_128()
-    for offset in range(0, raw.nbytes, _COPY_STEP):
-        chunk = raw[offset : offset + _COPY_STEP]
-        state.update(chunk)
-        write(name, chunk, offset)
-        source.release(name, offset, offset + chunk.nbytes)
-    return state.hexdigest()
-
-
-def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What a tensor is worked on in."""
-    from lora_tools.linalg.merge import working_dtype
-
-    return working_dtype(dtype)
-
-
-def as_matrix(tensor: torch.Tensor, target: Target) -> torch.Tensor:
-    """A tensor of any rank as the matrix (rows, cols) that it is worked on as, without a copy."""
-    return tensor.reshape(target.matrix(tuple(tensor.shape)))
-
-
-def merge_tensor(
-    target: Target,
-    base: Checkpoint,
-    spec: TensorSpec,
-    write: Write,
-    reversible: bool = False,
-    measured: bool = False,
-    stand_in: torch.Tensor | None = None,
-) -> Merged:
-    """Merge one tensor, writing it run by run, or copy it where nothing acts on it.
-
-    Args:
-        measured: find out how much of the change is left after rounding; ``stand_in`` (rows, cols)
-            is what was written, where that is not the rounded sum.
-    """
-    from lora_tools.formats.tensors import as_bytes
-    from lora_tools.linalg import reversible as codec
-    from lora_tools.linalg.lora import rows_per_run
-    from lora_tools.linalg.merge import Survival, TensorMerge
-
-    stored = base.specs[target.base_name]
-    if not target.parts and spec.dtype == stored.dtype and spec.name == target.base_name:
-        digest = copy_tensor(base, target.base_name, write)
-        return Merged(digest, digest)
-    base_hash = hashing.tensor_hash(base.raw(target.base_name))
-    dtype = torch_dtype(spec.dtype)
-    source = as_matrix(base.tensor(target.base_name), target)
-    working = working_dtype(source.dtype)
-
-    def read(start: int, stop: int) -> torch.Tensor:
-        return source[start:stop].to(working, copy=True)
-
-    effects = build_effects(target)
-    if spec.shape != stored.shape:  # saved whole with another vocabulary
-        source = as_matrix(
-            target.parts[0].weighted.adapter.tensor(str(target.parts[0].source)), target
-        )
-    shape = (source.shape[0], source.shape[1])
-    work = TensorMerge(effects, shape, read, working)
-    # An estimate in float64 keeps the listing of a float32 base short.
-    wide = work if dtype.itemsize < 4 else TensorMerge(
-        effects, shape, None, torch_dtype("F64"), work.norms)  # fmt: skip
-    state, runs, offset = xxhash.xxh3_128(), [], 0
-    survival = Survival() if measured and effects and spec.shape == stored.shape else None
-    step = rows_per_run(shape)
-    for start in range(0, shape[0], step):
-        stop = min(start + step, shape[0])
-        exact = work.forward(read(start, stop), start, stop)
-        merged = exact.to(dtype)
-        _check_finite(exact, merged, spec.name)
-        data = as_bytes(merged)
-        write(spec.name, data, offset)
-        state.update(data)
-        if survival is not None:
-            written = merged if stand_in is None else stand_in[start:stop]
-            survival.add(read(start, stop), exact, written)
-        if reversible:
-            slack = wide.slack(merged.to(wide.dtype), start, stop)
-            estimate = wide.estimate(merged.to(wide.dtype, copy=True), start, stop)
-            where = codec.listed(source[start:stop], estimate, slack)
-            runs.append(codec.encode(source[start:stop], merged, where))
-        offset += data.nbytes
-    base.release(target.base_name)
-    listing = _listing(runs, work.norms) if reversible else None
-    return Merged(base_hash, state.hexdigest(), listing, survival)
-
-
-def survival_totals(survivals: Sequence[Survival]) -> dict[str, float]:
-    """What all of them come to: the share of the change that was kept, and the error beside it."""
-    wanted = math.fsum(s.wanted for s in survivals)
-    if not wanted:
-        return {}
-    return {
-        "delta_kept": math.fsum(s.moved for s in survivals) / wanted,
-        "delta_error": math.sqrt(math.fsum(s.error for s in survivals) / wanted),
-    }
-
-
-def _listing(runs: list[tuple[bytes, bytes]], norms: Sequence[torch.Tensor]) -> Listing:
-    from lora_tools.formats.sidecar import Listing
-
-    return Listing(tuple(runs), tuple(norms))
-
-
-def _check_finite(exact: torch.Tensor, rounded: torch.Tensor, name: str) -> None:
-    import torch
-
-    if not exact.numel() or not rounded.is_floating_point():
-        return
-    low, high = torch.aminmax(exact)  # NaN propagates and fails both comparisons
-    limit = torch.finfo(rounded.dtype).max
-    if not (float(low) >= -limit and float(high) <= limit) and not rounded.isfinite().all():
-        raise NonFiniteError(
-            f"{name}: the merged tensor holds an inf or a NaN in {rounded.dtype}; check the base "
-            "and the adapter, or choose a wider --dtype"
-        )
 
 
 def changed_files(

@@ -30,8 +30,9 @@ from lora_tools.formats.dtypes import parse_float_dtype, torch_dtype
 from lora_tools.formats.output import check_destination, check_space, staged
 from lora_tools.records import Input, ProgressCallback, Report, TensorResult
 from lora_tools.verbs.common import name_filter, tool_version
-from lora_tools.verbs.merge import changed_files, merge_tensor, out_specs, shown
+from lora_tools.verbs.merge import changed_files, out_specs, shown
 from lora_tools.verbs.merge_plan import adapter_digest, plan_merge
+from lora_tools.verbs.merge_tensor import merge_tensor
 from lora_tools.verbs.quantize_plan import (
     Item,
     QuantizePlan,

@@ -12,8 +12,9 @@ from lora_tools.formats.bitsandbytes import STATE, quantized_tensor
 from lora_tools.formats.checkpoint_writer import CheckpointWriter, Shard
 from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.records import Fate, ProgressCallback, Report, TensorResult, TensorSpec
-from lora_tools.verbs.merge import changed_files, copy_tensor, merge_tensor, survival_totals
+from lora_tools.verbs.merge import changed_files
 from lora_tools.verbs.merge_plan import MergePlan, adapter_digest
+from lora_tools.verbs.merge_tensor import copy_tensor, merge_tensor, survival_totals
 from lora_tools.verbs.plain_view import PlainView
 from lora_tools.verbs.quantize import config_with, pack
 from lora_tools.verbs.quantize_plan import Item, QuantizePlan

@@ -22,7 +22,6 @@ from lora_tools.formats.sidecar import NAME as SIDECAR_NAME
 from lora_tools.formats.sidecar import Sidecar, sidecar_path
 from lora_tools.records import Fate, Input, ProgressCallback, Report, TensorSpec
 from lora_tools.verbs.common import tool_version
-from lora_tools.verbs.merge import Write, as_matrix, copy_tensor, working_dtype
 from lora_tools.verbs.merge_plan import (
     MergePlan,
     Outline,
@@ -31,6 +30,7 @@ from lora_tools.verbs.merge_plan import (
     build_effects,
     plan_merge,
 )
+from lora_tools.verbs.merge_tensor import Write, as_matrix, copy_tensor, working_dtype
 from lora_tools.verbs.weighted import Weighted, open_weighted
 
 if TYPE_CHECKING:

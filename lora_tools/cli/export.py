@@ -1,0 +1,75 @@
+"""``loratools export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lora_tools.cli import options
+from lora_tools.cli.groups import GroupedCommand, option
+from lora_tools.cli.options import OUTPUT
+from lora_tools.records import ProgressCallback, Report
+
+GRAPH, CHECK = "Graph", "Check"
+
+
+@click.command(
+    cls=GroupedCommand,
+    options_metavar="-o OUT [OPTIONS]",
+    short_help="Write CHECKPOINT as ONNX, checked against torch.",
+    epilog="Example: loratools export base --adapter style=0.7 -o onnx",
+)
+@click.argument("checkpoint", type=click.Path())
+@option(
+    "--adapter", "adapters", multiple=True, metavar="ADAPTER[=WEIGHT]", group="Adapters",
+    help="A PEFT adapter to merge in the same pass; may be given several times.",
+)  # fmt: skip
+@options.unmatched_option
+@option(
+    "--task", default="auto", show_default=True, group=GRAPH,
+    help="features, classification, token-classification, masked-lm, question-answering, "
+    "causal-lm, seq2seq, speech-seq2seq or image-classification; auto goes by config.json.",
+)  # fmt: skip
+@option("--no-cache", is_flag=True, group=GRAPH, help="A decoder without its key/value cache.")
+@option(
+    "--graph", type=click.Path(), metavar="MODEL.ONNX", group=GRAPH,
+    help="Use this graph, exported from another checkpoint of the same architecture, again.",
+)  # fmt: skip
+@option("--opset", type=int, default=20, show_default=True, group=GRAPH, help="ONNX's opset.")
+@option(
+    "--trust-remote-code", is_flag=True, group=GRAPH,
+    help="Run the modelling code that comes with the checkpoint.",
+)  # fmt: skip
+@options.out_option
+@options.dtype_option("each tensor keeps its own; the graph computes in float32")
+@option(
+    "--weights", type=click.Choice(["shared", "bundled"]), default="shared", show_default=True,
+    group=OUTPUT,
+    help="shared: the graph points into the output's safetensors files. bundled: one "
+    "external-data file in their place.",
+)  # fmt: skip
+@option(
+    "--atol", type=float, default=1e-5, show_default=True, group=CHECK,
+    help="Outputs may differ from torch's by this much",
+)  # fmt: skip
+@option(
+    "--rtol", type=float, default=1e-5, show_default=True, group=CHECK,
+    help="plus this share of their largest element; else the exit code is 3.",
+)  # fmt: skip
+@option("--no-verify", is_flag=True, group=CHECK, help="Do not run the graph.")
+@option(
+    "--keep-failed", is_flag=True, group=CHECK,
+    help="Leave an output that differs too much, as OUT.failed.",
+)  # fmt: skip
+@options.verb
+def export(checkpoint: str, out: Path, progress: ProgressCallback | None, **rest: Any) -> Report:
+    """Write CHECKPOINT's files and the ONNX graphs that run it, checked against torch.
+
+    CHECKPOINT is a Hugging Face folder or a hub id (org/name[@revision]); with --out the same
+    folder, only graphs are added to it. Needs: pip install 'loratools[onnx]'.
+    """
+    from lora_tools.verbs.export import export as work
+
+    return work(checkpoint, out, progress=progress, **rest)

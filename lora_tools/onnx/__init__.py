@@ -1,0 +1,1 @@
+"""ONNX graphs of checkpoints: traced without weights, tied to their files, checked."""

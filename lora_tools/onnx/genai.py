@@ -1,0 +1,70 @@
+"""``genai_config.json``: what onnxruntime-genai needs to know of a decoder's graph."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_tools.onnx.model import read_config
+
+if TYPE_CHECKING:
+    import onnx
+
+NAME = "genai_config.json"
+
+
+def genai_config(folder: Path, graph: onnx.GraphProto, trust_remote_code: bool = False) -> bytes:
+    """The file for a decoder with a cache, in the folder of a checkpoint."""
+    config = read_config(folder, trust_remote_code)
+    text = config.get_text_config(decoder=True)
+    path = folder / "generation_config.json"
+    generation: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
+    inputs = {value.name: _shape(value) for value in graph.input}
+    keys = [name for name in inputs if name.endswith(".key")]
+    _, heads, _, size = inputs[keys[0]]
+    names = {name: name for name in inputs if not name.startswith("past_key_values.")}
+    caches = {f"past_{k}_names": f"past_key_values.%d.{k[:-1]}" for k in ("keys", "values")}
+    kept = {f"present_{k}_names": f"present.%d.{k[:-1]}" for k in ("keys", "values")}
+    length = getattr(text, "max_position_embeddings", None) or 2048
+
+    def token(name: str) -> Any:
+        value = generation.get(name, getattr(text, name, None))
+        return value if value is not None else 0
+
+    body = {
+        "model": {
+            "type": config.model_type,
+            "vocab_size": _shape(graph.output[0])[-1],
+            "context_length": length,
+            "bos_token_id": token("bos_token_id"),
+            "eos_token_id": token("eos_token_id"),
+            "pad_token_id": _first(generation.get("pad_token_id"), token("eos_token_id")),
+            "decoder": {
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "filename": "model.onnx",
+                "head_size": size,
+                "hidden_size": text.hidden_size,
+                "num_attention_heads": text.num_attention_heads,
+                "num_hidden_layers": len(keys),
+                "num_key_value_heads": heads,
+                "inputs": {**names, **caches},
+                "outputs": {"logits": "logits", **kept},
+            },
+        },
+        "search": {
+            "do_sample": False, "early_stopping": True, "max_length": length, "min_length": 0,
+            "num_beams": 1, "num_return_sequences": 1, "past_present_share_buffer": False,
+            "repetition_penalty": 1.0, "temperature": 1.0, "top_k": 1, "top_p": 1.0,
+        },
+    }  # fmt: skip
+    return (json.dumps(body, indent=2) + "\n").encode()
+
+
+def _shape(value: onnx.ValueInfoProto) -> list[int]:
+    return [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+
+
+def _first(given: Any, otherwise: Any) -> Any:
+    value = otherwise if given is None else given
+    return value[0] if isinstance(value, list) else value

@@ -1,0 +1,190 @@
+"""The graphs of a checkpoint's folder: traced or used again, tied to weights, written, checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from lora_tools.errors import CheckpointError, MismatchError
+from lora_tools.formats.checkpoint import Checkpoint, open_checkpoint, with_theta
+from lora_tools.formats.output import write_synced
+from lora_tools.formats.tensors import as_bytes
+from lora_tools.onnx import genai
+from lora_tools.onnx.model import loaded
+from lora_tools.onnx.tasks import DECODER, Task
+from lora_tools.onnx.trace import trace
+from lora_tools.onnx.weights import (
+    BUNDLE,
+    Place,
+    attach,
+    bundle,
+    check_shapes,
+    detach,
+    places,
+    weights_of,
+)
+from lora_tools.records import TensorSpec
+
+_COPY_STEP = 8 << 20
+# Fields of config.json that say nothing of the graph.
+_ABOUT_FILES = {
+    "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version",
+    "bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id", "use_cache",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """What was written: files by name in the order in which they should appear, and figures."""
+
+    files: tuple[str, ...]
+    nodes: int
+    nbytes: int
+    cache: bool
+
+
+def build(
+    folder: Path,
+    task: Task,
+    *,
+    cache: bool,
+    weights: str,
+    graph: Path | None,
+    opset: int,
+    trust_remote_code: bool,
+) -> Built:
+    """Write a checkpoint's graphs into its folder.
+
+    Args:
+        graph: a graph, or its folder, to be used again instead of tracing.
+        weights: "shared" or "bundled".
+
+    Raises:
+        CheckpointError: the model cannot be traced.
+        MismatchError: ``graph`` is not one of this checkpoint's architecture.
+    """
+    checkpoint = open_checkpoint(folder)
+    converted: set[str] = set()
+    if graph is not None:
+        models = _again(graph, checkpoint, task)
+    else:
+        traced = trace(
+            folder, checkpoint.specs, task, cache=cache, opset=opset,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        models = {each.file: each.model for each in traced}
+        converted = {name for each in traced for name in each.converted}
+    names = {name for model in models.values() for name in weights_of(model)}
+    where = _places(folder, checkpoint, task, names, converted, weights, trust_remote_code)
+    extra = [BUNDLE] if any(place.file == BUNDLE for place in where.values()) else []
+    for file, model in models.items():
+        if not converted:
+            check_shapes(model, checkpoint.specs, file)
+        attach(model, where)
+        write_synced(folder / file, model.SerializeToString(deterministic=True))
+    first = next(iter(models.values()))
+    cached = any(value.name.startswith("past_key_values.") for value in first.graph.input)
+    if task.kind == DECODER and cached:
+        text = genai.genai_config(folder, first.graph, trust_remote_code)
+        (folder / genai.NAME).unlink(missing_ok=True)
+        write_synced(folder / genai.NAME, text)
+        extra.append(genai.NAME)
+    files = (*extra, *reversed(models))
+    return Built(
+        files, sum(len(model.graph.node) for model in models.values()),
+        sum((folder / file).stat().st_size for file in files), cached or len(models) > 1,
+    )  # fmt: skip
+
+
+def _places(
+    folder: Path,
+    checkpoint: Checkpoint,
+    task: Task,
+    names: set[str],
+    converted: set[str],
+    weights: str,
+    trust_remote_code: bool,
+) -> dict[str, Place]:
+    """Where each weight lies; writes the file of those that no file of the checkpoint holds."""
+    own = sorted(names - converted)
+    where = places(checkpoint, own) if weights == "shared" else {}
+    specs = (
+        [] if weights == "shared" else [checkpoint.specs[n] for n in own if n in checkpoint.specs]
+    )
+    state: dict[str, Any] = {}
+    if converted:
+        state = loaded(folder, task, trust_remote_code).state_dict()
+        specs += [TensorSpec(name, "F32", tuple(state[name].shape)) for name in sorted(converted)]
+
+    def read(name: str) -> Iterable[memoryview]:
+        if name in state and name in converted:
+            yield as_bytes(state[name])
+            return
+        raw = checkpoint.raw(name)
+        for start in range(0, raw.nbytes, _COPY_STEP):
+            yield raw[start : start + _COPY_STEP]
+            checkpoint.release(name, start, min(start + _COPY_STEP, raw.nbytes))
+
+    return where | (bundle(folder / BUNDLE, specs, read) if specs else {})
+
+
+def _again(graph: Path, checkpoint: Checkpoint, task: Task) -> dict[str, onnx.ModelProto]:
+    """Graphs of another checkpoint of the same architecture, bare."""
+    folder = graph if graph.is_dir() else graph.parent
+    _same_config(folder / "config.json", checkpoint)
+    models = {}
+    for file in task.files():
+        try:
+            model = onnx.load(folder / file, load_external_data=False)
+        except (OSError, ValueError, onnx.checker.ValidationError) as error:
+            raise CheckpointError(f"{folder / file}: cannot be read ({error})") from None
+        except Exception as error:  # protobuf's DecodeError is Exception's own child
+            raise CheckpointError(f"{folder / file}: not an ONNX model ({error})") from None
+        if model.producer_name != "loratools":
+            raise MismatchError(f"{folder / file}: made by {model.producer_name or 'another tool'}")
+        detach(model)
+        check_shapes(model, checkpoint.specs, file)
+        models[file] = model
+    return models
+
+
+def _same_config(path: Path, checkpoint: Checkpoint) -> None:
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read, and must fit the graph ({error})") from None
+    old, new = with_theta(config), with_theta(checkpoint.config)
+    for key in sorted({*old, *new} - _ABOUT_FILES):
+        if old.get(key) != new.get(key):
+            raise MismatchError(
+                f"{path.parent}: its graph is for {key} {old.get(key)!r}, and the checkpoint has "
+                f"{new.get(key)!r}; export without --graph"
+            )
+
+
+def check_model(path: Path, linked: bool) -> None:
+    """Run onnx's own checker over a graph. Raises CheckpointError.
+
+    Args:
+        linked: its weights are hard links, which the checker refuses: they are taken for inputs.
+    """
+    model: onnx.ModelProto | str = str(path)
+    if linked:
+        model = onnx.load(path, load_external_data=False)
+        for at in reversed(range(len(model.graph.initializer))):
+            weight = model.graph.initializer[at]
+            if weight.external_data:
+                model.graph.input.append(
+                    onnx.helper.make_tensor_value_info(weight.name, weight.data_type, weight.dims)
+                )
+                del model.graph.initializer[at]
+    try:
+        onnx.checker.check_model(model)
+    except onnx.checker.ValidationError as error:
+        text = " ".join(str(error).split())
+        raise CheckpointError(f"{path.name}: the onnx checker says: {text:.300}") from None

@@ -1,0 +1,259 @@
+"""From a model without weights to a graph whose weights are names: torch.export, then onnxscript.
+
+What comes out is *bare*: initializers that are weights have a checkpoint's name, type float32, a
+shape, and no data. Nothing of this machine stays in it, such as stack traces or paths.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import re
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+
+from lora_tools.errors import CheckpointError
+from lora_tools.formats.names import align
+from lora_tools.onnx.layers import NotRepeating, Stack, repeat, shorten
+from lora_tools.onnx.model import weightless, with_memory
+from lora_tools.onnx.parts import Part, parts
+from lora_tools.onnx.tasks import Task
+from lora_tools.records import TensorSpec
+
+OPSET = 20
+_INNER = "inner."
+
+
+@dataclasses.dataclass
+class Graph:
+    """A bare graph: weights are initializers named after the checkpoint's tensors, without data.
+
+    Attributes:
+        file: its name in the output.
+        model: the graph.
+        converted: weights that transformers forms from several tensors of the checkpoint (fused
+            experts), under the model's own names.
+    """
+
+    file: str
+    model: onnx.ModelProto
+    converted: tuple[str, ...]
+
+
+def trace(
+    folder: Path,
+    stored: Mapping[str, TensorSpec],
+    task: Task,
+    *,
+    cache: bool = True,
+    opset: int = OPSET,
+    trust_remote_code: bool = False,
+    whole: bool = False,
+) -> list[Graph]:
+    """The bare graphs of a checkpoint for a task.
+
+    Args:
+        folder: the checkpoint's; only ``config.json`` (and code, where it is trusted) is read.
+        stored: the checkpoint's tensors by name.
+        whole: trace every layer, even where they repeat.
+
+    Raises:
+        CheckpointError: transformers does not know the architecture, or an operator of it does not
+            export; the sentence names it.
+    """
+    model = weightless(folder, task, trust_remote_code)
+    names = _Names(model, stored)
+    stacks = [] if whole else shorten(model)
+    with_memory(model)
+    model.tie_weights()  # type: ignore[operator]
+    kept = {stack.total: stack.kept for stack in stacks}
+    try:
+        return [_export(part, stacks, names, opset) for part in parts(model, task, cache, kept)]
+    except NotRepeating:
+        return trace(
+            folder, stored, task, cache=cache, opset=opset, trust_remote_code=trust_remote_code,
+            whole=True,
+        )  # fmt: skip
+
+
+class _Names:
+    """The model's names for its weights → the checkpoint's."""
+
+    def __init__(self, model: torch.nn.Module, stored: Mapping[str, TensorSpec]) -> None:
+        state: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
+        self.key: dict[str, str] = {}
+        self.shape = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        mapping, _ = align(list(state), list(stored))
+        first: dict[int, str] = {}  # tied weights are stored under one name, whichever that is
+        for name, tensor in state.items():
+            key = mapping[name]
+            if key in stored and stored[key].shape == tuple(tensor.shape):
+                self.key[name] = key
+                first.setdefault(id(tensor), key)
+        for name, tensor in state.items():
+            if name not in self.key and id(tensor) in first:
+                self.key[name] = first[id(tensor)]
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        self.converted = {name for name in parameters if name not in self.key}
+
+
+def _export(part: Part, stacks: list[Stack], names: _Names, opset: int) -> Graph:
+    dynamic = {
+        name: dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for name, axes in part.axes.items()
+    }
+    with torch.no_grad(), _silence():
+        try:
+            program = torch.export.export(
+                part.module,
+                tuple(value.clone() for value in part.args.values()),
+                dynamic_shapes=(tuple(dynamic[name] for name in part.args),),
+                strict=False,
+            )
+            exported = torch.onnx.export(
+                program, dynamo=True, optimize=False, verbose=False, opset_version=opset,
+                input_names=list(part.args), output_names=list(part.outputs),
+            )  # fmt: skip
+        except Exception as error:  # whatever the model's own code, torch or onnxscript raises
+            raise CheckpointError(f"{part.file}: {_reason(error)}") from error
+    assert exported is not None
+    model, buffers = _without_weights(exported.model, names, part.axes)
+    for stack in stacks:
+        scope = f"'{_INNER}{stack.prefix}.0"
+        if any(scope in e.value for node in model.graph.node for e in node.metadata_props):
+            repeat(model, stack, buffers)
+    _name_dimensions(model.graph, part)
+    _strip(model)
+    return Graph(part.file, model, _name_weights(model.graph, names))
+
+
+def _without_weights(
+    model: Any, names: _Names, axes: Mapping[str, Mapping[int, str]]
+) -> tuple[onnx.ModelProto, dict[str, bytes]]:
+    """The graph with weights by name only, and the contents of its other initializers."""
+    from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
+
+    _measure_alike(model.graph, axes)
+    CommonSubexpressionEliminationPass()(model)
+    RemoveUnusedNodesPass()(model)
+    buffers: dict[str, bytes] = {}
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        plain = name.removeprefix(_INNER)
+        if plain in names.key or plain in names.converted:
+            value.const_value = ir.ExternalTensor(
+                "bare", 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name, base_dir=""
+            )
+        else:
+            buffers[name] = tensor.tobytes()
+    return ir.to_proto(model), buffers
+
+
+def _measure_alike(graph: Any, axes: Mapping[str, Mapping[int, str]]) -> None:
+    """Take a dimension that several inputs share from the first of them, so that layers do not
+    differ in whose past they measure."""
+    inputs = {value.name: value for value in graph.inputs}
+    first: dict[str, tuple[Any, int]] = {}
+    for name, named in axes.items():
+        for at, axis in named.items():
+            first.setdefault(axis, (inputs[name], at))
+    for node in graph:
+        start, end = node.attributes.get("start"), node.attributes.get("end")
+        if node.op_type != "Shape" or start is None or end is None:
+            continue
+        measured = axes.get(node.inputs[0].name, {}).get(start.as_int())
+        if measured is not None and end.as_int() == start.as_int() + 1:
+            value, at = first[measured]
+            node.replace_input_with(0, value)
+            node.attributes["start"] = ir.AttrInt64("start", at)
+            node.attributes["end"] = ir.AttrInt64("end", at + 1)
+
+
+def _name_weights(graph: onnx.GraphProto, names: _Names) -> tuple[str, ...]:
+    """Give weights the checkpoint's names, tied ones the same. Returns the converted ones.
+
+    Weights of layers that were put in by copying have no initializer yet.
+    """
+    like = {i.name.removeprefix(_INNER): i for i in graph.initializer}
+    used: dict[str, str] = {}  # the model's name → the checkpoint's
+    for node in graph.node:
+        for i, value in enumerate(node.input):
+            plain = value.removeprefix(_INNER)
+            if value.startswith(_INNER) and (plain in names.key or plain in names.converted):
+                used[plain] = names.key.get(plain, plain)
+                node.input[i] = used[plain]
+    others = [i for n, i in like.items() if n not in names.key and n not in names.converted]
+    made = {key: _bare(key, names.shape[plain]) for plain, key in used.items()}
+    del graph.initializer[:]
+    graph.initializer.extend([*others, *(made[key] for key in sorted(made))])
+    return tuple(sorted(plain for plain in used if plain in names.converted))
+
+
+def _bare(name: str, shape: tuple[int, ...]) -> onnx.TensorProto:
+    return onnx.TensorProto(name=name, dims=shape, data_type=onnx.TensorProto.FLOAT)
+
+
+def _name_dimensions(graph: onnx.GraphProto, part: Part) -> None:
+    """torch's symbols (s53) → the names of the axes (sequence), in the outputs' sums as well."""
+    symbols: dict[str, str] = {}
+    for value in graph.input:
+        for at, name in part.axes.get(_like_traced(value.name, part), {}).items():
+            symbols[value.type.tensor_type.shape.dim[at].dim_param] = name
+    for value in (*graph.input, *graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.HasField("dim_param"):
+                dim.dim_param = re.sub(r"\w+", lambda m: symbols.get(m[0], m[0]), dim.dim_param)
+
+
+def _like_traced(name: str, part: Part) -> str:
+    """An input that was traced; that of a repeated layer is like the first layer's."""
+    return name if name in part.args else re.sub(r"\.\d+\.", ".0.", name, count=1)
+
+
+def _strip(model: onnx.ModelProto) -> None:
+    """Leave out what only this run knows: stack traces, paths, torch's symbols of inner values."""
+    graph = model.graph
+    del graph.value_info[:]
+    del model.metadata_props[:]
+    del graph.metadata_props[:]
+    model.doc_string = graph.doc_string = ""
+    model.producer_name, model.producer_version = "loratools", ""
+    graph.name = "main"
+    for item in (*graph.node, *graph.input, *graph.output, *graph.initializer):
+        item.doc_string = ""
+        del item.metadata_props[:]
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """torch and transformers warn of their own code and of packages that are not needed."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _reason(error: BaseException) -> str:
+    """One line: the innermost cause, and the module and line of the model it came from."""
+    while (error.__cause__ or error.__context__) is not None and error.__cause__ is not error:
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    where = ""
+    for frame in traceback.extract_tb(error.__traceback__):
+        if "/transformers/models/" in frame.filename:
+            where = f" in {Path(frame.filename).stem}, {frame.name}"
+    text = " ".join((str(error) or type(error).__name__).split())
+    return f"cannot be traced by torch.export{where}: {text:.400}"

@@ -1,0 +1,156 @@
+"""Where a graph's weights lie: in the checkpoint's own files, or in one file made for them.
+
+ONNX external data is a file beside the model, an offset and a length, which is just what a
+safetensors header says of a tensor. A weight that is stored in another dtype than the float32 in
+which the graph computes gets a Cast node, named after it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import onnx
+
+from lora_tools.errors import CheckpointError, MismatchError
+from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.formats.safetensors_file import SafetensorsFile
+from lora_tools.records import TensorSpec
+
+BUNDLE = "model.onnx_data"
+_ALIGNMENT = 4096  # the external data of onnx: pages, so that a runtime can map it
+_TYPES = {
+    "F32": onnx.TensorProto.FLOAT, "F16": onnx.TensorProto.FLOAT16,
+    "BF16": onnx.TensorProto.BFLOAT16, "F64": onnx.TensorProto.DOUBLE,
+}  # fmt: skip
+_CAST, _CASTED = "cast:", ".float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A tensor's bytes: a file beside the graph, where they begin there, and what they are."""
+
+    file: str
+    offset: int
+    spec: TensorSpec
+
+
+def weights_of(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the initializers whose data is not in the graph."""
+    return {
+        i.name: tuple(i.dims)
+        for i in model.graph.initializer
+        if not i.HasField("raw_data") and (i.external_data or i.data_type == _TYPES["F32"])
+        and not i.float_data
+    }  # fmt: skip
+
+
+def places(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Place]:
+    """Where the checkpoint's own files hold these tensors.
+
+    Raises:
+        CheckpointError: they are pickles.
+    """
+    found: dict[str, Place] = {}
+    wanted = set(names)
+    for file in checkpoint.files:
+        if not isinstance(file, SafetensorsFile):
+            raise CheckpointError(
+                f"{file.path}: a pickle, into which no graph can point; use --weights bundled"
+            )
+        for name in wanted & file.specs.keys():
+            found[name] = Place(file.path.name, file.extent(name)[0], file.specs[name])
+    return found
+
+
+def bundle(
+    path: Path, specs: Iterable[TensorSpec], read: Callable[[str], Iterable[memoryview]]
+) -> dict[str, Place]:
+    """Write tensors one after the other into a new file, each at a page's start; sync it.
+
+    Args:
+        read: yields a tensor's bytes in pieces.
+    """
+    made: dict[str, Place] = {}
+    with path.open("xb") as file:
+        for spec in specs:
+            file.seek(-file.tell() % _ALIGNMENT, os.SEEK_CUR)
+            made[spec.name] = Place(path.name, file.tell(), spec)
+            for piece in read(spec.name):
+                file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    return made
+
+
+def bundle_size(specs: Iterable[TensorSpec]) -> int:
+    """Bytes that ``bundle`` writes, at most."""
+    return sum(spec.nbytes + _ALIGNMENT for spec in specs)
+
+
+def attach(model: onnx.ModelProto, where: Mapping[str, Place]) -> None:
+    """Point every weight of a bare graph to its bytes, with a Cast where they are not float32."""
+    casts: dict[str, str] = {}
+    for initializer in model.graph.initializer:
+        place = where.get(initializer.name)
+        if place is None:
+            continue
+        initializer.data_type = _TYPES[place.spec.dtype]
+        initializer.data_location = onnx.TensorProto.EXTERNAL
+        del initializer.external_data[:]
+        for key, value in (
+            ("location", place.file), ("offset", place.offset), ("length", place.spec.nbytes)
+        ):  # fmt: skip
+            initializer.external_data.add(key=key, value=str(value))
+        if place.spec.dtype != "F32":
+            casts[initializer.name] = initializer.name + _CASTED
+    _rename(model.graph, casts)
+    nodes = [
+        onnx.helper.make_node("Cast", [name], [casted], name=_CAST + name, to=_TYPES["F32"])
+        for name, casted in sorted(casts.items())
+    ]
+    rest = list(model.graph.node)
+    del model.graph.node[:]
+    model.graph.node.extend([*nodes, *rest])
+
+
+def detach(model: onnx.ModelProto) -> None:
+    """Make a graph bare again: the reverse of ``attach``."""
+    casts = {}
+    kept = []
+    for node in model.graph.node:
+        if node.op_type == "Cast" and node.name.startswith(_CAST):
+            casts[node.output[0]] = node.input[0]
+        else:
+            kept.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+    _rename(model.graph, casts)
+    for initializer in model.graph.initializer:
+        if initializer.external_data:
+            del initializer.external_data[:]
+            initializer.ClearField("data_location")
+            initializer.data_type = _TYPES["F32"]
+
+
+def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
+    for node in graph.node:
+        for i, value in enumerate(node.input):
+            if value in names:
+                node.input[i] = names[value]
+
+
+def check_shapes(model: onnx.ModelProto, stored: Mapping[str, TensorSpec], source: str) -> None:
+    """That a graph's weights are the checkpoint's tensors. Raises MismatchError naming one."""
+    for name, shape in weights_of(model).items():
+        spec = stored.get(name)
+        if spec is None:
+            raise MismatchError(f"{name}: a weight of {source} which the checkpoint does not hold")
+        if spec.shape != shape:
+            raise MismatchError(
+                f"{name}: {list(shape)} in {source}, the checkpoint's is {list(spec.shape)}"
+            )
+        if spec.dtype not in _TYPES:
+            raise MismatchError(f"{name}: stored as {spec.dtype}, which no graph computes with")

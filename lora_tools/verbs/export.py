@@ -1,0 +1,287 @@
+"""``export``: a checkpoint, or a base and its adapters merged in the same pass, as ONNX graphs."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lora_tools.errors import CheckpointError, QualityGateError, UsageError
+from lora_tools.formats.checkpoint import Checkpoint, open_checkpoint, with_theta
+from lora_tools.formats.output import (
+    check_destination,
+    check_space,
+    copy_synced,
+    staged,
+    write_synced,
+)
+from lora_tools.onnx.tasks import Task, task_of
+from lora_tools.records import Fate, Input, ProgressCallback, Report
+from lora_tools.verbs.common import tool_version
+from lora_tools.verbs.merge import merge
+
+if TYPE_CHECKING:
+    from lora_tools.onnx.check import Check
+    from lora_tools.onnx.graphs import Built
+
+_NEEDED = ("onnx", "onnxscript", "onnxruntime", "transformers", "accelerate")
+
+
+def export(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    adapters: Sequence[str | Path | tuple[str | Path, float]] = (),
+    task: str = "auto",
+    no_cache: bool = False,
+    dtype: str | None = None,
+    weights: Literal["shared", "bundled"] = "shared",
+    graph: str | Path | None = None,
+    opset: int = 20,
+    atol: float = 1e-5,
+    rtol: float = 1e-5,
+    no_verify: bool = False,
+    keep_failed: bool = False,
+    trust_remote_code: bool = False,
+    allow_unmatched: bool = False,
+    jobs: int | None = None,
+    allow_pickle: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: ProgressCallback | None = None,
+) -> Report:
+    """Write to ``out`` a folder with the checkpoint's files and the ONNX graphs that run it.
+
+    Args:
+        checkpoint: a checkpoint folder or a hub id; with ``out`` the same folder only the graphs
+            are added to it.
+        adapters: PEFT adapters to merge first, as for ``merge``.
+        task: ``auto`` goes by the architecture that ``config.json`` names.
+        no_cache: export a decoder without its key/value cache.
+        dtype: in which the weights are stored; the graph computes in float32 in any case.
+        weights: ``shared`` points into the safetensors files of ``out``; ``bundled`` writes one
+            external-data file in their place.
+        graph: a graph (or its folder) exported from another checkpoint of the same architecture,
+            to be used again instead of tracing.
+        opset: of ONNX.
+        atol, rtol: outputs may differ from torch's by atol + rtol times their largest element.
+        no_verify: do not run the graphs.
+        keep_failed: leave an output that differs too much, under the name ``out`` + ``.failed``.
+        trust_remote_code: run code that comes with the checkpoint.
+        dry_run: return the plan; read headers only and write nothing.
+
+    Raises:
+        QualityGateError: the outputs differ by more than allowed, or generate other tokens.
+        LoraToolsError: any other of the tree; the destination is untouched then.
+    """
+    started = time.perf_counter()
+    source = open_checkpoint(checkpoint, allow_pickle)
+    if not source.is_folder or not source.config:
+        raise CheckpointError(f"{source.path}: a folder with a config.json is needed to export")
+    chosen = task_of(source.config, task)
+    _check_call(weights, opset, atol, rtol)
+    destination = Path(out)
+    in_place = destination.exists() and destination.resolve() == source.path.resolve()
+    merging = bool(adapters or dtype)
+    if in_place and merging:
+        raise UsageError("--adapter and --dtype change the weights: choose another output")
+
+    def merged(where: Path, dry: bool) -> Report:
+        return merge(
+            checkpoint, adapters, where, dtype=dtype, allow_unmatched=allow_unmatched, jobs=jobs,
+            allow_pickle=allow_pickle, dry_run=dry, progress=progress,
+        )  # fmt: skip
+
+    plan = merged(destination, True) if merging else _copying(source, checkpoint, out, in_place)
+    report = _as_export(plan, chosen, dry_run)
+    if dry_run:
+        return dataclasses.replace(report, seconds=time.perf_counter() - started)
+    _check_installed()
+
+    def work(folder: Path) -> Report:
+        from lora_tools.onnx import graphs
+
+        built = graphs.build(
+            folder, chosen, cache=not no_cache, weights=weights,
+            graph=Path(graph) if graph else None, opset=opset, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        for file in chosen.files():
+            graphs.check_model(folder / file, linked=in_place)
+        check = None
+        if not no_verify:
+            from lora_tools.engine import one_torch_thread
+            from lora_tools.onnx.check import compare
+
+            with one_torch_thread():
+                check = compare(
+                    folder, chosen, built.cache, atol=atol, rtol=rtol,
+                    trust_remote_code=trust_remote_code,
+                )  # fmt: skip
+        return _measured(report, built, check)
+
+    if in_place:
+        report = _add_to(destination, chosen, force, (atol, rtol), work)
+    else:
+        inputs = [source.path, *(Path(str(a[0] if isinstance(a, tuple) else a)) for a in adapters)]
+        failed = destination.with_name(destination.name + ".failed")
+        check_destination(destination, inputs, force)
+        if keep_failed:
+            check_destination(failed, inputs, force)
+        check_space(destination, plan.totals["bytes"] * (2 if weights == "bundled" else 1))
+        with staged(destination) as staging:
+            folder = staging / "out"
+            if merging:
+                report = _with_digests(report, merged(folder, False))
+            else:
+                _copy(source, folder)
+            _name_theta(folder / "config.json")
+            report = work(folder)
+            if weights == "bundled":
+                _drop_weights(folder)
+            try:
+                _gate(report, atol, rtol)
+            except QualityGateError:
+                if keep_failed:
+                    folder.rename(failed)
+                raise
+    return dataclasses.replace(report, seconds=time.perf_counter() - started)
+
+
+def _check_call(weights: str, opset: int, atol: float, rtol: float) -> None:
+    if weights not in ("shared", "bundled"):
+        raise UsageError(f"--weights {weights!r}: shared or bundled is needed")
+    if not 18 <= opset <= 22:
+        raise UsageError(f"--opset {opset}: 18 to 22 is needed")
+    if not (atol >= 0 and rtol >= 0):
+        raise UsageError("--atol and --rtol: numbers from 0 on are needed")
+
+
+def _check_installed() -> None:
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"export needs {', '.join(missing)}: install them with pip install 'loratools[onnx]'"
+        )
+
+
+def _copying(source: Checkpoint, given: str | Path, out: str | Path, in_place: bool) -> Report:
+    """The plan where no weight changes."""
+    action = "keep" if in_place else "copy"
+    return Report(
+        "export", tool_version(), (Input("base", str(given)),), str(out), True,
+        tuple(Fate(s.name, action, "", s.nbytes) for s in source.specs.values()),
+        totals={"bytes": 0 if in_place else sum(f.path.stat().st_size for f in source.files)},
+    )  # fmt: skip
+
+
+def _as_export(plan: Report, task: Task, dry_run: bool) -> Report:
+    graphs = tuple(Fate(file, "graph", task.name) for file in task.files())
+    return dataclasses.replace(
+        plan, verb="export", plan=(*plan.plan, *graphs), dry_run=dry_run, seconds=0.0
+    )
+
+
+def _with_digests(report: Report, merged: Report) -> Report:
+    return dataclasses.replace(
+        report, inputs=merged.inputs, notes=merged.notes, totals=merged.totals
+    )
+
+
+def _measured(report: Report, built: Built, check: Check | None) -> Report:
+    totals: dict[str, Any] = {
+        **report.totals, "graph_bytes": built.nbytes, "graph_nodes": built.nodes,
+    }  # fmt: skip
+    notes = report.notes
+    if check is None:
+        notes = (*notes, "not verified: the graph was not run")
+    else:
+        totals |= {
+            "verified": not check.failed, "outputs_compared": check.compared,
+            "max_difference": check.absolute, "max_relative_difference": check.relative,
+            "worst_output": check.worst,
+        }  # fmt: skip
+        if check.tokens:
+            totals |= {"tokens_generated": check.tokens, "tokens_same": check.same_tokens}
+    return dataclasses.replace(report, totals=totals, notes=notes)
+
+
+def _gate(report: Report, atol: float, rtol: float) -> None:
+    t = report.totals
+    if t.get("verified", True):
+        return
+    tokens = ""
+    if t.get("tokens_same") != t.get("tokens_generated"):
+        tokens = (
+            f", and {t['tokens_same']} of {t['tokens_generated']} generated tokens are the same"
+        )
+    raise QualityGateError(
+        f"{t['worst_output']} differs from torch by {t['max_difference']:.3g} (relative "
+        f"{t['max_relative_difference']:.3g}; allowed: {atol:g} + {rtol:g} of the largest element)"
+        f"{tokens}. --keep-failed leaves the output for a look at it",
+        report,
+    )
+
+
+def _copy(source: Checkpoint, folder: Path) -> None:
+    """The checkpoint's files into a new folder."""
+    folder.mkdir()
+    travel, _ = source.companions()
+    names = [file.path.relative_to(source.path) for file in source.files] + travel
+    if source.index_name:
+        names.append(Path(source.index_name))
+    for name in names:
+        copy_synced(source.path / name, folder / name)
+
+
+def _name_theta(path: Path) -> None:
+    """Readers before transformers 5 look for rope_theta at the top, and else take 10000."""
+    config = json.loads(path.read_bytes())
+    named = with_theta(config)
+    if named != config:
+        path.unlink()
+        write_synced(path, (json.dumps(named, indent=2) + "\n").encode())
+
+
+def _drop_weights(folder: Path) -> None:
+    """The safetensors files that a bundle took the place of."""
+    checkpoint = open_checkpoint(folder)
+    for file in checkpoint.files:
+        file.path.unlink()
+    if checkpoint.index_name:
+        (folder / checkpoint.index_name).unlink()
+
+
+def _add_to(
+    destination: Path,
+    task: Task,
+    force: bool,
+    allowed: tuple[float, float],
+    work: Callable[[Path], Report],
+) -> Report:
+    """Put graphs into the checkpoint's own folder; nothing else in it changes.
+
+    They are made and checked in a hidden folder inside, where hard links stand for the weights.
+    """
+    main = task.files()[0]
+    taken = [file for file in task.files() if (destination / file).exists()]
+    if taken and not force:
+        raise UsageError(f"{destination / taken[0]} already exists; pass --force to replace it")
+    with staged(destination / main) as staging:
+        folder = staging / "work"
+        folder.mkdir()
+        for path in destination.iterdir():
+            if path.is_file() and path.suffix not in (".onnx", ".onnx_data"):
+                os.link(path.resolve(), folder / path.name)
+        before = {path.name for path in folder.iterdir()}
+        report = work(folder)
+        _gate(report, *allowed)
+        made = {p.name for p in folder.iterdir()} - before - {main}
+        for name in sorted(made):
+            (folder / name).replace(destination / name)
+        (folder / main).rename(staging / "out")
+    return report
