@@ -211,6 +211,7 @@ def test_every_field_of_the_report_is_documented(record: str) -> None:
     assert first_column(section(record)) == fields
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch.export
 def test_every_total_and_action_is_documented(pair: Path, tmp_path: Path) -> None:
     base, tuned, out = pair / "base", pair / "tuned", tmp_path
     options: list[dict[str, Any]] = [
@@ -226,6 +227,8 @@ def test_every_total_and_action_is_documented(pair: Path, tmp_path: Path) -> Non
         lora_tools.rescale(pair / "adapter", out / "s", scale=2),
         lora_tools.rescale(pair / "adapter", out / "n", rank=1),
         lora_tools.rescale(pair / "adapter", out / "n", rank=1, dry_run=True),
+        lora_tools.export(base, out / "e"),
+        lora_tools.export(base, out / "f", adapters=[pair / "other"], graph=out / "e"),
     ]
     rows = [line for line in section("totals").splitlines() if line.startswith("| `")]
     verbs = {key: row.split("|")[2] for row in rows for key in first_column(row)}
@@ -235,7 +238,7 @@ def test_every_total_and_action_is_documented(pair: Path, tmp_path: Path) -> Non
             seen.setdefault(key, set()).add(report.verb)
     assert set(verbs) == set(seen)
     for key, by in seen.items():
-        named = set(re.findall(r"extract|merge|unmerge|rescale", verbs[key].split("but")[0]))
+        named = set(re.findall(r"extract|merge|unmerge|rescale|export", verbs[key].split("but")[0]))
         assert named == by or "all" in verbs[key], key
     actions = {fate.action for report in reports for fate in report.plan}
     documented = set(re.findall(r"`([^`]+)`", section("Fate")))
