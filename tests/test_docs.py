@@ -227,6 +227,7 @@ def test_every_field_of_the_report_is_documented(record: str) -> None:
     assert first_column(section(record)) == fields
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch.export
 def test_every_total_and_action_is_documented(pair: Path, tmp_path: Path) -> None:
     base, tuned, out = pair / "base", pair / "tuned", tmp_path
     options: list[dict[str, Any]] = [
@@ -251,6 +252,8 @@ def test_every_total_and_action_is_documented(pair: Path, tmp_path: Path) -> Non
         lora_tools.dequantize(out / "q", out / "d"),
         lora_tools.merge(out / "q", [pair / "adapter"], out / "mq"),
         lora_tools.merge(out / "q", [pair / "adapter"], out / "rq", requantize=True),
+        lora_tools.export(base, out / "e"),
+        lora_tools.export(base, out / "f", adapters=[pair / "other"], graph=out / "e"),
     ]
     rows = [line for line in section("totals").splitlines() if line.startswith("| `")]
     verbs = {key: row.split("|")[2] for row in rows for key in first_column(row)}
@@ -260,7 +263,7 @@ def test_every_total_and_action_is_documented(pair: Path, tmp_path: Path) -> Non
             seen.setdefault(key, set()).add(report.verb)
     assert set(verbs) == set(seen)
     for key, by in seen.items():
-        words = r"extract|merge|unmerge|rescale|combine|convert|dequantize|quantize"
+        words = r"extract|merge|unmerge|rescale|combine|convert|dequantize|quantize|export"
         named = set(re.findall(words, verbs[key].split("but")[0]))
         assert named == by or "all" in verbs[key], key
     actions = {fate.action for report in reports for fate in report.plan}
