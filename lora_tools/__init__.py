@@ -27,13 +27,26 @@ if TYPE_CHECKING:
         UnsupportedAdapter,
         UsageError,
     )
-    from lora_tools.records import Fate, Input, ModuleResult, Progress, Report, TensorSpec
+    from lora_tools.records import (
+        Fate,
+        Input,
+        ModuleResult,
+        ModuleSpectrum,
+        Progress,
+        Report,
+        TensorFacts,
+        TensorSpec,
+    )
+    from lora_tools.verbs.collect_stats import collect_stats
     from lora_tools.verbs.combine import combine
     from lora_tools.verbs.convert import convert
+    from lora_tools.verbs.diff import diff
     from lora_tools.verbs.extract import extract
+    from lora_tools.verbs.inspect import inspect
     from lora_tools.verbs.merge import merge
     from lora_tools.verbs.rescale import rescale
     from lora_tools.verbs.unmerge import unmerge
+    from lora_tools.verbs.verify import verify
 
 _HOMES = {
     "errors": (
@@ -41,13 +54,20 @@ _HOMES = {
         "OutputError", "QualityGateError", "TensorNotFound", "UnsafeInput", "UnsupportedAdapter",
         "UsageError",
     ),
-    "records": ("Fate", "Input", "ModuleResult", "Progress", "Report", "TensorSpec"),
+    "records": (
+        "Fate", "Input", "ModuleResult", "ModuleSpectrum", "Progress", "Report", "TensorFacts",
+        "TensorSpec",
+    ),
+    "verbs.collect_stats": ("collect_stats",),
+    "verbs.diff": ("diff",),
     "verbs.combine": ("combine",),
     "verbs.convert": ("convert",),
     "verbs.extract": ("extract",),
+    "verbs.inspect": ("inspect",),
     "verbs.merge": ("merge",),
     "verbs.rescale": ("rescale",),
     "verbs.unmerge": ("unmerge",),
+    "verbs.verify": ("verify",),
 }  # fmt: skip
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -59,22 +79,28 @@ __all__ = [
     "LoraToolsError",
     "MismatchError",
     "ModuleResult",
+    "ModuleSpectrum",
     "NonFiniteError",
     "OutputError",
     "Progress",
     "QualityGateError",
     "Report",
+    "TensorFacts",
     "TensorNotFound",
     "TensorSpec",
     "UnsafeInput",
     "UnsupportedAdapter",
     "UsageError",
+    "collect_stats",
     "combine",
     "convert",
+    "diff",
     "extract",
+    "inspect",
     "merge",
     "rescale",
     "unmerge",
+    "verify",
 ]
 
 

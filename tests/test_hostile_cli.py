@@ -40,6 +40,14 @@ COMMANDS = {
     "prune": ["combine", "adapter", "-o", "out", "--method", "ties", "--density", "0.5"],
     "convert": ["convert", "adapter", "-o", "out", "--to", "diffusers"],
 }
+WRITING = tuple(COMMANDS)
+COMMANDS |= {
+    "inspect": ["inspect", "base"],
+    "inspect adapter": ["inspect", "adapter"],
+    "diff": ["diff", "base", "tuned"],
+    "verify merged": ["verify", "merged", "--base", "base", "--adapter", "adapter"],
+    "verify adapter": ["verify", "adapter", "--base", "base", "--tuned", "tuned"],
+}
 # Each folder that a command reads.
 READS = [
     (name, given)
@@ -122,7 +130,7 @@ def test_the_sound_inputs_pass(name, work, capfd):
     """Else no test below shows anything."""
     assert run(COMMANDS[name]) == 0
     assert "Error" not in capfd.readouterr().err
-    assert Path("out").is_dir()
+    assert Path("out").is_dir() == (name in WRITING)
     assert not [p for p in Path().iterdir() if p.name.startswith(".")]
 
 
@@ -295,6 +303,8 @@ def test_an_adapter_as_a_checkpoint_and_a_checkpoint_as_an_adapter(work, refused
         ("subtract", "merged", Q), ("subtract", "adapter", B),
         ("rescale", "adapter", A), ("rescale", "adapter", B), ("resize", "adapter", A),
         ("combine", "adapter", A), ("prune", "adapter", B), ("convert", "adapter", A),
+        ("diff", "base", Q), ("diff", "tuned", Q), ("diff", "tuned", NORM),
+        ("verify adapter", "tuned", Q), ("verify adapter", "adapter", A),
     ],
 )  # fmt: skip
 def test_no_number(name, folder, tensor, dtype, value, work, refused):

@@ -16,6 +16,9 @@ from lora_tools.cli.extract import extract
 from lora_tools.cli.groups import OrderedGroup
 from lora_tools.cli.merge import merge, unmerge
 from lora_tools.cli.rescale import rescale
+from lora_tools.cli.see import diff, inspect
+from lora_tools.cli.stats import collect_stats
+from lora_tools.cli.verify import verify
 from lora_tools.errors import LoraToolsError
 
 
@@ -23,18 +26,20 @@ from lora_tools.errors import LoraToolsError
     cls=OrderedGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit codes: 0 done, 1 failed, 2 wrong invocation, 3 compared and found different "
-    "(--max-error). Documentation: README.md, docs/cli.md.",
+    "(verify, --max-error). Documentation: README.md, docs/cli.md.",
 )
 @click.version_option(package_name="loratools", prog_name="loratools")
 def main() -> None:
-    """Surgery on model weights: extract, merge, unmerge, rescale, combine and convert LoRA
-    adapters, file to file.
+    """Surgery on model weights, file to file: extract, merge, unmerge, rescale, combine and convert
+    LoRA adapters; look at files, compare and verify them.
 
     Each command has its own --help.
     """
 
 
-for command in (extract, merge, unmerge, rescale, combine, convert):
+for command in (
+    extract, merge, unmerge, rescale, combine, convert, inspect, diff, verify, collect_stats,
+):  # fmt: skip
     main.add_command(command)
 
 

@@ -21,6 +21,8 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
 
 
 _INDEX = "model.safetensors.index.json"
+# Metadata that says how a file was made: it does not pass to what is made of the file.
+PROVENANCE = ("loratools", "command", "base_digest", "tuned_digest", "adapter_digests")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +64,14 @@ def lay_out(
     Tensors that ``source`` does not hold go into the last file. With ``shard_size`` each file holds
     up to that many bytes of tensors (a larger tensor has one for itself).
     """
-    metadata = {"format": "pt", **source.files[0].metadata}
+    given = [_passed_on(file.metadata) for file in source.files]
+    metadata = {"format": "pt", **given[0]}
     if shard_size is None:
         groups = [[specs[name] for name in file.specs if name in specs] for file in source.files]
         held = {spec.name for group in groups for spec in group}
         groups[-1] += [spec for name, spec in specs.items() if name not in held]
         names = [safetensors_name(file.path) for file in source.files]
-        metadatas: Sequence[Mapping[str, str]] = [f.metadata or metadata for f in source.files]
+        metadatas: Sequence[Mapping[str, str]] = [each or metadata for each in given]
         return [
             Shard(name, tuple(group), meta)
             for name, group, meta in zip(names, groups, metadatas, strict=True)
@@ -87,6 +90,10 @@ def lay_out(
         Shard(f"model-{i:05}-of-{len(groups):05}.safetensors", tuple(group), metadata)
         for i, group in enumerate(groups, 1)
     ]
+
+
+def _passed_on(metadata: Mapping[str, str]) -> dict[str, str]:
+    return {key: value for key, value in metadata.items() if key not in PROVENANCE}
 
 
 class CheckpointWriter:
@@ -116,6 +123,11 @@ class CheckpointWriter:
     def write(self, name: str, data: memoryview, offset: int = 0) -> None:
         """Bytes of one tensor from ``offset`` on; from any thread."""
         self._home[name].write(name, data, offset)
+
+    def seal(self, metadata: Mapping[str, str]) -> None:
+        """Fill in metadata that was not known at the start and takes the same room."""
+        for writer, shard in zip(self._writers, self._shards, strict=True):
+            writer.seal({**shard.metadata, **metadata})
 
     def finish(
         self,

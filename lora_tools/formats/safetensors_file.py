@@ -239,7 +239,7 @@ class SafetensorsWriter:
         body: bytes | None = None,
     ) -> None:
         specs = list(specs)
-        self.path = path
+        self.path, self._specs = path, specs
         header, self._offsets, self.size = encode_header(specs, metadata, body)
         self._missing = {spec.name: spec.nbytes for spec in specs if spec.nbytes}
         self._unsynced = 0
@@ -261,6 +261,13 @@ class SafetensorsWriter:
             # Starts the disk working now, so that the sync at the end finds little left to do.
             self._unsynced = 0
             os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def seal(self, metadata: Mapping[str, str]) -> None:
+        """Write the header anew, with metadata that was not known at the start and takes the same
+        room."""
+        header, offsets, _ = encode_header(self._specs, metadata)
+        assert offsets == self._offsets, "the data lies where it lies"
+        _write_all(self._fd, header, 0)
 
     def close(self) -> None:
         """Sync and close. Raises OutputError naming a tensor that was not written whole."""
@@ -308,10 +315,10 @@ class SafetensorsSpool:
         self._end = 0
         self._at: dict[str, tuple[TensorSpec, int]] = {}
 
-    def add(self, spec: TensorSpec, data: memoryview) -> None:
+    def add(self, spec: TensorSpec, data: memoryview, replace: bool = False) -> None:
         """Append one tensor's bytes. Not for use from several threads."""
         assert data.nbytes == spec.nbytes
-        assert spec.name not in self._at
+        assert replace or spec.name not in self._at
         _write_all(self._fd, data, self._end)
         self._at[spec.name] = (spec, self._end)
         self._end += data.nbytes
@@ -326,6 +333,22 @@ class SafetensorsSpool:
     def specs(self) -> tuple[TensorSpec, ...]:
         """What was added, sorted by name."""
         return tuple(self._at[name][0] for name in sorted(self._at))
+
+    def read(self, name: str) -> tuple[TensorSpec, bytearray]:
+        """A tensor that was added, and its bytes; from any thread."""
+        spec, start = self._at[name]
+        data = bytearray(spec.nbytes)
+        view, position = memoryview(data), 0
+        while position < spec.nbytes:
+            position += os.preadv(self._fd, [view[position:]], start + position)
+        return spec, data
+
+    def spec(self, name: str) -> TensorSpec:
+        """Dtype and shape of a tensor that was added."""
+        return self._at[name][0]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._at
 
     def finish(self, path: Path, metadata: Mapping[str, str] | None = None) -> None:
         """Write the file, synced, and drop the scratch space."""

@@ -20,7 +20,7 @@ from lora_tools.formats.output import check_destination, check_space, staged
 from lora_tools.formats.safetensors_file import encode_header
 from lora_tools.formats.sidecar import NAME as SIDECAR_NAME
 from lora_tools.records import Input, ProgressCallback, Report, TensorSpec
-from lora_tools.verbs.common import tool_version
+from lora_tools.verbs.common import check_bases, command_of, tool_version
 from lora_tools.verbs.merge_plan import (
     MergePlan,
     Target,
@@ -47,6 +47,7 @@ def merge(
     shard_size: str | None = None,
     reversible: bool = False,
     allow_unmatched: bool = False,
+    allow_other_base: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     force: bool = False,
@@ -62,6 +63,7 @@ def merge(
         shard_size: such as ``"5GB"``; by default the base's files again.
         reversible: write a sidecar by which ``unmerge`` gives the base back bit for bit.
         allow_unmatched: leave out adapter keys that match no tensor instead of refusing.
+        allow_other_base: merge an adapter whose metadata names another base.
         dry_run: return the plan; read headers only and write nothing.
 
     The sum is formed in float32 (float64 for float64 tensors) and rounded once.
@@ -69,6 +71,7 @@ def merge(
     Raises:
         LoraToolsError: any of the tree; the destination is untouched then.
     """
+    command = command_of(merge, locals())
     started = time.perf_counter()
     wanted = parse_float_dtype(dtype) if dtype else None
     limit = parse_size(shard_size) if shard_size else None
@@ -86,12 +89,22 @@ def merge(
     plan = plan_merge(checkpoint, weighted, allow_unmatched)
     if reversible:
         _refuse_resized(plan, checkpoint)
-    shards = lay_out(checkpoint, _out_specs(plan, wanted), limit)
+    digests = [adapter_digest(w.adapter) for w in weighted] if not dry_run else []
+    made = {
+        "loratools": tool_version(), "command": command, "base_digest": hashing.BLANK,
+        "adapter_digests": " ".join(
+            f"{digest}={w.weight:g}" for digest, w in zip(digests, weighted, strict=False)
+        ),
+    }  # fmt: skip
+    shards = [
+        dataclasses.replace(shard, metadata={**shard.metadata, **made})
+        for shard in lay_out(checkpoint, _out_specs(plan, wanted), limit)
+    ]
     nbytes = sum(shard.nbytes for shard in shards)
     inputs = [Input("base", str(base)), *(Input("adapter", _shown(w)) for w in weighted)]
     report = Report(
         "merge", tool_version(), tuple(inputs), str(out), dry_run, plan.fates(),
-        totals={"bytes": nbytes}, notes=plan.notes,
+        totals={"bytes": nbytes}, notes=plan.notes, command=command,
     )  # fmt: skip
     if not dry_run:
         paths = [checkpoint.path, *(w.adapter.path for w in weighted)]
@@ -103,7 +116,7 @@ def merge(
         with staged(destination) as staging:
             report = _merge(
                 report, checkpoint, weighted, plan, shards, staging / "out", reversible, jobs,
-                progress,
+                progress, digests, allow_other_base,
             )  # fmt: skip
         if force and not checkpoint.is_folder and not reversible:
             beside.unlink(missing_ok=True)  # that of the file replaced
@@ -143,6 +156,8 @@ def _merge(
     reversible: bool,
     jobs: int | None,
     progress: ProgressCallback | None,
+    adapter_digests: Sequence[str],
+    allow_other_base: bool,
 ) -> Report:
     from lora_tools import engine
     from lora_tools.formats.sidecar import SidecarWriter
@@ -172,12 +187,14 @@ def _merge(
                     base_hashes[target.base_name] = result.base_hash
                     if sidecar is not None and result.listing is not None:
                         sidecar.add(target.base_name, result.listing)
+            digests = [hashing.digest(base.specs.values(), base_hashes), *adapter_digests]
+            if not allow_other_base:
+                check_bases(((w.path, w.adapter.file.metadata) for w in adapters), digests[0])
+            writer.seal({"base_digest": digests[0]})
             changed = _changed_files(base, plan, specs)
             left = writer.finish(
                 base, base.index_name if len(shards) > 1 else None, changed, (SIDECAR_NAME,)
             )
-        digests = [hashing.digest(base.specs.values(), base_hashes)]
-        digests += [adapter_digest(w.adapter) for w in adapters]
         totals = {
             **report.totals,
             "tensors_merged": sum(bool(t.parts) for t in plan.targets) + len(plan.untied),
