@@ -318,7 +318,8 @@ def test_exit_codes(work, capfd):
     printed, said = capfd.readouterr()
     assert json.loads(printed)["totals"]["same"] is False
     assert "Error: not base + adapter" in said
-    for wrong in (["--base", base], ["--adapter", adapter], ["--base", base, "--tuned", base],
+    assert run(["verify", merged, "--base", base, "--tuned", base]) == 1  # no adapter
+    for wrong in (["--base", base], ["--adapter", adapter],
                   ["--base", base, "--adapter", adapter, "--max-error", "1"]):  # fmt: skip
         assert run(["verify", merged, *wrong]) == 2
 
