@@ -163,6 +163,10 @@ SPOILT_FILES: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("what", SPOILT_FILES)
 @pytest.mark.parametrize(("name", "folder"), READS)
 def test_spoilt_weights(name, folder, what, work, refused):
+    if what == "no tensors" and (name, folder) in (
+        ("inspect", "base"), ("verify merged", "merged"),
+    ):  # fmt: skip
+        pytest.skip("nothing wrong with it to look at; and nothing that was merged is exit code 3")
     SPOILT_FILES[what](weights_of(folder))
     said = refused(COMMANDS[name])
     if what not in ("no tensors", "gone"):
@@ -303,7 +307,7 @@ def test_an_adapter_as_a_checkpoint_and_a_checkpoint_as_an_adapter(work, refused
         ("subtract", "merged", Q), ("subtract", "adapter", B),
         ("rescale", "adapter", A), ("rescale", "adapter", B), ("resize", "adapter", A),
         ("combine", "adapter", A), ("prune", "adapter", B), ("convert", "adapter", A),
-        ("diff", "base", Q), ("diff", "tuned", Q), ("diff", "tuned", NORM),
+        ("diff", "base", Q), ("diff", "tuned", Q), ("diff", "tuned", EMBED),
         ("verify adapter", "tuned", Q), ("verify adapter", "adapter", A),
     ],
 )  # fmt: skip
@@ -464,7 +468,7 @@ def test_another_adapter_than_was_merged(work, refused):
 # ----------------------------------------------------------------------------------- destinations
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", WRITING)
 def test_destinations(name, work, refused):
     inputs = [word for word in COMMANDS[name] if Path(word).is_dir()]
     command = COMMANDS[name]
