@@ -149,7 +149,7 @@ class Report:
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
     spectra: tuple[ModuleSpectrum, ...] = ()
-    tensors: tuple[TensorFacts, ...] = ()
+    stored: tuple[TensorFacts, ...] = ()
     command: str = ""
 
     def to_dict(self) -> dict[str, Any]:

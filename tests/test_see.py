@@ -50,7 +50,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_inspect_a_checkpoint(work):
     report = lora_tools.inspect(work / "base")
     stored = models.tensors(work / "base")
-    assert [t.tensor for t in report.tensors] == list(load_file(work / "base/model.safetensors"))
+    assert [t.tensor for t in report.stored] == list(load_file(work / "base/model.safetensors"))
     assert report.totals["kind"] == "checkpoint"
     assert report.totals["architectures"] == ["LlamaForCausalLM"]
     assert report.totals["numbers"] == sum(t.numel() for t in stored.values())

@@ -81,7 +81,7 @@ def show(report: Report, *, verbose: bool, written: bool) -> None:
         _modules(console, report, verbose)
     if report.spectra:
         tables.spectra(console, report, None if verbose else _MOST_ROWS)
-    if report.tensors:
+    if report.stored:
         tables.tensors(console, report, None if verbose else _MOST_ROWS)
     if verbose or report.dry_run:
         _fates(console, report)

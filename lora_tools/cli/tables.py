@@ -51,10 +51,10 @@ def tensors(console: Console, report: Report, most: int | None) -> None:
     if report.spectra and most is not None:
         return
     table = _table("tensor", "dtype", "shape", "bytes", "hash")
-    for t in report.tensors[:most]:
+    for t in report.stored[:most]:
         table.add_row(t.tensor, t.dtype, "x".join(map(str, t.shape)), str(t.nbytes), t.hash)
     console.print(table)
-    _left_out(console, len(report.tensors), most, "tensors")
+    _left_out(console, len(report.stored), most, "tensors")
 
 
 def _left_out(console: Console, count: int, most: int | None, what: str) -> None:

@@ -57,7 +57,7 @@ def inspect(
     allow_pickle: bool = False,
     progress: ProgressCallback | None = None,
 ) -> Report:
-    """Say what a file or folder is: in the report's ``tensors`` each stored tensor, in ``spectra``
+    """Say what a file or folder is: in the report's ``stored`` each stored tensor, in ``spectra``
     an adapter's modules, in ``totals`` what kind of thing it is, and oddities in ``notes``.
 
     Args:
@@ -87,7 +87,7 @@ def inspect(
     }  # fmt: skip
     report = Report(
         "inspect", tool_version(), (Input("path", str(path), hashing.digest(specs, hashes)),), "",
-        False, (), spectra=spectra, tensors=tuple(tensors), totals=totals,
+        False, (), spectra=spectra, stored=tuple(tensors), totals=totals,
         notes=(*thing.notes, *_oddities(tensors, spectra)),
     )  # fmt: skip
     if target is not None:
