@@ -31,20 +31,26 @@ if TYPE_CHECKING:
         Fate,
         Input,
         ModuleResult,
+        ModuleSpectrum,
         Progress,
         Report,
+        TensorFacts,
         TensorResult,
         TensorSpec,
     )
+    from lora_tools.verbs.collect_stats import collect_stats
     from lora_tools.verbs.combine import combine
     from lora_tools.verbs.convert import convert
     from lora_tools.verbs.dequantize import dequantize
+    from lora_tools.verbs.diff import diff
     from lora_tools.verbs.export import export
     from lora_tools.verbs.extract import extract
+    from lora_tools.verbs.inspect import inspect
     from lora_tools.verbs.merge import merge
     from lora_tools.verbs.quantize import quantize
     from lora_tools.verbs.rescale import rescale
     from lora_tools.verbs.unmerge import unmerge
+    from lora_tools.verbs.verify import verify
 
 _HOMES = {
     "errors": (
@@ -53,17 +59,22 @@ _HOMES = {
         "UsageError",
     ),
     "records": (
-        "Fate", "Input", "ModuleResult", "Progress", "Report", "TensorResult", "TensorSpec",
+        "Fate", "Input", "ModuleResult", "ModuleSpectrum", "Progress", "Report", "TensorFacts",
+        "TensorResult", "TensorSpec",
     ),
+    "verbs.collect_stats": ("collect_stats",),
+    "verbs.diff": ("diff",),
     "verbs.combine": ("combine",),
     "verbs.convert": ("convert",),
     "verbs.dequantize": ("dequantize",),
     "verbs.export": ("export",),
     "verbs.extract": ("extract",),
+    "verbs.inspect": ("inspect",),
     "verbs.merge": ("merge",),
     "verbs.quantize": ("quantize",),
     "verbs.rescale": ("rescale",),
     "verbs.unmerge": ("unmerge",),
+    "verbs.verify": ("verify",),
 }  # fmt: skip
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -75,26 +86,32 @@ __all__ = [
     "LoraToolsError",
     "MismatchError",
     "ModuleResult",
+    "ModuleSpectrum",
     "NonFiniteError",
     "OutputError",
     "Progress",
     "QualityGateError",
     "Report",
+    "TensorFacts",
     "TensorNotFound",
     "TensorResult",
     "TensorSpec",
     "UnsafeInput",
     "UnsupportedAdapter",
     "UsageError",
+    "collect_stats",
     "combine",
     "convert",
     "dequantize",
+    "diff",
     "export",
     "extract",
+    "inspect",
     "merge",
     "quantize",
     "rescale",
     "unmerge",
+    "verify",
 ]
 
 

@@ -40,10 +40,19 @@ def default_jobs() -> int:
 @contextlib.contextmanager
 def one_torch_thread() -> Iterator[None]:
     """torch at one thread per operation within, as it was before without."""
+    with torch_threads(1):
+        yield
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """torch at that many threads per operation within. Raises UsageError below 1."""
     import torch
 
+    if count < 1:
+        raise UsageError(f"--jobs {count}: at least 1 is needed")
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         with torch.no_grad():
             yield

@@ -64,6 +64,8 @@ class ModuleResult:
         delta_norm: ‖Δ‖_F.
         relative_change: ‖Δ‖_F / ‖W_base‖_F.
         method: how the factorisation was found ("krylov", "gram", "dense", "resize").
+        weighted_error: ‖(Δ − s·B·A)R^½‖_F / ‖ΔR^½‖_F of the factors as written, R the second
+            moment of the module's inputs; NaN where no activations were given.
     """
 
     module: str
@@ -76,6 +78,51 @@ class ModuleResult:
     delta_norm: float
     relative_change: float
     method: str
+    weighted_error: float = math.nan
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModuleSpectrum:
+    """What one module's change looks like: tuned − base, or an adapter's own s·B·A.
+
+    Attributes:
+        norm: ‖Δ‖_F.
+        relative_change: ‖Δ‖_F / ‖W_base‖_F; NaN without a base.
+        stable_rank: ‖Δ‖²_F / σ₁².
+        energy: the share of ‖Δ‖²_F in the leading 8, 16, 32 and 64 directions.
+        noise_floor: the singular value that rounding of the stored weights can reach; NaN for an
+            adapter, which is not a difference of stored weights.
+        rank: an adapter's rank. Of a change, the recommended one: what holds 90 % of the energy,
+            or stands above the noise floor, whichever is less; None where it is above 64.
+        spectrum: the leading singular values, 64 at most.
+        alpha, scaling: of an adapter's module; else NaN.
+    """
+
+    module: str
+    layout: str
+    shape: tuple[int, ...]
+    norm: float
+    relative_change: float
+    stable_rank: float
+    energy: dict[str, float]
+    noise_floor: float
+    rank: int | None
+    spectrum: tuple[float, ...]
+    alpha: float = math.nan
+    scaling: float = math.nan
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TensorFacts:
+    """One stored tensor; ``hash`` is the XXH3-128 of its bytes, ``oddities`` what is unusual."""
+
+    tensor: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    file: str
+    hash: str
+    oddities: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -121,6 +168,9 @@ class Report:
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
     tensors: tuple[TensorResult, ...] = ()
+    spectra: tuple[ModuleSpectrum, ...] = ()
+    stored: tuple[TensorFacts, ...] = ()
+    command: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON types."""

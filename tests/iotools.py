@@ -71,6 +71,18 @@ def checkpoint(folder: Path, tensors: Mapping[str, torch.Tensor], shards: int = 
     return folder
 
 
+def tokenizer(folder: Path, vocabulary: int) -> None:
+    """A tokenizer of the words w0, w1, …, as transformers loads it."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(vocabulary)}, unk_token="w0"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
+
+
 def write_index(folder: Path, weight_map: Any) -> Path:
     """A shard index."""
     path = folder / "model.safetensors.index.json"

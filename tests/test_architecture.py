@@ -29,7 +29,10 @@ BELOW = {
     "nn": {"adapters", "verbs", "formats", "linalg", "records", "errors", "torch"},
     "verbs": {
         "adapters", "engine", "formats", "linalg", "onnx", "records", "errors", "torch", "xxhash",
+        "calibration", "plots",
     },
+    "calibration": {"records", "errors", "torch", "transformers"},
+    "plots": {"records", "errors", "matplotlib"},
     "onnx": {
         "engine", "formats", "linalg", "records", "errors", "torch", "onnx", "onnxscript",
         "onnxruntime", "onnx_ir", "transformers", "accelerate", "numpy",
@@ -66,6 +69,7 @@ HEAVY = {
     "onnx",
     "gguf",
     "onnxruntime",
+    "matplotlib",
 }
 # Modules that work with tensors all along, which only a running verb imports.
 NUMERIC = {
@@ -74,12 +78,13 @@ NUMERIC = {
     "nn/__init__.py", "nn/attach.py", "nn/layers.py",
     "onnx/check.py", "onnx/graphs.py", "onnx/model.py", "onnx/parts.py", "onnx/trace.py",
     "onnx/weights.py",
+    "linalg/noise.py", "linalg/weighting.py", "linalg/compare.py",
 }  # fmt: skip
 
 
 VERBS = (
     "extract", "merge", "unmerge", "rescale", "combine", "convert", "quantize", "dequantize",
-    "export",
+    "export", "inspect", "diff", "verify", "collect_stats",
 )  # fmt: skip
 
 
@@ -158,10 +163,11 @@ def test_files_stay_short(path: Path) -> None:
 def test_exported_names() -> None:
     assert lora_tools.__all__ == [
         "AdapterError", "CheckpointError", "Fate", "Input", "LoraToolsError", "MismatchError",
-        "ModuleResult", "NonFiniteError", "OutputError", "Progress", "QualityGateError", "Report",
-        "TensorNotFound", "TensorResult", "TensorSpec", "UnsafeInput", "UnsupportedAdapter",
-        "UsageError", "combine", "convert", "dequantize", "export", "extract", "merge", "quantize",
-        "rescale", "unmerge",
+        "ModuleResult", "ModuleSpectrum", "NonFiniteError", "OutputError", "Progress",
+        "QualityGateError", "Report", "TensorFacts", "TensorNotFound", "TensorResult", "TensorSpec",
+        "UnsafeInput", "UnsupportedAdapter", "UsageError", "collect_stats", "combine", "convert",
+        "dequantize", "diff", "export", "extract", "inspect", "merge", "quantize", "rescale",
+        "unmerge", "verify",
     ]  # fmt: skip
     for name in lora_tools.__all__:
         assert getattr(lora_tools, name).__module__.startswith("lora_tools.")
@@ -208,7 +214,7 @@ def test_every_verb_is_a_command_with_the_same_options() -> None:
     renamed = {"report_file", "as_json", "quiet", "verbose", "help"}  # the command line's own
     for name in VERBS:
         parameters = inspect.signature(getattr(lora_tools, name)).parameters
-        command = {p.name for p in main.commands[name].params} - renamed
+        command = {p.name for p in main.commands[name.replace("_", "-")].params} - renamed
         assert command == set(parameters) - {"progress"}, name
 
 
@@ -217,7 +223,7 @@ def test_choices_are_those_of_the_verbs() -> None:
     from lora_tools.formats.consumers import CONSUMERS
 
     for name, command in main.commands.items():
-        verb = getattr(lora_tools, name, None)
+        verb = getattr(lora_tools, name.replace("-", "_"), None)
         for option in command.params:
             if verb is None or not isinstance(option.type, click.Choice):
                 continue
@@ -232,9 +238,12 @@ def test_choices_are_those_of_the_verbs() -> None:
 
 def test_defaults_are_those_of_the_verbs() -> None:
     for name in VERBS:
-        command, parameters = main.commands[name], inspect.signature(getattr(lora_tools, name))
+        command = main.commands[name.replace("_", "-")]
+        parameters = inspect.signature(getattr(lora_tools, name))
         needed = sum(isinstance(p, click.Argument) for p in command.params)
-        arguments = [*["x"] * needed, "-o", "out", *(["--to", "mlx"] if name == "convert" else [])]
+        writes = any(p.name == "out" for p in command.params)
+        arguments = [*["x"] * needed, *(["-o", "out"] if writes else [])]
+        arguments += ["--to", "mlx"] if name == "convert" else []
         # With main's settings: click keeps the --help option of a command's first context for ever.
         given = command.make_context(name, arguments, **main.context_settings).params
         for parameter in parameters.parameters.values():
@@ -273,7 +282,8 @@ RUN = "from lora_tools.cli import run; run({!r})"
             ["convert", "a", "-o", "b", "--to", "zip"],
             ["quantize", "--help"],
             ["extract", "base"], ["extract", "a", "b", "-o", "c", "--rank", "x"], ["nonsense"],
-            ["extract", "no/such@", "b", "-o", "c"],
+            ["extract", "no/such@", "b", "-o", "c"], ["diff", "a"], ["inspect", "no/such@"],
+            ["verify", "x"], ["collect-stats", "--help"],
         )),
     ],
 )  # fmt: skip

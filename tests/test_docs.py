@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 
 import lora_tools
 
-from . import models
+from . import iotools, models
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -28,7 +28,8 @@ else:
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/cli.md", "docs/extract.md",
          "docs/layers.md", "docs/merge.md", "docs/formats.md", "docs/combine.md",
-         "docs/quantize.md", "docs/export.md", "docs/report.md"]  # fmt: skip
+         "docs/quantize.md", "docs/export.md", "docs/report.md", "docs/ranks.md", "docs/diff.md",
+         "docs/verify.md"]  # fmt: skip
 FENCE = re.compile(
     r"(?:^<!-- (?P<mark>[\w:-]+) -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.M | re.S
 )
@@ -58,6 +59,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lora_tools.extract(*sides, folder / "adapter", rank=4)
     lora_tools.extract(*sides, folder / "other", rank=2, rest="skip", embeddings="skip")
     lora_tools.extract(*sides, folder / "attention", rank=3, rest="skip", include=["self_attn"])
+    shutil.copytree(folder / "base", folder / "words")
+    iotools.tokenizer(folder / "words", models.VOCAB)
+    (folder / "words.txt").write_text("w1 w2 w3 w4 w5 w6")
     return folder
 
 
@@ -180,7 +184,8 @@ def test_constraints_pin_what_is_asked_for() -> None:
     )
     pins = {name.lower().replace("_", "-"): version for name, version in pins.items()}
     assert pins["torch"] == "2.13.0", "other versions of torch bring gigabytes of CUDA"
-    for text in [*project["dependencies"], *project["optional-dependencies"]["test"]]:
+    extras = project["optional-dependencies"].values()
+    for text in [*project["dependencies"], *(text for extra in extras for text in extra)]:
         wanted = Requirement(text)
         pinned = pins[wanted.name.lower().replace("_", "-")]
         assert wanted.specifier.contains(pinned), f"{text}, pinned to {pinned}"
@@ -221,10 +226,19 @@ def first_column(text: str) -> list[str]:
     return [word for row in rows for word in re.findall(r"`(\w+)`", row)]
 
 
-@pytest.mark.parametrize("record", ["Report", "Input", "Fate", "ModuleResult", "TensorResult"])
+@pytest.mark.parametrize(
+    "record",
+    ["Report", "Input", "Fate", "ModuleResult", "ModuleSpectrum", "TensorFacts", "TensorResult"],
+)
 def test_every_field_of_the_report_is_documented(record: str) -> None:
     fields = [field.name for field in dataclasses.fields(getattr(lora_tools, record))]
     assert first_column(section(record)) == fields
+
+
+VERBS = (
+    "extract", "merge", "unmerge", "rescale", "combine", "convert", "dequantize", "quantize",
+    "export", "inspect", "diff", "verify", "collect-stats",
+)  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.export
@@ -254,6 +268,14 @@ def test_every_total_and_action_is_documented(pair: Path, tmp_path: Path) -> Non
         lora_tools.merge(out / "q", [pair / "adapter"], out / "rq", requantize=True),
         lora_tools.export(base, out / "e"),
         lora_tools.export(base, out / "f", adapters=[pair / "other"], graph=out / "e"),
+        lora_tools.diff(base, tuned),
+        lora_tools.inspect(base),
+        lora_tools.inspect(pair / "adapter"),
+        lora_tools.inspect(out / "r" / "loratools-unmerge.sidecar"),
+        lora_tools.verify(out / "m", base=base, adapters=[pair / "adapter"]),
+        lora_tools.verify(pair / "other", base=base, tuned=tuned),
+        lora_tools.collect_stats(pair / "words", pair / "words.txt", out / "st", length=4),
+        lora_tools.collect_stats(pair / "words", pair / "words.txt", out / "s2", dry_run=True),
     ]
     rows = [line for line in section("totals").splitlines() if line.startswith("| `")]
     verbs = {key: row.split("|")[2] for row in rows for key in first_column(row)}
@@ -263,8 +285,7 @@ def test_every_total_and_action_is_documented(pair: Path, tmp_path: Path) -> Non
             seen.setdefault(key, set()).add(report.verb)
     assert set(verbs) == set(seen)
     for key, by in seen.items():
-        words = r"extract|merge|unmerge|rescale|combine|convert|dequantize|quantize|export"
-        named = set(re.findall(words, verbs[key].split("but")[0]))
+        named = set(re.findall("|".join(VERBS), verbs[key].split("but")[0]))
         assert named == by or "all" in verbs[key], key
     actions = {fate.action for report in reports for fate in report.plan}
     documented = set(re.findall(r"`([^`]+)`", section("Fate")))

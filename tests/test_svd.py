@@ -11,6 +11,7 @@ from lora_tools.linalg.ranks import POLICIES, RankRule, Spectrum
 from lora_tools.linalg.svd import (
     HALF_LOSS,
     TruncatedSVD,
+    Wanted,
     _gram,
     iterates,
     missing_energy,
@@ -108,7 +109,7 @@ def test_what_the_gram_matrix_loses():
     )
     sigma = 10.0 ** -torch.linspace(0, 6, 100).double()
     A = ((U * sigma) @ V.T).float()
-    svd = _gram(A, RankRule("rank", 80), sum_of_squares(A), 0.0)
+    svd = _gram(A, Wanted(RankRule("rank", 80), Spectrum(A[:0, 0], sum_of_squares(A), True)))
     true = torch.linalg.svdvals(A.double())
     assert svd.rank == 80  # σ_80 is 1.5e-5 of the first
     assert torch.allclose(svd.S, true[:80], rtol=1e-3)

@@ -19,6 +19,9 @@ from lora_tools.cli.groups import OrderedGroup
 from lora_tools.cli.merge import merge, unmerge
 from lora_tools.cli.quantize import quantize
 from lora_tools.cli.rescale import rescale
+from lora_tools.cli.see import diff, inspect
+from lora_tools.cli.stats import collect_stats
+from lora_tools.cli.verify import verify
 from lora_tools.errors import LoraToolsError
 
 
@@ -26,19 +29,20 @@ from lora_tools.errors import LoraToolsError
     cls=OrderedGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit codes: 0 done, 1 failed, 2 wrong invocation, 3 compared and found different "
-    "(--max-error, export). Documentation: README.md, docs/cli.md.",
+    "(verify, export, --max-error). Documentation: README.md, docs/cli.md.",
 )
 @click.version_option(package_name="loratools", prog_name="loratools")
 def main() -> None:
     """Surgery on model weights, file to file: LoRA adapters out of fine-tunes and into checkpoints,
-    four bits, ONNX.
+    four bits, ONNX; and what a file is, what changed, whether it is right.
 
     Each command has its own --help.
     """
 
 
 for command in (
-    extract, merge, unmerge, rescale, combine, convert, quantize, dequantize, export,
+    extract, merge, unmerge, rescale, combine, convert, quantize, dequantize, export, inspect, diff,
+    verify, collect_stats,
 ):  # fmt: skip
     main.add_command(command)
 

@@ -12,7 +12,7 @@ from lora_tools.cli.groups import GroupedCommand, option
 from lora_tools.cli.options import ADAPTER, TENSORS
 from lora_tools.records import ProgressCallback, Report
 
-_SVD = "Decomposition"
+_SVD = options.DECOMPOSITION
 
 
 @click.command(
@@ -23,9 +23,22 @@ _SVD = "Decomposition"
 )
 @click.argument("base", type=click.Path())
 @click.argument("tuned", type=click.Path())
-@options.rank_option
-@options.energy_option
-@options.max_rank_option
+@options.extract_ranks
+@option(
+    "--activations",
+    type=click.Path(),
+    metavar="FILE",
+    group=options.RANK,
+    help="Make the error of the layers' outputs small, on inputs as collect-stats saw them.",
+)
+@option(
+    "--spectrum-cache",
+    type=click.Path(),
+    metavar="FILE",
+    group=options.RANK,
+    help="Keep the decompositions there, to the largest rank (--max-rank, or 128), and use those "
+    "that are there: another rank or policy then costs seconds.",
+)
 @options.include_option
 @options.exclude_option
 @option(
@@ -81,23 +94,8 @@ _SVD = "Decomposition"
     group=_SVD,
     help="The energy captured may miss the best possible at that rank by this share.",
 )
-@option(
-    "--seed",
-    type=int,
-    metavar="N",
-    default=0,
-    show_default=True,
-    group=_SVD,
-    help="Of the random start.",
-)
-@option(
-    "--device",
-    metavar="DEVICE",
-    default="cpu",
-    show_default=True,
-    group=_SVD,
-    help="cpu, cuda, cuda:1, …",
-)
+@options.seed_option
+@options.device_option
 @options.out_option
 @options.max_error_option("a module")
 @options.verb

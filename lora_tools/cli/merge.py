@@ -26,6 +26,7 @@ _adapters = click.argument(
 @click.argument("base", type=click.Path())
 @_adapters
 @options.unmatched_option
+@options.other_base_option
 @options.out_option
 @options.dtype_option("each tensor keeps its own")
 @options.shard_size_option

@@ -18,7 +18,7 @@ from lora_tools.records import Report
 F = TypeVar("F", bound=Callable[..., Any])
 
 RANK, ADAPTER, OUTPUT, REPORT, RUNNING = "Rank", "Adapter", "Output", "Report", "Running"
-TENSORS = "Which tensors"
+TENSORS, DECOMPOSITION = "Which tensors", "Decomposition"
 
 out_option = option(
     "-o", "--out", required=True, type=click.Path(path_type=Path), group=OUTPUT,
@@ -33,9 +33,51 @@ energy_option = option(
     help="Instead of --rank: each module's smallest rank that holds this share of the squared "
     "norm of its change, such as 0.9.",
 )  # fmt: skip
+_POLICIES = (
+    energy_option,
+    option("--error", type=float, metavar="X", group=RANK,
+           help="Each module's smallest rank whose relative error is at most X."),
+    option("--ratio", type=float, metavar="T", group=RANK,
+           help="Each module's singular values above T times its largest."),
+    option("--cumulative", type=float, metavar="SHARE", group=RANK,
+           help="Each module's smallest rank that holds this share of the sum of its singular "
+           "values."),
+    option("--threshold", type=float, metavar="X", group=RANK,
+           help="All singular values above X."),
+)  # fmt: skip
+_FROM_NOISE = (
+    option("--noise-floor", is_flag=True, group=RANK,
+           help="What stands above the rounding of the stored weights (docs/ranks.md)."),
+    option("--gavish-donoho", is_flag=True, group=RANK,
+           help="The optimal hard threshold for white noise of unknown level."),
+    option("--budget", metavar="SIZE", group=RANK,
+           help="Ranks shared out over all modules so that the whole error is least: a file no "
+           "larger than 50MB, or factors of 10M numbers."),
+)  # fmt: skip
+_KOHYA = (
+    option("--sv-fro", "--sv_fro", type=float, metavar="SHARE", group=RANK,
+           help="kohya's: the smallest rank that holds this share of the norm."),
+    option("--sv-ratio", "--sv_ratio", type=float, metavar="X", group=RANK,
+           help="kohya's: singular values above the largest divided by X."),
+    option("--sv-cumulative", "--sv_cumulative", type=float, metavar="SHARE", group=RANK,
+           help="kohya's name for --cumulative."),
+)  # fmt: skip
 max_rank_option = option(
-    "--max-rank", type=int, metavar="N", group=RANK, help="The most --energy may choose."
+    "--max-rank", type=int, metavar="N", group=RANK, help="The most that these may choose."
 )
+
+
+def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
+    def decorate(function: F) -> F:
+        for each in reversed(options):
+            function = each(function)
+        return function
+
+    return decorate
+
+
+extract_ranks = _all(rank_option, *_POLICIES, *_FROM_NOISE, max_rank_option)
+rescale_ranks = _all(rank_option, *_POLICIES, *_KOHYA, max_rank_option)
 consumer_option = option(
     "--for", "consumer", type=click.Choice(["peft", "vllm", "llama.cpp"]), default="peft",
     show_default=True, group=ADAPTER,
@@ -58,11 +100,21 @@ shard_size_option = option(
     "--shard-size", metavar="SIZE", group=OUTPUT,
     help="Most bytes of tensors in one file, such as 5GB.  [default: the input's files again]",
 )  # fmt: skip
-_COMMON = (
+seed_option = option(
+    "--seed", type=int, metavar="N", default=0, show_default=True, group=DECOMPOSITION,
+    help="Of the random start.",
+)  # fmt: skip
+device_option = option(
+    "--device", metavar="DEVICE", default="cpu", show_default=True, group=DECOMPOSITION,
+    help="cpu, cuda, cuda:1, …",
+)  # fmt: skip
+_WRITING = (
     option("--force", is_flag=True, group=OUTPUT,
            help="Replace what is at --out, once the new one is complete."),
     option("--dry-run", is_flag=True, group=OUTPUT,
            help="Print what would become of every tensor; read headers only, write nothing."),
+)  # fmt: skip
+_READING = (
     option("--report", "report_file", type=click.Path(path_type=Path, dir_okay=False),
            group=REPORT, help="Write the report to this file as JSON (docs/report.md)."),
     option("--json", "as_json", is_flag=True, group=REPORT,
@@ -75,6 +127,12 @@ _COMMON = (
            "[default: the processors, at most 8]"),
     option("--allow-pickle", is_flag=True, group=RUNNING,
            help="Also read .bin, .pt and .pth files, with weights_only=True."),
+)  # fmt: skip
+
+
+other_base_option = option(
+    "--allow-other-base", is_flag=True, group="Adapters",
+    help="Also merge an adapter whose metadata names another base than the one given.",
 )  # fmt: skip
 
 
@@ -96,6 +154,11 @@ def max_error_option(what: str) -> Callable[[F], F]:
 
 
 def verb(function: F) -> F:
+    """Add the common options to a command that writes something."""
+    return _all(*_WRITING)(reading_verb(function))
+
+
+def reading_verb(function: F) -> F:
     """Add the common options to a command whose function returns ``call(progress) -> Report``.
 
     The frame runs the call under a progress bar, then prints people's text to stderr, JSON to
@@ -128,15 +191,14 @@ def verb(function: F) -> F:
         if failure is not None:
             raise failure
 
-    for each in reversed(_COMMON):
-        command = each(command)
-    return command  # type: ignore[return-value]
+    return _all(*_READING)(command)  # type: ignore[return-value]
 
 
 def _check_report_file(file: Path, options: Mapping[str, Any]) -> None:
     """Before hours of work, not after; and no input is ever written to."""
-    given = [options.get(name) for name in ("base", "tuned", "merged", "adapter", "checkpoint")]
-    for text in (*filter(None, given), *options.get("adapters", ())):
+    names = ("base", "tuned", "merged", "adapter", "path", "against", "model", "text", "checkpoint")
+    given = [options.get(name) for name in names]
+    for text in map(str, (*filter(None, given), *options.get("adapters", ()))):
         for source in {Path(text), Path(text.rpartition("=")[0])} - {Path()}:
             if source.exists() and source.resolve() in (file.resolve(), *file.resolve().parents):
                 raise UsageError(f"--report {file}: lies in the input {source}")

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from lora_tools.cli import tables
 from lora_tools.records import Progress, ProgressCallback, Report
 
 if TYPE_CHECKING:
@@ -80,17 +81,23 @@ def show(report: Report, *, verbose: bool, written: bool) -> None:
         _modules(console, report, verbose)
     if report.tensors:
         _tensors(console, report, verbose)
+    if report.spectra:
+        tables.spectra(console, report, None if verbose else _MOST_ROWS)
+    if report.stored:
+        tables.tensors(console, report, None if verbose else _MOST_ROWS)
     if verbose or report.dry_run:
         _fates(console, report)
     counts = Counter(fate.action for fate in report.plan)
-    console.print("tensors: " + ", ".join(f"{n} {action}" for action, n in counts.most_common()))
+    if counts:
+        actions = ", ".join(f"{n} {action}" for action, n in counts.most_common())
+        console.print("tensors: " + actions)
     for note in report.notes:
         console.print(f"note: {note}")
     for line in _totals(report):
         console.print(line)
     if report.dry_run:
         console.print("dry run: nothing was written")
-    elif written:
+    elif written and report.output:
         console.print(f"wrote {report.output} in {report.seconds:.1f} s")
 
 
@@ -100,7 +107,7 @@ def _modules(console: Console, report: Report, verbose: bool) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("module", no_wrap=True, overflow="ellipsis")
     columns = ["kind", "shape", "rank", "rel. error", "energy"]
-    searched = any(m.method != "resize" for m in report.modules)
+    searched = any(m.method not in ("resize", "difference") for m in report.modules)
     if searched:  # a resized adapter was not searched for, and no base is at hand to compare with
         columns += ["could gain", "rel. change"]
     for column in columns:
@@ -201,5 +208,6 @@ def _totals(report: Report) -> Iterator[str]:
             f"rounding lost at most {t['error_bound']:.2e} of the weights' norm; merge with "
             "--reversible to lose nothing"
         )
+    yield from tables.totals(t)
     if "bytes" in t:
         yield f"size: {size(t['bytes'])}"

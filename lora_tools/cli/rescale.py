@@ -49,9 +49,7 @@ _STRENGTH = "Strength"
     group=_STRENGTH,
     help="Write use_rslora (scaling alpha/sqrt(r)) or not; the effect is kept.",
 )
-@options.rank_option
-@options.energy_option
-@options.max_rank_option
+@options.rescale_ranks
 @options.dtype_option("each factor keeps its own")
 @options.consumer_option
 @options.out_option

@@ -22,6 +22,8 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
 
 
 _INDEX = "model.safetensors.index.json"
+# Metadata that says how a file was made: it does not pass to what is made of the file.
+PROVENANCE = ("loratools", "command", "base_digest", "tuned_digest", "adapter_digests")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +69,8 @@ def lay_out(
     ``beside`` names for them. With ``shard_size`` each file holds up to that many bytes of tensors
     (more only where what belongs together is larger).
     """
-    metadata = {"format": "pt", **source.files[0].metadata}
+    given = [_passed_on(file.metadata) for file in source.files]
+    metadata = {"format": "pt", **given[0]}
     together: dict[str, list[TensorSpec]] = {}
     for spec in specs.values():
         together.setdefault(beside.get(spec.name, spec.name), []).append(spec)
@@ -78,7 +81,7 @@ def lay_out(
         for name, unit in together.items():
             groups[place.get(name, -1)] += unit
         names = [safetensors_name(file.path) for file in source.files]
-        metadatas: Sequence[Mapping[str, str]] = [f.metadata or metadata for f in source.files]
+        metadatas: Sequence[Mapping[str, str]] = [each or metadata for each in given]
         return [
             Shard(name, tuple(group), meta)
             for name, group, meta in zip(names, groups, metadatas, strict=True)
@@ -98,6 +101,10 @@ def lay_out(
         Shard(f"model-{i:05}-of-{len(groups):05}.safetensors", tuple(group), metadata)
         for i, group in enumerate(groups, 1)
     ]
+
+
+def _passed_on(metadata: Mapping[str, str]) -> dict[str, str]:
+    return {key: value for key, value in metadata.items() if key not in PROVENANCE}
 
 
 class CheckpointWriter:
@@ -136,6 +143,11 @@ class CheckpointWriter:
     def nbytes(self) -> int:
         """Bytes of the files, once finished."""
         return sum(writer.size for writer in self._writers)
+
+    def seal(self, metadata: Mapping[str, str]) -> None:
+        """Fill in metadata that was not known at the start and takes the same room."""
+        for writer, shard in zip(self._writers, self._shards, strict=True):
+            writer.seal({**shard.metadata, **metadata})
 
     def finish(
         self,

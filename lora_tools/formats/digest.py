@@ -15,6 +15,9 @@ import xxhash
 
 from lora_tools.records import TensorSpec
 
+PREFIX = "xxh3-128/sha256:"
+BLANK = PREFIX + "0" * 64  # stands where a digest will
+
 
 def tensor_hash(data: memoryview) -> str:
     """XXH3-128 of the bytes, in hexadecimal."""
@@ -24,7 +27,7 @@ def tensor_hash(data: memoryview) -> str:
 def digest(specs: Iterable[TensorSpec], hashes: Mapping[str, str]) -> str:
     """Digest of named tensors, independent of their order and files."""
     lines = sorted(f"{s.name} {s.dtype} {list(s.shape)} {hashes[s.name]}\n" for s in specs)
-    return "xxh3-128/sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
+    return PREFIX + hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def file_sha256(path: Path) -> str:

@@ -265,6 +265,14 @@ class SafetensorsWriter:
             self._unsynced = 0
             os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
+    def seal(self, metadata: Mapping[str, str]) -> None:
+        """Write the header anew, with metadata that was not known at the start and takes the same
+        room."""
+        header, offsets, _ = encode_header(self.specs, metadata)
+        assert offsets == self._offsets, "the data lies where it lies"
+        _write_all(self._fd, header, 0)
+        self._metadata = metadata
+
     def write_last(self, name: str, data: bytes) -> None:
         """A tensor of bytes whose size is known only now: it was planned with the most it can have,
         as one of the last of the file. From any thread."""
@@ -337,10 +345,10 @@ class SafetensorsSpool:
         self._end = 0
         self._at: dict[str, tuple[TensorSpec, int]] = {}
 
-    def add(self, spec: TensorSpec, data: memoryview) -> None:
+    def add(self, spec: TensorSpec, data: memoryview, replace: bool = False) -> None:
         """Append one tensor's bytes. Not for use from several threads."""
         assert data.nbytes == spec.nbytes
-        assert spec.name not in self._at
+        assert replace or spec.name not in self._at
         _write_all(self._fd, data, self._end)
         self._at[spec.name] = (spec, self._end)
         self._end += data.nbytes
@@ -355,6 +363,22 @@ class SafetensorsSpool:
     def specs(self) -> tuple[TensorSpec, ...]:
         """What was added, sorted by name."""
         return tuple(self._at[name][0] for name in sorted(self._at))
+
+    def read(self, name: str) -> tuple[TensorSpec, bytearray]:
+        """A tensor that was added, and its bytes; from any thread."""
+        spec, start = self._at[name]
+        data = bytearray(spec.nbytes)
+        view, position = memoryview(data), 0
+        while position < spec.nbytes:
+            position += os.preadv(self._fd, [view[position:]], start + position)
+        return spec, data
+
+    def spec(self, name: str) -> TensorSpec:
+        """Dtype and shape of a tensor that was added."""
+        return self._at[name][0]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._at
 
     def finish(self, path: Path, metadata: Mapping[str, str] | None = None) -> None:
         """Write the file, synced, and drop the scratch space."""

@@ -102,30 +102,28 @@ class Sidecar:
     """A sidecar, read lazily. Raises CheckpointError where it is none."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self._file = path, SafetensorsFile(path)
-        if self._file.metadata.get("loratools_sidecar") != _VERSION:
+        self.path, self.file = path, SafetensorsFile(path)
+        if self.file.metadata.get("loratools_sidecar") != _VERSION:
             raise CheckpointError(f"{path}: not a sidecar this version can read")
-        hashes = {name: hashing.tensor_hash(self._file.raw(name)) for name in self._file.specs}
+        hashes = {name: hashing.tensor_hash(self.file.raw(name)) for name in self.file.specs}
         try:
-            self.base_digest = self._file.metadata["base_digest"]
+            self.base_digest = self.file.metadata["base_digest"]
             self.adapters = [
                 (str(used["digest"]), float(used["weight"]))
-                for used in json.loads(self._file.metadata["adapters"])
+                for used in json.loads(self.file.metadata["adapters"])
             ]
-            whole = self._file.metadata["digest"] == hashing.digest(
-                self._file.specs.values(), hashes
-            )
+            whole = self.file.metadata["digest"] == hashing.digest(self.file.specs.values(), hashes)
         except (KeyError, TypeError, ValueError):
             whole = False
         if not whole:
             raise CheckpointError(f"{path}: the sidecar is damaged; fetch it again")
 
     def __contains__(self, tensor: str) -> bool:
-        return f"lengths/{tensor}" in self._file.specs
+        return f"lengths/{tensor}" in self.file.specs
 
     def _unpack(self, name: str) -> bytes:
         try:
-            return zstandard.ZstdDecompressor().decompress(self._file.raw(name))
+            return zstandard.ZstdDecompressor().decompress(self.file.raw(name))
         except zstandard.ZstdError as error:
             raise CheckpointError(f"{self.path}: {name} is damaged ({error})") from None
 
@@ -138,18 +136,18 @@ class Sidecar:
         return self._all("file/")
 
     def _all(self, prefix: str) -> dict[str, bytes]:
-        names = [name for name in self._file.specs if name.startswith(prefix)]
+        names = [name for name in self.file.specs if name.startswith(prefix)]
         return {name.removeprefix(prefix): self._unpack(name) for name in names}
 
     def listing(self, tensor: str) -> Listing:
         """The listing of one tensor."""
-        lengths = self._file.tensor(f"lengths/{tensor}").tolist()
+        lengths = self.file.tensor(f"lengths/{tensor}").tolist()
         gaps, distances = self._unpack(f"gaps/{tensor}"), self._unpack(f"distances/{tensor}")
         runs, i, j = [], 0, 0
         for g, d in lengths:
             runs.append((gaps[i : i + g], distances[j : j + d]))
             i, j = i + g, j + d
         norms: list[torch.Tensor] = []
-        while f"norm{len(norms)}/{tensor}" in self._file.specs:
-            norms.append(self._file.tensor(f"norm{len(norms)}/{tensor}"))
+        while f"norm{len(norms)}/{tensor}" in self.file.specs:
+            norms.append(self.file.tensor(f"norm{len(norms)}/{tensor}"))
         return Listing(tuple(runs), tuple(norms))

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from lora_tools.linalg import noise
 from lora_tools.linalg.lora import rows_per_run
+from lora_tools.linalg.ranks import Rounding
 from lora_tools.linalg.svd import EPS, sum_of_squares
 
 
@@ -74,6 +76,29 @@ class Delta:
         """What ``fill`` measures, without keeping Δ."""
         energy = sum(sum_of_squares(run) for _, _, run in self.runs())
         return Energies(energy, self.base_energy, self._noise(energy))
+
+    def rounding(self) -> Rounding:
+        """What rounding can have put into Δ, with its row and column variances.
+
+        An element that moved by more than an ulp has an error of variance ulp²/12. Where nothing
+        moves by so much and the base lies on the grid of the tuned dtype, most elements are not
+        moved at all, and errors are as rare as moves are: then a row's noise is bounded by what is
+        seen of it, Σ Δ². So is each column's.
+        """
+        rows, cols = self.shape
+        up_rows, seen_rows = torch.zeros(2, rows, dtype=torch.float64)
+        up_cols, seen_cols = torch.zeros(2, cols, dtype=torch.float64)
+        for start, stop, run in self.runs():
+            squared = noise.spacing(self._tuned[start:stop]).to(self.dtype).square_()
+            squared += noise.spacing(self._base[start:stop]).to(self.dtype).square_()
+            seen = run.square()
+            up_rows[start:stop], seen_rows[start:stop] = squared.sum(1), seen.sum(1)
+            up_cols += squared.sum(0)
+            seen_cols += seen.sum(0)
+        edge = noise.edge(
+            torch.minimum(up_rows / 12, seen_rows), torch.minimum(up_cols / 12, seen_cols)
+        )
+        return Rounding(float(up_rows.sum()) / 12, edge)
 
     def _noise(self, energy: float) -> float:
         stored = (self._tuned.dtype, self._base.dtype)

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from lora_tools.linalg.svd import TruncatedSVD, sum_of_squares
+from lora_tools.linalg.weighting import Weighting
 
 # Rows are merged in runs of about this many elements, so that a run stays in cache.
 RUN_ELEMENTS = 1 << 20
@@ -21,10 +22,14 @@ RUN_ELEMENTS = 1 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """‖Δ − factors‖²_F of factors as rounded, and the energy of the fit before rounding."""
+    """‖Δ − factors‖²_F of factors as rounded, and the energy of the fit before rounding.
+
+    ``weighted`` is ‖(Δ − factors) R^½‖²_F of factors as rounded; it is ``error`` where R is I.
+    """
 
     error: float
     captured: float
+    weighted: float
 
 
 def scaling(lora_alpha: float, r: int, use_rslora: bool) -> float:
@@ -60,7 +65,12 @@ class Whole:
 
 
 def balanced_factors(
-    svd: TruncatedSVD, delta: Rows, scale: float, dtype: torch.dtype
+    svd: TruncatedSVD,
+    delta: Rows,
+    scale: float,
+    dtype: torch.dtype,
+    weighting: Weighting | None = None,
+    total: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, Fit]:
     """left (rows, r), right (r, cols) in ``dtype`` with scale · left @ right ≈ delta.
 
@@ -69,21 +79,39 @@ def balanced_factors(
     on the decomposition. The error of the rounded factors comes with it: with P = delta·rightᵀ and
     G = right·rightᵀ it is ‖delta‖² − 2⟨left, P⟩ + ⟨leftᵀleft, G⟩, in float64; where that cancels to
     nothing the residual is formed and summed instead.
+
+    Args:
+        weighting: R; ``svd`` is then that of delta·R^½, right = √S·Vh·R^-½, and the fit is the
+            least-squares one of (delta − left @ right)·R^½.
+        total: ‖delta‖²_F, where ``svd.total`` is not it.
     """
     device = svd.Vh.device
-    right = (svd.S.sqrt().to(device)[:, None] * svd.Vh.double()).to(dtype)
+    total = svd.total if total is None else total
+    balanced = svd.S.sqrt().to(device)[:, None] * svd.Vh.double()
+    right = (balanced if weighting is None else weighting.undo(balanced)).to(dtype)
     wide = right.double()
-    G = wide @ wide.T
+    target = wide if weighting is None else weighting.moment(wide)
+    G = target @ wide.T
     P = torch.empty(delta.shape[0], svd.rank, dtype=torch.float64, device=device)
+    plain = P if weighting is None else torch.empty_like(P)
     for start, stop, run in delta.runs():
-        P[start:stop] = run.to(device) @ right.to(run.dtype).T
+        here = run.to(device)
+        P[start:stop] = here @ target.to(run.dtype).T
+        if weighting is not None:
+            plain[start:stop] = here @ wide.to(run.dtype).T
     best = torch.linalg.solve(G, P, left=False)
     left = (best / scale).to(dtype)
     written = left.double() * scale
-    error = svd.total - 2 * float((written * P).sum()) + float(((written.T @ written) * G).sum())
-    if error < 1e-4 * svd.total:
+    error = _error(total, written, plain, wide @ wide.T)
+    weighted = error if weighting is None else max(_error(svd.total, written, P, G), 0.0)
+    if error < 1e-4 * total:
         error = residual_energy(delta, left, right, scale)
-    return left, right, Fit(error, float((best * P).sum()))
+    return left, right, Fit(error, float((best * P).sum()),
+                            error if weighting is None else weighted)  # fmt: skip
+
+
+def _error(total: float, left: torch.Tensor, P: torch.Tensor, G: torch.Tensor) -> float:
+    return total - 2 * float((left * P).sum()) + float(((left.T @ left) * G).sum())
 
 
 def no_factors(shape: tuple[int, int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

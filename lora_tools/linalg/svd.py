@@ -16,7 +16,7 @@ import math
 
 import torch
 
-from lora_tools.linalg.ranks import RankRule, Spectrum
+from lora_tools.linalg.ranks import RankRule, Rounding, Spectrum
 
 _BLOCK = 16  # the narrowest block at which a float32 product runs near full speed
 _DENSE = 64  # up to this smaller side a dense SVD costs less than setting up anything else
@@ -39,6 +39,7 @@ class TruncatedSVD:
             that no direction orthogonal to the random start outweighs the (r+1)-th found one,
             which fails with probability zero.
         method: "dense", "gram" or "krylov"; "none" for a zero matrix.
+        known: the spectrum as far as it was computed, which may be further than r.
     """
 
     U: torch.Tensor
@@ -48,10 +49,19 @@ class TruncatedSVD:
     captured: float
     gain: float
     method: str
+    known: Spectrum
 
     @property
     def rank(self) -> int:
         return len(self.S)
+
+    def cut(self, r: int) -> TruncatedSVD:
+        """The leading r of the directions found. What bounds the gain of all bounds that of some:
+        each direction's own gain is not negative."""
+        S = self.S[:r]
+        return dataclasses.replace(
+            self, U=self.U[:, :r], S=S, Vh=self.Vh[:r], captured=float((S * S).sum())
+        )
 
 
 def sum_of_squares(x: torch.Tensor) -> float:
@@ -70,6 +80,8 @@ def truncated(
     total: float | None = None,
     tolerance: float = 1e-3,
     noise: float = 0.0,
+    rounding: Rounding | None = None,
+    depth: int = 0,
     exact: bool = False,
     seed: int = 0,
 ) -> TruncatedSVD:
@@ -81,35 +93,87 @@ def truncated(
         tolerance: stop once the energy found at the chosen rank is within this relative
             distance of the best possible.
         noise: singular values up to this are rounding of the input and are never kept (except
-            the first: a matrix that is not zero has rank 1 at least).
+            the first: a matrix that is not zero has rank 1 at least). Ignored by rules that decide
+            on the whole spectrum, which judge noise themselves.
+        rounding: what such a rule must know of the input's storage.
+        depth: directions to find at least, where there are as many, whatever the rule says.
         exact: decompose exactly whatever the size.
         seed: of the random start.
 
     Signs are fixed (the entry of largest magnitude in each left vector is positive).
     """
     total = sum_of_squares(A) if total is None else total
+    nothing = Spectrum(torch.zeros(0, dtype=torch.float64), total, True, _shape(A), rounding)
     if total == 0:
         return TruncatedSVD(
-            A.new_zeros(A.shape[0], 0), torch.zeros(0, dtype=torch.float64),
-            A.new_zeros(0, A.shape[1]), 0.0, 0.0, 0.0, "none",
+            A.new_zeros(A.shape[0], 0), nothing.squared, A.new_zeros(0, A.shape[1]),
+            0.0, 0.0, 0.0, "none", nothing,
         )  # fmt: skip
     wide = _wide(A)
+    wanted = Wanted(rule, nothing, 0.0 if rule.whole else noise, depth)
     if wide.shape[0] <= _DENSE or A.dtype == torch.float64:
-        found = _dense(wide, rule, total, noise)
-    elif not iterates(A.shape, rule, exact):
-        found = _gram(wide, rule, total, noise)
+        found = _dense(wide, wanted)
+    elif not iterates(A.shape, rule, exact, depth):
+        found = _gram(wide, wanted)
     else:
-        found = _krylov(wide, rule, total, noise, tolerance, seed) or _gram(
-            wide, rule, total, noise
-        )
+        found = _krylov(wide, wanted, tolerance, seed) or _gram(wide, wanted)
     return _oriented(found, A)
 
 
-def iterates(shape: torch.Size | tuple[int, int], rule: RankRule, exact: bool) -> bool:
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What is asked of a decomposition: a rule, what it must know beside the values, the largest
+    singular value that is noise, and how many directions are wanted at least."""
+
+    rule: RankRule
+    about: Spectrum
+    noise: float = 0.0
+    depth: int = 0
+
+    @property
+    def total(self) -> float:
+        return self.about.total
+
+    def least(self, rows: int, cols: int) -> int:
+        """How many directions are wanted in any case."""
+        fixed = self.rule.ceiling(rows, cols) if self.rule.policy == "rank" else 0
+        return max(fixed, min(self.depth, rows, cols))
+
+    def spectrum(self, squared: torch.Tensor, complete: bool) -> Spectrum:
+        """What stands above rounding of ``squared`` (descending); complete if anything fell
+        below."""
+        # A float32 factorisation resolves singular values down to a few eps of the first.
+        floor = max(self.noise, 8 * EPS * float(squared[0].clamp(min=0)) ** 0.5) ** 2
+        kept = max(int((squared > floor).sum()), 1)
+        return dataclasses.replace(
+            self.about, squared=squared[:kept], complete=complete or kept < len(squared)
+        )
+
+    def rank(self, known: Spectrum) -> int | None:
+        """How many directions to keep, or None: look deeper."""
+        rank = 0 if self.rule.shared else self.rule(known)  # a shared rule decides later
+        if rank is None or (len(known.squared) < self.depth and not known.complete):
+            return None
+        return min(max(rank, self.depth), len(known.squared))
+
+    def decide(self, known: Spectrum) -> int:
+        """The same where the spectrum is complete."""
+        rank = self.rank(known)
+        assert rank is not None, "a complete spectrum decides every rule"
+        return rank
+
+
+def iterates(
+    shape: torch.Size | tuple[int, int], rule: RankRule, exact: bool, depth: int = 0
+) -> bool:
     """Whether a float32 matrix of that shape is decomposed by iteration."""
     short = min(shape)
-    few = rule.ceiling(*shape) if rule.policy == "rank" else 0
-    return not exact and short > _DENSE and short >= _GRAM * few
+    few = max(rule.ceiling(*shape) if rule.policy == "rank" else 0, depth)
+    return not (exact or rule.whole) and short > _DENSE and short >= _GRAM * few
+
+
+def _shape(A: torch.Tensor) -> tuple[int, int]:
+    return A.shape[0], A.shape[1]
 
 
 def sketched(
@@ -124,7 +188,8 @@ def sketched(
     itself is only good to some 1e-3, so the energy must be measured on A, and ``gain`` counts from
     what is measured along ``Vh``. It does not serve where the tail is as small as the rounding.
     """
-    found = _krylov(_wide(A), rule, total, noise, tolerance, seed)
+    nothing = Spectrum(torch.zeros(0, dtype=torch.float64), total, True, _shape(A))
+    found = _krylov(_wide(A), Wanted(rule, nothing, noise), tolerance, seed)
     if found is None:
         return None
     return _oriented(dataclasses.replace(found, gain=found.gain + HALF_LOSS * total), A)
@@ -150,38 +215,28 @@ def _fix_signs(svd: TruncatedSVD) -> TruncatedSVD:
     return dataclasses.replace(svd, U=svd.U * sign, Vh=svd.Vh * sign.T)
 
 
-def _spectrum(squared: torch.Tensor, total: float, noise: float, complete: bool) -> Spectrum:
-    """What stands above rounding of ``squared`` (descending); complete if anything fell below."""
-    # A float32 factorisation resolves singular values down to a few eps of the first.
-    floor = max(noise, 8 * EPS * float(squared[0].clamp(min=0)) ** 0.5) ** 2
-    kept = max(int((squared > floor).sum()), 1)
-    return Spectrum(squared[:kept], total, complete or kept < len(squared))
-
-
 def top_directions(S: torch.Tensor, rule: RankRule) -> int:
-    """The rank the rule chooses for a matrix whose singular values are all in S, descending."""
+    """The rank, at least 1, the rule chooses for a matrix whose singular values are all in S,
+    descending."""
     squared = S.double().cpu().square()
-    return _decide(rule, _spectrum(squared, float(squared.sum()), 0.0, complete=True))
+    about = Spectrum(squared, float(squared.sum()), True)
+    wanted = Wanted(rule, about)
+    return max(wanted.decide(wanted.spectrum(squared, complete=True)), 1)
 
 
-def _decide(rule: RankRule, spectrum: Spectrum) -> int:
-    rank = rule(spectrum)
-    assert rank is not None, "a complete spectrum decides every rule"
-    return rank
-
-
-def _dense(A: torch.Tensor, rule: RankRule, total: float, noise: float) -> TruncatedSVD:
+def _dense(A: torch.Tensor, wanted: Wanted) -> TruncatedSVD:
     """LAPACK's SVD in float64."""
     U, S, Vh = torch.linalg.svd(A.double(), full_matrices=False)
     S = S.cpu()
-    r = _decide(rule, _spectrum(S * S, total, noise, complete=True))
+    known = wanted.spectrum(S * S, complete=True)
+    r = wanted.decide(known)
     captured = float((S[:r] ** 2).sum())
     return TruncatedSVD(
-        U[:, :r].to(A.dtype), S[:r], Vh[:r].to(A.dtype), total, captured, 0.0, "dense"
+        U[:, :r].to(A.dtype), S[:r], Vh[:r].to(A.dtype), wanted.total, captured, 0.0, "dense", known
     )
 
 
-def _gram(A: torch.Tensor, rule: RankRule, total: float, noise: float) -> TruncatedSVD:
+def _gram(A: torch.Tensor, wanted: Wanted) -> TruncatedSVD:
     """Exact, through the eigenvectors of the Gram matrix A·Aᵀ of the shorter side.
 
     Squaring costs half the digits: singular values below √eps of the first are lost. In float64
@@ -194,14 +249,16 @@ def _gram(A: torch.Tensor, rule: RankRule, total: float, noise: float) -> Trunca
     for columns in torch.split(A, step, dim=1):
         wide = columns.double()
         G.addmm_(wide, wide.T)
-    squared, W = _top_eigh(G, rule.ceiling(*A.shape) + 1 if rule.policy == "rank" else m)
-    r = _decide(rule, _spectrum(squared, total, noise, complete=True))
+    few = wanted.rule.policy == "rank" or wanted.rule.shared
+    squared, W = _top_eigh(G, min(wanted.least(*_shape(A)) + 1, m) if few else m)
+    known = wanted.spectrum(squared, complete=not few or len(squared) == m)
+    r = wanted.decide(known)
     U = W[:, :r].to(A.dtype)
     Z = U.T @ A
     S = torch.linalg.vector_norm(Z, dim=1, dtype=torch.float64).cpu()
     return TruncatedSVD(
-        U, S, (Z.double() / S.to(Z.device)[:, None]).to(A.dtype), total,
-        float((S * S).sum()), 0.0, "gram",
+        U, S, (Z.double() / S.to(Z.device)[:, None]).to(A.dtype), wanted.total,
+        float((S * S).sum()), 0.0, "gram", known,
     )  # fmt: skip
 
 
@@ -237,9 +294,7 @@ def missing_energy(squared: torch.Tensor, residual: torch.Tensor, r: int) -> flo
     return float(torch.minimum(rho[:r], residual[:r] / gap).sum())
 
 
-def _krylov(
-    A: torch.Tensor, rule: RankRule, total: float, noise: float, tolerance: float, seed: int
-) -> TruncatedSVD | None:
+def _krylov(A: torch.Tensor, wanted: Wanted, tolerance: float, seed: int) -> TruncatedSVD | None:
     """Randomized block Krylov iteration; None where it would cost more than an exact method.
 
     Q (m, k) is an orthonormal basis of [AΩ, (AAᵀ)AΩ, …], Z = AᵀQ. Products with A are made in A's
@@ -254,7 +309,7 @@ def _krylov(
     Q, Z = _Columns(X.new_empty(m, 0)), _Columns(X.new_empty(n, 0, dtype=wide))
     T = torch.zeros(0, 0, dtype=torch.float64)
     # Where the spectrum is looked at first: a fixed rank takes at least this many dimensions.
-    look_at = min(7 * rule.ceiling(m, n) // 2 if rule.policy == "rank" else 0, m // 2)
+    look_at = min(7 * wanted.least(m, n) // 2, m // 2)
     while True:
         product = (X.T.to(A.dtype) @ A.T).T.float()  # this way round is faster than A @ X
         Y, E = torch.linalg.qr(_project_out(product, Q.all))
@@ -264,9 +319,10 @@ def _krylov(
         if exhausted or (k > 0 and k >= min(look_at, m // 2 - block)):
             lam, W = torch.linalg.eigh(T)
             values, W = lam.flip(0).clamp(min=0), W.flip(1)
-            rank = rule(_spectrum(values, total, noise, complete=exhausted))
+            known = wanted.spectrum(values, complete=exhausted)
+            rank = wanted.rank(known)
             if exhausted:
-                assert rank is not None, "a complete spectrum decides every rule"
+                rank = wanted.decide(known)
                 captured = float(values[:rank].sum())
                 gain = 0.0
                 break
@@ -291,8 +347,11 @@ def _krylov(
     W = W[:, :rank].to(A.device)
     U = Q.all @ W.float()
     Vh = (Z.all @ (W / S.to(A.device)).to(wide)).T.float()
-    gain = min(gain, max(total - captured, 0.0))
-    return TruncatedSVD(U, S, Vh, total, captured, gain, "krylov")
+    gain = min(gain, max(wanted.total - captured, 0.0))
+    # Values beyond the rank have not converged: they are no part of what is known.
+    known = dataclasses.replace(known, squared=values[:rank], complete=known.complete
+                                and rank == len(known.squared))  # fmt: skip
+    return TruncatedSVD(U, S, Vh, wanted.total, captured, gain, "krylov", known)
 
 
 class _Columns:

@@ -131,7 +131,7 @@ def _filled(keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> Any
 
     cache = DynamicCache()
     for key, value in zip(keys, values, strict=True):
-        layer: Any = DynamicLayer()  # type: ignore[no-untyped-call]
+        layer: Any = DynamicLayer()
         layer.lazy_initialization(key, value)
         layer.keys, layer.values = key, value
         cache.layers.append(layer)

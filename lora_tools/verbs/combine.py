@@ -119,7 +119,7 @@ def _options(
     if density is not None and not 0 < density <= 1:
         raise UsageError(f"--density {density}: a share above 0 and up to 1 is needed")
     return Options(
-        method, rank_rule(rank, energy, max_rank), density or 1.0, seed, sign,  # type: ignore[arg-type]
+        method, rank_rule({"rank": rank, "energy": energy}, max_rank), density or 1.0, seed, sign,  # type: ignore[arg-type]
         None, parse_float_dtype(dtype) if dtype else None,
     )  # fmt: skip
 

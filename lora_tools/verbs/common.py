@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from lora_tools.errors import UsageError
+from lora_tools.errors import MismatchError, UsageError
+from lora_tools.formats.checkpoint_writer import parse_size
 from lora_tools.formats.consumers import CONSUMERS, Consumer
 from lora_tools.linalg.layouts import Layout, named
-from lora_tools.linalg.ranks import RankRule
+from lora_tools.linalg.ranks import POLICIES, RankRule
 from lora_tools.records import ModuleResult
 
 
@@ -23,26 +25,84 @@ def tool_version() -> str:
         return "0+unknown"
 
 
+# Options that do not decide what is written, or that stand in the metadata by a digest.
+_NOT_RECORDED = {"out", "jobs", "force", "dry_run", "progress", "allow_pickle", "max_error",
+                 "spectrum_cache", "activations", "reversible"}  # fmt: skip
+
+
+def command_of(verb: Callable[..., object], given: Mapping[str, Any]) -> str:
+    """The call as artifacts record it: the verb, and the options that are not as by default, but no
+    paths, so that the same input gives the same bytes wherever it lies.
+
+    Args:
+        given: the verb's parameters by name, as ``locals()`` has them at its start.
+    """
+    parameters = inspect.signature(verb).parameters.values()
+    parts = [
+        f"{p.name}={given[p.name]!r}" for p in parameters
+        if p.kind is p.KEYWORD_ONLY and p.name not in _NOT_RECORDED and given[p.name] != p.default
+    ]  # fmt: skip
+    return " ".join([verb.__name__.replace("_", "-"), *parts])
+
+
+def check_bases(adapters: Iterable[tuple[str, Mapping[str, str]]], base_digest: str) -> None:
+    """Refuse an adapter whose metadata names another base than the one with this digest.
+
+    Args:
+        adapters: each one's path, and the metadata of its file.
+
+    Raises:
+        MismatchError: naming it.
+    """
+    for path, metadata in adapters:
+        recorded = metadata.get("base_digest", base_digest)
+        if recorded != base_digest:
+            raise MismatchError(
+                f"{path}: was made for another base: its digest is {recorded}, and that of the one "
+                f"given is {base_digest}; give that base, or pass --allow-other-base"
+            )
+
+
 def rank_rule(
-    rank: int | None, energy: float | None, max_rank: int | None, default: int | None = None
+    given: Mapping[str, float | bool | None], max_rank: int | None, default: int | None = None
 ) -> RankRule | None:
-    """The rule that ``--rank``, ``--energy`` and ``--max-rank`` describe. Raises UsageError."""
-    if rank is not None and energy is not None:
-        raise UsageError("--rank and --energy exclude each other: give one")
+    """The rule that at most one option named as a policy, and ``--max-rank``, describe.
+
+    Raises:
+        UsageError: several options, or a number that the policy does not know.
+    """
+    chosen = {
+        name: value for name, value in given.items() if value is not None and value is not False
+    }
+    if len(chosen) > 1:
+        raise UsageError(f"{' and '.join(map(_flag, chosen))} exclude each other: give one")
     if max_rank is not None and max_rank < 1:
         raise UsageError(f"--max-rank {max_rank}: at least 1 is needed")
-    if energy is not None:
-        if not 0 < energy <= 1:
-            raise UsageError(f"--energy {energy}: a share above 0 and up to 1 is needed")
-        return RankRule("energy", energy, max_rank)
-    rank = default if rank is None else rank
-    if rank is None:
-        if max_rank is not None:
-            raise UsageError("--max-rank goes with --energy")
-        return None
-    if rank < 1:
-        raise UsageError(f"--rank {rank}: at least 1 is needed")
-    return RankRule("rank", rank, max_rank)
+    if not chosen:
+        if default is None:
+            if max_rank is not None:
+                raise UsageError("--max-rank goes with an option that chooses a rank")
+            return None
+        return RankRule("rank", default, max_rank)
+    [(name, value)] = chosen.items()
+    if name in POLICIES and value is not True and not POLICIES[name].allows(value):
+        raise UsageError(f"{_flag(name)} {value:g}: a number {POLICIES[name].range} is needed")
+    return RankRule(name, float(value), max_rank)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def most_factors(text: str) -> tuple[int, bool]:
+    """``50MB`` → (50000000, True), bytes; ``10M`` → (10000000, False), numbers. Raises
+    UsageError."""
+    match = re.fullmatch(r"\s*\d+(\.\d+)?\s*[KMGT]?(I?B)?\s*", text.upper())
+    if match is None:
+        raise UsageError(
+            f"--budget {text!r}: a size such as 50MB, or a count such as 10M, is needed"
+        )
+    return parse_size(text), match[2] is not None
 
 
 def name_filter(include: Sequence[str], exclude: Sequence[str]) -> Callable[[str], bool]:

@@ -83,7 +83,7 @@ def convert(
     """
     started = time.perf_counter()
     target = format_named(to, "--to")
-    rule = rank_rule(rank, energy, max_rank)
+    rule = rank_rule({"rank": rank, "energy": energy}, max_rank)
     unknown = set(drop) - set(FEATURES)
     if unknown:
         raise UsageError(f"--drop {min(unknown)!r}: one of {', '.join(FEATURES)} is needed")

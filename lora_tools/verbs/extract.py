@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,26 +15,32 @@ from lora_tools.errors import (
     QualityGateError,
     UsageError,
 )
-from lora_tools.formats import digest as hashing
+from lora_tools.formats.activations import Activations
 from lora_tools.formats.checkpoint import Checkpoint, open_checkpoint
 from lora_tools.formats.dtypes import parse_float_dtype
 from lora_tools.formats.output import check_destination, check_space, staged
 from lora_tools.records import Fate, Input, ProgressCallback, Report
+from lora_tools.verbs.allot import Size
 from lora_tools.verbs.common import (
+    command_of,
     consumer_named,
     layer_kinds,
+    most_factors,
     name_filter,
     rank_rule,
     tool_version,
 )
-from lora_tools.verbs.decompose import Options, Outcome, work_on
+from lora_tools.verbs.decompose import Options, Sides
 from lora_tools.verbs.extract_output import complete_saved, totals
+from lora_tools.verbs.extract_pairs import Outcome, PairWork, digests_of
 from lora_tools.verbs.pairing import Plan, make_plan
 
 if TYPE_CHECKING:
     from lora_tools.formats.peft_writer import PeftWriter
+    from lora_tools.formats.spectra import Spectra
 
 DEFAULT_RANK = 32
+_CACHE_DEPTH = 128  # directions a spectrum cache holds, where --max-rank does not say
 
 
 def extract(
@@ -43,7 +50,16 @@ def extract(
     *,
     rank: int | None = None,
     energy: float | None = None,
+    error: float | None = None,
+    ratio: float | None = None,
+    cumulative: float | None = None,
+    threshold: float | None = None,
+    noise_floor: bool = False,
+    gavish_donoho: bool = False,
+    budget: str | None = None,
     max_rank: int | None = None,
+    activations: str | Path | None = None,
+    spectrum_cache: str | Path | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     layout: Sequence[str] = (),
@@ -69,7 +85,13 @@ def extract(
     Args:
         base, tuned: checkpoint folders, safetensors files or hub ids.
         rank: cap on each module's rank (default 32); a module of lower rank gets its own.
-        energy: instead, the smallest rank that holds this share of ‖Δ‖²_F, up to ``max_rank``.
+        energy, error, ratio, cumulative, threshold, noise_floor, gavish_donoho: instead, the rank
+            that this policy chooses for each module, up to ``max_rank``; see ``linalg.ranks``.
+        budget: instead, ranks for all modules at once, by which the adapter's file is no larger
+            than "50MB", or its factors hold no more numbers than "10M", at the least whole error.
+        activations: a file of ``collect_stats``: what is made small is the error of each layer's
+            output on such inputs, E‖(Δ − BA)x‖², and not that of its weight.
+        spectrum_cache: a file that keeps decompositions; those in it that fit are not made again.
         include, exclude: regular expressions on module names.
         layout: ``"REGEX=KIND"``: the layer kind of modules in whose name REGEX is found, where name
             and shape do not tell it (``linalg.layouts.named``).
@@ -89,80 +111,108 @@ def extract(
         QualityGateError: with the report; nothing is written then.
         LoraToolsError: any other of the tree, with nothing written.
     """
+    command = command_of(extract, locals())
     started = time.perf_counter()
-    rule = rank_rule(rank, energy, max_rank, DEFAULT_RANK)
+    size = Size(*most_factors(budget)) if budget is not None else None
+    policies = {
+        "rank": rank, "energy": energy, "error": error, "ratio": ratio, "cumulative": cumulative,
+        "threshold": threshold, "noise_floor": noise_floor, "gavish_donoho": gavish_donoho,
+        "budget": size.most if size is not None else None,
+    }  # fmt: skip
+    rule = rank_rule(policies, max_rank, DEFAULT_RANK)
     assert rule is not None
     if alpha is not None and not (alpha > 0 and math.isfinite(alpha)):
         raise UsageError(f"--alpha {alpha}: a number above 0 is needed")
     if not 0 < tolerance < 1:
         raise UsageError(f"--tolerance {tolerance}: a number between 0 and 1 is needed")
+    target = consumer_named(consumer)
+    if rule.shared and not target.patterns:
+        raise UsageError(f"--budget gives each module its own rank, and {consumer} reads one for "
+                         "all: use --rank")  # fmt: skip
     options = Options(
-        rule, alpha, rslora, parse_float_dtype(dtype) if dtype else None,
-        svd == "exact", tolerance, seed, device, None, consumer_named(consumer),
+        rule, alpha, rslora, parse_float_dtype(dtype) if dtype else None, svd == "exact", tolerance,
+        seed, device, target, depth=(max_rank or _CACHE_DEPTH) if spectrum_cache else 0,
+        measured=noise_floor or spectrum_cache is not None,
+        activations=Activations(Path(activations)) if activations is not None else None,
     )  # fmt: skip
+    keep = Path(spectrum_cache) if spectrum_cache is not None else None
     chosen, kinds = name_filter(include, exclude), layer_kinds(layout)
     destination = Path(out)
     sides = open_checkpoint(base, allow_pickle), open_checkpoint(tuned, allow_pickle)
     if not dry_run:
         check_destination(destination, [side.path for side in sides], force)
+        if keep is not None:
+            check_destination(keep, [side.path for side in sides], force=True)
     plan = make_plan(*sides, chosen=chosen, kinds=kinds, embeddings=embeddings, rest=rest)
     fates = plan.fates(rule)
     expected = sum(fate.nbytes for fate in fates)
-    inputs = (Input("base", str(base)), Input("tuned", str(tuned)))
+    if size is not None and size.in_bytes:
+        expected = min(expected, size.most)
+    inputs = [Input("base", str(base)), Input("tuned", str(tuned))]
+    if options.activations is not None:
+        options.activations.match(plan.modules)
+        inputs.append(Input("activations", str(activations), options.activations.digest))
     if dry_run:
         return Report(
-            "extract", tool_version(), inputs, str(out), True, fates,
+            "extract", tool_version(), tuple(inputs), str(out), True, fates,
             totals={"expected_bytes_at_most": expected}, notes=plan.notes,
-            seconds=time.perf_counter() - started,
+            seconds=time.perf_counter() - started, command=command,
         )  # fmt: skip
     check_space(destination, 2 * expected)
-    with staged(destination) as staging:
-        report = _extract(sides, plan, options, staging / "out", inputs, jobs, progress)
+    with staged(destination) as staging, _kept(keep, staging, size is not None) as spectra:
+        work = PairWork(sides, options.on_device(), spectra, jobs, progress)
+        report = _extract(work.outcomes(plan.pairs, size), sides, plan, options, staging / "out",
+                          inputs, command)  # fmt: skip
         report = dataclasses.replace(report, output=str(out))
         _gate(report, max_error)
     return dataclasses.replace(report, seconds=time.perf_counter() - started)
 
 
+@contextlib.contextmanager
+def _kept(keep: Path | None, scratch: Path, needed: bool) -> Iterator[Spectra | None]:
+    """Where decompositions are kept: nowhere, on disk meanwhile, or in a file for later."""
+    from lora_tools.formats.spectra import Spectra
+
+    if keep is None and not needed:
+        yield None
+        return
+    spectra = Spectra(scratch, keep if keep is not None and keep.exists() else None)
+    try:
+        yield spectra
+        if keep is not None and spectra.changed:
+            with staged(keep) as staging:
+                spectra.finish(staging / "out", tool_version())
+    finally:
+        spectra.close()
+
+
 def _extract(
-    sides: tuple[Checkpoint, Checkpoint],
+    found: Iterator[Outcome],
+    sides: Sides,
     plan: Plan,
     options: Options,
     folder: Path,
-    inputs: tuple[Input, Input],
-    jobs: int | None,
-    progress: ProgressCallback | None,
+    inputs: Sequence[Input],
+    command: str,
 ) -> Report:
-    from lora_tools import engine
     from lora_tools.formats.peft_writer import PeftWriter
 
-    device = engine.pick_device(options.device)
-    options = dataclasses.replace(options, half=engine.half_products(device))
     folder.mkdir()
     writer = PeftWriter(folder)
     outcomes: list[Outcome] = []
-    buffers = engine.Buffers()
-    # What may be refused goes first, so that it is refused at once.
-    pairs = sorted(plan.pairs, key=lambda pair: pair.action == "decompose")
     try:
-        for outcome in engine.run(
-            pairs,
-            lambda pair: work_on(pair, sides, options, buffers),
-            jobs=jobs,
-            nbytes=lambda pair: 4 * pair.spec.numel if pair.action == "decompose" else 0,
-            label=lambda pair: pair.name,
-            progress=progress,
-        ):
+        for outcome in found:
             _add(outcome, sides[1], options, writer)
             outcome.lora = None
             outcomes.append(outcome)
         if not writer.ranks:
             raise MismatchError(
                 "no module has a low-rank change, and PEFT loads no adapter without one; "
-                "are BASE and TUNED the same model?"
+                "are BASE and TUNED the same model, or does the rank policy leave nothing?"
             )
         notes = [*plan.notes, *complete_saved(outcomes, plan, sides[1], writer)]
-        digests = _digests(outcomes, sides)
-        _finish(writer, plan, options, inputs[0].path, outcomes, digests)
+        digests = digests_of(outcomes, sides)
+        _finish(writer, plan, options, inputs[0].path, outcomes, digests, command)
     finally:
         writer.close()
     if not options.consumer.patterns:
@@ -174,10 +224,13 @@ def _extract(
     modules = tuple(o.result for o in outcomes if o.result is not None)
     return Report(
         "extract", tool_version(),
-        tuple(dataclasses.replace(i, digest=d) for i, d in zip(inputs, digests, strict=True)),
+        (*(dataclasses.replace(i, digest=d) for i, d in zip(inputs, digests, strict=False)),
+         *inputs[2:]),
         "", False,
-        (*(Fate(o.pair.name, o.action, o.pair.reason) for o in outcomes), *plan.settled),
+        (*(Fate(o.pair.name, o.action, o.reason or o.pair.reason) for o in outcomes),
+         *plan.settled),
         modules, totals(modules, sum(o.parameters for o in outcomes), folder), tuple(notes),
+        command=command,
     )  # fmt: skip
 
 
@@ -213,6 +266,7 @@ def _finish(
     base_name: str,
     outcomes: Sequence[Outcome],
     digests: tuple[str, str],
+    command: str,
 ) -> None:
     transposed = any(
         o.pair.layout.transposed and o.pair.layout.written == "matrix"
@@ -227,26 +281,12 @@ def _finish(
     if any(o.pair.followed_by and o.action in ("decomposed", "saved whole") for o in outcomes):
         config["ensure_weight_tying"] = True
     metadata = {
-        "loratools": tool_version(), "base_digest": digests[0], "tuned_digest": digests[1],
+        "loratools": tool_version(), "command": command, "base_digest": digests[0],
+        "tuned_digest": digests[1],
     }  # fmt: skip
+    if options.activations is not None:
+        metadata["activations_digest"] = options.activations.digest
     writer.finish(config, plan.modules, metadata)
-
-
-def _digests(outcomes: Sequence[Outcome], sides: tuple[Checkpoint, Checkpoint]) -> tuple[str, str]:
-    """Content digests of both sides; tensors outside every pair are hashed here."""
-    hashes: tuple[dict[str, str], dict[str, str]] = ({}, {})
-    for outcome in outcomes:
-        if outcome.pair.base is not None:
-            hashes[0][outcome.pair.base.name] = outcome.base_hash
-        if outcome.pair.tuned is not None:
-            hashes[1][outcome.pair.tuned.name] = outcome.tuned_hash
-    result = []
-    for side, known in zip(sides, hashes, strict=True):
-        for name in side.specs.keys() - known.keys():
-            known[name] = hashing.tensor_hash(side.raw(name))
-            side.release(name)
-        result.append(hashing.digest(side.specs.values(), known))
-    return result[0], result[1]
 
 
 def _gate(report: Report, max_error: float | None) -> None:

@@ -15,7 +15,7 @@ from lora_tools.verbs.pairing import Plan
 
 if TYPE_CHECKING:
     from lora_tools.formats.peft_writer import PeftWriter
-    from lora_tools.verbs.decompose import Outcome
+    from lora_tools.verbs.extract_pairs import Outcome
 
 
 def complete_saved(

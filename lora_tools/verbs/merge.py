@@ -18,7 +18,7 @@ from lora_tools.formats.output import check_destination, check_space, staged
 from lora_tools.formats.safetensors_file import encode_header
 from lora_tools.formats.sidecar import NAME as SIDECAR_NAME
 from lora_tools.records import Input, ProgressCallback, Report, TensorSpec
-from lora_tools.verbs.common import tool_version
+from lora_tools.verbs.common import check_bases, command_of, tool_version
 from lora_tools.verbs.merge_plan import (
     MergePlan,
     adapter_digest,
@@ -43,6 +43,7 @@ def merge(
     reversible: bool = False,
     requantize: bool = False,
     allow_unmatched: bool = False,
+    allow_other_base: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     force: bool = False,
@@ -62,6 +63,7 @@ def merge(
         requantize: put what was in four bits back into four bits, which loses most of a small
             change; the report states how much.
         allow_unmatched: leave out adapter keys that match no tensor instead of refusing.
+        allow_other_base: merge an adapter whose metadata names another base.
         dry_run: return the plan; read headers only and write nothing.
 
     The sum is formed in float32 (float64 for float64 tensors) and rounded once.
@@ -69,6 +71,7 @@ def merge(
     Raises:
         LoraToolsError: any of the tree; the destination is untouched then.
     """
+    command = command_of(merge, locals())
     started = time.perf_counter()
     wanted = parse_float_dtype(dtype) if dtype else None
     limit = parse_size(shard_size) if shard_size else None
@@ -94,6 +97,13 @@ def merge(
     plan = plan_merge(checkpoint, weighted, allow_unmatched)
     if reversible:
         _refuse_resized(plan, checkpoint)
+    digests = [adapter_digest(w.adapter) for w in weighted] if not dry_run else []
+    made = {
+        "loratools": tool_version(), "command": command, "base_digest": hashing.BLANK,
+        "adapter_digests": " ".join(
+            f"{digest}={w.weight:g}" for digest, w in zip(digests, weighted, strict=False)
+        ),
+    }  # fmt: skip
     if view is not None and requantize:
         from lora_tools.verbs.requantize import plan_requantize, requantized
 
@@ -101,11 +111,12 @@ def merge(
         shards = work.shards(view, limit)
     else:
         shards = lay_out(checkpoint, out_specs(plan, wanted), limit)
+    shards = [dataclasses.replace(shard, metadata={**shard.metadata, **made}) for shard in shards]
     nbytes = sum(shard.nbytes for shard in shards)
     inputs = [Input("base", str(base)), *(Input("adapter", shown(w)) for w in weighted)]
     report = Report(
         "merge", tool_version(), tuple(inputs), str(out), dry_run, plan.fates(),
-        totals={"bytes": nbytes}, notes=plan.notes,
+        totals={"bytes": nbytes}, notes=plan.notes, command=command,
     )  # fmt: skip
     if not dry_run:
         paths = [checkpoint.path, *(w.adapter.path for w in weighted)]
@@ -117,12 +128,12 @@ def merge(
         with staged(destination) as staging:
             if view is not None and requantize:
                 report = requantized(
-                    report, view, weighted, work, shards, staging / "out", jobs, progress
+                    report, view, work, shards, staging / "out", jobs, progress, digests
                 )
             else:
                 report = _merge(
                     report, checkpoint, weighted, plan, shards, staging / "out", reversible, jobs,
-                    progress,
+                    progress, digests, allow_other_base,
                 )  # fmt: skip
         if force and not checkpoint.is_folder and not reversible:
             beside.unlink(missing_ok=True)  # that of the file replaced
@@ -164,6 +175,8 @@ def _merge(
     reversible: bool,
     jobs: int | None,
     progress: ProgressCallback | None,
+    adapter_digests: Sequence[str],
+    allow_other_base: bool,
 ) -> Report:
     from lora_tools import engine
     from lora_tools.formats.sidecar import SidecarWriter
@@ -200,14 +213,17 @@ def _merge(
                     base_hashes[target.base_name] = result.base_hash
                     if sidecar is not None and result.listing is not None:
                         sidecar.add(target.base_name, result.listing)
+            digests = [hashing.digest(base.specs.values(), base_hashes), *adapter_digests]
+            # An adapter made for the base that was put into four bits is at home here.
+            if not (allow_other_base or isinstance(base, PlainView)):
+                check_bases(((w.path, w.adapter.file.metadata) for w in adapters), digests[0])
+            writer.seal({"base_digest": digests[0]})
             changed = changed_files(base, plan, specs)
             if isinstance(base, PlainView):
                 changed = plain_files(base, changed)
             left = writer.finish(
                 base, base.index_name if len(shards) > 1 else None, changed, (SIDECAR_NAME,)
             )
-        digests = [hashing.digest(base.specs.values(), base_hashes)]
-        digests += [adapter_digest(w.adapter) for w in adapters]
         totals = {
             **report.totals,
             "tensors_merged": sum(bool(t.parts) for t in plan.targets) + len(plan.untied),

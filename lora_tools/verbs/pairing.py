@@ -104,8 +104,19 @@ def upper_bound(pair: Pair, rule: RankRule) -> int:
         return 0
     assert pair.layout is not None
     sides = [(at.rows, at.cols) for at in pair.layout.regions(pair.spec.shape)]
-    shapes = pair.layout.shapes(pair.spec.shape, max(rule.ceiling(*side) for side in sides))
-    return sum(map(math.prod, shapes)) * pair.spec.nbytes // pair.spec.numel
+    return one_direction(pair, None) * max(rule.ceiling(*side) for side in sides)
+
+
+def one_direction(pair: Pair, dtype: str | None, in_bytes: bool = True) -> int:
+    """Bytes, or numbers, that one more rank costs in the factors; ``dtype`` is theirs, by default
+    the base's. A tied head that follows takes bytes of its own, and no numbers of its own."""
+    assert pair.base is not None
+    assert pair.layout is not None
+    spec = dataclasses.replace(pair.base, dtype=dtype or pair.base.dtype)
+    shapes = pair.layout.shapes(spec.shape, 1)
+    numbers = sum(map(math.prod, shapes))
+    each = spec.nbytes // spec.numel * (2 if pair.followed_by else 1)
+    return numbers * each if in_bytes else numbers
 
 
 def make_plan(

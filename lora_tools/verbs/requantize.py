@@ -13,12 +13,11 @@ from lora_tools.formats.checkpoint_writer import CheckpointWriter, Shard
 from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.records import Fate, ProgressCallback, Report, TensorResult, TensorSpec
 from lora_tools.verbs.merge import changed_files
-from lora_tools.verbs.merge_plan import MergePlan, adapter_digest
+from lora_tools.verbs.merge_plan import MergePlan
 from lora_tools.verbs.merge_tensor import copy_tensor, merge_tensor, survival_totals
 from lora_tools.verbs.plain_view import PlainView
 from lora_tools.verbs.quantize import config_with, pack
 from lora_tools.verbs.quantize_plan import Item, QuantizePlan
-from lora_tools.verbs.weighted import Weighted
 
 if TYPE_CHECKING:
     from lora_tools.engine import Buffers
@@ -51,12 +50,12 @@ class _Done:
 def requantized(
     report: Report,
     view: PlainView,
-    adapters: Sequence[Weighted],
     plan: QuantizePlan,
     shards: Sequence[Shard],
     out: Path,
     jobs: int | None,
     progress: ProgressCallback | None,
+    adapter_digests: Sequence[str],
 ) -> Report:
     """Write it; the report's ``tensors`` hold the error of each weight that has new codes."""
     from lora_tools import engine
@@ -80,13 +79,13 @@ def requantized(
             outcomes.append(done)
             if item.target not in plan.merge.untied:
                 hashes[item.target.base_name] = done.base_hash
+        digests = [hashing.digest(view.specs.values(), hashes), *adapter_digests]
+        writer.seal({"base_digest": digests[0]})
         changed = changed_files(view, plan.merge, {i.name: i.spec for i in plan.items})
         config_with(view, changed, view.stored.config.get("quantization_config"))
         index = view.index_name if len(shards) > 1 else None
         left = writer.finish(view, index, changed)
         nbytes = writer.nbytes
-    digests = [hashing.digest(view.specs.values(), hashes)]
-    digests += [adapter_digest(w.adapter) for w in adapters]
     merged = sum(bool(i.target.parts) for i in plan.items)
     totals = {
         "bytes": nbytes, "tensors_merged": merged, "tensors_copied": len(plan.items) - merged,

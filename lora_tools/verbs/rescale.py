@@ -18,7 +18,7 @@ from lora_tools.formats.peft import Adapter, LoraModule
 from lora_tools.linalg.layouts import of_form
 from lora_tools.linalg.ranks import RankRule
 from lora_tools.records import Fate, Input, ModuleResult, ProgressCallback, Report
-from lora_tools.verbs.common import consumer_named, rank_rule, tool_version
+from lora_tools.verbs.common import command_of, consumer_named, rank_rule, tool_version
 from lora_tools.verbs.merge_plan import adapter_digest
 
 if TYPE_CHECKING:
@@ -59,6 +59,13 @@ def rescale(
     effect: Literal["keep", "change"] = "keep",
     rank: int | None = None,
     energy: float | None = None,
+    error: float | None = None,
+    ratio: float | None = None,
+    cumulative: float | None = None,
+    threshold: float | None = None,
+    sv_fro: float | None = None,
+    sv_ratio: float | None = None,
+    sv_cumulative: float | None = None,
     max_rank: int | None = None,
     rslora: bool | None = None,
     dtype: str | None = None,
@@ -75,8 +82,10 @@ def rescale(
         scale: multiply the adapter's effect; lora_alpha changes, the factors do not.
         alpha: set lora_alpha. With ``effect="keep"`` lora_B makes up for it; with "change" the
             factors stay and the effect changes in proportion.
-        rank, energy, max_rank: resize, as in ``extract``: by an exact SVD of B·A that never forms
-            it (QR of both factors, SVD of the r x r core).
+        rank, energy, error, ratio, cumulative, threshold, max_rank: resize, as in ``extract``: by
+            an exact SVD of B·A that never forms it (QR of both factors, SVD of the r x r core).
+        sv_fro, sv_ratio, sv_cumulative: the same by kohya's names and numbers: a share of the norm
+            (not of its square), what σ₁ is divided by, a share of Σσ.
         rslora: write use_rslora or not, the effect kept.
         dtype: of the factors; by default each keeps its own.
         consumer: write what peft, vllm or llama.cpp reads.
@@ -86,8 +95,14 @@ def rescale(
         UnsupportedAdapter: DoRA with ``scale`` (its magnitude fixes the norm, so that a factor on
             the delta does not scale the effect), or a part that the consumer does not read.
     """
+    command = command_of(rescale, locals())
     started = time.perf_counter()
-    rule = rank_rule(rank, energy, max_rank)
+    policies = {
+        "rank": rank, "energy": energy, "error": error, "ratio": ratio, "cumulative": cumulative,
+        "threshold": threshold, "sv_fro": sv_fro, "sv_ratio": sv_ratio,
+        "sv_cumulative": sv_cumulative,
+    }  # fmt: skip
+    rule = rank_rule(policies, max_rank)
     target = consumer_named(consumer)
     if scale is not None and not math.isfinite(scale):
         raise UsageError(f"--scale {scale}: a finite number is needed")
@@ -95,8 +110,8 @@ def rescale(
         raise UsageError(f"--alpha {alpha}: a number above 0 is needed")
     asked = (scale, alpha, rule, rslora, dtype)
     if all(option is None for option in asked) and target.patterns:
-        raise UsageError("nothing to do: give --scale, --alpha, --rank, --energy, --rslora, "
-                         "--dtype or --for")  # fmt: skip
+        raise UsageError("nothing to do: give --scale, --alpha, --rank or another way to "
+                         "choose one, --rslora, --dtype or --for")  # fmt: skip
     if effect == "change" and (alpha is None or rule is not None):
         raise UsageError("--effect change goes with --alpha, and not with --rank or --energy")
     given = open_adapter(adapter, allow_pickle)
@@ -118,7 +133,7 @@ def rescale(
     )  # fmt: skip
     report = Report(
         "rescale", tool_version(), (Input("adapter", str(adapter)),), str(out), dry_run,
-        _fates(given, options), notes=tuple(_notes(given, options, scale)),
+        _fates(given, options), notes=tuple(_notes(given, options, scale)), command=command,
     )  # fmt: skip
     if not dry_run:
         destination = Path(out)
@@ -228,7 +243,11 @@ def _rescale(
         for key in (*given.whole.values(), *(rows.key for rows in given.tokens.values())):
             writer.add_raw(key, given.tensor(key))
         config = {**given.config, "use_rslora": options.rslora and options.pad_to is None}
+        # Of the adapter's own metadata the base's digest holds on.
         metadata = {k: v for k, v in given.file.metadata.items() if k != "format"}
+        before = metadata.get("command", "")
+        commands = [each for each in (before, report.command) if each]
+        metadata |= {"loratools": report.version, "command": " | ".join(commands)}
         writer.finish(config, None, metadata)
     finally:
         writer.close()
@@ -323,7 +342,7 @@ def _resize(
     total = math.fsum(float((S * S).sum()) for _, S, _ in exact)
     if not math.isfinite(total):
         raise NonFiniteError(f"{module.module}: its factors hold an inf or a NaN")
-    ranks = [top_directions(S, options.rule) for _, S, _ in exact]
+    ranks = [top_directions(S * strength, options.rule) for _, S, _ in exact]
     r = layout.r(ranks)
     alpha = options.alpha if options.alpha is not None else float(r)
     scale = lora.scaling(alpha, r, options.rslora)

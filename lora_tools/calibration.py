@@ -1,0 +1,164 @@
+"""Runs a transformers model over text to see what its layers are given: the only room, besides the
+ONNX export, that builds a model."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lora_tools.errors import CheckpointError, NonFiniteError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def check_library() -> None:
+    """Raises UsageError, saying what to install, where transformers is not there."""
+    if find_spec("transformers") is None:
+        raise UsageError("collect-stats needs transformers: pip install 'loratools[stats]'")
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """What transformers prints is not ours to print."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    bar = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def sequences(folder: Path, text: str, length: int) -> torch.Tensor:
+    """The text as rows of ``length`` tokens, by the tokenizer in the folder; what is left over is
+    dropped.
+
+    Raises:
+        CheckpointError: there is no tokenizer that transformers can load.
+        UsageError: the text has fewer tokens than one row.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    try:
+        with _quietly():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    except Exception as error:  # transformers raises what it likes
+        raise CheckpointError(f"{folder}: no tokenizer to be loaded ({_first(error)})") from None
+    if len(tokens) < length:
+        raise UsageError(
+            f"the text has {len(tokens)} tokens, and one sequence takes {length}; give more text "
+            "or a smaller --length"
+        )
+    return torch.tensor(tokens[: len(tokens) // length * length]).view(-1, length)
+
+
+def moments(
+    folder: Path,
+    rows: torch.Tensor,
+    kind: Literal["full", "diagonal"],
+    device: str,
+    allow_pickle: bool,
+    done: Callable[[int], None],
+) -> dict[str, torch.Tensor]:
+    """E[xxᵀ] (in, in), or its diagonal (in), of the input of every linear layer, by module.
+
+    An embedding's input is one token of its vocabulary: its moment is the diagonal of the tokens'
+    frequencies, one added to each count (Laplace), so that no row is without weight.
+
+    Raises:
+        CheckpointError: transformers cannot load the model.
+        NonFiniteError: an inf or a NaN among the activations.
+    """
+    import torch
+
+    model = _load(folder, allow_pickle).to(device)
+    sums: dict[str, torch.Tensor] = {}
+    counts: dict[str, int] = {}
+    handles = [
+        module.register_forward_pre_hook(_hook(name, module, kind, sums, counts))
+        for name, module in model.named_modules()
+        if _is_known(module)
+    ]
+    try:
+        with torch.no_grad():
+            for i, row in enumerate(rows):
+                model(input_ids=row[None].to(device))
+                done(i + 1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    result = {}
+    for name, total in sums.items():
+        moment = (total / counts[name]).float().cpu()
+        if not moment.isfinite().all():
+            raise NonFiniteError(f"{name}: its input holds an inf or a NaN on this text")
+        result[name] = moment
+    return result
+
+
+def _load(folder: Path, allow_pickle: bool) -> Any:
+    import torch
+    import transformers
+
+    try:
+        with _quietly():
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+            [architecture, *_] = config.architectures or ["AutoModel"]
+            kind = getattr(transformers, architecture)
+            return kind.from_pretrained(
+                folder, local_files_only=True, dtype=torch.float32,
+                use_safetensors=None if allow_pickle else True,
+            ).eval()  # fmt: skip
+    except Exception as error:  # transformers raises what it likes
+        raise CheckpointError(f"{folder}: transformers cannot load it ({_first(error)})") from None
+
+
+def _first(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+
+
+def _is_known(module: Any) -> bool:
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, torch.nn.Linear | torch.nn.Embedding | Conv1D)
+
+
+def _hook(
+    name: str, module: Any, kind: str, sums: dict[str, torch.Tensor], counts: dict[str, int]
+) -> Callable[[Any, Sequence[Any]], None]:
+    import torch
+
+    def see(_: Any, given: Sequence[Any]) -> None:
+        x = given[0].detach()
+        if isinstance(module, torch.nn.Embedding):
+            if name not in sums:
+                sums[name] = torch.ones(module.num_embeddings, dtype=torch.float64, device=x.device)
+                counts[name] = module.num_embeddings
+            flat = x.reshape(-1)
+            sums[name].index_add_(0, flat, torch.ones(len(flat), dtype=torch.float64,
+                                                      device=x.device))  # fmt: skip
+        else:
+            flat = x.reshape(-1, x.shape[-1]).float()
+            one = flat.T @ flat if kind == "full" else flat.double().square().sum(0)
+            if name in sums:
+                sums[name] += one
+            else:
+                sums[name], counts[name] = one, 0
+        counts[name] += len(flat)
+
+    return see

@@ -1,0 +1,89 @@
+"""Tables and sentences of the verbs that look and do not write."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from lora_tools.records import Report
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+
+def _table(*columns: str) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for i, column in enumerate(columns):
+        left = i == 0
+        table.add_column(column, no_wrap=True, justify="left" if left else "right",
+                         overflow="ellipsis")  # fmt: skip
+    return table
+
+
+def spectra(console: Console, report: Report, most: int | None) -> None:
+    """One row a module."""
+    change = any(math.isfinite(s.relative_change) for s in report.spectra)
+    columns = ["module", "kind", "shape", "norm", "stable rank", "at 8", "at 16", "at 32", "at 64"]
+    columns += ["noise floor", "rank", "rel. change"] if change else ["rank", "alpha", "scaling"]
+    table = _table(*columns)
+    for s in report.spectra[:most]:
+        shares = [s.energy.get(r, math.nan) for r in ("8", "16", "32", "64")]
+        cells = [
+            s.module, s.layout, "x".join(map(str, s.shape)), f"{s.norm:.4g}",
+            _number(s.stable_rank, ".1f"), *(_number(share, ".1%") for share in shares),
+        ]  # fmt: skip
+        rank = ">64" if s.rank is None else str(s.rank)
+        if change:
+            cells += [_number(s.noise_floor, ".2e"), rank, f"{s.relative_change:.3%}"]
+        else:
+            cells += [rank, f"{s.alpha:g}", f"{s.scaling:g}"]
+        table.add_row(*cells)
+    console.print(table)
+    _left_out(console, len(report.spectra), most, "modules")
+
+
+def tensors(console: Console, report: Report, most: int | None) -> None:
+    """One row a tensor; with modules above, only where all are asked for."""
+    if report.spectra and most is not None:
+        return
+    table = _table("tensor", "dtype", "shape", "bytes", "hash")
+    for t in report.stored[:most]:
+        table.add_row(t.tensor, t.dtype, "x".join(map(str, t.shape)), str(t.nbytes), t.hash)
+    console.print(table)
+    _left_out(console, len(report.stored), most, "tensors")
+
+
+def _left_out(console: Console, count: int, most: int | None, what: str) -> None:
+    if most is not None and count > most:
+        console.print(f"({most} of {count} {what}; -v shows all)")
+
+
+def _number(value: float, style: str) -> str:
+    return format(value, style) if math.isfinite(value) else "-"
+
+
+def totals(t: Mapping[str, Any]) -> Iterator[str]:
+    """Sentences for the totals of inspect, diff and verify."""
+    if "kind" in t:
+        dtypes = ", ".join(f"{n} {dtype}" for dtype, n in t["dtypes"].items())
+        yield f"{t['kind']}: {t['tensors']} tensors ({dtypes}), {t['numbers']:,} numbers"
+        for name, facts in t["metadata"].items():
+            if facts:
+                yield f"{name}: " + ", ".join(f"{k}={str(v)[:80]}" for k, v in facts.items())
+        for key in ("architectures", "ranks", "alphas", "with", "base_model_name_or_path",
+                    "base_digest"):  # fmt: skip
+            if t.get(key):
+                value = t[key]
+                yield f"{key}: " + (", ".join(map(str, value)) if isinstance(value, list)
+                                    else str(value))  # fmt: skip
+    if "relative_change" in t:
+        yield (
+            f"{t['changed']} tensors changed, {t['unchanged']} did not; relative change "
+            f"{t['relative_change']:.3%}"
+        )
+    if "verdict" in t:
+        yield str(t["verdict"])

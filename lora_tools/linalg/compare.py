@@ -1,0 +1,73 @@
+"""Is one tensor another one plus a change, to rounding? Sums over runs of rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+
+from lora_tools.linalg import noise
+
+
+@dataclasses.dataclass
+class Match:
+    """What is known of a stored tensor S against its base W and a change Δ, run by run.
+
+    Attributes:
+        once: elements that are W + Δ, formed in float32 and rounded once: this tool's merge, and
+            PEFT's ``merge_and_unload`` of a float32 adapter.
+        twice: elements that are W + round(Δ), rounded again: PEFT's with ``safe_merge``, or of an
+            adapter in half precision.
+        outside: elements further from W + Δ than two roundings can take them.
+        moved, along, change: ‖S − W‖², ⟨S − W, Δ⟩ and ‖Δ‖².
+    """
+
+    numel: int = 0
+    once: int = 0
+    twice: int = 0
+    outside: int = 0
+    moved: float = 0.0
+    along: float = 0.0
+    change: float = 0.0
+
+    def add(
+        self,
+        stored: torch.Tensor,
+        base: torch.Tensor,
+        merged: torch.Tensor,
+        slack: torch.Tensor,
+    ) -> None:
+        """One run of rows: S in its own dtype, W and W + Δ in the working dtype, and how far
+        another order of summation can take W + Δ."""
+        change = merged - base
+        low = stored.dtype
+        wide = stored.to(merged.dtype)
+        self.numel += stored.numel()
+        self.once += int((merged.to(low) == stored).sum())
+        self.twice += int(((base + change.to(low).to(base.dtype)).to(low) == stored).sum())
+        allowed = noise.spacing(stored).to(merged.dtype)
+        allowed += noise.spacing(change.to(low)).to(merged.dtype)
+        near = (wide - merged).abs() <= allowed * 0.505 + slack  # never where there is a NaN
+        self.outside += int((~near).sum())
+        step, change = (wide - base).double(), change.double()
+        self.moved += float(step.square().sum())
+        self.along += float((step * change).sum())
+        self.change += float(change.square().sum())
+
+    @property
+    def coefficient(self) -> float:
+        """The c for which S − W is nearest to c · Δ."""
+        return self.along / self.change if self.change else math.nan
+
+    @property
+    def unexplained(self) -> float:
+        """‖S − W − c·Δ‖ / ‖S − W‖ for that c."""
+        if not self.moved:
+            return 0.0
+        explained = self.along**2 / self.change if self.change else 0.0
+        return math.sqrt(max(1 - explained / self.moved, 0.0))
+
+    def __add__(self, other: Match) -> Match:
+        fields = dataclasses.fields(Match)
+        return Match(*(getattr(self, f.name) + getattr(other, f.name) for f in fields))

@@ -1,0 +1,63 @@
+"""How large a random matrix is whose entries have unequal variances."""
+
+from __future__ import annotations
+
+import torch
+
+_POINTS, _ROUNDS, _HALVINGS = 33, 3, 50
+
+
+def spacing(x: torch.Tensor) -> torch.Tensor:
+    """The distance of each element to the next larger one its dtype holds (its ulp)."""
+    info = torch.finfo(x.dtype)
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    # The exponent's bits alone are the power of two below x; the smallest normal stands for zero
+    # and subnormals.
+    inf = torch.tensor(torch.inf, dtype=x.dtype).view(bits)
+    return (x.view(bits) & inf).view(x.dtype).clamp_(min=info.tiny) * info.eps
+
+
+def edge(rows: torch.Tensor, cols: torch.Tensor) -> float:
+    """‖E‖²_2 / ‖E‖²_F, in the limit, of a matrix E of independent entries of mean zero whose
+    variances are proportional to rows_i · cols_j (float64 vectors, of any scale).
+
+    It is the right edge of the spectrum of EEᵀ. With Σ a_i = Σ b_j = 1 the edge is the least z for
+    which the equations of the two Stieltjes transforms (Couillet & Hachem 2014, arXiv 1310.8094,
+    theorem 2 and section 3),
+
+        y z = Σ a_i / (1 − a_i x),    x z = Σ b_j / (1 − b_j y),
+
+    have a solution with x < 1 / max a and y < 1 / max b. For equal variances it is
+    (√m + √n)² / (m n), Marchenko & Pastur's.
+    """
+    a, b = _normal(rows), _normal(cols)
+    if len(b) > len(a):
+        a, b = b, a  # the inner equation is solved on the shorter side
+    low, high = 0.0, 1.0
+    best = torch.inf
+    for _ in range(_ROUNDS):
+        t = torch.linspace(low, high, _POINTS + 2, dtype=torch.float64)[1:-1]
+        z = _z(t / a.max(), a, b)
+        at = int(z.argmin())
+        best = min(best, float(z[at]))
+        step = (high - low) / (_POINTS + 1)
+        low, high = max(float(t[at]) - step, 0.0), min(float(t[at]) + step, 1.0)
+    return best
+
+
+def _normal(variances: torch.Tensor) -> torch.Tensor:
+    positive = variances[variances > 0].double()
+    return positive / positive.sum()
+
+
+def _z(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """z(x) of the equations above: y by halving, as the left side of y Σ b/(1 − b y) = x F rises
+    with y."""
+    F = torch.stack([(a / (1 - a * each)).sum() for each in x])
+    low = torch.zeros_like(x)
+    high = torch.full_like(x, 1 / float(b.max()))
+    for _ in range(_HALVINGS):
+        y = (low + high) / 2
+        left = y * (b / (1 - b * y[:, None])).sum(1)
+        low, high = torch.where(left < x * F, y, low), torch.where(left < x * F, high, y)
+    return F / ((low + high) / 2)

@@ -1,0 +1,127 @@
+"""Pictures of spectra, by matplotlib: the only room that draws. It knows figures, no tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from lora_tools.errors import UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#6B4C9A", "#444444")
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One module's singular values, its noise floor (or NaN) and its rank (or None)."""
+
+    label: str
+    values: Sequence[float]
+    floor: float
+    rank: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """What is drawn: a heat map of kinds × layers, spectra, and error against size by name."""
+
+    title: str
+    heat: Sequence[Sequence[float]]
+    rows: Sequence[str]
+    columns: Sequence[str]
+    heat_label: str
+    lines: Sequence[Line]
+    curves: Mapping[str, Sequence[tuple[float, float]]]
+
+
+def check_library() -> None:
+    """Raises UsageError, saying what to install, where matplotlib is not there."""
+    if find_spec("matplotlib") is None:
+        raise UsageError("--plot needs matplotlib: pip install 'loratools[plot]'")
+
+
+def draw(picture: Picture, suffix: str) -> bytes:
+    """The picture as a .png, .svg or .html page with the SVG in it; always the same bytes."""
+    import matplotlib
+
+    settings = {
+        "svg.hashsalt": "loratools", "font.size": 9, "axes.spines.top": False,
+        "axes.spines.right": False, "axes.titlesize": 10, "axes.titlelocation": "left",
+    }  # fmt: skip
+    with matplotlib.rc_context(settings):
+        figure = _figure(picture)
+        kind = "png" if suffix == ".png" else "svg"
+        data = io.BytesIO()
+        metadata = {"Software": None} if kind == "png" else {"Date": None}
+        figure.savefig(data, format=kind, dpi=150, metadata=metadata)
+    content = data.getvalue()
+    if suffix == ".html":
+        svg = content[content.index(b"<svg") :]
+        title = picture.title.replace("&", "&amp;").replace("<", "&lt;").encode()
+        content = b'<!DOCTYPE html>\n<meta charset="utf-8">\n<title>' + title + b"</title>\n" + svg
+    return content
+
+
+def _figure(picture: Picture) -> Any:
+    from matplotlib.figure import Figure
+
+    tall = max(0.24 * len(picture.rows) + 1.6, 2.4)
+    figure = Figure(figsize=(11, tall + 4.8), layout="constrained")
+    figure.suptitle(picture.title, x=0.01, ha="left", fontsize=12)
+    grid = figure.add_gridspec(2, 2, height_ratios=(tall, 4.8))
+    _heat(figure.add_subplot(grid[0, :]), picture)
+    _spectra(figure.add_subplot(grid[1, 0]), picture.lines)
+    _curves(figure.add_subplot(grid[1, 1]), picture.curves)
+    return figure
+
+
+def _heat(axes: Axes, picture: Picture) -> None:
+    image = axes.imshow(picture.heat, aspect="auto", cmap="viridis")
+    axes.set_title(f"{picture.heat_label.split(',')[0].capitalize()}, by layer and kind of module")
+    axes.set_yticks(range(len(picture.rows)), picture.rows)
+    step = max(math.ceil(len(picture.columns) / 32), 1)
+    axes.set_xticks(range(0, len(picture.columns), step), picture.columns[::step])
+    axes.set_xlabel("layer")
+    axes.spines[:].set_visible(False)
+    axes.set_facecolor("#eeeeee")
+    axes.figure.colorbar(image, ax=axes, label=picture.heat_label, pad=0.01)
+
+
+def _spectra(axes: Axes, lines: Sequence[Line]) -> None:
+    for line, colour in zip(lines, _COLOURS, strict=False):
+        at = range(1, len(line.values) + 1)
+        axes.plot(at, line.values, color=colour, lw=1.4, label=line.label)
+        if math.isfinite(line.floor):
+            axes.axhline(line.floor, color=colour, lw=0.8, ls=":")
+        if line.rank and line.rank <= len(line.values):
+            axes.plot(line.rank, line.values[line.rank - 1], "o", color=colour, ms=5)
+    axes.set_yscale("log")
+    axes.set_xscale("log", base=2)
+    ticks = [t for t in (1, 2, 4, 8, 16, 32, 64) if t <= max(len(x.values) for x in lines)]
+    axes.set_xticks(ticks, [str(t) for t in ticks])
+    axes.set_xlabel("direction")
+    axes.set_ylabel("singular value")
+    marks = ["dots: rank"] if any(line.rank for line in lines) else []
+    marks += ["dotted: noise floor"] if any(math.isfinite(x.floor) for x in lines) else []
+    axes.set_title("Spectra" + (f" ({'; '.join(marks)})" if marks else ""))
+    axes.legend(fontsize=7, frameon=False, ncols=2, loc="upper left", bbox_to_anchor=(-0.08, -0.16))
+
+
+def _curves(axes: Axes, curves: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+    styles = {"uniform": "-", "energy": "--", "budget": "-"}
+    for (name, points), colour in zip(curves.items(), _COLOURS, strict=False):
+        if points:
+            axes.plot(*zip(*sorted(points), strict=True), styles.get(name, "-"), color=colour,
+                      lw=1.6, label=name)  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_xlabel("numbers in the factors")
+    axes.set_ylabel("relative error over all modules")
+    axes.set_ylim(bottom=0)
+    axes.set_title("Error against size: three ways to share ranks")
+    axes.legend(frameon=False)

@@ -1,0 +1,202 @@
+"""``diff``: what a fine-tune changed, where, and how low-rank it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from lora_tools.errors import NonFiniteError
+from lora_tools.formats import digest as hashing
+from lora_tools.formats.checkpoint import Checkpoint, open_checkpoint
+from lora_tools.formats.consumers import CONSUMERS
+from lora_tools.linalg.ranks import RankRule
+from lora_tools.records import Fate, Input, ModuleSpectrum, ProgressCallback, Report
+from lora_tools.verbs.common import name_filter, tool_version
+from lora_tools.verbs.decompose import Options, Sides, find
+from lora_tools.verbs.pairing import Pair, Plan, make_plan
+from lora_tools.verbs.spectra import DEPTH, check_plot, joined, save_picture, summary
+
+if TYPE_CHECKING:
+    from lora_tools.engine import Buffers
+
+_ORDERS = {
+    "change": lambda s: -s.relative_change,
+    "norm": lambda s: -s.norm,
+    "name": lambda s: 0,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Seen:
+    pair: Pair
+    fate: Fate
+    spectrum: ModuleSpectrum | None = None
+    hashes: tuple[str, str] = ("", "")
+    change: float = 0.0  # ‖Δ‖²
+    base: float = 0.0  # ‖W_base‖²
+
+
+def diff(
+    base: str | Path,
+    tuned: str | Path,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    sort: Literal["change", "norm", "name"] = "change",
+    plot: str | Path | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    jobs: int | None = None,
+    allow_pickle: bool = False,
+    progress: ProgressCallback | None = None,
+) -> Report:
+    """Say what changed from ``base`` to ``tuned``: in the report's ``spectra`` one entry for each
+    changed module with a low-rank form, in its ``plan`` the fate of every tensor.
+
+    Args:
+        base, tuned: checkpoint folders, safetensors files or hub ids.
+        include, exclude: regular expressions on module names.
+        sort: by relative change, by ‖Δ‖, or as in the file.
+        plot: a .png, .svg or .html file for a picture (needs matplotlib).
+        seed: of the decomposition's random start.
+
+    Raises:
+        MismatchError: nothing in common, or shapes that do not fit.
+        LoraToolsError: any other of the tree.
+    """
+    started = time.perf_counter()
+    chosen = name_filter(include, exclude)
+    target = check_plot(plot)
+    sides = open_checkpoint(base, allow_pickle), open_checkpoint(tuned, allow_pickle)
+    plan = make_plan(
+        *sides, chosen=chosen, embeddings="skip" if _resized(*sides) else "lora", rest="skip"
+    )
+    seen = _look(plan, sides, Options(
+        RankRule("rank", DEPTH), None, False, None, False, 1e-3, seed, device, CONSUMERS["peft"],
+        measured=True,
+    ), jobs, progress)  # fmt: skip
+    spectra = sorted((s.spectrum for s in seen if s.spectrum is not None), key=_ORDERS[sort])
+    inputs = [
+        Input(role, str(path), digest)
+        for role, path, digest in zip(("base", "tuned"), (base, tuned), _digests(seen, sides),
+                                      strict=True)
+    ]  # fmt: skip
+    change, whole = (math.fsum(getattr(s, part) for s in seen) for part in ("change", "base"))
+    counts = [fate.action for fate in (*(s.fate for s in seen), *plan.settled)]
+    report = Report(
+        "diff", tool_version(), tuple(inputs), "", False,
+        (*(s.fate for s in seen), *plan.settled), spectra=tuple(spectra), notes=plan.notes,
+        totals={
+            "relative_change": math.sqrt(change / whole) if whole else 0.0,
+            "changed": counts.count("changed"), "unchanged": counts.count("unchanged"),
+            "one_sided": counts.count("only in base") + counts.count("only in tuned"),
+        },
+    )  # fmt: skip
+    if target is not None and report.spectra:
+        save_picture(report, f"{Path(base).name} → {Path(tuned).name}", target)
+        report = dataclasses.replace(report, notes=(*report.notes, f"drew {plot}"))
+    return dataclasses.replace(report, seconds=time.perf_counter() - started)
+
+
+def _resized(base: Checkpoint, tuned: Checkpoint) -> bool:
+    return any(
+        name in base.specs and base.specs[name].shape != spec.shape
+        for name, spec in tuned.specs.items()
+    )
+
+
+def _look(
+    plan: Plan,
+    sides: Sides,
+    options: Options,
+    jobs: int | None,
+    progress: ProgressCallback | None,
+) -> list[_Seen]:
+    from lora_tools import engine
+
+    options = options.on_device()
+    options = dataclasses.replace(options, half=None)
+    buffers = engine.Buffers()
+    return list(
+        engine.run(
+            plan.pairs,
+            lambda pair: _see(pair, sides, options, buffers),
+            jobs=jobs,
+            nbytes=lambda pair: 4 * pair.spec.numel if pair.action == "decompose" else 0,
+            label=lambda pair: pair.name,
+            progress=progress,
+        )
+    )
+
+
+def _see(pair: Pair, sides: Sides, options: Options, buffers: Buffers) -> _Seen:
+    base, tuned = sides
+    assert pair.tuned is not None
+    theirs = hashing.tensor_hash(tuned.raw(pair.tuned.name))
+    if pair.base is None:
+        return _Seen(pair, Fate(pair.name, "only in tuned", str(list(pair.spec.shape))),
+                     hashes=("", theirs))  # fmt: skip
+    hashes = hashing.tensor_hash(base.raw(pair.base.name)), theirs
+    same = dataclasses.replace(pair.base, name="") == dataclasses.replace(pair.tuned, name="")
+    if same and hashes[0] == theirs:
+        return _Seen(pair, Fate(pair.name, "unchanged"), hashes=hashes)
+    if pair.action == "decompose":
+        found = find(pair, sides, options, buffers)
+        known = [one.svd.known for one in found if one.svd is not None]
+        if not known:
+            return _Seen(pair, Fate(pair.name, "unchanged", "the same values"), hashes=hashes)
+        assert pair.layout is not None
+        total, energy = (
+            math.fsum(getattr(one, part) for one in found) for part in ("total", "base")
+        )
+        relative = math.sqrt(total / energy) if energy else math.inf
+        spectrum = summary(
+            joined(known), total, relative, module=pair.target, layout=pair.layout.name,
+            shape=pair.spec.shape, rank=None,
+        )  # fmt: skip
+        fate = Fate(pair.name, "changed", f"by {relative:.3%}")
+        return _Seen(pair, fate, spectrum, hashes, total, energy)
+    if pair.reason.startswith("left out"):
+        return _Seen(pair, Fate(pair.name, "skipped", pair.reason), hashes=hashes)
+    if pair.base.shape != pair.tuned.shape:
+        shapes = f"{list(pair.base.shape)} → {list(pair.tuned.shape)}"
+        return _Seen(pair, Fate(pair.name, "changed", f"resized: {shapes}"), hashes=hashes)
+    return _plain(pair, sides, hashes)
+
+
+def _plain(pair: Pair, sides: Sides, hashes: tuple[str, str]) -> _Seen:
+    """A changed tensor without a spectrum: how far it moved."""
+    assert pair.base is not None
+    assert pair.tuned is not None
+    if not (pair.base.is_float and pair.tuned.is_float):
+        return _Seen(pair, Fate(pair.name, "changed", f"{pair.base.dtype}, not a float"),
+                     hashes=hashes)  # fmt: skip
+    old = sides[0].tensor(pair.base.name).double()
+    change = float((sides[1].tensor(pair.tuned.name).double() - old).square().sum())
+    energy = float(old.square().sum())
+    if not math.isfinite(change):
+        side = "tuned" if math.isfinite(energy) else "base"
+        raise NonFiniteError(f"{pair.name}: the {side} side holds an inf or a NaN")
+    if change == 0:
+        return _Seen(pair, Fate(pair.name, "unchanged", "the same values"), hashes=hashes)
+    by = f"by {math.sqrt(change / energy):.3%}" if energy else "from zero"
+    return _Seen(pair, Fate(pair.name, "changed", by), None, hashes, change, energy)
+
+
+def _digests(seen: Sequence[_Seen], sides: Sides) -> tuple[str, str]:
+    result = []
+    for i, side in enumerate(sides):
+        known = {}
+        for s in seen:
+            spec = (s.pair.base, s.pair.tuned)[i]
+            if spec is not None:
+                known[spec.name] = s.hashes[i]
+        for name in side.specs.keys() - known.keys():
+            known[name] = hashing.tensor_hash(side.raw(name))
+            side.release(name)
+        result.append(hashing.digest(side.specs.values(), known))
+    return result[0], result[1]

@@ -1,0 +1,234 @@
+"""``inspect``: what is this file?"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_tools.adapters import open_adapter
+from lora_tools.errors import CheckpointError, UsageError
+from lora_tools.formats import digest as hashing
+from lora_tools.formats import sidecar as sidecars
+from lora_tools.formats.activations import MARK as ACTIVATIONS
+from lora_tools.formats.checkpoint import Checkpoint, open_checkpoint
+from lora_tools.formats.names import is_input_embedding, tied_head
+from lora_tools.formats.peft import CONFIG, Adapter, LoraModule
+from lora_tools.formats.spectra import MARK as SPECTRA
+from lora_tools.linalg.layouts import of_form
+from lora_tools.linalg.ranks import Spectrum
+from lora_tools.records import (
+    Input,
+    ModuleSpectrum,
+    ProgressCallback,
+    Report,
+    TensorFacts,
+    TensorSpec,
+)
+from lora_tools.verbs.common import tool_version
+from lora_tools.verbs.spectra import check_plot, joined, save_picture, summary
+
+if TYPE_CHECKING:
+    from lora_tools.formats.checkpoint import TensorFile
+
+_NF4 = ".quant_state.bitsandbytes__"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Thing:
+    """What was found: files of tensors, and for an adapter its modules."""
+
+    kind: str
+    files: tuple[TensorFile, ...]
+    facts: dict[str, Any]
+    notes: tuple[str, ...] = ()
+    adapter: Adapter | None = None
+
+
+def inspect(
+    path: str | Path,
+    *,
+    plot: str | Path | None = None,
+    jobs: int | None = None,
+    allow_pickle: bool = False,
+    progress: ProgressCallback | None = None,
+) -> Report:
+    """Say what a file or folder is: in the report's ``stored`` each stored tensor, in ``spectra``
+    an adapter's modules, in ``totals`` what kind of thing it is, and oddities in ``notes``.
+
+    Args:
+        path: a checkpoint, an adapter, a quantized folder, a sidecar, a spectrum cache, a file of
+            activation statistics, or a hub id.
+        plot: a .png, .svg or .html file for a picture of an adapter's spectra (needs matplotlib).
+
+    Raises:
+        UsageError: ``plot`` for something that is no adapter.
+        LoraToolsError: it cannot be read, or is nothing that is known here.
+    """
+    started = time.perf_counter()
+    target = check_plot(plot)
+    thing = _open(path, allow_pickle)
+    if target is not None and (thing.adapter is None or not thing.adapter.modules):
+        raise UsageError(f"--plot: {path} is no adapter with factors; diff draws two checkpoints")
+    tensors = _facts(thing, jobs, progress)
+    hashes = {t.tensor: t.hash for t in tensors}
+    specs = [spec for file in thing.files for spec in file.specs.values()]
+    spectra = _spectra(thing.adapter, jobs) if thing.adapter is not None else ()
+    totals: dict[str, Any] = {
+        "kind": thing.kind, "tensors": len(tensors), "numbers": sum(s.numel for s in specs),
+        "tensor_bytes": sum(t.nbytes for t in tensors),
+        "dtypes": dict(Counter(t.dtype for t in tensors).most_common()),
+        "metadata": {file.path.name: dict(file.metadata) for file in thing.files},
+        **thing.facts,
+    }  # fmt: skip
+    report = Report(
+        "inspect", tool_version(), (Input("path", str(path), hashing.digest(specs, hashes)),), "",
+        False, (), spectra=spectra, stored=tuple(tensors), totals=totals,
+        notes=(*thing.notes, *_oddities(tensors, spectra)),
+    )  # fmt: skip
+    if target is not None:
+        save_picture(report, f"{Path(path).name}: an adapter's own spectrum", target)
+        report = dataclasses.replace(report, notes=(*report.notes, f"drew {plot}"))
+    return dataclasses.replace(report, seconds=time.perf_counter() - started)
+
+
+def _open(path: str | Path, allow_pickle: bool) -> _Thing:
+    given = Path(path)
+    if given.suffix == ".onnx" or (given.is_dir() and any(given.glob("*.onnx"))):
+        raise CheckpointError(f"{path}: an ONNX model; this version does not look into those")
+    if (given / CONFIG).is_file() or (given.is_file() and (given.parent / CONFIG).is_file()):
+        return _open_adapter(given, allow_pickle)
+    if given.suffix == ".sidecar" and given.is_file():
+        sidecar = sidecars.Sidecar(given)
+        facts = {"base_digest": sidecar.base_digest, "adapters": len(sidecar.adapters)}
+        return _Thing("sidecar of a reversible merge", (sidecar.file,), facts)
+    checkpoint = open_checkpoint(path, allow_pickle)
+    marks = checkpoint.files[0].metadata
+    for mark, kind in ((SPECTRA, "spectrum cache"), (ACTIVATIONS, "activation statistics")):
+        if mark in marks:
+            return _Thing(kind, checkpoint.files, {})
+    return _open_weights(checkpoint)
+
+
+def _open_adapter(path: Path, allow_pickle: bool) -> _Thing:
+    adapter = open_adapter(path, allow_pickle)
+    modules = adapter.modules.values()
+    parts = [
+        name for name, there in (
+            ("DoRA", adapter.use_dora), ("rsLoRA", adapter.use_rslora),
+            ("biases", any(m.bias for m in modules)), ("tensors saved whole", adapter.whole),
+            ("trained tokens", adapter.tokens),
+        ) if there
+    ]  # fmt: skip
+    facts = {
+        "format": getattr(adapter, "form", "PEFT"), "ranks": sorted({m.r for m in modules}),
+        "alphas": sorted({m.alpha for m in modules}), "modules": len(adapter.modules),
+        "saved_whole": len(adapter.whole), "with": parts,
+        "target_modules": adapter.config.get("target_modules"),
+        "base_model_name_or_path": adapter.config.get("base_model_name_or_path"),
+    }  # fmt: skip
+    return _Thing("adapter", (adapter.file,), facts, adapter=adapter)
+
+
+def _open_weights(checkpoint: Checkpoint) -> _Thing:
+    config = checkpoint.config
+    quantized = [n for n in checkpoint.specs if _NF4 in n]
+    kind = f"checkpoint quantized by bitsandbytes ({len(quantized)} weights)" if quantized else (
+        "checkpoint")  # fmt: skip
+    facts = {
+        "architectures": config.get("architectures"), "model_type": config.get("model_type"),
+        "files": [file.path.name for file in checkpoint.files],
+    }  # fmt: skip
+    notes = []
+    head = tied_head(config, checkpoint.specs) if checkpoint.ties_embeddings else ""
+    embedding = next(filter(is_input_embedding, checkpoint.specs), "")
+    if head and embedding:
+        stored = "stored all the same" if head in checkpoint.specs else "not stored"
+        notes.append(f"{head} is tied to {embedding}, and {stored}")
+    return _Thing(kind, checkpoint.files, facts, tuple(notes))
+
+
+def _facts(thing: _Thing, jobs: int | None, progress: ProgressCallback | None) -> list[TensorFacts]:
+    from lora_tools import engine
+
+    stored = [(file, spec) for file in thing.files for spec in file.specs.values()]
+    return list(
+        engine.run(
+            stored,
+            lambda item: _look(*item),
+            jobs=jobs,
+            nbytes=lambda item: item[1].nbytes,
+            label=lambda item: item[1].name,
+            progress=progress,
+        )
+    )
+
+
+def _look(file: TensorFile, spec: TensorSpec) -> TensorFacts:
+    odd = []
+    value = hashing.tensor_hash(file.raw(spec.name))
+    if not spec.numel:
+        odd.append("empty")
+    elif spec.is_float:
+        tensor = file.tensor(spec.name)
+        low, high = (float(x) for x in tensor.aminmax())  # NaN propagates
+        if not (math.isfinite(low) and math.isfinite(high)):
+            bad = int((~tensor.isfinite()).sum())
+            odd.append(f"{bad:,} of {spec.numel:,} are inf or NaN")
+        elif low == high == 0:
+            odd.append("all zero")
+    file.release(spec.name)
+    return TensorFacts(
+        spec.name, spec.dtype, spec.shape, spec.nbytes, file.path.name, value, tuple(odd)
+    )
+
+
+def _oddities(tensors: Sequence[TensorFacts], spectra: Sequence[ModuleSpectrum]) -> list[str]:
+    notes = [f"{t.tensor}: {odd}" for t in tensors for odd in t.oddities]
+    first: dict[tuple[str, tuple[int, ...]], str] = {}
+    for t in tensors:
+        if len(t.shape) > 1 and "all zero" not in t.oddities:
+            known = first.setdefault((t.hash, t.shape), t.tensor)
+            if known != t.tensor:
+                notes.append(f"{t.tensor}: the same bytes as {known}")
+    notes += [f"{s.module}: its factors multiply to zero" for s in spectra if not s.norm]
+    return notes
+
+
+def _spectra(adapter: Adapter, jobs: int | None) -> tuple[ModuleSpectrum, ...]:
+    from lora_tools import engine
+
+    modules = list(adapter.modules.values())
+    return tuple(
+        engine.run(modules, lambda module: _spectrum(adapter, module), jobs=jobs,
+                   label=lambda module: module.module)
+    )  # fmt: skip
+
+
+def _spectrum(adapter: Adapter, module: LoraModule) -> ModuleSpectrum:
+    """Of s·B·A, from the factors."""
+    from lora_tools.linalg import lora
+
+    A, B = adapter.tensor(module.A), adapter.tensor(module.B)
+    scale = lora.scaling(module.alpha, module.r, adapter.use_rslora)
+    layout = of_form(module.form, **module.parameters)[0].of_factors(tuple(A.shape), tuple(B.shape))
+    shape = (*((module.experts,) if module.experts else ()), B.shape[0], *A.shape[1:])
+    named: dict[str, Any] = {
+        "module": module.name, "layout": layout.name, "shape": shape,
+        "rank": module.r, "alpha": module.alpha, "scaling": scale,
+    }  # fmt: skip
+    finite = bool(A.isfinite().all() and B.isfinite().all())
+    products = (
+        [lora.resize(*product)[1] * scale for product in layout.split(A, B)] if finite else []
+    )
+    total = math.fsum(float((S * S).sum()) for S in products)
+    if not total:
+        return ModuleSpectrum(norm=0.0 if finite else math.nan, relative_change=math.nan,
+                              stable_rank=math.nan, energy={}, noise_floor=math.nan, spectrum=(),
+                              **named)  # fmt: skip
+    parts = [Spectrum(S * S, float((S * S).sum()), True) for S in products]
+    return summary(joined(parts), total, math.nan, **named)

@@ -1,0 +1,154 @@
+"""What ``inspect`` and ``diff`` show of a spectrum, and the pictures' data."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_tools.errors import UsageError
+from lora_tools.formats.output import staged, write_synced
+from lora_tools.linalg import ranks
+from lora_tools.linalg.ranks import Spectrum
+from lora_tools.records import ModuleSpectrum, Report
+
+if TYPE_CHECKING:
+    from lora_tools.plots import Picture
+
+DEPTH = 64
+AT = (8, 16, 32, 64)
+_POINTS = 24
+_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+SUFFIXES = (".png", ".svg", ".html")
+
+
+def summary(known: Spectrum, total: float, relative_change: float, **named: Any) -> ModuleSpectrum:
+    """The figures of one module. ``named`` holds its name, layout, shape and what else is known."""
+    squared = known.squared
+    held = (squared.cumsum(0) / total).clamp(max=1.0).tolist()
+    energy = {
+        str(r): held[min(r, len(held)) - 1] if r <= len(held) or known.complete else math.nan
+        for r in AT
+    }
+    floor = math.nan
+    if known.rounding is not None:
+        above = ranks.above_noise(known)
+        levels = ranks.noise_levels(known)
+        floor = float(levels[min(above if above is not None else DEPTH, len(levels) - 1)]) ** 0.5
+        enough = ranks.energy(known, 0.9)
+        named["rank"] = min((r for r in (above, enough) if r is not None), default=None)
+    return ModuleSpectrum(
+        norm=math.sqrt(total), relative_change=relative_change,
+        stable_rank=total / float(squared[0]), energy=energy, noise_floor=floor,
+        spectrum=tuple(squared[:DEPTH].sqrt().tolist()), **named,
+    )  # fmt: skip
+
+
+def joined(parts: Sequence[Spectrum]) -> Spectrum:
+    """The spectrum of a weight whose regions have these: all values in order, as far as each is
+    known."""
+    import torch
+
+    if len(parts) == 1:
+        return parts[0]
+    values = torch.cat([s.squared for s in parts]).sort(descending=True).values
+    known = max((float(s.squared[-1]) for s in parts if not s.complete), default=0.0)
+    return Spectrum(
+        values[values >= known], math.fsum(s.total for s in parts), all(s.complete for s in parts)
+    )
+
+
+def place(module: str) -> tuple[int, str]:
+    """(layer, kind) of a module: ``model.layers.3.mlp.up_proj`` → (3, ``mlp.up_proj``); layer −1
+    where its name has no number."""
+    match = _LAYER.search(module)
+    return (int(match[1]), module[match.end() :]) if match else (-1, module.rpartition(".")[2])
+
+
+def check_plot(plot: str | Path | None) -> Path | None:
+    """Before the work, not after: the suffix, the folder, and the library.
+
+    Raises:
+        UsageError: a picture cannot be drawn there.
+    """
+    if plot is None:
+        return None
+    path = Path(plot)
+    if path.suffix not in SUFFIXES:
+        raise UsageError(f"--plot {plot}: the name must end in one of {', '.join(SUFFIXES)}")
+    if not path.parent.is_dir():
+        raise UsageError(f"--plot {plot}: its folder does not exist")
+    from lora_tools.plots import check_library
+
+    check_library()
+    return path
+
+
+def save_picture(report: Report, title: str, path: Path) -> None:
+    """Draw a report into a file, in place of what was there, whole or not at all."""
+    from lora_tools.plots import draw
+
+    content = draw(picture(report, title), path.suffix)
+    with staged(path) as staging:
+        write_synced(staging / "out", content)
+
+
+def picture(report: Report, title: str) -> Picture:
+    """What to draw of a report."""
+    from lora_tools.plots import Line, Picture
+
+    spectra = report.spectra
+    layers = sorted({place(s.module)[0] for s in spectra})
+    # Embeddings and heads first, then the layers' modules by name.
+    by_place = sorted((min(place(s.module)[0], 0), place(s.module)[1]) for s in spectra)
+    kinds = list(dict.fromkeys(kind for _, kind in by_place))
+    relative = all(math.isfinite(s.relative_change) for s in spectra)
+    heat = [[math.nan] * len(layers) for _ in kinds]
+    for s in spectra:
+        layer, kind = place(s.module)
+        heat[kinds.index(kind)][layers.index(layer)] = (
+            100 * s.relative_change if relative else s.stable_rank
+        )
+    lines = []
+    for kind in kinds:  # the module of each kind that changed most
+        s = max((s for s in spectra if place(s.module)[1] == kind), key=lambda s: s.norm)
+        lines.append(Line(s.module, s.spectrum, s.noise_floor, s.rank))
+    return Picture(
+        title=title,
+        heat=heat, rows=kinds, columns=["–" if layer < 0 else str(layer) for layer in layers],
+        heat_label="relative change, %" if relative else "stable rank",
+        lines=sorted(lines, key=lambda line: -line.values[0])[:8],
+        curves=curves(spectra),
+    )  # fmt: skip
+
+
+def curves(spectra: Sequence[ModuleSpectrum]) -> dict[str, list[tuple[float, float]]]:
+    """(numbers in the factors, relative error over all modules) of three ways to share ranks."""
+    import torch
+
+    known = [
+        Spectrum(torch.tensor(s.spectrum, dtype=torch.float64).square(), s.norm**2, True)
+        for s in spectra
+    ]
+    costs = [sum(s.shape) for s in spectra]
+    total = math.fsum(s.norm**2 for s in spectra)
+    most = ranks.uniform(known, costs, 10**18)
+
+    def point(chosen: Sequence[int]) -> tuple[float, float]:
+        size = sum(r * c for r, c in zip(chosen, costs, strict=True))
+        return size, math.sqrt(max(1 - ranks.captured(known, chosen) / total, 0.0))
+
+    steps = sorted({round(DEPTH ** (i / (_POINTS - 1))) for i in range(_POINTS)})
+    result: dict[str, list[tuple[float, float]]] = {"uniform": [], "energy": [], "budget": []}
+    for r in steps:
+        result["uniform"].append(point([min(r, m) for m in most]))
+        size = int(result["uniform"][-1][0])
+        result["budget"].append(point([k or 0 for k in ranks.budget(known, costs, size)]))
+    # The same share of each module's energy, as far as 64 directions reach.
+    reach = min((ranks.captured([s], [len(s.squared)]) / s.total for s in known), default=1.0)
+    for i in range(1, _POINTS):
+        share = reach * i / _POINTS
+        result["energy"].append(point([ranks.energy(s, share) or 0 for s in known]))
+    return result

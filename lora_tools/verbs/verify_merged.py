@@ -1,0 +1,238 @@
+"""Does a checkpoint hold base + adapter? Tensor by tensor, with a diagnosis where it does not."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lora_tools.formats import digest as hashing
+from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.formats.names import is_input_embedding, tied_head
+from lora_tools.records import Fate, Input, ModuleResult, ProgressCallback
+from lora_tools.verbs.merge_plan import (
+    MergePlan,
+    Target,
+    adapter_digest,
+    build_effects,
+    plan_merge,
+)
+from lora_tools.verbs.merge_tensor import as_matrix, working_dtype
+from lora_tools.verbs.weighted import Weighted
+
+if TYPE_CHECKING:
+    import torch
+
+    from lora_tools.linalg.compare import Match
+
+_NEAR = 0.05  # a coefficient this near to a number is that number; so little may be unexplained
+
+
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    """What a verification came to; ``offence`` is empty where all is well."""
+
+    inputs: tuple[Input, ...]
+    fates: tuple[Fate, ...]
+    verdict: str
+    offence: str
+    totals: dict[str, Any]
+    notes: tuple[str, ...] = ()
+    modules: tuple[ModuleResult, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Checked:
+    target: Target
+    fate: Fate
+    hashes: tuple[str, str]
+    match: Match | None = None
+
+
+def verify_merged(
+    merged: Checkpoint,
+    base: Checkpoint,
+    weighted: Sequence[Weighted],
+    jobs: int | None,
+    progress: ProgressCallback | None,
+) -> Findings:
+    """Compare every tensor of ``merged`` with what the merge should have made of it."""
+    from lora_tools import engine
+
+    plan = plan_merge(base, weighted)
+    targets = (*plan.targets, *plan.untied)
+    checked = list(
+        engine.run(
+            targets,
+            lambda target: _check(target, merged, base),
+            jobs=jobs,
+            nbytes=lambda target: target.spec.nbytes,
+            label=lambda target: target.spec.name,
+            progress=progress,
+        )
+    )
+    fates = [c.fate for c in checked]
+    fates += _left_over(merged, targets)
+    fates += _tied(merged, plan)
+    base_hashes = {c.target.base_name: c.hashes[0] for c in checked}
+    merged_hashes = {c.target.spec.name: c.hashes[1] for c in checked if c.hashes[1]}
+    for name in merged.specs.keys() - merged_hashes.keys():
+        merged_hashes[name] = hashing.tensor_hash(merged.raw(name))
+    inputs = (
+        Input("merged", "", hashing.digest(merged.specs.values(), merged_hashes)),
+        Input("base", "", hashing.digest(base.specs.values(), base_hashes)),
+        *(Input("adapter", "", adapter_digest(w.adapter)) for w in weighted),
+    )
+    matches = [c.match for c in checked if c.match is not None]
+    totals: dict[str, Any] = {
+        "tensors_acted_on": len(matches),
+        "bit_for_bit_once": sum(m.once == m.numel for m in matches),
+        "bit_for_bit_twice": sum(m.twice == m.numel for m in matches),
+        "share_once": sum(m.once for m in matches) / max(sum(m.numel for m in matches), 1),
+        "share_twice": sum(m.twice for m in matches) / max(sum(m.numel for m in matches), 1),
+    }
+    wrong = [fate for fate in fates if fate.action not in _FINE]
+    offence = _diagnosis(checked, wrong) if wrong else ""
+    return Findings(
+        inputs, tuple(fates), _verdict(totals) if not wrong else "not base + adapter", offence,
+        totals, plan.notes,
+    )  # fmt: skip
+
+
+_FINE = ("same", "rounded", "copied")
+
+
+def _check(target: Target, merged: Checkpoint, base: Checkpoint) -> _Checked:
+    name, stored = target.spec.name, merged.specs.get(target.spec.name)
+    base_hash = hashing.tensor_hash(base.raw(target.base_name))
+    if stored is None:
+        return _Checked(target, Fate(name, "missing", "the base has it"), (base_hash, ""))
+    hashes = base_hash, hashing.tensor_hash(merged.raw(name))
+    if stored.shape != target.spec.shape:
+        why = f"is {list(stored.shape)}, and should be {list(target.spec.shape)}"
+        return _Checked(target, Fate(name, "different", why), hashes)
+    if not target.parts and stored.dtype == base.specs[target.base_name].dtype:
+        if hashes[0] == hashes[1]:
+            return _Checked(target, Fate(name, "copied"), hashes)
+        return _Checked(
+            target, Fate(name, "changed", "no adapter acts on it, and it is not the base's"), hashes
+        )
+    if not (stored.is_float and target.spec.is_float):
+        return _Checked(target, Fate(name, "different", f"is stored as {stored.dtype}"), hashes)
+    match = _match(target, merged, base)
+    merged.release(name)
+    base.release(target.base_name)
+    return _Checked(target, _judge(name, match), hashes, match)
+
+
+def _match(target: Target, merged: Checkpoint, base: Checkpoint) -> Match:
+    """Formed as ``merge`` forms it, run by run."""
+    from lora_tools.linalg.compare import Match
+    from lora_tools.linalg.lora import rows_per_run
+    from lora_tools.linalg.merge import TensorMerge
+
+    S = as_matrix(merged.tensor(target.spec.name), target)
+    W = as_matrix(base.tensor(target.base_name), target)
+    if target.spec.shape != base.specs[target.base_name].shape:  # saved with another vocabulary
+        W = as_matrix(target.parts[0].weighted.adapter.tensor(str(target.parts[0].source)), target)
+    working = working_dtype(W.dtype)
+
+    def read(start: int, stop: int) -> torch.Tensor:
+        return W[start:stop].to(working, copy=True)
+
+    shape = (W.shape[0], W.shape[1])
+    work = TensorMerge(build_effects(target), shape, read, working)
+    match = Match()
+    step = rows_per_run(shape)
+    for start in range(0, shape[0], step):
+        stop = min(start + step, shape[0])
+        exact = work.forward(read(start, stop), start, stop)
+        match.add(S[start:stop], read(start, stop), exact, work.slack(exact, start, stop))
+    return match
+
+
+def _judge(name: str, match: Match) -> Fate:
+    if match.once == match.numel:
+        return Fate(name, "same", "bit for bit, rounded once")
+    if match.twice == match.numel:
+        return Fate(name, "same", "bit for bit, rounded twice as PEFT's safe_merge does")
+    if not match.outside:
+        share = max(match.once, match.twice) / match.numel
+        return Fate(name, "rounded", f"{share:.2%} of it bit for bit, the rest within rounding")
+    return Fate(name, "different", _reason(match) + f"; {match.outside:,} of {match.numel:,} "
+                "elements are further off than rounding")  # fmt: skip
+
+
+def _reason(match: Match) -> str:
+    if not match.moved:
+        return "the base's, without the adapter"
+    if match.unexplained > _NEAR:
+        share = f"{match.unexplained:.0%} of the change is not the adapter's"
+        return f"another base or adapter: {share}"
+    return f"the adapter applied {_times(match.coefficient)}"
+
+
+def _times(coefficient: float) -> str:
+    for number, word in ((2, "twice"), (-1, "with the wrong sign"), (0, "not at all")):
+        if abs(coefficient - number) < _NEAR:
+            return word
+    return f"at {coefficient:.4g} times its scale"
+
+
+def _left_over(merged: Checkpoint, targets: Sequence[Target]) -> list[Fate]:
+    known = {target.spec.name for target in targets}
+    return [Fate(name, "extra", "the base lacks it") for name in merged.specs if name not in known]
+
+
+def _tied(merged: Checkpoint, plan: MergePlan) -> list[Fate]:
+    """An output head that should be the embedding and is not, or the other way round."""
+    head = tied_head(merged.config, merged.specs) if merged.ties_embeddings else ""
+    embedding = next(filter(is_input_embedding, merged.specs), "")
+    if not (head and embedding):
+        return []
+    if plan.unties:
+        return [Fate(head, "tied", "the adapter acts on one of the two only, and config.json still "
+                     f"ties it to {embedding}: a loader drops one")]  # fmt: skip
+    if head in merged.specs and bytes(merged.raw(head)) != bytes(merged.raw(embedding)):
+        return [Fate(head, "tied", f"differs from {embedding}, and config.json ties the two")]
+    return []
+
+
+def _diagnosis(checked: Sequence[_Checked], wrong: Sequence[Fate]) -> str:
+    """One sentence: what is wrong of all, and the worst offender."""
+    counts = Counter(fate.action for fate in wrong)
+    many = ", ".join(f"{n} {action}" for action, n in counts.most_common())
+    low_rank = {
+        c.target.spec.name for c in checked if {"lora", "dora"} & {p.kind for p in c.target.parts}
+    }
+    off = [(c.fate, c.match) for c in checked if c.match is not None and c.match.outside]
+    if not off:
+        return f"not base + adapter ({many}): {wrong[0].tensor}: {wrong[0].reason}"
+    worst, _ = max(off, key=lambda pair: pair[1].outside / pair[1].numel)
+    whole = functools.reduce(operator.add, (match for _, match in off))
+    one = max(abs(match.coefficient - whole.coefficient) for _, match in off)
+    every = low_rank <= {fate.tensor for fate, _ in off}
+    if every and counts.get("changed"):
+        first = next(fate for fate in wrong if fate.action == "changed")
+        what = f"another base: {first.tensor} is not the base's, though no adapter acts on it"
+    elif every and whole.unexplained > _NEAR:
+        what = "another base, or another adapter"
+    elif every and one <= _NEAR * max(abs(whole.coefficient), 1):
+        what = f"the adapter is applied {_times(whole.coefficient)}"
+    else:
+        what = "some tensors are not what the merge makes of them"
+    return f"not base + adapter ({many}): {what}; worst is {worst.tensor}: {worst.reason}"
+
+
+def _verdict(totals: dict[str, Any]) -> str:
+    n = totals["tensors_acted_on"]
+    if totals["bit_for_bit_once"] == n:
+        return "base + adapter, bit for bit, rounded once (as merge does, and PEFT in float32)"
+    if totals["bit_for_bit_twice"] == n:
+        return "base + adapter, bit for bit, rounded twice (PEFT's safe_merge)"
+    near = "twice" if totals["share_twice"] > totals["share_once"] else "once"
+    share = max(totals["share_twice"], totals["share_once"])
+    return f"base + adapter, to rounding: {share:.4%} of the elements are those rounded {near}"

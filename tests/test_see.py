@@ -1,0 +1,332 @@
+"""inspect, diff, their pictures, and verify with the faults it must find."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import lora_tools
+from lora_tools.cli import run
+from lora_tools.errors import CheckpointError, QualityGateError, UsageError
+from lora_tools.formats.peft import WEIGHTS
+
+from . import iotools, models
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """base, tuned (of rank 3 on every linear layer, bfloat16), an adapter and what is merged."""
+    folder = tmp_path_factory.mktemp("see")
+    model = models.make("llama-tied").bfloat16()
+    models.save(model, folder / "base")
+    noise = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "_proj.weight" in name:
+                A = torch.randn(3, parameter.shape[1], generator=noise)
+                B = torch.randn(parameter.shape[0], 3, generator=noise)
+                parameter += 0.02 * B @ A
+    models.save(model, folder / "tuned")
+    lora_tools.extract(folder / "base", folder / "tuned", folder / "adapter", rank=3,
+                       dtype="float32")  # fmt: skip
+    lora_tools.merge(folder / "base", [folder / "adapter"], folder / "merged")
+    return folder
+
+
+# -------------------------------------------------------------------------------------- inspect
+
+
+def test_inspect_a_checkpoint(work):
+    report = lora_tools.inspect(work / "base")
+    stored = models.tensors(work / "base")
+    assert [t.tensor for t in report.stored] == list(load_file(work / "base/model.safetensors"))
+    assert report.totals["kind"] == "checkpoint"
+    assert report.totals["architectures"] == ["LlamaForCausalLM"]
+    assert report.totals["numbers"] == sum(t.numel() for t in stored.values())
+    assert report.totals["dtypes"] == {"BF16": len(stored)}
+    assert "lm_head.weight is tied to model.embed_tokens.weight, and not stored" in report.notes
+
+
+def test_inspect_finds_what_is_odd(tmp_path):
+    bad = torch.ones(4, 4)
+    bad[1, 2], bad[3, 3] = math.nan, math.inf
+    same = torch.randn(3, 5)
+    odd = {"a.weight": bad, "b.weight": torch.zeros(2, 2), "c.weight": same, "d.weight": same + 0}
+    notes = lora_tools.inspect(iotools.checkpoint(tmp_path / "c", odd)).notes
+    assert "a.weight: 2 of 16 are inf or NaN" in notes
+    assert "b.weight: all zero" in notes
+    assert "d.weight: the same bytes as c.weight" in notes
+
+
+def test_inspect_an_adapter(work):
+    report = lora_tools.inspect(work / "adapter")
+    factors = load_file(work / "adapter" / WEIGHTS)
+    assert report.totals["kind"] == "adapter"
+    assert report.totals["ranks"] == [3]
+    assert report.totals["metadata"][WEIGHTS]["command"].startswith("extract rank=3")
+    for s in report.spectra:
+        A = factors[f"base_model.model.{s.module}.lora_A.weight"].double()
+        B = factors[f"base_model.model.{s.module}.lora_B.weight"].double()
+        S = torch.linalg.svdvals(B @ A)[:3]
+        assert torch.allclose(torch.tensor(s.spectrum).double(), S, rtol=1e-5)
+        assert s.stable_rank == pytest.approx(float((S**2).sum() / S[0] ** 2), rel=1e-5)
+        assert s.energy["8"] == pytest.approx(1)
+        assert s.scaling == 1
+
+
+def test_inspect_other_things(work, tmp_path):
+    lora_tools.merge(work / "base", [work / "adapter"], tmp_path / "m", reversible=True)
+    sidecar = lora_tools.inspect(tmp_path / "m" / "loratools-unmerge.sidecar")
+    assert sidecar.totals["kind"] == "sidecar of a reversible merge"
+    lora_tools.extract(work / "base", work / "tuned", tmp_path / "a", spectrum_cache=tmp_path / "s")
+    assert lora_tools.inspect(tmp_path / "s").totals["kind"] == "spectrum cache"
+    (tmp_path / "model.onnx").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="ONNX"):
+        lora_tools.inspect(tmp_path / "model.onnx")
+
+
+# ----------------------------------------------------------------------------------------- diff
+
+
+def test_diff_says_what_changed_and_how_low_its_rank_is(work):
+    report = lora_tools.diff(work / "base", work / "tuned")
+    old, new = models.tensors(work / "base"), models.tensors(work / "tuned")
+    changed = {n for n in old if not torch.equal(old[n], new[n])}
+    fates = {f.tensor: f.action for f in report.plan}
+    assert {n for n, action in fates.items() if action == "changed"} == changed
+    assert fates["model.norm.weight"] == "unchanged"
+    assert report.totals["changed"] == len(changed)
+    order = [s.relative_change for s in report.spectra]
+    assert order == sorted(order, reverse=True)
+    for s in report.spectra:
+        delta = new[f"{s.module}.weight"].double() - old[f"{s.module}.weight"].double()
+        S = torch.linalg.svdvals(delta)
+        assert s.norm == pytest.approx(float(delta.norm()), rel=1e-5)
+        assert s.stable_rank == pytest.approx(float(s.norm**2 / S[0] ** 2), rel=1e-4)
+        assert s.energy["8"] == pytest.approx(float((S[:8] ** 2).sum() / (S**2).sum()), rel=1e-4)
+        assert s.rank in (2, 3)  # three planted; two may hold 90 % of the energy
+        if s.rank == 3:
+            assert s.spectrum[2] > s.noise_floor > s.spectrum[3]
+    total = math.sqrt(sum(s.norm**2 for s in report.spectra))
+    whole = math.sqrt(sum(float(t.double().square().sum()) for n, t in old.items() if n in changed))
+    assert report.totals["relative_change"] == pytest.approx(total / whole, rel=1e-4)
+
+
+def test_diff_filters_sorts_and_names_what_is_on_one_side(work, tmp_path):
+    only = lora_tools.diff(work / "base", work / "tuned", include=["q_proj"], sort="name")
+    assert [s.module for s in only.spectra] == [Q, Q.replace(".0.", ".1.")]
+    tensors = models.tensors(work / "tuned") | {"extra.weight": torch.ones(2, 2)}
+    del tensors["model.norm.weight"]
+    shutil.copytree(work / "tuned", tmp_path / "t")
+    save_file(tensors, tmp_path / "t" / "model.safetensors", {"format": "pt"})
+    fates = {f.tensor: f.action for f in lora_tools.diff(work / "base", tmp_path / "t").plan}
+    assert fates["extra.weight"] == "only in tuned"
+    assert fates["model.norm.weight"] == "only in base"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("suffix", ["png", "svg", "html"])
+def test_pictures(work, tmp_path, suffix):
+    for i in (1, 2):
+        lora_tools.diff(work / "base", work / "tuned", plot=tmp_path / f"{i}.{suffix}")
+    first, again = ((tmp_path / f"{i}.{suffix}").read_bytes() for i in (1, 2))
+    assert first == again, "the same bytes each time"
+    if suffix == "png":
+        from PIL import Image
+
+        image = Image.open(tmp_path / "1.png")
+        assert min(image.size) > 800
+        assert len(set(image.convert("RGB").resize((200, 200)).getdata())) > 50, "not blank"
+    else:
+        text = first.decode()
+        assert "<svg" in text
+        for words in ("self_attn.q_proj", "uniform", "budget", "energy", "relative change, %"):
+            assert words in text, words
+    lora_tools.inspect(work / "adapter", plot=tmp_path / f"a.{suffix}")
+    assert (tmp_path / f"a.{suffix}").stat().st_size > 10_000
+
+
+def test_pictures_are_refused_before_the_work(work, tmp_path, monkeypatch):
+    for name, says in (("x.gif", "must end in"), ("no/x.png", "folder does not exist")):
+        with pytest.raises(UsageError, match=says):
+            lora_tools.diff(work / "base", work / "tuned", plot=tmp_path / name)
+    with pytest.raises(UsageError, match="no adapter with factors"):
+        lora_tools.inspect(work / "base", plot=tmp_path / "x.png")
+    monkeypatch.setattr("lora_tools.plots.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"pip install 'loratools\[plot\]'"):
+        lora_tools.diff(work / "base", work / "tuned", plot=tmp_path / "x.png")
+
+
+def test_matplotlib_is_not_imported_unless_drawn_with(work):
+    code = (
+        "import sys\nfrom lora_tools.cli import run\n"
+        f"assert run(['diff', {str(work / 'base')!r}, {str(work / 'tuned')!r}, '-q']) == 0\n"
+        "assert 'matplotlib' not in sys.modules"
+    )
+    import subprocess
+
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_command_line_shows_them(work, capfd):
+    assert run(["diff", str(work / "base"), str(work / "tuned")]) == 0
+    said = capfd.readouterr().err
+    for words in (Q, "noise floor", "stable rank", "tensors changed"):
+        assert words in said
+    assert run(["inspect", str(work / "adapter"), "-v"]) == 0
+    said = capfd.readouterr().err
+    assert "adapter: " in said
+    assert "lora_A.weight" in said
+    assert run(["inspect", str(work / "base"), "--json", "-q"]) == 0
+    assert json.loads(capfd.readouterr().out)["totals"]["kind"] == "checkpoint"
+
+
+# --------------------------------------------------------------------------------------- verify
+
+
+def check(merged: Path, work: Path, *adapters: object, base: str = "base") -> lora_tools.Report:
+    return lora_tools.verify(merged, base=work / base, adapters=adapters or [work / "adapter"])
+
+
+def refused(merged: Path, work: Path, *adapters: object, base: str = "base") -> str:
+    with pytest.raises(QualityGateError) as caught:
+        check(merged, work, *adapters, base=base)
+    assert caught.value.report is not None
+    assert not caught.value.report.totals["same"]
+    return str(caught.value)
+
+
+def test_our_own_merge_is_base_plus_adapter(work):
+    report = check(work / "merged", work)
+    assert report.totals["bit_for_bit_once"] == report.totals["tensors_acted_on"] == 14
+    assert "bit for bit, rounded once" in report.totals["verdict"]
+
+
+@pytest.mark.parametrize("safe", [False, True])
+def test_which_of_pefts_roundings(work, tmp_path, safe):
+    """PEFT adds a float32 delta in place; with safe_merge it rounds the delta first."""
+    model = models.attach(work / "base", work / "adapter")
+    merged = models.quietly(lambda: model.merge_and_unload(safe_merge=safe))
+    models.save(merged, tmp_path / "m")
+    report = check(tmp_path / "m", work)
+    assert peft.__version__
+    shares = report.totals["share_once"], report.totals["share_twice"]
+    assert max(shares) > 0.9999
+    assert (shares[1] > shares[0]) == safe
+    assert min(shares) < 0.999, "the two differ, or this shows nothing"
+
+
+def spoilt(work: Path, to: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    shutil.copytree(work / "merged", to)
+    tensors = models.tensors(to)
+    change(tensors)
+    save_file(tensors, to / "model.safetensors", {"format": "pt"})
+    return to
+
+
+def test_faults_of_scale(work, tmp_path):
+    for weight, says in ((2, "twice"), (0.5, "at 0.5 times"), (-1, "with the wrong sign")):
+        out = tmp_path / f"m{weight}"
+        lora_tools.merge(work / "base", [(work / "adapter", weight)], out)
+        said = refused(out, work)
+        assert "the adapter is applied " + says in said or "at 0.5" in said, said
+        assert check(out, work, (work / "adapter", weight)).totals["same"]
+    said = refused(work / "base", work)
+    assert "the base's, without the adapter" in said
+
+
+def test_an_adapter_applied_twice_in_two_steps(work, tmp_path):
+    lora_tools.merge(work / "merged", [work / "adapter"], tmp_path / "m", allow_other_base=True)
+    assert "the adapter is applied twice" in refused(tmp_path / "m", work)
+
+
+def test_another_base_and_another_adapter(work, tmp_path):
+    other = models.make("llama-tied", seed=5).bfloat16()
+    models.save(other, tmp_path / "other")
+    assert "another base" in refused(work / "merged", tmp_path, work / "adapter", base="other")
+    lora_tools.rescale(work / "adapter", tmp_path / "a", rank=1)
+    assert "another base, or another adapter" in refused(work / "merged", work, tmp_path / "a")
+
+
+def test_a_tensor_left_out_or_changed_or_missing(work, tmp_path):
+    base = models.tensors(work / "base")
+    name = f"{Q}.weight"
+    left = spoilt(work, tmp_path / "l", lambda t: t.update({name: base[name]}))
+    said = refused(left, work)
+    assert name in said
+    assert "the base's, without the adapter" in said
+    norm = "model.norm.weight"
+    said = refused(spoilt(work, tmp_path / "n", lambda t: t.update({norm: t[norm] * 1.01})), work)
+    assert f"{norm}: no adapter acts on it" in said
+    assert f"{norm}: the base has it" in refused(
+        spoilt(work, tmp_path / "x", lambda t: t.pop(norm)), work
+    )
+    assert "extra" in refused(spoilt(work, tmp_path / "e", lambda t: t.update(e=t[norm] + 0)), work)
+
+    def one(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name][3, 4] += 0.01
+
+    said = refused(spoilt(work, tmp_path / "o", one), work)
+    assert f"worst is {name}" in said
+    assert "1 of 1,024 elements" in said
+
+
+def test_tied_tensors_gone_astray(work, tmp_path):
+    def part(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 1.1
+
+    said = refused(spoilt(work, tmp_path / "t", part), work)
+    assert "lm_head.weight" in said
+
+
+def test_an_adapter_against_its_pair(work):
+    """By another route than extract, and to its figures."""
+    made = lora_tools.extract(work / "base", work / "tuned", work / "again", rank=2, force=True)
+    report = lora_tools.verify(work / "again", base=work / "base", tuned=work / "tuned")
+    found = {m.module: m for m in report.modules}
+    assert len(found) == len(made.modules)
+    for m in made.modules:
+        assert found[m.module].relative_error == pytest.approx(m.relative_error, rel=1e-3)
+    assert report.totals["relative_error"] == pytest.approx(made.totals["relative_error"], rel=1e-3)
+    worst = max(made.modules, key=lambda m: m.relative_error)
+    with pytest.raises(QualityGateError, match=worst.module):
+        lora_tools.verify(work / "again", base=work / "base", tuned=work / "tuned", max_error=0.01)
+
+
+def test_what_an_adapter_leaves_out_counts(work, tmp_path):
+    lora_tools.extract(work / "base", work / "tuned", tmp_path / "a", include=["q_proj"])
+    report = lora_tools.verify(tmp_path / "a", base=work / "base", tuned=work / "tuned")
+    assert report.totals["relative_error"] < 0.1 < report.totals["relative_error_of_all"]
+    assert "left out" in {f.action for f in report.plan}
+
+
+def test_exit_codes(work, capfd):
+    base, adapter, merged = (str(work / n) for n in ("base", "adapter", "merged"))
+    assert run(["verify", merged, "--base", base, "--adapter", adapter]) == 0
+    assert run(["verify", merged, "--base", base, "--adapter", f"{adapter}=2", "--json"]) == 3
+    printed, said = capfd.readouterr()
+    assert json.loads(printed)["totals"]["same"] is False
+    assert "Error: not base + adapter" in said
+    assert run(["verify", merged, "--base", base, "--tuned", base]) == 1  # no adapter
+    for wrong in (["--base", base], ["--adapter", adapter],
+                  ["--base", base, "--adapter", adapter, "--max-error", "1"]):  # fmt: skip
+        assert run(["verify", merged, *wrong]) == 2
+
+
+def test_no_number_is_within_rounding(work, tmp_path):
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{Q}.weight"][1, 1] = math.nan
+
+    said = refused(spoilt(work, tmp_path / "m", spoil), work)
+    assert f"worst is {Q}.weight" in said
