@@ -171,7 +171,12 @@ def finish(
     jobs: int | None,
 ) -> int:
     """Write the adapter that ``writer`` collected in ``folder``, with the others stacked on it,
-    into ``out``; returns its bytes."""
+    into ``out``; returns its bytes. Raises MismatchError where there is nothing to write."""
+    if not writer.ranks:
+        raise MismatchError(
+            "four bits hold every weight exactly, so that there is nothing to compensate; leave "
+            "--compensate out"
+        )
     task = next((w.adapter.config.get("task_type") for w in how.adapters), None)
     config: dict[str, Any] = {"task_type": task}
     modules = {split_tensor(name)[0] for name in base.specs}

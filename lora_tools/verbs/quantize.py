@@ -199,7 +199,7 @@ def _quantize(
                 base_hashes[item.target.base_name] = done.base_hash
             if done.result is not None:
                 results.append(done.result)
-            if done.factors is not None:
+            if done.factors is not None and done.factors.lora_A.shape[0]:
                 A, B = done.factors.lora_A, done.factors.lora_B
                 peft.add_lora(split_tensor(item.name)[0], A, B, float(A.shape[0]))
                 done.factors = None
