@@ -173,8 +173,11 @@ def _totals(report: Report) -> Iterator[str]:
     if "parameters_replaced" in t:
         yield f"{t['parameters_replaced']:,} parameters become {t['parameters']:,}"
     if "quantization_error" in t:
+        error = f"{t['quantization_error']:.4g}"
+        if "compensated_error" in t:
+            error += f", {t['compensated_error']:.4g} with the adapter"
         yield (
-            f"total: relative error {t['quantization_error']:.4g}; "
+            f"total: relative error {error}; "
             f"{t['bits_per_quantized_parameter']:.3f} bits a quantized parameter, "
             f"{t['bits_per_parameter']:.3f} over all {t['parameters']:,}"
         )
