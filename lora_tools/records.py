@@ -135,6 +135,8 @@ class TensorResult:
         relative_error: ‖Ŵ − W‖_F / ‖W‖_F with Ŵ as a loader dequantizes what was written (the
             relative root mean square error).
         norm: ‖W‖_F.
+        compensated_error: ‖Ŵ + B·A − W‖_F / ‖W‖_F with the factors as written, where an adapter
+            for the error lies by; else None.
     """
 
     tensor: str
@@ -142,6 +144,7 @@ class TensorResult:
     bits_per_parameter: float
     relative_error: float
     norm: float
+    compensated_error: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -263,6 +263,7 @@ def test_every_total_and_action_is_documented(pair: Path, tmp_path: Path) -> Non
         lora_tools.convert(pair / "adapter", out / "w", to="peft", dry_run=True),
         lora_tools.quantize(base, out / "q", dry_run=True),
         lora_tools.quantize(base, out / "q"),
+        lora_tools.quantize(base, out / "l", compensate=1),
         lora_tools.dequantize(out / "q", out / "d"),
         lora_tools.merge(out / "q", [pair / "adapter"], out / "mq"),
         lora_tools.merge(out / "q", [pair / "adapter"], out / "rq", requantize=True),

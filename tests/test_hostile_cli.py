@@ -36,6 +36,7 @@ COMMANDS = {
     "subtract": ["unmerge", "merged", "adapter", "-o", "out", "--no-sidecar"],
     "rescale": ["rescale", "adapter", "-o", "out", "--scale", "2"],
     "quantize": ["quantize", "base", "--adapter", "adapter", "-o", "out"],
+    "compensate": ["quantize", "base", "--adapter", "adapter", "-o", "out", "--compensate", "1"],
     "dequantize": ["dequantize", "packed", "-o", "out"],
     "merge packed": ["merge", "packed", "adapter", "-o", "out"],
     "requantize": ["merge", "packed", "adapter", "-o", "out", "--requantize"],

@@ -30,6 +30,7 @@ VERBS = {
     "combine": ["combine", "adapter", "adapter", "--rank", "3"],
     "convert": ["convert", "adapter", "--to", "mlx"],
     "quantize": ["quantize", "base", "--adapter", "adapter"],
+    "compensate": ["quantize", "base", "--adapter", "adapter", "--compensate", "2"],
     "dequantize": ["dequantize", "packed"],
     "requantize": ["merge", "packed", "adapter", "--requantize"],
 }

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes.functional as bnb
 import pytest
 import torch
 import transformers
@@ -75,6 +76,76 @@ def test_searched_scales_load_like_any(bases, tmp_path):
         for name in ("searched", "plain")
     )
     assert near < far
+
+
+def weights_with(folder: Path, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A four-bit weight (out, in), and the change of the adapter that lies by, in float64."""
+    tensors, adapter = models.tensors(folder), models.tensors(folder / "loftq_init")
+    parts = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
+    state = bnb.QuantState.from_dict(parts, torch.device("cpu"))
+    prefix = f"base_model.model.{name.removesuffix('.weight')}"
+    A, B = (adapter[f"{prefix}.lora_{x}.weight"].double() for x in "AB")
+    return bnb.dequantize_4bit(tensors[name], state).double(), B @ A
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_an_adapter_makes_up_for_the_error(kind, bases, tmp_path):
+    """Measured on the files, in the weights' own orientation; PEFT reads every key."""
+    plain = lora_tools.quantize(bases[kind], tmp_path / "plain")
+    base, totals = models.tensors(bases[kind]), [plain.totals["quantization_error"]]
+    for n in (1, 5):
+        out = tmp_path / f"{n}"
+        report = lora_tools.quantize(bases[kind], out, compensate=16, compensate_iterations=n)
+        if n == 1:
+            assert_identical(models.tensors(out), models.tensors(tmp_path / "plain"))
+        squares = energy = 0.0
+        for result in report.tensors:
+            quantized, change = weights_with(out, result.tensor)
+            wanted = base[result.tensor].double()
+            wanted = wanted.T if kind == "gpt2" else wanted
+            error = float((quantized + change - wanted).norm() / wanted.norm())
+            assert result.compensated_error == pytest.approx(error, rel=1e-3)
+            alone = float((quantized - wanted).norm() / wanted.norm())
+            assert result.relative_error == pytest.approx(alone, rel=1e-4)
+            assert error < 0.9 * alone
+            squares, energy = squares + (error * result.norm) ** 2, energy + result.norm**2
+        totals.append(report.totals["compensated_error"])
+        assert totals[-1] == pytest.approx((squares / energy) ** 0.5, rel=1e-3)
+    assert totals[2] < totals[1] < totals[0]
+    far = models.outputs(models.load(tmp_path / "plain"))
+    near = models.outputs(models.attach_strictly(models.load(out), out / "loftq_init"))
+    exact = models.outputs(models.load(bases[kind]))
+    assert (near - exact).norm() < (far - exact).norm()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_an_adapter_given_is_stacked_on_that_of_the_error(kind, bases, tmp_path):
+    targets = {"llama": ["q_proj", "down_proj", "lm_head"], "gpt2": ["c_attn"]}[kind]
+    config = {
+        "r": 4, "lora_alpha": 3, "target_modules": targets, "fan_in_fan_out": kind == "gpt2",
+        "task_type": "CAUSAL_LM",
+    }  # fmt: skip
+    models.train(bases[kind], tmp_path / "adapter", config, save_embedding_layers=False)
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    lora_tools.quantize(bases[kind], alone, compensate=8)
+    given = [(tmp_path / "adapter", 0.7)]
+    lora_tools.quantize(bases[kind], both, adapters=given, compensate=8)
+    assert_identical(models.tensors(both), models.tensors(alone))
+    errors, mine, stacked = (
+        models.tensors(folder) for folder in (alone / "loftq_init", tmp_path / "adapter",
+                                              both / "loftq_init")
+    )  # fmt: skip
+    assert set(stacked) == set(errors) | set(mine)
+    for key in (k for k in stacked if "lora_A" in k):
+        found = stacked[key.replace("lora_A", "lora_B")].double() @ stacked[key].double()
+        wanted = torch.zeros(())
+        for tensors, scale in ((errors, 1.0), (mine, 0.7 * 3 / 4)):
+            if key in tensors:
+                B, A = tensors[key.replace("lora_A", "lora_B")], tensors[key]
+                wanted = wanted + scale * (B.double() @ A.double())
+        assert (found - wanted).norm() < 1e-6 * wanted.norm(), key
+    models.attach_strictly(models.load(both), both / "loftq_init")
+    assert json.loads((both / "loftq_init/adapter_config.json").read_text())["task_type"]
 
 
 def test_peft_loads_an_adapter_on_top(bases, tmp_path):

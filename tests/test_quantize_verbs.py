@@ -63,6 +63,59 @@ def test_dequantize_is_bitsandbytes_formula(work, tmp_path):
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in plain.values())
 
 
+def test_compensation_is_the_same_with_any_jobs_and_stays_behind(work, tmp_path):
+    """Its folder is no part of what is made out of the weights."""
+    for jobs in (1, 3):
+        out = tmp_path / f"{jobs}"
+        report = lora_tools.quantize(work / "base", out, compensate=4, jobs=jobs)
+    assert iotools.tree(tmp_path / "1") == iotools.tree(out)
+    assert report.plan[-1].tensor == "loftq_init"
+    files = [*out.glob("*.safetensors"), *(out / "loftq_init").iterdir()]
+    assert report.totals["bytes"] == sum(file.stat().st_size for file in files)
+    lora_tools.dequantize(out, tmp_path / "plain")
+    assert not (tmp_path / "plain" / "loftq_init").exists()
+    error = report.totals["compensated_error"]
+    assert error < report.totals["quantization_error"]
+    lora_tools.quantize(work / "base", tmp_path / "g", compensate=4, max_error=error * 1.1)
+    with pytest.raises(QualityGateError):
+        lora_tools.quantize(work / "base", tmp_path / "h", compensate=4, max_error=error * 0.9)
+    assert not (tmp_path / "h").exists()
+
+
+def test_compensation_of_nothing_lost(tmp_path):
+    """Numbers that four bits hold exactly leave no error, and no factors to write."""
+    exact = torch.tensor([0.0, 1.0, -1.0]).repeat(22)[:64].repeat(64, 1)
+    iotools.checkpoint(tmp_path / "base", {Q: exact, Q.replace("q_", "k_"): torch.randn(64, 64)})
+    report = lora_tools.quantize(
+        tmp_path / "base", tmp_path / "out", compensate=4, double_quant=False
+    )
+    assert min(t.compensated_error for t in report.tensors) == 0
+    assert not any(Q.removesuffix(".weight") in key for key in
+                   models.tensors(tmp_path / "out" / "loftq_init"))  # fmt: skip
+
+
+def test_what_cannot_be_compensated_is_refused(work, tmp_path):
+    out = tmp_path / "out"
+    for given, said in (
+        ({"compensate": 0}, "--compensate 0"),
+        ({"compensate": 4, "compensate_iterations": 0}, "--compensate-iterations 0"),
+        ({"compensate_iterations": 2}, "goes with --compensate"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            lora_tools.quantize(work / "base", out, **given)
+    save_file({Q: torch.randn(64, 64)}, tmp_path / "bare.safetensors")
+    with pytest.raises(UsageError, match="needs a folder"):
+        lora_tools.quantize(tmp_path / "bare.safetensors", out, compensate=4)
+    iotools.adapter(tmp_path / "named", {"base." + Q.removesuffix(".weight"): (64, 64)}, r=2)
+    with pytest.raises(MismatchError, match="what the base calls"):
+        lora_tools.quantize(work / "base", out, compensate=4, adapters=[tmp_path / "named"])
+    exact = torch.tensor([0.0, 1.0, -1.0]).repeat(22)[:64].repeat(64, 1)
+    iotools.checkpoint(tmp_path / "exact", {Q: exact})
+    with pytest.raises(MismatchError, match="nothing to compensate"):
+        lora_tools.quantize(tmp_path / "exact", out, compensate=4, double_quant=False)
+    assert not out.exists()
+
+
 def test_what_is_dequantized_quantizes_to_the_same_codes(work, tmp_path):
     """In float32 the code of a code's value is that code, and the scales differ by rounding."""
     lora_tools.dequantize(work / "packed", tmp_path / "plain", dtype="float32")

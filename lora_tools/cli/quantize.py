@@ -85,6 +85,21 @@ _FORMAT = "Four bits"
     help="Search each block's scale for the least error: up to ten times slower, some 9 % less "
     "error, the same format.",
 )
+@option(
+    "--compensate",
+    type=int,
+    metavar="RANK",
+    group=_FORMAT,
+    help="Put an adapter of this rank into OUT/loftq_init that makes up for part of the error "
+    "(LoftQ). Adapters given are then stacked in it as they are, not merged.",
+)
+@option(
+    "--compensate-iterations",
+    type=int,
+    metavar="N",
+    group=_FORMAT,
+    help="Quantize what the adapter leaves and fit it anew, N times in all (default 1).",
+)
 @options.out_option
 @options.dtype_option("each tensor keeps its own")
 @options.shard_size_option

@@ -137,14 +137,17 @@ def _tensors(console: Console, report: Report, verbose: bool) -> None:
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("tensor", no_wrap=True, overflow="ellipsis")
-    for column in ("shape", "bits", "rel. error"):
-        table.add_column(column, justify="right", no_wrap=True)
     rows = report.tensors
+    made_up = any(t.compensated_error is not None for t in rows)
+    for column in ("shape", "bits", "rel. error", *(["with adapter"] if made_up else [])):
+        table.add_column(column, justify="right", no_wrap=True)
     if len(rows) > _MOST_ROWS and not verbose:
         rows = tuple(sorted(rows, key=lambda t: -t.relative_error)[:_MOST_ROWS])
     for t in rows:
         shape = "x".join(map(str, t.shape))
-        table.add_row(t.tensor, shape, f"{t.bits_per_parameter:.3f}", f"{t.relative_error:.4g}")
+        errors = [t.relative_error, t.compensated_error]
+        shown = [f"{e:.4g}" for e in errors if e is not None]
+        table.add_row(t.tensor, shape, f"{t.bits_per_parameter:.3f}", *shown)
     console.print(table)
     if len(rows) < len(report.tensors):
         console.print(
@@ -177,8 +180,11 @@ def _totals(report: Report) -> Iterator[str]:
     if "parameters_replaced" in t:
         yield f"{t['parameters_replaced']:,} parameters become {t['parameters']:,}"
     if "quantization_error" in t:
+        error = f"{t['quantization_error']:.4g}"
+        if "compensated_error" in t:
+            error += f", {t['compensated_error']:.4g} with the adapter"
         yield (
-            f"total: relative error {t['quantization_error']:.4g}; "
+            f"total: relative error {error}; "
             f"{t['bits_per_quantized_parameter']:.3f} bits a quantized parameter, "
             f"{t['bits_per_parameter']:.3f} over all {t['parameters']:,}"
         )

@@ -114,12 +114,13 @@ class Checkpoint:
         """Files that travel with the weights, and weight-like files left behind; both relative.
 
         Folders named in a sentence-transformers ``modules.json`` travel whole: they are part of
-        the model. Hidden files never travel.
+        the model. Hidden files never travel, nor does a folder that holds a PEFT adapter.
         """
         if not self.is_folder:
             return [], []
         own = {file.path for file in self.files}
         whole = self._module_folders()
+        adapters = {path.parent for path in self.path.glob("*/adapter_config.json")}
         travel, left = [], []
         for path in sorted(self.path.rglob("*")):
             relative = path.relative_to(self.path)
@@ -131,6 +132,7 @@ class Checkpoint:
             ):
                 continue
             weights = path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(_INDEX_SUFFIX)
+            weights = weights or path.parent in adapters
             if weights and relative.parts[0] not in whole:
                 left.append(relative)
             else:

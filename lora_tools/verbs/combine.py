@@ -77,10 +77,7 @@ def combine(
         options = dataclasses.replace(options, normalize=sum(w.weight for w in weighted))
         if abs(options.normalize or 0) < 1e-8:
             raise UsageError("--normalize divides by the sum of the weights, which is 0")
-    for each in weighted:
-        _refuse(each)
-    terms = _by_module(weighted)
-    copied = _saved(weighted)
+    terms, copied = stackable(weighted)
     options = _with_default_rank(options, terms)
     fates = [_fate(name, mine) for name, mine in terms.items()]
     fates += [Fate(name, "copy", f"saved whole by {w.path}") for name, (w, _) in copied.items()]
@@ -96,6 +93,25 @@ def combine(
             report = _combine(report, weighted, terms, copied, options, staging / "out", jobs,
                               progress)  # fmt: skip
     return dataclasses.replace(report, seconds=time.perf_counter() - started)
+
+
+def stack(weighted: Sequence[Weighted], folder: Path, jobs: int | None) -> None:
+    """``cat`` in float32, into a folder to be made. Raises what ``combine`` raises."""
+    terms, copied = stackable(weighted)
+    options = Options("cat", None, 1.0, 0, "total", None, "F32")
+    report = Report("combine", tool_version(), tuple(Input("adapter", _shown(w)) for w in weighted),
+                    "", False, ())  # fmt: skip
+    _combine(report, weighted, terms, copied, options, folder, jobs, None)
+
+
+def stackable(
+    weighted: Sequence[Weighted],
+) -> tuple[dict[str, list[Term]], dict[str, tuple[Weighted, str]]]:
+    """What each module gets from which adapter, and tensors saved whole. Raises UnsupportedAdapter
+    or MismatchError for adapters that cannot be added to one another."""
+    for each in weighted:
+        _refuse(each)
+    return _by_module(weighted), _saved(weighted)
 
 
 def _options(

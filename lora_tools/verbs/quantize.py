@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -27,9 +28,12 @@ from lora_tools.formats.bitsandbytes import (
 from lora_tools.formats.checkpoint import Checkpoint, open_checkpoint
 from lora_tools.formats.checkpoint_writer import CheckpointWriter, Shard, parse_size
 from lora_tools.formats.dtypes import parse_float_dtype, torch_dtype
+from lora_tools.formats.names import split_tensor
 from lora_tools.formats.output import check_destination, check_space, staged
 from lora_tools.records import Input, ProgressCallback, Report, TensorResult
 from lora_tools.verbs.common import name_filter, tool_version
+from lora_tools.verbs.compensate import FOLDER, Compensation, Factors, finish, plan_compensation
+from lora_tools.verbs.compensate import compensate as compensated
 from lora_tools.verbs.merge import changed_files, out_specs, shown
 from lora_tools.verbs.merge_plan import adapter_digest, plan_merge
 from lora_tools.verbs.merge_tensor import merge_tensor
@@ -59,6 +63,8 @@ def quantize(
     compute_dtype: str = "bfloat16",
     quant_storage: Literal["uint8", "float16", "bfloat16", "float32"] = "uint8",
     scale_search: bool = False,
+    compensate: int | None = None,
+    compensate_iterations: int | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     lm_head: bool = False,
@@ -87,6 +93,10 @@ def quantize(
         quant_storage: the dtype whose elements hold the packed bytes.
         scale_search: choose each block's scale for the least error instead of as its largest
             magnitude. Loaders read it as ever; it takes up to ten times as long.
+        compensate: rank of a PEFT adapter in the folder ``loftq_init`` of ``out`` that holds the
+            best approximation of the quantization error (LoftQ, arXiv 2310.08659). ``adapters`` are
+            not merged then, but put into that adapter as well, as they are.
+        compensate_iterations: how often to quantize what the adapter leaves and fit it anew (1).
         include, exclude: regular expressions on module names.
         lm_head: quantize the output head too, where it has weights of its own.
         dtype: of the tensors that stay, and of what the quantized ones are made of and come back
@@ -107,12 +117,14 @@ def quantize(
     refuse_quantized(base)
     if limit is not None and not base.is_folder:
         raise UsageError("--shard-size needs a folder: a bare file stays one file")
-    weighted = open_weighted(adapters, allow_pickle, checkpoint) if adapters else []
-    merge = plan_merge(base, weighted, allow_unmatched)
+    weighted = open_weighted(adapters, allow_pickle, base) if adapters else []
+    how = plan_compensation(base, compensate, compensate_iterations, weighted)
+    merge = plan_merge(base, [] if how else weighted, allow_unmatched)
     scheme = Scheme(quant_type, blocksize, double_quant, STORAGES[quant_storage], scale_search)
     plan = plan_quantize(base, merge, out_specs(merge, wanted), scheme, chosen, lm_head)
     shards = plan.shards(base, limit)
-    nbytes = sum(shard.nbytes for shard in shards)
+    fates = plan.fates() + (how.fates(plan) if how else ())
+    nbytes = sum(shard.nbytes for shard in shards) + (fates[-1].nbytes if how else 0)
     notes = list(merge.notes)
     if lm_head and base.ties_embeddings and not merge.unties:
         notes.append("the output head is the input embedding and stays: --lm-head has no effect")
@@ -127,7 +139,7 @@ def quantize(
     report = Report(
         "quantize", tool_version(),
         (Input("checkpoint", str(checkpoint)), *(Input("adapter", shown(w)) for w in weighted)),
-        str(out), dry_run, plan.fates(),
+        str(out), dry_run, fates,
         totals={"expected_bytes_at_most": nbytes}, notes=tuple(notes),
     )  # fmt: skip
     if not dry_run:
@@ -136,7 +148,7 @@ def quantize(
         check_space(destination, nbytes)
         with staged(destination) as staging:
             report = _quantize(
-                report, base, weighted, plan, shards, settings, staging / "out", jobs, progress
+                report, base, weighted, plan, how, shards, settings, staging / "out", jobs, progress
             )
             _gate(report, max_error)
     return dataclasses.replace(report, seconds=time.perf_counter() - started)
@@ -152,6 +164,7 @@ def _quantize(
     base: Checkpoint,
     adapters: Sequence[Weighted],
     plan: QuantizePlan,
+    how: Compensation | None,
     shards: Sequence[Shard],
     settings: dict[str, Any],
     out: Path,
@@ -159,18 +172,25 @@ def _quantize(
     progress: ProgressCallback | None,
 ) -> Report:
     from lora_tools import engine
+    from lora_tools.formats.peft_writer import PeftWriter
 
     buffers = engine.Buffers()
     base_hashes: dict[str, str] = {}
     results: list[TensorResult] = []
-    with CheckpointWriter(out, shards, base.is_folder) as writer:
+    with contextlib.ExitStack() as stack:
+        writer = stack.enter_context(CheckpointWriter(out, shards, base.is_folder))
+        beside = out.with_name("compensation")
+        if how:
+            beside.mkdir()
+            peft = PeftWriter(beside)
+            stack.callback(peft.close)
         for item, done in zip(
             plan.items,
             engine.run(
                 plan.items,
-                lambda item: work_on(item, base, writer, buffers),
+                lambda item: work_on(item, base, writer, buffers, how),
                 jobs=jobs,
-                nbytes=_working_memory,
+                nbytes=lambda item: _working_memory(item, how),
                 label=lambda item: item.name,
                 progress=progress,
             ),
@@ -180,11 +200,16 @@ def _quantize(
                 base_hashes[item.target.base_name] = done.base_hash
             if done.result is not None:
                 results.append(done.result)
+            if done.factors is not None and done.factors.lora_A.shape[0]:
+                A, B = done.factors.lora_A, done.factors.lora_B
+                peft.add_lora(split_tensor(item.name)[0], A, B, float(A.shape[0]))
+                done.factors = None
         logical = {item.name: item.spec for item in plan.items}
         changed = changed_files(base, plan.merge, logical)
         config_with(base, changed, settings)
         left = writer.finish(base, base.index_name if len(shards) > 1 else None, changed)
         nbytes = writer.nbytes
+        added = finish(peft, beside, base, how, out / FOLDER, jobs) if how else 0
     digests = [hashing.digest(base.specs.values(), base_hashes)]
     digests += [adapter_digest(w.adapter) for w in adapters]
     notes = list(report.notes)
@@ -196,7 +221,7 @@ def _quantize(
             dataclasses.replace(i, digest=d) for i, d in zip(report.inputs, digests, strict=True)
         ),
         tensors=tuple(results),
-        totals=totals_of(plan, results, nbytes),
+        totals=totals_of(plan, results, nbytes + added),
         notes=tuple(notes),
     )
 
@@ -209,22 +234,32 @@ def config_with(base: Checkpoint, changed: dict[str, bytes], settings: Any) -> N
         changed["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
 
 
-def _working_memory(item: Item) -> int:
-    """A merged or transposed tensor is held whole, and so are its codes."""
+def _working_memory(item: Item, how: Compensation | None) -> int:
+    """A merged or transposed tensor is held whole, and so are its codes; its error, and what is
+    read back of it, too."""
     codes = item.spec.numel // 2 if item.packed else 0
+    if how and item.packed:
+        codes += 4 * item.spec.numel + item.spec.nbytes
     whole = item.spec.nbytes * (2 if item.transposed else bool(item.target.parts))
     return max(whole + codes, item.target.spec.nbytes)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Done:
-    """The hash of a base tensor, and what quantizing it came to."""
+    """The hash of a base tensor, what quantizing it came to, and factors for what it lost."""
 
     base_hash: str
     result: TensorResult | None = None
+    factors: Factors | None = None
 
 
-def work_on(item: Item, base: Checkpoint, writer: CheckpointWriter, buffers: Buffers) -> Done:
+def work_on(
+    item: Item,
+    base: Checkpoint,
+    writer: CheckpointWriter,
+    buffers: Buffers,
+    how: Compensation | None = None,
+) -> Done:
     """Merge one tensor, quantize it where it is to be, and write it."""
     if item.packed is None:
         done = merge_tensor(item.target, base, item.spec, writer.write)
@@ -243,6 +278,8 @@ def work_on(item: Item, base: Checkpoint, writer: CheckpointWriter, buffers: Buf
 
         for start in range(0, raw.nbytes, 1 << 23):
             state.update(raw[start : start + (1 << 23)])
+        if how:
+            return Done(state.hexdigest(), *compensated(item, x, how, writer, buffers))
         return Done(state.hexdigest(), pack(item, x.reshape(-1), writer, buffers, read))
     dtype = torch_dtype(item.spec.dtype)
     with buffers.lend(item.spec.shape, dtype) as merged:
@@ -252,23 +289,26 @@ def work_on(item: Item, base: Checkpoint, writer: CheckpointWriter, buffers: Buf
             into[offset : offset + data.nbytes] = data
 
         base_hash = merge_tensor(item.target, base, item.spec, keep).base_hash
-        if not item.transposed:
-            return Done(base_hash, pack(item, merged.reshape(-1), writer, buffers))
-        with buffers.lend(item.spec.shape[::-1], dtype) as turned:
-            turned.copy_(merged.T)
-            return Done(base_hash, pack(item, turned.reshape(-1), writer, buffers))
+        with contextlib.ExitStack() as stack:
+            ready = merged
+            if item.transposed:
+                ready = stack.enter_context(buffers.lend(item.spec.shape[::-1], dtype))
+                ready.copy_(merged.T)
+            if how:
+                return Done(base_hash, *compensated(item, ready, how, writer, buffers))
+            return Done(base_hash, pack(item, ready.reshape(-1), writer, buffers))
 
 
 def pack(
     item: Item,
     x: torch.Tensor,
-    writer: CheckpointWriter,
+    writer: CheckpointWriter | None,
     buffers: Buffers,
     done: Callable[[int, int], None] = lambda start, stop: None,
     back: torch.Tensor | None = None,
 ) -> TensorResult:
-    """Quantize a flat tensor and write all that is stored of it; into ``back`` (n,), if given, goes
-    what a reader makes of that."""
+    """Quantize a flat tensor and write all that is stored of it, unless ``writer`` is None; into
+    ``back`` (n,), if given, goes what a reader makes of that."""
     import torch
 
     from lora_tools.formats.tensors import as_bytes
@@ -291,7 +331,8 @@ def pack(
                 f"{name}: holds an inf or a NaN, which has no four-bit form, or its scales are so "
                 "large that their mean overflows; see --no-double-quant"
             )
-        writer.write(name, as_bytes(room))
+        if writer is not None:
+            writer.write(name, as_bytes(room))
         error, energy = nf4.measure(
             x, made.packed, made.scales, book, state.blocksize, scratch, done
         )
@@ -302,10 +343,11 @@ def pack(
     if made.nested is not None:
         stored[NESTED_MAP] = torch.from_numpy(nf4.dynamic_map())
         state = dataclasses.replace(state, nested_offset=float(made.nested.offset))
-    for end, tensor in stored.items():
-        writer.write(name + end, as_bytes(tensor))
     text = state.to_json()
-    writer.write_last(name + STATE + state.quant_type, text)
+    if writer is not None:
+        for end, tensor in stored.items():
+            writer.write(name + end, as_bytes(tensor))
+        writer.write_last(name + STATE + state.quant_type, text)
     nbytes = item.nbytes - item.packed.state.most_json + len(text)
     relative = math.sqrt(error / energy) if energy else 0.0
     return TensorResult(name, item.spec.shape, 8 * nbytes / n, relative, math.sqrt(energy))
@@ -315,12 +357,15 @@ def totals_of(plan: QuantizePlan, results: Sequence[TensorResult], nbytes: int) 
     """Figures over all tensors, errors weighted by their energy."""
     energy = math.fsum(r.norm**2 for r in results)
     error = math.fsum((r.relative_error * r.norm) ** 2 for r in results)
+    left = [(r.compensated_error * r.norm) ** 2 for r in results if r.compensated_error is not None]
+    more = {"compensated_error": math.sqrt(math.fsum(left) / energy)} if left and energy else {}
     sizes = [math.prod(r.shape) for r in results]
     bits = math.fsum(r.bits_per_parameter * n for r, n in zip(results, sizes, strict=True))
     return {
         "tensors_quantized": len(results),
         "tensors_kept": len(plan.items) - len(results),
         "quantization_error": math.sqrt(error / energy) if energy else 0.0,
+        **more,
         "parameters": sum(item.spec.numel for item in plan.items),
         "parameters_quantized": sum(sizes),
         "bits_per_quantized_parameter": bits / sum(sizes),
@@ -332,12 +377,17 @@ def totals_of(plan: QuantizePlan, results: Sequence[TensorResult], nbytes: int) 
 def _gate(report: Report, max_error: float | None) -> None:
     if max_error is None:
         return
-    worst = max(report.tensors, key=lambda t: t.relative_error)
-    total = report.totals["quantization_error"]
-    if worst.relative_error > max_error or total > max_error:
+
+    def error(result: TensorResult) -> float:
+        known = result.compensated_error
+        return result.relative_error if known is None else known
+
+    worst = max(report.tensors, key=error)
+    total = report.totals.get("compensated_error", report.totals["quantization_error"])
+    if error(worst) > max_error or total > max_error:
         raise QualityGateError(
             f"relative error above --max-error {max_error:g}: worst is {worst.tensor} with "
-            f"{worst.relative_error:.4g}, total is {total:.4g}; nothing was written. A smaller "
-            "--blocksize, or --scale-search, lowers it",
+            f"{error(worst):.4g}, total is {total:.4g}; nothing was written. A smaller "
+            "--blocksize, --scale-search or --compensate lowers it",
             report,
         )
