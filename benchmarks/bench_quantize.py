@@ -90,20 +90,25 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--checkpoint", type=Path)
     args = parser.parse_args()
+    # Whole commands first: a child's peak memory counts what this process held when it forked.
+    if args.checkpoint is not None:
+        checkpoint(args.checkpoint, args.runs)
     matrix(args.runs)
-    if args.checkpoint is None:
-        return
-    with tempfile.TemporaryDirectory(dir=args.checkpoint.parent) as scratch:
+
+
+def checkpoint(base: Path, runs: int) -> None:
+    """Whole commands on one folder."""
+    with tempfile.TemporaryDirectory(dir=base.parent) as scratch:
         out = Path(scratch) / "out"
-        mine = [loratools(), "quantize", str(args.checkpoint), "-o", str(out), "-q"]
-        theirs = [sys.executable, "-c", TRANSFORMERS, str(args.checkpoint), str(out)]
+        mine = [loratools(), "quantize", str(base), "-o", str(out), "-q"]
+        theirs = [sys.executable, "-c", TRANSFORMERS, str(base), str(out)]
 
         def once(command: list[str]):
             clean(out)
             return run(command, {"HF_HUB_OFFLINE": "1"})
 
-        a, b = compare(lambda: once(mine), lambda: once(theirs), min(args.runs, 3), warmup=0)
-        name = f"quantize, {args.checkpoint.name}"
+        a, b = compare(lambda: once(mine), lambda: once(theirs), min(runs, 3), warmup=0)
+        name = f"quantize, {base.name}"
         print(table(name, "loratools quantize", a, "transformers", b))
         start = once([sys.executable, "-c", "import torch"])
         print(f"importing torch alone: {start.wall:.2f} s wall, {start.memory:.0f} MiB\n")

@@ -301,9 +301,10 @@ def _encode_nested(blocks: Array) -> tuple[Array, Array]:
     return _dynamic_codes()[step.astype(np.int32)], absmax
 
 
-def restore_absmax(nested: Nested) -> Array:
-    """(blocks,) float32 that a reader of the double-quantized ``absmax`` works with."""
-    values: Array = dynamic_map()[nested.codes]
+def restore_absmax(nested: Nested, table: Array | None = None) -> Array:
+    """(blocks,) float32 that a reader of the double-quantized ``absmax`` works with; ``table``
+    (256,) is the map that lies with it, where that may be another."""
+    values: Array = (dynamic_map() if table is None else table)[nested.codes]
     values *= np.repeat(nested.absmax, NESTED_BLOCKSIZE)[: len(values)]
     values += nested.offset
     return values
@@ -344,10 +345,8 @@ def dequantize_stored(
     book = Codebook("stored", tuple(quant_map.tolist()))
     scales = absmax.numpy()
     if nested is not None:
-        codes, (inner, table, offset) = scales, nested
-        scales = table.numpy()[codes]
-        scales *= np.repeat(inner.numpy(), NESTED_BLOCKSIZE)[: len(scales)]
-        scales += np.float32(offset)
+        inner, table, offset = nested
+        scales = restore_absmax(Nested(scales, inner.numpy(), np.float32(offset)), table.numpy())
     dequantize(packed.numpy(), scales, book, blocksize, out)
 
 

@@ -279,7 +279,9 @@ def work_on(
         for start in range(0, raw.nbytes, 1 << 23):
             state.update(raw[start : start + (1 << 23)])
         if how:
-            return Done(state.hexdigest(), *compensated(item, x, how, writer, buffers))
+            made = compensated(item, x, how, writer, buffers)
+            base.release(name)
+            return Done(state.hexdigest(), *made)
         return Done(state.hexdigest(), pack(item, x.reshape(-1), writer, buffers, read))
     dtype = torch_dtype(item.spec.dtype)
     with buffers.lend(item.spec.shape, dtype) as merged:
