@@ -278,6 +278,29 @@ def test_every_artifact_says_how_it_was_made(pair, tmp_path):
     assert metadata(tmp_path / "n" / "model.safetensors")["base_digest"] != found["base_digest"]
 
 
+def test_four_bits_say_how_they_were_made(pair, tmp_path):
+    lora_tools.extract(pair / "base", pair / "tuned", tmp_path / "a", rank=3)
+    given = [(tmp_path / "a", 0.5)]
+    made = lora_tools.quantize(pair / "base", tmp_path / "q", adapters=given, blocksize=32)
+    found = metadata(tmp_path / "q" / "model.safetensors")
+    assert found["command"] == made.command == "quantize blocksize=32"
+    assert found["base_digest"] == made.inputs[0].digest
+    assert found["adapter_digests"] == made.inputs[1].digest + "=0.5"
+    plain = lora_tools.dequantize(tmp_path / "q", tmp_path / "p")
+    found = metadata(tmp_path / "p" / "model.safetensors")
+    assert found["command"] == "dequantize"
+    assert found["base_digest"] == plain.inputs[0].digest
+    assert "adapter_digests" not in found
+    # One checkpoint has one digest, whichever verb reads it.
+    merged = lora_tools.merge(tmp_path / "q", given, tmp_path / "m")
+    again = lora_tools.merge(tmp_path / "q", given, tmp_path / "r", requantize=True)
+    assert {merged.inputs[0].digest, again.inputs[0].digest} == {plain.inputs[0].digest}
+    with pytest.raises(MismatchError, match="made for another base"):
+        lora_tools.quantize(pair / "tuned", tmp_path / "t", adapters=given)
+    assert not (tmp_path / "t").exists()
+    lora_tools.quantize(pair / "tuned", tmp_path / "t", adapters=given, allow_other_base=True)
+
+
 def test_an_adapter_for_another_base_is_refused(pair, tmp_path):
     lora_tools.extract(pair / "base", pair / "tuned", tmp_path / "a", rank=3)
     with pytest.raises(MismatchError, match=r"was made for another base.*--allow-other-base"):

@@ -30,6 +30,7 @@ _FORMAT = "Four bits"
     help="Merge this PEFT adapter, times its WEIGHT (1), before quantizing; repeatable.",
 )
 @options.unmatched_option
+@options.other_base_option
 @options.include_option
 @options.exclude_option
 @option(

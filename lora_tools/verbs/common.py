@@ -26,8 +26,8 @@ def tool_version() -> str:
 
 
 # Options that do not decide what is written, or that stand in the metadata by a digest.
-_NOT_RECORDED = {"out", "jobs", "force", "dry_run", "progress", "allow_pickle", "max_error",
-                 "spectrum_cache", "activations", "reversible"}  # fmt: skip
+_NOT_RECORDED = {"out", "adapters", "jobs", "force", "dry_run", "progress", "allow_pickle",
+                 "max_error", "spectrum_cache", "activations", "reversible"}  # fmt: skip
 
 
 def command_of(verb: Callable[..., object], given: Mapping[str, Any]) -> str:

@@ -10,15 +10,16 @@ from typing import Any
 from lora_tools.errors import MismatchError
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.checkpoint import open_checkpoint
-from lora_tools.formats.checkpoint_writer import CheckpointWriter, Shard, lay_out, parse_size
+from lora_tools.formats.checkpoint_writer import lay_out, parse_size
 from lora_tools.formats.dtypes import parse_float_dtype
 from lora_tools.formats.output import check_destination, check_space, staged
 from lora_tools.records import Fate, Input, ProgressCallback, Report
-from lora_tools.verbs.common import tool_version
+from lora_tools.verbs.common import command_of, tool_version
 from lora_tools.verbs.merge import changed_files, out_specs
-from lora_tools.verbs.merge_plan import MergePlan, plan_merge
-from lora_tools.verbs.merge_tensor import merge_tensor
+from lora_tools.verbs.merge_plan import Target, plan_merge
+from lora_tools.verbs.merge_tensor import Merged, merge_tensor
 from lora_tools.verbs.plain_view import PlainView, plain_files, plain_view
+from lora_tools.verbs.rewrite import Rewrite, signed
 
 
 def dequantize(
@@ -45,6 +46,7 @@ def dequantize(
         MismatchError: nothing there is quantized.
         LoraToolsError: any other of the tree, with nothing written.
     """
+    command = command_of(dequantize, locals())
     started = time.perf_counter()
     wanted = parse_float_dtype(dtype) if dtype else None
     limit = parse_size(shard_size) if shard_size else None
@@ -54,7 +56,7 @@ def dequantize(
         raise MismatchError(f"{stored.path}: holds no four-bit weights of bitsandbytes")
     plan = plan_merge(view, [])
     specs = out_specs(plan, wanted)
-    shards = lay_out(view, specs, limit)
+    shards = signed(lay_out(view, specs, limit), command, [])
     nbytes = sum(shard.nbytes for shard in shards)
     fates = tuple(
         Fate(name, "dequantize", view.quantized[name].state.quant_type, spec.nbytes)
@@ -63,62 +65,34 @@ def dequantize(
     )  # fmt: skip
     report = Report(
         "dequantize", tool_version(), (Input("checkpoint", str(checkpoint)),), str(out), dry_run,
-        fates, totals={"bytes": nbytes},
+        fates, totals={"bytes": nbytes}, command=command,
     )  # fmt: skip
     if not dry_run:
         destination = Path(out)
         check_destination(destination, [stored.path], force)
         check_space(destination, nbytes)
         with staged(destination) as staging:
-            report = _dequantize(report, view, plan, shards, staging / "out", jobs, progress)
+            report = _dequantize(
+                Rewrite(report, view, (), plan, shards, staging / "out", jobs, progress), view
+            )
     return dataclasses.replace(report, seconds=time.perf_counter() - started)
 
 
-def _dequantize(
-    report: Report,
-    view: PlainView,
-    plan: MergePlan,
-    shards: list[Shard],
-    out: Path,
-    jobs: int | None,
-    progress: ProgressCallback | None,
-) -> Report:
-    from lora_tools import engine
+def _dequantize(job: Rewrite, view: PlainView) -> Report:
+    specs = {spec.name: spec for shard in job.shards for spec in shard.specs}
+    with job.writer() as writer:
 
-    specs = {spec.name: spec for shard in shards for spec in shard.specs}
-    hashes: dict[str, str] = {}
-    with CheckpointWriter(out, shards, view.is_folder) as writer:
-        for target, done in zip(
-            plan.targets,
-            engine.run(
-                plan.targets,
-                lambda target: merge_tensor(
-                    target, view, specs[target.spec.name], writer.write, False
-                ),
-                jobs=jobs,
-                nbytes=lambda target: 4 * target.spec.numel,
-                label=lambda target: target.spec.name,
-                progress=progress,
-            ),
-            strict=True,
-        ):
-            hashes[target.spec.name] = done.out_hash
-        changed = plain_files(view, changed_files(view, plan, specs))
-        index = view.index_name if len(shards) > 1 else None
-        left = writer.finish(view, index, changed)
-    stored = view.stored
-    digest = hashing.digest(
-        stored.specs.values(),
-        {name: hashing.tensor_hash(stored.raw(name)) for name in stored.specs},
-    )
+        def work(target: Target) -> Merged:
+            return merge_tensor(target, view, specs[target.spec.name], writer.write)
+
+        done = job.run(job.plan.targets, work, lambda target: 4 * target.spec.numel)
+        hashes = {target.spec.name: result.out_hash for target, result in done}
+        changed = plain_files(view, changed_files(view, job.plan, specs))
+        report = job.finish(writer, changed)
     totals: dict[str, Any] = {
         **report.totals,
         "tensors_dequantized": len(view.quantized),
         "tensors_copied": len(specs) - len(view.quantized),
         "output_digest": hashing.digest(specs.values(), hashes),
     }
-    notes = [f"left behind, since they hold other weights: {', '.join(map(str, left))}"] * bool(
-        left
-    )
-    inputs = (dataclasses.replace(report.inputs[0], digest=digest),)
-    return dataclasses.replace(report, inputs=inputs, totals=totals, notes=tuple(notes))
+    return dataclasses.replace(report, totals=totals)

@@ -12,20 +12,17 @@ from typing import TYPE_CHECKING, Any
 from lora_tools.errors import UsageError
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.checkpoint import Checkpoint, open_checkpoint
-from lora_tools.formats.checkpoint_writer import CheckpointWriter, Shard, lay_out, parse_size
+from lora_tools.formats.checkpoint_writer import lay_out, parse_size
 from lora_tools.formats.dtypes import parse_float_dtype, torch_dtype
 from lora_tools.formats.output import check_destination, check_space, staged
 from lora_tools.formats.safetensors_file import encode_header
 from lora_tools.formats.sidecar import NAME as SIDECAR_NAME
 from lora_tools.records import Input, ProgressCallback, Report, TensorSpec
-from lora_tools.verbs.common import check_bases, command_of, tool_version
-from lora_tools.verbs.merge_plan import (
-    MergePlan,
-    adapter_digest,
-    plan_merge,
-)
-from lora_tools.verbs.merge_tensor import merge_tensor, survival_totals
+from lora_tools.verbs.common import command_of, tool_version
+from lora_tools.verbs.merge_plan import MergePlan, Target, plan_merge
+from lora_tools.verbs.merge_tensor import Merged, merge_tensor, survival_totals
 from lora_tools.verbs.plain_view import PlainView, plain_files, plain_view
+from lora_tools.verbs.rewrite import Rewrite, signed
 from lora_tools.verbs.weighted import Weighted, open_weighted
 
 if TYPE_CHECKING:
@@ -97,13 +94,6 @@ def merge(
     plan = plan_merge(checkpoint, weighted, allow_unmatched)
     if reversible:
         _refuse_resized(plan, checkpoint)
-    digests = [adapter_digest(w.adapter) for w in weighted] if not dry_run else []
-    made = {
-        "loratools": tool_version(), "command": command, "base_digest": hashing.BLANK,
-        "adapter_digests": " ".join(
-            f"{digest}={w.weight:g}" for digest, w in zip(digests, weighted, strict=False)
-        ),
-    }  # fmt: skip
     if view is not None and requantize:
         from lora_tools.verbs.requantize import plan_requantize, requantized
 
@@ -111,7 +101,7 @@ def merge(
         shards = work.shards(view, limit)
     else:
         shards = lay_out(checkpoint, out_specs(plan, wanted), limit)
-    shards = [dataclasses.replace(shard, metadata={**shard.metadata, **made}) for shard in shards]
+    shards = signed(shards, command, weighted)
     nbytes = sum(shard.nbytes for shard in shards)
     inputs = [Input("base", str(base)), *(Input("adapter", shown(w)) for w in weighted)]
     report = Report(
@@ -126,15 +116,14 @@ def merge(
             check_destination(beside, paths, force)
         check_space(destination, nbytes)
         with staged(destination) as staging:
+            job = Rewrite(
+                report, checkpoint, weighted, plan, shards, staging / "out", jobs, progress,
+                allow_other_base,
+            )  # fmt: skip
             if view is not None and requantize:
-                report = requantized(
-                    report, view, work, shards, staging / "out", jobs, progress, digests
-                )
+                report = requantized(job, view, work)
             else:
-                report = _merge(
-                    report, checkpoint, weighted, plan, shards, staging / "out", reversible, jobs,
-                    progress, digests, allow_other_base,
-                )  # fmt: skip
+                report = _merge(job, reversible)
         if force and not checkpoint.is_folder and not reversible:
             beside.unlink(missing_ok=True)  # that of the file replaced
     return dataclasses.replace(report, seconds=time.perf_counter() - started)
@@ -165,65 +154,33 @@ def out_specs(plan: MergePlan, wanted: str | None) -> dict[str, TensorSpec]:
     return specs
 
 
-def _merge(
-    report: Report,
-    base: Checkpoint,
-    adapters: Sequence[Weighted],
-    plan: MergePlan,
-    shards: Sequence[Shard],
-    out: Path,
-    reversible: bool,
-    jobs: int | None,
-    progress: ProgressCallback | None,
-    adapter_digests: Sequence[str],
-    allow_other_base: bool,
-) -> Report:
-    from lora_tools import engine
+def _merge(job: Rewrite, reversible: bool) -> Report:
     from lora_tools.formats.sidecar import SidecarWriter
 
-    specs = {spec.name: spec for shard in shards for spec in shard.specs}
+    base, plan, out = job.source, job.plan, job.out
+    specs = {spec.name: spec for shard in job.shards for spec in shard.specs}
     sidecar = SidecarWriter(out.parent) if reversible else None
-    base_hashes: dict[str, str] = {}
     out_hashes: dict[str, str] = {}
     survivals: list[Survival] = []
     try:
-        with CheckpointWriter(out, shards, base.is_folder) as writer:
-            for target, result in zip(
-                (*plan.targets, *plan.untied),
-                engine.run(
-                    (*plan.targets, *plan.untied),
-                    lambda target: merge_tensor(
-                        target,
-                        base,
-                        specs[target.spec.name],
-                        writer.write,
-                        reversible,
-                        measured=isinstance(base, PlainView),
-                    ),
-                    jobs=jobs,
-                    nbytes=lambda target: target.spec.nbytes,
-                    label=lambda target: target.spec.name,
-                    progress=progress,
-                ),
-                strict=True,
-            ):
+        with job.writer() as writer:
+
+            def work(target: Target) -> Merged:
+                return merge_tensor(
+                    target, base, specs[target.spec.name], writer.write, reversible,
+                    measured=isinstance(base, PlainView),
+                )  # fmt: skip
+
+            targets = (*plan.targets, *plan.untied)
+            for target, result in job.run(targets, work, lambda target: target.spec.nbytes):
                 out_hashes[target.spec.name] = result.out_hash
                 survivals += [result.survival] if result.survival else []
-                if target not in plan.untied:
-                    base_hashes[target.base_name] = result.base_hash
-                    if sidecar is not None and result.listing is not None:
-                        sidecar.add(target.base_name, result.listing)
-            digests = [hashing.digest(base.specs.values(), base_hashes), *adapter_digests]
-            # An adapter made for the base that was put into four bits is at home here.
-            if not (allow_other_base or isinstance(base, PlainView)):
-                check_bases(((w.path, w.adapter.file.metadata) for w in adapters), digests[0])
-            writer.seal({"base_digest": digests[0]})
+                if sidecar is not None and result.listing is not None:
+                    sidecar.add(target.base_name, result.listing)
             changed = changed_files(base, plan, specs)
             if isinstance(base, PlainView):
                 changed = plain_files(base, changed)
-            left = writer.finish(
-                base, base.index_name if len(shards) > 1 else None, changed, (SIDECAR_NAME,)
-            )
+            report = job.finish(writer, changed, (SIDECAR_NAME,))
         totals = {
             **report.totals,
             "tensors_merged": sum(bool(t.parts) for t in plan.targets) + len(plan.untied),
@@ -233,19 +190,13 @@ def _merge(
         }
         if sidecar is not None:
             path = out / SIDECAR_NAME if base.is_folder else out.with_name("out.sidecar")
-            _write_sidecar(sidecar, path, base, digests, adapters, changed)
+            _write_sidecar(sidecar, path, job, changed)
             totals["sidecar_bytes"] = path.stat().st_size
             totals["sidecar_share"] = path.stat().st_size / report.totals["bytes"]
     finally:
         if sidecar is not None:
             sidecar.close()
-    notes = list(report.notes)
-    if left:
-        notes.append(f"left behind, since they hold other weights: {', '.join(map(str, left))}")
-    inputs = tuple(
-        dataclasses.replace(i, digest=d) for i, d in zip(report.inputs, digests, strict=True)
-    )
-    return dataclasses.replace(report, inputs=inputs, totals=totals, notes=tuple(notes))
+    return dataclasses.replace(report, totals=totals)
 
 
 def changed_files(
@@ -277,20 +228,16 @@ def changed_files(
 
 
 def _write_sidecar(
-    sidecar: SidecarWriter,
-    path: Path,
-    base: Checkpoint,
-    digests: Sequence[str],
-    adapters: Sequence[Weighted],
-    changed: dict[str, bytes],
+    sidecar: SidecarWriter, path: Path, job: Rewrite, changed: dict[str, bytes]
 ) -> None:
+    base = job.source
     for file in base.files:
         header = file.header or encode_header(file.specs.values())[0][8:]
         sidecar.add_header(file.path.with_suffix(".safetensors").name, header)
     for name in {*changed, *([base.index_name] if base.index_name else [])}:
         sidecar.add_file(name, (base.path / name).read_bytes())
+    digest, *others = job.digests
     used = [
-        {"digest": digest, "weight": w.weight}
-        for digest, w in zip(digests[1:], adapters, strict=True)
+        {"digest": other, "weight": w.weight} for other, w in zip(others, job.adapters, strict=True)
     ]
-    sidecar.finish(path, digests[0], used)
+    sidecar.finish(path, digest, used)

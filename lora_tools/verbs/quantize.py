@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import xxhash
 
 from lora_tools.errors import NonFiniteError, QualityGateError, UsageError
-from lora_tools.formats import digest as hashing
 from lora_tools.formats.bitsandbytes import (
     ABSMAX,
     BLOCKSIZES,
@@ -26,16 +25,16 @@ from lora_tools.formats.bitsandbytes import (
     quantization_config,
 )
 from lora_tools.formats.checkpoint import Checkpoint, open_checkpoint
-from lora_tools.formats.checkpoint_writer import CheckpointWriter, Shard, parse_size
+from lora_tools.formats.checkpoint_writer import CheckpointWriter, parse_size
 from lora_tools.formats.dtypes import parse_float_dtype, torch_dtype
 from lora_tools.formats.names import split_tensor
 from lora_tools.formats.output import check_destination, check_space, staged
 from lora_tools.records import Input, ProgressCallback, Report, TensorResult
-from lora_tools.verbs.common import name_filter, tool_version
+from lora_tools.verbs.common import command_of, name_filter, tool_version
 from lora_tools.verbs.compensate import FOLDER, Compensation, Factors, finish, plan_compensation
 from lora_tools.verbs.compensate import compensate as compensated
 from lora_tools.verbs.merge import changed_files, out_specs, shown
-from lora_tools.verbs.merge_plan import adapter_digest, plan_merge
+from lora_tools.verbs.merge_plan import plan_merge
 from lora_tools.verbs.merge_tensor import merge_tensor
 from lora_tools.verbs.quantize_plan import (
     Item,
@@ -44,7 +43,8 @@ from lora_tools.verbs.quantize_plan import (
     plan_quantize,
     refuse_quantized,
 )
-from lora_tools.verbs.weighted import Weighted, open_weighted
+from lora_tools.verbs.rewrite import Rewrite, signed
+from lora_tools.verbs.weighted import open_weighted
 
 if TYPE_CHECKING:
     import torch
@@ -72,6 +72,7 @@ def quantize(
     shard_size: str | None = None,
     max_error: float | None = None,
     allow_unmatched: bool = False,
+    allow_other_base: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     force: bool = False,
@@ -101,12 +102,14 @@ def quantize(
         lm_head: quantize the output head too, where it has weights of its own.
         dtype: of the tensors that stay, and of what the quantized ones are made of and come back
             as; by default each keeps its own.
+        allow_other_base: take an adapter whose metadata names another base.
         max_error: raise if a tensor's relative error, or the total's, exceeds this.
 
     Raises:
         QualityGateError: with the report; nothing is written then.
         LoraToolsError: any other of the tree, with nothing written.
     """
+    command = command_of(quantize, locals())
     started = time.perf_counter()
     wanted = parse_float_dtype(dtype) if dtype else None
     limit = parse_size(shard_size) if shard_size else None
@@ -122,7 +125,7 @@ def quantize(
     merge = plan_merge(base, [] if how else weighted, allow_unmatched)
     scheme = Scheme(quant_type, blocksize, double_quant, STORAGES[quant_storage], scale_search)
     plan = plan_quantize(base, merge, out_specs(merge, wanted), scheme, chosen, lm_head)
-    shards = plan.shards(base, limit)
+    shards = signed(plan.shards(base, limit), command, weighted)
     fates = plan.fates() + (how.fates(plan) if how else ())
     nbytes = sum(shard.nbytes for shard in shards) + (fates[-1].nbytes if how else 0)
     notes = list(merge.notes)
@@ -140,16 +143,18 @@ def quantize(
         "quantize", tool_version(),
         (Input("checkpoint", str(checkpoint)), *(Input("adapter", shown(w)) for w in weighted)),
         str(out), dry_run, fates,
-        totals={"expected_bytes_at_most": nbytes}, notes=tuple(notes),
+        totals={"expected_bytes_at_most": nbytes}, notes=tuple(notes), command=command,
     )  # fmt: skip
     if not dry_run:
         destination = Path(out)
         check_destination(destination, [base.path, *(w.adapter.path for w in weighted)], force)
         check_space(destination, nbytes)
         with staged(destination) as staging:
-            report = _quantize(
-                report, base, weighted, plan, how, shards, settings, staging / "out", jobs, progress
-            )
+            job = Rewrite(
+                report, base, weighted, plan.merge, shards, staging / "out", jobs, progress,
+                allow_other_base,
+            )  # fmt: skip
+            report = _quantize(job, plan, how, settings)
             _gate(report, max_error)
     return dataclasses.replace(report, seconds=time.perf_counter() - started)
 
@@ -160,69 +165,39 @@ def torch_name(dtype: str) -> str:
 
 
 def _quantize(
-    report: Report,
-    base: Checkpoint,
-    adapters: Sequence[Weighted],
-    plan: QuantizePlan,
-    how: Compensation | None,
-    shards: Sequence[Shard],
-    settings: dict[str, Any],
-    out: Path,
-    jobs: int | None,
-    progress: ProgressCallback | None,
+    job: Rewrite, plan: QuantizePlan, how: Compensation | None, settings: dict[str, Any]
 ) -> Report:
     from lora_tools import engine
     from lora_tools.formats.peft_writer import PeftWriter
 
+    base, out = job.source, job.out
     buffers = engine.Buffers()
-    base_hashes: dict[str, str] = {}
     results: list[TensorResult] = []
     with contextlib.ExitStack() as stack:
-        writer = stack.enter_context(CheckpointWriter(out, shards, base.is_folder))
+        writer = stack.enter_context(job.writer())
         beside = out.with_name("compensation")
         if how:
             beside.mkdir()
             peft = PeftWriter(beside)
             stack.callback(peft.close)
-        for item, done in zip(
+        for item, done in job.run(
             plan.items,
-            engine.run(
-                plan.items,
-                lambda item: work_on(item, base, writer, buffers, how),
-                jobs=jobs,
-                nbytes=lambda item: _working_memory(item, how),
-                label=lambda item: item.name,
-                progress=progress,
-            ),
-            strict=True,
+            lambda item: work_on(item, base, writer, buffers, how),
+            lambda item: _working_memory(item, how),
         ):
-            if item.target not in plan.merge.untied:
-                base_hashes[item.target.base_name] = done.base_hash
             if done.result is not None:
                 results.append(done.result)
             if done.factors is not None and done.factors.lora_A.shape[0]:
                 A, B = done.factors.lora_A, done.factors.lora_B
                 peft.add_lora(split_tensor(item.name)[0], A, B, float(A.shape[0]))
                 done.factors = None
-        logical = {item.name: item.spec for item in plan.items}
-        changed = changed_files(base, plan.merge, logical)
+        changed = changed_files(base, plan.merge, {item.name: item.spec for item in plan.items})
         config_with(base, changed, settings)
-        left = writer.finish(base, base.index_name if len(shards) > 1 else None, changed)
+        report = job.finish(writer, changed)
         nbytes = writer.nbytes
-        added = finish(peft, beside, base, how, out / FOLDER, jobs) if how else 0
-    digests = [hashing.digest(base.specs.values(), base_hashes)]
-    digests += [adapter_digest(w.adapter) for w in adapters]
-    notes = list(report.notes)
-    if left:
-        notes.append(f"left behind, since they hold other weights: {', '.join(map(str, left))}")
+        added = finish(peft, beside, base, how, out / FOLDER, job.jobs) if how else 0
     return dataclasses.replace(
-        report,
-        inputs=tuple(
-            dataclasses.replace(i, digest=d) for i, d in zip(report.inputs, digests, strict=True)
-        ),
-        tensors=tuple(results),
-        totals=totals_of(plan, results, nbytes + added),
-        notes=tuple(notes),
+        report, tensors=tuple(results), totals=totals_of(plan, results, nbytes + added)
     )
 
 

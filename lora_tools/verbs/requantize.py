@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.bitsandbytes import STATE, quantized_tensor
-from lora_tools.formats.checkpoint_writer import CheckpointWriter, Shard
+from lora_tools.formats.checkpoint_writer import CheckpointWriter
 from lora_tools.formats.dtypes import torch_dtype
-from lora_tools.records import Fate, ProgressCallback, Report, TensorResult, TensorSpec
+from lora_tools.records import Fate, Report, TensorResult, TensorSpec
 from lora_tools.verbs.merge import changed_files
 from lora_tools.verbs.merge_plan import MergePlan
 from lora_tools.verbs.merge_tensor import copy_tensor, merge_tensor, survival_totals
 from lora_tools.verbs.plain_view import PlainView
 from lora_tools.verbs.quantize import config_with, pack
 from lora_tools.verbs.quantize_plan import Item, QuantizePlan
+from lora_tools.verbs.rewrite import Rewrite
 
 if TYPE_CHECKING:
     from lora_tools.engine import Buffers
@@ -47,62 +47,32 @@ class _Done:
     survival: Survival | None = None
 
 
-def requantized(
-    report: Report,
-    view: PlainView,
-    plan: QuantizePlan,
-    shards: Sequence[Shard],
-    out: Path,
-    jobs: int | None,
-    progress: ProgressCallback | None,
-    adapter_digests: Sequence[str],
-) -> Report:
+def requantized(job: Rewrite, view: PlainView, plan: QuantizePlan) -> Report:
     """Write it; the report's ``tensors`` hold the error of each weight that has new codes."""
     from lora_tools import engine
 
     buffers = engine.Buffers()
-    hashes: dict[str, str] = {}
     outcomes: list[_Done] = []
-    with CheckpointWriter(out, shards, view.is_folder) as writer:
-        for item, done in zip(
-            plan.items,
-            engine.run(
-                plan.items,
-                lambda item: _work_on(item, view, writer, buffers),
-                jobs=jobs,
-                nbytes=lambda item: 12 * item.spec.numel,
-                label=lambda item: item.name,
-                progress=progress,
-            ),
-            strict=True,
-        ):
-            outcomes.append(done)
-            if item.target not in plan.merge.untied:
-                hashes[item.target.base_name] = done.base_hash
-        digests = [hashing.digest(view.specs.values(), hashes), *adapter_digests]
-        writer.seal({"base_digest": digests[0]})
+    with job.writer() as writer:
+
+        def work(item: Item) -> _Done:
+            return _work_on(item, view, writer, buffers)
+
+        outcomes += [done for _, done in job.run(plan.items, work, lambda i: 12 * i.spec.numel)]
         changed = changed_files(view, plan.merge, {i.name: i.spec for i in plan.items})
         config_with(view, changed, view.stored.config.get("quantization_config"))
-        index = view.index_name if len(shards) > 1 else None
-        left = writer.finish(view, index, changed)
+        report = job.finish(writer, changed)
         nbytes = writer.nbytes
     merged = sum(bool(i.target.parts) for i in plan.items)
     totals = {
         "bytes": nbytes, "tensors_merged": merged, "tensors_copied": len(plan.items) - merged,
         **survival_totals([d.survival for d in outcomes if d.survival is not None]),
     }  # fmt: skip
-    notes = list(report.notes)
-    if left:
-        notes.append(f"left behind, since they hold other weights: {', '.join(map(str, left))}")
     return dataclasses.replace(
         report,
-        inputs=tuple(
-            dataclasses.replace(i, digest=d) for i, d in zip(report.inputs, digests, strict=True)
-        ),
         plan=tuple(_fate(fate, view) for fate in report.plan),
         totals=totals,
         tensors=tuple(d.result for d in outcomes if d.result is not None),
-        notes=tuple(notes),
     )
 
 

@@ -1,0 +1,130 @@
+"""A checkpoint written out of another: what merge, quantize and dequantize have in common."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from lora_tools import engine
+from lora_tools.formats import digest as hashing
+from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.formats.checkpoint_writer import CheckpointWriter, Shard
+from lora_tools.records import ProgressCallback, Report, TensorSpec
+from lora_tools.verbs.common import check_bases, tool_version
+from lora_tools.verbs.merge_plan import MergePlan, adapter_digest
+from lora_tools.verbs.plain_view import PlainView
+from lora_tools.verbs.weighted import Weighted
+
+
+class Planned(Protocol):
+    """A tensor of the output."""
+
+    @property
+    def spec(self) -> TensorSpec: ...
+
+
+class Done(Protocol):
+    """What the work on one came to: at least the hash of the tensor it was made of."""
+
+    @property
+    def base_hash(self) -> str: ...
+
+
+P = TypeVar("P", bound=Planned)
+D = TypeVar("D", bound=Done)
+
+
+def signed(shards: Sequence[Shard], command: str, adapters: Sequence[Weighted]) -> list[Shard]:
+    """The files with metadata that says what made them; digests are left blank for now."""
+    made = {
+        "loratools": tool_version(), "command": command,
+        **_digests([hashing.BLANK] * (1 + len(adapters)), adapters),
+    }  # fmt: skip
+    return [dataclasses.replace(s, metadata={**s.metadata, **made}) for s in shards]
+
+
+def _digests(digests: Sequence[str], adapters: Sequence[Weighted]) -> dict[str, str]:
+    base, *others = digests
+    if not adapters:
+        return {"base_digest": base}
+    pairs = zip(others, adapters, strict=True)
+    return {
+        "base_digest": base,
+        "adapter_digests": " ".join(f"{digest}={w.weight:g}" for digest, w in pairs),
+    }
+
+
+@dataclasses.dataclass
+class Rewrite:
+    """One checkpoint to be written, once its plan stands.
+
+    Attributes:
+        report: its inputs are the source and the adapters, in this order.
+        shards: ``signed``.
+        allow_other_base: do not look at which base the adapters were made for.
+        hashes: of the source's tensors by name, once ``run`` is through.
+        digests: of the source and of each adapter, once ``finish`` is.
+    """
+
+    report: Report
+    source: Checkpoint
+    adapters: Sequence[Weighted]
+    plan: MergePlan
+    shards: Sequence[Shard]
+    out: Path
+    jobs: int | None
+    progress: ProgressCallback | None
+    allow_other_base: bool = False
+    hashes: dict[str, str] = dataclasses.field(default_factory=dict)
+    digests: list[str] = dataclasses.field(default_factory=list)
+
+    def writer(self) -> CheckpointWriter:
+        """Makes the files and reserves their space."""
+        return CheckpointWriter(self.out, self.shards, self.source.is_folder)
+
+    def run(
+        self, items: Sequence[P], work: Callable[[P], D], nbytes: Callable[[P], int]
+    ) -> Iterator[tuple[P, D]]:
+        """``engine.run`` over the items, which stand for the plan's targets in their order."""
+        done = engine.run(
+            items, work, jobs=self.jobs, nbytes=nbytes, label=lambda item: item.spec.name,
+            progress=self.progress,
+        )  # fmt: skip
+        stored = len(self.plan.targets)  # those untied come after them
+        for i, (item, result) in enumerate(zip(items, done, strict=True)):
+            if i < stored:
+                self.hashes[self.plan.targets[i].base_name] = result.base_hash
+            yield item, result
+
+    def finish(
+        self, writer: CheckpointWriter, changed: Mapping[str, bytes], leave: Sequence[str] = ()
+    ) -> Report:
+        """Fill in the digests, sync, and write the small files; the report then has its digests.
+
+        Raises:
+            MismatchError: an adapter was made for another base.
+        """
+        own = self._digest()
+        self.digests = [own, *(adapter_digest(w.adapter) for w in self.adapters)]
+        # An adapter made for the base that was put into four bits is at home here.
+        if not (self.allow_other_base or isinstance(self.source, PlainView)):
+            check_bases(((w.path, w.adapter.file.metadata) for w in self.adapters), own)
+        writer.seal(_digests(self.digests, self.adapters))
+        index = self.source.index_name if len(self.shards) > 1 else None
+        left = writer.finish(self.source, index, changed, leave)
+        notes = list(self.report.notes)
+        if left:
+            notes.append(f"left behind, since they hold other weights: {', '.join(map(str, left))}")
+        pairs = zip(self.report.inputs, self.digests, strict=True)
+        inputs = tuple(dataclasses.replace(given, digest=digest) for given, digest in pairs)
+        return dataclasses.replace(self.report, inputs=inputs, notes=tuple(notes))
+
+    def _digest(self) -> str:
+        """The source's, of what is stored of it."""
+        if not isinstance(self.source, PlainView):
+            return hashing.digest(self.source.specs.values(), self.hashes)
+        stored = self.source.stored
+        hashes = {name: hashing.tensor_hash(stored.raw(name)) for name in stored.specs}
+        return hashing.digest(stored.specs.values(), hashes)
