@@ -6,7 +6,7 @@ becomes the index of the nearest of the codebook's 16 values, two indices to a b
 the high half. Double quantization stores ``absmax`` itself in eight bits (the signed dynamic map of
 arXiv 1511.04561), in blocks of 256, less its mean.
 
-The arithmetic is numpy's over runs that stay in cache: a compare and an add for each of the 15
+The arithmetic is numpy's over runs of a few megabytes: a compare and an add for each of the 15
 midpoints is several times faster than a search. Nothing here depends on the processor's vector
 width; torch must run on one thread, since its mean of more than 32,767 numbers depends on how many
 there are. Callers make sure that all numbers are finite.
