@@ -23,6 +23,7 @@ _DENSE = 64  # up to this smaller side a dense SVD costs less than setting up an
 _GRAM = 8  # below this many times the rank the Gram matrix costs less than iterating
 _SUBSET = 1024  # from this size on, LAPACK's subset of eigenvectors pays for importing scipy
 _SUM_CHUNK = 1 << 16
+_TIE = 2e-3  # singular values squared that are closer than this, relative, count as one
 HALF_LOSS = 2.0**-15  # energy, relative, that rounding matrix and basis to bfloat16 may hide
 EPS = torch.finfo(torch.float32).eps
 
@@ -35,9 +36,8 @@ class TruncatedSVD:
         total: ‖A‖²_F.
         captured: the energy ΣS² of the r directions, as found.
         gain: upper bound on the energy that the best rank-r approximation holds beyond
-            ``captured``. Zero for the exact methods, to rounding. For "krylov" it holds provided
-            that no direction orthogonal to the random start outweighs the (r+1)-th found one,
-            which fails with probability zero.
+            ``captured``. Zero for the exact methods, to rounding. For "krylov" it holds unless a
+            direction was missed that outweighs the (r+1)-th found one: see ``hidden_energy``.
         method: "dense", "gram" or "krylov"; "none" for a zero matrix.
         known: the spectrum as far as it was computed, which may be further than r.
     """
@@ -294,6 +294,21 @@ def missing_energy(squared: torch.Tensor, residual: torch.Tensor, r: int) -> flo
     return float(torch.minimum(rho[:r], residual[:r] / gap).sum())
 
 
+def hidden_energy(squared: torch.Tensor, r: int) -> float:
+    """Upper bound on what directions that the iteration cannot see hold beyond the r found ones.
+
+    From a block of b columns no more than b directions of one singular value are found, to
+    rounding. So where b found ones (descending, squared) are alike, there may be any number of
+    others: as many as would take the places of all that come after them.
+    """
+    alike = range(min(r, len(squared) - _BLOCK + 1))
+    return max(
+        (float((squared[i] - squared[i:r]).sum()) for i in alike
+         if squared[i + _BLOCK - 1] >= (1 - _TIE) * squared[i]),
+        default=0.0,
+    )  # fmt: skip
+
+
 def _krylov(A: torch.Tensor, wanted: Wanted, tolerance: float, seed: int) -> TruncatedSVD | None:
     """Randomized block Krylov iteration; None where it would cost more than an exact method.
 
@@ -314,8 +329,15 @@ def _krylov(A: torch.Tensor, wanted: Wanted, tolerance: float, seed: int) -> Tru
         product = (X.T.to(A.dtype) @ A.T).T.float()  # this way round is faster than A @ X
         Y, E = torch.linalg.qr(_project_out(product, Q.all))
         k = Q.all.shape[1]
-        # Only rounding is left of a product: Q holds the whole range, and must not grow by noise.
+        # Only rounding is left of a product: Q holds an invariant subspace, and must not grow by
+        # noise. It is the whole range, unless energy is left: of singular values that occur often.
         exhausted = k > 0 and float(E.norm()) <= 16 * EPS * float(product.norm())
+        if exhausted:
+            left = wanted.total - float(T.trace())
+            if left > tolerance * wanted.total:
+                X = torch.randn(n, block, generator=start).to(A.device)
+                Y = torch.linalg.qr(_project_out((X.T.to(A.dtype) @ A.T).T.float(), Q.all)).Q
+                exhausted = False
         if exhausted or (k > 0 and k >= min(look_at, m // 2 - block)):
             lam, W = torch.linalg.eigh(T)
             values, W = lam.flip(0).clamp(min=0), W.flip(1)
@@ -324,11 +346,11 @@ def _krylov(A: torch.Tensor, wanted: Wanted, tolerance: float, seed: int) -> Tru
             if exhausted:
                 rank = wanted.decide(known)
                 captured = float(values[:rank].sum())
-                gain = 0.0
+                gain = max(left, 0.0)
                 break
             if rank is not None and rank < k:
                 residual = (E.double().cpu() @ W[-block:]).square().sum(0)
-                gain = missing_energy(values, residual, rank)
+                gain = missing_energy(values, residual, rank) + hidden_energy(values, rank)
                 captured = float(values[:rank].sum())
                 if gain <= tolerance * captured:
                     break
