@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 import lora_tools
+from lora_tools.onnx.tasks import TASKS
 
 from .export_models import ARCHITECTURES, make
+from .linear_layers import check_linears
 
 PAGE = Path(__file__).parents[1] / "docs" / "export.md"
 ROW = "| {:<24} | {:<20} | {:<16} | {:<20} |"
@@ -29,11 +31,16 @@ def rows() -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in cells}
 
 
+def _task(report: lora_tools.Report) -> str:
+    return next(fate.reason for fate in report.plan if fate.action == "graph")
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_architecture(name: str, tmp_path: Path) -> None:
     report = lora_tools.export(make(name, tmp_path / "base"), tmp_path / "out", atol=1e-5)
+    check_linears(tmp_path / "out", TASKS[_task(report)])
     found = report.totals["max_relative_difference"]
-    task = next(fate.reason for fate in report.plan if fate.action == "graph")
+    task = _task(report)
     tokens = "-"
     if "tokens_generated" in report.totals:
         tokens = f"{report.totals['tokens_same']} of {report.totals['tokens_generated']}"
