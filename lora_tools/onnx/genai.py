@@ -50,8 +50,8 @@ def genai_config(folder: Path, graph: onnx.GraphProto, trust_remote_code: bool =
     keys = [name for name in inputs if name.endswith(".key")]
     _, heads, _, size = inputs[keys[0]]
     names = {name: name for name in inputs if not name.startswith("past_key_values.")}
-    caches = {f"past_{k}_names": f"past_key_values.%d.{k[:-1]}" for k in ("keys", "values")}
-    kept = {f"present_{k}_names": f"present.%d.{k[:-1]}" for k in ("keys", "values")}
+    caches = {f"past_{k}_names": f"past_key_values.%d.{k}" for k in ("key", "value")}
+    kept = {f"present_{k}_names": f"present.%d.{k}" for k in ("key", "value")}
     length = getattr(text, "max_position_embeddings", None) or 2048
 
     def token(name: str) -> Any:
