@@ -47,8 +47,8 @@ def main() -> None:
         out = Path(scratch) / "out"
         for weights in ("shared", "bundled"):
             flags = ["--no-verify"] if args.no_verify else []
-            command = [loratools(), "export", args.checkpoint, "-o", out, "--weights", weights, "-q"]
-            cost = run([str(word) for word in [*command, *flags]], {"HF_HUB_OFFLINE": "1"})
+            command = [loratools(), "export", str(args.checkpoint), "-o", str(out), "-q", *flags]
+            cost = run([*command, "--weights", weights], {"HF_HUB_OFFLINE": "1"})
             size = sum(path.stat().st_size for path in out.iterdir()) / 1e6
             opened = subprocess.run(
                 [sys.executable, "-c", RUN, out], check=True, capture_output=True, text=True
