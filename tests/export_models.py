@@ -36,8 +36,9 @@ def _gpt2() -> Any:
 
 def _t5() -> Any:
     config = hf.T5Config(
-        vocab_size=96, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_decoder_layers=2, num_heads=4
-    )
+        vocab_size=96, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_decoder_layers=2, num_heads=4,
+        decoder_start_token_id=0,
+    )  # fmt: skip
     return hf.T5ForConditionalGeneration(config)
 
 

@@ -213,7 +213,7 @@ def test_what_travels_and_what_is_added(base: Path, exported: Any) -> None:
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
     genai = json.loads((exported[0] / "genai_config.json").read_text())["model"]
     assert genai["decoder"]["num_key_value_heads"] == 2
-    assert genai["decoder"]["inputs"]["past_keys_names"]
+    assert genai["decoder"]["inputs"]["past_key_names"]
 
 
 # --------------------------------------------------------------------------------------- adapters

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from lora_tools.formats.output import (
     write_synced,
 )
 
-from .iotools import tree
+from .iotools import is_root, tree
 
 
 def build(kind: str, path: Path, text: str) -> None:
@@ -333,6 +334,44 @@ def test_small_files_are_new_and_copies_are_plain_files(tmp_path):
     assert copied.stat().st_mode & 0o200
     with pytest.raises(FileExistsError):
         copy_synced(tmp_path / "a", copied)
+
+
+def test_a_copy_shares_the_blocks_where_the_file_system_can(tmp_path, monkeypatch):
+    write_synced(tmp_path / "a", b"weights")
+    asked = []
+
+    def clone(fd: int, request: int, source: int) -> int:
+        asked.append(request)
+        return os.write(fd, os.pread(source, 100, 0))
+
+    monkeypatch.setattr(output.fcntl, "ioctl", clone)
+    monkeypatch.setattr(output.shutil, "copyfileobj", None)
+    copy_synced(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_bytes() == b"weights"
+    assert asked == [0x40049409]  # FICLONE of Linux
+
+
+def test_a_real_reflink(tmp_path):
+    """On btrfs in a file, two copies of 60 MB fit into 110 MB."""
+    if not is_root() or shutil.which("mkfs.btrfs") is None:
+        pytest.skip("only root with mkfs.btrfs can make such a file system")
+    image, folder = tmp_path / "image", tmp_path / "disk"
+    folder.mkdir()
+    image.touch()
+    os.truncate(image, 120 << 20)
+    subprocess.run(["mkfs.btrfs", "-q", "-m", "single", image], check=True)
+    done = subprocess.run(["mount", "-o", "loop", image, folder], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip(f"mount: {done.stderr.decode().strip()}")
+    try:
+        data = os.urandom(1 << 20) * 60
+        write_synced(folder / "a", data)
+        copy_synced(folder / "a", folder / "b")
+        assert (folder / "b").read_bytes() == data
+        with pytest.raises(OSError, match="No space left"):
+            write_synced(folder / "c", data)
+    finally:
+        subprocess.run(["umount", folder], check=True)
 
 
 def test_staging_of_two_at_once(tmp_path):

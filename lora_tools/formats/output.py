@@ -18,6 +18,7 @@ from pathlib import Path
 from lora_tools.errors import OutputError
 
 _MARK = ".loratools-"
+_FICLONE = getattr(fcntl, "FICLONE", 0x40049409)  # named from Python 3.12 on
 
 
 def check_destination(destination: Path, inputs: Iterable[Path], force: bool) -> None:
@@ -154,9 +155,16 @@ def write_synced(path: Path, data: bytes) -> None:
 
 
 def copy_synced(source: Path, target: Path) -> None:
-    """Copy a file's contents (never its link or its permissions) and sync it."""
+    """Copy a file's contents (never its link or its permissions) and sync it.
+
+    Where the file system can (btrfs, XFS), the copy is a reflink: it shares the blocks on the disk
+    until one of the two changes.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     with source.open("rb") as reader, target.open("xb") as writer:
-        shutil.copyfileobj(reader, writer, 1 << 20)
+        try:
+            fcntl.ioctl(writer.fileno(), _FICLONE, reader.fileno())
+        except OSError:  # the file system cannot, or source and target are not on the same one
+            shutil.copyfileobj(reader, writer, 1 << 20)
         writer.flush()
         os.fsync(writer.fileno())

@@ -262,14 +262,17 @@ class _Runtime:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = 1
+        options.enable_cpu_mem_arena = False  # which never gives back what it once took
         self.task = task
         try:
+            # Folding the casts of weights would hold all of them in float32, for a while twice.
             self._sessions = [
                 onnxruntime.InferenceSession(
-                    str(folder / file), options, providers=["CPUExecutionProvider"]
+                    str(folder / file), options, providers=["CPUExecutionProvider"],
+                    disabled_optimizers=["ConstantFolding"],
                 )
                 for file in task.files()
-            ]
+            ]  # fmt: skip
         except Exception as error:  # its own classes, all of them below Exception
             text = " ".join(str(error).split())
             raise CheckpointError(f"{folder}: ONNX Runtime cannot load it ({text:.300})") from None

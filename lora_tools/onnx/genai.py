@@ -6,26 +6,52 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_tools.onnx.model import read_config
+from lora_tools.errors import CheckpointError
 
 if TYPE_CHECKING:
     import onnx
 
 NAME = "genai_config.json"
+_GENERATION = "generation_config.json"
+
+
+def retold(old: Path, folder: Path) -> bytes | None:
+    """The file of a folder with the same graph, where it is right for this one too, else None.
+
+    What decides it beside the architecture are the special tokens.
+    """
+    if not (old / NAME).is_file():
+        return None
+    told = [
+        (
+            _read(path / _GENERATION),
+            {k: v for k, v in _read(path / "config.json").items() if "token" in k},
+        )
+        for path in (old, folder)
+    ]
+    return (old / NAME).read_bytes() if told[0] == told[1] else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_bytes())) if path.is_file() else {}
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from None
 
 
 def genai_config(folder: Path, graph: onnx.GraphProto, trust_remote_code: bool = False) -> bytes:
     """The file for a decoder with a cache, in the folder of a checkpoint."""
+    from lora_tools.onnx.model import read_config
+
     config = read_config(folder, trust_remote_code)
     text = config.get_text_config(decoder=True)
-    path = folder / "generation_config.json"
-    generation: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
+    generation = _read(folder / _GENERATION)
     inputs = {value.name: _shape(value) for value in graph.input}
     keys = [name for name in inputs if name.endswith(".key")]
     _, heads, _, size = inputs[keys[0]]
     names = {name: name for name in inputs if not name.startswith("past_key_values.")}
-    caches = {f"past_{k}_names": f"past_key_values.%d.{k[:-1]}" for k in ("keys", "values")}
-    kept = {f"present_{k}_names": f"present.%d.{k[:-1]}" for k in ("keys", "values")}
+    caches = {f"past_{k}_names": f"past_key_values.%d.{k}" for k in ("key", "value")}
+    kept = {f"present_{k}_names": f"present.%d.{k}" for k in ("key", "value")}
     length = getattr(text, "max_position_embeddings", None) or 2048
 
     def token(name: str) -> Any:

@@ -15,9 +15,7 @@ from lora_tools.formats.checkpoint import Checkpoint, open_checkpoint, with_thet
 from lora_tools.formats.output import write_synced
 from lora_tools.formats.tensors import as_bytes
 from lora_tools.onnx import genai
-from lora_tools.onnx.model import loaded
 from lora_tools.onnx.tasks import DECODER, Task
-from lora_tools.onnx.trace import trace
 from lora_tools.onnx.weights import (
     BUNDLE,
     Place,
@@ -73,6 +71,8 @@ def build(
     if graph is not None:
         models = _again(graph, checkpoint, task)
     else:
+        from lora_tools.onnx.trace import trace  # torch and transformers, which --graph needs not
+
         traced = trace(
             folder, checkpoint.specs, task, cache=cache, opset=opset,
             trust_remote_code=trust_remote_code,
@@ -90,7 +90,8 @@ def build(
     first = next(iter(models.values()))
     cached = any(value.name.startswith("past_key_values.") for value in first.graph.input)
     if task.kind == DECODER and cached:
-        text = genai.genai_config(folder, first.graph, trust_remote_code)
+        text = genai.retold(_folder(graph), folder) if graph else None
+        text = text or genai.genai_config(folder, first.graph, trust_remote_code)
         (folder / genai.NAME).unlink(missing_ok=True)
         write_synced(folder / genai.NAME, text)
         extra.append(genai.NAME)
@@ -118,6 +119,8 @@ def _places(
     )
     state: dict[str, Any] = {}
     if converted:
+        from lora_tools.onnx.model import loaded
+
         state = loaded(folder, task, trust_remote_code).state_dict()
         specs += [TensorSpec(name, "F32", tuple(state[name].shape)) for name in sorted(converted)]
 
@@ -133,9 +136,13 @@ def _places(
     return where | (bundle(folder / BUNDLE, specs, read) if specs else {})
 
 
+def _folder(graph: Path) -> Path:
+    return graph if graph.is_dir() else graph.parent
+
+
 def _again(graph: Path, checkpoint: Checkpoint, task: Task) -> dict[str, onnx.ModelProto]:
     """Graphs of another checkpoint of the same architecture, bare."""
-    folder = graph if graph.is_dir() else graph.parent
+    folder = _folder(graph)
     _same_config(folder / "config.json", checkpoint)
     models = {}
     for file in task.files():

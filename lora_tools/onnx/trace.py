@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import logging
 import re
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,8 @@ def _export(part: Part, stacks: list[Stack], names: _Names, opset: int) -> Graph
     dynamic = {
         name: dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for name, axes in part.axes.items()
     }
-    with torch.no_grad(), _silence():
+    program: torch.export.ExportedProgram | None = None
+    with torch.no_grad(), _silence(), _watched(part.module) as running:
         try:
             program = torch.export.export(
                 part.module,
@@ -122,7 +124,8 @@ def _export(part: Part, stacks: list[Stack], names: _Names, opset: int) -> Graph
                 input_names=list(part.args), output_names=list(part.outputs),
             )  # fmt: skip
         except Exception as error:  # whatever the model's own code, torch or onnxscript raises
-            raise CheckpointError(f"{part.file}: {_reason(error)}") from error
+            module = _module_of(error, program) if program else running[-1] if running else ""
+            raise CheckpointError(f"{part.file}: {_reason(error, module)}") from error
     assert exported is not None
     model, buffers = _without_weights(exported.model, names, part.axes)
     for stack in stacks:
@@ -233,27 +236,61 @@ def _strip(model: onnx.ModelProto) -> None:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """torch and transformers warn of their own code and of packages that are not needed."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
+    """torch and transformers warn of their own code and of packages that are not needed, and print
+    the whole graph where it fails."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
             yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+    finally:
+        logging.disable(before)
 
 
-def _reason(error: BaseException) -> str:
-    """One line: the innermost cause, and the module and line of the model it came from."""
+@contextlib.contextmanager
+def _watched(module: torch.nn.Module) -> Iterator[list[str]]:
+    """Names of the modules whose forward runs, the innermost last; after an error, ran."""
+    running: list[str] = []
+    hooks: list[Any] = []
+
+    def enters(name: str) -> Callable[..., None]:
+        return lambda *_: running.append(name)
+
+    def leaves(*_: Any) -> None:
+        running.pop()
+
+    for name, child in module.named_modules():
+        hooks.append(child.register_forward_pre_hook(enters(name.removeprefix(_INNER))))
+        hooks.append(child.register_forward_hook(leaves))
+    try:
+        yield running
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _module_of(error: BaseException, program: torch.export.ExportedProgram) -> str:
+    """The module of the node which onnxscript's error says it could not translate."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if named := re.search(r"translating node %(\w+)", str(cause)):
+            for node in program.graph.nodes:
+                if node.name == named[1]:
+                    stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+                    return stack[-1].removeprefix(_INNER) if stack else ""
+        cause = cause.__cause__ or cause.__context__
+    return ""
+
+
+def _reason(error: BaseException, module: str) -> str:
+    """One line: the module, the function of the model, and the innermost cause."""
     while (error.__cause__ or error.__context__) is not None and error.__cause__ is not error:
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    where = ""
+    where = f"module {module}" if module else "it"
     for frame in traceback.extract_tb(error.__traceback__):
         if "/transformers/models/" in frame.filename:
-            where = f" in {Path(frame.filename).stem}, {frame.name}"
+            where += f" ({Path(frame.filename).stem}, {frame.name})"
+            break
     text = " ".join((str(error) or type(error).__name__).split())
-    return f"cannot be traced by torch.export{where}: {text:.400}"
+    return f"{where} cannot be exported by torch: {text:.400}"
