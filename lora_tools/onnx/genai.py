@@ -20,7 +20,8 @@ def genai_config(folder: Path, graph: onnx.GraphProto, trust_remote_code: bool =
     text = config.get_text_config(decoder=True)
     path = folder / "generation_config.json"
     generation: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
-    inputs = {value.name: _shape(value) for value in graph.input}
+    optional = {value.name for value in graph.initializer}
+    inputs = {value.name: _shape(value) for value in graph.input if value.name not in optional}
     keys = [name for name in inputs if name.endswith(".key")]
     _, heads, _, size = inputs[keys[0]]
     names = {name: name for name in inputs if not name.startswith("past_key_values.")}
