@@ -41,12 +41,16 @@ _ABOUT_FILES = {
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """What was written: files by name in the order in which they should appear, and figures."""
+    """What was written: files by name in the order in which they should appear, and figures.
+
+    ``unused``: modules that may get factors and are in no graph.
+    """
 
     files: tuple[str, ...]
     nodes: int
     nbytes: int
     cache: bool
+    unused: tuple[str, ...] = ()
 
 
 def build(
@@ -89,7 +93,7 @@ def build(
     for file, model in models.items():
         if not converted:
             check_shapes(model, checkpoint.specs, file)
-    add_branches(models, branches)
+    unused = add_branches(models, branches, formed=bool(converted))
     for file, model in models.items():
         attach(model, where)
         write_synced(folder / file, model.SerializeToString(deterministic=True))
@@ -104,6 +108,7 @@ def build(
     return Built(
         files, sum(len(model.graph.node) for model in models.values()),
         sum((folder / file).stat().st_size for file in files), cached or len(models) > 1,
+        unused,
     )  # fmt: skip
 
 

@@ -32,48 +32,60 @@ class Branch:
     Attributes:
         module: its name in the checkpoint, which its inputs are named after.
         weight: the initializer that it reads: another module's where the two are tied.
+        sizes: (in, out) of its factors.
         lookup: whether rows of the weight are looked up (an embedding), else multiplied with.
     """
 
     module: str
     weight: str
+    sizes: tuple[int, int]
     lookup: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class _Site:
-    """One use of a weight: the values that go in and come out, and (in, out) of the weight."""
+    """One use of a weight: the values that go in and come out."""
 
     weight: str
     lookup: bool
     input: str
     output: str
-    sizes: tuple[int, int]
 
 
-def add_branches(models: Mapping[str, onnx.ModelProto], branches: Sequence[Branch]) -> None:
+def add_branches(
+    models: Mapping[str, onnx.ModelProto], branches: Sequence[Branch], formed: bool = False
+) -> tuple[str, ...]:
     """Put branches into bare graphs by file name.
 
     Each graph gets the inputs of all branches, used or not: an adapter is one file for all graphs
     of a model, and ONNX Runtime refuses a parameter that no input is named after.
 
+    Args:
+        formed: some weights of the graphs are formed of several of the checkpoint's.
+
+    Returns:
+        Modules that are in no graph, since no output depends on them.
+
     Raises:
-        UnsupportedAdapter: naming a module that no graph has a layer for, or whose weight is used
-            in another way besides.
+        UnsupportedAdapter: naming a module whose weight is used in another way, or in a weight that
+            was formed of several.
     """
-    sizes: dict[Branch, tuple[int, int]] = {}
+    weights = {branch.weight for branch in branches}
+    reached: set[Branch] = set()
     for file, model in models.items():
         sites = list(_sites(model))
-        _refuse_other_uses(model, sites, {branch.weight for branch in branches}, file)
+        _refuse_other_uses(model, sites, weights, file)
         found = {}
         for branch in branches:
             for site in sites:
                 if (site.weight, site.lookup) == (branch.weight, branch.lookup):
                     found[site.output] = branch, site
-                    sizes[branch] = site.sizes
+                    reached.add(branch)
         _insert(model.graph, found)
-    for branch in branches:
-        if branch not in sizes:
+    missing = [branch for branch in branches if branch not in reached]
+    used = {name for model in models.values() for name in weights_of(model)}
+    for branch in missing:
+        if formed or branch.weight in used:
             raise UnsupportedAdapter(
                 f"{branch.module}: no layer of the graph reads {branch.weight} as it is stored, so "
                 "that no runtime adapter can act on it; merge the adapter: leave "
@@ -81,7 +93,8 @@ def add_branches(models: Mapping[str, onnx.ModelProto], branches: Sequence[Branc
             )
     for model in models.values():
         for branch in sorted(branches, key=lambda branch: branch.module):
-            _declare(model.graph, branch, sizes[branch])
+            _declare(model.graph, branch)
+    return tuple(branch.module for branch in missing)
 
 
 def remove_branches(model: onnx.ModelProto) -> None:
@@ -122,13 +135,12 @@ def plain_graphs(folder: Path, task: Task) -> dict[str, bytes]:
 
 def _sites(model: onnx.ModelProto) -> Iterator[_Site]:
     for layer in linears(model):
-        sizes = layer.in_features, layer.out_features
-        yield _Site(layer.weight, False, layer.input, layer.output, sizes)
+        yield _Site(layer.weight, False, layer.input, layer.output)
     shapes = weights_of(model)
     for node in model.graph.node:
         shape = shapes.get(node.input[0], ()) if node.op_type == "Gather" else ()
         if len(shape) == 2 and not any(a.name == "axis" and a.i for a in node.attribute):
-            yield _Site(node.input[0], True, node.input[1], node.output[0], (shape[0], shape[1]))
+            yield _Site(node.input[0], True, node.input[1], node.output[0])
 
 
 def _refuse_other_uses(
@@ -173,11 +185,11 @@ def _branch(branch: Branch, site: _Site) -> list[onnx.NodeProto]:
     ]  # fmt: skip
 
 
-def _declare(graph: onnx.GraphProto, branch: Branch, sizes: tuple[int, int]) -> None:
+def _declare(graph: onnx.GraphProto, branch: Branch) -> None:
     """Both factors as inputs of any rank, and as initializers of rank 0."""
     A, B = factor_names(branch.module, branch.lookup)
     rank = f"{branch.module}.r"  # of its own, since no two modules need have the same
-    for name, shape in ((A, (sizes[0], rank)), (B, (rank, sizes[1]))):
+    for name, shape in ((A, (branch.sizes[0], rank)), (B, (rank, branch.sizes[1]))):
         graph.input.append(onnx.helper.make_tensor_value_info(name, _FLOAT, shape))
         none = [size if isinstance(size, int) else 0 for size in shape]
         graph.initializer.append(

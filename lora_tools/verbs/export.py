@@ -139,7 +139,7 @@ def export(
         found = _measured(report, built, check)
         if runtime:
             found = runtime.measured(
-                found, folder, chosen, built.cache, allow_other_base=bool(dtype), jobs=jobs,
+                found, folder, chosen, built, allow_other_base=bool(dtype), jobs=jobs,
                 atol=atol, rtol=rtol, trust_remote_code=trust_remote_code,
             )  # fmt: skip
         return found

@@ -22,6 +22,7 @@ from lora_tools.verbs.weighted import Weighted, open_weighted
 
 if TYPE_CHECKING:
     from lora_tools.formats.view import BaseNames
+    from lora_tools.onnx.graphs import Built
     from lora_tools.onnx.runtime_adapters import Branch
 
 SUFFIX = ".onnx_adapter"
@@ -94,9 +95,10 @@ class RuntimeAdapters:
         found = {}
         for adapter in self.each:
             for name, module in adapter.modules.items():
-                lookup = adapter.weighted.adapter.modules[name].form == "embedding"
-                weight = self.names.weights[module].name
-                found[module] = Branch(module, weight, lookup)
+                given = adapter.weighted.adapter
+                lora, weight = given.modules[name], self.names.weights[module].name
+                sizes = given.shape(lora.A)[1], given.shape(lora.B)[0]
+                found[module] = Branch(module, weight, sizes, lora.form == "embedding")
         return [found[module] for module in sorted(found)]
 
     def write(self, folder: Path, jobs: int | None) -> None:
@@ -114,7 +116,7 @@ class RuntimeAdapters:
         report: Report,
         folder: Path,
         task: Task,
-        cache: bool,
+        built: Built,
         *,
         allow_other_base: bool,
         jobs: int | None,
@@ -147,14 +149,20 @@ class RuntimeAdapters:
             )  # fmt: skip
             with one_torch_thread():
                 check = compare(
-                    folder, task, cache, adapter=(folder / adapter.file, merged), **options
+                    folder, task, built.cache, adapter=(folder / adapter.file, merged), **options
                 )
             shutil.rmtree(merged)
             figures[adapter.file] |= check.totals()
             if check.failed and totals["verified"]:
                 totals |= {**check.totals(), "worst_output": f"{adapter.file}: {check.worst}"}
         totals["runtime_adapters"] = figures
-        return self.planned(dataclasses.replace(report, totals=totals), digests=True)
+        notes = report.notes
+        if built.unused:
+            notes = (
+                *notes,
+                f"in no graph of this task, so without an effect: {', '.join(built.unused)}",
+            )
+        return self.planned(dataclasses.replace(report, totals=totals, notes=notes), digests=True)
 
 
 def plan_runtime_adapters(
