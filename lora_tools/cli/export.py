@@ -24,7 +24,12 @@ GRAPH, CHECK = "Graph", "Check"
 @click.argument("checkpoint", type=click.Path())
 @option(
     "--adapter", "adapters", multiple=True, metavar="ADAPTER[=WEIGHT]", group="Adapters",
-    help="A PEFT adapter to merge in the same pass; may be given several times.",
+    help="An adapter to merge in the same pass; may be given several times.",
+)  # fmt: skip
+@option(
+    "--runtime-adapters", is_flag=True, group="Adapters",
+    help="Do not merge them: write each as an .onnx_adapter file that ONNX Runtime activates for a "
+    "request, with optional inputs of the graph for its factors.",
 )  # fmt: skip
 @options.unmatched_option
 @option(

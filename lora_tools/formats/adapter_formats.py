@@ -45,6 +45,7 @@ class Format:
         alpha: "module" (each its own), "one" (of the whole file, divided by each module's rank) or
             "folded" (none: the scale goes into lora_B).
         one_rank: all modules have the same rank; smaller ones are padded with zeros.
+        dtype: of the factors where none is asked for; "": each keeps its own.
         base: when the base checkpoint is needed: "", "to read" or "to read and write".
         library: whose format it is, and what reads it.
         is_folder: whether it is a folder, else a file.
@@ -59,6 +60,7 @@ class Format:
     alpha: Literal["module", "one", "folded"]
     library: str
     one_rank: bool = False
+    dtype: str = ""
     base: str = ""
     is_folder: bool = False
     reads_besides: str = ""
@@ -102,8 +104,8 @@ FORMATS: dict[str, Format] = {
                read=loralib.read, writer=loralib.LoralibWriter),
         Format("gguf", "GGUF", frozenset({"embedding"}), "one", "gguf 0.17, llama.cpp",
                base=_BOTH, open_file=gguf.open_file, read=gguf.read, writer=gguf.GgufWriter),
-        Format("onnxruntime", "ONNX Runtime", _keeps(), "folded", "onnxruntime 1.20",
-               open_file=onnxruntime.OrtFile, read=onnxruntime.read,
+        Format("onnxruntime", "ONNX Runtime", _keeps("embedding"), "folded", "onnxruntime 1.20",
+               dtype="F32", open_file=onnxruntime.OrtFile, read=onnxruntime.read,
                writer=onnxruntime.OrtWriter),
     )
 }  # fmt: skip

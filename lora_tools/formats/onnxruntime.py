@@ -1,7 +1,10 @@
 """ONNX Runtime's adapter file (1.20 or later), written and read by ``onnxruntime.AdapterFormat``.
 
-Parameters ``<module>.lora_A`` (in, r) and ``<module>.lora_B`` (r, out) with the scale folded into
-lora_B, so that a graph adds (x A) B. float32 or float16; the file keeps nothing else.
+Parameters ``<module>.lora_A.weight`` (in, r) and ``<module>.lora_B.weight`` (r, out) with the scale
+folded into lora_B, so that a graph adds (x A) B; of an embedding ``<module>.lora_embedding_A``
+(vocabulary, r) and ``<module>.lora_embedding_B`` (r, out). These are PEFT's names, as Olive's
+convert-adapters writes them; ONNX Runtime itself only wants a parameter to be named as the graph's
+input is. float32 or float16; the file keeps nothing else.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import AdapterError, CheckpointError, TensorNotFound
+from lora_tools.formats.names import align
 from lora_tools.formats.output import sync_file
 from lora_tools.formats.tensors import as_bytes
 from lora_tools.formats.view import BaseNames, Compute, Context, Outline, group_parts, pair
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
 
 MAGIC = b"TORT"  # the flatbuffer's file identifier, at byte 4
 _PARTS = ("lora_A", "lora_B")
+_EMBEDDING_PARTS = ("lora_embedding_A", "lora_embedding_B")
 _DTYPES = {"float32": "F32", "float16": "F16", "float64": "F64"}
 
 
@@ -71,6 +76,13 @@ class OrtFile:
         """Nothing to give back: onnxruntime owns the memory."""
 
 
+def factor_names(module: str, embedding: bool = False) -> tuple[str, str]:
+    """What a module's two parameters, and a graph's two inputs, are called."""
+    if embedding:
+        return f"{module}.{_EMBEDDING_PARTS[0]}", f"{module}.{_EMBEDDING_PARTS[1]}"
+    return f"{module}.{_PARTS[0]}.weight", f"{module}.{_PARTS[1]}.weight"
+
+
 def split(key: str) -> tuple[str, str] | None:
     """``a.b.lora_A`` → (``a.b``, ``lora_A``); ``.weight`` may follow."""
     module, _, part = key.removesuffix(".weight").rpartition(".")
@@ -80,9 +92,12 @@ def split(key: str) -> tuple[str, str] | None:
 def read(path: Path, file: OrtFile, context: Context) -> Outline:
     """What the file holds, as PEFT would."""
     outline = Outline(path, file, "ONNX Runtime")
-    for module, keys in group_parts(outline, _PARTS, split).items():
-        a, b = pair(outline, module, keys, *_PARTS)
-        outline.add_lora(module, outline.transposed(a), outline.transposed(b), None)
+    for module, keys in group_parts(outline, (*_PARTS, *_EMBEDDING_PARTS), split).items():
+        embedding = not keys.keys().isdisjoint(_EMBEDDING_PARTS)
+        a, b = pair(outline, module, keys, *(_EMBEDDING_PARTS if embedding else _PARTS))
+        outline.add_lora(
+            module, outline.transposed(a), outline.transposed(b), None, embedding=embedding
+        )
     return outline
 
 
@@ -92,26 +107,46 @@ class OrtWriter(Writer):
     def __init__(self, out: Path, base: BaseNames | None, compute: Compute) -> None:
         super().__init__(out, base, compute)
         self._package = _package()
-        self._values: dict[str, Any] = {}
+        self._arrays: dict[str, tuple[bool, list[Any]]] = {}
 
     def add(self, factors: Factors) -> None:
         """Take one module's factors."""
         import torch
 
-        for part, tensor in zip(_PARTS, (factors.lora_A.T, factors.lora_B.T), strict=True):
+        arrays = []
+        for tensor in (factors.lora_A.T, factors.lora_B.T):
             plain = tensor if tensor.dtype == torch.float16 else tensor.float()
-            self._values[f"{factors.module}.{part}"] = self._package.OrtValue.ortvalue_from_numpy(
-                plain.contiguous().numpy()
-            )
+            arrays.append(plain.contiguous().numpy())
+        self._arrays[factors.module] = factors.form == "embedding", arrays
 
     def finish(self) -> None:
-        """Write the file."""
+        """Write the file, modules named as the base names them where one is given.
+
+        Raises:
+            AdapterError: the base has no such module.
+        """
+        names, values = self._names(), {}
+        for module, (embedding, arrays) in self._arrays.items():
+            for name, array in zip(factor_names(names[module], embedding), arrays, strict=True):
+                values[name] = self._package.OrtValue.ortvalue_from_numpy(array)
         adapter = self._package.AdapterFormat()
         adapter.set_adapter_version(1)
         adapter.set_model_version(1)
-        adapter.set_parameters(dict(sorted(self._values.items())))
+        adapter.set_parameters(dict(sorted(values.items())))
         adapter.export_adapter(str(self.out))
         sync_file(self.out)
+
+    def _names(self) -> dict[str, str]:
+        """The adapter's modules → what the graph of the base calls them."""
+        if self.base is None:
+            return {module: module for module in self._arrays}
+        names, _ = align(list(self._arrays), list(self.base.weights))
+        for module, name in names.items():
+            if name not in self.base.weights:
+                raise AdapterError(
+                    f"{module} is no module of {self.base.path}; is this the right base?"
+                )
+        return names
 
     def close(self) -> None:
         """Nothing is open."""

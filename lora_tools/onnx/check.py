@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,10 +27,13 @@ from lora_tools.onnx.parts import (
     speech_shape,
     text_inputs,
 )
+from lora_tools.onnx.runtime_adapters import plain_graphs
 from lora_tools.onnx.tasks import DECODER, ENCODER_DECODER, IMAGE, Task
 
 _LENGTHS = (7, 13)  # of a single sequence and of the longest in a batch of three
 _STEPS = 3
+# Of a session whose graph comes as bytes: where its external data lies.
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 Arrays = dict[str, Any]
 
 
@@ -42,6 +46,8 @@ class Check:
             largest element; of the output named ``worst``.
         compared: how many outputs.
         tokens: how many tokens were generated greedily, and how many of them were the same.
+        exact: of a graph with inputs for adapters, whether without one it gives the bits that it
+            gives without those inputs; else None.
     """
 
     absolute: float = 0.0
@@ -51,6 +57,17 @@ class Check:
     failed: bool = False
     tokens: int = 0
     same_tokens: int = 0
+    exact: bool | None = None
+
+    def totals(self) -> dict[str, Any]:
+        """As a report has them."""
+        tokens = {"tokens_generated": self.tokens, "tokens_same": self.same_tokens}
+        return {
+            "verified": not self.failed, "outputs_compared": self.compared,
+            "max_difference": self.absolute, "max_relative_difference": self.relative,
+            "worst_output": self.worst, **(tokens if self.tokens else {}),
+            **({} if self.exact is None else {"base_exact": self.exact}),
+        }  # fmt: skip
 
     def add(self, name: str, found: Any, wanted: Any, atol: float, rtol: float) -> None:
         """Compare two arrays of equal shape."""
@@ -77,6 +94,7 @@ def compare(
     rtol: float,
     generate: int = 16,
     trust_remote_code: bool = False,
+    adapter: tuple[Path, Path] | None = None,
 ) -> Check:
     """Run every graph of an exported folder, and its checkpoint in torch.
 
@@ -87,18 +105,24 @@ def compare(
         cache: whether a decoder's graph has its past as inputs.
         atol, rtol: an output may differ by atol + rtol times its largest element.
         generate: tokens a decoder generates greedily, with the cache.
+        adapter: the file of one to activate, and the folder of the checkpoint that it is merged
+            into, for torch.
 
     Raises:
         CheckpointError: one of the two does not run.
     """
-    side = _Torch(folder, task, trust_remote_code)
+    side = _Torch(adapter[1] if adapter else folder, task, trust_remote_code)
     runs = side.runs(cache, generate)
     wanted = [side.play(run) for run in runs]
     side.close()
-    runtime = _Runtime(folder, task)
     result = Check()
-    for run, reference in zip(runs, wanted, strict=True):
+    graphs = {} if adapter else plain_graphs(folder, task)
+    plain = _bits_of(runs, _Runtime(folder, task, graphs)) if graphs else []
+    runtime = _Runtime(folder, task, adapter=adapter[0] if adapter else None)
+    for number, (run, reference) in enumerate(zip(runs, wanted, strict=True)):
         found = runtime.play(run)
+        if plain:
+            result.exact = result.exact is not False and _bits(found) == plain[number]
         for step, (mine, theirs) in enumerate(zip(found.outputs, reference.outputs, strict=True)):
             for name, value in theirs.items():
                 label = f"{name} ({run.name}, step {step})"
@@ -108,7 +132,7 @@ def compare(
         result.same_tokens += sum(
             a == b for a, b in zip(found.tokens, reference.tokens, strict=True)
         )
-    result.failed |= result.same_tokens != result.tokens
+    result.failed |= result.same_tokens != result.tokens or result.exact is False
     return result
 
 
@@ -256,23 +280,42 @@ class _Torch:
 
 
 class _Runtime:
-    def __init__(self, folder: Path, task: Task) -> None:
+    """
+    Args:
+        graphs: by file name, to be run instead of those in the folder; their weights are there.
+        adapter: the file of one that is active in every call.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        task: Task,
+        graphs: Mapping[str, bytes] | None = None,
+        adapter: Path | None = None,
+    ) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = 1
         options.enable_cpu_mem_arena = False  # which never gives back what it once took
+        options.add_session_config_entry(_WEIGHTS_FOLDER, str(folder))
         self.task = task
+        self._options = onnxruntime.RunOptions()
+        self._options.log_severity_level = 4
         try:
             # Folding the casts of weights would hold all of them in float32, for a while twice.
             self._sessions = [
                 onnxruntime.InferenceSession(
-                    str(folder / file), options, providers=["CPUExecutionProvider"],
-                    disabled_optimizers=["ConstantFolding"],
+                    graphs[file] if graphs else str(folder / file), options,
+                    providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"],
                 )
                 for file in task.files()
             ]  # fmt: skip
+            if adapter is not None:
+                self._adapter = onnxruntime.LoraAdapter()  # kept: the options only point to it
+                self._adapter.Load(str(adapter))
+                self._options.add_active_adapter(self._adapter)
         except Exception as error:  # its own classes, all of them below Exception
             text = " ".join(str(error).split())
             raise CheckpointError(f"{folder}: ONNX Runtime cannot load it ({text:.300})") from None
@@ -283,7 +326,7 @@ class _Runtime:
         names = [o.name for o in session.get_outputs()]
         inputs = {name: value for name, value in given.items() if name in wanted}
         try:
-            return dict(zip(names, session.run(None, inputs), strict=True))
+            return dict(zip(names, session.run(None, inputs, self._options), strict=True))
         except Exception as error:
             text = " ".join(str(error).split())
             raise CheckpointError(
@@ -336,6 +379,19 @@ class _Runtime:
             played.outputs.append({**outputs, **hidden})
             past |= _past(outputs)
         return played
+
+
+def _bits_of(runs: Sequence[Run], runtime: _Runtime) -> list[str]:
+    """What several runs give, by which it can be compared bit for bit."""
+    return [_bits(runtime.play(run)) for run in runs]
+
+
+def _bits(played: Played) -> str:
+    digest = hashlib.sha256()
+    for outputs in played.outputs:
+        for name in sorted(outputs):
+            digest.update(outputs[name].tobytes())
+    return digest.hexdigest()
 
 
 def _past(outputs: Mapping[str, Any]) -> Arrays:

@@ -46,7 +46,8 @@ def genai_config(folder: Path, graph: onnx.GraphProto, trust_remote_code: bool =
     config = read_config(folder, trust_remote_code)
     text = config.get_text_config(decoder=True)
     generation = _read(folder / _GENERATION)
-    inputs = {value.name: _shape(value) for value in graph.input}
+    optional = {value.name for value in graph.initializer}
+    inputs = {value.name: _shape(value) for value in graph.input if value.name not in optional}
     keys = [name for name in inputs if name.endswith(".key")]
     _, heads, _, size = inputs[keys[0]]
     names = {name: name for name in inputs if not name.startswith("past_key_values.")}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from lora_tools.formats.checkpoint import Checkpoint, open_checkpoint, with_thet
 from lora_tools.formats.output import write_synced
 from lora_tools.formats.tensors import as_bytes
 from lora_tools.onnx import genai
+from lora_tools.onnx.runtime_adapters import Branch, add_branches, remove_branches
 from lora_tools.onnx.tasks import DECODER, Task
 from lora_tools.onnx.weights import (
     BUNDLE,
@@ -38,12 +39,16 @@ _ABOUT_FILES = {
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """What was written: files by name in the order in which they should appear, and figures."""
+    """What was written: files by name in the order in which they should appear, and figures.
+
+    ``unused``: modules that may get factors and are in no graph.
+    """
 
     files: tuple[str, ...]
     nodes: int
     nbytes: int
     cache: bool
+    unused: tuple[str, ...] = ()
 
 
 def build(
@@ -55,16 +60,19 @@ def build(
     graph: Path | None,
     opset: int,
     trust_remote_code: bool,
+    branches: Sequence[Branch] = (),
 ) -> Built:
     """Write a checkpoint's graphs into its folder.
 
     Args:
+        branches: modules that may get factors at run time.
         graph: a graph, or its folder, to be used again instead of tracing.
         weights: "shared" or "bundled".
 
     Raises:
         CheckpointError: the model cannot be traced.
         MismatchError: ``graph`` is not one of this checkpoint's architecture.
+        UnsupportedAdapter: a branch has no layer.
     """
     checkpoint = open_checkpoint(folder)
     converted: set[str] = set()
@@ -85,6 +93,8 @@ def build(
     for file, model in models.items():
         if not converted:
             check_shapes(model, checkpoint.specs, file)
+    unused = add_branches(models, branches, formed=bool(converted))
+    for file, model in models.items():
         attach(model, where)
         write_synced(folder / file, model.SerializeToString(deterministic=True))
     first = next(iter(models.values()))
@@ -99,6 +109,7 @@ def build(
     return Built(
         files, sum(len(model.graph.node) for model in models.values()),
         sum((folder / file).stat().st_size for file in files), cached or len(models) > 1,
+        unused,
     )  # fmt: skip
 
 
@@ -155,6 +166,7 @@ def _again(graph: Path, checkpoint: Checkpoint, task: Task) -> dict[str, onnx.Mo
         if model.producer_name != "loratools":
             raise MismatchError(f"{folder / file}: made by {model.producer_name or 'another tool'}")
         detach(model)
+        remove_branches(model)
         check_shapes(model, checkpoint.specs, file)
         models[file] = model
     return models

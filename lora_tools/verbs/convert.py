@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ class _Options:
     # Of formats with one alpha, and one rank: chosen before any factor is read.
     alpha: float | None
     pad_to: int | None
+    weight: float = 1.0  # that the effect is multiplied with
 
 
 def convert(
@@ -75,7 +76,7 @@ def convert(
         alpha, enable_lora: what the file does not say (loralib, torchtune); ``"1,0,1"``.
         rank, energy, max_rank: cut the rank, as in ``rescale``. LoHa and LoKr become the exact
             LoRA that they are, which may be of a high rank; this lowers it, with the error stated.
-        dtype: of the factors; by default each keeps its own.
+        dtype: of the factors; by default each keeps its own (of ONNX Runtime, float32).
 
     Raises:
         UnsupportedAdapter: the format cannot hold a part of the adapter.
@@ -89,7 +90,7 @@ def convert(
         raise UsageError(f"--drop {min(unknown)!r}: one of {', '.join(FEATURES)} is needed")
     if alpha is not None and not (alpha > 0 and math.isfinite(alpha)):
         raise UsageError(f"--alpha {alpha}: a number above 0 is needed")
-    written = parse_float_dtype(dtype) if dtype else None
+    written = parse_float_dtype(dtype) if dtype else target.dtype or None
     blocks = parse_enable_lora(enable_lora)
     names = base_names(base, allow_pickle) if base is not None else None
     given = open_adapter(adapter, allow_pickle, base=names, source_format=source, alpha=alpha,
@@ -236,7 +237,7 @@ def _fold(module: LoraModule, r: int, given: Adapter, options: _Options) -> floa
     """What lora_B is multiplied by, its rank becoming ``r``."""
     from lora_tools.linalg.lora import scaling
 
-    strength = scaling(module.alpha, module.r, given.use_rslora)
+    strength = options.weight * scaling(module.alpha, module.r, given.use_rslora)
     return strength / _scale(module, r, given, options)
 
 
@@ -262,6 +263,48 @@ def _convert(
     jobs: int | None,
     progress: ProgressCallback | None,
 ) -> Report:
+    results = _write(given, kept, names, options, out, jobs, progress)
+    files = list(out.iterdir()) if out.is_dir() else [out]
+    totals: dict[str, Any] = {
+        "modules": len(kept), "bytes": sum(f.stat().st_size for f in files),
+        **resized_totals(results),
+    }  # fmt: skip
+    inputs = tuple(dataclasses.replace(i, digest=adapter_digest(given)) for i in report.inputs)
+    return dataclasses.replace(report, inputs=inputs, modules=tuple(results), totals=totals)
+
+
+def write_modules(
+    given: Adapter,
+    modules: Collection[str],
+    out: Path,
+    target: Format,
+    names: BaseNames,
+    *,
+    weight: float = 1.0,
+    jobs: int | None = None,
+) -> None:
+    """Write those modules of an adapter, times ``weight``, as ``convert`` would.
+
+    Raises:
+        UnsupportedAdapter: the format cannot hold a part of the adapter.
+        NonFiniteError: an inf or a NaN in the factors, or one by their scale.
+    """
+    options = _choose(
+        given, target, frozenset(), None, target.dtype or None, features(given, names)
+    )
+    kept = {name: given.modules[name] for name in modules}
+    _write(given, kept, names, dataclasses.replace(options, weight=weight), out, jobs, None)
+
+
+def _write(
+    given: Adapter,
+    kept: Mapping[str, LoraModule],
+    names: BaseNames | None,
+    options: _Options,
+    out: Path,
+    jobs: int | None,
+    progress: ProgressCallback | None,
+) -> list[ModuleResult]:
     from lora_tools import engine
     from lora_tools.formats.peft_format import PeftFormat
     from lora_tools.linalg.recipes import compute
@@ -285,13 +328,7 @@ def _convert(
         writer.finish()
     finally:
         writer.close()
-    files = list(out.iterdir()) if out.is_dir() else [out]
-    totals: dict[str, Any] = {
-        "modules": len(kept), "bytes": sum(f.stat().st_size for f in files),
-        **resized_totals(results),
-    }  # fmt: skip
-    inputs = tuple(dataclasses.replace(i, digest=adapter_digest(given)) for i in report.inputs)
-    return dataclasses.replace(report, inputs=inputs, modules=tuple(results), totals=totals)
+    return results
 
 
 def _add_peft(writer: Any, given: Adapter, options: _Options) -> None:

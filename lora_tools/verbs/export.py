@@ -24,11 +24,13 @@ from lora_tools.onnx.tasks import Task, task_of
 from lora_tools.records import Fate, Input, ProgressCallback, Report
 from lora_tools.verbs.common import tool_version
 from lora_tools.verbs.merge import merge
+from lora_tools.verbs.runtime_adapters import SUFFIX, plan_runtime_adapters
 
 if TYPE_CHECKING:
     from lora_tools.onnx.check import Check
     from lora_tools.onnx.graphs import Built
 
+_MADE = (".onnx", ".onnx_data", SUFFIX)  # what an export leaves in a folder
 _NEEDED = ("onnx", "onnxscript", "onnxruntime", "transformers", "accelerate")
 
 
@@ -37,6 +39,7 @@ def export(
     out: str | Path,
     *,
     adapters: Sequence[str | Path | tuple[str | Path, float]] = (),
+    runtime_adapters: bool = False,
     task: str = "auto",
     no_cache: bool = False,
     dtype: str | None = None,
@@ -60,7 +63,9 @@ def export(
     Args:
         checkpoint: a checkpoint folder or a hub id; with ``out`` the same folder only the graphs
             are added to it.
-        adapters: PEFT adapters to merge first, as for ``merge``.
+        adapters: to merge first, as for ``merge``.
+        runtime_adapters: do not merge them: write each as an ``.onnx_adapter`` file that ONNX
+            Runtime activates for a request, with inputs of the graph for its factors.
         task: ``auto`` goes by the architecture that ``config.json`` names.
         no_cache: export a decoder without its key/value cache.
         dtype: in which the weights are stored; the graph computes in float32 in any case.
@@ -87,18 +92,24 @@ def export(
     _check_call(weights, opset, atol, rtol)
     destination = Path(out)
     in_place = destination.exists() and destination.resolve() == source.path.resolve()
-    merging = bool(adapters or dtype)
+    runtime = None
+    if runtime_adapters:
+        runtime = plan_runtime_adapters(adapters, source, allow_pickle, allow_unmatched)
+    to_merge = () if runtime_adapters else adapters
+    merging = bool(to_merge or dtype)
     if in_place and merging:
         raise UsageError("--adapter and --dtype change the weights: choose another output")
 
     def merged(where: Path, dry: bool) -> Report:
         return merge(
-            checkpoint, adapters, where, dtype=dtype, allow_unmatched=allow_unmatched, jobs=jobs,
+            checkpoint, to_merge, where, dtype=dtype, allow_unmatched=allow_unmatched, jobs=jobs,
             allow_pickle=allow_pickle, dry_run=dry, progress=progress,
         )  # fmt: skip
 
     plan = merged(destination, True) if merging else _copying(source, checkpoint, out, in_place)
     report = _as_export(plan, chosen, dry_run)
+    if runtime and dry_run:
+        report = runtime.planned(report)
     if dry_run:
         return dataclasses.replace(report, seconds=time.perf_counter() - started)
     _check_installed()
@@ -106,9 +117,12 @@ def export(
     def work(folder: Path) -> Report:
         from lora_tools.onnx import graphs
 
+        if runtime:
+            runtime.write(folder, jobs)
         built = graphs.build(
             folder, chosen, cache=not no_cache, weights=weights,
             graph=Path(graph) if graph else None, opset=opset, trust_remote_code=trust_remote_code,
+            branches=runtime.branches() if runtime else (),
         )  # fmt: skip
         for file in chosen.files():
             graphs.check_model(folder / file, linked=in_place)
@@ -122,17 +136,27 @@ def export(
                     folder, chosen, built.cache, atol=atol, rtol=rtol,
                     trust_remote_code=trust_remote_code,
                 )  # fmt: skip
-        return _measured(report, built, check)
+        found = _measured(report, built, check)
+        if runtime:
+            found = runtime.measured(
+                found, folder, chosen, built, allow_other_base=bool(dtype), jobs=jobs,
+                atol=atol, rtol=rtol, trust_remote_code=trust_remote_code,
+            )  # fmt: skip
+        return found
 
     if in_place:
-        report = _add_to(destination, chosen, force, (atol, rtol), work)
+        report = _add_to(
+            destination, (*chosen.files(), *(runtime.files() if runtime else ())), force,
+            (atol, rtol), work,
+        )  # fmt: skip
     else:
         inputs = [source.path, *(Path(str(a[0] if isinstance(a, tuple) else a)) for a in adapters)]
         failed = destination.with_name(destination.name + ".failed")
         check_destination(destination, inputs, force)
         if keep_failed:
             check_destination(failed, inputs, force)
-        check_space(destination, plan.totals["bytes"] * (2 if weights == "bundled" else 1))
+        needed = plan.totals["bytes"] * (2 if weights == "bundled" else 1)
+        check_space(destination, needed + (runtime.space(not no_verify) if runtime else 0))
         with staged(destination) as staging:
             folder = staging / "out"
             if merging:
@@ -200,13 +224,7 @@ def _measured(report: Report, built: Built, check: Check | None) -> Report:
     if check is None:
         notes = (*notes, "not verified: the graph was not run")
     else:
-        totals |= {
-            "verified": not check.failed, "outputs_compared": check.compared,
-            "max_difference": check.absolute, "max_relative_difference": check.relative,
-            "worst_output": check.worst,
-        }  # fmt: skip
-        if check.tokens:
-            totals |= {"tokens_generated": check.tokens, "tokens_same": check.same_tokens}
+        totals |= check.totals()
     return dataclasses.replace(report, totals=totals, notes=notes)
 
 
@@ -214,6 +232,12 @@ def _gate(report: Report, atol: float, rtol: float) -> None:
     t = report.totals
     if t.get("verified", True):
         return
+    if t.get("base_exact") is False:
+        raise QualityGateError(
+            "without an adapter the graph does not give the bits that it gives without inputs for "
+            "adapters; please report this. --keep-failed leaves the output for a look at it",
+            report,
+        )
     tokens = ""
     if t.get("tokens_same") != t.get("tokens_generated"):
         tokens = (
@@ -258,24 +282,24 @@ def _drop_weights(folder: Path) -> None:
 
 def _add_to(
     destination: Path,
-    task: Task,
+    files: Sequence[str],
     force: bool,
     allowed: tuple[float, float],
     work: Callable[[Path], Report],
 ) -> Report:
-    """Put graphs into the checkpoint's own folder; nothing else in it changes.
+    """Put ``files``, a graph first, into the checkpoint's own folder; nothing else in it changes.
 
     They are made and checked in a hidden folder inside, where hard links stand for the weights.
     """
-    main = task.files()[0]
-    taken = [file for file in task.files() if (destination / file).exists()]
+    main = files[0]
+    taken = [file for file in files if (destination / file).exists()]
     if taken and not force:
         raise UsageError(f"{destination / taken[0]} already exists; pass --force to replace it")
     with staged(destination / main) as staging:
         folder = staging / "work"
         folder.mkdir()
         for path in destination.iterdir():
-            if path.is_file() and path.suffix not in (".onnx", ".onnx_data"):
+            if path.is_file() and path.suffix not in _MADE:
                 os.link(path.resolve(), folder / path.name)
         before = {path.name for path in folder.iterdir()}
         report = work(folder)
