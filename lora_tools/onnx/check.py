@@ -52,6 +52,15 @@ class Check:
     tokens: int = 0
     same_tokens: int = 0
 
+    def totals(self) -> dict[str, Any]:
+        """As a report has them."""
+        tokens = {"tokens_generated": self.tokens, "tokens_same": self.same_tokens}
+        return {
+            "verified": not self.failed, "outputs_compared": self.compared,
+            "max_difference": self.absolute, "max_relative_difference": self.relative,
+            "worst_output": self.worst, **(tokens if self.tokens else {}),
+        }  # fmt: skip
+
     def add(self, name: str, found: Any, wanted: Any, atol: float, rtol: float) -> None:
         """Compare two arrays of equal shape."""
         if found.shape != wanted.shape:
@@ -75,6 +84,7 @@ def compare(
     *,
     atol: float,
     rtol: float,
+    graphs: Sequence[Path] = (),
     generate: int = 16,
     trust_remote_code: bool = False,
 ) -> Check:
@@ -83,7 +93,7 @@ def compare(
     torch's model is gone before the graph's session is made, so that they are never in memory both.
 
     Args:
-        folder: a checkpoint's folder with its graphs in it.
+        folder: a checkpoint's folder, with its graphs in it unless ``graphs`` says where they are.
         cache: whether a decoder's graph has its past as inputs.
         atol, rtol: an output may differ by atol + rtol times its largest element.
         generate: tokens a decoder generates greedily, with the cache.
@@ -95,7 +105,7 @@ def compare(
     runs = side.runs(cache, generate)
     wanted = [side.play(run) for run in runs]
     side.close()
-    runtime = _Runtime(folder, task)
+    runtime = _Runtime(graphs or [folder / file for file in task.files()], task)
     result = Check()
     for run, reference in zip(runs, wanted, strict=True):
         found = runtime.play(run)
@@ -256,7 +266,7 @@ class _Torch:
 
 
 class _Runtime:
-    def __init__(self, folder: Path, task: Task) -> None:
+    def __init__(self, graphs: Sequence[Path], task: Task) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -266,13 +276,15 @@ class _Runtime:
         try:
             self._sessions = [
                 onnxruntime.InferenceSession(
-                    str(folder / file), options, providers=["CPUExecutionProvider"]
+                    str(graph), options, providers=["CPUExecutionProvider"]
                 )
-                for file in task.files()
+                for graph in graphs
             ]
         except Exception as error:  # its own classes, all of them below Exception
             text = " ".join(str(error).split())
-            raise CheckpointError(f"{folder}: ONNX Runtime cannot load it ({text:.300})") from None
+            raise CheckpointError(
+                f"{graphs[0].parent}: ONNX Runtime cannot load it ({text:.300})"
+            ) from None
 
     def _call(self, number: int, given: Mapping[str, Any]) -> Arrays:
         session = self._sessions[number]

@@ -200,13 +200,7 @@ def _measured(report: Report, built: Built, check: Check | None) -> Report:
     if check is None:
         notes = (*notes, "not verified: the graph was not run")
     else:
-        totals |= {
-            "verified": not check.failed, "outputs_compared": check.compared,
-            "max_difference": check.absolute, "max_relative_difference": check.relative,
-            "worst_output": check.worst,
-        }  # fmt: skip
-        if check.tokens:
-            totals |= {"tokens_generated": check.tokens, "tokens_same": check.same_tokens}
+        totals |= check.totals()
     return dataclasses.replace(report, totals=totals, notes=notes)
 
 

@@ -134,7 +134,7 @@ def _against(
     if graphs:
         if max_error is not None:
             raise UsageError("--max-error is for four bits; an ONNX model has --atol and --rtol")
-        return verify_onnx(graphs, source, weighted, run, **shared)
+        return verify_onnx(graphs, source, weighted, run, allow_pickle, **shared)
     view = plain_view(open_checkpoint(path, allow_pickle))
     if view is None:
         raise UsageError(

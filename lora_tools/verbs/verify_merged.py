@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import operator
 from collections import Counter
 from collections.abc import Sequence
@@ -90,20 +91,26 @@ def verify_merged(
         Input("base", "", source_digest(base, base_hashes)),
         *(Input("adapter", "", adapter_digest(w.adapter)) for w in weighted),
     )
-    matches = [c.match for c in checked if c.match is not None]
-    totals: dict[str, Any] = {
+    totals = merge_totals(checked)
+    wrong = [fate for fate in fates if fate.action not in FINE]
+    name = "base + adapter"
+    offence = diagnosis(checked, wrong, f"not {name}") if wrong else ""
+    return Findings(
+        inputs, tuple(fates), verdict_of(totals, name) if not wrong else f"not {name}", offence,
+        totals, plan.notes,
+    )  # fmt: skip
+
+
+def merge_totals(checked: Sequence[Checked]) -> dict[str, Any]:
+    """Figures over the tensors that an adapter acts on, or that are in another dtype."""
+    matches = [c.match for c in checked if c.match is not None and c.fate.action != "changed"]
+    return {
         "tensors_acted_on": len(matches),
         "bit_for_bit_once": sum(m.once == m.numel for m in matches),
         "bit_for_bit_twice": sum(m.twice == m.numel for m in matches),
         "share_once": sum(m.once for m in matches) / max(sum(m.numel for m in matches), 1),
         "share_twice": sum(m.twice for m in matches) / max(sum(m.numel for m in matches), 1),
     }
-    wrong = [fate for fate in fates if fate.action not in FINE]
-    offence = diagnosis(checked, wrong) if wrong else ""
-    return Findings(
-        inputs, tuple(fates), _verdict(totals) if not wrong else "not base + adapter", offence,
-        totals, plan.notes,
-    )  # fmt: skip
 
 
 FINE = ("same", "rounded", "copied")
@@ -122,9 +129,11 @@ def check_tensor(target: Target, merged: Checkpoint, base: Checkpoint) -> Checke
     if not target.parts and stored.dtype == base.specs[target.base_name].dtype:
         if hashes[0] == hashes[1]:
             return Checked(target, Fate(name, "copied"), hashes)
-        return Checked(
-            target, Fate(name, "changed", "no adapter acts on it, and it is not the base's"), hashes
-        )
+        why = "no adapter acts on it, and it is not the base's"
+        match = _match(target, merged, base) if stored.is_float else None
+        if match is not None:
+            why += f" in {match.outside:,} of its {match.numel:,} numbers"
+        return Checked(target, Fate(name, "changed", why), hashes, match)
     if not (stored.is_float and target.spec.is_float):
         return Checked(target, Fate(name, "different", f"is stored as {stored.dtype}"), hashes)
     match = _match(target, merged, base)
@@ -208,20 +217,23 @@ def tied_astray(merged: Checkpoint, plan: MergePlan) -> list[Fate]:
     return []
 
 
-def diagnosis(checked: Sequence[Checked], wrong: Sequence[Fate]) -> str:
+def diagnosis(checked: Sequence[Checked], wrong: Sequence[Fate], said: str) -> str:
     """One sentence: what is wrong of all, and the worst offender."""
+    from lora_tools.linalg.compare import Match
+
     counts = Counter(fate.action for fate in wrong)
     many = ", ".join(f"{n} {action}" for action, n in counts.most_common())
-    low_rank = {
-        c.target.spec.name for c in checked if {"lora", "dora"} & {p.kind for p in c.target.parts}
-    }
+    kinds = {c.target.spec.name: {p.kind for p in c.target.parts} for c in checked}
+    low_rank = {name for name, acting in kinds.items() if acting & {"lora", "dora"}}
+    low_rank = low_rank or {name for name, acting in kinds.items() if acting}
     off = [(c.fate, c.match) for c in checked if c.match is not None and c.match.outside]
     if not off:
-        return f"not base + adapter ({many}): {wrong[0].tensor}: {wrong[0].reason}"
+        return f"{said} ({many}): {wrong[0].tensor}: {wrong[0].reason}"
     worst, _ = max(off, key=lambda pair: pair[1].outside / pair[1].numel)
-    whole = functools.reduce(operator.add, (match for _, match in off))
-    one = max(abs(match.coefficient - whole.coefficient) for _, match in off)
-    every = low_rank <= {fate.tensor for fate, _ in off}
+    acted = [match for fate, match in off if fate.action != "changed"]
+    whole = functools.reduce(operator.add, acted, Match())
+    one = max((abs(match.coefficient - whole.coefficient) for match in acted), default=math.inf)
+    every = bool(low_rank) and low_rank <= {fate.tensor for fate, _ in off}
     if every and counts.get("changed"):
         first = next(fate for fate in wrong if fate.action == "changed")
         what = f"another base: {first.tensor} is not the base's, though no adapter acts on it"
@@ -231,15 +243,16 @@ def diagnosis(checked: Sequence[Checked], wrong: Sequence[Fate]) -> str:
         what = f"the adapter is applied {times(whole.coefficient)}"
     else:
         what = "some tensors are not what the merge makes of them"
-    return f"not base + adapter ({many}): {what}; worst is {worst.tensor}: {worst.reason}"
+    return f"{said} ({many}): {what}; worst is {worst.tensor}: {worst.reason}"
 
 
-def _verdict(totals: dict[str, Any]) -> str:
+def verdict_of(totals: dict[str, Any], name: str) -> str:
+    """One sentence where nothing is wrong."""
     n = totals["tensors_acted_on"]
     if totals["bit_for_bit_once"] == n:
-        return "base + adapter, bit for bit, rounded once (as merge does, and PEFT in float32)"
+        return f"{name}, bit for bit, rounded once (as merge does, and PEFT in float32)"
     if totals["bit_for_bit_twice"] == n:
-        return "base + adapter, bit for bit, rounded twice (PEFT's safe_merge)"
+        return f"{name}, bit for bit, rounded twice (PEFT's safe_merge)"
     near = "twice" if totals["share_twice"] > totals["share_once"] else "once"
     share = max(totals["share_twice"], totals["share_once"])
-    return f"base + adapter, to rounding: {share:.4%} of the elements are those rounded {near}"
+    return f"{name}, to rounding: {share:.4%} of the elements are those rounded {near}"

@@ -364,8 +364,8 @@ def _diagnosis(
     acted = [c for c in checked if c.item.packed is not None and c.item.target.parts]
     whole = functools.reduce(operator.add, (c.coded for c in off if c.coded is not None))
     what = "some weights are not what quantizing makes of them"
-    if acted and {c.item.name for c in acted} <= bad and all(
-        c.coded is not None and _is_scaled(c.coded) for c in acted
+    if acted and all(
+        c.item.name in bad and c.coded is not None and _is_scaled(c.coded) for c in acted
     ):
         what = f"the adapter is applied {times(whole.coefficient)}"
     elif every and totals["quantization_error"] > 1.5 * totals["expected_error"]:
