@@ -256,6 +256,15 @@ def described(graph: GraphFile) -> dict[str, Any]:
     }
 
 
+def unused(graph: GraphFile) -> list[str]:
+    """Initializers that no node takes and no output is."""
+    taken = {value.name for value in graph.model.graph.output}
+    for each in graphs_in(graph.model.graph):
+        taken.update(name for node in each.node for name in node.input)
+        taken.update(value.name for value in each.output)
+    return [name for name in graph.specs if name.removesuffix(f" ({graph.path.name})") not in taken]
+
+
 def _custom(domain: str) -> bool:
     return domain not in ("", "ai.onnx")
 

@@ -17,6 +17,7 @@ from lora_tools.formats.bitsandbytes import (
     NESTED_ABSMAX,
     NESTED_MAP,
     QuantizedTensor,
+    config_faults,
 )
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.dtypes import torch_dtype
@@ -115,6 +116,9 @@ def verify_nf4(
         )
     )
     fates = [c.fate for c in checked] + left_over(view, targets) + tied_astray(view, plan)
+    if view.stored.config:
+        faults = config_faults(view.stored.config, view.stored.specs, view.quantized)
+        fates += [Fate("config.json", "different", said) for said in faults]
     totals = _totals(view, checked, plan)
     wrong = [fate for fate in fates if fate.action not in FINE]
     name = "base + adapter" if weighted else "the checkpoint"
@@ -325,8 +329,8 @@ def _totals(view: PlainView, checked: Sequence[_Checked], merge: MergePlan) -> d
 
 def _verdict(checked: Sequence[_Checked], name: str, max_error: float | None) -> str:
     quantized = [c for c in checked if c.item.packed is not None]
-    schemes = Counter(_scheme(c.item.packed) for c in quantized if c.item.packed is not None)
-    scheme = ", ".join(schemes)
+    scheme = ", ".join(dict.fromkeys(c.item.packed.state.scheme for c in quantized
+                                     if c.item.packed is not None))  # fmt: skip
     inexact = [c for c in quantized if not _is_exact(c)]
     if not inexact:
         how = {c.fate.reason for c in quantized}
@@ -340,12 +344,6 @@ def _verdict(checked: Sequence[_Checked], name: str, max_error: float | None) ->
         f"{name} in four bits ({scheme}), to rounding: {len(quantized) - len(inexact)} of "
         f"{len(quantized)} weights byte for byte as quantize writes them"
     )
-
-
-def _scheme(packed: QuantizedTensor) -> str:
-    state = packed.state
-    double = "double" if state.nested else "no double"
-    return f"{state.quant_type}, blocks of {state.blocksize}, {double} quantization"
 
 
 def _diagnosis(
@@ -402,7 +400,9 @@ def _provenance(
 ) -> list[str]:
     """What its metadata says it was made of, where that is something else."""
     said = view.stored.files[0].metadata
-    notes = []
+    notes: list[str] = []
+    if inputs[0].digest == inputs[1].digest:  # it is compared with itself
+        return notes
     if said.get("base_digest", inputs[1].digest) != inputs[1].digest:
         notes.append(f"its metadata names another checkpoint: {said['base_digest']}")
     made_with = len(said.get("adapter_digests", "").split())

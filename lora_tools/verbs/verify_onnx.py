@@ -4,7 +4,6 @@ it computes, in ONNX Runtime against torch."""
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import re
 import tempfile
 from collections import Counter
@@ -18,6 +17,7 @@ from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.formats.names import align, is_input_embedding, tied_head
 from lora_tools.records import Fate, Input, ProgressCallback, TensorSpec
+from lora_tools.verbs.common import need
 from lora_tools.verbs.merge_plan import MergePlan, Target, adapter_digest, plan_merge
 from lora_tools.verbs.merge_tensor import merge_tensor
 from lora_tools.verbs.plain_view import PlainView, source_digest
@@ -67,15 +67,6 @@ def graphs_at(path: str | Path) -> list[Path]:
     if len(found) > 1:
         raise UsageError(f"{path}: several models: {', '.join(found)}; give one of them")
     return list(found.values())
-
-
-def need(*modules: str) -> None:
-    """Raises UsageError where one is not installed."""
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UsageError(
-            f"this needs {', '.join(missing)}: install with pip install 'loratools[onnx]'"
-        )
 
 
 def verify_onnx(
