@@ -66,6 +66,23 @@ def _number(value: float, style: str) -> str:
     return format(value, style) if math.isfinite(value) else "-"
 
 
+def _graph(file: str, graph: Mapping[str, Any]) -> Iterator[str]:
+    opset = ", ".join(f"{domain} {version}" for domain, version in graph["opset"].items())
+    yield f"{file}: opset {opset}; made by {graph['producer'] or 'nobody named'}"
+    for what in ("inputs", "outputs"):
+        values = graph[what]
+        more = f" and {len(values) - 8} more" if len(values) > 8 else ""
+        yield f"  {what}: {'; '.join(values[:8])}{more}"
+    kinds = list(graph["operators"].items())
+    more = f" and {len(kinds) - 12} kinds more" if len(kinds) > 12 else ""
+    nodes = ", ".join(f"{n} {kind}" for kind, n in kinds[:12])
+    yield f"  nodes: {graph['nodes']} ({nodes}{more})"
+    if graph["custom_domains"]:
+        yield f"  custom domains: {', '.join(graph['custom_domains'])}"
+    places = ", ".join(f"{name} ({n:,} bytes)" for name, n in graph["data"].items())
+    yield f"  initializers: {graph['initializers']}, in {places or 'no file'}"
+
+
 def totals(t: Mapping[str, Any]) -> Iterator[str]:
     """Sentences for the totals of inspect, diff and verify."""
     if "kind" in t:
@@ -80,6 +97,15 @@ def totals(t: Mapping[str, Any]) -> Iterator[str]:
                 value = t[key]
                 yield f"{key}: " + (", ".join(map(str, value)) if isinstance(value, list)
                                     else str(value))  # fmt: skip
+        if "quantized" in t:
+            q = t["quantized"]
+            schemes = "; ".join(f"{n} in {scheme}" for scheme, n in q["schemes"].items())
+            yield (
+                f"quantized: {q['weights']} weights ({schemes}), {q['numbers']:,} numbers at "
+                f"{q['bits_per_parameter']:.3f} bits, read back as {', '.join(q['dtypes'])}"
+            )
+        for file, graph in t.get("graphs", {}).items():
+            yield from _graph(file, graph)
     if "relative_change" in t:
         yield (
             f"{t['changed']} tensors changed, {t['unchanged']} did not; relative change "

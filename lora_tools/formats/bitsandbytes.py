@@ -74,6 +74,11 @@ class QuantState:
     def nested(self) -> bool:
         return self.nested_offset is not None
 
+    @property
+    def scheme(self) -> str:
+        double = "double" if self.nested else "no double"
+        return f"{self.quant_type}, blocks of {self.blocksize}, {double} quantization"
+
     def to_json(self) -> bytes:
         """The bytes of ``json.dumps``, fields in bitsandbytes' order."""
         fields: dict[str, Any] = {
@@ -283,3 +288,41 @@ def loader_skips(module: str, skip: Collection[str]) -> bool:
     return any(module[i:] in skip for i in range(len(module))) or any(
         ".".join(parts[:n]) in skip for n in range(1, len(parts))
     )
+
+
+_NAMED_IF_KEPT = ("", "output head", "classification head")  # the rest a loader leaves of itself
+
+
+def config_faults(
+    config: Mapping[str, Any],
+    specs: Mapping[str, TensorSpec],
+    quantized: Mapping[str, QuantizedTensor],
+) -> list[str]:
+    """What keeps transformers from loading a four-bit folder as it is stored, in sentences.
+
+    Args:
+        config: its config.json.
+        specs: every stored tensor.
+    """
+    settings = config.get("quantization_config")
+    if not (isinstance(settings, Mapping) and settings.get("load_in_4bit")):
+        return ["has no quantization_config with load_in_4bit: a loader takes codes for weights"]
+    kinds = sorted({q.state.quant_type for q in quantized.values()})
+    faults = []
+    if [settings.get("bnb_4bit_quant_type", "fp4")] != kinds:
+        faults.append(f"says {settings.get('bnb_4bit_quant_type')}, and the weights are "
+                      f"{' and '.join(kinds)}")  # fmt: skip
+    listed = settings.get("llm_int8_skip_modules")
+    if not isinstance(listed, list):
+        return faults
+    skip = {str(name) for name in listed}
+    for name, spec in specs.items():
+        module = split_tensor(name)[0]
+        if name in quantized:
+            if loader_skips(module, skip):
+                faults.append(f"leaves {module} out of the four-bit layers, and it is one")
+            continue
+        reason, linear = reason_to_keep(spec, config, False)
+        if linear and reason in _NAMED_IF_KEPT and not loader_skips(module, skip):
+            faults.append(f"does not list {module}, which is not in four bits, as one to skip")
+    return faults

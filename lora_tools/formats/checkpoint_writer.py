@@ -9,7 +9,7 @@ import types
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from lora_tools.errors import UnsafeInput, UsageError
 from lora_tools.formats.checkpoint import Checkpoint, is_plain_name
@@ -105,6 +105,13 @@ def lay_out(
 
 def _passed_on(metadata: Mapping[str, str]) -> dict[str, str]:
     return {key: value for key, value in metadata.items() if key not in PROVENANCE}
+
+
+class Sink(Protocol):
+    """Takes the tensors of a checkpoint: a writer, or what compares them with others."""
+
+    def write(self, name: str, data: memoryview, offset: int = 0) -> None: ...
+    def write_last(self, name: str, data: bytes) -> None: ...
 
 
 class CheckpointWriter:

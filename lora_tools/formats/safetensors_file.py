@@ -16,7 +16,6 @@ import dataclasses
 import errno
 import json
 import math
-import mmap
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import CheckpointError, OutputError, TensorNotFound
 from lora_tools.formats.dtypes import torch_dtype
+from lora_tools.formats.mapped import MappedFile
 from lora_tools.records import DTYPE_BITS, TensorSpec
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 _MAX_HEADER = 100_000_000  # the safetensors package's own limit
 _MAX_DIMS = 64  # numpy's limit
 _MAX_SIZE = 2**63 - 1  # torch's limit
-_PAGE = mmap.PAGESIZE
 _WRITEBACK = 64 << 20  # start writing to disk in steps of this size
 
 
@@ -147,17 +146,11 @@ class SafetensorsFile:
                 self.specs, self._offsets, self.metadata = parse_header(
                     self.header, size - self._start
                 )
-                # Private and never written to: torch warns of read-only buffers. NORESERVE keeps
-                # a checkpoint larger than memory from counting as memory promised.
-                flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
-                self._map = mmap.mmap(
-                    file.fileno(), size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE
-                )
+                self._map = MappedFile(file)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
         except OSError as error:
             raise CheckpointError(f"{path}: {error.strerror or error}") from None
-        self._view = memoryview(self._map)
 
     def extent(self, name: str) -> tuple[int, int]:
         """Where in the file the tensor's bytes begin and end."""
@@ -170,7 +163,7 @@ class SafetensorsFile:
     def raw(self, name: str) -> memoryview:
         """The tensor's bytes, without a copy."""
         begin, end = self.extent(name)
-        return self._view[begin:end]
+        return self._map.view[begin:end]
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor, without a copy. Never write to it."""
@@ -189,10 +182,7 @@ class SafetensorsFile:
         Reading them again is still possible.
         """
         begin, end = self.extent(name)
-        end = end if stop is None else begin + stop
-        begin = (begin + start) // _PAGE * _PAGE
-        if end - begin >= _PAGE and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED, begin, (end - begin) // _PAGE * _PAGE)
+        self._map.release(begin + start, end if stop is None else begin + stop)
 
 
 def encode_header(

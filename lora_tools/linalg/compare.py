@@ -71,3 +71,83 @@ class Match:
     def __add__(self, other: Match) -> Match:
         fields = dataclasses.fields(Match)
         return Match(*(getattr(self, f.name) + getattr(other, f.name) for f in fields))
+
+
+@dataclasses.dataclass
+class Coded:
+    """What is known of numbers Ŵ read back from four bits against those they should stand for.
+
+    W are the numbers to be quantized, P what plain quantization makes of them, run by run.
+
+    Attributes:
+        off: numbers further from W than P is, by more than a hundredth of their block's largest
+            magnitude: another rounding of a scale does not take them there, another code does.
+        error, own, energy, held: ‖Ŵ − W‖², ‖P − W‖², ‖W‖² and ‖Ŵ‖².
+        moved, along, change: ‖Ŵ − W₀‖², ⟨Ŵ − W₀, Δ⟩ and ‖Δ‖² where W is W₀ + Δ.
+    """
+
+    numel: int = 0
+    off: int = 0
+    error: float = 0.0
+    own: float = 0.0
+    energy: float = 0.0
+    held: float = 0.0
+    moved: float = 0.0
+    along: float = 0.0
+    change: float = 0.0
+
+    def add(
+        self,
+        wanted: torch.Tensor,
+        stored: torch.Tensor,
+        plain: torch.Tensor,
+        blocksize: int,
+        base: torch.Tensor | None,
+    ) -> None:
+        """One run (n,) of W, Ŵ, P and perhaps W₀, from the start of a block, all in float32."""
+        off, own = (stored - wanted).abs_(), (plain - wanted).abs_()
+        self.numel += wanted.numel()
+        self.error += float(off.double().square_().sum())
+        self.own += float(own.double().square_().sum())
+        self.energy += float(wanted.double().square().sum())
+        self.held += float(stored.double().square().sum())
+        near = off <= own + 0.01 * _per_block(wanted, blocksize)  # never where there is a NaN
+        self.off += int((~near).sum())
+        if base is not None:
+            step, change = (stored - base).double(), (wanted - base).double()
+            self.moved += float(step.square().sum())
+            self.along += float((step * change).sum())
+            self.change += float(change.square().sum())
+
+    @property
+    def coefficient(self) -> float:
+        """The c for which Ŵ − W₀ is nearest to c · Δ."""
+        return self.along / self.change if self.change else math.nan
+
+    @property
+    def unexplained(self) -> float:
+        """‖Ŵ − W₀ − c·Δ‖² for that c."""
+        explained = self.along**2 / self.change if self.change else 0.0
+        return max(self.moved - explained, 0.0)
+
+    @property
+    def relative_error(self) -> float:
+        """‖Ŵ − W‖ / ‖W‖."""
+        return math.sqrt(self.error / self.energy) if self.energy else math.sqrt(self.error)
+
+    @property
+    def own_error(self) -> float:
+        """‖P − W‖ / ‖W‖."""
+        return math.sqrt(self.own / self.energy) if self.energy else 0.0
+
+    def __add__(self, other: Coded) -> Coded:
+        fields = dataclasses.fields(Coded)
+        return Coded(*(getattr(self, f.name) + getattr(other, f.name) for f in fields))
+
+
+def _per_block(x: torch.Tensor, blocksize: int) -> torch.Tensor:
+    """The largest magnitude of each number's block, (n,)."""
+    full = x.numel() // blocksize * blocksize
+    largest = [x[:full].view(-1, blocksize).abs().amax(1)] if full else []
+    largest += [x[full:].abs().amax().reshape(1)] if full < x.numel() else []
+    return torch.cat(largest).repeat_interleave(blocksize)[: x.numel()]

@@ -92,6 +92,7 @@ def compare(
     *,
     atol: float,
     rtol: float,
+    graphs: Sequence[Path] = (),
     generate: int = 16,
     trust_remote_code: bool = False,
     adapter: tuple[Path, Path] | None = None,
@@ -101,7 +102,7 @@ def compare(
     torch's model is gone before the graph's session is made, so that they are never in memory both.
 
     Args:
-        folder: a checkpoint's folder with its graphs in it.
+        folder: a checkpoint's folder, with its graphs in it unless ``graphs`` says where they are.
         cache: whether a decoder's graph has its past as inputs.
         atol, rtol: an output may differ by atol + rtol times its largest element.
         generate: tokens a decoder generates greedily, with the cache.
@@ -116,9 +117,11 @@ def compare(
     wanted = [side.play(run) for run in runs]
     side.close()
     result = Check()
-    graphs = {} if adapter else plain_graphs(folder, task)
-    plain = _bits_of(runs, _Runtime(folder, task, graphs)) if graphs else []
-    runtime = _Runtime(folder, task, adapter=adapter[0] if adapter else None)
+    graphs = graphs or [folder / file for file in task.files()]
+    place = graphs[0].parent
+    without = [] if adapter else plain_graphs(graphs)
+    plain = _bits_of(runs, _Runtime(place, task, without)) if without else []
+    runtime = _Runtime(place, task, graphs, adapter[0] if adapter else None)
     for number, (run, reference) in enumerate(zip(runs, wanted, strict=True)):
         found = runtime.play(run)
         if plain:
@@ -282,7 +285,8 @@ class _Torch:
 class _Runtime:
     """
     Args:
-        graphs: by file name, to be run instead of those in the folder; their weights are there.
+        folder: where the weights lie of models that are given as bytes.
+        models: the task's graphs, each as its path or as its bytes.
         adapter: the file of one that is active in every call.
     """
 
@@ -290,7 +294,7 @@ class _Runtime:
         self,
         folder: Path,
         task: Task,
-        graphs: Mapping[str, bytes] | None = None,
+        models: Sequence[Path] | Sequence[bytes],
         adapter: Path | None = None,
     ) -> None:
         import onnxruntime
@@ -307,10 +311,10 @@ class _Runtime:
             # Folding the casts of weights would hold all of them in float32, for a while twice.
             self._sessions = [
                 onnxruntime.InferenceSession(
-                    graphs[file] if graphs else str(folder / file), options,
+                    model if isinstance(model, bytes) else str(model), options,
                     providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"],
                 )
-                for file in task.files()
+                for model in models
             ]  # fmt: skip
             if adapter is not None:
                 self._adapter = onnxruntime.LoraAdapter()  # kept: the options only point to it

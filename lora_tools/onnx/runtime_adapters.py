@@ -18,7 +18,6 @@ import onnx
 from lora_tools.errors import UnsupportedAdapter
 from lora_tools.formats.onnxruntime import factor_names
 from lora_tools.onnx.linears import linears
-from lora_tools.onnx.tasks import Task
 from lora_tools.onnx.weights import weights_of
 
 _MARK = "lora:"  # begins the names of a branch's nodes and values
@@ -122,14 +121,14 @@ def branch_inputs(graph: onnx.GraphProto) -> set[str]:
     return {value.name for value in graph.input} & {value.name for value in graph.initializer}
 
 
-def plain_graphs(folder: Path, task: Task) -> dict[str, bytes]:
-    """The graphs of an exported folder without their branches; none where they have none."""
-    plain = {}
-    for file in task.files():
-        model = onnx.load(folder / file, load_external_data=False)
+def plain_graphs(paths: Sequence[Path]) -> list[bytes]:
+    """Graphs without their branches; none where they have none."""
+    plain = []
+    for path in paths:
+        model = onnx.load(path, load_external_data=False)
         if branch_inputs(model.graph):
             remove_branches(model)
-            plain[file] = model.SerializeToString()
+            plain.append(model.SerializeToString())
     return plain
 
 

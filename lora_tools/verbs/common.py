@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import math
 import re
@@ -43,6 +44,15 @@ def command_of(verb: Callable[..., object], given: Mapping[str, Any]) -> str:
         if p.kind is p.KEYWORD_ONLY and p.name not in _NOT_RECORDED and given[p.name] != p.default
     ]  # fmt: skip
     return " ".join([verb.__name__.replace("_", "-"), *parts])
+
+
+def need(*modules: str) -> None:
+    """Raises UsageError where one of the modules that ONNX takes is not installed."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"this needs {', '.join(missing)}: install with pip install 'loratools[onnx]'"
+        )
 
 
 def check_bases(adapters: Iterable[tuple[str, Mapping[str, str]]], base_digest: str) -> None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from lora_tools.engine import Buffers
-    from lora_tools.formats.checkpoint_writer import CheckpointWriter
+    from lora_tools.formats.checkpoint_writer import Sink
     from lora_tools.formats.peft_writer import PeftWriter
 
 FOLDER = "loftq_init"
@@ -110,7 +110,7 @@ class Factors:
 
 
 def compensate(
-    item: Item, x: torch.Tensor, how: Compensation, writer: CheckpointWriter, buffers: Buffers
+    item: Item, x: torch.Tensor, how: Compensation, writer: Sink, buffers: Buffers
 ) -> tuple[TensorResult, Factors]:
     """Quantize ``x`` (out, in), write it, and factorise what is lost."""
     import torch

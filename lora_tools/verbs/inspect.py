@@ -6,15 +6,21 @@ import dataclasses
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_tools.adapters import open_adapter
-from lora_tools.errors import CheckpointError, UsageError
+from lora_tools.errors import UsageError
 from lora_tools.formats import digest as hashing
 from lora_tools.formats import sidecar as sidecars
 from lora_tools.formats.activations import MARK as ACTIVATIONS
+from lora_tools.formats.bitsandbytes import (
+    STATE,
+    QuantizedTensor,
+    config_faults,
+    find_quantized,
+)
 from lora_tools.formats.checkpoint import Checkpoint, open_checkpoint
 from lora_tools.formats.names import is_input_embedding, tied_head
 from lora_tools.formats.peft import CONFIG, Adapter, LoraModule
@@ -30,12 +36,11 @@ from lora_tools.records import (
     TensorSpec,
 )
 from lora_tools.verbs.common import tool_version
+from lora_tools.verbs.inspect_onnx import onnx_graphs, open_model
 from lora_tools.verbs.spectra import check_plot, joined, save_picture, summary
 
 if TYPE_CHECKING:
     from lora_tools.formats.checkpoint import TensorFile
-
-_NF4 = ".quant_state.bitsandbytes__"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +52,7 @@ class _Thing:
     facts: dict[str, Any]
     notes: tuple[str, ...] = ()
     adapter: Adapter | None = None
+    places: Mapping[str, str] = dataclasses.field(default_factory=dict)  # where not in the file
 
 
 def inspect(
@@ -61,8 +67,8 @@ def inspect(
     an adapter's modules, in ``totals`` what kind of thing it is, and oddities in ``notes``.
 
     Args:
-        path: a checkpoint, an adapter, a quantized folder, a sidecar, a spectrum cache, a file of
-            activation statistics, or a hub id.
+        path: a checkpoint, an adapter, a quantized folder, an ONNX model, a sidecar, a spectrum
+            cache, a file of activation statistics, or a hub id.
         plot: a .png, .svg or .html file for a picture of an adapter's spectra (needs matplotlib).
 
     Raises:
@@ -74,7 +80,8 @@ def inspect(
     thing = _open(path, allow_pickle)
     if target is not None and (thing.adapter is None or not thing.adapter.modules):
         raise UsageError(f"--plot: {path} is no adapter with factors; diff draws two checkpoints")
-    tensors = _facts(thing, jobs, progress)
+    tensors = [dataclasses.replace(t, file=thing.places.get(t.tensor, t.file))
+               for t in _facts(thing, jobs, progress)]  # fmt: skip
     hashes = {t.tensor: t.hash for t in tensors}
     specs = [spec for file in thing.files for spec in file.specs.values()]
     spectra = _spectra(thing.adapter, jobs) if thing.adapter is not None else ()
@@ -98,8 +105,11 @@ def inspect(
 
 def _open(path: str | Path, allow_pickle: bool) -> _Thing:
     given = Path(path)
-    if given.suffix == ".onnx" or (given.is_dir() and any(given.glob("*.onnx"))):
-        raise CheckpointError(f"{path}: an ONNX model; this version does not look into those")
+    graphs = onnx_graphs(path)
+    if graphs:
+        model = open_model(graphs)
+        return _Thing("ONNX model", model.graphs, {"graphs": model.facts}, model.notes,
+                      places=model.places)  # fmt: skip
     if (given / CONFIG).is_file() or (given.is_file() and (given.parent / CONFIG).is_file()):
         return _open_adapter(given, allow_pickle)
     if given.suffix == ".sidecar" and given.is_file():
@@ -135,21 +145,37 @@ def _open_adapter(path: Path, allow_pickle: bool) -> _Thing:
 
 
 def _open_weights(checkpoint: Checkpoint) -> _Thing:
-    config = checkpoint.config
-    quantized = [n for n in checkpoint.specs if _NF4 in n]
-    kind = f"checkpoint quantized by bitsandbytes ({len(quantized)} weights)" if quantized else (
-        "checkpoint")  # fmt: skip
-    facts = {
+    config, notes = checkpoint.config, []
+    facts: dict[str, Any] = {
         "architectures": config.get("architectures"), "model_type": config.get("model_type"),
         "files": [file.path.name for file in checkpoint.files],
     }  # fmt: skip
-    notes = []
+    kind = "checkpoint"
+    if any(STATE in name for name in checkpoint.specs):
+        kind = "checkpoint in four bits (bitsandbytes)"
+        quantized = find_quantized(checkpoint.specs, checkpoint.raw)
+        facts["quantized"] = _four_bits(quantized)
+        if config:
+            faults = config_faults(config, checkpoint.specs, quantized)
+            notes += [f"config.json {said}" for said in faults]
     head = tied_head(config, checkpoint.specs) if checkpoint.ties_embeddings else ""
     embedding = next(filter(is_input_embedding, checkpoint.specs), "")
     if head and embedding:
         stored = "stored all the same" if head in checkpoint.specs else "not stored"
         notes.append(f"{head} is tied to {embedding}, and {stored}")
     return _Thing(kind, checkpoint.files, facts, tuple(notes))
+
+
+def _four_bits(quantized: Mapping[str, QuantizedTensor]) -> dict[str, Any]:
+    """How many weights, in which schemes, made of and read back in which dtypes, and their size."""
+    numbers = sum(q.state.numel for q in quantized.values())
+    states = [q.state for q in quantized.values()]
+    return {
+        "weights": len(quantized), "schemes": dict(Counter(s.scheme for s in states)),
+        "dtypes": dict(Counter(s.dtype for s in states)),
+        "storage": sorted({q.specs[""].dtype for q in quantized.values()}), "numbers": numbers,
+        "bits_per_parameter": 8 * sum(q.nbytes for q in quantized.values()) / max(numbers, 1),
+    }  # fmt: skip
 
 
 def _facts(thing: _Thing, jobs: int | None, progress: ProgressCallback | None) -> list[TensorFacts]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_tools.errors import CheckpointError
+from lora_tools.formats import digest as hashing
 from lora_tools.formats.bitsandbytes import (
     ABSMAX,
     NESTED_ABSMAX,
@@ -60,6 +61,21 @@ def plain_view(stored: Checkpoint) -> PlainView | None:
             "four-bit weights of bitsandbytes; a plain checkpoint or one of those is wanted here"
         )
     return None
+
+
+def source_digest(source: Checkpoint, hashes: Mapping[str, str]) -> str:
+    """A checkpoint's digest; of a quantized one that of what is stored, which is read for it.
+
+    Args:
+        hashes: of ``source``'s tensors.
+    """
+    if not isinstance(source, PlainView):
+        return hashing.digest(source.specs.values(), hashes)
+    stored = source.stored
+    return hashing.digest(
+        stored.specs.values(),
+        {name: hashing.tensor_hash(stored.raw(name)) for name in stored.specs},
+    )
 
 
 def plain_files(view: PlainView, changed: dict[str, bytes]) -> dict[str, bytes]:

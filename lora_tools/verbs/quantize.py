@@ -25,7 +25,7 @@ from lora_tools.formats.bitsandbytes import (
     quantization_config,
 )
 from lora_tools.formats.checkpoint import Checkpoint, open_checkpoint
-from lora_tools.formats.checkpoint_writer import CheckpointWriter, parse_size
+from lora_tools.formats.checkpoint_writer import Sink, parse_size
 from lora_tools.formats.dtypes import parse_float_dtype, torch_dtype
 from lora_tools.formats.names import split_tensor
 from lora_tools.formats.output import check_destination, check_space, staged
@@ -231,7 +231,7 @@ class Done:
 def work_on(
     item: Item,
     base: Checkpoint,
-    writer: CheckpointWriter,
+    writer: Sink,
     buffers: Buffers,
     how: Compensation | None = None,
 ) -> Done:
@@ -279,7 +279,7 @@ def work_on(
 def pack(
     item: Item,
     x: torch.Tensor,
-    writer: CheckpointWriter | None,
+    writer: Sink | None,
     buffers: Buffers,
     done: Callable[[int, int], None] = lambda start, stop: None,
     back: torch.Tensor | None = None,

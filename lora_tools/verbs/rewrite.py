@@ -14,7 +14,7 @@ from lora_tools.formats.checkpoint_writer import CheckpointWriter, Shard
 from lora_tools.records import ProgressCallback, Report, TensorSpec
 from lora_tools.verbs.common import check_bases, tool_version
 from lora_tools.verbs.merge_plan import MergePlan, adapter_digest
-from lora_tools.verbs.plain_view import PlainView
+from lora_tools.verbs.plain_view import PlainView, source_digest
 from lora_tools.verbs.weighted import Weighted
 
 
@@ -106,7 +106,7 @@ class Rewrite:
         Raises:
             MismatchError: an adapter was made for another base.
         """
-        own = self._digest()
+        own = source_digest(self.source, self.hashes)
         self.digests = [own, *(adapter_digest(w.adapter) for w in self.adapters)]
         # An adapter made for the base that was put into four bits is at home here.
         if not (self.allow_other_base or isinstance(self.source, PlainView)):
@@ -120,11 +120,3 @@ class Rewrite:
         pairs = zip(self.report.inputs, self.digests, strict=True)
         inputs = tuple(dataclasses.replace(given, digest=digest) for given, digest in pairs)
         return dataclasses.replace(self.report, inputs=inputs, notes=tuple(notes))
-
-    def _digest(self) -> str:
-        """The source's, of what is stored of it."""
-        if not isinstance(self.source, PlainView):
-            return hashing.digest(self.source.specs.values(), self.hashes)
-        stored = self.source.stored
-        hashes = {name: hashing.tensor_hash(stored.raw(name)) for name in stored.specs}
-        return hashing.digest(stored.specs.values(), hashes)

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from lora_tools.errors import QualityGateError, UsageError
-from lora_tools.formats.checkpoint import open_checkpoint
+from lora_tools.formats.checkpoint import Checkpoint, open_checkpoint
 from lora_tools.records import ProgressCallback, Report
 from lora_tools.verbs.common import tool_version
+from lora_tools.verbs.plain_view import plain_view
 from lora_tools.verbs.verify_adapter import verify_adapter
-from lora_tools.verbs.verify_merged import verify_merged
-from lora_tools.verbs.weighted import open_weighted
+from lora_tools.verbs.verify_merged import Findings, verify_merged
+from lora_tools.verbs.verify_nf4 import verify_nf4
+from lora_tools.verbs.verify_onnx import Run, graphs_at, verify_onnx
+from lora_tools.verbs.weighted import Weighted, open_weighted
 
 
 def verify(
@@ -23,19 +26,33 @@ def verify(
     base: str | Path | None = None,
     adapters: Sequence[str | Path | tuple[str | Path, float]] = (),
     tuned: str | Path | None = None,
+    against: str | Path | None = None,
     max_error: float | None = None,
+    weights_only: bool = False,
+    task: str = "auto",
+    atol: float = 1e-5,
+    rtol: float = 1e-5,
+    trust_remote_code: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     progress: ProgressCallback | None = None,
 ) -> Report:
-    """Check a merged checkpoint against its base and adapters, or an adapter against the two
-    checkpoints it was extracted from.
+    """Check a merged checkpoint, an adapter, a four-bit checkpoint or an ONNX model against what it
+    was made of.
 
     Args:
-        path: with ``adapters``, a checkpoint that should be ``base`` with these merged; with
-            ``tuned``, an adapter that should turn ``base`` into it.
-        adapters: PEFT adapters: ``path``, ``"path=weight"`` or ``(path, weight)``.
-        max_error: of an adapter: the relative error that no module, nor all together, may exceed.
+        path: with ``base`` and ``adapters``, a checkpoint that should be ``base`` with these
+            merged; with ``base`` and ``tuned``, an adapter that should turn ``base`` into it; with
+            ``against``, that checkpoint in four bits (bitsandbytes) or as ONNX, ``adapters``
+            merged.
+        base: one in four bits is compared as it is dequantized.
+        adapters: of any format that is read: ``path``, ``"path=weight"`` or ``(path, weight)``.
+        max_error: of an adapter: the relative error that no module, nor all together, may exceed;
+            of a four-bit checkpoint: that of a weight. Without it a four-bit weight has to be as
+            near as quantizing gets, number by number.
+        weights_only: of an ONNX model: compare its weights, and do not run it.
+        task, trust_remote_code: of the run, as for ``export``.
+        atol, rtol: outputs may differ from torch's by atol + rtol times their largest element.
 
     Returns:
         the report; its ``totals["verdict"]`` is a sentence.
@@ -45,37 +62,83 @@ def verify(
         UsageError: it is not said what to compare with.
     """
     started = time.perf_counter()
-    if base is None:
-        raise UsageError("verify needs --base, and --adapter (a merged checkpoint) or --tuned "
-                         "(an adapter)")  # fmt: skip
-    if bool(adapters) == (tuned is not None):
-        raise UsageError("give --adapter to verify a merged checkpoint, or --tuned to verify an "
-                         "adapter")  # fmt: skip
-    if max_error is not None and tuned is None:
-        raise UsageError("--max-error goes with --tuned")
-    origin = open_checkpoint(base, allow_pickle)
-    named: list[tuple[str, str | Path]]
+    _check_call(base, adapters, tuned, against, max_error)
+    run = None if weights_only else Run(task, atol, rtol, trust_remote_code)
     shared: dict[str, Any] = {"jobs": jobs, "progress": progress}
-    if tuned is not None:
+    roles: list[tuple[str, str | Path]]
+    if base is not None and tuned is not None:
+        origin = open_checkpoint(base, allow_pickle)
         [adapter] = open_weighted([(path, 1.0)], allow_pickle, origin)
         found = verify_adapter(
             adapter, origin, open_checkpoint(tuned, allow_pickle), max_error, **shared
         )
-        named = [("adapter", path), ("base", base), ("tuned", tuned)]
+        roles = [("adapter", path), ("base", base), ("tuned", tuned)]
     else:
-        merged = open_checkpoint(path, allow_pickle)
-        weighted = open_weighted(adapters, allow_pickle, origin)
-        found = verify_merged(merged, origin, weighted, **shared)
-        named = [("merged", path), ("base", base), *(("adapter", w.path) for w in weighted)]
+        source = _plain(against or base or "", allow_pickle)
+        weighted = open_weighted(adapters, allow_pickle, source) if adapters else []
+        if base is not None:
+            merged = open_checkpoint(path, allow_pickle)
+            if plain_view(merged) is not None:
+                raise UsageError(f"{path}: is in four bits; give --against instead of --base")
+            found = verify_merged(merged, source, weighted, **shared)
+            roles = [("merged", path), ("base", base)]
+        else:
+            found = _against(path, source, weighted, max_error, run, allow_pickle, **shared)
+            roles = [("checkpoint", path), ("against", against or "")]
+        roles += [("adapter", w.path) for w in weighted]
     inputs = tuple(
         dataclasses.replace(i, role=role, path=str(given))
-        for i, (role, given) in zip(found.inputs, named, strict=True)
+        for i, (role, given) in zip(found.inputs, roles, strict=True)
     )
     report = Report(
         "verify", tool_version(), inputs, "", False, found.fates, found.modules,
         totals={**found.totals, "verdict": found.verdict, "same": not found.offence},
-        notes=found.notes, seconds=time.perf_counter() - started,
+        notes=found.notes, tensors=found.tensors, seconds=time.perf_counter() - started,
     )  # fmt: skip
     if found.offence:
         raise QualityGateError(found.offence, report)
     return report
+
+
+def _check_call(
+    base: object, adapters: Sequence[object], tuned: object, against: object,
+    max_error: float | None,
+) -> None:  # fmt: skip
+    if (base is None) == (against is None):
+        raise UsageError("verify needs --base with --adapter (a merged checkpoint) or --tuned (an "
+                         "adapter), or --against (four bits or ONNX)")  # fmt: skip
+    if against is not None and tuned is not None:
+        raise UsageError("--tuned goes with --base")
+    if base is not None and bool(adapters) == (tuned is not None):
+        raise UsageError("with --base give --adapter to verify a merged checkpoint, or --tuned to "
+                         "verify an adapter")  # fmt: skip
+    if max_error is not None and tuned is None and against is None:
+        raise UsageError("--max-error goes with --tuned, or with --against")
+
+
+def _plain(given: str | Path, allow_pickle: bool) -> Checkpoint:
+    checkpoint = open_checkpoint(given, allow_pickle)
+    return plain_view(checkpoint) or checkpoint
+
+
+def _against(
+    path: str | Path,
+    source: Checkpoint,
+    weighted: Sequence[Weighted],
+    max_error: float | None,
+    run: Run | None,
+    allow_pickle: bool,
+    **shared: Any,
+) -> Findings:
+    graphs = graphs_at(path)
+    if graphs:
+        if max_error is not None:
+            raise UsageError("--max-error is for four bits; an ONNX model has --atol and --rtol")
+        return verify_onnx(graphs, source, weighted, run, allow_pickle, **shared)
+    view = plain_view(open_checkpoint(path, allow_pickle))
+    if view is None:
+        raise UsageError(
+            f"{path}: is neither in four bits nor an ONNX model; give --base and --adapter for a "
+            "merged checkpoint"
+        )
+    return verify_nf4(view, source, weighted, max_error, **shared)

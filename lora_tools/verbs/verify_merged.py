@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import operator
 from collections import Counter
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.names import is_input_embedding, tied_head
-from lora_tools.records import Fate, Input, ModuleResult, ProgressCallback
+from lora_tools.records import Fate, Input, ModuleResult, ProgressCallback, TensorResult
 from lora_tools.verbs.merge_plan import (
     MergePlan,
     Target,
@@ -21,6 +22,7 @@ from lora_tools.verbs.merge_plan import (
     plan_merge,
 )
 from lora_tools.verbs.merge_tensor import as_matrix, working_dtype
+from lora_tools.verbs.plain_view import source_digest
 from lora_tools.verbs.weighted import Weighted
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
     from lora_tools.linalg.compare import Match
 
-_NEAR = 0.05  # a coefficient this near to a number is that number; so little may be unexplained
+NEAR = 0.05  # a coefficient this near to a number is that number; so little may be unexplained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +44,13 @@ class Findings:
     totals: dict[str, Any]
     notes: tuple[str, ...] = ()
     modules: tuple[ModuleResult, ...] = ()
+    tensors: tuple[TensorResult, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
-class _Checked:
+class Checked:
+    """One tensor compared; ``hashes`` are those of the base's and of the one compared with it."""
+
     target: Target
     fate: Fate
     hashes: tuple[str, str]
@@ -67,7 +72,7 @@ def verify_merged(
     checked = list(
         engine.run(
             targets,
-            lambda target: _check(target, merged, base),
+            lambda target: check_tensor(target, merged, base),
             jobs=jobs,
             nbytes=lambda target: target.spec.nbytes,
             label=lambda target: target.spec.name,
@@ -75,57 +80,66 @@ def verify_merged(
         )
     )
     fates = [c.fate for c in checked]
-    fates += _left_over(merged, targets)
-    fates += _tied(merged, plan)
+    fates += left_over(merged, targets)
+    fates += tied_astray(merged, plan)
     base_hashes = {c.target.base_name: c.hashes[0] for c in checked}
     merged_hashes = {c.target.spec.name: c.hashes[1] for c in checked if c.hashes[1]}
     for name in merged.specs.keys() - merged_hashes.keys():
         merged_hashes[name] = hashing.tensor_hash(merged.raw(name))
     inputs = (
         Input("merged", "", hashing.digest(merged.specs.values(), merged_hashes)),
-        Input("base", "", hashing.digest(base.specs.values(), base_hashes)),
+        Input("base", "", source_digest(base, base_hashes)),
         *(Input("adapter", "", adapter_digest(w.adapter)) for w in weighted),
     )
-    matches = [c.match for c in checked if c.match is not None]
-    totals: dict[str, Any] = {
+    totals = merge_totals(checked)
+    wrong = [fate for fate in fates if fate.action not in FINE]
+    name = "base + adapter"
+    offence = diagnosis(checked, wrong, f"not {name}") if wrong else ""
+    return Findings(
+        inputs, tuple(fates), verdict_of(totals, name) if not wrong else f"not {name}", offence,
+        totals, plan.notes,
+    )  # fmt: skip
+
+
+def merge_totals(checked: Sequence[Checked]) -> dict[str, Any]:
+    """Figures over the tensors that an adapter acts on, or that are in another dtype."""
+    matches = [c.match for c in checked if c.match is not None and c.fate.action != "changed"]
+    return {
         "tensors_acted_on": len(matches),
         "bit_for_bit_once": sum(m.once == m.numel for m in matches),
         "bit_for_bit_twice": sum(m.twice == m.numel for m in matches),
         "share_once": sum(m.once for m in matches) / max(sum(m.numel for m in matches), 1),
         "share_twice": sum(m.twice for m in matches) / max(sum(m.numel for m in matches), 1),
     }
-    wrong = [fate for fate in fates if fate.action not in _FINE]
-    offence = _diagnosis(checked, wrong) if wrong else ""
-    return Findings(
-        inputs, tuple(fates), _verdict(totals) if not wrong else "not base + adapter", offence,
-        totals, plan.notes,
-    )  # fmt: skip
 
 
-_FINE = ("same", "rounded", "copied")
+FINE = ("same", "rounded", "copied")
 
 
-def _check(target: Target, merged: Checkpoint, base: Checkpoint) -> _Checked:
+def check_tensor(target: Target, merged: Checkpoint, base: Checkpoint) -> Checked:
+    """Compare one tensor of ``merged`` with what the merge makes of the base's."""
     name, stored = target.spec.name, merged.specs.get(target.spec.name)
     base_hash = hashing.tensor_hash(base.raw(target.base_name))
     if stored is None:
-        return _Checked(target, Fate(name, "missing", "the base has it"), (base_hash, ""))
+        return Checked(target, Fate(name, "missing", "the base has it"), (base_hash, ""))
     hashes = base_hash, hashing.tensor_hash(merged.raw(name))
     if stored.shape != target.spec.shape:
         why = f"is {list(stored.shape)}, and should be {list(target.spec.shape)}"
-        return _Checked(target, Fate(name, "different", why), hashes)
+        return Checked(target, Fate(name, "different", why), hashes)
     if not target.parts and stored.dtype == base.specs[target.base_name].dtype:
         if hashes[0] == hashes[1]:
-            return _Checked(target, Fate(name, "copied"), hashes)
-        return _Checked(
-            target, Fate(name, "changed", "no adapter acts on it, and it is not the base's"), hashes
-        )
+            return Checked(target, Fate(name, "copied"), hashes)
+        why = "no adapter acts on it, and it is not the base's"
+        match = _match(target, merged, base) if stored.is_float else None
+        if match is not None:
+            why += f" in {match.outside:,} of its {match.numel:,} numbers"
+        return Checked(target, Fate(name, "changed", why), hashes, match)
     if not (stored.is_float and target.spec.is_float):
-        return _Checked(target, Fate(name, "different", f"is stored as {stored.dtype}"), hashes)
+        return Checked(target, Fate(name, "different", f"is stored as {stored.dtype}"), hashes)
     match = _match(target, merged, base)
     merged.release(name)
     base.release(target.base_name)
-    return _Checked(target, _judge(name, match), hashes, match)
+    return Checked(target, _judge(name, match), hashes, match)
 
 
 def _match(target: Target, merged: Checkpoint, base: Checkpoint) -> Match:
@@ -169,25 +183,27 @@ def _judge(name: str, match: Match) -> Fate:
 def _reason(match: Match) -> str:
     if not match.moved:
         return "the base's, without the adapter"
-    if match.unexplained > _NEAR:
+    if match.unexplained > NEAR:
         share = f"{match.unexplained:.0%} of the change is not the adapter's"
         return f"another base or adapter: {share}"
-    return f"the adapter applied {_times(match.coefficient)}"
+    return f"the adapter applied {times(match.coefficient)}"
 
 
-def _times(coefficient: float) -> str:
+def times(coefficient: float) -> str:
+    """By which factor an adapter was applied, in words."""
     for number, word in ((2, "twice"), (-1, "with the wrong sign"), (0, "not at all")):
-        if abs(coefficient - number) < _NEAR:
+        if abs(coefficient - number) < NEAR:
             return word
     return f"at {coefficient:.4g} times its scale"
 
 
-def _left_over(merged: Checkpoint, targets: Sequence[Target]) -> list[Fate]:
+def left_over(merged: Checkpoint, targets: Sequence[Target]) -> list[Fate]:
+    """Tensors that the base lacks."""
     known = {target.spec.name for target in targets}
     return [Fate(name, "extra", "the base lacks it") for name in merged.specs if name not in known]
 
 
-def _tied(merged: Checkpoint, plan: MergePlan) -> list[Fate]:
+def tied_astray(merged: Checkpoint, plan: MergePlan) -> list[Fate]:
     """An output head that should be the embedding and is not, or the other way round."""
     head = tied_head(merged.config, merged.specs) if merged.ties_embeddings else ""
     embedding = next(filter(is_input_embedding, merged.specs), "")
@@ -201,38 +217,42 @@ def _tied(merged: Checkpoint, plan: MergePlan) -> list[Fate]:
     return []
 
 
-def _diagnosis(checked: Sequence[_Checked], wrong: Sequence[Fate]) -> str:
+def diagnosis(checked: Sequence[Checked], wrong: Sequence[Fate], said: str) -> str:
     """One sentence: what is wrong of all, and the worst offender."""
+    from lora_tools.linalg.compare import Match
+
     counts = Counter(fate.action for fate in wrong)
     many = ", ".join(f"{n} {action}" for action, n in counts.most_common())
-    low_rank = {
-        c.target.spec.name for c in checked if {"lora", "dora"} & {p.kind for p in c.target.parts}
-    }
+    kinds = {c.target.spec.name: {p.kind for p in c.target.parts} for c in checked}
+    low_rank = {name for name, acting in kinds.items() if acting & {"lora", "dora"}}
+    low_rank = low_rank or {name for name, acting in kinds.items() if acting}
     off = [(c.fate, c.match) for c in checked if c.match is not None and c.match.outside]
     if not off:
-        return f"not base + adapter ({many}): {wrong[0].tensor}: {wrong[0].reason}"
+        return f"{said} ({many}): {wrong[0].tensor}: {wrong[0].reason}"
     worst, _ = max(off, key=lambda pair: pair[1].outside / pair[1].numel)
-    whole = functools.reduce(operator.add, (match for _, match in off))
-    one = max(abs(match.coefficient - whole.coefficient) for _, match in off)
-    every = low_rank <= {fate.tensor for fate, _ in off}
+    acted = [match for fate, match in off if fate.action != "changed"]
+    whole = functools.reduce(operator.add, acted, Match())
+    one = max((abs(match.coefficient - whole.coefficient) for match in acted), default=math.inf)
+    every = bool(low_rank) and low_rank <= {fate.tensor for fate, _ in off}
     if every and counts.get("changed"):
         first = next(fate for fate in wrong if fate.action == "changed")
         what = f"another base: {first.tensor} is not the base's, though no adapter acts on it"
-    elif every and whole.unexplained > _NEAR:
+    elif every and whole.unexplained > NEAR:
         what = "another base, or another adapter"
-    elif every and one <= _NEAR * max(abs(whole.coefficient), 1):
-        what = f"the adapter is applied {_times(whole.coefficient)}"
+    elif every and one <= NEAR * max(abs(whole.coefficient), 1):
+        what = f"the adapter is applied {times(whole.coefficient)}"
     else:
         what = "some tensors are not what the merge makes of them"
-    return f"not base + adapter ({many}): {what}; worst is {worst.tensor}: {worst.reason}"
+    return f"{said} ({many}): {what}; worst is {worst.tensor}: {worst.reason}"
 
 
-def _verdict(totals: dict[str, Any]) -> str:
+def verdict_of(totals: dict[str, Any], name: str) -> str:
+    """One sentence where nothing is wrong."""
     n = totals["tensors_acted_on"]
     if totals["bit_for_bit_once"] == n:
-        return "base + adapter, bit for bit, rounded once (as merge does, and PEFT in float32)"
+        return f"{name}, bit for bit, rounded once (as merge does, and PEFT in float32)"
     if totals["bit_for_bit_twice"] == n:
-        return "base + adapter, bit for bit, rounded twice (PEFT's safe_merge)"
+        return f"{name}, bit for bit, rounded twice (PEFT's safe_merge)"
     near = "twice" if totals["share_twice"] > totals["share_once"] else "once"
     share = max(totals["share_twice"], totals["share_once"])
-    return f"base + adapter, to rounding: {share:.4%} of the elements are those rounded {near}"
+    return f"{name}, to rounding: {share:.4%} of the elements are those rounded {near}"
