@@ -68,6 +68,13 @@ _base_option = option(
     group=ADAPTER,
     help="Which blocks of loralib's MergedLinear layers are adapted.",
 )
+@option(
+    "--layout",
+    multiple=True,
+    metavar="REGEX=KIND",
+    group=_FORMAT,
+    help="With --to loralib: modules that are MergedLinear there, such as c_attn=merged:3/101.",
+)
 @options.rank_option
 @options.energy_option
 @options.max_rank_option
