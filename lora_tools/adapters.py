@@ -39,6 +39,7 @@ def open_adapter(
     alpha: float | None = None,
     enable_lora: Sequence[bool] = (),
     as_stored: bool = False,
+    guess: bool = False,
 ) -> Adapter:
     """Open an adapter folder, file or hub id of any format that is read.
 
@@ -49,6 +50,7 @@ def open_adapter(
         alpha, enable_lora: what formats leave to their user's code (loralib, torchtune).
         as_stored: where no base is at hand that a format needs, keep the names and the order of
             rows of the file; ``unresolved`` then says why.
+        guess: what the file does not say, too, to look at it only.
 
     Raises:
         AdapterError, UnsupportedAdapter, UnsafeInput, CheckpointError (a truncated file),
@@ -72,7 +74,7 @@ def open_adapter(
         refuse_by_keys(path, file.specs)
         form = form or by_keys(path, file.specs)
     names = base_names(base, allow_pickle) if base is not None else None
-    context = Context(names, alpha, tuple(enable_lora), as_stored)
+    context = Context(names, alpha, tuple(enable_lora), as_stored, guess)
     return _opened(path, file, form, context)
 
 

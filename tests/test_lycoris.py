@@ -1,5 +1,5 @@
-"""LoHa, LoKr, LoCon and whole differences made by lycoris itself: merged as the exact LoRA that each
-is, and cut."""
+"""LoHa, LoKr, LoCon and whole differences made by lycoris itself: merged as the exact LoRA that
+each is, and cut."""
 
 from __future__ import annotations
 

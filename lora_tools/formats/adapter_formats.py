@@ -48,6 +48,7 @@ class Format:
         base: when the base checkpoint is needed: "", "to read" or "to read and write".
         library: whose format it is, and what reads it.
         own_forms: holds MergedLinears (``--layout``) and convolutions as ``linalg.loralib`` has it.
+        keeps_names: its writer writes names that were never resolved as they are.
         is_folder: whether it is a folder, else a file.
         knows: whether a key of a safetensors file or pickle is one of its own; None where the bytes
             of the file tell.
@@ -62,6 +63,7 @@ class Format:
     one_rank: bool = False
     base: str = ""
     own_forms: bool = False
+    keeps_names: bool = False
     is_folder: bool = False
     reads_besides: str = ""
     knows: Callable[[str], bool] | None = None
@@ -85,7 +87,8 @@ FORMATS: dict[str, Format] = {
         Format("peft", "PEFT", frozenset(FEATURES), "module", "peft 0.21", is_folder=True,
                reads_besides="IA³ (merge only)"),
         Format("kohya", "kohya (sd-scripts)", _keeps("conv", "dora"), "module", "sd-scripts",
-               base=_READ, knows=kohya.knows, read=kohya.read, writer=kohya.KohyaWriter),
+               base=_READ, keeps_names=True, knows=kohya.knows, read=kohya.read,
+               writer=kohya.KohyaWriter),
         Format("lycoris", "LyCORIS", _keeps("conv", "dora"), "module", "lycoris-lora 4.1",
                base=_READ, reads_besides="LoHa, LoKr, whole differences, CP-decomposed LoCon",
                knows=lycoris.knows, read=lycoris.read, writer=lycoris.LycorisWriter),

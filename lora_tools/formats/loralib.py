@@ -97,13 +97,13 @@ def _add(
     blocks = [int(on) for on in said.get("enable_lora", context.enable_lora)]
     if weight is not None and len(weight.shape) > 2:
         _add_conv(outline, module, a, b, alpha, weight.shape, rank)
-    elif rank and not blocks and not context.as_stored:
+    elif rank and not blocks and not context.guess:
         context.need_base(outline.path, f"{module} is a convolution, whose kernel is not in it")
     elif "enable_lora" in said or (
         blocks and (inner_a != inner or (weight and sum(blocks) == 1 and rows not in weight.shape))
     ):
         _add_merged(outline, module, a, b, alpha, blocks, rank)
-    elif inner_a != inner and context.as_stored and inner and inner_a % inner == 0:
+    elif inner_a != inner and context.guess and inner and inner_a % inner == 0:
         _add_merged(outline, module, a, b, alpha, [1] * (inner_a // inner), rank)
     elif inner_a != inner:
         raise outline.fail(

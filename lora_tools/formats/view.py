@@ -85,14 +85,15 @@ class Context:
         base: the model's names, where a base is at hand.
         alpha: lora_alpha, for formats that do not store it.
         enable_lora: which blocks of a loralib MergedLinear are adapted.
-        as_stored: without a base, keep the file's own names and order of rows instead of failing,
-            and take the rank for an alpha that is not said.
+        as_stored: without a base, keep the file's own names and order of rows instead of failing.
+        guess: take the rank for an alpha that is not said, and all blocks for enable_lora.
     """
 
     base: BaseNames | None = None
     alpha: float | None = None
     enable_lora: tuple[bool, ...] = ()
     as_stored: bool = False
+    guess: bool = False
 
     def need_base(self, path: Path, why: str) -> BaseNames:
         """The base. Raises AdapterError where none is at hand."""
@@ -113,7 +114,7 @@ class Context:
     def need_alpha(self, outline: Outline) -> float | None:
         """lora_alpha, or None for the rank. Raises AdapterError where it is wanted and unknown."""
         path, form = outline.path, outline.form
-        if self.alpha is None and self.as_stored:
+        if self.alpha is None and self.guess:
             note = f"{form} does not keep lora_alpha in the file: the rank is taken for it"
             outline.notes += [] if note in outline.notes else [note]
         elif self.alpha is None:

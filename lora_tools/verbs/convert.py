@@ -104,6 +104,31 @@ def convert(
     return dataclasses.replace(report, seconds=time.perf_counter() - started)
 
 
+def write_as(
+    given: Adapter,
+    to: Format,
+    names: BaseNames | None,
+    out: Path,
+    blocks: Mapping[str, tuple[bool, ...]],
+    jobs: int | None,
+) -> tuple[str, ...]:
+    """Write an adapter in a format to a path that does not exist; what was done comes back.
+
+    Args:
+        blocks: of modules that are MergedLinears, in loralib.
+
+    Raises:
+        UnsupportedAdapter: the format cannot hold a part of it.
+    """
+    found = features(given, names)
+    options = _choose(given, to, frozenset(), None, None, found)
+    options = dataclasses.replace(options, blocks=blocks)
+    kept = _kept(given, options, found)
+    _convert(Report("convert", tool_version(), (), "", False, ()), given, kept, names, options, out,
+             jobs, None)  # fmt: skip
+    return tuple(_notes(given, kept, options, found))
+
+
 _MODULES = ("embedding", "conv", "experts", "head")  # features that are modules of their own
 
 
@@ -159,7 +184,7 @@ def _blocks(
     """The modules that are to be MergedLinears, and their blocks. Raises UsageError."""
     if kinds and not target.own_forms:
         raise UsageError(f"--layout goes with --to loralib; {target.title} has plain factors only")
-    found: dict[str, tuple[bool, ...]] = {}
+    found: dict[str, tuple[bool, ...]] = dict(given.blocks)
     for pattern, kind in kinds:
         matching = [m for m in given.modules if pattern.search(m)]
         if not isinstance(kind, Merged) or len(set(kind.sizes)) > 1:
@@ -212,7 +237,7 @@ def _notes(
     options: Options,
     found: Mapping[str, list[str]],
 ) -> list[str]:
-    notes = list(getattr(given, "notes", ()))
+    notes = list(given.notes)
     lost = [f for f in found if f in options.dropped]
     if lost:
         what = " and ".join(FEATURES[f] for f in lost)
