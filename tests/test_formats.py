@@ -603,6 +603,20 @@ def test_a_tied_head(tmp_path: Path) -> None:
         models.assert_same(found, models.tensors(tmp_path / "wanted"), 3e-7)
 
 
+def test_an_embedding_that_is_the_head(tmp_path: Path) -> None:
+    """llama.cpp (seen with llama-cpp-python 0.3.36) aborts the process on such a file."""
+    base = models.save(models.make("llama-tied"), tmp_path / "base")
+    config = {"target_modules": ["v_proj", "embed_tokens"], "r": 2, "lora_alpha": 3}
+    models.train(base, tmp_path / "a", config, save_embedding_layers=False)
+    for dry in (True, False):
+        with pytest.raises(UnsupportedAdapter, match="--drop embedding"):
+            lora_tools.convert(tmp_path / "a", tmp_path / "g", to="gguf", base=base, dry_run=dry)
+    with pytest.raises(UnsupportedAdapter, match="the output head, too"):
+        lora_tools.rescale(tmp_path / "a", tmp_path / "g", consumer="llama.cpp", base=base)
+    lora_tools.convert(tmp_path / "a", tmp_path / "g", to="gguf", base=base, drop=["embedding"])
+    assert len(open_adapter(tmp_path / "g", base=base).modules) == 2
+
+
 class TestOnnxRuntime(FormatContract):
     name = "onnxruntime"
 

@@ -49,6 +49,8 @@ class Format:
         library: whose format it is, and what reads it.
         own_forms: holds MergedLinears (``--layout``) and convolutions as ``linalg.loralib`` has it.
         keeps_names: its writer writes names that were never resolved as they are.
+        tied_embedding: whether its reader takes factors of an embedding that is the output head,
+            too.
         is_folder: whether it is a folder, else a file.
         knows: whether a key of a safetensors file or pickle is one of its own; None where the bytes
             of the file tell.
@@ -64,6 +66,7 @@ class Format:
     base: str = ""
     own_forms: bool = False
     keeps_names: bool = False
+    tied_embedding: bool = True
     is_folder: bool = False
     reads_besides: str = ""
     knows: Callable[[str], bool] | None = None
@@ -106,7 +109,8 @@ FORMATS: dict[str, Format] = {
                reads_besides="MergedLinear", own_forms=True, knows=loralib.knows,
                read=loralib.read, writer=loralib.LoralibWriter),
         Format("gguf", "GGUF", frozenset({"embedding"}), "one", "gguf 0.17, llama.cpp",
-               base=_BOTH, open_file=gguf.open_file, read=gguf.read, writer=gguf.GgufWriter),
+               base=_BOTH, tied_embedding=False, open_file=gguf.open_file, read=gguf.read,
+               writer=gguf.GgufWriter),
         Format("onnxruntime", "ONNX Runtime", _keeps(), "folded", "onnxruntime 1.20",
                open_file=onnxruntime.OrtFile, read=onnxruntime.read,
                writer=onnxruntime.OrtWriter),

@@ -87,6 +87,8 @@ def convert(
                          enable_lora=blocks)  # fmt: skip
     given.need_lora("factors to convert")
     found = features(given, names)
+    if names is not None and names.tied:
+        _refuse_tied(given, target, drop, found, names)
     options = _choose(given, target, frozenset(drop), rule, written, found)
     options = dataclasses.replace(options, blocks=_blocks(given, target, kinds))
     kept = _kept(given, options, found)
@@ -148,6 +150,23 @@ def features(given: Adapter, names: BaseNames | None = None) -> dict[str, list[s
         "head": [m for m in given.modules if names is not None and m == names.tied],
     }
     return {feature: where for feature, where in found.items() if where}
+
+
+def _refuse_tied(
+    given: Adapter,
+    target: Format,
+    drop: Sequence[str],
+    found: Mapping[str, list[str]],
+    names: BaseNames,
+) -> None:
+    """Raises UnsupportedAdapter for an embedding's factors that the format's reader fails on."""
+    where = found.get("embedding", [])
+    if where and not target.tied_embedding and "embedding" not in drop:
+        raise UnsupportedAdapter(
+            f"{given.path}: {min(where)} is the output head of {names.path}, too: {target.library} "
+            "has one tensor for both and aborts on factors of it; --drop embedding leaves them "
+            "out, and merging the adapter into the base keeps them"
+        )
 
 
 def _choose(

@@ -68,6 +68,7 @@ def _scale(module: LoraModule, r: int, given: Adapter, options: Options) -> floa
 
 
 def writes_rslora(given: Adapter, options: Options) -> bool:
+    """Whether the scaling that is written is rsLoRA's, which PEFT alone has a place for."""
     return given.use_rslora and options.to.name == "peft"
 
 

@@ -136,7 +136,7 @@ def rescale(
             f"{adapter}: a DoRA adapter cannot be scaled: its magnitudes fix the norm of each "
             "output; merge it with a weight instead (ADAPTER=0.5)"
         )
-    _refuse_unread(given, target)
+    _refuse_unread(given, target, names is not None and bool(names.tied))
     pad_to = None
     if not target.patterns:
         ranks = [_ceiling(m, given, rule) for m in given.modules.values()]
@@ -182,7 +182,7 @@ def _written_as(
 def conform_in_place(folder: Path, consumer: Consumer) -> None:
     """Rewrite an adapter folder as the consumer reads it: one rank, alpha = r, scale in lora_B."""
     given = open_adapter(folder)
-    _refuse_unread(given, consumer)
+    _refuse_unread(given, consumer, False)
     pad_to = consumer.rank_for(max(m.r for m in given.modules.values()))
     options = _Options(1.0, None, True, None, False, None, consumer, pad_to)
     new = folder.with_name(folder.name + "-conformed")
@@ -192,7 +192,13 @@ def conform_in_place(folder: Path, consumer: Consumer) -> None:
     new.rename(folder)
 
 
-def _refuse_unread(given: Adapter, consumer: Consumer) -> None:
+def _refuse_unread(given: Adapter, consumer: Consumer, tied: bool) -> None:
+    tied = tied or bool(given.config.get("ensure_weight_tying"))
+    if tied and not consumer.head and any(m.form == "embedding" for m in given.modules.values()):
+        raise consumer.refuse(
+            "factors of an embedding that is the output head, too",
+            "merge the adapter into the base instead",
+        )
     if given.use_dora and not consumer.dora:
         raise consumer.refuse("DoRA", "merge the adapter into the base instead")
     if (given.whole or given.tokens) and not consumer.saved:
