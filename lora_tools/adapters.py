@@ -12,7 +12,14 @@ from typing import Any
 
 from lora_tools.errors import AdapterError
 from lora_tools.formats import hub, peft
-from lora_tools.formats.adapter_formats import FORMATS, Format, by_bytes, by_keys, format_named
+from lora_tools.formats.adapter_formats import (
+    FORMATS,
+    Format,
+    by_bytes,
+    by_keys,
+    format_named,
+    title_of,
+)
 from lora_tools.formats.base_names import base_names
 from lora_tools.formats.checkpoint import Checkpoint, open_weights
 from lora_tools.formats.not_lora import refuse_by_config, refuse_by_keys
@@ -31,6 +38,8 @@ def open_adapter(
     source_format: str | None = None,
     alpha: float | None = None,
     enable_lora: Sequence[bool] = (),
+    as_stored: bool = False,
+    guess: bool = False,
 ) -> Adapter:
     """Open an adapter folder, file or hub id of any format that is read.
 
@@ -39,6 +48,9 @@ def open_adapter(
             not say enough without it; none is read but its headers.
         source_format: a row of ``FORMATS``; by default the content tells.
         alpha, enable_lora: what formats leave to their user's code (loralib, torchtune).
+        as_stored: where no base is at hand that a format needs, keep the names and the order of
+            rows of the file; ``unresolved`` then says why.
+        guess: what the file does not say, too, to look at it only.
 
     Raises:
         AdapterError, UnsupportedAdapter, UnsafeInput, CheckpointError (a truncated file),
@@ -62,7 +74,7 @@ def open_adapter(
         refuse_by_keys(path, file.specs)
         form = form or by_keys(path, file.specs)
     names = base_names(base, allow_pickle) if base is not None else None
-    context = Context(names, alpha, tuple(enable_lora))
+    context = Context(names, alpha, tuple(enable_lora), as_stored, guess)
     return _opened(path, file, form, context)
 
 
@@ -73,7 +85,30 @@ def _opened(path: Path, file: Any, form: Format, context: Context) -> Adapter:
     if not file.specs:
         raise AdapterError(f"{path}: holds no tensors")
     outline = form.read(path, file, context)
-    return Foreign(path, outline, _alphas(outline), recipes.compute)
+    adapter = Foreign(path, outline, _alphas(outline), recipes.compute)
+    adapter.format = form.name
+    return adapter
+
+
+def is_adapter(source: str | Path, allow_pickle: bool = False) -> bool:
+    """Whether a file or folder is an adapter, by its config, its first bytes or all its names."""
+    path = Path(source)
+    if path.is_dir():
+        if (path / peft.CONFIG).is_file():
+            return True
+        weights = [p for p in path.iterdir() if p.suffix in _SUFFIXES]
+        if len(weights) != 1:
+            return False
+        [path] = weights
+    if not path.is_file():
+        return False
+    if (path.parent / peft.CONFIG).is_file() and _is_named_as_one(path):
+        return True
+    if by_bytes(path) is not None:
+        return True
+    if path.suffix in (".bin", ".pt", ".pth") and not allow_pickle:
+        return False
+    return bool(title_of(open_weights(path, allow_pickle).specs))
 
 
 def _alphas(outline: Outline) -> Mapping[str, float]:
@@ -84,7 +119,7 @@ def _alphas(outline: Outline) -> Mapping[str, float]:
         if of_rank != rank or rslora:
             from lora_tools.linalg.lora import scaling
 
-            alpha = scaling(alpha, of_rank, rslora) * rank
+            alpha = scaling(alpha * rank, of_rank, rslora)  # exact where the quotient is
         alphas[module] = alpha
     return alphas
 

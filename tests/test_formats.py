@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 import lora_tools
 import lora_tools.nn
 from lora_tools.adapters import open_adapter
-from lora_tools.errors import AdapterError, UnsupportedAdapter
+from lora_tools.errors import AdapterError, CheckpointError, UnsupportedAdapter
 from lora_tools.formats.adapter_formats import FEATURES, FORMATS
 
 from . import iotools, models
@@ -176,20 +176,86 @@ class FormatContract:
         wanted = models.outputs(models.load(root / "uneven-merged"))
         torch.testing.assert_close(models.outputs(model), wanted, rtol=1e-4, atol=1e-5)
 
-    def test_rescale_and_unmerge_take_it(self, root: Path, tmp_path: Path) -> None:
-        self.convert(root, "uneven", tmp_path / "a")
-        if not FORMATS[self.name].base:
-            lora_tools.rescale(tmp_path / "a", tmp_path / "half", scale=0.5)
-            lora_tools.merge(root / "base", [(tmp_path / "half", 2.0)], tmp_path / "m")
-            models.assert_same(
-                models.tensors(tmp_path / "m"), models.tensors(root / "uneven-merged"), 3e-7
-            )
+    def test_every_command_takes_it(self, root: Path, tmp_path: Path) -> None:
+        given, base = tmp_path / "a", root / "base"
+        self.convert(root, "uneven", given)
+        lora_tools.merge(base, [given], tmp_path / "r", reversible=True)
+        lora_tools.unmerge(tmp_path / "r", [given], tmp_path / "u")
+        assert iotools.tree(tmp_path / "u") == iotools.tree(base)
+        assert lora_tools.verify(tmp_path / "r", base=base, adapters=[given]).totals["same"]
+        tuned = root / "uneven-merged"
+        found = lora_tools.verify(given, base=base, tuned=tuned, max_error=1e-5)
+        assert found.totals["modules"] == len(models.tensors(root / "uneven")) / 2
+        lora_tools.combine([(given, 0.5), (given, 0.5)], tmp_path / "c", base=base)
+        models.assert_same(
+            merged(root, tmp_path / "c", tmp_path / "cm"), models.tensors(tuned), 3e-7
+        )
+        lora_tools.quantize(base, tmp_path / "q", adapters=[given])
+        lora_tools.quantize(tuned, tmp_path / "qm")
+        found, wanted = models.tensors(tmp_path / "q"), models.tensors(tmp_path / "qm")
+        differing = sum((found[k] != wanted[k]).sum() for k in wanted)
+        assert differing <= 4, "but for a rounding that falls the other way"
+        report = lora_tools.export(base, tmp_path / "o", adapters=[given], dry_run=True)
+        assert any(fate.action == "merge" for fate in report.plan)
+
+    def test_rescale_keeps_the_format(self, root: Path, tmp_path: Path) -> None:
+        given, base, form = tmp_path / "a", root / "base", FORMATS[self.name]
+        self.convert(root, "uneven", given)
+        lora_tools.rescale(given, tmp_path / "half", scale=0.5, base=base)
+        assert open_adapter(tmp_path / "half", base=base).format == self.name
+        assert (tmp_path / "half").is_dir() == form.is_folder
+        lora_tools.merge(base, [(tmp_path / "half", 2.0)], tmp_path / "m")
+        wanted = models.tensors(root / "uneven-merged")
+        models.assert_same(models.tensors(tmp_path / "m"), wanted, 3e-7)
+        report = lora_tools.rescale(given, tmp_path / "small", rank=2, base=base)
+        ranks = {m.r for m in open_adapter(tmp_path / "small", base=base).modules.values()}
+        assert ranks == {2}
+        error = lora_tools.verify(tmp_path / "small", base=base, tuned=root / "uneven-merged")
+        assert error.totals["relative_error"] == pytest.approx(
+            report.totals["relative_error"], abs=1e-4
+        )
+        lora_tools.rescale(given, tmp_path / "vllm", consumer="vllm", base=base)
+        assert open_adapter(tmp_path / "vllm").format == "peft"
+        models.assert_same(merged(root, tmp_path / "vllm", tmp_path / "vm"), wanted, 3e-7)
+        if not form.base or form.keeps_names:
+            lora_tools.rescale(given, tmp_path / "alone", scale=0.5)
+            same = [iotools.tree(p) if p.is_dir() else p.read_bytes()
+                    for p in (tmp_path / "alone", tmp_path / "half")]  # fmt: skip
+            assert same[0] == same[1] or self.name == "peft"
         else:
-            with pytest.raises(AdapterError, match=r"--base|as they are"):
-                lora_tools.rescale(tmp_path / "a", tmp_path / "half", scale=0.5)
-        lora_tools.merge(root / "base", [tmp_path / "a"], tmp_path / "r", reversible=True)
-        lora_tools.unmerge(tmp_path / "r", [tmp_path / "a"], tmp_path / "u")
-        assert iotools.tree(tmp_path / "u") == iotools.tree(root / "base")
+            with pytest.raises(AdapterError, match="--base"):
+                lora_tools.rescale(given, tmp_path / "alone", scale=0.5)
+
+    def test_inspect_says_what_it_is(self, root: Path, tmp_path: Path) -> None:
+        """Without a base, in the file's own names."""
+        self.convert(root, "even", tmp_path / "a")
+        report = lora_tools.inspect(tmp_path / "a")
+        facts = report.totals
+        assert (facts["kind"], facts["format"]) == ("adapter", FORMATS[self.name].title)
+        assert facts["ranks"] == [4]
+        assert facts["alphas"] == [4 if FORMATS[self.name].alpha == "folded" else 6]
+        assert len(facts["targets"]) == 3
+        assert {len(str(t)) < 20 for t in facts["targets"]} == {True}
+        assert sorted(s.norm for s in report.spectra) == pytest.approx(
+            sorted(float(d.norm()) for d in deltas(root / "base", root / "even").values()), rel=1e-5
+        )
+
+    def test_it_is_no_checkpoint(self, root: Path, tmp_path: Path) -> None:
+        self.convert(root, "even", tmp_path / "a")
+        given, base, title = tmp_path / "a", root / "base", FORMATS[self.name].title
+        for use in (
+            lambda: lora_tools.extract(given, base, tmp_path / "o"),
+            lambda: lora_tools.extract(base, given, tmp_path / "o"),
+            lambda: lora_tools.merge(given, [root / "even"], tmp_path / "o"),
+            lambda: lora_tools.quantize(given, tmp_path / "o"),
+            lambda: lora_tools.export(given, tmp_path / "o"),
+            lambda: lora_tools.diff(base, given),
+            lambda: lora_tools.convert(root / "even", tmp_path / "o", to="kohya", base=given),
+        ):
+            with pytest.raises(CheckpointError, match=re.escape(title)) as caught:
+                use()
+            assert "loratools merge" in str(caught.value) or title == "GGUF"
+            assert not (tmp_path / "o").exists()
 
 
 def deltas(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
@@ -535,6 +601,20 @@ def test_a_tied_head(tmp_path: Path) -> None:
         lora_tools.merge(base, [given], tmp_path / f"{name}-merged")
         found = models.tensors(tmp_path / f"{name}-merged")
         models.assert_same(found, models.tensors(tmp_path / "wanted"), 3e-7)
+
+
+def test_an_embedding_that_is_the_head(tmp_path: Path) -> None:
+    """llama.cpp (seen with llama-cpp-python 0.3.36) aborts the process on such a file."""
+    base = models.save(models.make("llama-tied"), tmp_path / "base")
+    config = {"target_modules": ["v_proj", "embed_tokens"], "r": 2, "lora_alpha": 3}
+    models.train(base, tmp_path / "a", config, save_embedding_layers=False)
+    for dry in (True, False):
+        with pytest.raises(UnsupportedAdapter, match="--drop embedding"):
+            lora_tools.convert(tmp_path / "a", tmp_path / "g", to="gguf", base=base, dry_run=dry)
+    with pytest.raises(UnsupportedAdapter, match="the output head, too"):
+        lora_tools.rescale(tmp_path / "a", tmp_path / "g", consumer="llama.cpp", base=base)
+    lora_tools.convert(tmp_path / "a", tmp_path / "g", to="gguf", base=base, drop=["embedding"])
+    assert len(open_adapter(tmp_path / "g", base=base).modules) == 2
 
 
 class TestOnnxRuntime(FormatContract):

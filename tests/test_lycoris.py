@@ -1,7 +1,9 @@
-"""LoHa, LoKr and LoCon made by lycoris itself: merged as the exact LoRA that each is, and cut."""
+"""LoHa, LoKr, LoCon and whole differences made by lycoris itself: merged as the exact LoRA that
+each is, and cut."""
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ from . import iotools, models
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
+    from lycoris.modules.full import FullModule
     from lycoris.modules.locon import LoConModule
     from lycoris.modules.loha import LohaModule
     from lycoris.modules.lokr import LokrModule
@@ -119,8 +122,97 @@ def test_the_exact_rank_is_said(base: Path, tmp_path: Path) -> None:
     report = lora_tools.convert(tmp_path / "a.safetensors", tmp_path / "p", to="peft", base=base)
     assert {f.reason.split(",")[0] for f in report.plan} == {"rank 9"}
     [note] = report.notes
-    assert note.startswith("3 modules are LoHa or LoKr")
+    assert note.startswith("3 modules are LoHa, LoKr or whole differences")
     assert "of rank 9;" in note
+
+
+@pytest.fixture
+def full(base: Path, tmp_path: Path) -> tuple[Path, Path, dict[str, torch.Tensor]]:
+    """A base with biases, a file of whole differences by lycoris, and what it has of every tensor
+    afterwards."""
+    tensors = models.tensors(base)
+    tensors |= {f"net.{n}.bias": torch.ones(layer.weight.shape[0]) for n, layer in LAYERS.items()}
+    folder = iotools.checkpoint(tmp_path / "biased", tensors)
+    torch.manual_seed(3)
+    state, wanted = {}, {}
+    for name, layer in LAYERS.items():
+        own = copy.deepcopy(layer)
+        own.weight = torch.nn.Parameter(tensors[f"net.{name}.weight"])
+        own.bias = torch.nn.Parameter(tensors[f"net.{name}.bias"])
+        module = FullModule(f"lycoris_net_{name}", own)
+        module.apply_to()  # from here on it holds the layer's own weight, which is trained
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter += torch.randn_like(parameter)
+        for key, value in module.custom_state_dict().items():
+            state[f"lycoris_net_{name}.{key}"] = value.clone()
+        wanted[f"net.{name}.weight"] = module.weight.detach()
+        wanted[f"net.{name}.bias"] = module.bias.detach()
+    save_file(state, tmp_path / "full.safetensors")
+    return folder, tmp_path / "full.safetensors", wanted
+
+
+def test_whole_differences(
+    full: tuple[Path, Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    folder, given, wanted = full
+    lora_tools.merge(folder, [given], tmp_path / "m")
+    for name, tensor in models.tensors(tmp_path / "m").items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=1e-6, atol=1e-6)
+
+
+def test_whole_differences_cut(
+    full: tuple[Path, Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    """To the best LoRA of a rank, with its error; the biases' change stays whole."""
+    folder, given, wanted = full
+    report = lora_tools.convert(given, tmp_path / "p", to="peft", base=folder, rank=6)
+    lora_tools.merge(folder, [tmp_path / "p"], tmp_path / "m")
+    before, after = models.tensors(folder), models.tensors(tmp_path / "m")
+    for module in report.modules:
+        name = f"{module.module}.weight"
+        delta = (wanted[name] - before[name]).double().flatten(1)
+        best = torch.linalg.svdvals(delta)[6:].norm() / delta.norm()
+        found = ((after[name] - before[name]).double().flatten(1) - delta).norm() / delta.norm()
+        assert module.relative_error == pytest.approx(float(best), abs=1e-5)
+        assert float(found) == pytest.approx(float(best), abs=1e-5)
+        bias = f"{module.module}.bias"
+        torch.testing.assert_close(after[bias], wanted[bias], rtol=1e-6, atol=1e-6)
+
+
+def test_a_difference_of_a_bias_where_there_is_none(
+    full: tuple[Path, Path, dict[str, torch.Tensor]], base: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(AdapterError, match=r"net\.\w+\.bias matches no tensor"):
+        lora_tools.merge(base, [full[1]], tmp_path / "m")
+
+
+@pytest.mark.parametrize("case", ["loha", "lokr", "locon", "loha-tucker", "locon-tucker"])
+def test_dora_of_lycoris(case: str, base: Path, tmp_path: Path) -> None:
+    """weight_decompose over the outputs is PEFT's DoRA; over the inputs it is another thing."""
+    kind, options = CASES[case]
+    tensors, state, wanted = models.tensors(base), {}, {}
+    torch.manual_seed(3)
+    for name, layer in LAYERS.items():
+        own = copy.deepcopy(layer)
+        own.weight = torch.nn.Parameter(tensors[f"net.{name}.weight"])
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            module = kind(f"lycoris_net_{name}", own, **options, weight_decompose=True)
+            for part, parameter in module.named_parameters():
+                noise = torch.randn_like(parameter)
+                parameter.copy_(noise.abs() + 1 if part == "dora_scale" else noise)
+            saved = module.custom_state_dict()
+            state.update({f"lycoris_net_{name}.{k}": v for k, v in saved.items()})
+            delta = _delta(copy.copy(module), own) if case.startswith("locon") else (
+                module.get_weight(own.weight.shape))  # fmt: skip
+            wanted[f"net.{name}.weight"] = module.apply_weight_decompose(own.weight + delta)
+    save_file(
+        {k: v.detach().clone().contiguous() for k, v in state.items()}, tmp_path / "a.safetensors"
+    )
+    lora_tools.merge(base, [tmp_path / "a.safetensors"], tmp_path / "m")
+    for name, tensor in models.tensors(tmp_path / "m").items():
+        torch.testing.assert_close(tensor, wanted[name].detach(), rtol=1e-4, atol=1e-5)
 
 
 def _spoilt() -> Iterator[tuple[str, dict[str, torch.Tensor], str]]:
@@ -135,7 +227,10 @@ def _spoilt() -> Iterator[tuple[str, dict[str, torch.Tensor], str]]:
     yield "whole and factored", {"lokr_w1": one(6, 6), "lokr_w1_a": one(6, 2), "lokr_w1_b":
                                  one(2, 6), "lokr_w2": one(6, 4)}, "no whole LoKr"  # fmt: skip
     yield "an alpha of two", {**loha, "alpha": one(2)}, "one number"
-    yield "full", {"diff": one(36, 24)}, "no low-rank update"
+    yield "full, of a vector", {"diff": one(36)}, "difference of a vector"
+    yield "full and more", {"diff": one(36, 24), **loha}, "beside .*hada_w1_a"
+    yield "full, another weight", {"diff": one(24, 36)}, "36, 24"
+    yield "a norm", {"w_norm": one(36)}, "difference of a norm"
     yield "parts of other ranks", {**loha, "hada_w1_a": one(36, 3)}, "go together"
     locon = {"lora_down.weight": one(2, 24), "lora_up.weight": one(36, 3)}
     yield "a middle for a matrix", {**locon, "lora_mid.weight": one(3, 4, 1, 1)}, "factors are for"

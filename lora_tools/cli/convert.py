@@ -17,14 +17,6 @@ FORMATS = ["peft", "kohya", "lycoris", "diffusers", "torchtune", "mlx", "loralib
            "onnxruntime"]  # fmt: skip
 FEATURES = ["embedding", "conv", "experts", "dora", "bias", "saved", "tokens", "head"]
 
-_base_option = option(
-    "--base",
-    type=click.Path(),
-    group=_FORMAT,
-    help="The model the adapter was trained on: a checkpoint, or a diffusers pipeline's folder. "
-    "Only names and shapes are read. Formats with names of their own need it.",
-)
-
 
 @click.command(
     cls=GroupedCommand,
@@ -47,7 +39,7 @@ _base_option = option(
     group=_FORMAT,
     help="The format of ADAPTER.  [default: its content tells]",
 )
-@_base_option
+@options.base_option
 @option(
     "--drop",
     type=click.Choice(FEATURES),
@@ -67,6 +59,13 @@ _base_option = option(
     metavar="1,0,1",
     group=ADAPTER,
     help="Which blocks of loralib's MergedLinear layers are adapted.",
+)
+@option(
+    "--layout",
+    multiple=True,
+    metavar="REGEX=KIND",
+    group=_FORMAT,
+    help="With --to loralib: modules that are MergedLinear there, such as c_attn=merged:3/101.",
 )
 @options.rank_option
 @options.energy_option
@@ -143,7 +142,7 @@ def convert(adapter: str, out: Path, progress: ProgressCallback | None, **rest: 
 )  # fmt: skip
 @options.energy_option
 @options.max_rank_option
-@_base_option
+@options.base_option
 @options.dtype_option("each factor keeps the widest of the inputs")
 @options.out_option
 @options.verb

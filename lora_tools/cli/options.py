@@ -136,6 +136,13 @@ other_base_option = option(
 )  # fmt: skip
 
 
+base_option = option(
+    "--base", type=click.Path(), group="Format",
+    help="The model the adapter was trained on: a checkpoint, or a diffusers pipeline's folder. "
+    "Only names and shapes are read. Formats with names of their own need it.",
+)  # fmt: skip
+
+
 def dtype_option(default: str) -> Callable[[F], F]:
     """--dtype, with what it is if not given."""
     return option(

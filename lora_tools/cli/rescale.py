@@ -52,12 +52,14 @@ _STRENGTH = "Strength"
 @options.rescale_ranks
 @options.dtype_option("each factor keeps its own")
 @options.consumer_option
+@options.base_option
 @options.out_option
 @options.verb
 def rescale(adapter: str, out: Path, progress: ProgressCallback | None, **rest: Any) -> Report:
     """Write ADAPTER with another strength, alpha or rank, or as one consumer reads it.
 
-    Resizing is exact: QR of both factors and an SVD of the small core, never a dense product.
+    It stays in its format. Resizing is exact: QR of both factors and an SVD of the small core,
+    never a dense product.
     """
     from lora_tools.verbs.rescale import rescale as work
 

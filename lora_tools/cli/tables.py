@@ -91,8 +91,8 @@ def totals(t: Mapping[str, Any]) -> Iterator[str]:
         for name, facts in t["metadata"].items():
             if facts:
                 yield f"{name}: " + ", ".join(f"{k}={str(v)[:80]}" for k, v in facts.items())
-        for key in ("architectures", "ranks", "alphas", "with", "base_model_name_or_path",
-                    "base_digest"):  # fmt: skip
+        for key in ("format", "architectures", "ranks", "alphas", "with", "targets",
+                    "base_model_name_or_path", "base_digest"):  # fmt: skip
             if t.get(key):
                 value = t[key]
                 yield f"{key}: " + (", ".join(map(str, value)) if isinstance(value, list)

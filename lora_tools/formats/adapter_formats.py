@@ -48,6 +48,10 @@ class Format:
         dtype: of the factors where none is asked for; "": each keeps its own.
         base: when the base checkpoint is needed: "", "to read" or "to read and write".
         library: whose format it is, and what reads it.
+        own_forms: holds MergedLinears (``--layout``) and convolutions as ``linalg.loralib`` has it.
+        keeps_names: its writer writes names that were never resolved as they are.
+        tied_embedding: whether its reader takes factors of an embedding that is the output head,
+            too.
         is_folder: whether it is a folder, else a file.
         knows: whether a key of a safetensors file or pickle is one of its own; None where the bytes
             of the file tell.
@@ -62,6 +66,9 @@ class Format:
     one_rank: bool = False
     dtype: str = ""
     base: str = ""
+    own_forms: bool = False
+    keeps_names: bool = False
+    tied_embedding: bool = True
     is_folder: bool = False
     reads_besides: str = ""
     knows: Callable[[str], bool] | None = None
@@ -85,9 +92,10 @@ FORMATS: dict[str, Format] = {
         Format("peft", "PEFT", frozenset(FEATURES), "module", "peft 0.21", is_folder=True,
                reads_besides="IA³ (merge only)"),
         Format("kohya", "kohya (sd-scripts)", _keeps("conv", "dora"), "module", "sd-scripts",
-               base=_READ, knows=kohya.knows, read=kohya.read, writer=kohya.KohyaWriter),
+               base=_READ, keeps_names=True, knows=kohya.knows, read=kohya.read,
+               writer=kohya.KohyaWriter),
         Format("lycoris", "LyCORIS", _keeps("conv", "dora"), "module", "lycoris-lora 4.1",
-               base=_READ, reads_besides="LoHa, LoKr, CP-decomposed LoCon",
+               base=_READ, reads_besides="LoHa, LoKr, whole differences, CP-decomposed LoCon",
                knows=lycoris.knows, read=lycoris.read, writer=lycoris.LycorisWriter),
         Format("diffusers", "diffusers", _keeps("conv", "dora", "bias"), "folded",
                "diffusers 0.42", is_folder=True, reads_besides="its older key names",
@@ -99,11 +107,12 @@ FORMATS: dict[str, Format] = {
         Format("mlx", "MLX", frozenset({"embedding", "dora"}), "one", "mlx-lm 0.32",
                one_rank=True, is_folder=True, knows=mlx.knows, read=mlx.read,
                writer=mlx.MlxWriter),
-        Format("loralib", "loralib", _keeps("embedding"), "module", "loralib 0.1.2",
-               reads_besides="MergedLinear, convolutions", knows=loralib.knows,
+        Format("loralib", "loralib", _keeps("embedding", "conv"), "module", "loralib 0.1.2",
+               reads_besides="MergedLinear", own_forms=True, knows=loralib.knows,
                read=loralib.read, writer=loralib.LoralibWriter),
         Format("gguf", "GGUF", frozenset({"embedding"}), "one", "gguf 0.17, llama.cpp",
-               base=_BOTH, open_file=gguf.open_file, read=gguf.read, writer=gguf.GgufWriter),
+               base=_BOTH, tied_embedding=False, open_file=gguf.open_file, read=gguf.read,
+               writer=gguf.GgufWriter),
         Format("onnxruntime", "ONNX Runtime", _keeps("embedding"), "folded", "onnxruntime 1.20",
                dtype="F32", open_file=onnxruntime.OrtFile, read=onnxruntime.read,
                writer=onnxruntime.OrtWriter),
@@ -125,6 +134,15 @@ def by_bytes(path: Path) -> Format | None:
     if head[:4] == gguf.MAGIC:
         return FORMATS["gguf"]
     return FORMATS["onnxruntime"] if head[4:] == onnxruntime.MAGIC else None
+
+
+def title_of(keys: Collection[str]) -> str:
+    """What a file of tensors is called whose every key is an adapter's; "" of any other."""
+    if keys and all(key.startswith(peft.PREFIX) for key in keys):
+        return FORMATS["peft"].title
+    return next(
+        (f.title for f in FORMATS.values() if keys and f.knows and all(map(f.knows, keys))), ""
+    )
 
 
 def by_keys(path: Path, keys: Collection[str]) -> Format:

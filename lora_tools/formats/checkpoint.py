@@ -179,11 +179,30 @@ def open_checkpoint(source: str | Path, allow_pickle: bool = False) -> Checkpoin
         if not hub.looks_like_hub_id(str(source)):
             raise CheckpointError(f"{source}: no such file or folder, nor an org/name of the hub")
         path = hub.fetch(str(source), allow_pickle)
-    if path.is_file():
-        return Checkpoint(path, [open_weights(path, allow_pickle)], False, None)
-    if not path.is_dir():
+    if not (path.is_file() or path.is_dir()):
         raise CheckpointError(f"{path}: neither a file nor a folder")
-    return _open_folder(path, allow_pickle)
+    _refuse_adapter(path)
+    if path.is_file():
+        checkpoint = Checkpoint(path, [open_weights(path, allow_pickle)], False, None)
+    else:
+        checkpoint = _open_folder(path, allow_pickle)
+    _refuse_adapter(path, checkpoint.specs)
+    return checkpoint
+
+
+def _refuse_adapter(path: Path, names: Iterable[str] = ()) -> None:
+    """Raises CheckpointError for an adapter, known by its names or by the first bytes of a file."""
+    from lora_tools.formats.adapter_formats import by_bytes, title_of  # they read checkpoints, too
+
+    form = by_bytes(path) if path.is_file() and not names else None
+    title = form.title if form is not None else title_of(list(names))
+    if title == "GGUF":
+        raise CheckpointError(f"{path}: a GGUF file; a checkpoint in safetensors is wanted here")
+    if title:
+        raise CheckpointError(
+            f"{path}: this is an adapter ({title}), not a checkpoint; merge it into its base "
+            f"first: loratools merge BASE {path} -o OUT"
+        )
 
 
 def open_weights(path: Path, allow_pickle: bool) -> TensorFile:
@@ -227,7 +246,7 @@ def _open_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
             )
         if files:
             if files[0].name.startswith("adapter_model"):
-                raise CheckpointError(f"{folder}: an adapter; a whole checkpoint is wanted here")
+                _refuse_adapter(folder, ["base_model.model."])
             return Checkpoint(folder, [open_weights(files[0], allow_pickle)], True, None)
     raise CheckpointError(f"{folder}: no .safetensors file in it; is the download complete?")
 

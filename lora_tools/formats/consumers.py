@@ -17,8 +17,8 @@ class Consumer:
         ranks: the ranks it accepts, or empty for any.
         saved: reads tensors saved whole; bias: biases; dora: DoRA magnitudes.
         forms: the forms of factors it reads.
-        head: wants factors for an output head that is tied to the input embedding, too. (llama.cpp
-            has one tensor for both and refuses them.)
+        head: takes factors of an input embedding that is the output head, too. (llama.cpp has one
+            tensor for both, and aborts on factors of it.)
     """
 
     name: str

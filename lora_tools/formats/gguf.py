@@ -110,25 +110,25 @@ def _names(base: BaseNames, path: Path) -> dict[str, str]:
 def read(path: Path, file: GgufFile, context: Context) -> Outline:
     """What the file holds, as PEFT would."""
     outline = Outline(path, file, "GGUF")
-    base = context.need_base(path, "GGUF has its own names and order of rows")
-    row = architecture(base, path, "GGUF")
+    base = context.base_for(outline, "GGUF has its own names and order of rows")
+    row = architecture(base, path, "GGUF") if base is not None else None
     arch = file.fields.get("general.architecture")
-    if arch != row.gguf:
+    if base is not None and row is not None and arch != row.gguf:
         raise outline.fail(f"made for a {arch} model, and {base.path} is {row.gguf}")
     alpha = file.fields.get("adapter.lora.alpha")
     if not isinstance(alpha, int | float):
         raise outline.fail("gives no adapter.lora.alpha")
-    modules = {name: module for module, name in _names(base, path).items()}
+    modules = {name: module for module, name in _names(base, path).items()} if base else {}
     for tensor, keys in group_parts(outline, _PARTS, _split).items():
-        if tensor not in modules:
+        if base is not None and tensor not in modules:
             raise outline.fail(f"{tensor} is no tensor of {base.path}; is this the right base?")
-        module = modules[tensor]
+        module = modules.get(tensor, tensor.removesuffix(".weight"))
         a, b = pair(outline, module, keys, *_PARTS)
         if tensor == _EMBEDDING:
             outline.add_lora(module, outline.transposed(a), outline.same(b), alpha, embedding=True)
             continue
         B = outline.same(b)
-        if is_rotated(row, module):
+        if base is not None and row is not None and is_rotated(row, module):
             B = outline.recipe(B, "interleaved_to_half", (heads(base.config, module),))
         outline.add_lora(module, outline.same(a), B, alpha)
     return outline

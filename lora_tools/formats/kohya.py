@@ -53,8 +53,10 @@ def knows(key: str) -> bool:
 
 
 def resolve_all(outline: Outline, names: Collection[str], context: Context) -> dict[str, str]:
-    """Every flattened name → the base's module."""
-    base = context.need_base(outline.path, "its names have underscores for dots")
+    """Every flattened name → the base's module, or itself where the file's own are wanted."""
+    base = context.base_for(outline, "its names have underscores for dots")
+    if base is None:
+        return {name: name for name in names}
     index = flattened(base)
     result = {}
     for name in names:
@@ -68,7 +70,7 @@ def resolve_all(outline: Outline, names: Collection[str], context: Context) -> d
 
 def read(path: Path, file: TensorFile, context: Context) -> Outline:
     """What the file holds, as PEFT would."""
-    outline = Outline(path, file, "sd-scripts (kohya)")
+    outline = Outline(path, file, "kohya (sd-scripts)")
     modules = group_parts(outline, LORA_PARTS, split)
     names = resolve_all(outline, modules, context)
     for flat, keys in modules.items():
@@ -105,7 +107,10 @@ def magnitude(outline: Outline, module: str, keys: Mapping[str, str]) -> str:
 
 
 def flat_name(module: str, prefix: str = "") -> str:
-    """``unet.a.b`` → ``lora_unet_a_b``; a module of no component takes ``prefix``."""
+    """``unet.a.b`` → ``lora_unet_a_b``; a module of no component takes ``prefix``. A name that was
+    never resolved stays."""
+    if "." not in module and module.startswith(tuple(COMPONENTS)):
+        return module
     head, _, rest = module.partition(".")
     known = {
         component: p for p, components in reversed(COMPONENTS.items()) for component in components

@@ -1,8 +1,10 @@
-"""LyCORIS (lycoris-lora 4.1): LoCon, LoHa and LoKr, read as the exact LoRA each of them is.
+"""LyCORIS (lycoris-lora 4.1): LoCon, LoHa, LoKr and whole differences (``full``), read as the exact
+LoRA each of them is.
 
 Names are kohya's, or begin with ``lycoris_``. A LoHa of rank r is a LoRA of rank r² at most, a LoKr
-one of the product of its two sides' ranks; ``linalg.recipes`` has the factors. The scaling is
-alpha / r with the r of the *file*; a LoKr of two whole sides has scaling 1 and ignores alpha.
+one of the product of its two sides' ranks, a whole difference one of the weight's smaller side;
+``linalg.recipes`` has the factors. The scaling is alpha / r with the r of the *file*; a LoKr of two
+whole sides and a whole difference have scaling 1 and ignore alpha.
 Files are written as LoCon.
 """
 
@@ -26,11 +28,11 @@ from lora_tools.formats.view import Context, Made, Outline, group_parts
 
 _HADA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 _KRON = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
-PARTS = (*LORA_PARTS, *_HADA, *_KRON)
+_FULL = ("diff", "diff_b")
+PARTS = (*LORA_PARTS, *_HADA, *_KRON, *_FULL)
 # What LyCORIS has besides, known by name and refused with a reason.
 _OTHER = {
-    "diff": "a whole difference (full), which is no low-rank update",
-    "diff_b": "a difference of a bias", "w_norm": "a whole norm", "b_norm": "a whole norm",
+    "w_norm": "a difference of a norm", "b_norm": "a difference of a norm's bias",
     "oft_blocks": "a rotation (OFT)", "oft_diag": "a rotation (OFT)",
     "on_input": "a scale of activations (IA³)", "a": "GLoRA", "glora": "GLoRA",
     "scalar": "a trained scalar; save it with lycoris' own state_dict, which folds it in",
@@ -52,12 +54,18 @@ def read(path: Path, file: TensorFile, context: Context) -> Outline:
             raise UnsupportedAdapter(f"{path}: {key}: holds {_OTHER[last]}, which is not read")
     modules = group_parts(outline, PARTS, split)
     names = resolve_all(outline, modules, context)
-    assert context.base is not None
     exact = []
     for flat, keys in modules.items():
         module = names[flat]
-        spec = context.base.weights[module].shape
-        if "hada_w1_a" in keys:
+        spec = context.base.weights[module].shape if context.base is not None else ()
+        if "diff_b" in keys and "diff" not in keys:
+            raise UnsupportedAdapter(
+                f"{path}: {keys['diff_b']}: holds a difference of a bias beside no whole "
+                "difference (diff), which is not read"
+            )
+        if "diff" in keys:
+            _add_full(outline, module, keys, spec)
+        elif "hada_w1_a" in keys:
             _add_loha(outline, module, keys, spec)
         elif "lokr_w1" in keys or "lokr_w1_a" in keys:
             _add_lokr(outline, module, keys, spec)
@@ -68,10 +76,31 @@ def read(path: Path, file: TensorFile, context: Context) -> Outline:
     if exact:
         ranks = f"{min(exact)} to {max(exact)}" if min(exact) < max(exact) else str(exact[0])
         outline.notes.append(
-            f"{len(exact)} modules are LoHa or LoKr, and are read as the exact LoRA that they are, "
-            f"of rank {ranks}; convert --rank or --energy makes it smaller"
+            f"{len(exact)} modules are LoHa, LoKr or whole differences, and are read as the exact "
+            f"LoRA that they are, of rank {ranks}; --rank or --energy makes it smaller"
         )
     return outline
+
+
+def _add_full(
+    outline: Outline, module: str, keys: Mapping[str, str], weight: tuple[int, ...]
+) -> None:
+    """A whole difference is a product with the identity, on its smaller side."""
+    diff = keys["diff"]
+    shape = outline.shape(diff)
+    if len(shape) < 2 or set(keys) - {*_FULL, "alpha"}:
+        raise UnsupportedAdapter(
+            f"{outline.path}: {diff}: holds a whole difference "
+            + ("of a vector" if len(shape) < 2 else f"beside {', '.join(sorted(keys))}")
+            + ", which is not read"
+        )
+    size = shape[0], math.prod(shape[1:])
+    _add_exact(
+        outline, module, {k: v for k, v in keys.items() if k != "alpha"}, weight or shape, size,
+        min(size), 0, lambda shape: outline.computed(shape, (diff,), "whole_left"),
+        lambda shape: outline.computed(shape, (diff,), "whole_right"),
+    )  # fmt: skip
+    outline.used |= set(keys.values())
 
 
 def _add_loha(
@@ -143,6 +172,7 @@ def _add_exact(
     """Exact factors (out, rank) and (rank, in·∏k) of a delta whose scaling is alpha / file_rank (1
     where that is 0)."""
     out, cols = size
+    weight = weight or (out, cols)  # where it is read as stored
     if (weight[0], math.prod(weight[1:])) != (out, cols):
         raise outline.fail(f"{module}: its delta is {out} x {cols}, and the base's weight is "
                            f"{list(weight)}")  # fmt: skip
@@ -152,7 +182,7 @@ def _add_exact(
         alpha, file_rank = float(rank), rank
     outline.add_lora(
         module, right((rank, *weight[1:])), left((out, rank, *[1] * len(kernel))), alpha,
-        magnitude=magnitude(outline, module, keys), of_rank=file_rank,
+        magnitude=magnitude(outline, module, keys), bias=keys.get("diff_b", ""), of_rank=file_rank,
     )  # fmt: skip
 
 

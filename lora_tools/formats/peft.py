@@ -123,10 +123,17 @@ class Adapter:
         whole: tensors saved whole (modules_to_save, biases, resized embeddings) → key.
         tokens: trained embedding rows by module name.
         multipliers: IA³'s vectors by module name; an adapter has these or low-rank updates.
+        form, format, stored, notes, blocks, unresolved: see ``view.Foreign``.
     """
+
+    form, format = "PEFT", "peft"
+    notes: tuple[str, ...] = ()
+    blocks: Mapping[str, tuple[bool, ...]] = {}
+    unresolved = ""
 
     def __init__(self, path: Path, file: TensorFile, config: dict[str, Any]) -> None:
         self.path, self.file, self.config = path, file, config
+        self.stored = getattr(self, "stored", file)
         refuse_unmergeable(path, config)
         self.use_rslora = bool(config.get("use_rslora"))
         self.use_dora = bool(config.get("use_dora"))
@@ -265,6 +272,11 @@ class Adapter:
             raise self._fail(
                 f"{module}: use_dora is {self.use_dora} in {CONFIG}, and the file "
                 f"{'has' if not self.use_dora else 'lacks'} its lora_magnitude_vector"
+            )
+        if self.use_dora and math.prod(self.shape(keys["lora_magnitude_vector"])) != B[0]:
+            raise self._fail(
+                f"{module}: {B[0]} magnitudes are wanted, one for each of {b}'s rows, and its "
+                f"lora_magnitude_vector is {list(self.shape(keys['lora_magnitude_vector']))}"
             )
         form = "embedding" if embedding else "matrix" if len(A) == 2 else "conv"
         name = f"{module}.{parameter}" if self._parameters(module) else module

@@ -61,19 +61,19 @@ def from_peft(module: str) -> str:
 def read(path: Path, file: TensorFile, context: Context) -> Outline:
     """What the file holds, as PEFT would."""
     outline = Outline(path, file, "torchtune")
-    base = context.need_base(path, "torchtune has its own names and order of rows")
-    row = architecture(base, path, "torchtune")
+    base = context.base_for(outline, "torchtune has its own names and order of rows")
+    row = architecture(base, path, "torchtune") if base is not None else None
     alphas = stored_alphas(outline)
     for theirs, keys in group_parts(outline, set(_PARTS.values()), split).items():
-        module = to_peft(theirs)
+        module = to_peft(theirs) if base is not None else theirs
         if not module:
             raise outline.fail(f"{theirs} is no module that torchtune adapts in such a model")
         a, b = pair(outline, module, keys, "A", "B")
         alpha = alphas.get(theirs)
         if alpha is None:
-            alpha = context.need_alpha(path, "torchtune")
+            alpha = context.need_alpha(outline)
         B, turned = outline.same(b), None
-        if is_rotated(row, module):
+        if base is not None and row is not None and is_rotated(row, module):
             turned = ("interleaved_to_half", (heads(base.config, module),))
             B = outline.recipe(B, *turned)
         outline.add_lora(

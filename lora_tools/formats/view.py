@@ -85,24 +85,39 @@ class Context:
         base: the model's names, where a base is at hand.
         alpha: lora_alpha, for formats that do not store it.
         enable_lora: which blocks of a loralib MergedLinear are adapted.
+        as_stored: without a base, keep the file's own names and order of rows instead of failing.
+        guess: take the rank for an alpha that is not said, and all blocks for enable_lora.
     """
 
     base: BaseNames | None = None
     alpha: float | None = None
     enable_lora: tuple[bool, ...] = ()
+    as_stored: bool = False
+    guess: bool = False
 
     def need_base(self, path: Path, why: str) -> BaseNames:
         """The base. Raises AdapterError where none is at hand."""
         if self.base is None:
             raise AdapterError(
-                f"{path}: {why}; give the base: loratools convert {path} -o OUT --to peft "
-                "--base CHECKPOINT"
+                f"{path}: {why}; give the model it was trained on with --base, or convert it with "
+                f"that first: loratools convert {path} -o OUT --to peft --base CHECKPOINT"
             )
         return self.base
 
-    def need_alpha(self, path: Path, form: str) -> float:
-        """lora_alpha. Raises AdapterError where the user has not given it."""
-        if self.alpha is None:
+    def base_for(self, outline: Outline, why: str) -> BaseNames | None:
+        """The base, or None where the file's own names are wanted. Raises AdapterError."""
+        if self.base is None and self.as_stored:
+            outline.unresolved = why
+            return None
+        return self.need_base(outline.path, why)
+
+    def need_alpha(self, outline: Outline) -> float | None:
+        """lora_alpha, or None for the rank. Raises AdapterError where it is wanted and unknown."""
+        path, form = outline.path, outline.form
+        if self.alpha is None and self.guess:
+            note = f"{form} does not keep lora_alpha in the file: the rank is taken for it"
+            outline.notes += [] if note in outline.notes else [note]
+        elif self.alpha is None:
             raise AdapterError(
                 f"{path}: {form} does not keep lora_alpha in the file; give the one it was trained "
                 f"with: loratools convert {path} -o OUT --to peft --alpha ALPHA"
@@ -146,7 +161,12 @@ class View:
 
 
 class Foreign(Adapter):
-    """An adapter that came in another format than PEFT's, with PEFT's face."""
+    """An adapter that came in another format than PEFT's, with PEFT's face.
+
+    Attributes:
+        form: the format's title; format: its name in ``FORMATS``.
+        stored: the file as it is. notes, blocks, unresolved: as in ``Outline``.
+    """
 
     def __init__(
         self, path: Path, outline: Outline, alphas: Mapping[str, float], compute: Compute
@@ -155,7 +175,8 @@ class Foreign(Adapter):
         self._numbers: dict[str, Mapping[str, Any]] = {
             "rank_pattern": outline.ranks, "alpha_pattern": alphas
         }  # fmt: skip
-        self.form = outline.form
+        self.form, self.stored = outline.form, outline.file
+        self.blocks, self.unresolved = outline.blocks, outline.unresolved
         self.notes = tuple(outline.notes)
         unused = set(file.specs) - outline.used
         if unused:
@@ -189,6 +210,8 @@ class Outline:
         self.used: set[str] = set()
         self.config: dict[str, Any] = {}
         self.notes: list[str] = []
+        self.blocks: dict[str, tuple[bool, ...]] = {}  # of loralib's MergedLinears
+        self.unresolved = ""  # why the names are the file's own, where they are
         self.dora = False
 
     def add_lora(

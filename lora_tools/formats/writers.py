@@ -27,6 +27,8 @@ class Factors:
         alpha: lora_alpha; scale: the scaling that follows from it.
         form, parameter, r: as in ``peft.LoraModule``; only PEFT knows other forms than "matrix",
             "embedding" and "conv".
+        blocks: of loralib's MergedLinear: which are enabled. spread: the rank of the PEFT factors
+            that loralib's were made of, where it is another (``linalg.loralib``).
     """
 
     module: str
@@ -39,6 +41,8 @@ class Factors:
     parameter: str = "weight"
     bias: torch.Tensor | None = None
     magnitude: torch.Tensor | None = None
+    blocks: tuple[bool, ...] = ()
+    spread: int = 0
 
 
 class Writer:

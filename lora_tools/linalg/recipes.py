@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from lora_tools.errors import MismatchError
+from lora_tools.linalg import loralib
 
 if TYPE_CHECKING:
     import torch
@@ -108,6 +109,18 @@ def _halves(whole: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (unit, whole) if rows <= cols else (whole, unit)
 
 
+def whole_left(tensors: Sequence[torch.Tensor], numbers: Sequence[int]) -> torch.Tensor:
+    """A weight's whole difference (out, in, *k) → (out, r) with r its smaller side."""
+    [whole] = _wide(tensors)
+    return _halves(whole.flatten(1))[0]
+
+
+def whole_right(tensors: Sequence[torch.Tensor], numbers: Sequence[int]) -> torch.Tensor:
+    """The other side of that → (r, in·∏k)."""
+    [whole] = _wide(tensors)
+    return _halves(whole.flatten(1))[1]
+
+
 def _kronecker_sides(
     tensors: Sequence[torch.Tensor], numbers: Sequence[int]
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
@@ -145,48 +158,14 @@ def kronecker_right(tensors: Sequence[torch.Tensor], numbers: Sequence[int]) -> 
     return torch.kron(one.contiguous(), two.contiguous())
 
 
-def block_rows(tensors: Sequence[torch.Tensor], numbers: Sequence[int]) -> torch.Tensor:
-    """loralib's MergedLinear: lora_B (n_on·m, r) → block-diagonal (n·m, n_on·r), zero rows for the
-    blocks that are off. ``numbers``: 1 or 0 for each block."""
-    import torch
-
-    B = tensors[0]
-    on = sum(numbers)
-    rows, r = B.shape[0] // on, B.shape[1]
-    result = torch.zeros(len(numbers) * rows, on * r, dtype=B.dtype)
-    placed = 0
-    for block, enabled in enumerate(numbers):
-        if enabled:
-            result[block * rows : (block + 1) * rows, placed * r : (placed + 1) * r] = B[
-                placed * rows : (placed + 1) * rows
-            ]
-            placed += 1
-    return result
-
-
-def kernel_left(tensors: Sequence[torch.Tensor], numbers: Sequence[int]) -> torch.Tensor:
-    """loralib's convolution: lora_B (out·n, q) → (out, n·q). ``numbers``: (n,).
-
-    B@A (out·n, in·k) has the elements of a weight (out, in, …, k) in order, n the product of the
-    kernel's other sizes, so that row o·n + j is the j-th of n runs of the o-th filter.
-    """
-    B = tensors[0]
-    return B.reshape(B.shape[0] // numbers[0], -1)
-
-
-def kernel_right(tensors: Sequence[torch.Tensor], numbers: Sequence[int]) -> torch.Tensor:
-    """lora_A (q, in·k) → block-diagonal (n·q, n·in·k), one block for each run."""
-    import torch
-
-    return torch.kron(torch.eye(numbers[0], dtype=tensors[0].dtype), tensors[0].contiguous())
-
-
 RECIPES: dict[str, Recipe] = {
     recipe.__name__: recipe
     for recipe in (
         same, transposed, half_to_interleaved, interleaved_to_half, tucker_down, hadamard_left,
         hadamard_right, hadamard_left_tucker, hadamard_right_tucker, kronecker_left,
-        kronecker_right, block_rows, kernel_left, kernel_right,
+        kronecker_right, whole_left, whole_right, loralib.block_rows, loralib.placed_rows,
+        loralib.first_rows,
+        loralib.kernel_left, loralib.kernel_right, loralib.gathered_left, loralib.gathered_right,
     )
 }  # fmt: skip
 

@@ -15,7 +15,7 @@ from lora_tools.formats.peft import LoraModule
 from lora_tools.linalg.layouts import Layout, of_form
 from lora_tools.linalg.ranks import RankRule
 from lora_tools.records import ModuleResult
-from lora_tools.verbs.convert import resized
+from lora_tools.verbs.convert_module import resized
 from lora_tools.verbs.weighted import Weighted
 
 if TYPE_CHECKING:

@@ -4,42 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_tools.adapters import open_adapter
-from lora_tools.errors import NonFiniteError, UnsupportedAdapter, UsageError
+from lora_tools.errors import UnsupportedAdapter, UsageError
 from lora_tools.formats.adapter_formats import FEATURES, Format, format_named
 from lora_tools.formats.base_names import base_names
-from lora_tools.formats.dtypes import parse_float_dtype, torch_dtype
+from lora_tools.formats.dtypes import parse_float_dtype
 from lora_tools.formats.output import check_destination, check_space, staged
 from lora_tools.formats.peft import Adapter, LoraModule
 from lora_tools.formats.view import BaseNames, parse_enable_lora
-from lora_tools.linalg.layouts import Layout, of_form
+from lora_tools.linalg.layouts import Merged
 from lora_tools.linalg.ranks import RankRule
 from lora_tools.records import Fate, Input, ModuleResult, ProgressCallback, Report
-from lora_tools.verbs.common import rank_rule, resized_totals, tool_version
+from lora_tools.verbs.common import layer_kinds, rank_rule, resized_totals, tool_version
+from lora_tools.verbs.convert_module import Options, convert_module, fold_of, writes_rslora
 from lora_tools.verbs.merge_plan import adapter_digest
 
 if TYPE_CHECKING:
-    import torch
-
-    from lora_tools.formats.writers import Factors
-    from lora_tools.linalg.factors import Resized
-
-
-@dataclasses.dataclass(frozen=True)
-class _Options:
-    to: Format
-    dropped: frozenset[str]
-    rule: RankRule | None
-    dtype: str | None
-    # Of formats with one alpha, and one rank: chosen before any factor is read.
-    alpha: float | None
-    pad_to: int | None
-    weight: float = 1.0  # that the effect is multiplied with
+    from lora_tools.linalg.layouts import Layout
 
 
 def convert(
@@ -52,6 +39,7 @@ def convert(
     drop: Sequence[str] = (),
     alpha: float | None = None,
     enable_lora: str | None = None,
+    layout: Sequence[str] = (),
     rank: int | None = None,
     energy: float | None = None,
     max_rank: int | None = None,
@@ -74,6 +62,7 @@ def convert(
         source: the format of ``adapter``; by default its content tells.
         drop: of ``FEATURES``, what is left out. Without DoRA's magnitudes the effect is another.
         alpha, enable_lora: what the file does not say (loralib, torchtune); ``"1,0,1"``.
+        layout: ``REGEX=merged:BLOCKS/101``: modules that loralib is to have as MergedLinear.
         rank, energy, max_rank: cut the rank, as in ``rescale``. LoHa and LoKr become the exact
             LoRA that they are, which may be of a high rank; this lowers it, with the error stated.
         dtype: of the factors; by default each keeps its own (of ONNX Runtime, float32).
@@ -92,12 +81,16 @@ def convert(
         raise UsageError(f"--alpha {alpha}: a number above 0 is needed")
     written = parse_float_dtype(dtype) if dtype else target.dtype or None
     blocks = parse_enable_lora(enable_lora)
+    kinds = layer_kinds(layout)
     names = base_names(base, allow_pickle) if base is not None else None
     given = open_adapter(adapter, allow_pickle, base=names, source_format=source, alpha=alpha,
                          enable_lora=blocks)  # fmt: skip
     given.need_lora("factors to convert")
     found = features(given, names)
+    if names is not None and names.tied:
+        _refuse_tied(given, target, drop, found, names)
     options = _choose(given, target, frozenset(drop), rule, written, found)
+    options = dataclasses.replace(options, blocks=_blocks(given, target, kinds))
     kept = _kept(given, options, found)
     report = Report(
         "convert", tool_version(), (Input("adapter", str(adapter)),), str(out), dry_run,
@@ -111,6 +104,30 @@ def convert(
         with staged(destination) as staging:
             report = _convert(report, given, kept, names, options, staging / "out", jobs, progress)
     return dataclasses.replace(report, seconds=time.perf_counter() - started)
+
+
+def write_as(
+    given: Adapter,
+    to: Format,
+    names: BaseNames | None,
+    out: Path,
+    blocks: Mapping[str, tuple[bool, ...]],
+    jobs: int | None,
+) -> tuple[str, ...]:
+    """Write an adapter in a format to a path that does not exist; what was done comes back.
+
+    Args:
+        blocks: of modules that are MergedLinears, in loralib.
+
+    Raises:
+        UnsupportedAdapter: the format cannot hold a part of it.
+    """
+    found = features(given, names)
+    options = _choose(given, to, frozenset(), None, None, found)
+    options = dataclasses.replace(options, blocks=blocks)
+    kept = _kept(given, options, found)
+    _write(given, kept, names, options, out, jobs, None)
+    return tuple(_notes(given, kept, options, found))
 
 
 _MODULES = ("embedding", "conv", "experts", "head")  # features that are modules of their own
@@ -134,6 +151,23 @@ def features(given: Adapter, names: BaseNames | None = None) -> dict[str, list[s
     return {feature: where for feature, where in found.items() if where}
 
 
+def _refuse_tied(
+    given: Adapter,
+    target: Format,
+    drop: Sequence[str],
+    found: Mapping[str, list[str]],
+    names: BaseNames,
+) -> None:
+    """Raises UnsupportedAdapter for an embedding's factors that the format's reader fails on."""
+    where = found.get("embedding", [])
+    if where and not target.tied_embedding and "embedding" not in drop:
+        raise UnsupportedAdapter(
+            f"{given.path}: {min(where)} is the output head of {names.path}, too: {target.library} "
+            "has one tensor for both and aborts on factors of it; --drop embedding leaves them "
+            "out, and merging the adapter into the base keeps them"
+        )
+
+
 def _choose(
     given: Adapter,
     target: Format,
@@ -141,7 +175,7 @@ def _choose(
     rule: RankRule | None,
     dtype: str | None,
     found: Mapping[str, list[str]],
-) -> _Options:
+) -> Options:
     """Check that the format holds the adapter; settle on its one alpha and rank, if it has one."""
     lacks = {f: where for f, where in found.items() if f not in target.keeps and f not in drop}
     if lacks:
@@ -159,7 +193,27 @@ def _choose(
         if target.one_rank:
             plain, pad_to = plain and len(ranks) == 1, top
         alpha = alphas.pop() if plain else float(top)
-    return _Options(target, drop, rule, dtype, alpha, pad_to)
+    return Options(target, drop, rule, dtype, alpha, pad_to, {})
+
+
+def _blocks(
+    given: Adapter, target: Format, kinds: Sequence[tuple[re.Pattern[str], Layout | None]]
+) -> dict[str, tuple[bool, ...]]:
+    """The modules that are to be MergedLinears, and their blocks. Raises UsageError."""
+    if kinds and not target.own_forms:
+        raise UsageError(f"--layout goes with --to loralib; {target.title} has plain factors only")
+    found: dict[str, tuple[bool, ...]] = dict(given.blocks)
+    for pattern, kind in kinds:
+        matching = [m for m in given.modules if pattern.search(m)]
+        if not isinstance(kind, Merged) or len(set(kind.sizes)) > 1:
+            raise UsageError(
+                "--layout: merged:BLOCKS, such as merged:3/101, is what loralib needs to be told; "
+                "its blocks are of one size"
+            )
+        if not matching:
+            raise UsageError(f"--layout {pattern.pattern!r}: is found in no module's name")
+        found |= dict.fromkeys(matching, kind.enabled)
+    return found
 
 
 def _ceiling(module: LoraModule, given: Adapter, rule: RankRule | None) -> int:
@@ -170,7 +224,7 @@ def _ceiling(module: LoraModule, given: Adapter, rule: RankRule | None) -> int:
 
 
 def _kept(
-    given: Adapter, options: _Options, where: Mapping[str, list[str]]
+    given: Adapter, options: Options, where: Mapping[str, list[str]]
 ) -> dict[str, LoraModule]:
     """The modules that are written."""
     gone = {m for f in _MODULES if f in options.dropped for m in where.get(f, ())}
@@ -180,7 +234,7 @@ def _kept(
     return kept
 
 
-def _fates(given: Adapter, kept: Mapping[str, LoraModule], options: _Options) -> tuple[Fate, ...]:
+def _fates(given: Adapter, kept: Mapping[str, LoraModule], options: Options) -> tuple[Fate, ...]:
     fates = []
     for name, module in given.modules.items():
         lost = [f for f, have in (("dora", module.magnitude), ("bias", module.bias))
@@ -198,15 +252,15 @@ def _fates(given: Adapter, kept: Mapping[str, LoraModule], options: _Options) ->
 def _notes(
     given: Adapter,
     kept: Mapping[str, LoraModule],
-    options: _Options,
+    options: Options,
     found: Mapping[str, list[str]],
 ) -> list[str]:
-    notes = list(getattr(given, "notes", ()))
+    notes = list(given.notes)
     lost = [f for f in found if f in options.dropped]
     if lost:
         what = " and ".join(FEATURES[f] for f in lost)
         notes.append(f"left out: {what}; the effect is not that of the adapter given")
-    folded = sum(_fold(m, m.r, given, options) != 1 for m in kept.values())
+    folded = sum(fold_of(m, m.r, given, options) != 1 for m in kept.values())
     if options.rule is None and folded:
         place = "no place for lora_alpha" if options.to.alpha == "folded" else "one alpha for all"
         notes.append(
@@ -218,47 +272,12 @@ def _notes(
     return notes
 
 
-def _alpha(module: LoraModule, r: int, given: Adapter, options: _Options) -> float:
-    """lora_alpha as the format will have it."""
-    if options.to.alpha == "folded":
-        return float(r)
-    if options.alpha is not None:
-        return options.alpha
-    if r != module.r:
-        return float(r)
-    if given.use_rslora and options.to.name != "peft":
-        from lora_tools.linalg.lora import scaling
-
-        return scaling(module.alpha, module.r, True) * r
-    return module.alpha
-
-
-def _fold(module: LoraModule, r: int, given: Adapter, options: _Options) -> float:
-    """What lora_B is multiplied by, its rank becoming ``r``."""
-    from lora_tools.linalg.lora import scaling
-
-    strength = options.weight * scaling(module.alpha, module.r, given.use_rslora)
-    return strength / _scale(module, r, given, options)
-
-
-def _scale(module: LoraModule, r: int, given: Adapter, options: _Options) -> float:
-    """The scaling that readers of the format will apply."""
-    from lora_tools.linalg.lora import scaling
-
-    rank = options.pad_to or r
-    return scaling(_alpha(module, r, given, options), rank, _writes_rslora(given, options))
-
-
-def _writes_rslora(given: Adapter, options: _Options) -> bool:
-    return given.use_rslora and options.to.name == "peft"
-
-
 def _convert(
     report: Report,
     given: Adapter,
     kept: Mapping[str, LoraModule],
     names: BaseNames | None,
-    options: _Options,
+    options: Options,
     out: Path,
     jobs: int | None,
     progress: ProgressCallback | None,
@@ -300,7 +319,7 @@ def _write(
     given: Adapter,
     kept: Mapping[str, LoraModule],
     names: BaseNames | None,
-    options: _Options,
+    options: Options,
     out: Path,
     jobs: int | None,
     progress: ProgressCallback | None,
@@ -314,7 +333,7 @@ def _write(
     try:
         for factors, result in engine.run(
             list(kept.values()),
-            lambda module: _module(module, given, options),
+            lambda module: convert_module(module, given, options),
             jobs=jobs,
             nbytes=lambda m: 16 * m.r * (math.prod(given.shape(m.A)[1:]) + given.shape(m.B)[0]),
             label=lambda module: module.module,
@@ -331,7 +350,7 @@ def _write(
     return results
 
 
-def _add_peft(writer: Any, given: Adapter, options: _Options) -> None:
+def _add_peft(writer: Any, given: Adapter, options: Options) -> None:
     """What PEFT alone has a place for."""
     for feature, keys in (
         ("saved", list(given.whole.values())),
@@ -343,80 +362,6 @@ def _add_peft(writer: Any, given: Adapter, options: _Options) -> None:
     none = {"dora": ("use_dora", False), "bias": ("lora_bias", False),
             "saved": ("modules_to_save", None),
             "tokens": ("trainable_token_indices", None)}  # fmt: skip
-    config = {**given.config, "use_rslora": _writes_rslora(given, options)}
+    config = {**given.config, "use_rslora": writes_rslora(given, options)}
     config |= dict(none[feature] for feature in none if feature in options.dropped)
     writer.config = config
-
-
-def _module(
-    module: LoraModule, given: Adapter, options: _Options
-) -> tuple[Factors, ModuleResult | None]:
-    """One module's factors as the format has them."""
-    from lora_tools.formats.writers import Factors
-    from lora_tools.linalg import factors as algebra
-    from lora_tools.linalg.lora import scaling
-
-    A, B = given.tensor(module.A), given.tensor(module.B)
-    bias = given.tensor(module.bias) if module.bias and "bias" not in options.dropped else None
-    magnitude = (
-        given.tensor(module.magnitude)
-        if module.magnitude and "dora" not in options.dropped
-        else None
-    )
-    written = torch_dtype(options.dtype) if options.dtype else None
-    result = None
-    if options.rule is not None:
-        strength = scaling(module.alpha, module.r, given.use_rslora)
-        layout = module_layout(module, A, B)
-        cut = algebra.cut_factors(
-            layout, layout.split(A, B), (tuple(A.shape), tuple(B.shape)), strength, options.rule,
-            written or B.dtype,
-        )  # fmt: skip
-        _check_finite(module, cut.lora_A, cut.lora_B)
-        A, B, rank = cut.lora_A, cut.lora_B, cut.r
-        fold = 1 / _scale(module, rank, given, options)
-        bias = None if bias is None else algebra.scaled(bias, strength * fold)
-        result = resized(module, layout, cut)
-    else:
-        rank, fold = module.r, _fold(module, module.r, given, options)
-        bias = None if bias is None else algebra.scaled(bias, fold)
-        if written is not None:
-            A, bias = A.to(written), None if bias is None else bias.to(written)
-            B = B.to(written) if fold == 1 else (B.double() * fold).to(written)
-            fold = 1.0
-    B = algebra.scaled(B, fold)
-    if options.pad_to is not None:
-        A, B = algebra.padded(A, B, options.pad_to)
-    _check_finite(module, A, B, *(x for x in (bias, magnitude) if x is not None))
-    alpha = _alpha(module, rank, given, options)
-    scale = scaling(alpha, options.pad_to or rank, _writes_rslora(given, options))
-    return Factors(
-        module.module, A, B, alpha, scale, options.pad_to or rank, form=module.form,
-        parameter=module.parameter, bias=bias, magnitude=magnitude,
-    ), result  # fmt: skip
-
-
-def module_layout(module: LoraModule, A: torch.Tensor, B: torch.Tensor) -> Layout:
-    """The kind of layer, as far as the factors tell it."""
-    layout = of_form(module.form, **module.parameters)[0]
-    return layout.of_factors(tuple(A.shape), tuple(B.shape))
-
-
-def resized(module: LoraModule, layout: Layout, new: Resized) -> ModuleResult:
-    """The figures of one module whose rank was chosen anew."""
-    lost = new.error / new.total if new.total else 0.0
-    experts = (module.experts,) if module.experts else ()
-    return ModuleResult(
-        module=module.name, layout=layout.name,
-        shape=(*experts, new.lora_B.shape[0], *new.lora_A.shape[1:]), rank=new.r,
-        relative_error=math.sqrt(max(lost, 0.0)), energy=1 - lost, gain_bound=0.0,
-        delta_norm=math.sqrt(new.total), relative_change=math.nan, method="resize",
-    )  # fmt: skip
-
-
-def _check_finite(module: LoraModule, *tensors: torch.Tensor) -> None:
-    if not all(x.isfinite().all() for x in tensors):
-        raise NonFiniteError(
-            f"{module.module}: the factors hold an inf or a NaN; were they so before? Otherwise "
-            "choose a wider --dtype"
-        )

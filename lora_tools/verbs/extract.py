@@ -248,7 +248,12 @@ def _add(outcome: Outcome, tuned: Checkpoint, options: Options, writer: PeftWrit
         writer.add_lora(
             pair.module, lora_A, lora_B, alpha, form=form, parameter=pair.parameter, r=outcome.r
         )
-        if pair.followed_by and options.consumer.head:
+        if pair.followed_by and not options.consumer.head:
+            raise options.consumer.refuse(
+                f"factors of an embedding that is the output head, too ({pair.name} changed)",
+                "leave it out with --embeddings skip, or extract for peft",
+            )
+        if pair.followed_by:
             # The same delta as a Linear's: the head's weight is stored as the embedding's is.
             writer.add_lora(pair.followed_by, lora_B.T.contiguous(), lora_A.T.contiguous(), alpha)
     elif outcome.action == "saved whole" and not options.consumer.saved:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_tools.adapters import open_adapter
+from lora_tools.adapters import is_adapter, open_adapter
 from lora_tools.errors import UsageError
 from lora_tools.formats import digest as hashing
 from lora_tools.formats import sidecar as sidecars
@@ -110,7 +111,7 @@ def _open(path: str | Path, allow_pickle: bool) -> _Thing:
         model = open_model(graphs)
         return _Thing("ONNX model", model.graphs, {"graphs": model.facts}, model.notes,
                       places=model.places)  # fmt: skip
-    if (given / CONFIG).is_file() or (given.is_file() and (given.parent / CONFIG).is_file()):
+    if (given.is_file() and (given.parent / CONFIG).is_file()) or is_adapter(given, allow_pickle):
         return _open_adapter(given, allow_pickle)
     if given.suffix == ".sidecar" and given.is_file():
         sidecar = sidecars.Sidecar(given)
@@ -125,7 +126,7 @@ def _open(path: str | Path, allow_pickle: bool) -> _Thing:
 
 
 def _open_adapter(path: Path, allow_pickle: bool) -> _Thing:
-    adapter = open_adapter(path, allow_pickle)
+    adapter = open_adapter(path, allow_pickle, as_stored=True, guess=True)
     modules = adapter.modules.values()
     parts = [
         name for name, there in (
@@ -135,13 +136,24 @@ def _open_adapter(path: Path, allow_pickle: bool) -> _Thing:
         ) if there
     ]  # fmt: skip
     facts = {
-        "format": getattr(adapter, "form", "PEFT"), "ranks": sorted({m.r for m in modules}),
+        "format": adapter.form, "ranks": sorted({m.r for m in modules}),
         "alphas": sorted({m.alpha for m in modules}), "modules": len(adapter.modules),
         "saved_whole": len(adapter.whole), "with": parts,
+        "targets": sorted({_layer(m.name) for m in modules}),
         "target_modules": adapter.config.get("target_modules"),
         "base_model_name_or_path": adapter.config.get("base_model_name_or_path"),
     }  # fmt: skip
-    return _Thing("adapter", (adapter.file,), facts, adapter=adapter)
+    notes = [*adapter.notes]
+    if adapter.unresolved:
+        notes.append(f"{adapter.unresolved}: modules are named as in the file")
+    return _Thing("adapter", (adapter.stored,), facts, tuple(notes), adapter)
+
+
+def _layer(module: str) -> str:
+    """What a module is called in each of a model's layers: what comes after their number, and with
+    underscores for dots, too."""
+    last = re.split(r"[._]\d+[._](?=\D)", module)[-1]
+    return last if "_" in module and "." not in module else module.rpartition(".")[2]
 
 
 def _open_weights(checkpoint: Checkpoint) -> _Thing:

@@ -10,15 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_tools.adapters import open_adapter
-from lora_tools.errors import NonFiniteError, UnsupportedAdapter, UsageError
+from lora_tools.errors import AdapterError, NonFiniteError, UnsupportedAdapter, UsageError
+from lora_tools.formats.adapter_formats import FORMATS, Format
+from lora_tools.formats.base_names import base_names
 from lora_tools.formats.consumers import Consumer
 from lora_tools.formats.dtypes import parse_float_dtype, torch_dtype
 from lora_tools.formats.output import check_destination, check_space, staged
 from lora_tools.formats.peft import Adapter, LoraModule
+from lora_tools.formats.view import BaseNames
 from lora_tools.linalg.layouts import of_form
 from lora_tools.linalg.ranks import RankRule
 from lora_tools.records import Fate, Input, ModuleResult, ProgressCallback, Report
 from lora_tools.verbs.common import command_of, consumer_named, rank_rule, tool_version
+from lora_tools.verbs.convert import write_as
 from lora_tools.verbs.merge_plan import adapter_digest
 
 if TYPE_CHECKING:
@@ -47,6 +51,7 @@ class _Scaled:
     r: int
     alpha: float
     bias: torch.Tensor | None
+    magnitude: torch.Tensor | None
     result: ModuleResult | None
 
 
@@ -70,6 +75,7 @@ def rescale(
     rslora: bool | None = None,
     dtype: str | None = None,
     consumer: str = "peft",
+    base: str | Path | None = None,
     jobs: int | None = None,
     allow_pickle: bool = False,
     force: bool = False,
@@ -89,6 +95,9 @@ def rescale(
         rslora: write use_rslora or not, the effect kept.
         dtype: of the factors; by default each keeps its own.
         consumer: write what peft, vllm or llama.cpp reads.
+        base: the model it was trained on, a checkpoint or a diffusers pipeline, for formats with
+            names of their own. What came in another format than PEFT's is written in it, but for a
+            ``consumer`` that reads PEFT's; LoHa, LoKr and whole differences as LoCon.
 
     Raises:
         UsageError: nothing to do, or options that contradict each other.
@@ -114,14 +123,20 @@ def rescale(
                          "choose one, --rslora, --dtype or --for")  # fmt: skip
     if effect == "change" and (alpha is None or rule is not None):
         raise UsageError("--effect change goes with --alpha, and not with --rank or --energy")
-    given = open_adapter(adapter, allow_pickle)
+    names = base_names(base, allow_pickle) if base is not None else None
+    given = open_adapter(adapter, allow_pickle, base=names, as_stored=names is None)
     given.need_lora("rank or alpha to change")
+    form = FORMATS[given.format if target.patterns else "peft"]
+    if given.unresolved and not form.keeps_names:
+        raise AdapterError(
+            f"{adapter}: {given.unresolved}; give the model it was trained on with --base"
+        )
     if given.use_dora and (scale is not None or effect == "change"):
         raise UnsupportedAdapter(
             f"{adapter}: a DoRA adapter cannot be scaled: its magnitudes fix the norm of each "
             "output; merge it with a weight instead (ADAPTER=0.5)"
         )
-    _refuse_unread(given, target)
+    _refuse_unread(given, target, names is not None and bool(names.tied))
     pad_to = None
     if not target.patterns:
         ranks = [_ceiling(m, given, rule) for m in given.modules.values()]
@@ -133,21 +148,41 @@ def rescale(
     )  # fmt: skip
     report = Report(
         "rescale", tool_version(), (Input("adapter", str(adapter)),), str(out), dry_run,
-        _fates(given, options), notes=tuple(_notes(given, options, scale)), command=command,
+        _fates(given, options), notes=tuple(_notes(given, options, scale, form)), command=command,
     )  # fmt: skip
     if not dry_run:
         destination = Path(out)
-        check_destination(destination, [given.path], force)
-        check_space(destination, 3 * given.nbytes)
+        inputs = [given.path, *([names.path] if names is not None else [])]
+        check_destination(destination, inputs, force)
+        check_space(destination, 6 * given.nbytes)
         with staged(destination) as staging:
-            report = _rescale(report, given, options, staging / "out", jobs, progress)
+            folder = staging / ("out" if form.name == "peft" else "peft")
+            report = _rescale(report, given, options, folder, jobs, progress)
+            if form.name != "peft":
+                report = _written_as(report, form, names, given, folder, staging / "out", jobs)
     return dataclasses.replace(report, seconds=time.perf_counter() - started)
+
+
+def _written_as(
+    report: Report,
+    form: Format,
+    names: BaseNames | None,
+    given: Adapter,
+    folder: Path,
+    out: Path,
+    jobs: int | None,
+) -> Report:
+    """The PEFT adapter in ``folder`` in the format that it came in."""
+    notes = write_as(open_adapter(folder), form, names, out, given.blocks, jobs)
+    files = list(out.iterdir()) if out.is_dir() else [out]
+    totals = {**report.totals, "bytes": sum(file.stat().st_size for file in files)}
+    return dataclasses.replace(report, totals=totals, notes=(*report.notes, *notes))
 
 
 def conform_in_place(folder: Path, consumer: Consumer) -> None:
     """Rewrite an adapter folder as the consumer reads it: one rank, alpha = r, scale in lora_B."""
     given = open_adapter(folder)
-    _refuse_unread(given, consumer)
+    _refuse_unread(given, consumer, False)
     pad_to = consumer.rank_for(max(m.r for m in given.modules.values()))
     options = _Options(1.0, None, True, None, False, None, consumer, pad_to)
     new = folder.with_name(folder.name + "-conformed")
@@ -157,7 +192,13 @@ def conform_in_place(folder: Path, consumer: Consumer) -> None:
     new.rename(folder)
 
 
-def _refuse_unread(given: Adapter, consumer: Consumer) -> None:
+def _refuse_unread(given: Adapter, consumer: Consumer, tied: bool) -> None:
+    tied = tied or bool(given.config.get("ensure_weight_tying"))
+    if tied and not consumer.head and any(m.form == "embedding" for m in given.modules.values()):
+        raise consumer.refuse(
+            "factors of an embedding that is the output head, too",
+            "merge the adapter into the base instead",
+        )
     if given.use_dora and not consumer.dora:
         raise consumer.refuse("DoRA", "merge the adapter into the base instead")
     if (given.whole or given.tokens) and not consumer.saved:
@@ -192,8 +233,11 @@ def _fates(given: Adapter, options: _Options) -> tuple[Fate, ...]:
     )  # fmt: skip
 
 
-def _notes(given: Adapter, options: _Options, scale: float | None) -> list[str]:
-    notes = []
+def _notes(given: Adapter, options: _Options, scale: float | None, form: Format) -> list[str]:
+    notes = list(given.notes)
+    if given.format != "peft":
+        notes.append(f"written in the format that it came in, {form.title}"
+                     if form.name == given.format else "written in PEFT's format")  # fmt: skip
     if scale is not None:
         notes.append(f"the effect is {scale:g} times what it was")
         if given.whole or given.tokens:
@@ -232,11 +276,10 @@ def _rescale(
             progress=progress,
         ):
             module = scaled.module
-            magnitude = given.tensor(module.magnitude) if module.magnitude else None
             writer.add_lora(
                 module.module, scaled.lora_A, scaled.lora_B, scaled.alpha,
                 form=module.form, parameter=module.parameter, r=scaled.r, bias=scaled.bias,
-                magnitude=magnitude,
+                magnitude=scaled.magnitude,
             )  # fmt: skip
             if scaled.result is not None:
                 results.append(scaled.result)
@@ -298,12 +341,13 @@ def _scale_module(module: LoraModule, given: Adapter, options: _Options) -> _Sca
     if options.dtype is not None:
         dtype = torch_dtype(options.dtype)
         A, B, bias = A.to(dtype), B.to(dtype), None if bias is None else bias.to(dtype)
-    if not all(x.isfinite().all() for x in (A, B, bias) if x is not None):
+    magnitude = given.tensor(module.magnitude) if module.magnitude else None
+    if not all(x.isfinite().all() for x in (A, B, bias, magnitude) if x is not None):
         raise NonFiniteError(
             f"{module.module}: the factors hold an inf or a NaN; were they so before? Otherwise "
             "choose a wider --dtype"
         )
-    return _Scaled(module, A, B, r, alpha, bias, result)
+    return _Scaled(module, A, B, r, alpha, bias, magnitude, result)
 
 
 def _times(tensor: Any, factor: float) -> Any:
