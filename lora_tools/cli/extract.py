@@ -78,6 +78,15 @@ _SVD = options.DECOMPOSITION
 @options.dtype_option("that of each base tensor, for its factors")
 @options.consumer_option
 @option(
+    "--names",
+    type=click.Choice(["loaded", "stored"]),
+    default="loaded",
+    show_default=True,
+    group=ADAPTER,
+    help="Of modules: loaded, those that the installed transformers gives them in memory, which "
+    "PEFT goes by; stored, those in BASE's files, as for vllm and llama.cpp always.",
+)
+@option(
     "--svd",
     type=click.Choice(["auto", "exact"]),
     default="auto",

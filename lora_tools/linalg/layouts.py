@@ -269,8 +269,9 @@ class Experts(Layout):
 
     def shapes(self, weight: Shape, r: int) -> tuple[Shape, Shape]:
         """lora_A (E · r, in), lora_B (out, r · E)."""
-        out, inside = weight[:0:-1] if self.transposed else weight[1:]
-        return (weight[0] * r, inside), (out, r * weight[0])
+        count, *sides = (1, *weight)[-3:]
+        out, inside = sides[::-1] if self.transposed else sides
+        return (count * r, inside), (out, r * count)
 
     def blocks(self, lora_A: torch.Tensor, lora_B: torch.Tensor, weight: Shape) -> list[Block]:
         """One for each expert."""

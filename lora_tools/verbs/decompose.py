@@ -148,9 +148,8 @@ def delta_of(pair: Pair, sides: Sides, at: Region) -> Delta:
             row = spec.nbytes // matrix[0]
             side.release(spec.name, (at.row + start) * row, (at.row + stop) * row)
 
-    cut = (slice(at.row, at.row + at.rows), slice(at.col, at.col + at.cols))
     ours_at, theirs_at = (
-        side.tensor(spec.name).reshape(matrix)[cut]
+        side.rows(spec.name, matrix, at.row, at.row + at.rows)[:, at.col : at.col + at.cols]
         for side, spec in ((base, ours), (tuned, theirs))
     )
     return Delta(theirs_at, ours_at, done)

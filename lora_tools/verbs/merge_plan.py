@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from lora_tools.formats.peft import Adapter, LoraModule, Multiplier, TokenRows
 from lora_tools.linalg.layouts import Block, Layout, clip, of_form
 from lora_tools.records import Fate, TensorSpec
 from lora_tools.verbs import ia3
+from lora_tools.verbs.other_names import by_own_names, replaced
 from lora_tools.verbs.weighted import Weighted
 
 if TYPE_CHECKING:
@@ -35,11 +36,16 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Outline:
-    """What a plan needs to know of a checkpoint."""
+    """What a plan needs to know of a checkpoint.
+
+    Attributes:
+        renamed: of a live model: names in files → its own.
+    """
 
     path: Path
     specs: Mapping[str, TensorSpec]
     config: Mapping[str, Any]
+    renamed: Callable[[Collection[str]], Mapping[str, str]] | None = None
 
     @property
     def ties_embeddings(self) -> bool:
@@ -54,8 +60,10 @@ class Part:
     source: LoraModule | TokenRows | Multiplier | str  # a str: the key of a tensor saved whole
     kind: str  # "lora", "dora", "bias", "saved", "rows", "ia3"
     layout: Layout | None = None
-    shape: tuple[int, ...] = ()  # of the weight that the factors are for
-    start: int = 0  # the first of its matrix's rows, where the tensor is a part of that weight
+    # Where the tensor is a part of what the adapter acts on, or has that as a part: its shape, and
+    # the tensor's first row among its rows (below 0: it begins so many rows further down).
+    shape: tuple[int, ...] = ()
+    start: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +130,8 @@ def plan_merge(
     notes: list[str] = []
     head, embedding = _tied_pair(base, adapters)
     for weighted in adapters:
-        wanted = _wanted(weighted, base.specs)
         known = list(base.specs) + ([head] if head else [])
+        wanted = by_own_names(_wanted(weighted, base.specs), base, known)
         mapping, sentence = align([name for name, _ in wanted], known)
         if sentence:
             notes.append(f"{weighted.path}: {sentence} to match the base")
@@ -199,7 +207,8 @@ def _tied_pair(base: Checkpoint | Outline, adapters: Sequence[Weighted]) -> tupl
     embedding = next((n for n in base.specs if is_input_embedding(n)), "")
     if not (head and embedding):
         return "", ""
-    asked = {t for w in adapters for t, _ in _wanted(w, base.specs) if is_output_head(t)}
+    heads = (t for w in adapters for t, _ in _wanted(w, base.specs) if is_output_head(t))
+    asked = {name for name in heads if name.endswith(".weight")}
     return (min(asked) if asked and head not in base.specs else head), embedding
 
 
@@ -277,6 +286,11 @@ def _refuse_unless_untiable(head: str, embedding: str) -> None:
 def _fit(part: Part, name: str, spec: TensorSpec, base: Checkpoint | Outline) -> Part:
     """Check shapes and choose the layout."""
     adapter = part.weighted.adapter
+    if part.shape and (part.kind not in ("lora", "saved") or len(spec.shape) > 2):
+        raise UnsupportedAdapter(
+            f"{part.weighted.path}: has {part.kind} for a tensor of {part.shape} that {base.path} "
+            f"stores in parts or in one with others ({name}); that is not merged"
+        )
     if isinstance(part.source, LoraModule) and part.kind != "bias":
         whole = dataclasses.replace(spec, shape=part.shape or spec.shape)
         layout = _layout(part.source, whole, base, adapter)
@@ -302,7 +316,9 @@ def _fit(part: Part, name: str, spec: TensorSpec, base: Checkpoint | Outline) ->
         # Other rows are another vocabulary, or other labels.
         resizable = len(spec.shape) == 2 or split_tensor(name)[1] == "bias"
         resized = resizable and part.kind == "saved" and shape[1:] == spec.shape[1:]
-        fits = shape == spec.shape or (resized and part.weighted.weight == 1)
+        fits = shape == (part.shape or spec.shape) or (
+            resized and part.weighted.weight == 1 and not part.shape
+        )
     if not fits:
         raise MismatchError(
             f"{name}: base is {spec.shape}, {part.weighted.path} brings {shape} ({part.kind})"
@@ -348,7 +364,7 @@ def _layout(
 def _shape_after(spec: TensorSpec, parts: Sequence[Part]) -> TensorSpec:
     """A tensor saved whole may bring another shape: a resized vocabulary."""
     for part in parts:
-        if part.kind == "saved":
+        if part.kind == "saved" and not part.shape:
             shape = part.weighted.adapter.shape(_key(part))
             return dataclasses.replace(spec, shape=shape)
     return spec
@@ -356,9 +372,9 @@ def _shape_after(spec: TensorSpec, parts: Sequence[Part]) -> TensorSpec:
 
 def _refuse_two_replacements(parts: dict[str, list[Part]]) -> None:
     for name, acting in parts.items():
-        saved = [p for p in acting if p.kind == "saved"]
+        saved = sorted({p.weighted.path for p in acting if p.kind == "saved"})
         if len(saved) > 1:
-            paths = " and ".join(p.weighted.path for p in saved)
+            paths = " and ".join(saved)
             raise AdapterError(f"{name}: {paths} each replace it whole; merge one of them only")
 
 
@@ -367,7 +383,7 @@ def build_effects(target: Target) -> list[Effect]:
     import torch
 
     from lora_tools.linalg.lora import scaling
-    from lora_tools.linalg.merge import Added, LowRank, Multiplied, Replaced, RowsReplaced, dense
+    from lora_tools.linalg.merge import Added, LowRank, Multiplied, RowsReplaced, dense
 
     effects: list[Effect] = []
     for part in target.parts:
@@ -379,8 +395,7 @@ def build_effects(target: Target) -> list[Effect]:
             factor = ia3.factor(adapter.tensor(source.key), source, part.layout, target.spec)
             effects.append(Multiplied(factor, weight))
         elif isinstance(source, str):
-            tensor = adapter.tensor(source)
-            effects.append(Replaced(tensor.reshape(target.matrix(tensor.shape)), weight))
+            effects.append(replaced(part, adapter.tensor(source), target))
         else:
             scale = scaling(source.alpha, source.r, adapter.use_rslora)
             if part.kind == "bias":

@@ -125,6 +125,7 @@ def make_plan(
     *,
     chosen: Callable[[str], bool],
     kinds: Sequence[tuple[re.Pattern[str], Layout | None]] = (),
+    layers: Mapping[str, Layout | None] | None = None,
     embeddings: Literal["lora", "save", "skip"],
     rest: Literal["save", "skip", "error"],
 ) -> Plan:
@@ -133,6 +134,7 @@ def make_plan(
     Args:
         kinds: layer kinds of modules in whose names a pattern is found, instead of what name and
             shape tell; None for no low-rank form. The last that is found counts.
+        layers: layer kinds of the base's tensors, where they are known.
 
     Raises:
         UsageError: a kind does not fit a weight that it is named for, or is for none.
@@ -168,8 +170,9 @@ def make_plan(
             settled.append(Fate(name, "only in base", "the adapter leaves it as it is"))
             continue
         shown = to_tuned.get(name, name) if own_names else name
-        kind = _kind(dataclasses.replace(spec, name=shown), base.config, kinds)
-        pair = _pair(shown, spec, theirs[name], kind, chosen, options)
+        spec = dataclasses.replace(spec, name=shown)
+        own = (layers or {}).get(name, _by_name(spec, base.config))
+        pair = _pair(shown, ours[name], theirs[name], _kind(spec, own, kinds), chosen, options)
         pairs.append(dataclasses.replace(pair, followed_by=followed.get(name, "")))
     _refuse_idle(kinds, pairs)
     pairs += [_one_sided(theirs[name], rest) for name in added]
@@ -214,17 +217,21 @@ def _tied(side: Checkpoint, specs: Mapping[str, TensorSpec]) -> tuple[str, str] 
     return (head, embedding) if head and embedding else None
 
 
+def _by_name(spec: TensorSpec, config: Mapping[str, Any]) -> Layout | None:
+    name = layout_name(spec, config)
+    return LAYOUTS[name] if name else None
+
+
 def _kind(
     spec: TensorSpec,
-    config: Mapping[str, Any],
+    own: Layout | None,
     kinds: Sequence[tuple[re.Pattern[str], Layout | None]],
 ) -> Layout | None:
-    """The layer kind of a weight: as the user says, or by name and shape."""
+    """The layer kind of a weight: as the user says, or its own."""
     module, parameter = split_tensor(spec.name)
     given = [kind for pattern, kind in kinds if pattern.search(module)]
     if not given or (parameter != "weight" and len(spec.shape) != 3):
-        name = layout_name(spec, config)
-        return LAYOUTS[name] if name else None
+        return own
     kind = given[-1]
     if kind is not None and not kind.suits(spec.shape):
         raise UsageError(
