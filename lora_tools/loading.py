@@ -66,11 +66,13 @@ class Loaded:
     Attributes:
         by: the library and its version.
         tensors: by name in memory.
+        tied: weights that are not stored → the one in memory that each is, too.
         other: stored tensors that are changed in ways that are not told here, or not loaded.
     """
 
     by: str
     tensors: Mapping[str, LoadedTensor]
+    tied: Mapping[str, str]
     other: tuple[str, ...]
 
 
@@ -85,7 +87,11 @@ def loaded(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> Loaded
     import transformers
 
     tensors, other = _convert(model, specs)
-    return Loaded(f"transformers {transformers.__version__}", tensors, other)
+    tied = {
+        name: source for name, source in model.all_tied_weights_keys.items()
+        if name.endswith(".weight") and name not in tensors and source in tensors
+    }  # fmt: skip
+    return Loaded(f"transformers {transformers.__version__}", tensors, tied, other)
 
 
 def renamed(model: Any, names: Iterable[str]) -> dict[str, str]:

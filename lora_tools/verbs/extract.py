@@ -18,6 +18,7 @@ from lora_tools.errors import (
 from lora_tools.formats.activations import Activations
 from lora_tools.formats.checkpoint import Checkpoint, open_checkpoint
 from lora_tools.formats.dtypes import parse_float_dtype
+from lora_tools.formats.names import EMBEDDING
 from lora_tools.formats.output import check_destination, check_space, staged
 from lora_tools.records import Fate, Input, ProgressCallback, Report
 from lora_tools.verbs.allot import Size
@@ -259,9 +260,11 @@ def _add(outcome: Outcome, tuned: Checkpoint, options: Options, writer: PeftWrit
         writer.add_lora(
             pair.module, lora_A, lora_B, alpha, form=form, parameter=pair.parameter, r=outcome.r
         )
-        if pair.followed_by and options.consumer.head:
-            # The same delta as a Linear's: the head's weight is stored as the embedding's is.
-            writer.add_lora(pair.followed_by, lora_B.T.contiguous(), lora_A.T.contiguous(), alpha)
+        for module in pair.followed_by if options.consumer.head else ():
+            if EMBEDDING.fullmatch(module.rpartition(".")[2]):
+                writer.add_lora(module, lora_A, lora_B, alpha, form="embedding")
+            else:  # The same delta as a Linear's: its weight is stored as the embedding's is.
+                writer.add_lora(module, lora_B.T.contiguous(), lora_A.T.contiguous(), alpha)
     elif outcome.action == "saved whole" and not options.consumer.saved:
         raise options.consumer.refuse(
             f"tensors saved whole ({pair.name} changed)",

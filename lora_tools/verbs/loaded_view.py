@@ -83,6 +83,12 @@ def layers_of(side: Checkpoint) -> dict[str, Layout | None]:
     return kinds
 
 
+def ties_of(side: Checkpoint) -> dict[str, str]:
+    """Weights that a view does not have, and those of it that are the same; none of a plain
+    checkpoint's, whose config tells."""
+    return dict(side.how.tied) if isinstance(side, LoadedView) else {}
+
+
 def named_by(side: Checkpoint) -> str:
     """What gave a view's tensors other names than the files have, or ""."""
     return side.how.by if isinstance(side, LoadedView) and side.others else ""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from lora_tools.formats.checkpoint import Checkpoint
     from lora_tools.linalg.merge import Replaced
-    from lora_tools.verbs.merge_plan import Outline, Part, Target
+    from lora_tools.verbs.parts import Outline, Part, Target
 
 
 def by_own_names(
@@ -47,6 +47,17 @@ def by_own_names(
             result.append((piece.stored, part))
             row += piece.rows
     return result
+
+
+def tied_to(base: Checkpoint | Outline, names: Collection[str]) -> dict[str, str]:
+    """Of names that the base lacks, those of weights that are stored once under another: that."""
+    if not names or getattr(base, "renamed", None) is not None:
+        return {}
+    how = loaded(base.config, base.specs)
+    if how is None:
+        return {}
+    tied, tensors = how.tied, how.tensors
+    return {name: tensors[tied[name]].pieces[0].stored for name in names if name in tied}
 
 
 def replaced(part: Part, saved: torch.Tensor, target: Target) -> Replaced:
