@@ -25,9 +25,16 @@ if TYPE_CHECKING:
 # Architectures that have the same names in files and in memory; for them transformers need not be
 # imported, which takes as long as the extraction of a small model.
 SAME_NAMES = (
-    "bert", "deberta-v2", "distilbert", "gemma", "gemma2", "gemma3_text", "gpt2", "llama",
-    "mistral", "opt", "phi", "phi3", "qwen2", "qwen3", "roberta", "smollm3", "xlm-roberta",
+    "bert", "distilbert", "gemma", "gemma2", "gemma3_text", "gpt2", "llama", "mistral", "phi",
+    "phi3", "qwen2", "qwen3", "roberta", "smollm3", "xlm-roberta",
 )  # fmt: skip
+# Layers whose weights, or settings, their model reads without calling them: PEFT's layers around
+# them would be passed by, or are no match for it.
+_READ = {
+    "deberta": re.compile(r"rel_embeddings$"),
+    "deberta-v2": re.compile(r"rel_embeddings$"),
+    "whisper": re.compile(r"encoder\.(conv[12]|embed_positions)$"),
+}
 # Names of old files that transformers changes whatever the architecture.
 _LEGACY = re.compile(r"LayerNorm\.(gamma|beta)|\.weight_[gv]$|language_model\.model\.")
 
@@ -48,8 +55,8 @@ class LoadedTensor:
     Attributes:
         spec: name and shape there; the dtype it is stored in.
         pieces: what it is made of, one above the other.
-        layer: "linear", "conv1d", "embedding" or "conv" where it is the weight of one, "" where it
-            is not the weight of a module, None where it is that of another module.
+        layer: "linear", "conv1d", "embedding" or "conv" where it is the weight of one that PEFT can
+            stand beside, "" where it is not the weight of a module, else None.
         groups: of a convolution.
     """
 
@@ -207,7 +214,12 @@ def _layer(model: Any, name: str) -> tuple[str | None, int]:
     module, _, parameter = name.rpartition(".")
     if parameter != "weight":
         return "", 1
-    layer = model.get_submodule(module)
+    layer, read = model.get_submodule(module), _READ.get(model.config.model_type)
+    if read is not None and read.search(module):
+        return None, 1
+    if isinstance(layer, nn.Embedding) and not hasattr(layer, "embed_scale"):
+        # PEFT looks rows up itself, whatever a subclass does (it knows of a scale).
+        return "embedding" if type(layer).forward is nn.Embedding.forward else None, 1
     for kind, form in ((nn.Linear, "linear"), (nn.Embedding, "embedding"), (Conv1D, "conv1d")):
         if isinstance(layer, kind):
             return form, 1
