@@ -65,7 +65,8 @@ _SVD = options.DECOMPOSITION
     group=TENSORS,
     help="Layer kind of modules in whose name REGEX is found, where name and shape do not tell: "
     "conv:GROUPS, merged:3 (factors for each block), merged:64,16,16/101 (by size, first and last "
-    "only), linear, conv1d, embedding, none (docs/extract.md); repeatable.",
+    "only), merged:3*12 (three in each of 12 heads), linear, conv1d, embedding, none "
+    "(docs/layers.md); repeatable.",
 )
 @option(
     "--alpha",
