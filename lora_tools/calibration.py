@@ -23,7 +23,7 @@ def check_library() -> None:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """What transformers prints is not ours to print."""
     from transformers.utils import logging
 
@@ -53,7 +53,7 @@ def sequences(folder: Path, text: str, length: int) -> torch.Tensor:
     from transformers import AutoTokenizer
 
     try:
-        with _quietly():
+        with quietly():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
     except Exception as error:  # transformers raises what it likes
@@ -115,7 +115,7 @@ def _load(folder: Path, allow_pickle: bool) -> Any:
     import transformers
 
     try:
-        with _quietly():
+        with quietly():
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
             [architecture, *_] = config.architectures or ["AutoModel"]
             kind = getattr(transformers, architecture)

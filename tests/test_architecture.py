@@ -26,11 +26,14 @@ BELOW = {
     "__init__": {"errors", "records", "verbs"},
     "__main__": {"cli"},
     "cli": {"verbs", "records", "errors", "click", "rich"},
-    "nn": {"adapters", "verbs", "formats", "linalg", "records", "errors", "torch"},
+    "nn": {
+        "adapters", "loading", "verbs", "formats", "linalg", "records", "errors", "torch",
+    },
     "verbs": {
         "adapters", "engine", "formats", "linalg", "onnx", "records", "errors", "torch", "xxhash",
-        "calibration", "plots",
+        "calibration", "loading", "plots",
     },
+    "loading": {"calibration", "records", "errors", "torch", "transformers"},
     "calibration": {"records", "errors", "torch", "transformers"},
     "plots": {"records", "errors", "matplotlib"},
     "onnx": {

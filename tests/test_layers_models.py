@@ -38,11 +38,11 @@ MOES: dict[str, tuple[Callable[[], Any], set[str]]] = {
         ),
         {"experts"},
     ),
-    "qwen3_moe": (  # stored one by one; PEFT fuses such adapters itself
+    "qwen3_moe": (  # stored one by one, fused in memory
         lambda: transformers.Qwen3MoeForCausalLM(
             transformers.Qwen3MoeConfig(**SMALL, moe_intermediate_size=24, num_experts=3)
         ),
-        {"linear"},
+        {"experts"},
     ),
 }  # fmt: skip
 

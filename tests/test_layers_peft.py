@@ -281,6 +281,68 @@ def test_planted_blocks_are_recovered(case: str, transposed: bool, tmp_path: Pat
     models.assert_same(found, wanted, 1e-6)
 
 
+HEADS: dict[str, tuple[Any, list[int], int, str]] = {
+    "gpt_neox": (
+        lambda: transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(
+            vocab_size=models.VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+            intermediate_size=48,
+        )),
+        [8, 8, 8], 4, "merged:3*4/101",
+    ),
+    "bloom": (
+        lambda: transformers.BloomForCausalLM(
+            transformers.BloomConfig(vocab_size=models.VOCAB, hidden_size=32, n_layer=1, n_head=4)
+        ),
+        [8, 8, 8], 4, "merged:3*4/101",
+    ),
+    "falcon": (  # two queries to a key and a value
+        lambda: transformers.FalconForCausalLM(transformers.FalconConfig(
+            vocab_size=models.VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+            num_kv_heads=2, new_decoder_architecture=True,
+        )),
+        [16, 8, 8], 2, "merged:16,8,8*2/101",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_planted_blocks_of_every_head_are_recovered(kind: str, tmp_path: Path) -> None:
+    """Query, key and value lie by heads; query and value get a change of rank 2 each."""
+    make, sizes, heads, layout = HEADS[kind]
+    torch.manual_seed(0)
+    model = make().eval()
+    models.perturb(model, 0.1, 0)
+    base = models.save(model, tmp_path / "base")
+    name = next(n for n, _ in model.named_parameters() if "query_key_value.weight" in n)
+    weight = model.get_parameter(name)
+    rows = torch.arange(weight.shape[0]).reshape(heads, sum(sizes))
+    own = [part.flatten() for part in rows.split(sizes, 1)]
+    planted = [0.05 * torch.randn(len(r), 2) @ torch.randn(2, 32) for r in own]
+    with torch.no_grad():
+        for i in (0, 2):
+            weight[own[i]] += planted[i]
+    tuned = models.save(model, tmp_path / "tuned")
+    report = lora_tools.extract(
+        base, tuned, tmp_path / "a", rank=2, layout=[f"query_key_value={layout}"]
+    )
+    (module,) = report.modules
+    assert (module.layout, module.rank) == ("merged", 4)
+    assert module.relative_error < 1e-5
+    factors = models.tensors(tmp_path / "a")
+    (B,) = (v.double() for k, v in factors.items() if "lora_B" in k)
+    (A,) = (v.double() for k, v in factors.items() if "lora_A" in k)
+    for i, part in ((0, slice(0, 2)), (2, slice(2, 4))):
+        torch.testing.assert_close(
+            B[own[i], part] @ A[part], planted[i].double(), atol=1e-6, rtol=1e-5
+        )
+        B[own[i], part] = 0
+    assert not B.any(), "a block's outputs are its own alone"
+    found = models.attach_strictly(models.load(base), tmp_path / "a")
+    torch.testing.assert_close(models.outputs(found), models.outputs(model), rtol=1e-4, atol=1e-4)
+    lora_tools.merge(base, [tmp_path / "a"], tmp_path / "m")
+    models.assert_same(models.tensors(tmp_path / "m"), models.tensors(tuned), 1e-6)
+
+
 def test_blocks_of_gpt2_load_in_peft(tmp_path: Path) -> None:
     base = models.save(models.make("gpt2"), tmp_path / "base")
     tuned = models.load(base)
@@ -314,7 +376,9 @@ def test_a_change_in_a_block_left_out_is_in_the_error(tmp_path: Path) -> None:
     [("qkv", "REGEX=KIND"), ("=linear", "REGEX=KIND"), ("(=linear", "regular expression"),
      ("qkv=circle", "no layer kind"), ("qkv=conv:0", "no layer kind"),
      ("qkv=merged:3/11", "no layer kind"), ("qkv=merged:3/000", "no layer kind"),
-     ("qkv=merged", "no layer kind"), ("qkv=linear:3", "no layer kind"),
+     ("qkv=merged", "no layer kind"), ("qkv=merged:3*0", "no layer kind"),
+     ("qkv=merged:3*", "no layer kind"), ("qkv=merged-conv1d:3*3", "no layer kind"),
+     ("qkv=merged:3*2", "which is not merged's"), ("qkv=linear:3", "no layer kind"),
      ("qkv=reshaped-conv", "no layer kind"), ("qkv=conv", "which is not conv's"),
      ("qkv=merged:4", "which is not merged's"), ("qkv=merged:3,7", "which is not merged's"),
      ("qkv=experts", "which is not experts's"), ("other=linear", "found in no module's name")],

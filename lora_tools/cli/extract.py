@@ -65,7 +65,8 @@ _SVD = options.DECOMPOSITION
     group=TENSORS,
     help="Layer kind of modules in whose name REGEX is found, where name and shape do not tell: "
     "conv:GROUPS, merged:3 (factors for each block), merged:64,16,16/101 (by size, first and last "
-    "only), linear, conv1d, embedding, none (docs/extract.md); repeatable.",
+    "only), merged:3*12 (three in each of 12 heads), linear, conv1d, embedding, none "
+    "(docs/layers.md); repeatable.",
 )
 @option(
     "--alpha",
@@ -77,6 +78,15 @@ _SVD = options.DECOMPOSITION
 @option("--rslora", is_flag=True, group=ADAPTER, help="Write use_rslora: scaling alpha/sqrt(r).")
 @options.dtype_option("that of each base tensor, for its factors")
 @options.consumer_option
+@option(
+    "--names",
+    type=click.Choice(["loaded", "stored"]),
+    default="loaded",
+    show_default=True,
+    group=ADAPTER,
+    help="Of modules: loaded, those that the installed transformers gives them in memory, which "
+    "PEFT goes by; stored, those in BASE's files, as for vllm and llama.cpp always.",
+)
 @option(
     "--svd",
     type=click.Choice(["auto", "exact"]),

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lora_tools.errors import CheckpointError, TensorNotFound, UnsafeInput
+from lora_tools.formats import digest as hashing
 from lora_tools.formats import hub
 from lora_tools.formats.safetensors_file import SafetensorsFile, strict_json
 from lora_tools.records import TensorSpec
@@ -109,6 +110,22 @@ class Checkpoint:
     def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
         """Give the pages of a tensor's bytes [start, stop) back to the system."""
         self._file(name).release(name, start, stop)
+
+    def rows(self, name: str, matrix: tuple[int, int], start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of the tensor seen as that matrix (rows, cols). Never write to it."""
+        return self.tensor(name).reshape(matrix)[start:stop]
+
+    def hash(self, name: str) -> str:
+        """Hash of the tensor's bytes."""
+        return hashing.tensor_hash(self.raw(name))
+
+    def digest(self, known: Mapping[str, str]) -> str:
+        """Content digest of all tensors; those whose hash is not ``known`` are read."""
+        hashes = dict(known)
+        for name in self.specs.keys() - known.keys():
+            hashes[name] = self.hash(name)
+            self.release(name)
+        return hashing.digest(self.specs.values(), hashes)
 
     def companions(self) -> tuple[list[Path], list[Path]]:
         """Files that travel with the weights, and weight-like files left behind; both relative.

@@ -17,6 +17,7 @@ class Consumer:
         ranks: the ranks it accepts, or empty for any.
         saved: reads tensors saved whole; bias: biases; dora: DoRA magnitudes.
         forms: the forms of factors it reads.
+        loads: goes by the names that transformers gives modules in memory, and not by the files'.
         head: takes factors of an input embedding that is the output head, too. (llama.cpp has one
             tensor for both, and aborts on factors of it.)
     """
@@ -28,6 +29,7 @@ class Consumer:
     bias: bool = False
     dora: bool = False
     forms: tuple[str, ...] = ("matrix", "embedding")
+    loads: bool = False
     head: bool = True
 
     def rank_for(self, rank: int) -> int:
@@ -54,6 +56,7 @@ CONSUMERS: dict[str, Consumer] = {
             saved=True,
             bias=True,
             dora=True,
+            loads=True,
             forms=("matrix", "embedding", "conv", "experts"),
         ),
         Consumer("vllm", ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512)),

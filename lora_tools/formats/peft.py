@@ -184,10 +184,11 @@ class Adapter:
             elif name.endswith(_TOKENS):
                 module = name.removesuffix(_TOKENS)
                 self.tokens[module] = TokenRows(module, key, self._token_indices(module))
-            elif ".lora_" in name or "." not in name or not _is_kept(self.file.specs[key]):
+            elif ".lora_" in name or "." not in key or not _is_kept(self.file.specs[key]):
                 raise self._fail(f"key {key!r} is none that PEFT's LoRA writes")
             else:
-                tensor = name.replace(".modules_to_save.", ".").replace(".base_layer.", ".")
+                tensor = name.replace(".modules_to_save.", ".")
+                tensor = re.sub(r"(\.base_layer)+\.", ".", tensor)
                 self.whole[tensor.replace(".default.", ".")] = key
         for nested, keys in sorted(parts.items()):
             module = nested.replace(".base_layer", "")

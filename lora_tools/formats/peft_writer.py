@@ -134,8 +134,12 @@ class PeftWriter:
 
     def _nest(self) -> None:
         """Name the factors of parameters as PEFT does: one wrapper around the other, the parameter
-        that the module holds first innermost."""
+        that the module holds first innermost, and within it what else of the module is saved."""
         for module, names in self._parameters.items():
+            for key in [spec.name for spec in self._spool.specs]:
+                holder, parameter = split_tensor(key)
+                if holder == PREFIX + module:
+                    self._spool.rename(key, f"{holder}{'.base_layer' * len(names)}.{parameter}")
             for depth, parameter in enumerate(reversed(as_held(names))):
                 for part in ("lora_A.weight", "lora_B.weight"):
                     self._spool.rename(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -12,49 +12,6 @@ from lora_tools.linalg.layout import Layout, Shape, pad_rank
 from lora_tools.linalg.lora import difference_energy, resize
 from lora_tools.linalg.ranks import RankRule
 from lora_tools.linalg.svd import top_directions
-
-
-@dataclasses.dataclass(frozen=True)
-class Cut:
-    """The best factors of a lower rank, as rounded.
-
-    Attributes:
-        total: ‖factor · left @ right‖²_F of what was given.
-        error: ‖· − new‖²_F of what came out, measured after rounding.
-    """
-
-    left: torch.Tensor
-    right: torch.Tensor
-    total: float
-    error: float
-
-    @property
-    def rank(self) -> int:
-        return self.right.shape[0]
-
-
-def cut(
-    left: torch.Tensor,
-    right: torch.Tensor,
-    factor: float,
-    rule: RankRule,
-    dtype: torch.dtype,
-) -> Cut:
-    """factor · left (m, r) @ right (r, n) with the rank that the rule chooses, in ``dtype``.
-
-    Exact: QR of both factors and an SVD of the small core, in float64 (``lora.resize``); the square
-    roots of the singular values go to both sides. ``total`` is not finite where a factor is not.
-    """
-    if not (left.isfinite().all() and right.isfinite().all()):
-        return Cut(left, right, math.nan, math.nan)
-    U, S, Vh = resize(left, right)
-    S = S * abs(factor)
-    r = top_directions(S, rule)
-    root = S[:r].sqrt()
-    new_right = (root[:, None] * Vh[:r]).to(dtype)
-    new_left = (U[:, :r] * root * math.copysign(1.0, factor)).to(dtype)
-    error = difference_energy((left, right, factor), (new_left, new_right, 1.0))
-    return Cut(new_left, new_right, float((S * S).sum()), error)
 
 
 def scaled(tensor: torch.Tensor, factor: float) -> torch.Tensor:
@@ -90,18 +47,33 @@ def cut_factors(
     factor: float,
     rule: RankRule,
     dtype: torch.dtype,
+    scaling: Callable[[int], float] = lambda r: 1.0,
 ) -> Resized:
-    """Every product of a layer (``layout.split``) cut, and joined again.
+    """Every product left (m, r) @ right (r, n) of a layer (``layout.split``), times ``factor``,
+    with the rank that the rule chooses, and joined again, in ``dtype``.
+
+    Exact: QR of both factors and an SVD of the small core, in float64 (``lora.resize``); the square
+    roots of the singular values go to both sides. ``total`` and ``error`` are those of all products
+    and measured after rounding; not finite where a factor is not.
 
     Args:
         shapes: of lora_A and lora_B at any rank.
-        factor: goes into the new factors, whose scaling is 1.
+        scaling: that of the new factors at their r; lora_B makes up for it.
     """
-    cuts = [cut(left, right, factor, rule, dtype) for left, right in products]
-    ranks = [c.rank for c in cuts]
-    parts = [pad_rank(c.left, c.right, max(ranks)) for c in cuts]
-    lora_A, lora_B = layout.join(parts, *shapes)
-    return Resized(
-        lora_A, lora_B, layout.r(ranks),
-        math.fsum(c.total for c in cuts), math.fsum(c.error for c in cuts),
-    )  # fmt: skip
+    if not all(each.isfinite().all() for product in products for each in product):
+        A, B = layout.join(products, *shapes)
+        return Resized(A, B, layout.r([A.shape[0] for _, A in products]), math.nan, math.nan)
+    exact = [resize(left, right) for left, right in products]
+    values = [S * abs(factor) for _, S, _ in exact]
+    ranks = [top_directions(S, rule) for S in values]
+    r = layout.r(ranks)
+    scale = scaling(r)
+    parts, error = [], 0.0
+    for before, (U, _, Vh), S, rank in zip(products, exact, values, ranks, strict=True):
+        root = S[:rank].sqrt()
+        right = (root[:, None] * Vh[:rank]).to(dtype)
+        left = (U[:, :rank] * root * (math.copysign(1.0, factor) / scale)).to(dtype)
+        error += difference_energy((*before, factor), (left, right, scale))
+        parts.append(pad_rank(left, right, max(ranks)))
+    total = math.fsum(float((S * S).sum()) for S in values)
+    return Resized(*layout.join(parts, *shapes), r, total, error)

@@ -24,12 +24,22 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Region:
-    """A rectangle of a stored weight's matrix."""
+    """A rectangle of a stored weight's matrix; or one in stripes: ``run`` rows at a time, each
+    ``every`` rows after the one before."""
 
     row: int
     col: int
     rows: int
     cols: int
+    run: int = 0
+    every: int = 0
+
+    @property
+    def stripes(self) -> list[tuple[int, int]]:
+        """First row, and the one after the last, of each of its stripes in the matrix."""
+        run = self.run or self.rows
+        starts = (self.row + i * self.every for i in range(self.rows // max(run, 1)))
+        return [(start, start + run) for start in starts]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,11 +126,15 @@ class Layout:
 
     def blocks(self, lora_A: torch.Tensor, lora_B: torch.Tensor, weight: Shape) -> list[Block]:
         """The stored delta of a weight of this shape, up to its scaling."""
-        parts = self.split(lora_A, lora_B)
-        return [
-            Block(at.row, at.col, *((A.T, B.T) if self.transposed else (B, A)))
-            for at, (B, A) in zip(self.regions(weight), parts, strict=True)
-        ]
+        blocks = []
+        for at, (B, A) in zip(self.regions(weight), self.split(lora_A, lora_B), strict=True):
+            left, right = (A.T, B.T) if self.transposed else (B, A)
+            size = left.shape[0] // len(at.stripes)
+            blocks += [
+                Block(row, at.col, left[i * size : (i + 1) * size], right)
+                for i, (row, _) in enumerate(at.stripes)
+            ]
+        return blocks
 
     def r(self, ranks: Sequence[int]) -> int:
         """What adapters divide lora_alpha by, for ``factors`` of products of these ranks."""

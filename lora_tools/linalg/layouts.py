@@ -144,10 +144,14 @@ class Merged(Layout):
     Attributes:
         enabled: which blocks are.
         sizes: outputs of each block, or () for equal ones. (loralib knows equal ones only.)
+        heads: how often the outputs hold all blocks one after the other; the sizes are then those
+            in one head. (GPT-NeoX and BLOOM: query, key and value of each head; Falcon's new
+            decoder: the queries that share a key and value, these.)
     """
 
     enabled: tuple[bool, ...] = ()
     sizes: Shape = ()
+    heads: int = 1
 
     @property
     def written(self) -> str:
@@ -155,22 +159,25 @@ class Merged(Layout):
         return "matrix"
 
     def _sizes(self, outputs: int) -> Shape:
-        return self.sizes or (outputs // len(self.enabled),) * len(self.enabled)
+        count = len(self.enabled)
+        return self.sizes or (outputs // (count * self.heads),) * count
 
     def suits(self, weight: Shape) -> bool:
         """The blocks must make up the outputs."""
         outputs = weight[-1] if self.transposed else weight[0]
-        return len(weight) == 2 and sum(self._sizes(outputs)) == outputs
+        return len(weight) == 2 and sum(self._sizes(outputs)) * self.heads == outputs
 
     def regions(self, weight: Shape) -> tuple[Region, ...]:
         """The enabled blocks: rows, or columns of a transposed weight."""
         rows, cols = self.matrix(weight)
         found, start = [], 0
         outputs = cols if self.transposed else rows
-        for on, size in zip(self.enabled, self._sizes(outputs), strict=True):
-            block = (0, start, rows, size) if self.transposed else (start, 0, size, cols)
-            if on:
-                found.append(Region(*block))
+        sizes = self._sizes(outputs)
+        for on, size in zip(self.enabled, sizes, strict=True):
+            if on and self.transposed:
+                found.append(Region(0, start, rows, size))
+            elif on:
+                found.append(Region(start, 0, size * self.heads, cols, size, sum(sizes)))
             start += size
         return tuple(found)
 
@@ -206,7 +213,10 @@ class Merged(Layout):
         rows, cols = self.matrix(weight)
         lefts, rights = [], []
         for at, (left, right) in zip(self.regions(weight), products, strict=True):
-            lefts.append(pad(left, (0, 0, at.row, rows - at.row - at.rows)))
+            placed = left.new_zeros(rows, left.shape[1])
+            for i, (start, stop) in enumerate(at.stripes):
+                placed[start:stop] = left[i * (stop - start) : (i + 1) * (stop - start)]
+            lefts.append(placed)
             rights.append(pad(right, (at.col, cols - at.col - at.cols)))
         left, right = torch.cat(lefts, 1), torch.cat(rights, 0)
         A, B = (left.T, right.T) if self.transposed else (right, left)
@@ -218,9 +228,8 @@ class Merged(Layout):
 
         n = sum(self.enabled)
         total = lora_B.shape[0]
-        sizes = [s for s, on in zip(self.sizes, self.enabled, strict=False) if on] or [
-            total // n
-        ] * n
+        sizes = [s * self.heads for s, on in zip(self.sizes, self.enabled, strict=False) if on]
+        sizes = sizes or [total // n] * n
         return list(zip(torch.split(lora_B, sizes), lora_A.chunk(n), strict=True))
 
     def join(self, parts: Sequence[Product], a: Shape, b: Shape) -> Product:
@@ -269,8 +278,9 @@ class Experts(Layout):
 
     def shapes(self, weight: Shape, r: int) -> tuple[Shape, Shape]:
         """lora_A (E · r, in), lora_B (out, r · E)."""
-        out, inside = weight[:0:-1] if self.transposed else weight[1:]
-        return (weight[0] * r, inside), (out, r * weight[0])
+        count, *sides = (1, *weight)[-3:]
+        out, inside = sides[::-1] if self.transposed else sides
+        return (count * r, inside), (out, r * count)
 
     def blocks(self, lora_A: torch.Tensor, lora_B: torch.Tensor, weight: Shape) -> list[Block]:
         """One for each expert."""
@@ -319,7 +329,8 @@ def of_form(form: str, **parameters: Any) -> list[Layout]:
 
 def named(text: str) -> Layout | None:
     """``linear``, ``conv:GROUPS``, ``merged:BLOCKS``, ``merged:SIZE,SIZE,…``, the last two with
-    ``/101`` for the blocks that take part; None for ``none``. Raises UsageError."""
+    ``*HEADS`` where each head has all blocks, and with ``/101`` for the blocks that take part; None
+    for ``none``. Raises UsageError."""
     name, _, given = text.partition(":")
     if text == "none":
         return None
@@ -329,21 +340,23 @@ def named(text: str) -> Layout | None:
             return dataclasses.replace(layout, groups=_positive(given))
         if isinstance(layout, Merged):
             sizes, _, mask = given.partition("/")
+            sizes, star, heads = sizes.partition("*")
             numbers = tuple(_positive(size) for size in sizes.split(","))
             count = numbers[0] if len(numbers) == 1 else len(numbers)
             enabled = tuple("01".index(digit) == 1 for digit in mask or "1" * count)
-            if len(enabled) != count or not any(enabled):
+            if len(enabled) != count or not any(enabled) or (star and layout.transposed):
                 raise ValueError
             return dataclasses.replace(
-                layout, enabled=enabled, sizes=numbers if len(numbers) > 1 else ()
-            )
+                layout, enabled=enabled, sizes=numbers if len(numbers) > 1 else (),
+                heads=_positive(heads) if star else 1,
+            )  # fmt: skip
     except ValueError:
         layout = None
     if layout is None or given:
         kinds = ", ".join(sorted({*LAYOUTS, "none"} - {"reshaped-conv"}))
         raise UsageError(
             f"{text!r} is no layer kind: one of {kinds} is needed, with conv:GROUPS, "
-            "merged:BLOCKS[/101] and merged:SIZE,SIZE[/10] for those with parts"
+            "merged:BLOCKS[*HEADS][/101] and merged:SIZE,SIZE[*HEADS][/10] for those with parts"
         )
     return layout
 

@@ -46,10 +46,13 @@ class Added:
 
 @dataclasses.dataclass(frozen=True)
 class Replaced:
-    """The tensor moves by ``weight`` of the way to ``values``: modules_to_save."""
+    """The tensor moves by ``weight`` of the way to ``values``, which lie at (row, col) of it and
+    most often are all of it: modules_to_save."""
 
     values: torch.Tensor
     weight: float
+    row: int = 0
+    col: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,8 +318,13 @@ def _move(
     rows: torch.Tensor, effect: Replaced | RowsReplaced, start: int, stop: int
 ) -> torch.Tensor:
     if isinstance(effect, Replaced):
-        target = effect.values[start:stop].to(rows.dtype)
-        return target.clone() if effect.weight == 1 else torch.lerp(rows, target, effect.weight)
+        first, last = max(start, effect.row), min(stop, effect.row + effect.values.shape[0])
+        if first < last:
+            target = effect.values[first - effect.row : last - effect.row].to(rows.dtype)
+            cols = slice(effect.col, effect.col + target.shape[1])
+            moved = rows[first - start : last - start, cols]
+            moved.copy_(target if effect.weight == 1 else torch.lerp(moved, target, effect.weight))
+        return rows
     here = (effect.indices >= start) & (effect.indices < stop)
     at = effect.indices[here] - start
     target = effect.values[here].to(rows.dtype)

@@ -7,6 +7,7 @@ one is kept, so that ``detach`` leaves the model as it was, bit for bit and obje
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from lora_tools.formats.base_names import names_of
 from lora_tools.formats.dtypes import dtype_name
 from lora_tools.linalg.layouts import Block
 from lora_tools.linalg.merge import Effect, LowRank, merged_whole
+from lora_tools.loading import renamed
 from lora_tools.records import TensorSpec
 from lora_tools.verbs.merge_plan import (
     MergePlan,
@@ -131,7 +133,8 @@ def _outline(model: nn.Module, state: Mapping[str, torch.Tensor]) -> Outline:
         if isinstance(tensor, torch.Tensor)
     }
     to_dict = getattr(getattr(model, "config", None), "to_dict", dict)
-    return Outline(Path(type(model).__name__), specs, to_dict())
+    own = functools.partial(renamed, model)
+    return Outline(Path(type(model).__name__), specs, to_dict(), own)
 
 
 def _act(

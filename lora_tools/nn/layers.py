@@ -141,7 +141,36 @@ def _fold_again(layer: nn.Module, _: Any) -> None:
         layer._folds_again = False
 
 
-class Linear(LoRALayer, nn.Linear):
+class _Dense(LoRALayer, nn.Linear):
+    """A Linear with a branch of one or more products beside it."""
+
+    def _init_dense(
+        self, layout: Layout, outputs: Sequence[int], fan_in_fan_out: bool, r: int,
+        lora_alpha: float, lora_dropout: float, merge_weights: bool,
+    ) -> None:  # fmt: skip
+        """``outputs``: of each block that has a product."""
+        self.fan_in_fan_out = fan_in_fan_out
+        shapes = ((r * len(outputs), self.in_features), (sum(outputs), r))
+        self._init_lora(
+            layout, shapes if r > 0 and outputs else (), r, lora_alpha, lora_dropout, merge_weights
+        )
+        if fan_in_fan_out:
+            self._turn()
+            self._turned = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (…, in) → (…, out). B · A is never formed."""
+        weight = self.weight.T if self.fan_in_fan_out else self.weight
+        result = functional.linear(x, weight, self.bias)
+        if self.has_branch and not self.merged:
+            result = result + self._branch(self.lora_dropout(x)) * self.scaling
+        return result
+
+    def _branch(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(functional.linear(x, self.lora_A), self.lora_B)
+
+
+class Linear(_Dense):
     """y = x Wᵀ + b + s · dropout(x) Aᵀ Bᵀ, W (out, in), A (r, in), B (out, r).
 
     Args:
@@ -164,25 +193,13 @@ class Linear(LoRALayer, nn.Linear):
         **kwargs: Any,
     ) -> None:
         nn.Linear.__init__(self, in_features, out_features, **kwargs)
-        self.fan_in_fan_out = fan_in_fan_out
-        shapes = ((r, in_features), (out_features, r)) if r > 0 else ()
         layout = LAYOUTS["conv1d" if fan_in_fan_out else "linear"]
-        self._init_lora(layout, shapes, r, lora_alpha, lora_dropout, merge_weights)
-        if fan_in_fan_out:
-            self._turn()
-            self._turned = True
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (…, in) → (…, out). B · A is never formed."""
-        weight = self.weight.T if self.fan_in_fan_out else self.weight
-        result = functional.linear(x, weight, self.bias)
-        if self.has_branch and not self.merged:
-            inner = functional.linear(self.lora_dropout(x), self.lora_A)
-            result = result + functional.linear(inner, self.lora_B) * self.scaling
-        return result
+        self._init_dense(
+            layout, [out_features], fan_in_fan_out, r, lora_alpha, lora_dropout, merge_weights
+        )
 
 
-class MergedLinear(LoRALayer, nn.Linear):
+class MergedLinear(_Dense):
     """One Linear for several outputs side by side, such as query, key and value, some of which have
     a branch of rank r each: A (n · r, in), B (their outputs, r) for the n that are enabled.
 
@@ -207,7 +224,7 @@ class MergedLinear(LoRALayer, nn.Linear):
         **kwargs: Any,
     ) -> None:
         nn.Linear.__init__(self, in_features, out_features, **kwargs)
-        self.fan_in_fan_out, self.enable_lora = fan_in_fan_out, list(enable_lora)
+        self.enable_lora = list(enable_lora)
         blocks = tuple(sizes) or (out_features // len(self.enable_lora),) * len(self.enable_lora)
         if len(blocks) != len(self.enable_lora) or sum(blocks) != out_features:
             raise UsageError(
@@ -215,32 +232,22 @@ class MergedLinear(LoRALayer, nn.Linear):
                 f"{out_features} outputs"
             )
         self.sizes = blocks
-        chosen = [size for size, on in zip(blocks, self.enable_lora, strict=True) if on]
-        shapes = ((r * len(chosen), in_features), (sum(chosen), r)) if r > 0 and chosen else ()
         layout = LAYOUTS["merged-conv1d" if fan_in_fan_out else "merged"].having(
             enabled=tuple(map(bool, self.enable_lora)), sizes=blocks
         )
-        self._init_lora(layout, shapes, r, lora_alpha, lora_dropout, merge_weights)
-        if fan_in_fan_out:
-            self._turn()
-            self._turned = True
+        chosen = [size for size, on in zip(blocks, self.enable_lora, strict=True) if on]
+        self._init_dense(layout, chosen, fan_in_fan_out, r, lora_alpha, lora_dropout, merge_weights)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (…, in) → (…, out). B · A is never formed."""
-        weight = self.weight.T if self.fan_in_fan_out else self.weight
-        result = functional.linear(x, weight, self.bias)
-        if not self.has_branch or self.merged:
-            return result
-        dropped = self.lora_dropout(x)
+    def _branch(self, x: torch.Tensor) -> torch.Tensor:
         parts = iter(self.layout.split(self.lora_A, self.lora_B))
         outputs = []
         for size, on in zip(self.sizes, self.enable_lora, strict=True):
             if on:
                 B, A = next(parts)
-                outputs.append(functional.linear(functional.linear(dropped, A), B) * self.scaling)
+                outputs.append(functional.linear(functional.linear(x, A), B))
             else:
-                outputs.append(result.new_zeros(*result.shape[:-1], size))
-        return result + torch.cat(outputs, -1)
+                outputs.append(x.new_zeros(*x.shape[:-1], size))
+        return torch.cat(outputs, -1)
 
 
 class Embedding(LoRALayer, nn.Embedding):

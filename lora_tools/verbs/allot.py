@@ -37,7 +37,7 @@ class Size:
             return self.most
         others = list(saved)
         names = [p.name for p in others]
-        names += [p.name for p in pairs for _ in range(4 if p.followed_by else 2)]
+        names += [p.name for p in pairs for _ in range(2 + 2 * len(p.followed_by))]
         left = self.most - sum(p.spec.nbytes for p in others)
         left -= sum(len(name) + _HEADER_ENTRY for name in names) + 1024
         if left <= 0:

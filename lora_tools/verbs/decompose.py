@@ -143,16 +143,24 @@ def delta_of(pair: Pair, sides: Sides, at: Region) -> Delta:
     (base, ours), (tuned, theirs) = (sides[0], pair.base), (sides[1], pair.tuned)
     matrix = pair.layout.matrix(pair.spec.shape)
 
+    stripes = at.stripes
+
     def done(start: int, stop: int) -> None:
+        first, last = at.row + start, at.row + stop
+        if len(stripes) > 1:  # copied already
+            first, last = (at.row, stripes[-1][1]) if stop == at.rows else (0, 0)
         for side, spec in ((base, ours), (tuned, theirs)):
             row = spec.nbytes // matrix[0]
-            side.release(spec.name, (at.row + start) * row, (at.row + stop) * row)
+            side.release(spec.name, first * row, last * row)
 
-    cut = (slice(at.row, at.row + at.rows), slice(at.col, at.col + at.cols))
-    ours_at, theirs_at = (
-        side.tensor(spec.name).reshape(matrix)[cut]
-        for side, spec in ((base, ours), (tuned, theirs))
-    )
+    def read(side: Checkpoint, name: str) -> torch.Tensor:
+        import torch
+
+        runs = [side.rows(name, matrix, start, stop) for start, stop in stripes]
+        rows = runs[0] if len(runs) == 1 else torch.cat(runs)
+        return rows[:, at.col : at.col + at.cols]
+
+    ours_at, theirs_at = read(base, ours.name), read(tuned, theirs.name)
     return Delta(theirs_at, ours_at, done)
 
 

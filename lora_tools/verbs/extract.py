@@ -18,6 +18,7 @@ from lora_tools.errors import (
 from lora_tools.formats.activations import Activations
 from lora_tools.formats.checkpoint import Checkpoint, open_checkpoint
 from lora_tools.formats.dtypes import parse_float_dtype
+from lora_tools.formats.names import EMBEDDING
 from lora_tools.formats.output import check_destination, check_space, staged
 from lora_tools.records import Fate, Input, ProgressCallback, Report
 from lora_tools.verbs.allot import Size
@@ -33,6 +34,7 @@ from lora_tools.verbs.common import (
 from lora_tools.verbs.decompose import Options, Sides
 from lora_tools.verbs.extract_output import complete_saved, totals
 from lora_tools.verbs.extract_pairs import Outcome, PairWork, digests_of
+from lora_tools.verbs.loaded_view import layers_of, loaded_view, named_by, notes_on_names
 from lora_tools.verbs.pairing import Plan, make_plan
 
 if TYPE_CHECKING:
@@ -69,6 +71,7 @@ def extract(
     embeddings: Literal["lora", "save", "skip"] = "lora",
     rest: Literal["save", "skip", "error"] = "save",
     consumer: str = "peft",
+    names: Literal["loaded", "stored"] = "loaded",
     svd: Literal["auto", "exact"] = "auto",
     tolerance: float = 1e-3,
     seed: int = 0,
@@ -102,6 +105,8 @@ def extract(
         rest: changed tensors without a low-rank form (norms, biases) are saved whole, left out, or
             an error.
         consumer: who will load the adapter: peft, vllm or llama.cpp.
+        names: of modules: "loaded" for those that the installed transformers gives them in memory,
+            which PEFT goes by; "stored" for those in BASE's files, as for other consumers always.
         svd: "exact" for the exact decomposition whatever the size.
         tolerance: the energy captured is within this share of the best possible at that rank.
         max_error: raise if a module's relative error, or the total's, exceeds this.
@@ -139,11 +144,17 @@ def extract(
     chosen, kinds = name_filter(include, exclude), layer_kinds(layout)
     destination = Path(out)
     sides = open_checkpoint(base, allow_pickle), open_checkpoint(tuned, allow_pickle)
+    if names == "loaded" and target.loads:
+        sides = loaded_view(sides[0]), loaded_view(sides[1])
     if not dry_run:
         check_destination(destination, [side.path for side in sides], force)
         if keep is not None:
             check_destination(keep, [side.path for side in sides], force=True)
-    plan = make_plan(*sides, chosen=chosen, kinds=kinds, embeddings=embeddings, rest=rest)
+    plan = make_plan(
+        *sides, chosen=chosen, kinds=kinds, layers=layers_of(sides[0]), embeddings=embeddings,
+        rest=rest,
+    )  # fmt: skip
+    plan = dataclasses.replace(plan, notes=(*notes_on_names(sides[0]), *plan.notes))
     fates = plan.fates(rule)
     expected = sum(fate.nbytes for fate in fates)
     if size is not None and size.in_bytes:
@@ -212,7 +223,8 @@ def _extract(
             )
         notes = [*plan.notes, *complete_saved(outcomes, plan, sides[1], writer)]
         digests = digests_of(outcomes, sides)
-        _finish(writer, plan, options, inputs[0].path, outcomes, digests, command)
+        _finish(writer, plan, options, inputs[0].path, outcomes, digests, command,
+                named_by(sides[0]))  # fmt: skip
     finally:
         writer.close()
     if not options.consumer.patterns:
@@ -253,9 +265,11 @@ def _add(outcome: Outcome, tuned: Checkpoint, options: Options, writer: PeftWrit
                 f"factors of an embedding that is the output head, too ({pair.name} changed)",
                 "leave it out with --embeddings skip, or extract for peft",
             )
-        if pair.followed_by:
-            # The same delta as a Linear's: the head's weight is stored as the embedding's is.
-            writer.add_lora(pair.followed_by, lora_B.T.contiguous(), lora_A.T.contiguous(), alpha)
+        for module in pair.followed_by:
+            if EMBEDDING.fullmatch(module.rpartition(".")[2]):
+                writer.add_lora(module, lora_A, lora_B, alpha, form="embedding")
+            else:  # The same delta as a Linear's: its weight is stored as the embedding's is.
+                writer.add_lora(module, lora_B.T.contiguous(), lora_A.T.contiguous(), alpha)
     elif outcome.action == "saved whole" and not options.consumer.saved:
         raise options.consumer.refuse(
             f"tensors saved whole ({pair.name} changed)",
@@ -272,6 +286,7 @@ def _finish(
     outcomes: Sequence[Outcome],
     digests: tuple[str, str],
     command: str,
+    names: str,
 ) -> None:
     transposed = any(
         o.pair.layout.transposed and o.pair.layout.written == "matrix"
@@ -289,6 +304,8 @@ def _finish(
         "loratools": tool_version(), "command": command, "base_digest": digests[0],
         "tuned_digest": digests[1],
     }  # fmt: skip
+    if names:
+        metadata["names"] = names
     if options.activations is not None:
         metadata["activations_digest"] = options.activations.digest
     writer.finish(config, plan.modules, metadata)

@@ -55,8 +55,8 @@ def complete_saved(
         if pair.module in modules | taken_in and pair.tuned is not None:
             tensor = tuned.tensor(pair.tuned.name)
             writer.add_saved(pair.name, tensor)
-            if pair.followed_by:
-                writer.add_saved(f"{pair.followed_by}.weight", tensor)
+            for follower in pair.followed_by:
+                writer.add_saved(f"{follower}.weight", tensor)
             if outcome.action == "unchanged":
                 outcome.action = "saved whole"
     if taken_in:

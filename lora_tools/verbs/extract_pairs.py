@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from lora_tools.errors import MismatchError
-from lora_tools.formats import digest as hashing
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.records import ModuleResult, ProgressCallback
 from lora_tools.verbs.allot import Size, allot, cached, first_depth, region_names
@@ -224,7 +223,7 @@ def _rank(found: Found, options: Options) -> int:
 
 
 def _hash(side: Checkpoint, name: str) -> str:
-    value = hashing.tensor_hash(side.raw(name))
+    value = side.hash(name)
     if side.specs[name].nbytes > _LARGE:
         side.release(name)  # it is read again, but must not stay beside its delta
     return value
@@ -238,10 +237,4 @@ def digests_of(outcomes: Sequence[Outcome], sides: Sides) -> tuple[str, str]:
             hashes[0][outcome.pair.base.name] = outcome.base_hash
         if outcome.pair.tuned is not None:
             hashes[1][outcome.pair.tuned.name] = outcome.tuned_hash
-    result = []
-    for side, known in zip(sides, hashes, strict=True):
-        for name in side.specs.keys() - known.keys():
-            known[name] = hashing.tensor_hash(side.raw(name))
-            side.release(name)
-        result.append(hashing.digest(side.specs.values(), known))
-    return result[0], result[1]
+    return sides[0].digest(hashes[0]), sides[1].digest(hashes[1])

@@ -6,73 +6,32 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_tools.errors import AdapterError, MismatchError, UnsupportedAdapter
 from lora_tools.formats import digest as hashing
-from lora_tools.formats.checkpoint import Checkpoint, ties_embeddings
+from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.names import (
     align,
-    is_input_embedding,
-    is_output_head,
     split_experts,
     split_tensor,
     stores_transposed,
-    tied_head,
 )
 from lora_tools.formats.peft import Adapter, LoraModule, Multiplier, TokenRows
-from lora_tools.linalg.layouts import Block, Layout, clip, of_form
+from lora_tools.linalg.layouts import Layout, clip, of_form
 from lora_tools.records import Fate, TensorSpec
 from lora_tools.verbs import ia3
+from lora_tools.verbs.other_names import by_own_names, replaced, tied_to
+from lora_tools.verbs.parts import Outline, Part, Target, blocks_of, key_of
+from lora_tools.verbs.tied import differ, refuse_unless_untiable, take_followers, tied_pair
 from lora_tools.verbs.weighted import Weighted
 
 if TYPE_CHECKING:
-    import torch
-
     from lora_tools.linalg.merge import Effect
 
-
-@dataclasses.dataclass(frozen=True)
-class Outline:
-    """What a plan needs to know of a checkpoint."""
-
-    path: Path
-    specs: Mapping[str, TensorSpec]
-    config: Mapping[str, Any]
-
-    @property
-    def ties_embeddings(self) -> bool:
-        return ties_embeddings(self.config)
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """One key, or one pair of factors, of one adapter acting on one tensor."""
-
-    weighted: Weighted
-    source: LoraModule | TokenRows | Multiplier | str  # a str: the key of a tensor saved whole
-    kind: str  # "lora", "dora", "bias", "saved", "rows", "ia3"
-    layout: Layout | None = None
-    shape: tuple[int, ...] = ()  # of the weight that the factors are for
-    start: int = 0  # the first of its matrix's rows, where the tensor is a part of that weight
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """One tensor of the output: the base's (or the one it is untied from) and what acts on it."""
-
-    spec: TensorSpec
-    base_name: str
-    parts: tuple[Part, ...]
-
-    def matrix(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """(rows, cols) that the tensor is worked on as: by its first dimension, a vector as one
-        row, or as the one layer kind that acts on it sees it."""
-        kinds = {part.layout.matrix(part.shape) for part in self.parts if part.layout}
-        if len(kinds) == 1 and all(part.layout and part.shape == shape for part in self.parts):
-            return kinds.pop()
-        return (1, math.prod(shape)) if len(shape) < 2 else (shape[0], math.prod(shape[1:]))
+__all__ = [
+    "MergePlan", "Outline", "Part", "Target", "adapter_digest", "build_effects", "plan_merge"
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,10 +79,14 @@ def plan_merge(
     parts: dict[str, list[Part]] = {}
     unmatched: list[Fate] = []
     notes: list[str] = []
-    head, embedding = _tied_pair(base, adapters)
+    asked = {name for w in adapters for name, _ in _wanted(w, base.specs)}
+    head, embedding = tied_pair(base, asked)
+    ties = {head: embedding} if head else {}
+    followers = tied_to(base, asked - ties.keys() - base.specs.keys())
+    ties = {**followers, **ties}
     for weighted in adapters:
-        wanted = _wanted(weighted, base.specs)
-        known = list(base.specs) + ([head] if head else [])
+        known = [*base.specs, *(name for name in ties if name not in base.specs)]
+        wanted = by_own_names(_wanted(weighted, base.specs), base, known)
         mapping, sentence = align([name for name, _ in wanted], known)
         if sentence:
             notes.append(f"{weighted.path}: {sentence} to match the base")
@@ -131,8 +94,8 @@ def plan_merge(
             target = mapping[name]
             if part.kind == "ia3" and target not in base.specs and target.endswith(".bias"):
                 continue  # IA³ multiplies a module's output; not every module adds a bias to it
-            if target in base.specs or target == head:
-                spec = base.specs.get(target) or base.specs[embedding]
+            if target in known:
+                spec = base.specs.get(target) or base.specs[ties[target]]
                 parts.setdefault(target, []).append(_fit(part, target, spec, base))
             elif allow_unmatched:
                 unmatched.append(Fate(name, "unmatched", f"{weighted.path}: no such tensor"))
@@ -143,11 +106,12 @@ def plan_merge(
                 )
     if adapters and not parts:
         raise AdapterError(f"no key of {', '.join(w.path for w in adapters)} matches {base.path}")
+    take_followers(parts, followers, notes)
     _refuse_two_replacements(parts)
-    unties = bool(head) and _differ(parts, head, embedding)
+    unties = bool(head) and differ(parts, head, embedding)
     untied: tuple[Target, ...] = ()
     if unties:
-        _refuse_unless_untiable(head, embedding)
+        refuse_unless_untiable(head, embedding)
         notes.append(
             f"{head} and {embedding} were one tensor and are two now, since the adapters do not "
             "act on both alike; tie_word_embeddings is set to false in config.json"
@@ -193,90 +157,14 @@ def _wanted(weighted: Weighted, base: Mapping[str, TensorSpec]) -> list[tuple[st
     return wanted
 
 
-def _tied_pair(base: Checkpoint | Outline, adapters: Sequence[Weighted]) -> tuple[str, str]:
-    """(output head, input embedding) where the base ties them; else two ""."""
-    head = tied_head(base.config, base.specs) if base.ties_embeddings else ""
-    embedding = next((n for n in base.specs if is_input_embedding(n)), "")
-    if not (head and embedding):
-        return "", ""
-    asked = {t for w in adapters for t, _ in _wanted(w, base.specs) if is_output_head(t)}
-    return (min(asked) if asked and head not in base.specs else head), embedding
-
-
-def _differ(parts: dict[str, list[Part]], head: str, embedding: str) -> bool:
-    """Whether the effects on the two sides of a tied pair differ.
-
-    What PEFT lets the head follow is put there first: trained rows always, the rest where the
-    adapter asks for it. (PEFT 0.21 writes the factors of both sides then, or both weights.)
-    """
-    mine, theirs = parts.get(embedding, []), parts.get(head, [])
-    for part in mine:
-        follows = part.kind == "rows" or part.weighted.adapter.config.get("ensure_weight_tying")
-        if follows and not any(p.weighted is part.weighted and p.kind == part.kind for p in theirs):
-            theirs = parts.setdefault(head, [])
-            theirs.append(part)
-    return len(mine) != len(theirs) or not all(any(_alike(p, q) for q in theirs) for p in mine)
-
-
-def _alike(one: Part, other: Part) -> bool:
-    """Whether two parts of one adapter do the same to two tensors that are equal, to rounding.
-
-    Reads them. Factors need not be the same numbers: a resize gives others with their product.
-    """
-    import torch
-
-    from lora_tools.linalg.lora import difference_energy
-
-    if one is other or one.weighted is not other.weighted or one.kind != other.kind:
-        return one is other
-    adapter = one.weighted.adapter
-    if isinstance(one.source, LoraModule) and isinstance(other.source, LoraModule):
-        if one.kind == "dora":  # a magnitude for each dimension, and one for each token
-            return False
-        mine, theirs = _scaled_factors(one), _scaled_factors(other)
-        unit = max(torch.finfo(factor.dtype).eps for factor in (*mine[:2], *theirs[:2]))
-        scale = difference_energy(mine, (mine[0], mine[1], 0.0))
-        return difference_energy(mine, theirs) <= (4 * unit) ** 2 * scale
-    if isinstance(one.source, TokenRows) and isinstance(other.source, TokenRows):
-        if one.source.indices != other.source.indices:
-            return False
-    elif not (isinstance(one.source, str) and isinstance(other.source, str)):
-        return False
-    return torch.equal(adapter.tensor(_key(one)), adapter.tensor(_key(other)))
-
-
-def _scaled_factors(part: Part) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Of a head or an embedding, which are one product."""
-    from lora_tools.linalg.lora import scaling
-
-    assert isinstance(part.source, LoraModule)
-    (block,) = _blocks(part)
-    scale = scaling(part.source.alpha, part.source.r, part.weighted.adapter.use_rslora)
-    return block.left, block.right, scale
-
-
-def _blocks(part: Part) -> list[Block]:
-    adapter, module = part.weighted.adapter, part.source
-    assert part.layout is not None
-    assert isinstance(module, LoraModule)
-    try:
-        return part.layout.blocks(adapter.tensor(module.A), adapter.tensor(module.B), part.shape)
-    except UnsupportedAdapter as error:
-        raise UnsupportedAdapter(f"{part.weighted.path}: {module.module}: {error}") from None
-
-
-def _refuse_unless_untiable(head: str, embedding: str) -> None:
-    if head.startswith(("cls.", "lm_head.decoder")):
-        raise UnsupportedAdapter(
-            f"{head} is tied to {embedding}, the adapter acts on one of them only, and this "
-            "architecture ties a bias with them, so that they cannot be parted. If the head is to "
-            "follow, set ensure_weight_tying to true in the adapter's adapter_config.json"
-        )
-
-
 def _fit(part: Part, name: str, spec: TensorSpec, base: Checkpoint | Outline) -> Part:
     """Check shapes and choose the layout."""
     adapter = part.weighted.adapter
+    if part.shape and (part.kind not in ("lora", "saved") or len(spec.shape) > 2):
+        raise UnsupportedAdapter(
+            f"{part.weighted.path}: has {part.kind} for a tensor of {part.shape} that {base.path} "
+            f"stores in parts or in one with others ({name}); that is not merged"
+        )
     if isinstance(part.source, LoraModule) and part.kind != "bias":
         whole = dataclasses.replace(spec, shape=part.shape or spec.shape)
         layout = _layout(part.source, whole, base, adapter)
@@ -293,7 +181,7 @@ def _fit(part: Part, name: str, spec: TensorSpec, base: Checkpoint | Outline) ->
     if isinstance(part.source, Multiplier):
         stored = ia3.multiplier_layout(adapter, part.source, spec, base.config)
         return dataclasses.replace(part, layout=stored, shape=spec.shape)
-    key = _key(part)
+    key = key_of(part)
     shape = adapter.shape(key)
     if isinstance(part.source, TokenRows):
         rows = part.source.indices
@@ -302,22 +190,14 @@ def _fit(part: Part, name: str, spec: TensorSpec, base: Checkpoint | Outline) ->
         # Other rows are another vocabulary, or other labels.
         resizable = len(spec.shape) == 2 or split_tensor(name)[1] == "bias"
         resized = resizable and part.kind == "saved" and shape[1:] == spec.shape[1:]
-        fits = shape == spec.shape or (resized and part.weighted.weight == 1)
+        fits = shape == (part.shape or spec.shape) or (
+            resized and part.weighted.weight == 1 and not part.shape
+        )
     if not fits:
         raise MismatchError(
             f"{name}: base is {spec.shape}, {part.weighted.path} brings {shape} ({part.kind})"
         )
     return part
-
-
-def _key(part: Part) -> str:
-    if isinstance(part.source, str):
-        return part.source
-    if isinstance(part.source, Multiplier):
-        return part.source.key
-    key = part.source.key if isinstance(part.source, TokenRows) else part.source.bias
-    assert key is not None
-    return key
 
 
 def _layout(
@@ -348,17 +228,17 @@ def _layout(
 def _shape_after(spec: TensorSpec, parts: Sequence[Part]) -> TensorSpec:
     """A tensor saved whole may bring another shape: a resized vocabulary."""
     for part in parts:
-        if part.kind == "saved":
-            shape = part.weighted.adapter.shape(_key(part))
+        if part.kind == "saved" and not part.shape:
+            shape = part.weighted.adapter.shape(key_of(part))
             return dataclasses.replace(spec, shape=shape)
     return spec
 
 
 def _refuse_two_replacements(parts: dict[str, list[Part]]) -> None:
     for name, acting in parts.items():
-        saved = [p for p in acting if p.kind == "saved"]
+        saved = sorted({p.weighted.path for p in acting if p.kind == "saved"})
         if len(saved) > 1:
-            paths = " and ".join(p.weighted.path for p in saved)
+            paths = " and ".join(saved)
             raise AdapterError(f"{name}: {paths} each replace it whole; merge one of them only")
 
 
@@ -367,7 +247,7 @@ def build_effects(target: Target) -> list[Effect]:
     import torch
 
     from lora_tools.linalg.lora import scaling
-    from lora_tools.linalg.merge import Added, LowRank, Multiplied, Replaced, RowsReplaced, dense
+    from lora_tools.linalg.merge import Added, LowRank, Multiplied, RowsReplaced, dense
 
     effects: list[Effect] = []
     for part in target.parts:
@@ -379,8 +259,7 @@ def build_effects(target: Target) -> list[Effect]:
             factor = ia3.factor(adapter.tensor(source.key), source, part.layout, target.spec)
             effects.append(Multiplied(factor, weight))
         elif isinstance(source, str):
-            tensor = adapter.tensor(source)
-            effects.append(Replaced(tensor.reshape(target.matrix(tensor.shape)), weight))
+            effects.append(replaced(part, adapter.tensor(source), target))
         else:
             scale = scaling(source.alpha, source.r, adapter.use_rslora)
             if part.kind == "bias":
@@ -389,7 +268,7 @@ def build_effects(target: Target) -> list[Effect]:
                 effects.append(Added(bias.reshape(1, -1), weight * scale))
                 continue
             assert part.layout is not None
-            blocks, shape = _blocks(part), target.matrix(target.spec.shape)
+            blocks, shape = blocks_of(part), target.matrix(target.spec.shape)
             magnitude = adapter.tensor(source.magnitude) if source.magnitude else None
             if part.shape != target.spec.shape:
                 blocks = clip(blocks, part.start, part.start + shape[0])

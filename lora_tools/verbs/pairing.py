@@ -22,6 +22,7 @@ from lora_tools.formats.names import (
 from lora_tools.linalg.layouts import LAYOUTS, Layout
 from lora_tools.linalg.ranks import RankRule
 from lora_tools.records import Fate, TensorSpec
+from lora_tools.verbs.loaded_view import LoadedView, ties_of
 
 # What is done with a pair if its two tensors turn out to differ.
 Action = Literal["decompose", "save", "bias", "skip", "refuse"]
@@ -44,8 +45,8 @@ class Pair:
         action: what to do if the two differ.
         layout: its layer kind, for "decompose".
         reason: why this action.
-        followed_by: the output head's module, where it is tied to this input embedding: what is
-            done to the one is done to the other.
+        followed_by: modules whose weight is tied to this one, such as the output head of an input
+            embedding: what is done to the one is done to the others.
     """
 
     name: str
@@ -54,7 +55,7 @@ class Pair:
     action: Action
     layout: Layout | None = None
     reason: str = ""
-    followed_by: str = ""
+    followed_by: tuple[str, ...] = ()
 
     @property
     def spec(self) -> TensorSpec:
@@ -97,7 +98,8 @@ class Plan:
 def upper_bound(pair: Pair, rule: RankRule) -> int:
     """The most bytes this pair can take in the adapter, at two-sided rank and the base's dtype."""
     if pair.followed_by:
-        return 2 * upper_bound(dataclasses.replace(pair, followed_by=""), rule)
+        alone = upper_bound(dataclasses.replace(pair, followed_by=()), rule)
+        return (1 + len(pair.followed_by)) * alone
     if pair.action in ("save", "bias"):
         return pair.spec.nbytes
     if pair.action != "decompose":
@@ -115,7 +117,7 @@ def one_direction(pair: Pair, dtype: str | None, in_bytes: bool = True) -> int:
     spec = dataclasses.replace(pair.base, dtype=dtype or pair.base.dtype)
     shapes = pair.layout.shapes(spec.shape, 1)
     numbers = sum(map(math.prod, shapes))
-    each = spec.nbytes // spec.numel * (2 if pair.followed_by else 1)
+    each = spec.nbytes // spec.numel * (1 + len(pair.followed_by))
     return numbers * each if in_bytes else numbers
 
 
@@ -125,6 +127,7 @@ def make_plan(
     *,
     chosen: Callable[[str], bool],
     kinds: Sequence[tuple[re.Pattern[str], Layout | None]] = (),
+    layers: Mapping[str, Layout | None] | None = None,
     embeddings: Literal["lora", "save", "skip"],
     rest: Literal["save", "skip", "error"],
 ) -> Plan:
@@ -133,6 +136,7 @@ def make_plan(
     Args:
         kinds: layer kinds of modules in whose names a pattern is found, instead of what name and
             shape tell; None for no low-rank form. The last that is found counts.
+        layers: layer kinds of the base's tensors, where they are known.
 
     Raises:
         UsageError: a kind does not fit a weight that it is named for, or is for none.
@@ -152,7 +156,7 @@ def make_plan(
     settled: list[Fate] = []
     # Both sides by the base's names; a spec keeps its own.
     ours, theirs = dict(base.specs), {to_base[name]: spec for name, spec in tuned.specs.items()}
-    followed = _settle_heads((base, ours), (tuned, theirs), settled, notes)
+    followed = _settle_ties((base, ours), (tuned, theirs), to_base, settled, notes)
     added = [name for name in theirs if name not in ours]
     # Tensors that only the tuned side has are saved under its own names: the model that can load
     # them is the tuned one. Otherwise the adapter goes on the base and takes the base's names.
@@ -168,63 +172,74 @@ def make_plan(
             settled.append(Fate(name, "only in base", "the adapter leaves it as it is"))
             continue
         shown = to_tuned.get(name, name) if own_names else name
-        kind = _kind(dataclasses.replace(spec, name=shown), base.config, kinds)
-        pair = _pair(shown, spec, theirs[name], kind, chosen, options)
-        pairs.append(dataclasses.replace(pair, followed_by=followed.get(name, "")))
+        spec = dataclasses.replace(spec, name=shown)
+        own = (layers or {}).get(name, _by_name(spec, base.config))
+        pair = _pair(shown, ours[name], theirs[name], _kind(spec, own, kinds), chosen, options)
+        pairs.append(dataclasses.replace(pair, followed_by=followed.get(name, ())))
     _refuse_idle(kinds, pairs)
     pairs += [_one_sided(theirs[name], rest) for name in added]
-    modules = {m for p in pairs for m in (p.module, p.followed_by) if m}
+    modules = {m for p in pairs for m in (p.module, *p.followed_by) if m}
     return Plan(tuple(pairs), tuple(settled), frozenset(modules), tuple(notes))
 
 
-def _settle_heads(
+def _settle_ties(
     ours: tuple[Checkpoint, dict[str, TensorSpec]],
     theirs: tuple[Checkpoint, dict[str, TensorSpec]],
+    to_base: Mapping[str, str],
     settled: list[Fate],
     notes: list[str],
-) -> dict[str, str]:
-    """Settle output heads that a config ties to the input embedding.
+) -> dict[str, tuple[str, ...]]:
+    """Settle weights that are one tensor, such as an output head and the input embedding.
 
     Where both sides tie them, the embedding speaks for the head, which follows it: returned is
-    {embedding: head's module}. Where one side does and the other has a head of its own, the
-    embedding is put in the head's place, so that the two make a pair like any other.
+    {embedding: modules of what follows}. Where one side does and the other has a head of its own,
+    the embedding is put in the head's place, so that the two make a pair like any other.
     """
-    tied = [_tied(side, specs) for side, specs in (ours, theirs)]
-    if tied[0] and tied[1]:
-        head, embedding = tied[0]
+    mine = _ties(*ours)
+    other = {to_base.get(name, name): source for name, source in _ties(*theirs).items()}
+    followed: dict[str, tuple[str, ...]] = {}
+    for name, source in mine.items():
+        if name not in other and (name in theirs[1] or source not in other.values()):
+            continue
         for _, specs in (ours, theirs):
-            if specs.pop(head, None):
-                settled.append(Fate(head, "tied", "the same tensor as the input embedding"))
-        if embedding in theirs[1]:
-            notes.append(f"{head} is tied to {embedding}, and so are their changes")
-            return {embedding: split_tensor(head)[0]}
-        return {}
-    for names, (_, specs), (_, others) in zip(tied, (ours, theirs), (theirs, ours), strict=True):
-        if names and names[0] in others:
-            head, embedding = names
-            specs[head] = specs[embedding]
-            notes.append(f"{head} is tied to {embedding} on one side only: they are parted")
-    return {}
+            if specs.pop(name, None):
+                settled.append(Fate(name, "tied", f"the same tensor as {source}"))
+        if source in theirs[1]:
+            notes.append(f"{name} is tied to {source}, and so are their changes")
+            followed[source] = (*followed.get(source, ()), split_tensor(name)[0])
+    for ties, (_, specs), (_, others) in ((mine, ours, theirs), (other, theirs, ours)):
+        for name, source in ties.items():
+            if split_tensor(name)[0] not in followed.get(source, ()) and name in others:
+                specs[name] = specs[source]
+                notes.append(f"{name} is tied to {source} on one side only: they are parted")
+    return followed
 
 
-def _tied(side: Checkpoint, specs: Mapping[str, TensorSpec]) -> tuple[str, str] | None:
-    """(output head, input embedding) where the checkpoint has both as one tensor."""
+def _ties(side: Checkpoint, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
+    """{weight: the one that it is}: as the model has them, and as the config says of a head."""
+    ties = ties_of(side)
     head = tied_head(side.config, side.specs) if side.ties_embeddings else ""
     embedding = next(filter(is_input_embedding, specs), "")
-    return (head, embedding) if head and embedding else None
+    if head and embedding and (head in side.specs or not isinstance(side, LoadedView)):
+        ties[head] = embedding
+    return ties
+
+
+def _by_name(spec: TensorSpec, config: Mapping[str, Any]) -> Layout | None:
+    name = layout_name(spec, config)
+    return LAYOUTS[name] if name else None
 
 
 def _kind(
     spec: TensorSpec,
-    config: Mapping[str, Any],
+    own: Layout | None,
     kinds: Sequence[tuple[re.Pattern[str], Layout | None]],
 ) -> Layout | None:
-    """The layer kind of a weight: as the user says, or by name and shape."""
+    """The layer kind of a weight: as the user says, or its own."""
     module, parameter = split_tensor(spec.name)
     given = [kind for pattern, kind in kinds if pattern.search(module)]
     if not given or (parameter != "weight" and len(spec.shape) != 3):
-        name = layout_name(spec, config)
-        return LAYOUTS[name] if name else None
+        return own
     kind = given[-1]
     if kind is not None and not kind.suits(spec.shape):
         raise UsageError(

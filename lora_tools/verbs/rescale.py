@@ -18,11 +18,11 @@ from lora_tools.formats.dtypes import parse_float_dtype, torch_dtype
 from lora_tools.formats.output import check_destination, check_space, staged
 from lora_tools.formats.peft import Adapter, LoraModule
 from lora_tools.formats.view import BaseNames
-from lora_tools.linalg.layouts import of_form
 from lora_tools.linalg.ranks import RankRule
 from lora_tools.records import Fate, Input, ModuleResult, ProgressCallback, Report
 from lora_tools.verbs.common import command_of, consumer_named, rank_rule, tool_version
 from lora_tools.verbs.convert import write_as
+from lora_tools.verbs.convert_module import module_layout, resized
 from lora_tools.verbs.merge_plan import adapter_digest
 
 if TYPE_CHECKING:
@@ -373,38 +373,22 @@ def _resize(
     options: _Options,
 ) -> tuple[torch.Tensor, torch.Tensor, float, ModuleResult]:
     """The best factors of the rank the rule chooses, with the strength folded in."""
+    import torch
+
     from lora_tools.linalg import lora
-    from lora_tools.linalg.layout import pad_rank
-    from lora_tools.linalg.svd import top_directions
+    from lora_tools.linalg.factors import cut_factors
 
     assert options.rule is not None
-    if not (A.isfinite().all() and B.isfinite().all()):
-        raise NonFiniteError(f"{module.module}: its factors hold an inf or a NaN")
-    layout = of_form(module.form, **module.parameters)[0].of_factors(tuple(A.shape), tuple(B.shape))
-    products = layout.split(A, B)
-    exact = [lora.resize(left, right) for left, right in products]
-    total = math.fsum(float((S * S).sum()) for _, S, _ in exact)
-    if not math.isfinite(total):
-        raise NonFiniteError(f"{module.module}: its factors hold an inf or a NaN")
-    ranks = [top_directions(S * strength, options.rule) for _, S, _ in exact]
-    r = layout.r(ranks)
-    alpha = options.alpha if options.alpha is not None else float(r)
-    scale = lora.scaling(alpha, r, options.rslora)
-    parts, error = [], 0.0
-    for before, (U, S, Vh), rank in zip(products, exact, ranks, strict=True):
-        root = S[:rank].sqrt()
-        new_A = (root[:, None] * Vh[:rank]).to(A.dtype)
-        new_B = (U[:, :rank] * root * (strength / scale)).to(B.dtype)
-        error += lora.difference_energy((*before, strength), (new_B, new_A, scale))
-        parts.append(pad_rank(new_B, new_A, max(ranks)))
-    new_A, new_B = layout.join(parts, tuple(A.shape), tuple(B.shape))
-    full = total * strength**2
-    experts = (module.experts,) if module.experts else ()
-    result = ModuleResult(
-        module=module.name, layout=layout.name, shape=(*experts, B.shape[0], *A.shape[1:]),
-        rank=r,
-        relative_error=math.sqrt(error / full) if full else 0.0,
-        energy=1 - error / full if full else 1.0, gain_bound=0.0, delta_norm=math.sqrt(full),
-        relative_change=math.nan, method="resize",
+    layout = module_layout(module, A, B)
+
+    def alpha(r: int) -> float:
+        return options.alpha if options.alpha is not None else float(r)
+
+    cut = cut_factors(
+        layout, layout.split(A, B), (tuple(A.shape), tuple(B.shape)), strength, options.rule,
+        torch.promote_types(A.dtype, B.dtype),
+        lambda r: lora.scaling(alpha(r), r, options.rslora),
     )  # fmt: skip
-    return new_A, new_B, alpha, result
+    if not math.isfinite(cut.total):
+        raise NonFiniteError(f"{module.module}: its factors hold an inf or a NaN")
+    return cut.lora_A, cut.lora_B, alpha(cut.r), resized(module, layout, cut)

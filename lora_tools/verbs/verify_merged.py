@@ -135,7 +135,7 @@ def check_tensor(target: Target, merged: Checkpoint, base: Checkpoint) -> Checke
             why += f" in {match.outside:,} of its {match.numel:,} numbers"
         return Checked(target, Fate(name, "changed", why), hashes, match)
     if not (stored.is_float and target.spec.is_float):
-        return Checked(target, Fate(name, "different", f"is stored as {stored.dtype}"), hashes)
+        return Checked(target, _count(target, merged, base), hashes)
     match = _match(target, merged, base)
     merged.release(name)
     base.release(target.base_name)
@@ -166,6 +166,20 @@ def _match(target: Target, merged: Checkpoint, base: Checkpoint) -> Match:
         exact = work.forward(read(start, stop), start, stop)
         match.add(S[start:stop], read(start, stop), exact, work.slack(exact, start, stop))
     return match
+
+
+def _count(target: Target, merged: Checkpoint, base: Checkpoint) -> Fate:
+    """Of a tensor of integers, such as a BatchNorm's counter."""
+    from lora_tools.linalg.merge import merged_whole
+
+    name = target.spec.name
+    before, found = base.tensor(target.base_name), merged.tensor(name)
+    if found.dtype != before.dtype:
+        return Fate(name, "different", f"is stored as {merged.specs[name].dtype}")
+    matrix = target.matrix(target.spec.shape)
+    if merged_whole(before, build_effects(target), matrix).equal(found):
+        return Fate(name, "same", "the adapter's")
+    return Fate(name, "different", "is not the adapter's")
 
 
 def _judge(name: str, match: Match) -> Fate:

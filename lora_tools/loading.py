@@ -1,0 +1,271 @@
+"""What transformers makes of a checkpoint's tensors as it loads them: their names in memory, which
+of them it joins or cuts, and what layers hold them. No weight is read.
+
+transformers 5 loads many architectures under other names than their files have (ViT's, LLaVA's),
+and fuses experts that are stored one by one; PEFT goes by what is in memory. The model is built on
+the meta device, and transformers' own conversions are run on the numbers of the rows, so that what
+is said here is what it does. Written against transformers 5.23; PEFT uses the same functions of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from lora_tools.calibration import quietly
+from lora_tools.records import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+# Architectures that have the same names in files and in memory; for them transformers need not be
+# imported, which takes as long as the extraction of a small model.
+SAME_NAMES = (
+    "bert", "distilbert", "gemma", "gemma2", "gemma3_text", "gpt2", "llama", "mistral", "phi",
+    "phi3", "qwen2", "qwen3", "roberta", "smollm3", "xlm-roberta",
+)  # fmt: skip
+# Layers whose weights, or settings, their model reads without calling them: PEFT's layers around
+# them would be passed by, or are no match for it.
+_READ = {
+    "deberta": re.compile(r"rel_embeddings$"),
+    "deberta-v2": re.compile(r"rel_embeddings$"),
+    "whisper": re.compile(r"encoder\.(conv[12]|embed_positions)$"),
+}
+# Names of old files that transformers changes whatever the architecture.
+_LEGACY = re.compile(r"LayerNorm\.(gamma|beta)|\.weight_[gv]$|language_model\.model\.")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows [first, first + rows) of a stored tensor; a vector's rows are its elements."""
+
+    stored: str
+    first: int
+    rows: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LoadedTensor:
+    """A tensor in memory.
+
+    Attributes:
+        spec: name and shape there; the dtype it is stored in.
+        pieces: what it is made of, one above the other.
+        layer: "linear", "conv1d", "embedding" or "conv" where it is the weight of one that PEFT can
+            stand beside, "" where it is not the weight of a module, else None.
+        groups: of a convolution.
+    """
+
+    spec: TensorSpec
+    pieces: tuple[Piece, ...]
+    layer: str | None = ""
+    groups: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A checkpoint in memory.
+
+    Attributes:
+        by: the library and its version.
+        tensors: by name in memory.
+        tied: weights that are not stored → the one in memory that each is, too.
+        other: stored tensors that are changed in ways that are not told here, or not loaded.
+    """
+
+    by: str
+    tensors: Mapping[str, LoadedTensor]
+    tied: Mapping[str, str]
+    other: tuple[str, ...]
+
+
+def loaded(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> Loaded | None:
+    """What becomes of tensors with this ``config.json``, by the class that it names; None where
+    they keep their names, or where transformers 5 is not there or does not know the class."""
+    if config.get("model_type") in SAME_NAMES and not any(map(_LEGACY.search, specs)):
+        return None
+    model = _weightless(config)
+    if model is None:
+        return None
+    import transformers
+
+    tensors, other = _convert(model, specs)
+    tied = {
+        name: source for name, source in model.all_tied_weights_keys.items()
+        if name.endswith(".weight") and name not in tensors and source in tensors
+    }  # fmt: skip
+    return Loaded(f"transformers {transformers.__version__}", tensors, tied, other)
+
+
+def renamed(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Names of stored tensors → those that they have in a live transformers model; none for a
+    model of another kind."""
+    try:
+        from transformers.core_model_loading import rename_source_key
+
+        transforms = _transforms(model)
+    except (ImportError, AttributeError):
+        return {}
+    state = model.state_dict(keep_vars=True)
+    found = {}
+    for name in names:
+        new, _ = rename_source_key(name, *transforms, model.base_model_prefix, state)
+        if new in state:
+            found[name] = new
+    return found
+
+
+def _weightless(config: Mapping[str, Any]) -> Any:
+    """The model on the meta device; None where it cannot be made."""
+    names = config.get("architectures")
+    if not (isinstance(names, list) and names and find_spec("transformers")):
+        return None
+    try:
+        import torch
+        import transformers
+        import transformers.conversion_mapping
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        with quietly(), torch.device("meta"):
+            kind = getattr(transformers, str(names[0]))
+            return kind(CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)))
+    except Exception:  # an older transformers, a class of another library, a config it cannot read
+        return None
+
+
+def _transforms(model: Any) -> tuple[list[Any], list[Any]]:
+    """Renamings and converters, as the loading function sorts them."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+    found = get_model_conversion_mapping(model)
+    return (
+        [t for t in found if isinstance(t, WeightRenaming)],
+        [t for t in found if isinstance(t, WeightConverter)],
+    )
+
+
+def _convert(
+    model: Any, specs: Mapping[str, TensorSpec]
+) -> tuple[dict[str, LoadedTensor], tuple[str, ...]]:
+    """As ``convert_and_load_state_dict_in_model`` of transformers' core_model_loading does."""
+    from transformers.core_model_loading import dot_natural_key, rename_source_key
+
+    renamings, converters = _transforms(model)
+    state, prefix = model.state_dict(keep_vars=True), model.base_model_prefix
+    by_pattern = {p: converter for converter in converters for p in converter.source_patterns}
+    numbers = _Rows(specs)
+    tensors: dict[str, LoadedTensor] = {}
+    joined: dict[str, tuple[Any, list[str]]] = {}
+    other = []
+    for name in sorted(specs, key=dot_natural_key):
+        new, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if new not in state and name in state:
+            new, pattern = rename_source_key(name, [], [], prefix, state)
+        if new not in state:
+            other.append(name)
+        elif pattern is None:
+            spec, whole = specs[name], (Piece(name, 0, rows_of(specs[name])),)
+            # Of another vocabulary than the config says, it has its own shape.
+            tensors[new] = _tensor(model, new, spec.dtype, spec.shape, whole)
+        else:
+            converter, sources = joined.setdefault(new, (deepcopy(by_pattern[pattern]), []))
+            converter.add_tensor(new, name, pattern, numbers.of(name))
+            sources.append(name)
+    for new, (converter, sources) in joined.items():
+        made = _run(converter, new, model)
+        parts = {
+            name: numbers.pieces(tensor, tuple(state[name].shape))
+            for name, tensor in made.items() if name in state
+        }  # fmt: skip
+        if not parts or None in parts.values() or len({specs[s].dtype for s in sources}) > 1:
+            other += sources
+            continue
+        for name, pieces in parts.items():
+            assert pieces is not None
+            dtype, shape = specs[sources[0]].dtype, tuple(state[name].shape)
+            tensors[name] = _tensor(model, name, dtype, shape, pieces)
+    return tensors, tuple(other)
+
+
+def _run(converter: Any, name: str, model: Any) -> dict[str, torch.Tensor]:
+    try:
+        made = converter.convert(name, model=model, config=model.config)
+    except Exception:  # what works on whole tensors may not on the numbers of their rows
+        return {}
+    return {key: t[0] if isinstance(t, list) else t for key, t in made.items()}
+
+
+def _tensor(
+    model: Any, name: str, dtype: str, shape: tuple[int, ...], pieces: tuple[Piece, ...]
+) -> LoadedTensor:
+    return LoadedTensor(TensorSpec(name, dtype, shape), pieces, *_layer(model, name))
+
+
+def _layer(model: Any, name: str) -> tuple[str | None, int]:
+    """The kind of layer that a tensor is the weight of, and its groups."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    module, _, parameter = name.rpartition(".")
+    if parameter != "weight":
+        return "", 1
+    layer, read = model.get_submodule(module), _READ.get(model.config.model_type)
+    if read is not None and read.search(module):
+        return None, 1
+    if isinstance(layer, nn.Embedding) and not hasattr(layer, "embed_scale"):
+        # PEFT looks rows up itself, whatever a subclass does (it knows of a scale).
+        return "embedding" if type(layer).forward is nn.Embedding.forward else None, 1
+    for kind, form in ((nn.Linear, "linear"), (nn.Embedding, "embedding"), (Conv1D, "conv1d")):
+        if isinstance(layer, kind):
+            return form, 1
+    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return "conv", layer.groups
+    return None, 1
+
+
+def rows_of(spec: TensorSpec) -> int:
+    """Rows of a tensor as a matrix of its last dimension; of a vector its elements."""
+    return spec.numel // max(spec.shape[-1], 1) if len(spec.shape) > 1 else spec.numel
+
+
+class _Rows:
+    """Stored tensors as the numbers of their rows."""
+
+    def __init__(self, specs: Mapping[str, TensorSpec]) -> None:
+        self._specs = specs
+        self._at: dict[str, int] = {}
+        self._names: list[str] = []
+        self._starts: list[int] = []
+        self._next = 0
+
+    def of(self, name: str) -> torch.Tensor:
+        """The tensor with its last dimension 1 (a vector: as it is) and numbers of its own."""
+        import torch
+
+        shape, rows = self._specs[name].shape, rows_of(self._specs[name])
+        self._names.append(name)
+        self._starts.append(self._next)
+        self._next += rows
+        numbers = torch.arange(self._next - rows, self._next)
+        return numbers.reshape(*shape[:-1], 1) if len(shape) > 1 else numbers
+
+    def pieces(self, numbers: torch.Tensor, shape: tuple[int, ...]) -> tuple[Piece, ...] | None:
+        """Where the rows of a tensor of that shape come from; None where it is not made of rows."""
+        import bisect
+
+        if tuple(numbers.shape) != (*shape[:-1], 1) and (len(shape) > 1 or numbers.dim() > 1):
+            return None
+        found: list[Piece] = []
+        for number in numbers.flatten().tolist():
+            i = bisect.bisect_right(self._starts, number) - 1
+            row, last = number - self._starts[i], found[-1] if found else None
+            if last is not None and (last.stored, last.first + last.rows) == (self._names[i], row):
+                found[-1] = dataclasses.replace(last, rows=last.rows + 1)
+            else:
+                found.append(Piece(self._names[i], row, 1))
+        return tuple(found)
