@@ -167,7 +167,7 @@ def _again(graph: Path, checkpoint: Checkpoint, task: Task) -> dict[str, onnx.Mo
             raise MismatchError(f"{folder / file}: made by {model.producer_name or 'another tool'}")
         detach(model)
         remove_branches(model)
-        check_shapes(model, checkpoint.specs, file)
+        check_shapes(model, checkpoint.specs, str(folder / file))
         models[file] = model
     return models
 
