@@ -48,7 +48,7 @@ def export(
     graph: str | Path | None = None,
     opset: int = 20,
     atol: float = 1e-5,
-    rtol: float = 1e-5,
+    rtol: float = 1e-4,
     no_verify: bool = False,
     keep_failed: bool = False,
     trust_remote_code: bool = False,
@@ -153,8 +153,8 @@ def export(
     else:
         inputs = [source.path, *(Path(str(a[0] if isinstance(a, tuple) else a)) for a in adapters)]
         inputs += [Path(graph)] if graph else []
-        failed = destination.with_name(destination.name + ".failed")
         check_destination(destination, inputs, force)
+        failed = destination.with_name(destination.name + ".failed")
         if keep_failed:
             check_destination(failed, inputs, force)
         needed = plan.totals["bytes"] * (2 if weights == "bundled" else 1)
