@@ -17,6 +17,9 @@ from lora_tools.formats.digest import file_sha256
 
 COMMAND = [sys.executable, "-c", "from lora_tools.cli import entry; entry()"]
 
+# Options of an export of the checkpoints below that starts neither transformers nor ONNX Runtime.
+EXPORT = ["--graph", "graph", "--task", "features", "--no-verify"]
+
 
 def container(header: Any, data: bytes = b"") -> bytes:
     """A safetensors file of this header (an object, or bytes as they are) and data."""
@@ -68,6 +71,29 @@ def checkpoint(folder: Path, tensors: Mapping[str, torch.Tensor], shards: int = 
         mine = {k: v for k, v in tensors.items() if weight_map[k] == file}
         save_file(mine, folder / file, {"format": "pt"})
     write_index(folder, weight_map)
+    return folder
+
+
+def graph(folder: Path, source: Path, tensors: Mapping[str, torch.Tensor]) -> Path:
+    """A folder with a graph that ``export --graph`` uses again for the checkpoint ``source``: each
+    of its tensors is an output. Made by hand, which takes no tracing."""
+    from onnx import TensorProto, helper
+
+    folder.mkdir()
+    (folder / "config.json").write_bytes((source / "config.json").read_bytes())
+    weights = [
+        TensorProto(name=name, dims=tensor.shape, data_type=TensorProto.FLOAT)
+        for name, tensor in tensors.items()
+    ]
+    nodes = [helper.make_node("Identity", [w.name], [f"{w.name}.out"]) for w in weights]
+    outputs = [
+        helper.make_tensor_value_info(f"{w.name}.out", TensorProto.FLOAT, w.dims) for w in weights
+    ]
+    model = helper.make_model(
+        helper.make_graph(nodes, "main", [], outputs, weights), producer_name="loratools",
+        opset_imports=[helper.make_opsetid("", 20)], ir_version=9,
+    )  # fmt: skip
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
     return folder
 
 

@@ -204,8 +204,14 @@ def test_in_place_only_graphs_are_added(base: Path, exported: Any, tmp_path: Pat
     assert {k: after[k] for k in before} == before
     assert set(after) - set(before) == {"model.onnx", "genai_config.json"}
     assert np.abs(decode(tmp_path / "here", IDS) - decode(exported[0], IDS)).max() == 0
-    with pytest.raises(UsageError, match="already exists"):
+    with pytest.raises(OutputError, match="already exists"):
         lora_tools.export(tmp_path / "here", tmp_path / "here", graph=exported[0])
+    for name in ("genai_config.json", "model.onnx"):
+        (tmp_path / "here" / name).write_text("another")
+    lora_tools.export(
+        tmp_path / "here", tmp_path / "here", graph=exported[0], force=True, no_verify=True
+    )
+    assert iotools.tree(tmp_path / "here") == after
 
 
 def test_what_travels_and_what_is_added(base: Path, exported: Any) -> None:

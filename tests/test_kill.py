@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import onnx
 import pytest
 
 from lora_tools.adapters import open_adapter
@@ -33,6 +34,7 @@ VERBS = {
     "compensate": ["quantize", "base", "--adapter", "adapter", "--compensate", "2"],
     "dequantize": ["dequantize", "packed"],
     "requantize": ["merge", "packed", "adapter", "--requantize"],
+    "export": ["export", "base", "--adapter", "adapter", *iotools.EXPORT],
 }
 
 
@@ -42,6 +44,7 @@ def inputs(top: Path, width: int, layers: int, shards: int) -> Path:
     iotools.checkpoint(top / "base", tensors, shards)
     iotools.checkpoint(top / "tuned", iotools.moved(tensors), shards)
     iotools.adapter(top / "adapter", iotools.linear_shapes(tensors), 8)
+    iotools.graph(top / "graph", top / "base", tensors)
     before = signal.getsignal(signal.SIGTERM)
     merge = ["merge", str(top / "base"), str(top / "adapter"), "-o", str(top / "merged")]
     assert run([*merge, "--reversible", "-q"]) == 0
@@ -71,6 +74,8 @@ def is_complete(out: Path) -> bool:
     if (out / "adapter_config.json").exists() or (out / "adapter_model.safetensors").exists():
         adapter = open_adapter(out)
         return all(len(adapter.file.raw(name)) >= 0 for name in adapter.file.specs)
+    if (out / "model.onnx").exists():
+        onnx.checker.check_model(str(out / "model.onnx"))  # which looks for the weights' files
     checkpoint = open_checkpoint(out)
     return bool(checkpoint.config) and (out / "tokenizer.json").is_file()
 
@@ -90,7 +95,7 @@ import lora_tools
 from lora_tools.cli import run
 for name in lora_tools.__all__:
     getattr(lora_tools, name)
-import lora_tools.linalg.nf4, lora_tools.verbs.requantize
+import lora_tools.linalg.nf4, lora_tools.verbs.requantize, lora_tools.onnx.graphs
 import lora_tools.adapters, lora_tools.engine, lora_tools.formats.sidecar
 import lora_tools.linalg.lora, lora_tools.linalg.merge, lora_tools.linalg.svd
 top, args = sys.argv[1], sys.argv[2:]
@@ -317,7 +322,7 @@ def test_a_full_disk(verb, checked, larger, disk, fails, monkeypatch):
     if not checked:
         for module in (
             "extract", "merge", "unmerge", "rescale", "combine", "convert", "quantize",
-            "dequantize",
+            "dequantize", "export",
         ):  # fmt: skip
             monkeypatch.setattr(f"lora_tools.verbs.{module}.check_space", lambda *given: None)
     said = fails(command(verb, larger, disk / "out"))

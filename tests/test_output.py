@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_tools.errors import OutputError
+from lora_tools.errors import CheckpointError, OutputError
 from lora_tools.formats import output
 from lora_tools.formats.output import (
     check_destination,
@@ -151,6 +151,19 @@ def test_an_error_of_the_system_names_what_it_befell(tmp_path):
         raise PermissionError(13, "Permission denied", "/elsewhere/config.json")
     with pytest.raises(OutputError, match=r"^said already$"), staged(out):
         raise OutputError("said already")
+
+
+def test_an_error_never_names_the_hidden_folder(tmp_path):
+    inner = CheckpointError("no config.json in {}, a folder")
+
+    def fail(folder: Path) -> None:
+        inner.args = (inner.args[0].format(folder / "out"),)
+        raise inner
+
+    with pytest.raises(CheckpointError) as caught, staged(tmp_path / "dest") as folder:
+        fail(folder)
+    assert caught.value is inner
+    assert str(inner) == f"no config.json in {tmp_path / 'dest'}, a folder"
 
 
 def test_a_folder_that_cannot_be_written_to_is_named():

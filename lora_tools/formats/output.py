@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from lora_tools.errors import OutputError
+from lora_tools.errors import LoraToolsError, OutputError
 
 _MARK = ".loratools-"
 _FICLONE = getattr(fcntl, "FICLONE", 0x40049409)  # named from Python 3.12 on
@@ -59,7 +60,8 @@ def check_space(destination: Path, nbytes: int) -> None:
 @contextlib.contextmanager
 def staged(destination: Path) -> Iterator[Path]:
     """A folder to write into. On success its one entry ``out`` (a file or a folder) becomes
-    ``destination``; on any exception nothing remains. An OSError comes out as an OutputError.
+    ``destination``; on any exception nothing remains. An OSError comes out as an OutputError, and
+    an error that names the folder names ``destination`` instead.
 
     Files beside ``out`` whose names begin with ``out.`` (a sidecar) are renamed alongside it,
     before it.
@@ -76,9 +78,12 @@ def staged(destination: Path) -> Iterator[Path]:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield staging
         _commit(staging, destination)
+    except LoraToolsError as error:
+        hidden = re.escape(str(staging)) + r"(/\w+)?"  # what is made in it: nobody asked for that
+        text = re.sub(hidden, lambda _: str(destination), str(error))
+        error.args = (text, *error.args[1:])
+        raise
     except OSError as error:
-        if isinstance(error, OutputError):
-            raise
         named = str(error.filename or staging)
         where = destination if named.startswith(str(staging)) else Path(named)
         raise OutputError(f"{where}: {error.strerror or error}") from error

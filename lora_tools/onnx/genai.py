@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import CheckpointError
+from lora_tools.formats.safetensors_file import strict_json
 
 if TYPE_CHECKING:
     import onnx
@@ -24,19 +25,23 @@ def retold(old: Path, folder: Path) -> bytes | None:
         return None
     told = [
         (
-            _read(path / _GENERATION),
-            {k: v for k, v in _read(path / "config.json").items() if "token" in k},
+            read_json(path / _GENERATION),
+            {k: v for k, v in read_json(path / "config.json").items() if "token" in k},
         )
         for path in (old, folder)
     ]
     return (old / NAME).read_bytes() if told[0] == told[1] else None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; of no file, an empty one. Raises CheckpointError."""
     try:
-        return dict(json.loads(path.read_bytes())) if path.is_file() else {}
-    except (OSError, ValueError, TypeError) as error:
+        found = strict_json(path.read_bytes()) if path.is_file() else {}
+    except (OSError, CheckpointError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: holds no JSON object")
+    return found
 
 
 def genai_config(folder: Path, graph: onnx.GraphProto, trust_remote_code: bool = False) -> bytes:
@@ -45,7 +50,7 @@ def genai_config(folder: Path, graph: onnx.GraphProto, trust_remote_code: bool =
 
     config = read_config(folder, trust_remote_code)
     text = config.get_text_config(decoder=True)
-    generation = _read(folder / _GENERATION)
+    generation = read_json(folder / _GENERATION)
     optional = {value.name for value in graph.initializer}
     inputs = {value.name: _shape(value) for value in graph.input if value.name not in optional}
     keys = [name for name in inputs if name.endswith(".key")]

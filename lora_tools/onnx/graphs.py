@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -167,16 +166,15 @@ def _again(graph: Path, checkpoint: Checkpoint, task: Task) -> dict[str, onnx.Mo
             raise MismatchError(f"{folder / file}: made by {model.producer_name or 'another tool'}")
         detach(model)
         remove_branches(model)
-        check_shapes(model, checkpoint.specs, file)
+        check_shapes(model, checkpoint.specs, str(folder / file))
         models[file] = model
     return models
 
 
 def _same_config(path: Path, checkpoint: Checkpoint) -> None:
-    try:
-        config = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read, and must fit the graph ({error})") from None
+    if not path.is_file():
+        raise CheckpointError(f"{path}: is needed to tell whether the graph fits")
+    config = genai.read_json(path)
     old, new = with_theta(config), with_theta(checkpoint.config)
     for key in sorted({*old, *new} - _ABOUT_FILES):
         if old.get(key) != new.get(key):

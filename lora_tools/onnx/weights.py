@@ -147,7 +147,7 @@ def check_shapes(model: onnx.ModelProto, stored: Mapping[str, TensorSpec], sourc
     for name, shape in weights_of(model).items():
         spec = stored.get(name)
         if spec is None:
-            raise MismatchError(f"{name}: a weight of {source} which the checkpoint does not hold")
+            raise MismatchError(f"{name}: a weight of {source}, which the checkpoint does not hold")
         if spec.shape != shape:
             raise MismatchError(
                 f"{name}: {list(shape)} in {source}, the checkpoint's is {list(spec.shape)}"

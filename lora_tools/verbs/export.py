@@ -20,6 +20,7 @@ from lora_tools.formats.output import (
     staged,
     write_synced,
 )
+from lora_tools.onnx import genai
 from lora_tools.onnx.tasks import Task, task_of
 from lora_tools.records import Fate, Input, ProgressCallback, Report
 from lora_tools.verbs.common import tool_version
@@ -47,7 +48,7 @@ def export(
     graph: str | Path | None = None,
     opset: int = 20,
     atol: float = 1e-5,
-    rtol: float = 1e-5,
+    rtol: float = 1e-4,
     no_verify: bool = False,
     keep_failed: bool = False,
     trust_remote_code: bool = False,
@@ -151,8 +152,9 @@ def export(
         )  # fmt: skip
     else:
         inputs = [source.path, *(Path(str(a[0] if isinstance(a, tuple) else a)) for a in adapters)]
-        failed = destination.with_name(destination.name + ".failed")
+        inputs += [Path(graph)] if graph else []
         check_destination(destination, inputs, force)
+        failed = destination.with_name(destination.name + ".failed")
         if keep_failed:
             check_destination(failed, inputs, force)
         needed = plan.totals["bytes"] * (2 if weights == "bundled" else 1)
@@ -292,19 +294,21 @@ def _add_to(
     They are made and checked in a hidden folder inside, where hard links stand for the weights.
     """
     main = files[0]
-    taken = [file for file in files if (destination / file).exists()]
-    if taken and not force:
-        raise UsageError(f"{destination / taken[0]} already exists; pass --force to replace it")
+    for file in files:
+        check_destination(destination / file, (), force)
     with staged(destination / main) as staging:
         folder = staging / "work"
         folder.mkdir()
         for path in destination.iterdir():
-            if path.is_file() and path.suffix not in _MADE:
+            made_before = path.suffix in _MADE or (force and path.name == genai.NAME)
+            if path.is_file() and not made_before:
                 os.link(path.resolve(), folder / path.name)
         before = {path.name for path in folder.iterdir()}
         report = work(folder)
         _gate(report, *allowed)
-        made = {p.name for p in folder.iterdir()} - before - {main}
+        for name in before:  # onnx's checker refuses weights of which there is a second link
+            (folder / name).unlink(missing_ok=True)
+        made = {p.name for p in folder.iterdir()} - {main}
         for name in sorted(made):
             (folder / name).replace(destination / name)
         (folder / main).rename(staging / "out")
