@@ -46,7 +46,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "dora": ({"target_modules": ["q_proj"], "use_dora": True}, "DoRA's magnitudes .*--drop dora"),
     "bias": ({"target_modules": ["q_proj"], "lora_bias": True}, "lora_bias .*--drop bias"),
     "saved": ({"target_modules": ["q_proj"], "modules_to_save": ["norm"]},
-              "saved whole .*--drop saved"),
+              "tensors saved whole .*--drop saved"),
     "tokens": ({"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]},
                "trained tokens .*--drop tokens"),
 }  # fmt: skip
@@ -212,7 +212,7 @@ def test_names_become_those_of_the_base(made: Made, tmp_path: Path) -> None:
         made.base, tmp_path / "out", adapters=[tmp_path / "given"], runtime_adapters=True,
         graph=made.plain, no_verify=True,
     )  # fmt: skip
-    assert "'module.' was left out" in ' '.join(report.notes)
+    assert "'module.' was left out" in " ".join(report.notes)
     assert (tmp_path / "out" / "given.onnx_adapter").read_bytes() == wanted
     lora_tools.convert(tmp_path / "given", tmp_path / "b", to="onnxruntime")
     with pytest.raises(Exception, match=r"Invalid input name: module\.model"):
@@ -276,9 +276,6 @@ def test_architectures(name: str, targets: list[str], tmp_path: Path) -> None:
     assert figures["modules"] == len(
         {k.rpartition(".lora_")[0] for k in models.tensors(tmp_path / "a")}
     )
-    peft = models.attach(base, tmp_path / "a")
-    merged = models.outputs(models.load(base))
-    assert (models.outputs(peft) - merged).abs().max() > 1e-3 if name != "T5" else True
 
 
 # ---------------------------------------------------------------------------------------- in place
