@@ -302,12 +302,8 @@ def write_modules(
     weight: float = 1.0,
     jobs: int | None = None,
 ) -> None:
-    """Write those modules of an adapter, times ``weight``, as ``convert`` would.
-
-    Raises:
-        UnsupportedAdapter: the format cannot hold a part of the adapter.
-        NonFiniteError: an inf or a NaN in the factors, or one by their scale.
-    """
+    """Write those modules of an adapter, times ``weight``, as ``convert`` would, and with its
+    errors."""
     options = _choose(
         given, target, frozenset(), None, target.dtype or None, features(given, names)
     )
