@@ -88,7 +88,7 @@ def shell(text: str, folder: Path, **env: str) -> subprocess.CompletedProcess[st
 @pytest.mark.parametrize("page", [p for p in PAGES if "```bash" in read(p)])
 def test_snippets_run(page: str, desk: Path, pair: Path) -> None:
     """In order, in one folder, as a reader would type them."""
-    if page in ("docs/merge.md", "docs/formats.md", "docs/combine.md"):
+    if page in ("docs/merge.md", "docs/formats.md", "docs/combine.md", "docs/export.md"):
         for name in ("adapter", "other", "attention"):
             shutil.copytree(pair / name, desk / name)
     count = 0

@@ -637,11 +637,18 @@ class TestOnnxRuntime(FormatContract):
         values = {
             k: torch.from_numpy(v.numpy().copy()) for k, v in adapter.get_parameters().items()
         }
-        found = {
-            name.removesuffix(".lora_A"): (A @ values[name.replace(".lora_A", ".lora_B")]).T
-            for name, A in values.items()
-            if name.endswith(".lora_A")
-        }
+        found = {}
+        for name, A in values.items():
+            module, _, part = name.partition(".lora_")
+            if part == "A.weight":
+                found[module] = (A @ values[f"{module}.lora_B.weight"]).T
+            elif part == "embedding_A":
+                found[module] = A @ values[f"{module}.lora_embedding_B"]
+            elif not part:
+                saved = models.tensors(root / kind)[
+                    "base_model.model." + name.replace(".modules_to_save.", ".")
+                ]
+                assert torch.equal(A, saved)
         assert_deltas(root, kind, found)
 
 

@@ -113,7 +113,8 @@ FORMATS: dict[str, Format] = {
         Format("gguf", "GGUF", frozenset({"embedding"}), "one", "gguf 0.17, llama.cpp",
                base=_BOTH, tied_embedding=False, open_file=gguf.open_file, read=gguf.read,
                writer=gguf.GgufWriter),
-        Format("onnxruntime", "ONNX Runtime", _keeps("embedding"), "folded", "onnxruntime 1.20",
+        Format("onnxruntime", "ONNX Runtime", _keeps("embedding", "saved"), "folded",
+               "onnxruntime 1.20",
                dtype="F32", open_file=onnxruntime.OrtFile, read=onnxruntime.read,
                writer=onnxruntime.OrtWriter),
     )

@@ -2,13 +2,15 @@
 
 Parameters ``<module>.lora_A.weight`` (in, r) and ``<module>.lora_B.weight`` (r, out) with the scale
 folded into lora_B, so that a graph adds (x A) B; of an embedding ``<module>.lora_embedding_A``
-(vocabulary, r) and ``<module>.lora_embedding_B`` (r, out). These are PEFT's names, as Olive's
-convert-adapters writes them; ONNX Runtime itself only wants a parameter to be named as the graph's
-input is. float32 or float16; the file keeps nothing else.
+(vocabulary, r) and ``<module>.lora_embedding_B`` (r, out); of a tensor saved whole
+``<module>.modules_to_save.weight`` as it is. These are PEFT's names, as Olive's convert-adapters
+writes them; ONNX Runtime itself only wants a parameter to be named as the graph's input is. float32
+or float16; the file keeps nothing else.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 MAGIC = b"TORT"  # the flatbuffer's file identifier, at byte 4
 _PARTS = ("lora_A", "lora_B")
 _EMBEDDING_PARTS = ("lora_embedding_A", "lora_embedding_B")
+_SAVED = ".modules_to_save."
 _DTYPES = {"float32": "F32", "float16": "F16", "float64": "F64"}
 
 
@@ -83,6 +86,12 @@ def factor_names(module: str, embedding: bool = False) -> tuple[str, str]:
     return f"{module}.{_PARTS[0]}.weight", f"{module}.{_PARTS[1]}.weight"
 
 
+def saved_name(tensor: str) -> str:
+    """What the parameter, and the input, of a tensor saved whole is called."""
+    module, _, parameter = tensor.rpartition(".")
+    return f"{module}{_SAVED}{parameter}"
+
+
 def split(key: str) -> tuple[str, str] | None:
     """``a.b.lora_A`` → (``a.b``, ``lora_A``); ``.weight`` may follow."""
     module, _, part = key.removesuffix(".weight").rpartition(".")
@@ -92,7 +101,10 @@ def split(key: str) -> tuple[str, str] | None:
 def read(path: Path, file: OrtFile, context: Context) -> Outline:
     """What the file holds, as PEFT would."""
     outline = Outline(path, file, "ONNX Runtime")
-    for module, keys in group_parts(outline, (*_PARTS, *_EMBEDDING_PARTS), split).items():
+    saved = [key for key in file.specs if _SAVED in key]
+    for key in saved:
+        outline.add_saved(key.replace(_SAVED, "."), key)
+    for module, keys in group_parts(outline, (*_PARTS, *_EMBEDDING_PARTS), split, saved).items():
         embedding = not keys.keys().isdisjoint(_EMBEDDING_PARTS)
         a, b = pair(outline, module, keys, *(_EMBEDDING_PARTS if embedding else _PARTS))
         outline.add_lora(
@@ -108,16 +120,16 @@ class OrtWriter(Writer):
         super().__init__(out, base, compute)
         self._package = _package()
         self._arrays: dict[str, tuple[bool, list[Any]]] = {}
+        self._saved: dict[str, Any] = {}
 
     def add(self, factors: Factors) -> None:
         """Take one module's factors."""
-        import torch
-
-        arrays = []
-        for tensor in (factors.lora_A.T, factors.lora_B.T):
-            plain = tensor if tensor.dtype == torch.float16 else tensor.float()
-            arrays.append(plain.contiguous().numpy())
+        arrays = [_array(tensor) for tensor in (factors.lora_A.T, factors.lora_B.T)]
         self._arrays[factors.module] = factors.form == "embedding", arrays
+
+    def add_saved(self, name: str, tensor: torch.Tensor) -> None:
+        """Take a tensor saved whole."""
+        self._saved[name] = _array(tensor)
 
     def finish(self) -> None:
         """Write the file, modules named as the base names them where one is given.
@@ -125,22 +137,29 @@ class OrtWriter(Writer):
         Raises:
             AdapterError: the base has no such module.
         """
-        names, values = self._names(), {}
+        modules = {name: name.rpartition(".")[0] for name in self._saved}
+        names = self._names({*self._arrays, *modules.values()})
+        values: dict[str, Any] = {}
         for module, (embedding, arrays) in self._arrays.items():
-            for name, array in zip(factor_names(names[module], embedding), arrays, strict=True):
-                values[name] = self._package.OrtValue.ortvalue_from_numpy(array)
+            values |= zip(factor_names(names[module], embedding), arrays, strict=True)
+        for name, array in self._saved.items():
+            module = modules[name]
+            values[saved_name(names[module] + name.removeprefix(module))] = array
         adapter = self._package.AdapterFormat()
         adapter.set_adapter_version(1)
         adapter.set_model_version(1)
-        adapter.set_parameters(dict(sorted(values.items())))
+        adapter.set_parameters({
+            name: self._package.OrtValue.ortvalue_from_numpy(array)
+            for name, array in sorted(values.items())
+        })  # fmt: skip
         adapter.export_adapter(str(self.out))
         sync_file(self.out)
 
-    def _names(self) -> dict[str, str]:
+    def _names(self, modules: Collection[str]) -> dict[str, str]:
         """The adapter's modules → what the graph of the base calls them."""
         if self.base is None:
-            return {module: module for module in self._arrays}
-        names, _ = align(list(self._arrays), list(self.base.weights))
+            return {module: module for module in modules}
+        names, _ = align(sorted(modules), list(self.base.weights))
         for module, name in names.items():
             if name not in self.base.weights:
                 raise AdapterError(
@@ -150,3 +169,11 @@ class OrtWriter(Writer):
 
     def close(self) -> None:
         """Nothing is open."""
+
+
+def _array(tensor: torch.Tensor) -> Any:
+    """As numpy knows it: bfloat16 and float64 become float32."""
+    import torch
+
+    plain = tensor if tensor.dtype == torch.float16 else tensor.float()
+    return plain.contiguous().numpy()

@@ -258,6 +258,12 @@ class Outline:
             float(rank) if alpha is None else alpha, of_rank or rank, rslora
         )  # fmt: skip
 
+    def add_saved(self, name: str, key: str) -> None:
+        """A tensor saved whole, by its name in the model."""
+        self._add(name, self.same(key))
+        modules = {*self.config.get("modules_to_save", ()), name.rpartition(".")[0]}
+        self.config["modules_to_save"] = sorted(modules)
+
     def _add(self, name: str, made: Made) -> None:
         self.made.append(
             dataclasses.replace(made, spec=dataclasses.replace(made.spec, name=PREFIX + name))
@@ -310,12 +316,17 @@ def reshaped(made: Made, shape: Sequence[int]) -> Made:
 
 
 def group_parts(
-    outline: Outline, parts: Collection[str], split: Callable[[str], tuple[str, str] | None]
+    outline: Outline,
+    parts: Collection[str],
+    split: Callable[[str], tuple[str, str] | None],
+    besides: Collection[str] = (),
 ) -> dict[str, dict[str, str]]:
-    """Keys of the file by module and part, as ``split`` reads a key; a key it cannot read, or whose
-    part is none of ``parts``, is refused by name."""
+    """Keys of the file, but those ``besides``, by module and part, as ``split`` reads a key; a key
+    it cannot read, or whose part is none of ``parts``, is refused by name."""
     modules: dict[str, dict[str, str]] = {}
     for key in outline.file.specs:
+        if key in besides:
+            continue
         found = split(key)
         if found is None or found[1] not in parts:
             raise outline.fail(f"key {key!r} is none that {outline.form} writes")

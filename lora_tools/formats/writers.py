@@ -61,6 +61,10 @@ class Writer:
         """Write one module's factors. Not for use from several threads."""
         raise NotImplementedError
 
+    def add_saved(self, name: str, tensor: torch.Tensor) -> None:
+        """Write a tensor saved whole, in formats that keep such."""
+        raise NotImplementedError
+
     def finish(self) -> None:
         """Complete the output."""
         raise NotImplementedError

@@ -14,7 +14,12 @@ from lora_tools.formats.checkpoint import Checkpoint, open_checkpoint, with_thet
 from lora_tools.formats.output import write_synced
 from lora_tools.formats.tensors import as_bytes
 from lora_tools.onnx import genai
-from lora_tools.onnx.runtime_adapters import Branch, add_branches, remove_branches
+from lora_tools.onnx.runtime_adapters import (
+    Branch,
+    Replacement,
+    add_branches,
+    remove_branches,
+)
 from lora_tools.onnx.tasks import DECODER, Task
 from lora_tools.onnx.weights import (
     BUNDLE,
@@ -40,7 +45,7 @@ _ABOUT_FILES = {
 class Built:
     """What was written: files by name in the order in which they should appear, and figures.
 
-    ``unused``: modules that may get factors and are in no graph.
+    ``unused``: modules that may get factors, and tensors, that are in no graph.
     """
 
     files: tuple[str, ...]
@@ -60,11 +65,13 @@ def build(
     opset: int,
     trust_remote_code: bool,
     branches: Sequence[Branch] = (),
+    replacements: Sequence[Replacement] = (),
 ) -> Built:
     """Write a checkpoint's graphs into its folder.
 
     Args:
-        branches: modules that may get factors at run time.
+        branches, replacements: modules that may get factors at run time, and tensors that may be
+            brought whole.
         graph: a graph, or its folder, to be used again instead of tracing.
         weights: "shared" or "bundled".
 
@@ -92,7 +99,7 @@ def build(
     for file, model in models.items():
         if not converted:
             check_shapes(model, checkpoint.specs, file)
-    unused = add_branches(models, branches, formed=bool(converted))
+    unused = add_branches(models, branches, replacements, formed=bool(converted))
     for file, model in models.items():
         attach(model, where)
         write_synced(folder / file, model.SerializeToString(deterministic=True))

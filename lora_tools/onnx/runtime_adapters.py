@@ -2,8 +2,11 @@
 
 y = x·W becomes y = x·W + (x·A)·B, and the lookup of a row W[i] becomes W[i] + A[i]·B. A (in, r) and
 B (r, out) are inputs of the graph and, by the same names, initializers of rank 0: a run that does
-not give them adds zeros. The rank is free, and each module's is its own; A·B is never formed. ONNX
-Runtime gives an active adapter's parameters to the inputs of their names (``LoraAdapter`` and
+not give them adds zeros. The rank is free, and each module's is its own; A·B is never formed. A
+tensor that an adapter brings whole is an input of no rows by default: the first rows of it and the
+base's, one on the other, are what the graph computes with.
+
+ONNX Runtime gives an active adapter's parameters to the inputs of their names (``LoraAdapter`` and
 ``RunOptions.add_active_adapter``, from version 1.20 on).
 """
 
@@ -16,12 +19,12 @@ from pathlib import Path
 import onnx
 
 from lora_tools.errors import UnsupportedAdapter
-from lora_tools.formats.onnxruntime import factor_names
+from lora_tools.formats.onnxruntime import factor_names, saved_name
 from lora_tools.onnx.linears import linears
 from lora_tools.onnx.weights import weights_of
 
 _MARK = "lora:"  # begins the names of a branch's nodes and values
-_FLOAT = onnx.TensorProto.FLOAT
+_FLOAT, _INT64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +45,14 @@ class Branch:
 
 
 @dataclasses.dataclass(frozen=True)
+class Replacement:
+    """A tensor that an adapter may bring whole: its name in the checkpoint, and its shape."""
+
+    tensor: str
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class _Site:
     """One use of a weight: the values that go in and come out."""
 
@@ -52,23 +63,27 @@ class _Site:
 
 
 def add_branches(
-    models: Mapping[str, onnx.ModelProto], branches: Sequence[Branch], formed: bool = False
+    models: Mapping[str, onnx.ModelProto],
+    branches: Sequence[Branch],
+    replacements: Sequence[Replacement] = (),
+    formed: bool = False,
 ) -> tuple[str, ...]:
-    """Put branches into bare graphs by file name.
+    """Put branches, and tensors that may be replaced, into bare graphs by file name.
 
-    Each graph gets the inputs of all branches, used or not: an adapter is one file for all graphs
+    Each graph gets the inputs of all of them, used or not: an adapter is one file for all graphs
     of a model, and ONNX Runtime refuses a parameter that no input is named after.
 
     Args:
         formed: some weights of the graphs are formed of several of the checkpoint's.
 
     Returns:
-        Modules that are in no graph, since no output depends on them.
+        Modules and tensors that are in no graph, since no output depends on them.
 
     Raises:
         UnsupportedAdapter: naming a module whose weight is used in another way, or in a weight that
             was formed of several.
     """
+    used = {name for model in models.values() for name in weights_of(model)}
     weights = {branch.weight for branch in branches}
     reached: set[Branch] = set()
     for file, model in models.items():
@@ -81,39 +96,50 @@ def add_branches(
                     found[site.output] = branch, site
                     reached.add(branch)
         _insert(model.graph, found)
-    missing = [branch for branch in branches if branch not in reached]
-    used = {name for model in models.values() for name in weights_of(model)}
-    for branch in missing:
-        if formed or branch.weight in used:
+        _select(model.graph, [each for each in replacements if each.tensor in weights_of(model)])
+    missing = {branch.module: branch.weight for branch in branches if branch not in reached}
+    missing |= {each.tensor: each.tensor for each in replacements if each.tensor not in used}
+    for name, weight in missing.items():
+        if formed or weight in used:
             raise UnsupportedAdapter(
-                f"{branch.module}: no layer of the graph reads {branch.weight} as it is stored, so "
-                "that no runtime adapter can act on it; merge the adapter: leave "
-                "--runtime-adapters out"
+                f"{name}: no layer of the graph reads {weight} as it is stored, so that no runtime "
+                "adapter can act on it; merge the adapter: leave --runtime-adapters out"
             )
     for model in models.values():
         for branch in sorted(branches, key=lambda branch: branch.module):
-            _declare(model.graph, branch)
-    return tuple(branch.module for branch in missing)
+            A, B = factor_names(branch.module, branch.lookup)
+            rank = f"{branch.module}.r"  # of its own, since no two modules need have the same
+            _declare(model.graph, A, (branch.sizes[0], rank))
+            _declare(model.graph, B, (rank, branch.sizes[1]))
+        for each in sorted(replacements, key=lambda each: each.tensor):
+            name = saved_name(each.tensor)
+            _declare(model.graph, name, (f"{name}.rows", *each.shape[1:]))
+    return tuple(missing)
 
 
 def remove_branches(model: onnx.ModelProto) -> None:
     """Make a graph what it was before ``add_branches``; one without branches stays as it is."""
     graph = model.graph
     optional = branch_inputs(graph)
-    before = {
-        node.input[0]: node.output[0] for node in graph.node
-        if node.name.startswith(_MARK) and node.op_type == "Add"
-    }  # fmt: skip
+    outputs, inputs = {}, {}
+    for node in graph.node:
+        if node.name.startswith(_MARK) and node.op_type == "Add":
+            outputs[node.input[0]] = node.output[0]
+        elif node.name.startswith(_MARK) and node.op_type == "Concat":
+            inputs[node.name] = node.input[1]
     kept = [node for node in graph.node if not node.name.startswith(_MARK)]
     for node in kept:
+        for at, value in enumerate(node.input):
+            node.input[at] = inputs.get(value, value)
         for at, output in enumerate(node.output):
-            node.output[at] = before.get(output, output)
-    for values, rest in (
-        (graph.input, [v for v in graph.input if v.name not in optional]),
-        (graph.initializer, [v for v in graph.initializer if v.name not in optional]),
-        (graph.node, kept),
-    ):
-        _replace(values, rest)
+            node.output[at] = outputs.get(output, output)
+    initializers = [
+        value for value in graph.initializer
+        if value.name not in optional and not value.name.startswith(_MARK)
+    ]  # fmt: skip
+    _replace(graph.input, [value for value in graph.input if value.name not in optional])
+    _replace(graph.initializer, initializers)
+    _replace(graph.node, kept)
 
 
 def branch_inputs(graph: onnx.GraphProto) -> set[str]:
@@ -184,16 +210,32 @@ def _branch(branch: Branch, site: _Site) -> list[onnx.NodeProto]:
     ]  # fmt: skip
 
 
-def _declare(graph: onnx.GraphProto, branch: Branch) -> None:
-    """Both factors as inputs of any rank, and as initializers of rank 0."""
-    A, B = factor_names(branch.module, branch.lookup)
-    rank = f"{branch.module}.r"  # of its own, since no two modules need have the same
-    for name, shape in ((A, (branch.sizes[0], rank)), (B, (rank, branch.sizes[1]))):
-        graph.input.append(onnx.helper.make_tensor_value_info(name, _FLOAT, shape))
-        none = [size if isinstance(size, int) else 0 for size in shape]
-        graph.initializer.append(
-            onnx.TensorProto(name=name, dims=none, data_type=_FLOAT, raw_data=b"")
-        )
+def _select(graph: onnx.GraphProto, replacements: Sequence[Replacement]) -> None:
+    """The first rows of what an adapter brings and the base's tensor, one on the other."""
+    nodes: list[onnx.NodeProto] = []
+    names = {each.tensor: f"{_MARK}{each.tensor}" for each in replacements}
+    for node in graph.node:
+        for at, value in enumerate(node.input):
+            node.input[at] = names.get(value, value)
+    for each in replacements:
+        name = names[each.tensor]
+        for bound, row in ((f"{name}.start", 0), (f"{name}.stop", each.shape[0])):
+            graph.initializer.append(onnx.helper.make_tensor(bound, _INT64, [1], [row]))
+        both, given = f"{name}.both", [saved_name(each.tensor), each.tensor]
+        nodes += [
+            onnx.helper.make_node("Concat", given, [both], name=name, axis=0),
+            onnx.helper.make_node(
+                "Slice", [both, f"{name}.start", f"{name}.stop"], [name], name=f"{name}.rows"
+            ),
+        ]
+    _replace(graph.node, [*nodes, *graph.node])
+
+
+def _declare(graph: onnx.GraphProto, name: str, shape: tuple[int | str, ...]) -> None:
+    """An input that has a free size, and an initializer with none of it."""
+    graph.input.append(onnx.helper.make_tensor_value_info(name, _FLOAT, shape))
+    none = [size if isinstance(size, int) else 0 for size in shape]
+    graph.initializer.append(onnx.TensorProto(name=name, dims=none, data_type=_FLOAT, raw_data=b""))
 
 
 def _replace(values, kept) -> None:  # type: ignore[no-untyped-def]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_tools.adapters import open_adapter
-from lora_tools.errors import UnsupportedAdapter, UsageError
+from lora_tools.errors import NonFiniteError, UnsupportedAdapter, UsageError
 from lora_tools.formats.adapter_formats import FEATURES, Format, format_named
 from lora_tools.formats.base_names import base_names
 from lora_tools.formats.dtypes import parse_float_dtype
@@ -299,20 +299,18 @@ def write_modules(
     target: Format,
     names: BaseNames,
     *,
+    saved: Collection[str] = (),
     weight: float = 1.0,
     jobs: int | None = None,
 ) -> None:
-    """Write those modules of an adapter, times ``weight``, as ``convert`` would.
-
-    Raises:
-        UnsupportedAdapter: the format cannot hold a part of the adapter.
-        NonFiniteError: an inf or a NaN in the factors, or one by their scale.
-    """
+    """Write those modules of an adapter, times ``weight``, and those of its tensors saved whole, as
+    ``convert`` would, and with its errors."""
     options = _choose(
         given, target, frozenset(), None, target.dtype or None, features(given, names)
     )
     kept = {name: given.modules[name] for name in modules}
-    _write(given, kept, names, dataclasses.replace(options, weight=weight), out, jobs, None)
+    options = dataclasses.replace(options, weight=weight)
+    _write(given, kept, names, options, out, jobs, None, saved)
 
 
 def _write(
@@ -323,6 +321,7 @@ def _write(
     out: Path,
     jobs: int | None,
     progress: ProgressCallback | None,
+    saved: Collection[str] | None = None,
 ) -> list[ModuleResult]:
     from lora_tools import engine
     from lora_tools.formats.peft_format import PeftFormat
@@ -344,10 +343,20 @@ def _write(
                 results.append(result)
         if isinstance(writer, PeftFormat):
             _add_peft(writer, given, options)
+        elif "saved" in options.to.keeps - options.dropped:
+            for name in given.whole if saved is None else saved:
+                writer.add_saved(name, _saved(given, name))
         writer.finish()
     finally:
         writer.close()
     return results
+
+
+def _saved(given: Adapter, name: str) -> Any:
+    tensor = given.tensor(given.whole[name])
+    if not tensor.isfinite().all():
+        raise NonFiniteError(f"{given.path}: {name}, saved whole, holds an inf or a NaN")
+    return tensor
 
 
 def _add_peft(writer: Any, given: Adapter, options: Options) -> None:

@@ -124,6 +124,7 @@ def export(
             folder, chosen, cache=not no_cache, weights=weights,
             graph=Path(graph) if graph else None, opset=opset, trust_remote_code=trust_remote_code,
             branches=runtime.branches() if runtime else (),
+            replacements=runtime.replacements() if runtime else (),
         )  # fmt: skip
         for file in chosen.files():
             graphs.check_model(folder / file, linked=in_place)

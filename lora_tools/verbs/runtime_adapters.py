@@ -23,7 +23,7 @@ from lora_tools.verbs.weighted import Weighted, open_weighted
 if TYPE_CHECKING:
     from lora_tools.formats.view import BaseNames
     from lora_tools.onnx.graphs import Built
-    from lora_tools.onnx.runtime_adapters import Branch
+    from lora_tools.onnx.runtime_adapters import Branch, Replacement
 
 SUFFIX = ".onnx_adapter"
 _FORMAT = FORMATS["onnxruntime"]
@@ -35,12 +35,14 @@ class RuntimeAdapter:
 
     Attributes:
         file: its name there.
-        modules: the adapter's names for what it acts on → the base's.
+        modules, saved: the adapter's names for the modules that it has factors for, and for the
+            tensors that it brings whole → the base's.
     """
 
     weighted: Weighted
     file: str
     modules: Mapping[str, str]
+    saved: Mapping[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,13 +68,15 @@ class RuntimeAdapters:
         )
 
     def _fates(self) -> tuple[Fate, ...]:
-        """Of every module of every adapter."""
-        given = [(a, a.weighted.adapter.modules[name], m) for a in self.each
-                 for name, m in a.modules.items()]  # fmt: skip
-        return (*(
-            Fate(module, "branch", f"{adapter.file}: rank {lora.r}, alpha {lora.alpha:g}")
-            for adapter, lora, module in given
-        ), *self.unmatched)  # fmt: skip
+        """Of every module and tensor of every adapter."""
+        fates = []
+        for adapter in self.each:
+            for name, module in adapter.modules.items():
+                lora = adapter.weighted.adapter.modules[name]
+                reason = f"{adapter.file}: rank {lora.r}, alpha {lora.alpha:g}"
+                fates.append(Fate(module, "branch", reason))
+            fates += [Fate(tensor, "replace", adapter.file) for tensor in adapter.saved.values()]
+        return (*fates, *self.unmatched)
 
     def planned(self, report: Report, digests: bool = False) -> Report:
         """The report of an export with these adapters in it."""
@@ -101,6 +105,13 @@ class RuntimeAdapters:
                 found[module] = Branch(module, weight, sizes, lora.form == "embedding")
         return [found[module] for module in sorted(found)]
 
+    def replacements(self) -> list[Replacement]:
+        """The tensors that an adapter brings whole, each once."""
+        from lora_tools.onnx.runtime_adapters import Replacement
+
+        tensors = {tensor for adapter in self.each for tensor in adapter.saved.values()}
+        return [Replacement(name, self.base.specs[name].shape) for name in sorted(tensors)]
+
     def write(self, folder: Path, jobs: int | None) -> None:
         """Each as a file that ONNX Runtime loads."""
         for adapter in self.each:
@@ -108,7 +119,7 @@ class RuntimeAdapters:
             path.unlink(missing_ok=True)  # one that came with the checkpoint's other files
             write_modules(
                 adapter.weighted.adapter, tuple(adapter.modules), path, _FORMAT, self.names,
-                weight=adapter.weighted.weight, jobs=jobs,
+                saved=tuple(adapter.saved), weight=adapter.weighted.weight, jobs=jobs,
             )  # fmt: skip
 
     def measured(
@@ -190,11 +201,16 @@ def plan_runtime_adapters(
         _refuse(weighted, names)
         plan = plan_merge(base, [weighted], allow_unmatched)
         unmatched += plan.unmatched
-        modules = weighted.adapter.modules
-        mapping, sentence = align(list(modules), list(names.weights))
+        adapter = weighted.adapter
+        ours = {f"{module}.weight": module for module in names.weights}
+        theirs = {f"{module}.weight": module for module in adapter.modules}
+        mapping, sentence = align([*theirs, *adapter.whole], [*ours, *base.specs])
         notes += [f"{weighted.path}: {sentence} to match the base"] if sentence else []
-        known = {name: mapping[name] for name in modules if mapping[name] in names.weights}
-        each.append(RuntimeAdapter(weighted, _file_name(weighted.path), known))
+        modules = {theirs[name]: ours[mapping[name]] for name in theirs if mapping[name] in ours}
+        known = {*ours, *base.specs}
+        saved = {name: mapping[name] for name in adapter.whole if mapping[name] in known}
+        _refuse_saved(weighted, saved, base)
+        each.append(RuntimeAdapter(weighted, _file_name(weighted.path), modules, saved))
     files = [adapter.file for adapter in each]
     for file in files:
         if files.count(file) > 1:
@@ -204,7 +220,7 @@ def plan_runtime_adapters(
 
 
 def _refuse(weighted: Weighted, names: BaseNames) -> None:
-    """What is not low-rank factors of a linear layer or an embedding."""
+    """What is neither factors of a linear layer or an embedding, nor a tensor saved whole."""
     adapter, path = weighted.adapter, weighted.path
     adapter.need_lora("factors that could be inputs of a graph")
     lacks = {f: w for f, w in features(adapter, names).items() if f not in _FORMAT.keeps}
@@ -226,6 +242,28 @@ def _refuse(weighted: Weighted, names: BaseNames) -> None:
                 f"{path}: ensure_weight_tying, but no factors for {head}, which is to follow "
                 f"{embeddings[0]}; merge it: leave --runtime-adapters out"
             )
+
+
+def _refuse_saved(weighted: Weighted, saved: Mapping[str, str], base: Checkpoint) -> None:
+    """Tensors saved whole but vectors (norms, biases): the layers of ONNX Runtime compute with a
+    matrix that may change in another order than with one that is fixed."""
+    adapter, path = weighted.adapter, weighted.path
+    for name, tensor in saved.items():
+        found = adapter.shape(adapter.whole[name])
+        spec = base.specs.get(tensor)
+        if len(found) != 1:
+            why = f"{list(found)}, and only vectors saved whole can be switched"
+        elif spec is None or found != spec.shape:
+            why = f"{list(found)}, and the base's is {list(spec.shape) if spec else 'not there'}"
+        elif weighted.weight != 1:
+            why = f"saved whole, which the weight {weighted.weight:g} cannot be given to"
+        else:
+            continue
+        raise UnsupportedAdapter(
+            f"{path}: a runtime adapter cannot carry {tensor}: it is {why}. Merge it (leave "
+            "--runtime-adapters out), or leave all tensors saved whole out: loratools convert "
+            f"{path} -o OUT --to peft --drop saved"
+        )
 
 
 def _file_name(path: str) -> str:
