@@ -26,7 +26,7 @@ import lora_tools.nn
 from lora_tools.adapters import open_adapter
 from lora_tools.errors import AdapterError, CheckpointError, UnsupportedAdapter
 from lora_tools.formats.adapter_formats import FEATURES, FORMATS
-from lora_tools.formats.checkpoint_writer import PROVENANCE
+from lora_tools.formats.digest import PROVENANCE
 from lora_tools.formats.gguf import GgufFile
 
 from . import iotools, models

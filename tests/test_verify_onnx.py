@@ -118,8 +118,16 @@ def test_adapters(work: Path, tmp_path: Path) -> None:
 
 
 def test_another_base(work: Path, tmp_path: Path) -> None:
-    export_models.make("Llama", tmp_path / "base", seed=5)
+    base = export_models.make("Llama", tmp_path / "base", seed=5)
     assert "changed" in refused(work / "shared", tmp_path)
+    lora_tools.extract(base, work / "base", tmp_path / "a", rank=2)
+    again: dict[str, Any] = {"graph": work / "shared", "no_verify": True}
+    with pytest.raises(MismatchError, match="made for another base"):
+        lora_tools.export(work / "base", tmp_path / "e", adapters=[tmp_path / "a"], **again)
+    assert not (tmp_path / "e").exists()
+    lora_tools.export(
+        work / "base", tmp_path / "e", adapters=[tmp_path / "a"], allow_other_base=True, **again
+    )
 
 
 def test_a_checkpoint_in_four_bits(work: Path, tmp_path: Path) -> None:
