@@ -143,6 +143,12 @@ def convert(adapter: str, out: Path, progress: ProgressCallback | None, **rest: 
 @options.energy_option
 @options.max_rank_option
 @options.base_option
+@option(
+    "--allow-other-base",
+    is_flag=True,
+    group=_METHOD,
+    help="Also combine adapters whose metadata names different bases.",
+)
 @options.dtype_option("each factor keeps the widest of the inputs")
 @options.out_option
 @options.verb

@@ -32,6 +32,7 @@ GRAPH, CHECK = "Graph", "Check"
     "request, with optional inputs of the graph for its factors.",
 )  # fmt: skip
 @options.unmatched_option
+@options.other_base_option
 @option(
     "--task", default="auto", show_default=True, group=GRAPH,
     help="features, classification, token-classification, masked-lm, question-answering, "

@@ -73,6 +73,12 @@ def merge(
     "it is there]",
 )
 @options.unmatched_option
+@option(
+    "--allow-other-base",
+    is_flag=True,
+    group="Adapters",
+    help="Without a sidecar: also subtract an adapter that MERGED's metadata does not name.",
+)
 @options.out_option
 @options.verb
 def unmerge(

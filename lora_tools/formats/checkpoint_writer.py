@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from lora_tools.errors import UnsafeInput, UsageError
 from lora_tools.formats.checkpoint import Checkpoint, is_plain_name
+from lora_tools.formats.digest import PROVENANCE
 from lora_tools.formats.output import copy_synced, write_synced
 from lora_tools.formats.safetensors_file import SafetensorsWriter, encode_header
 from lora_tools.records import TensorSpec
@@ -22,8 +23,6 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
 
 
 _INDEX = "model.safetensors.index.json"
-# Metadata that says how a file was made: it does not pass to what is made of the file.
-PROVENANCE = ("loratools", "command", "base_digest", "tuned_digest", "adapter_digests")
 
 
 @dataclasses.dataclass(frozen=True)

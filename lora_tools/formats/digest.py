@@ -17,6 +17,8 @@ from lora_tools.records import TensorSpec
 
 PREFIX = "xxh3-128/sha256:"
 BLANK = PREFIX + "0" * 64  # stands where a digest will
+# Metadata that says how a file was made: it does not pass to a checkpoint that is made of the file.
+PROVENANCE = ("loratools", "command", "base_digest", "tuned_digest", "adapter_digests")
 
 
 def tensor_hash(data: memoryview) -> str:

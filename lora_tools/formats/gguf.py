@@ -40,13 +40,15 @@ def _package() -> Any:
     return gguf
 
 
+_MADE = "loratools."  # before the fields that say how an adapter was made
+
+
 class GgufFile:
     """The tensors and fields of a GGUF file, with the face of a ``TensorFile``."""
 
     def __init__(self, path: Path) -> None:
         gguf = _package()
         self.path, self.header = path, b""
-        self.metadata: dict[str, str] = {}
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # numpy's, of a file that lies of its sizes
@@ -54,6 +56,8 @@ class GgufFile:
         except Exception as error:  # the reader raises nearly anything on a malformed file
             raise CheckpointError(f"{path}: not a whole GGUF file ({error})") from None
         self.fields = {name: field.contents() for name, field in reader.fields.items()}
+        made = {k.removeprefix(_MADE): v for k, v in self.fields.items() if k.startswith(_MADE)}
+        self.metadata = {k: v for k, v in made.items() if isinstance(v, str)}
         self._data: dict[str, Any] = {}
         self.specs: dict[str, TensorSpec] = {}
         for tensor in reader.tensors:
@@ -176,6 +180,8 @@ class GgufWriter(Writer):
         self._writer.add_string(gguf.Keys.General.TYPE, gguf.GGUFType.ADAPTER)
         self._writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         self._writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(self._alpha or 0))
+        for key, value in self.made.items():
+            self._writer.add_string(_MADE + key, value)
         self._writer.write_header_to_file()
         self._writer.write_kv_data_to_file()
         self._writer.write_tensors_to_file()

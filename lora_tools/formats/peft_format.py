@@ -56,7 +56,7 @@ class PeftFormat(Writer):
             config["base_model_name_or_path"] = config.get("base_model_name_or_path") or str(
                 self.base.config.get("_name_or_path") or self.base.path.name
             )
-        self._writer.finish(config, names)
+        self._writer.finish(config, names, self.made)
 
     def close(self) -> None:
         """Drop the scratch space, whether finished or not."""

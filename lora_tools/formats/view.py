@@ -20,6 +20,7 @@ from lora_tools.errors import (
     UsageError,
 )
 from lora_tools.formats.checkpoint import TensorFile
+from lora_tools.formats.digest import PROVENANCE
 from lora_tools.formats.names import EMBEDDING
 from lora_tools.formats.peft import PREFIX, Adapter
 from lora_tools.formats.safetensors_file import strict_json
@@ -130,7 +131,7 @@ class View:
 
     def __init__(self, file: TensorFile, made: Iterable[Made], compute: Compute) -> None:
         self.path, self.header = file.path, b""
-        self.metadata: dict[str, str] = {}
+        self.metadata = {k: v for k, v in file.metadata.items() if k in PROVENANCE}
         self._file, self._compute = file, compute
         self._made = {each.spec.name: each for each in made}
         self.specs = {name: each.spec for name, each in self._made.items()}

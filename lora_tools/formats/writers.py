@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -52,10 +53,14 @@ class Writer:
         out: the path to write.
         base: the model's names, for formats that need them.
         compute: a recipe of ``linalg.recipes``, by name.
+
+    Attributes:
+        made: how the adapter was made, to be put where the format has room for such.
     """
 
     def __init__(self, out: Path, base: BaseNames | None, compute: Compute) -> None:
         self.out, self.base, self.compute = out, base, compute
+        self.made: Mapping[str, str] = {}
 
     def add(self, factors: Factors) -> None:
         """Write one module's factors. Not for use from several threads."""
@@ -105,7 +110,7 @@ class Keyed(Writer):
 
     def finish(self) -> None:
         """Write the file."""
-        self._spool.finish(self.file, self.metadata())
+        self._spool.finish(self.file, {**self.metadata(), **self.made})
 
     def close(self) -> None:
         """Drop the scratch space, whether finished or not."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +64,14 @@ def build(
     graph: Path | None,
     opset: int,
     trust_remote_code: bool,
+    made: Mapping[str, str],
     branches: Sequence[Branch] = (),
     replacements: Sequence[Replacement] = (),
 ) -> Built:
     """Write a checkpoint's graphs into its folder.
 
     Args:
+        made: how they are made, for the graphs' metadata.
         branches, replacements: modules that may get factors at run time, and tensors that may be
             brought whole.
         graph: a graph, or its folder, to be used again instead of tracing.
@@ -102,6 +104,7 @@ def build(
     unused = add_branches(models, branches, replacements, formed=bool(converted))
     for file, model in models.items():
         attach(model, where)
+        onnx.helper.set_model_props(model, dict(made))
         write_synced(folder / file, model.SerializeToString(deterministic=True))
     first = next(iter(models.values()))
     cached = any(value.name.startswith("past_key_values.") for value in first.graph.input)

@@ -15,9 +15,9 @@ from lora_tools.formats.output import check_destination, check_space, staged
 from lora_tools.linalg.ranks import RankRule
 from lora_tools.records import Fate, Input, ProgressCallback, Report
 from lora_tools.verbs.combine_module import LOW_RANK, Options, Term, combine_module
-from lora_tools.verbs.common import rank_rule, resized_totals, tool_version
+from lora_tools.verbs.common import command_of, rank_rule, resized_totals, tool_version
 from lora_tools.verbs.merge_plan import adapter_digest
-from lora_tools.verbs.weighted import Weighted, open_weighted
+from lora_tools.verbs.weighted import Weighted, digests_and_weights, open_weighted
 
 if TYPE_CHECKING:
     pass
@@ -38,6 +38,7 @@ def combine(
     majority_sign: Literal["total", "frequency", "weighted"] = "total",
     normalize: bool = False,
     base: str | Path | None = None,
+    allow_other_base: bool = False,
     dtype: str | None = None,
     jobs: int | None = None,
     allow_pickle: bool = False,
@@ -65,11 +66,14 @@ def combine(
         majority_sign: how ``ties`` and ``dare_ties`` elect a sign.
         normalize: divide by the sum of the weights.
         base: has the names that some formats are resolved by.
+        allow_other_base: combine adapters whose metadata names different bases.
 
     Raises:
         UnsupportedAdapter: DoRA or IA³ among them, or tensors saved whole that cannot be added.
-        MismatchError: two adapters change one module in different shapes.
+        MismatchError: two adapters change one module in different shapes, or were made for
+            different bases.
     """
+    command = command_of(combine, locals())
     started = time.perf_counter()
     options = _options(method, rank, energy, max_rank, density, seed, majority_sign, dtype)
     weighted = open_weighted(adapters, allow_pickle, base)
@@ -77,13 +81,20 @@ def combine(
         options = dataclasses.replace(options, normalize=sum(w.weight for w in weighted))
         if abs(options.normalize or 0) < 1e-8:
             raise UsageError("--normalize divides by the sum of the weights, which is 0")
+    bases = _bases(weighted)
+    if len(bases) > 1 and not allow_other_base:
+        (one, first), (other, second) = list(bases.items())[:2]
+        raise MismatchError(
+            f"{first} was made for the base with the digest {one}, and {second} for {other}: their "
+            "changes do not add up on either; pass --allow-other-base to add them all the same"
+        )
     terms, copied = stackable(weighted)
     options = _with_default_rank(options, terms)
     fates = [_fate(name, mine) for name, mine in terms.items()]
     fates += [Fate(name, "copy", f"saved whole by {w.path}") for name, (w, _) in copied.items()]
     report = Report(
         "combine", tool_version(), tuple(Input("adapter", _shown(w)) for w in weighted), str(out),
-        dry_run, tuple(fates), notes=tuple(_notes(options, weighted)),
+        dry_run, tuple(fates), notes=tuple(_notes(options, weighted)), command=command,
     )  # fmt: skip
     if not dry_run:
         destination = Path(out)
@@ -93,6 +104,26 @@ def combine(
             report = _combine(report, weighted, terms, copied, options, staging / "out", jobs,
                               progress)  # fmt: skip
     return dataclasses.replace(report, seconds=time.perf_counter() - started)
+
+
+def _bases(weighted: Sequence[Weighted]) -> dict[str, str]:
+    """The digests of bases that the adapters' metadata names, each with the first path to do so."""
+    found: dict[str, str] = {}
+    for each in weighted:
+        digest = each.adapter.file.metadata.get("base_digest")
+        if digest:
+            found.setdefault(digest, each.path)
+    return found
+
+
+def _made(weighted: Sequence[Weighted], digests: Sequence[str], command: str) -> dict[str, str]:
+    """Metadata. A step of another verb has no command, and is for whatever base that verb has."""
+    made = {"loratools": tool_version()}
+    if command:
+        bases = list(_bases(weighted))
+        made |= {"command": command, "adapter_digests": digests_and_weights(digests, weighted)}
+        made |= {"base_digest": bases[0]} if len(bases) == 1 else {}
+    return made
 
 
 def stack(weighted: Sequence[Weighted], folder: Path, jobs: int | None) -> None:
@@ -253,7 +284,9 @@ def _combine(
                 results.append(combined.result)
         for each, key in copied.values():
             writer.add_raw(key, each.adapter.tensor(key))
-        writer.finish(_config(weighted, terms), None)
+        digests = [adapter_digest(w.adapter) for w in weighted]
+        made = _made(weighted, digests, report.command)
+        writer.finish(_config(weighted, terms), None, made)
     finally:
         writer.close()
     totals: dict[str, Any] = {
@@ -261,8 +294,8 @@ def _combine(
         **resized_totals(results),
     }  # fmt: skip
     inputs = tuple(
-        dataclasses.replace(i, digest=adapter_digest(w.adapter))
-        for i, w in zip(report.inputs, weighted, strict=True)
+        dataclasses.replace(i, digest=digest)
+        for i, digest in zip(report.inputs, digests, strict=True)
     )
     return dataclasses.replace(report, inputs=inputs, modules=tuple(results), totals=totals)
 

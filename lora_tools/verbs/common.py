@@ -27,8 +27,11 @@ def tool_version() -> str:
 
 
 # Options that do not decide what is written, or that stand in the metadata by a digest.
-_NOT_RECORDED = {"out", "adapters", "jobs", "force", "dry_run", "progress", "allow_pickle",
-                 "max_error", "spectrum_cache", "activations", "reversible"}  # fmt: skip
+_NOT_RECORDED = {
+    "out", "adapters", "base", "graph", "jobs", "force", "dry_run", "progress", "allow_pickle",
+    "max_error", "spectrum_cache", "activations", "reversible", "atol", "rtol", "no_verify",
+    "keep_failed",
+}  # fmt: skip
 
 
 def command_of(verb: Callable[..., object], given: Mapping[str, Any]) -> str:
@@ -55,18 +58,36 @@ def need(*modules: str) -> None:
         )
 
 
-def check_bases(adapters: Iterable[tuple[str, Mapping[str, str]]], base_digest: str) -> None:
+def handed_on(metadata: Mapping[str, str], command: str, digest: str) -> dict[str, str]:
+    """The metadata of an adapter made of another: it is for the same base, and the command comes
+    after those that made the other.
+
+    Args:
+        metadata, digest: of the other.
+    """
+    before = metadata.get("command", "")
+    return {
+        **{key: metadata[key] for key in ("base_digest", "tuned_digest") if key in metadata},
+        "loratools": tool_version(), "adapter_digests": digest,
+        "command": " | ".join(each for each in (before, command) if each),
+    }  # fmt: skip
+
+
+def check_bases(
+    adapters: Iterable[tuple[str, Mapping[str, str]]], base_digest: str, made_of: str = ""
+) -> None:
     """Refuse an adapter whose metadata names another base than the one with this digest.
 
     Args:
         adapters: each one's path, and the metadata of its file.
+        made_of: the digest of what the base is another form of, which will do as well.
 
     Raises:
         MismatchError: naming it.
     """
     for path, metadata in adapters:
         recorded = metadata.get("base_digest", base_digest)
-        if recorded != base_digest:
+        if recorded not in (base_digest, made_of):
             raise MismatchError(
                 f"{path}: was made for another base: its digest is {recorded}, and that of the one "
                 f"given is {base_digest}; give that base, or pass --allow-other-base"

@@ -14,6 +14,7 @@ from lora_tools.adapters import open_adapter
 from lora_tools.errors import NonFiniteError, UnsupportedAdapter, UsageError
 from lora_tools.formats.adapter_formats import FEATURES, Format, format_named
 from lora_tools.formats.base_names import base_names
+from lora_tools.formats.checkpoint_writer import PROVENANCE
 from lora_tools.formats.dtypes import parse_float_dtype
 from lora_tools.formats.output import check_destination, check_space, staged
 from lora_tools.formats.peft import Adapter, LoraModule
@@ -21,7 +22,14 @@ from lora_tools.formats.view import BaseNames, parse_enable_lora
 from lora_tools.linalg.layouts import Merged
 from lora_tools.linalg.ranks import RankRule
 from lora_tools.records import Fate, Input, ModuleResult, ProgressCallback, Report
-from lora_tools.verbs.common import layer_kinds, rank_rule, resized_totals, tool_version
+from lora_tools.verbs.common import (
+    command_of,
+    handed_on,
+    layer_kinds,
+    rank_rule,
+    resized_totals,
+    tool_version,
+)
 from lora_tools.verbs.convert_module import Options, convert_module, fold_of, writes_rslora
 from lora_tools.verbs.merge_plan import adapter_digest
 
@@ -71,6 +79,7 @@ def convert(
         UnsupportedAdapter: the format cannot hold a part of the adapter.
         LoraToolsError: any other of the tree, with nothing written.
     """
+    command = command_of(convert, locals())
     started = time.perf_counter()
     target = format_named(to, "--to")
     rule = rank_rule({"rank": rank, "energy": energy}, max_rank)
@@ -95,6 +104,7 @@ def convert(
     report = Report(
         "convert", tool_version(), (Input("adapter", str(adapter)),), str(out), dry_run,
         _fates(given, kept, options), notes=tuple(_notes(given, kept, options, found)),
+        command=command,
     )  # fmt: skip
     if not dry_run:
         destination = Path(out)
@@ -126,7 +136,8 @@ def write_as(
     options = _choose(given, to, frozenset(), None, None, found)
     options = dataclasses.replace(options, blocks=blocks)
     kept = _kept(given, options, found)
-    _write(given, kept, names, options, out, jobs, None)
+    made = {k: v for k, v in given.file.metadata.items() if k in PROVENANCE}
+    _write(given, kept, names, options, made, out, jobs, None)
     return tuple(_notes(given, kept, options, found))
 
 
@@ -282,13 +293,15 @@ def _convert(
     jobs: int | None,
     progress: ProgressCallback | None,
 ) -> Report:
-    results = _write(given, kept, names, options, out, jobs, progress)
+    digest = adapter_digest(given)
+    made = handed_on(given.file.metadata, report.command, digest)
+    results = _write(given, kept, names, options, made, out, jobs, progress)
     files = list(out.iterdir()) if out.is_dir() else [out]
     totals: dict[str, Any] = {
         "modules": len(kept), "bytes": sum(f.stat().st_size for f in files),
         **resized_totals(results),
     }  # fmt: skip
-    inputs = tuple(dataclasses.replace(i, digest=adapter_digest(given)) for i in report.inputs)
+    inputs = tuple(dataclasses.replace(i, digest=digest) for i in report.inputs)
     return dataclasses.replace(report, inputs=inputs, modules=tuple(results), totals=totals)
 
 
@@ -310,7 +323,7 @@ def write_modules(
     )
     kept = {name: given.modules[name] for name in modules}
     options = dataclasses.replace(options, weight=weight)
-    _write(given, kept, names, options, out, jobs, None, saved)
+    _write(given, kept, names, options, {}, out, jobs, None, saved)
 
 
 def _write(
@@ -318,6 +331,7 @@ def _write(
     kept: Mapping[str, LoraModule],
     names: BaseNames | None,
     options: Options,
+    made: Mapping[str, str],
     out: Path,
     jobs: int | None,
     progress: ProgressCallback | None,
@@ -346,6 +360,7 @@ def _write(
         elif "saved" in options.to.keeps - options.dropped:
             for name in given.whole if saved is None else saved:
                 writer.add_saved(name, _saved(given, name))
+        writer.made = made
         writer.finish()
     finally:
         writer.close()

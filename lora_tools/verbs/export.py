@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_tools.errors import CheckpointError, QualityGateError, UsageError
+from lora_tools.formats import digest as hashing
 from lora_tools.formats.checkpoint import Checkpoint, open_checkpoint, with_theta
 from lora_tools.formats.output import (
     check_destination,
@@ -23,7 +24,7 @@ from lora_tools.formats.output import (
 from lora_tools.onnx import genai
 from lora_tools.onnx.tasks import Task, task_of
 from lora_tools.records import Fate, Input, ProgressCallback, Report
-from lora_tools.verbs.common import tool_version
+from lora_tools.verbs.common import command_of, tool_version
 from lora_tools.verbs.merge import merge
 from lora_tools.verbs.runtime_adapters import SUFFIX, plan_runtime_adapters
 
@@ -53,6 +54,7 @@ def export(
     keep_failed: bool = False,
     trust_remote_code: bool = False,
     allow_unmatched: bool = False,
+    allow_other_base: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     force: bool = False,
@@ -79,12 +81,14 @@ def export(
         no_verify: do not run the graphs.
         keep_failed: leave an output that differs too much, under the name ``out`` + ``.failed``.
         trust_remote_code: run code that comes with the checkpoint.
+        allow_other_base: merge an adapter whose metadata names another base.
         dry_run: return the plan; read headers only and write nothing.
 
     Raises:
         QualityGateError: the outputs differ by more than allowed, or generate other tokens.
         LoraToolsError: any other of the tree; the destination is untouched then.
     """
+    command = command_of(export, locals())
     started = time.perf_counter()
     source = open_checkpoint(checkpoint, allow_pickle)
     if not source.is_folder or not source.config:
@@ -104,11 +108,12 @@ def export(
     def merged(where: Path, dry: bool) -> Report:
         return merge(
             checkpoint, to_merge, where, dtype=dtype, allow_unmatched=allow_unmatched, jobs=jobs,
-            allow_pickle=allow_pickle, dry_run=dry, progress=progress,
+            allow_other_base=allow_other_base, allow_pickle=allow_pickle, dry_run=dry,
+            progress=progress,
         )  # fmt: skip
 
     plan = merged(destination, True) if merging else _copying(source, checkpoint, out, in_place)
-    report = _as_export(plan, chosen, dry_run)
+    report = dataclasses.replace(_as_export(plan, chosen, dry_run), command=command)
     if runtime and dry_run:
         report = runtime.planned(report)
     if dry_run:
@@ -123,6 +128,7 @@ def export(
         built = graphs.build(
             folder, chosen, cache=not no_cache, weights=weights,
             graph=Path(graph) if graph else None, opset=opset, trust_remote_code=trust_remote_code,
+            made=_made(report, folder),
             branches=runtime.branches() if runtime else (),
             replacements=runtime.replacements() if runtime else (),
         )  # fmt: skip
@@ -146,6 +152,8 @@ def export(
             )  # fmt: skip
         return found
 
+    if not merging:
+        report = _with_digest(report, source)
     if in_place:
         report = _add_to(
             destination, (*chosen.files(), *(runtime.files() if runtime else ())), force,
@@ -217,6 +225,22 @@ def _with_digests(report: Report, merged: Report) -> Report:
     return dataclasses.replace(
         report, inputs=merged.inputs, notes=merged.notes, totals=merged.totals
     )
+
+
+def _with_digest(report: Report, source: Checkpoint) -> Report:
+    """Of a checkpoint that is copied or kept, which is read for it."""
+    hashes = {name: hashing.tensor_hash(source.raw(name)) for name in source.specs}
+    digest = hashing.digest(source.specs.values(), hashes)
+    first, *rest = report.inputs
+    return dataclasses.replace(report, inputs=(dataclasses.replace(first, digest=digest), *rest))
+
+
+def _made(report: Report, folder: Path) -> dict[str, str]:
+    """How the graphs were made; the merged weights say the same of the adapters."""
+    said = open_checkpoint(folder, allow_pickle=True).files[0].metadata if report.inputs[1:] else {}
+    adapters = {key: said[key] for key in ("adapter_digests",) if key in said}
+    return {"loratools": report.version, "command": report.command,
+            "base_digest": report.inputs[0].digest, **adapters}  # fmt: skip
 
 
 def _measured(report: Report, built: Built, check: Check | None) -> Report:

@@ -175,8 +175,9 @@ def _merge(job: Rewrite, reversible: bool) -> Report:
             for target, result in job.run(targets, work, lambda target: target.spec.nbytes):
                 out_hashes[target.spec.name] = result.out_hash
                 survivals += [result.survival] if result.survival else []
-                if sidecar is not None and result.listing is not None:
-                    sidecar.add(target.base_name, result.listing)
+                listing = None if target in plan.untied else result.listing
+                if sidecar is not None and listing is not None:
+                    sidecar.add(target.base_name, listing)
             changed = changed_files(base, plan, specs)
             if isinstance(base, PlainView):
                 changed = plain_files(base, changed)

@@ -35,12 +35,14 @@ class PlainView(Checkpoint):
     Attributes:
         stored: the checkpoint as it lies there.
         quantized: its quantized weights by name.
+        transposed: those that a plain checkpoint stores as (in, out), and codes are of (out, in).
     """
 
     def __init__(self, stored: Checkpoint, quantized: dict[str, QuantizedTensor]) -> None:
         self.stored, self.quantized = stored, quantized
         files = [_PlainFile(file, stored, quantized) for file in stored.files]
         super().__init__(stored.path, files, stored.is_folder, stored.index_name)
+        self.transposed = {name for file in files for name in file.transposed}
         self.config = {k: v for k, v in self.config.items() if k != "quantization_config"}
 
 
@@ -96,7 +98,7 @@ class _PlainFile:
         self._file, self._stored = file, stored
         self._quantized = {name: q for name, q in quantized.items() if name in file.specs}
         parts = {spec.name for q in quantized.values() for spec in q.specs.values()}
-        self._transposed: set[str] = set()
+        self.transposed: set[str] = set()
         self.specs: dict[str, TensorSpec] = {}
         for name, spec in file.specs.items():
             if name in self._quantized:
@@ -108,7 +110,7 @@ class _PlainFile:
     def _plain_spec(self, quantized: QuantizedTensor) -> TensorSpec:
         spec = quantized.dequantized
         if len(spec.shape) == 2 and layout_name(spec, self._stored.config) == "conv1d":
-            self._transposed.add(spec.name)
+            self.transposed.add(spec.name)
             return TensorSpec(spec.name, spec.dtype, spec.shape[::-1])
         return spec
 
@@ -145,7 +147,7 @@ class _PlainFile:
         nf4.dequantize_stored(
             packed, part[ABSMAX], part[QUANT_MAP], nested, state.blocksize, out.view(-1)
         )
-        return out.T.contiguous() if name in self._transposed else out
+        return out.T.contiguous() if name in self.transposed else out
 
     def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
         """Give the pages of a tensor's bytes [start, stop) back; of a quantized one all of them."""

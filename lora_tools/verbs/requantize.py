@@ -32,7 +32,7 @@ def plan_requantize(
     for target in (*merge.targets, *merge.untied):
         spec = specs[target.spec.name]
         packed = view.quantized.get(spec.name)
-        transposed = packed is not None and packed.state.shape != spec.shape
+        transposed = spec.name in view.transposed
         if packed is not None and target.parts:
             state = dataclasses.replace(packed.state, dtype=spec.dtype)
             packed = quantized_tensor(spec.name, state, packed.specs[""].dtype)

@@ -20,7 +20,13 @@ from lora_tools.formats.peft import Adapter, LoraModule
 from lora_tools.formats.view import BaseNames
 from lora_tools.linalg.ranks import RankRule
 from lora_tools.records import Fate, Input, ModuleResult, ProgressCallback, Report
-from lora_tools.verbs.common import command_of, consumer_named, rank_rule, tool_version
+from lora_tools.verbs.common import (
+    command_of,
+    consumer_named,
+    handed_on,
+    rank_rule,
+    tool_version,
+)
 from lora_tools.verbs.convert import write_as
 from lora_tools.verbs.convert_module import module_layout, resized
 from lora_tools.verbs.merge_plan import adapter_digest
@@ -286,11 +292,10 @@ def _rescale(
         for key in (*given.whole.values(), *(rows.key for rows in given.tokens.values())):
             writer.add_raw(key, given.tensor(key))
         config = {**given.config, "use_rslora": options.rslora and options.pad_to is None}
-        # Of the adapter's own metadata the base's digest holds on.
+        digest = adapter_digest(given)
         metadata = {k: v for k, v in given.file.metadata.items() if k != "format"}
-        before = metadata.get("command", "")
-        commands = [each for each in (before, report.command) if each]
-        metadata |= {"loratools": report.version, "command": " | ".join(commands)}
+        if report.command:  # none: this is a step of another verb, which has signed it
+            metadata |= handed_on(metadata, report.command, digest)
         writer.finish(config, None, metadata)
     finally:
         writer.close()
@@ -305,7 +310,6 @@ def _rescale(
             "rank_min": min(m.rank for m in results),
             "rank_max": max(m.rank for m in results),
         }
-    digest = adapter_digest(given)
     inputs = tuple(dataclasses.replace(i, digest=digest) for i in report.inputs)
     return dataclasses.replace(report, inputs=inputs, modules=tuple(results), totals=totals)
 

@@ -15,7 +15,7 @@ from lora_tools.records import ProgressCallback, Report, TensorSpec
 from lora_tools.verbs.common import check_bases, tool_version
 from lora_tools.verbs.merge_plan import MergePlan, adapter_digest
 from lora_tools.verbs.plain_view import PlainView, source_digest
-from lora_tools.verbs.weighted import Weighted
+from lora_tools.verbs.weighted import Weighted, digests_and_weights
 
 
 class Planned(Protocol):
@@ -49,11 +49,7 @@ def _digests(digests: Sequence[str], adapters: Sequence[Weighted]) -> dict[str, 
     base, *others = digests
     if not adapters:
         return {"base_digest": base}
-    pairs = zip(others, adapters, strict=True)
-    return {
-        "base_digest": base,
-        "adapter_digests": " ".join(f"{digest}={w.weight:g}" for digest, w in pairs),
-    }
+    return {"base_digest": base, "adapter_digests": digests_and_weights(others, adapters)}
 
 
 @dataclasses.dataclass
@@ -108,9 +104,8 @@ class Rewrite:
         """
         own = source_digest(self.source, self.hashes)
         self.digests = [own, *(adapter_digest(w.adapter) for w in self.adapters)]
-        # An adapter made for the base that was put into four bits is at home here.
-        if not (self.allow_other_base or isinstance(self.source, PlainView)):
-            check_bases(((w.path, w.adapter.file.metadata) for w in self.adapters), own)
+        if not self.allow_other_base:
+            self._check_bases(own)
         writer.seal(_digests(self.digests, self.adapters))
         index = self.source.index_name if len(self.shards) > 1 else None
         left = writer.finish(self.source, index, changed, leave)
@@ -120,3 +115,13 @@ class Rewrite:
         pairs = zip(self.report.inputs, self.digests, strict=True)
         inputs = tuple(dataclasses.replace(given, digest=digest) for given, digest in pairs)
         return dataclasses.replace(self.report, inputs=inputs, notes=tuple(notes))
+
+    def _check_bases(self, own: str) -> None:
+        made_of = ""
+        if isinstance(self.source, PlainView):
+            # An adapter made for the base that was put into four bits is at home here; which one
+            # that was, only this tool's own four-bit checkpoints say.
+            made_of = self.source.files[0].metadata.get("base_digest", "")
+            if not made_of:
+                return
+        check_bases(((w.path, w.adapter.file.metadata) for w in self.adapters), own, made_of)

@@ -21,7 +21,7 @@ from lora_tools.formats.safetensors_file import parse_header, strict_json
 from lora_tools.formats.sidecar import NAME as SIDECAR_NAME
 from lora_tools.formats.sidecar import Sidecar, sidecar_path
 from lora_tools.records import Fate, Input, ProgressCallback, Report, TensorSpec
-from lora_tools.verbs.common import tool_version
+from lora_tools.verbs.common import command_of, tool_version
 from lora_tools.verbs.merge_plan import (
     MergePlan,
     Outline,
@@ -31,7 +31,7 @@ from lora_tools.verbs.merge_plan import (
     plan_merge,
 )
 from lora_tools.verbs.merge_tensor import Write, as_matrix, copy_tensor, working_dtype
-from lora_tools.verbs.weighted import Weighted, open_weighted
+from lora_tools.verbs.weighted import Weighted, digests_and_weights, open_weighted
 
 if TYPE_CHECKING:
     pass
@@ -53,6 +53,7 @@ def unmerge(
     *,
     sidecar: bool | None = None,
     allow_unmatched: bool = False,
+    allow_other_base: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     force: bool = False,
@@ -68,11 +69,13 @@ def unmerge(
 
     Args:
         sidecar: True demands a sidecar, False ignores it; None uses it if it is there.
+        allow_other_base: subtract adapters that the metadata of ``merged`` does not name.
 
     Raises:
         MismatchError: the adapters are not those merged, or the result is not the base.
         UnsupportedAdapter: without a sidecar, where subtraction cannot undo the merge.
     """
+    command = command_of(unmerge, locals())
     started = time.perf_counter()
     checkpoint = open_checkpoint(merged, allow_pickle)
     weighted = open_weighted(adapters, allow_pickle, checkpoint)
@@ -88,15 +91,20 @@ def unmerge(
         plan = plan_merge(outline, weighted, allow_unmatched)
         _check_merged(checkpoint, plan)
     else:
+        if not allow_other_base:
+            _check_recorded(checkpoint, weighted, digests)
         plan = plan_merge(checkpoint, weighted, allow_unmatched)
         _refuse_lossy(plan)
-        shards = lay_out(checkpoint, checkpoint.specs, None)
+        made = {"loratools": tool_version(), "command": command}
+        shards = [dataclasses.replace(shard, metadata={**shard.metadata, **made})
+                  for shard in lay_out(checkpoint, checkpoint.specs, None)]  # fmt: skip
     nbytes = sum(shard.nbytes for shard in shards)
     report = Report(
         "unmerge", tool_version(),
         (Input("merged", str(merged)),
          *(Input("adapter", w.path, d) for w, d in zip(weighted, digests, strict=True))),
         str(out), dry_run, _fates(plan, memory), totals={"bytes": nbytes}, notes=plan.notes,
+        command=command,
     )  # fmt: skip
     if not dry_run:
         paths = [checkpoint.path, *(w.adapter.path for w in weighted)]
@@ -115,6 +123,21 @@ def _fates(plan: MergePlan, memory: Sidecar | None) -> tuple[Fate, ...]:
         dataclasses.replace(fate, action=how) if fate.action == "merge" else fate
         for fate in dataclasses.replace(plan, untied=()).fates()
     )
+
+
+def _check_recorded(
+    merged: Checkpoint, weighted: Sequence[Weighted], digests: Sequence[str]
+) -> None:
+    """Without a sidecar, what the metadata says was merged. Raises MismatchError."""
+    recorded = merged.files[0].metadata.get("adapter_digests", "").split()
+    given = digests_and_weights(digests, weighted).split()
+    for mine, each in zip(given, weighted, strict=True):
+        if recorded and mine not in recorded:
+            raise MismatchError(
+                f"{each.path}: is not what was merged with that weight, by the metadata of "
+                f"{merged.path} ({', '.join(recorded)}); pass --allow-other-base to subtract it "
+                "all the same"
+            )
 
 
 def _check_adapters(memory: Sidecar, weighted: Sequence[Weighted], digests: Sequence[str]) -> None:

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from lora_tools.engine import Buffers
     from lora_tools.linalg.compare import Coded
 
+_LITTLE_MORE = 1.2  # quantizing other numbers of the like costs as much, to a fifth
 _PLAIN, _SEARCHED = "byte for byte", "byte for byte, with --scale-search"
 
 
@@ -141,8 +142,7 @@ def _item(target: Target, view: PlainView) -> Item:
     """The tensor as the four-bit checkpoint has it: its scheme, dtype and orientation."""
     spec = view.specs.get(target.spec.name, target.spec)
     packed = view.quantized.get(spec.name)
-    transposed = packed is not None and packed.state.shape != spec.shape
-    return Item(target, spec, packed, transposed, "")
+    return Item(target, spec, packed, spec.name in view.transposed, "")
 
 
 def _check(
@@ -195,6 +195,7 @@ def _quantized(
     buffers: Buffers,
 ) -> _Checked:
     """Only scales that were searched for can be negative: then that is tried first."""
+    bits = 8 * packed.nbytes / item.spec.numel
     searched_first = _has_negative_scales(packed, view)
     tried: list[tuple[set[str], Coded]] = []
     for searched in sorted((False, True), key=lambda s: s != searched_first):
@@ -204,13 +205,14 @@ def _quantized(
         if not comparison.differing:
             why = _SEARCHED if searched else _PLAIN
             fate = Fate(item.name, "same", why)
-            return _Checked(item, fate, done.base_hash, hashes, done.result)
+            assert done.result is not None
+            result = dataclasses.replace(done.result, bits_per_parameter=bits)
+            return _Checked(item, fate, done.base_hash, hashes, result)
         coded = _measure(again, packed, view, source, buffers)
         tried.append((comparison.differing, coded))
         if not coded.off:
             break
     differing, coded = min(tried, key=lambda each: each[1].off)
-    bits = 8 * packed.nbytes / item.spec.numel
     result = TensorResult(
         item.name, item.spec.shape, bits, coded.relative_error, math.sqrt(coded.energy)
     )
@@ -263,7 +265,8 @@ def _measure(
         coded = Coded()
         for start, stop in nf4.runs(item.spec.numel):
             coded.add(
-                wanted[start:stop].float(), stored[start:stop], back[start:stop],
+                wanted[start:stop].float(), stored[start:stop].to(dtype).float(),
+                back[start:stop].to(dtype).float(),
                 packed.state.blocksize,
                 base[start:stop].float() if base is not None else None,
             )  # fmt: skip
@@ -295,7 +298,7 @@ def _judge(
 def _is_scaled(coded: Coded) -> bool:
     """Whether it is what quantizing makes of W₀ + c·Δ, for a c that is not 1: then that leaves
     little more than the error of quantizing that."""
-    explained = coded.unexplained <= (1 + NEAR) ** 2 * coded.own_error**2 * coded.held
+    explained = coded.unexplained <= (_LITTLE_MORE * coded.own_error) ** 2 * coded.held
     return bool(coded.change) and explained and abs(coded.coefficient - 1) > NEAR
 
 

@@ -23,6 +23,11 @@ class Weighted:
     path: str
 
 
+def digests_and_weights(digests: Sequence[str], weighted: Sequence[Weighted]) -> str:
+    """As metadata has them: ``digest=weight digest=weight``."""
+    return " ".join(f"{d}={w.weight:g}" for d, w in zip(digests, weighted, strict=True))
+
+
 def open_weighted(
     adapters: Sequence[str | Path | tuple[str | Path, float]],
     allow_pickle: bool,
