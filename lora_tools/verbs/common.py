@@ -27,7 +27,7 @@ def tool_version() -> str:
 
 
 # Options that do not decide what is written, or that stand in the metadata by a digest.
-_NOT_RECORDED = {"out", "adapters", "jobs", "force", "dry_run", "progress", "allow_pickle",
+_NOT_RECORDED = {"out", "adapters", "base", "jobs", "force", "dry_run", "progress", "allow_pickle",
                  "max_error", "spectrum_cache", "activations", "reversible"}  # fmt: skip
 
 
