@@ -15,7 +15,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import lora_tools
-from lora_tools.errors import NonFiniteError, OutputError, UnsupportedAdapter, UsageError
+from lora_tools.errors import (
+    AdapterError,
+    NonFiniteError,
+    OutputError,
+    UnsupportedAdapter,
+    UsageError,
+)
 
 from . import models
 
@@ -325,3 +331,25 @@ def test_tied_embeddings_stay_tied(options: dict[str, Any], tmp_path: Path) -> N
     torch.testing.assert_close(
         found, models.outputs(models.attach(base, tmp_path / "out")), rtol=tolerance, atol=tolerance
     )
+
+
+@pytest.mark.parametrize("verb", ["rescale", "convert"])
+def test_magnitudes_are_checked(verb: str, tmp_path: Path) -> None:
+    """Of a number that does not fit the factors, or not finite: refused before anything is
+    written, as merge does."""
+    noise = torch.Generator().manual_seed(0)
+    A, B = torch.randn(2, 8, generator=noise), torch.randn(6, 2, generator=noise)
+
+    def run(given: Path) -> None:
+        if verb == "rescale":
+            lora_tools.rescale(given, tmp_path / "out", rank=1)
+        else:
+            lora_tools.convert(given, tmp_path / "out", to="kohya")
+
+    few = models.write_adapter(tmp_path / "few", A, B, 4, m=torch.ones(5))
+    with pytest.raises(AdapterError, match=r"w: 6 magnitudes are wanted.* \[5\]"):
+        run(few)
+    nan = models.write_adapter(tmp_path / "nan", A, B, 4, m=torch.full((6,), torch.nan))
+    with pytest.raises(NonFiniteError, match="w: "):
+        run(nan)
+    assert not (tmp_path / "out").exists()

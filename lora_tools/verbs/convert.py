@@ -14,7 +14,7 @@ from lora_tools.adapters import open_adapter
 from lora_tools.errors import NonFiniteError, UnsupportedAdapter, UsageError
 from lora_tools.formats.adapter_formats import FEATURES, Format, format_named
 from lora_tools.formats.base_names import base_names
-from lora_tools.formats.checkpoint_writer import PROVENANCE
+from lora_tools.formats.digest import PROVENANCE
 from lora_tools.formats.dtypes import parse_float_dtype
 from lora_tools.formats.output import check_destination, check_space, staged
 from lora_tools.formats.peft import Adapter, LoraModule
