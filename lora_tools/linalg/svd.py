@@ -177,7 +177,14 @@ def _shape(A: torch.Tensor) -> tuple[int, int]:
 
 
 def sketched(
-    A: torch.Tensor, rule: RankRule, *, total: float, tolerance: float, noise: float, seed: int
+    A: torch.Tensor,
+    rule: RankRule,
+    *,
+    total: float,
+    tolerance: float,
+    noise: float,
+    rounding: Rounding | None = None,
+    seed: int,
 ) -> TruncatedSVD | None:
     """``truncated`` by iteration on a copy of the matrix in half precision, where the products with
     it are several times faster; None where the iteration does not get there.
@@ -188,7 +195,7 @@ def sketched(
     itself is only good to some 1e-3, so the energy must be measured on A, and ``gain`` counts from
     what is measured along ``Vh``. It does not serve where the tail is as small as the rounding.
     """
-    nothing = Spectrum(torch.zeros(0, dtype=torch.float64), total, True, _shape(A))
+    nothing = Spectrum(torch.zeros(0, dtype=torch.float64), total, True, _shape(A), rounding)
     found = _krylov(_wide(A), Wanted(rule, nothing, noise), tolerance, seed)
     if found is None:
         return None
@@ -323,8 +330,8 @@ def _krylov(A: torch.Tensor, wanted: Wanted, tolerance: float, seed: int) -> Tru
     wide = torch.float64 if A.dtype == torch.float32 else torch.float32
     Q, Z = _Columns(X.new_empty(m, 0)), _Columns(X.new_empty(n, 0, dtype=wide))
     T = torch.zeros(0, 0, dtype=torch.float64)
-    # Where the spectrum is looked at first: a fixed rank takes at least this many dimensions.
-    look_at = min(7 * wanted.least(m, n) // 2, m // 2)
+    # Where the spectrum is looked at first: a fixed rank takes about this many dimensions.
+    look_at = min(2 * wanted.least(m, n) + 2 * block, m // 2)
     while True:
         product = (X.T.to(A.dtype) @ A.T).T.float()  # this way round is faster than A @ X
         Y, E = torch.linalg.qr(_project_out(product, Q.all))

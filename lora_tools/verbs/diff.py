@@ -16,7 +16,8 @@ from lora_tools.formats.consumers import CONSUMERS
 from lora_tools.linalg.ranks import RankRule
 from lora_tools.records import Fate, Input, ModuleSpectrum, ProgressCallback, Report
 from lora_tools.verbs.common import name_filter, tool_version
-from lora_tools.verbs.decompose import Options, Sides, find
+from lora_tools.verbs.decompose import Options, Sides, spectra_of
+from lora_tools.verbs.extract_pairs import hash_of
 from lora_tools.verbs.pairing import Pair, Plan, make_plan
 from lora_tools.verbs.spectra import DEPTH, check_plot, joined, save_picture, summary
 
@@ -119,7 +120,6 @@ def _look(
     from lora_tools import engine
 
     options = options.on_device()
-    options = dataclasses.replace(options, half=None)
     buffers = engine.Buffers()
     return list(
         engine.run(
@@ -136,16 +136,16 @@ def _look(
 def _see(pair: Pair, sides: Sides, options: Options, buffers: Buffers) -> _Seen:
     base, tuned = sides
     assert pair.tuned is not None
-    theirs = hashing.tensor_hash(tuned.raw(pair.tuned.name))
+    theirs = hash_of(tuned, pair.tuned.name)
     if pair.base is None:
         return _Seen(pair, Fate(pair.name, "only in tuned", str(list(pair.spec.shape))),
                      hashes=("", theirs))  # fmt: skip
-    hashes = hashing.tensor_hash(base.raw(pair.base.name)), theirs
+    hashes = hash_of(base, pair.base.name), theirs
     same = dataclasses.replace(pair.base, name="") == dataclasses.replace(pair.tuned, name="")
     if same and hashes[0] == theirs:
         return _Seen(pair, Fate(pair.name, "unchanged"), hashes=hashes)
     if pair.action == "decompose":
-        found = find(pair, sides, options, buffers)
+        found = spectra_of(pair, sides, options, buffers)
         known = [one.svd.known for one in found if one.svd is not None]
         if not known:
             return _Seen(pair, Fate(pair.name, "unchanged", "the same values"), hashes=hashes)
@@ -154,9 +154,10 @@ def _see(pair: Pair, sides: Sides, options: Options, buffers: Buffers) -> _Seen:
             math.fsum(getattr(one, part) for one in found) for part in ("total", "base")
         )
         relative = math.sqrt(total / energy) if energy else math.inf
+        gain = math.fsum(one.svd.gain for one in found if one.svd is not None)
         spectrum = summary(
             joined(known), total, relative, module=pair.target, layout=pair.layout.name,
-            shape=pair.spec.shape, rank=None,
+            shape=pair.spec.shape, rank=None, gain_bound=gain / total,
         )  # fmt: skip
         fate = Fate(pair.name, "changed", f"by {relative:.3%}")
         return _Seen(pair, fate, spectrum, hashes, total, energy)
