@@ -187,6 +187,7 @@ def _may_sketch(pair: Pair, options: Options) -> bool:
         and "F64" not in (side.dtype for side in (pair.base, pair.tuned) if side is not None)
         and options.tolerance > 4 * HALF_LOSS
         and options.activations is None
+        and not options.rule.whole  # the copy's rounding would count as noise
         and any(iterates((at.rows, at.cols), options.rule, options.exact)
                 for at in regions_of(pair))
     )  # fmt: skip

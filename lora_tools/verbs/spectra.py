@@ -34,7 +34,7 @@ def summary(known: Spectrum, total: float, relative_change: float, **named: Any)
     }
     floor = math.nan
     if known.rounding is not None:
-        above = ranks.above_noise(known)
+        above = ranks.noise_floor(known)
         levels = ranks.noise_levels(known)
         floor = float(levels[min(above if above is not None else DEPTH, len(levels) - 1)]) ** 0.5
         enough = ranks.energy(known, 0.9)
