@@ -107,8 +107,9 @@ def main() -> None:
     before = losses_of(base, held_out)
     after = [losses_of(pair / "tuned", held_out) for pair in args.pairs]
     ends = ", ".join(f"{float(each.mean()):.4f}" for each in after)
-    print(f"{held_out.numel()} held-out tokens; loss of the base {float(before.mean()):.4f}, of the "
-          f"fine-tunes {ends}", flush=True)  # fmt: skip
+    start = float(before.mean())
+    print(f"{held_out.numel()} held-out tokens; loss of the base {start:.4f}, of the fine-tunes "
+          f"{ends}", flush=True)  # fmt: skip
     found: dict[str, list[torch.Tensor]] = {}
     figures: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory(dir=args.pairs[0].parent) as scratch:

@@ -212,7 +212,7 @@ def test_names_become_those_of_the_base(made: Made, tmp_path: Path) -> None:
         made.base, tmp_path / "out", adapters=[tmp_path / "given"], runtime_adapters=True,
         graph=made.plain, no_verify=True,
     )  # fmt: skip
-    assert "'module.' was left out" in ' '.join(report.notes)
+    assert "'module.' was left out" in " ".join(report.notes)
     assert (tmp_path / "out" / "given.onnx_adapter").read_bytes() == wanted
     lora_tools.convert(tmp_path / "given", tmp_path / "b", to="onnxruntime")
     with pytest.raises(Exception, match=r"Invalid input name: module\.model"):

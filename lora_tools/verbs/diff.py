@@ -19,7 +19,7 @@ from lora_tools.verbs.common import name_filter, tool_version
 from lora_tools.verbs.decompose import Options, Sides, spectra_of
 from lora_tools.verbs.extract_pairs import hash_of
 from lora_tools.verbs.pairing import Pair, Plan, make_plan
-from lora_tools.verbs.spectra import DEPTH, check_plot, joined, save_picture, summary
+from lora_tools.verbs.spectra import DEPTH, check_plot, joined, save_picture, shown, summary
 
 if TYPE_CHECKING:
     from lora_tools.engine import Buffers
@@ -98,7 +98,8 @@ def diff(
         },
     )  # fmt: skip
     if target is not None and report.spectra:
-        save_picture(report, f"{Path(base).name} → {Path(tuned).name}", target)
+        moved = f"relative change {report.totals['relative_change']:.2%}"
+        save_picture(report, f"{shown(base)} → {shown(tuned)}, {moved}", target)
         report = dataclasses.replace(report, notes=(*report.notes, f"drew {plot}"))
     return dataclasses.replace(report, seconds=time.perf_counter() - started)
 
