@@ -198,7 +198,7 @@ def _digests(seen: Sequence[_Seen], sides: Sides) -> tuple[str, str]:
             if spec is not None:
                 known[spec.name] = s.hashes[i]
         for name in side.specs.keys() - known.keys():
-            known[name] = hashing.tensor_hash(side.raw(name))
+            known[name] = side.hash(name)
             side.release(name)
         result.append(hashing.digest(side.specs.values(), known))
     return result[0], result[1]
