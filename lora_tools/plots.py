@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#6B4C9A", "#444444")
 
+_WIDE = 5  # colours follow the logarithm of values that spread wider than this
+_DEEP = 100  # a floor that lies this far below every value is not drawn
+
 
 @dataclasses.dataclass(frozen=True)
 class Line:
@@ -38,6 +41,7 @@ class Picture:
     heat_label: str
     lines: Sequence[Line]
     curves: Mapping[str, Sequence[tuple[float, float]]]
+    marks: Sequence[tuple[str, float, float]]  # named points of the curves
 
 
 def check_library() -> None:
@@ -64,7 +68,10 @@ def draw(picture: Picture, suffix: str) -> bytes:
     if suffix == ".html":
         svg = content[content.index(b"<svg") :]
         title = picture.title.replace("&", "&amp;").replace("<", "&lt;").encode()
-        content = b'<!DOCTYPE html>\n<meta charset="utf-8">\n<title>' + title + b"</title>\n" + svg
+        content = (
+            b'<!DOCTYPE html>\n<html lang="en">\n<meta charset="utf-8">\n<title>' + title
+            + b"</title>\n<style>svg { max-width: 100%; height: auto }</style>\n" + svg
+        )  # fmt: skip
     return content
 
 
@@ -76,13 +83,25 @@ def _figure(picture: Picture) -> Any:
     figure.suptitle(picture.title, x=0.01, ha="left", fontsize=12)
     grid = figure.add_gridspec(2, 2, height_ratios=(tall, 4.8))
     _heat(figure.add_subplot(grid[0, :]), picture)
-    _spectra(figure.add_subplot(grid[1, 0]), picture.lines)
-    _curves(figure.add_subplot(grid[1, 1]), picture.curves)
+    spectra = figure.add_subplot(grid[1, 0])
+    _spectra(spectra, picture.lines)
+    _curves(figure.add_subplot(grid[1, 1]), picture)
+    names = [len(line.label) for line in picture.lines]
+    figure.legend(*spectra.get_legend_handles_labels(), loc="outside lower left", frameon=False,
+                  fontsize=7.5, ncols=max(min(200 // (max(names, default=0) + 8), 4), 1),
+                  title="largest change of each kind" if len(names) > 1 else None,
+                  alignment="left")  # fmt: skip
     return figure
 
 
 def _heat(axes: Axes, picture: Picture) -> None:
-    image = axes.imshow(picture.heat, aspect="auto", cmap="viridis")
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+    values = [value for row in picture.heat for value in row if math.isfinite(value) and value > 0]
+    wide = max(values, default=1) > _WIDE * min(values, default=1)
+    image = axes.imshow(picture.heat, aspect="auto", cmap="viridis",
+                        norm=LogNorm(min(values), max(values)) if wide else None)  # fmt: skip
     axes.set_title(f"{picture.heat_label.split(',')[0].capitalize()}, by layer and kind of module")
     axes.set_yticks(range(len(picture.rows)), picture.rows)
     step = max(math.ceil(len(picture.columns) / 32), 1)
@@ -90,14 +109,20 @@ def _heat(axes: Axes, picture: Picture) -> None:
     axes.set_xlabel("layer")
     axes.spines[:].set_visible(False)
     axes.set_facecolor("#eeeeee")
-    axes.figure.colorbar(image, ax=axes, label=picture.heat_label, pad=0.01)
+    bar = axes.figure.colorbar(image, ax=axes, label=picture.heat_label, pad=0.01)
+    if wide:
+        bar.ax.yaxis.set_major_locator(LogLocator(10, (1, 2, 3, 5)))
+        bar.ax.yaxis.set_major_formatter(ScalarFormatter())
+        bar.ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _spectra(axes: Axes, lines: Sequence[Line]) -> None:
+    lowest = min((min(line.values) for line in lines), default=1)
+    floors = [x.floor for x in lines if math.isfinite(x.floor) and x.floor > lowest / _DEEP]
     for line, colour in zip(lines, _COLOURS, strict=False):
         at = range(1, len(line.values) + 1)
         axes.plot(at, line.values, color=colour, lw=1.4, label=line.label)
-        if math.isfinite(line.floor):
+        if line.floor in floors:
             axes.axhline(line.floor, color=colour, lw=0.8, ls=":")
         if line.rank and line.rank <= len(line.values):
             axes.plot(line.rank, line.values[line.rank - 1], "o", color=colour, ms=5)
@@ -105,23 +130,29 @@ def _spectra(axes: Axes, lines: Sequence[Line]) -> None:
     axes.set_xscale("log", base=2)
     ticks = [t for t in (1, 2, 4, 8, 16, 32, 64) if t <= max(len(x.values) for x in lines)]
     axes.set_xticks(ticks, [str(t) for t in ticks])
-    axes.set_xlabel("direction")
+    axes.set_xlabel("singular direction")
     axes.set_ylabel("singular value")
-    marks = ["dots: rank"] if any(line.rank for line in lines) else []
-    marks += ["dotted: noise floor"] if any(math.isfinite(x.floor) for x in lines) else []
+    marks = ["dot: rank"] if any(x.rank and x.rank <= len(x.values) for x in lines) else []
+    known = [x for x in lines if math.isfinite(x.floor)]
+    if known:
+        marks.append("dotted: noise floor" if floors else "noise floor far below")
     axes.set_title("Spectra" + (f" ({'; '.join(marks)})" if marks else ""))
-    axes.legend(fontsize=7, frameon=False, ncols=2, loc="upper left", bbox_to_anchor=(-0.08, -0.16))
 
 
-def _curves(axes: Axes, curves: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+def _curves(axes: Axes, picture: Picture) -> None:
+    curves = picture.curves
     styles = {"uniform": "-", "energy": "--", "budget": "-"}
     for (name, points), colour in zip(curves.items(), _COLOURS, strict=False):
         if points:
             axes.plot(*zip(*sorted(points), strict=True), styles.get(name, "-"), color=colour,
                       lw=1.6, label=name)  # fmt: skip
+    for label, size, error in picture.marks:
+        axes.plot(size, error, "o", color=_COLOURS[0], ms=4)
+        axes.annotate(label, (size, error), (-3, -4), textcoords="offset points", fontsize=7.5,
+                      ha="right", va="top", zorder=0)  # fmt: skip
     axes.set_xscale("log")
     axes.set_xlabel("numbers in the factors")
     axes.set_ylabel("relative error over all modules")
     axes.set_ylim(bottom=0)
     axes.set_title("Error against size: three ways to share ranks")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower left")

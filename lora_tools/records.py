@@ -88,8 +88,9 @@ class ModuleSpectrum:
     Attributes:
         norm: ‖Δ‖_F.
         relative_change: ‖Δ‖_F / ‖W_base‖_F; NaN without a base.
-        stable_rank: ‖Δ‖²_F / σ₁².
-        energy: the share of ‖Δ‖²_F in the leading 8, 16, 32 and 64 directions.
+        stable_rank: ‖Δ‖²_F / σ₁², with the σ₁ that was found.
+        energy: the share of ‖Δ‖²_F in the leading 8, 16, 32 and 64 directions, as found.
+        gain_bound: the most by which each of these may be less than the true one.
         noise_floor: the singular value that rounding of the stored weights can reach; NaN for an
             adapter, which is not a difference of stored weights.
         rank: an adapter's rank. Of a change, the recommended one: what holds 90 % of the energy,
@@ -110,6 +111,7 @@ class ModuleSpectrum:
     spectrum: tuple[float, ...]
     alpha: float = math.nan
     scaling: float = math.nan
+    gain_bound: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -132,9 +132,9 @@ def test_spacing_is_the_distance_to_the_next_number(dtype):
 def spectrum_of(tuned: torch.Tensor, base: torch.Tensor) -> Spectrum:
     delta = Delta(tuned, base)
     D = torch.empty(delta.shape)
-    delta.fill(D)
+    rounding = delta.fill(D, rounding=True).rounding
     squared = torch.linalg.svdvals(D.double()) ** 2
-    return Spectrum(squared, float(squared.sum()), True, delta.shape, delta.rounding())
+    return Spectrum(squared, float(squared.sum()), True, delta.shape, rounding)
 
 
 def low_rank(m: int, n: int, r: int, norm: float) -> torch.Tensor:

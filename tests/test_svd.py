@@ -7,14 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_tools.linalg.ranks import POLICIES, RankRule, Spectrum
+from lora_tools.linalg import svd
+from lora_tools.linalg.ranks import POLICIES, RankRule, Rounding, Spectrum
+from lora_tools.linalg.ritz import missing_energy, upper_values
 from lora_tools.linalg.svd import (
     HALF_LOSS,
     TruncatedSVD,
     Wanted,
     _gram,
     iterates,
-    missing_energy,
     sketched,
     sum_of_squares,
     truncated,
@@ -240,3 +241,84 @@ def test_iterates_only_where_it_pays():
     assert not iterates((4096, 11008), RankRule("rank", 32), exact=True)
     assert not iterates((192, 576), RankRule("rank", 32), exact=False)
     assert not iterates((64, 10**6), RankRule("rank", 1), exact=False)
+
+
+# ------------------------------------------------------------------- rules that count, by iteration
+
+
+def spiked(m: int, n: int, spikes: list[float], seed: int, decay: float = 0.0) -> torch.Tensor:
+    """Noise of norm about √m + √n, its rows uneven by ``decay``, and directions above it."""
+    noise = torch.Generator().manual_seed(seed)
+    A = torch.randn(m, n, generator=noise, dtype=torch.float64)
+    A *= torch.arange(1, m + 1).double()[:, None] ** -decay
+    U = torch.linalg.qr(torch.randn(m, len(spikes), generator=noise, dtype=torch.float64)).Q
+    V = torch.linalg.qr(torch.randn(n, len(spikes), generator=noise, dtype=torch.float64)).Q
+    return (A + (U * torch.tensor(spikes, dtype=torch.float64)) @ V.T).float()
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+@pytest.mark.parametrize("shape", [(400, 400), (320, 900), (900, 320)], ids=str)
+def test_rules_that_count_decide_by_bounds_as_by_all_values(shape, decay, monkeypatch):
+    """And mostly do so by iteration, or this shows nothing."""
+    monkeypatch.setattr(svd, "_LARGE", 64)
+    iterated = 0
+    for seed in range(6):
+        scale = 4 * sum(side**0.5 for side in shape)
+        spikes = [scale / (1 + 0.4 * i) for i in range(3 * seed)]
+        A = spiked(*shape, spikes, seed, decay)
+        S = torch.linalg.svdvals(A.double())
+        # What the noise of this matrix can be, told exactly.
+        rounding = Rounding(float(shape[0] * shape[1]), (sum(d**0.5 for d in shape)) ** 2
+                            / (shape[0] * shape[1]))  # fmt: skip
+        for policy, value in (
+            ("noise_floor", 0.0), ("ratio", 0.35), ("threshold", float(S[5] + S[6]) / 2)
+        ):  # fmt: skip
+            rule = RankRule(policy, value)
+            found = truncated(A, rule, rounding=rounding, seed=seed)
+            exact = truncated(A, rule, rounding=rounding, exact=True)
+            assert found.rank == exact.rank, (policy, seed)
+            iterated += found.method == "krylov"
+            if found.method == "krylov" and found.rank:
+                assert float(exact.captured - found.captured) <= found.gain + 1e-6 * exact.captured
+    assert iterated > 6
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_upper_values_are_upper_bounds(seed):
+    """Of the values at the edge of a bulk, where an iteration converges slowest."""
+    m, n, block, steps = 200, 500, 8, 6
+    A = spiked(m, n, [400.0, 200.0, 90.0], seed).double()
+    noise = torch.Generator().manual_seed(seed)
+    Y = A @ torch.randn(n, block, generator=noise, dtype=torch.float64)
+    basis = Y
+    for _ in range(steps - 1):
+        Y = torch.linalg.qr(A @ (A.T @ Y)).Q
+        basis = torch.cat((basis, Y), 1)
+    Q = torch.linalg.qr(basis).Q
+    theta, W = torch.linalg.eigh(Q.T @ A @ A.T @ Q)
+    theta, W = theta.flip(0), W.flip(1)
+    R = A @ (A.T @ (Q @ W)) - (Q @ W) * theta
+    upper = upper_values(theta, R.square().sum(0), steps, block, n)
+    true = torch.linalg.svdvals(A).square()
+    assert bool((true[:6] <= upper[:6]).all())
+    assert bool((theta[:6] <= true[:6] * (1 + 1e-9)).all())
+    assert float(upper[3] / true[3]) < 1.6, "and not without worth"
+
+
+@pytest.mark.parametrize("policy", ["gavish_donoho", "cumulative", "energy"])
+def test_all_values_first_and_then_the_directions(policy, monkeypatch):
+    monkeypatch.setattr(svd, "_LARGE", 128)
+    A = spiked(200, 300, [300.0, 200.0, 150.0], 1)
+    for value in (0.05, 0.3, 0.9):
+        rule = RankRule(policy, value)
+        found = truncated(A, rule)
+        exact = truncated(A, rule, exact=True)
+        S = torch.linalg.svdvals(A.double())
+        assert found.rank == exact.rank == POLICIES[policy](
+            Spectrum(S * S, float((S * S).sum()), True, (200, 300)), value
+        )  # fmt: skip
+        assert found.captured >= float((S[: found.rank] ** 2).sum()) * (1 - 1e-3)
+        rest = A.double() - (found.U.double() * found.S) @ found.Vh.double()
+        assert float(rest.square().sum()) == pytest.approx(
+            found.total - found.captured, rel=1e-4, abs=1e-6 * found.total
+        )

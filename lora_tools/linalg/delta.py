@@ -16,7 +16,8 @@ from lora_tools.linalg.svd import EPS, sum_of_squares
 
 @dataclasses.dataclass(frozen=True)
 class Energies:
-    """‖Δ‖²_F and ‖W_base‖²_F, and what rounding may have put into Δ.
+    """‖Δ‖²_F and ‖W_base‖²_F, and what rounding may have put into Δ: ``rounding``, where it was
+    asked for.
 
     ``noise`` estimates the largest singular value that rounding the tuned weight to its stored
     dtype can have caused: element errors of variance ulp²/12 give a random matrix whose norm is
@@ -27,6 +28,7 @@ class Energies:
     delta: float
     base: float
     noise: float
+    rounding: Rounding | None = None
 
 
 class Delta:
@@ -64,41 +66,25 @@ class Delta:
             yield start, stop, run
             self._done(start, stop)
 
-    def fill(self, out: torch.Tensor) -> Energies:
-        """Write Δ into ``out`` (rows, cols), rounded to its dtype, and measure it unrounded."""
+    def fill(self, out: torch.Tensor, rounding: bool = False) -> Energies:
+        """Write Δ into ``out`` (rows, cols), rounded to its dtype, and measure it unrounded; with
+        ``rounding`` also what rounding can have put into it."""
         energy = 0.0
+        seen = _RoundingSums(self.shape) if rounding else None
         for start, stop, run in self.runs():
             energy += sum_of_squares(run)
             out[start:stop] = run
-        return Energies(energy, self.base_energy, self._noise(energy))
+            if seen is not None:
+                seen.add(start, stop, run, self._tuned[start:stop], self._base[start:stop])
+        return Energies(
+            energy, self.base_energy, self._noise(energy),
+            seen.result() if seen is not None and energy and math.isfinite(energy) else None,
+        )  # fmt: skip
 
     def measure(self) -> Energies:
         """What ``fill`` measures, without keeping Δ."""
         energy = sum(sum_of_squares(run) for _, _, run in self.runs())
         return Energies(energy, self.base_energy, self._noise(energy))
-
-    def rounding(self) -> Rounding:
-        """What rounding can have put into Δ, with its row and column variances.
-
-        An element that moved by more than an ulp has an error of variance ulp²/12. Where nothing
-        moves by so much and the base lies on the grid of the tuned dtype, most elements are not
-        moved at all, and errors are as rare as moves are: then a row's noise is bounded by what is
-        seen of it, Σ Δ². So is each column's.
-        """
-        rows, cols = self.shape
-        up_rows, seen_rows = torch.zeros(2, rows, dtype=torch.float64)
-        up_cols, seen_cols = torch.zeros(2, cols, dtype=torch.float64)
-        for start, stop, run in self.runs():
-            squared = noise.spacing(self._tuned[start:stop]).to(self.dtype).square_()
-            squared += noise.spacing(self._base[start:stop]).to(self.dtype).square_()
-            seen = run.square()
-            up_rows[start:stop], seen_rows[start:stop] = squared.sum(1), seen.sum(1)
-            up_cols += squared.sum(0)
-            seen_cols += seen.sum(0)
-        edge = noise.edge(
-            torch.minimum(up_rows / 12, seen_rows), torch.minimum(up_cols / 12, seen_cols)
-        )
-        return Rounding(float(up_rows.sum()) / 12, edge)
 
     def _noise(self, energy: float) -> float:
         stored = (self._tuned.dtype, self._base.dtype)
@@ -108,3 +94,45 @@ class Delta:
         unit = EPS if torch.float32 in stored else torch.finfo(torch.float64).eps
         rms = (math.sqrt(self.base_energy) + math.sqrt(energy)) / math.sqrt(max(rows * cols, 1))
         return unit * rms / math.sqrt(12) * (math.sqrt(rows) + math.sqrt(cols))
+
+
+class _RoundingSums:
+    """What rounding can have put into Δ, with its row and column variances, summed run by run.
+
+    An element that moved by more than an ulp has an error of variance ulp²/12. Where nothing moves
+    by so much and the base lies on the grid of the tuned dtype, most elements are not moved at all,
+    and errors are as rare as moves are: then a row's noise is bounded by what is seen of it, Σ Δ².
+    So is each column's.
+    """
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        rows, cols = shape
+        self._up_rows, self._seen_rows = torch.zeros(2, rows, dtype=torch.float64)
+        self._up_cols, self._seen_cols = torch.zeros(2, cols, dtype=torch.float64)
+        self._space: torch.Tensor | None = None
+
+    def add(
+        self, start: int, stop: int, run: torch.Tensor, tuned: torch.Tensor, base: torch.Tensor
+    ) -> None:
+        """Rows [start, stop) of Δ, and of both sides as they are stored."""
+        if self._space is None:
+            self._space = torch.empty(2, *run.shape, dtype=run.dtype)
+        ulps, other = self._space[:, : stop - start]
+        one, two = torch.finfo(tuned.dtype), torch.finfo(base.dtype)
+        noise.magnitude_(ulps.copy_(tuned), one.tiny).square_()
+        noise.magnitude_(other.copy_(base), two.tiny)
+        ulps.addcmul_(other, other, value=(two.eps / one.eps) ** 2)
+        seen = torch.mul(run, run, out=other)
+        unit = one.eps**2
+        self._up_rows[start:stop] = ulps.sum(1).double() * unit
+        self._up_cols += ulps.sum(0).double() * unit
+        self._seen_rows[start:stop] = seen.sum(1)
+        self._seen_cols += seen.sum(0)
+
+    def result(self) -> Rounding:
+        """Of all rows together."""
+        edge = noise.edge(
+            torch.minimum(self._up_rows / 12, self._seen_rows),
+            torch.minimum(self._up_cols / 12, self._seen_cols),
+        )
+        return Rounding(float(self._up_rows.sum()) / 12, edge)

@@ -110,6 +110,21 @@ def balanced_factors(
                             error if weighting is None else weighted)  # fmt: skip
 
 
+def measured(svd: TruncatedSVD, delta: Rows) -> TruncatedSVD:
+    """The decomposition of a copy of delta, its values as delta itself has them in the span of Vh:
+    each is at most delta's own (Cauchy's interlacing), and together they miss ``svd.gain`` at most,
+    so that the leading ones of any number do. Vh stays; U is left out."""
+    span = torch.linalg.qr(svd.Vh.T.double()).Q
+    P = torch.empty(delta.shape[0], svd.rank, dtype=torch.float64, device=span.device)
+    for start, stop, run in delta.runs():
+        P[start:stop] = run.to(span.device) @ span.to(run.dtype)
+    squared = torch.linalg.eigvalsh(P.T @ P).flip(0).clamp(min=0).cpu()
+    return dataclasses.replace(
+        svd, U=svd.U[:, :0], S=squared.sqrt(), captured=float(squared.sum()),
+        known=dataclasses.replace(svd.known, squared=squared, complete=False),
+    )  # fmt: skip
+
+
 def _error(total: float, left: torch.Tensor, P: torch.Tensor, G: torch.Tensor) -> float:
     return total - 2 * float((left * P).sum()) + float(((left.T @ left) * G).sum())
 

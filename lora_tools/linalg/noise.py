@@ -10,11 +10,16 @@ _POINTS, _ROUNDS, _HALVINGS = 33, 3, 50
 def spacing(x: torch.Tensor) -> torch.Tensor:
     """The distance of each element to the next larger one its dtype holds (its ulp)."""
     info = torch.finfo(x.dtype)
+    return magnitude_(x.clone(), info.tiny) * info.eps
+
+
+def magnitude_(x: torch.Tensor, least: float) -> torch.Tensor:
+    """The power of two at or below each |x|, in its place; ``least``, the smallest normal number,
+    stands for what is smaller. An ulp is that times the dtype's eps."""
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
-    # The exponent's bits alone are the power of two below x; the smallest normal stands for zero
-    # and subnormals.
-    inf = torch.tensor(torch.inf, dtype=x.dtype).view(bits)
-    return (x.view(bits) & inf).view(x.dtype).clamp_(min=info.tiny) * info.eps
+    # The exponent's bits alone are that power.
+    x.view(bits).bitwise_and_(torch.tensor(torch.inf, dtype=x.dtype).view(bits))
+    return x.clamp_(min=least)
 
 
 def edge(rows: torch.Tensor, cols: torch.Tensor) -> float:

@@ -57,7 +57,10 @@ class Policy:
     Attributes:
         choose: from a spectrum and the policy's number to a rank, or None: look deeper.
         lowest, highest: what the number may be; ``open_low`` and ``open_high`` exclude the limit.
-        whole: decides on the whole spectrum only, so that it is computed exactly.
+        whole: judges noise itself, on the spectrum as it is: none of it is left out beforehand.
+        counts: says how many values stand above some level, and never fewer for larger values: so
+            bounds of the leading values from below and from above that give the same rank decide
+            it. A ``whole`` one that does not count needs every value.
     """
 
     choose: Callable[[Spectrum, float], int | None]
@@ -66,6 +69,7 @@ class Policy:
     open_low: bool = True
     open_high: bool = False
     whole: bool = False
+    counts: bool = False
 
     def __call__(self, spectrum: Spectrum, value: float) -> int | None:
         """The rank, or None where more of the spectrum must be known."""
@@ -176,11 +180,6 @@ def noise_floor(spectrum: Spectrum, value: float = 0.0) -> int | None:
     Sequentially for r = 0, 1, …: direction r + 1 is noise if σ_{r+1} is not above the floor that
     ``noise_levels`` gives for r directions of signal.
     """
-    return above_noise(spectrum) if spectrum.complete else None
-
-
-def above_noise(spectrum: Spectrum) -> int | None:
-    """How many leading values stand above the floor, or None where all that are known do."""
     below = spectrum.squared <= noise_levels(spectrum)
     if bool(below.any()):
         return int(below.nonzero()[0])
@@ -221,16 +220,16 @@ POLICIES: dict[str, Policy] = {
     "rank": Policy(fixed, 1, math.inf, open_low=False),
     "energy": Policy(energy),
     "error": Policy(error, open_low=False, open_high=True),
-    "ratio": Policy(ratio, open_low=False, open_high=True, whole=True),
+    "ratio": Policy(ratio, open_low=False, open_high=True, whole=True, counts=True),
     "cumulative": Policy(cumulative, whole=True),
-    "threshold": Policy(threshold, 0, math.inf, open_low=False, whole=True),
-    "noise_floor": Policy(noise_floor, whole=True),
+    "threshold": Policy(threshold, 0, math.inf, open_low=False, whole=True, counts=True),
+    "noise_floor": Policy(noise_floor, whole=True, counts=True),
     "gavish_donoho": Policy(gavish_donoho, whole=True),
     # kohya's names (sd-scripts, networks/resize_lora.py): sv_fro is a share of the norm, not of its
     # square, and sv_ratio divides σ₁.
     "sv_fro": Policy(lambda spectrum, share: energy(spectrum, share * share)),
     "sv_ratio": Policy(
-        lambda spectrum, divisor: ratio(spectrum, 1 / divisor), 1, math.inf, whole=True
+        lambda spectrum, divisor: ratio(spectrum, 1 / divisor), 1, math.inf, whole=True, counts=True
     ),
     "sv_cumulative": Policy(cumulative, whole=True),
 }
@@ -298,6 +297,8 @@ class RankRule:
         """The rank, or None where more of the spectrum must be known."""
         rank = POLICIES[self.policy](self.capped(spectrum) if not self.whole else spectrum,
                                      self.value)  # fmt: skip
+        if rank is None and self.counts and self.max_rank is not None:
+            return self.max_rank if len(spectrum.squared) >= self.max_rank else None
         return rank if rank is None or self.max_rank is None else min(rank, self.max_rank)
 
     def capped(self, spectrum: Spectrum) -> Spectrum:
@@ -315,8 +316,13 @@ class RankRule:
 
     @property
     def whole(self) -> bool:
-        """Whether the whole spectrum decides."""
+        """Whether the policy judges noise itself."""
         return not self.shared and POLICIES[self.policy].whole
+
+    @property
+    def counts(self) -> bool:
+        """Whether bounds of the leading values decide."""
+        return not self.shared and POLICIES[self.policy].counts
 
     def ceiling(self, rows: int, cols: int) -> int:
         """The largest rank this rule can choose for a matrix of that shape."""

@@ -17,13 +17,21 @@ import math
 import torch
 
 from lora_tools.linalg.ranks import RankRule, Rounding, Spectrum
+from lora_tools.linalg.ritz import (
+    Columns,
+    hidden_energy,
+    missing_energy,
+    project_out,
+    upper_values,
+)
 
 _BLOCK = 16  # the narrowest block at which a float32 product runs near full speed
 _DENSE = 64  # up to this smaller side a dense SVD costs less than setting up anything else
 _GRAM = 8  # below this many times the rank the Gram matrix costs less than iterating
+_LARGE = 1024  # from this side on, iterating costs less than an exact method for rules that count
+_STRAY = 1e-2  # what the directions kept may still miss, over the next value, when that is bounded
 _SUBSET = 1024  # from this size on, LAPACK's subset of eigenvectors pays for importing scipy
 _SUM_CHUNK = 1 << 16
-_TIE = 2e-3  # singular values squared that are closer than this, relative, count as one
 HALF_LOSS = 2.0**-15  # energy, relative, that rounding matrix and basis to bfloat16 may hide
 EPS = torch.finfo(torch.float32).eps
 
@@ -114,9 +122,9 @@ def truncated(
     if wide.shape[0] <= _DENSE or A.dtype == torch.float64:
         found = _dense(wide, wanted)
     elif not iterates(A.shape, rule, exact, depth):
-        found = _gram(wide, wanted)
+        found = _gram(wide, wanted, None if exact else tolerance, seed)
     else:
-        found = _krylov(wide, wanted, tolerance, seed) or _gram(wide, wanted)
+        found = _krylov(wide, wanted, tolerance, seed) or _gram(wide, wanted, tolerance, seed)
     return _oriented(found, A)
 
 
@@ -169,7 +177,9 @@ def iterates(
     """Whether a float32 matrix of that shape is decomposed by iteration."""
     short = min(shape)
     few = max(rule.ceiling(*shape) if rule.policy == "rank" else 0, depth)
-    return not (exact or rule.whole) and short > _DENSE and short >= _GRAM * few
+    if rule.whole and not (rule.counts and short >= _LARGE):
+        return False
+    return not exact and short > _DENSE and short >= _GRAM * few
 
 
 def _shape(A: torch.Tensor) -> tuple[int, int]:
@@ -177,7 +187,14 @@ def _shape(A: torch.Tensor) -> tuple[int, int]:
 
 
 def sketched(
-    A: torch.Tensor, rule: RankRule, *, total: float, tolerance: float, noise: float, seed: int
+    A: torch.Tensor,
+    rule: RankRule,
+    *,
+    total: float,
+    tolerance: float,
+    noise: float,
+    rounding: Rounding | None = None,
+    seed: int,
 ) -> TruncatedSVD | None:
     """``truncated`` by iteration on a copy of the matrix in half precision, where the products with
     it are several times faster; None where the iteration does not get there.
@@ -188,7 +205,7 @@ def sketched(
     itself is only good to some 1e-3, so the energy must be measured on A, and ``gain`` counts from
     what is measured along ``Vh``. It does not serve where the tail is as small as the rounding.
     """
-    nothing = Spectrum(torch.zeros(0, dtype=torch.float64), total, True, _shape(A))
+    nothing = Spectrum(torch.zeros(0, dtype=torch.float64), total, True, _shape(A), rounding)
     found = _krylov(_wide(A), Wanted(rule, nothing, noise), tolerance, seed)
     if found is None:
         return None
@@ -236,8 +253,11 @@ def _dense(A: torch.Tensor, wanted: Wanted) -> TruncatedSVD:
     )
 
 
-def _gram(A: torch.Tensor, wanted: Wanted) -> TruncatedSVD:
-    """Exact, through the eigenvectors of the Gram matrix A·Aᵀ of the shorter side.
+def _gram(
+    A: torch.Tensor, wanted: Wanted, tolerance: float | None = None, seed: int = 0
+) -> TruncatedSVD:
+    """Exact, through the eigenvectors of the Gram matrix A·Aᵀ of the shorter side; with a tolerance
+    the directions of a large one are iterated for, once all of its values have told how many.
 
     Squaring costs half the digits: singular values below √eps of the first are lost. In float64
     that is 1.5e-8 of the first, less than float32 input resolves, so the matrix is formed in
@@ -248,11 +268,25 @@ def _gram(A: torch.Tensor, wanted: Wanted) -> TruncatedSVD:
     step = max(_SUM_CHUNK * 16 // m, 1)
     for columns in torch.split(A, step, dim=1):
         wide = columns.double()
-        G.addmm_(wide, wide.T)
+        for row in range(0, m, _LARGE):  # the lower triangle is all that is looked at
+            some = wide[row : row + _LARGE]
+            G[row : row + _LARGE, : row + _LARGE].addmm_(some, wide[: row + _LARGE].T)
     few = wanted.rule.policy == "rank" or wanted.rule.shared
-    squared, W = _top_eigh(G, min(wanted.least(*_shape(A)) + 1, m) if few else m)
-    known = wanted.spectrum(squared, complete=not few or len(squared) == m)
-    r = wanted.decide(known)
+    if few or m < _LARGE:
+        squared, W = _top_eigh(G, min(wanted.least(*_shape(A)) + 1, m) if few else m)
+        known = wanted.spectrum(squared, complete=not few or len(squared) == m)
+        r = wanted.decide(known)
+    else:  # eigenvalues alone cost a fifth
+        squared = torch.linalg.eigvalsh(G).flip(0).clamp(min=0).cpu()
+        known = wanted.spectrum(squared, complete=True)
+        r = wanted.decide(known)
+        few_enough = RankRule("rank", r)
+        if r and tolerance is not None and iterates(_shape(A), few_enough, False):
+            narrow = dataclasses.replace(wanted, rule=few_enough, depth=0)
+            found = _krylov(A, narrow, tolerance, seed)
+            if found is not None and found.rank == r:
+                return dataclasses.replace(found, known=known)
+        _, W = _top_eigh(G, r)
     U = W[:, :r].to(A.dtype)
     Z = U.T @ A
     S = torch.linalg.vector_norm(Z, dim=1, dtype=torch.float64).cpu()
@@ -275,40 +309,6 @@ def _top_eigh(G: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     return lam.flip(0).clamp(min=0).cpu(), W.flip(1)
 
 
-def _project_out(Y: torch.Tensor, Q: torch.Tensor) -> torch.Tensor:
-    """The part of Y's columns orthogonal to Q's."""
-    return Y - Q @ (Q.T @ Y) if Q.shape[1] else Y
-
-
-def missing_energy(squared: torch.Tensor, residual: torch.Tensor, r: int) -> float:
-    """Upper bound on Σ_{i≤r} σ_i(A)² − Σ_{i≤r} θ_i from Ritz values and residuals.
-
-    θ_i are Ritz values of AAᵀ (descending, more than r of them), ρ_i² = ‖(AAᵀ − θ_i)u_i‖² their
-    squared residuals. Let μ bound the part of AAᵀ orthogonal to the first r Ritz vectors. Then
-    each σ_i² exceeds θ_i by at most min(ρ_i, ρ_i² / (θ_i − μ)) (Parlett, The Symmetric Eigenvalue
-    Problem, 11.7); μ is taken as θ_{r+1} + ρ_{r+1}.
-    """
-    rho = residual.clamp(min=0).sqrt()
-    mu = float(squared[r] + rho[r])
-    gap = (squared[:r] - mu).clamp(min=1e-300)
-    return float(torch.minimum(rho[:r], residual[:r] / gap).sum())
-
-
-def hidden_energy(squared: torch.Tensor, r: int) -> float:
-    """Upper bound on what directions that the iteration cannot see hold beyond the r found ones.
-
-    From a block of b columns no more than b directions of one singular value are found, to
-    rounding. So where b found ones (descending, squared) are alike, there may be any number of
-    others: as many as would take the places of all that come after them.
-    """
-    alike = range(min(r, len(squared) - _BLOCK + 1))
-    return max(
-        (float((squared[i] - squared[i:r]).sum()) for i in alike
-         if squared[i + _BLOCK - 1] >= (1 - _TIE) * squared[i]),
-        default=0.0,
-    )  # fmt: skip
-
-
 def _krylov(A: torch.Tensor, wanted: Wanted, tolerance: float, seed: int) -> TruncatedSVD | None:
     """Randomized block Krylov iteration; None where it would cost more than an exact method.
 
@@ -321,22 +321,22 @@ def _krylov(A: torch.Tensor, wanted: Wanted, tolerance: float, seed: int) -> Tru
     X = torch.randn(n, block, generator=start).to(A.device)
     # Z'Z squares singular values: only float64 keeps those that float32 products resolve.
     wide = torch.float64 if A.dtype == torch.float32 else torch.float32
-    Q, Z = _Columns(X.new_empty(m, 0)), _Columns(X.new_empty(n, 0, dtype=wide))
+    Q, Z = Columns(X.new_empty(m, 0)), Columns(X.new_empty(n, 0, dtype=wide))
     T = torch.zeros(0, 0, dtype=torch.float64)
-    # Where the spectrum is looked at first: a fixed rank takes at least this many dimensions.
-    look_at = min(7 * wanted.least(m, n) // 2, m // 2)
+    # Where the spectrum is looked at first: a fixed rank takes about this many dimensions.
+    look_at = min(2 * wanted.least(m, n) + 2 * block, m // 2)
     while True:
         product = (X.T.to(A.dtype) @ A.T).T.float()  # this way round is faster than A @ X
-        Y, E = torch.linalg.qr(_project_out(product, Q.all))
+        Y, E = torch.linalg.qr(project_out(product, Q.all))
         k = Q.all.shape[1]
         # Only rounding is left of a product: Q holds an invariant subspace, and must not grow by
         # noise. It is the whole range, unless energy is left: of singular values that occur often.
         exhausted = k > 0 and float(E.norm()) <= 16 * EPS * float(product.norm())
         if exhausted:
             left = wanted.total - float(T.trace())
-            if left > tolerance * wanted.total:
+            if left > (1e-5 if wanted.rule.counts else tolerance) * wanted.total:
                 X = torch.randn(n, block, generator=start).to(A.device)
-                Y = torch.linalg.qr(_project_out((X.T.to(A.dtype) @ A.T).T.float(), Q.all)).Q
+                Y = torch.linalg.qr(project_out((X.T.to(A.dtype) @ A.T).T.float(), Q.all)).Q
                 exhausted = False
         if exhausted or (k > 0 and k >= min(look_at, m // 2 - block)):
             lam, W = torch.linalg.eigh(T)
@@ -348,18 +348,29 @@ def _krylov(A: torch.Tensor, wanted: Wanted, tolerance: float, seed: int) -> Tru
                 captured = float(values[:rank].sum())
                 gain = max(left, 0.0)
                 break
+            if rank is not None and wanted.rule.counts and _GRAM * rank > m:
+                return None
             if rank is not None and rank < k:
                 residual = (E.double().cpu() @ W[-block:]).square().sum(0)
-                gain = missing_energy(values, residual, rank) + hidden_energy(values, rank)
+                gain = missing_energy(values, residual, rank) + hidden_energy(values, rank, block)
                 captured = float(values[:rank].sum())
-                if gain <= tolerance * captured:
+                allowed, sure = tolerance * captured, True
+                if wanted.rule.counts:
+                    allowed = min(allowed, _STRAY * float(values[rank]))
+                    upper = upper_values(values, residual, k // block, block, n)
+                    above = wanted.rule(wanted.spectrum(upper, complete=False))
+                    sure = above == wanted.rule(known)
+                if gain <= allowed and sure:
                     break
                 # A block lowers the bound some six times near the end: look again when it may do.
-                look_at = k + block * math.ceil(math.log(gain / (tolerance * captured), 6))
+                ahead = math.log(gain / allowed, 6) if gain and allowed else 0
+                look_at = k + block * math.ceil(max(ahead, 1))
+            if wanted.rule.counts:
+                look_at = max(look_at, 5 * k // 4)
         if 2 * (k + block) > m:
             return None
         # Once more after normalising: what is left may have lost its digits to the first time.
-        Y = torch.linalg.qr(_project_out(Y, Q.all)).Q
+        Y = torch.linalg.qr(project_out(Y, Q.all)).Q
         X = (Y.T.to(A.dtype) @ A).float().T
         Q.append(Y)
         Z.append(X)
@@ -370,24 +381,9 @@ def _krylov(A: torch.Tensor, wanted: Wanted, tolerance: float, seed: int) -> Tru
     U = Q.all @ W.float()
     Vh = (Z.all @ (W / S.to(A.device)).to(wide)).T.float()
     gain = min(gain, max(wanted.total - captured, 0.0))
-    # Values beyond the rank have not converged: they are no part of what is known.
-    known = dataclasses.replace(known, squared=values[:rank], complete=known.complete
-                                and rank == len(known.squared))  # fmt: skip
+    # Values beyond the rank have not converged: they are no part of what is known, but for the one
+    # by which a rule that counts has decided.
+    last = rank + (wanted.rule.counts and rank < len(known.squared))
+    known = dataclasses.replace(known, squared=values[:last], complete=known.complete
+                                and last == len(known.squared))  # fmt: skip
     return TruncatedSVD(U, S, Vh, wanted.total, captured, gain, "krylov", known)
-
-
-class _Columns:
-    """A matrix that grows by columns, in memory that doubles."""
-
-    def __init__(self, empty: torch.Tensor) -> None:
-        self._store, self.all = empty, empty
-
-    def append(self, columns: torch.Tensor) -> None:
-        """Put columns on the right, converted to the matrix's dtype."""
-        used = self.all.shape[1]
-        wanted = used + columns.shape[1]
-        if wanted > self._store.shape[1]:
-            self._store = self.all.new_empty(self.all.shape[0], max(2 * used, 4 * _BLOCK))
-            self._store[:, :used] = self.all
-        self._store[:, used:wanted] = columns
-        self.all = self._store[:, :wanted]

@@ -118,5 +118,6 @@ def cached(spectra: Spectra, name: str, key: str, options: Options) -> tuple[Fou
     known = found.svd.known
     if options.rule.shared:
         return (found, 0) if found.rank >= options.depth or known.complete else None
-    rank = options.rule(known) if known.complete or not options.rule.whole else None
+    decides = known.complete or options.rule.counts or not options.rule.whole
+    rank = options.rule(known) if decides else None
     return (found, rank) if rank is not None and rank <= found.rank else None

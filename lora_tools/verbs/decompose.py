@@ -167,18 +167,8 @@ def delta_of(pair: Pair, sides: Sides, at: Region) -> Delta:
 def decompose(pair: Pair, sides: Sides, options: Options, buffers: Buffers) -> Fitted | None:
     """Decompose a delta and fit its factors, by way of half precision where that is faster and
     good enough. None where the values are the same."""
-    from lora_tools.linalg.svd import HALF_LOSS, iterates
-
-    half = options.half
-    shapes = [(at.rows, at.cols) for at in regions_of(pair)]
-    if (
-        half is not None
-        and "F64" not in (side.dtype for side in (pair.base, pair.tuned) if side is not None)
-        and options.tolerance > 4 * HALF_LOSS
-        and options.activations is None
-        and any(iterates(shape, options.rule, options.exact) for shape in shapes)
-    ):
-        found = find(pair, sides, options, buffers, half)
+    if _may_sketch(pair, options):
+        found = find(pair, sides, options, buffers, options.half)
         if all(f.svd is not None or not f.total for f in found):
             fitted = fit(pair, sides, found, [f.rank for f in found], options, sketch=True)
             # Where what is left out is as small as the copy's rounding, half precision won't do.
@@ -186,6 +176,42 @@ def decompose(pair: Pair, sides: Sides, options: Options, buffers: Buffers) -> F
                 return fitted
     found = find(pair, sides, options, buffers)
     return fit(pair, sides, found, [f.rank for f in found], options)
+
+
+def _may_sketch(pair: Pair, options: Options) -> bool:
+    """Whether half precision is faster, and may be good enough."""
+    from lora_tools.linalg.svd import HALF_LOSS, iterates
+
+    return (
+        options.half is not None
+        and "F64" not in (side.dtype for side in (pair.base, pair.tuned) if side is not None)
+        and options.tolerance > 4 * HALF_LOSS
+        and options.activations is None
+        and not options.rule.whole  # the copy's rounding would count as noise
+        and any(iterates((at.rows, at.cols), options.rule, options.exact)
+                for at in regions_of(pair))
+    )  # fmt: skip
+
+
+def spectra_of(pair: Pair, sides: Sides, options: Options, buffers: Buffers) -> list[Found]:
+    """``find`` for the singular values' sake: by way of half precision where that is faster, with
+    values and energies as the delta itself has them in what was found."""
+    from lora_tools.linalg.lora import measured
+    from lora_tools.linalg.svd import HALF_LOSS
+
+    if _may_sketch(pair, options):
+        found = find(pair, sides, options, buffers, options.half)
+        if all(f.svd is not None or not f.total for f in found):
+            found = [
+                f if f.svd is None else
+                dataclasses.replace(f, svd=measured(f.svd, delta_of(pair, sides, at)))
+                for f, at in zip(found, regions_of(pair), strict=True)
+            ]  # fmt: skip
+            # Where what is left is as small as the copy's rounding, half precision won't do.
+            if all(f.svd is None or f.total - f.svd.captured >= 64 * HALF_LOSS * f.total
+                   for f in found):  # fmt: skip
+                return found
+    return find(pair, sides, options, buffers)
 
 
 def find(
@@ -212,7 +238,7 @@ def _find(
 
     weighting = weighting_of(pair, options)
     with buffers.lend(delta.shape, half or delta.dtype) as buffer:
-        energies = delta.fill(buffer)
+        energies = delta.fill(buffer, options.measured)
         total = energies.delta
         if not math.isfinite(total):
             side = "tuned" if math.isfinite(energies.base) else "base"
@@ -225,14 +251,14 @@ def _find(
         if half is not None:
             svd = sketched(
                 matrix, options.rule, total=total, tolerance=options.tolerance,
-                noise=energies.noise, seed=options.seed,
+                noise=energies.noise, rounding=energies.rounding, seed=options.seed,
             )  # fmt: skip
         else:
             svd = truncated(
                 matrix, options.rule, exact=options.exact, seed=options.seed, depth=options.depth,
                 total=total if weighting is None else sum_of_squares(matrix),
                 tolerance=options.tolerance, noise=0.0 if weighting is not None else energies.noise,
-                rounding=delta.rounding() if options.measured else None,
+                rounding=energies.rounding,
             )  # fmt: skip
         del matrix
     return Found(svd, total, energies.base)

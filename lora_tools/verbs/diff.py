@@ -16,9 +16,10 @@ from lora_tools.formats.consumers import CONSUMERS
 from lora_tools.linalg.ranks import RankRule
 from lora_tools.records import Fate, Input, ModuleSpectrum, ProgressCallback, Report
 from lora_tools.verbs.common import name_filter, tool_version
-from lora_tools.verbs.decompose import Options, Sides, find
+from lora_tools.verbs.decompose import Options, Sides, spectra_of
+from lora_tools.verbs.extract_pairs import hash_of
 from lora_tools.verbs.pairing import Pair, Plan, make_plan
-from lora_tools.verbs.spectra import DEPTH, check_plot, joined, save_picture, summary
+from lora_tools.verbs.spectra import DEPTH, check_plot, joined, save_picture, shown, summary
 
 if TYPE_CHECKING:
     from lora_tools.engine import Buffers
@@ -97,7 +98,8 @@ def diff(
         },
     )  # fmt: skip
     if target is not None and report.spectra:
-        save_picture(report, f"{Path(base).name} → {Path(tuned).name}", target)
+        moved = f"relative change {report.totals['relative_change']:.2%}"
+        save_picture(report, f"{shown(base)} → {shown(tuned)}, {moved}", target)
         report = dataclasses.replace(report, notes=(*report.notes, f"drew {plot}"))
     return dataclasses.replace(report, seconds=time.perf_counter() - started)
 
@@ -119,7 +121,6 @@ def _look(
     from lora_tools import engine
 
     options = options.on_device()
-    options = dataclasses.replace(options, half=None)
     buffers = engine.Buffers()
     return list(
         engine.run(
@@ -136,16 +137,16 @@ def _look(
 def _see(pair: Pair, sides: Sides, options: Options, buffers: Buffers) -> _Seen:
     base, tuned = sides
     assert pair.tuned is not None
-    theirs = hashing.tensor_hash(tuned.raw(pair.tuned.name))
+    theirs = hash_of(tuned, pair.tuned.name)
     if pair.base is None:
         return _Seen(pair, Fate(pair.name, "only in tuned", str(list(pair.spec.shape))),
                      hashes=("", theirs))  # fmt: skip
-    hashes = hashing.tensor_hash(base.raw(pair.base.name)), theirs
+    hashes = hash_of(base, pair.base.name), theirs
     same = dataclasses.replace(pair.base, name="") == dataclasses.replace(pair.tuned, name="")
     if same and hashes[0] == theirs:
         return _Seen(pair, Fate(pair.name, "unchanged"), hashes=hashes)
     if pair.action == "decompose":
-        found = find(pair, sides, options, buffers)
+        found = spectra_of(pair, sides, options, buffers)
         known = [one.svd.known for one in found if one.svd is not None]
         if not known:
             return _Seen(pair, Fate(pair.name, "unchanged", "the same values"), hashes=hashes)
@@ -154,9 +155,10 @@ def _see(pair: Pair, sides: Sides, options: Options, buffers: Buffers) -> _Seen:
             math.fsum(getattr(one, part) for one in found) for part in ("total", "base")
         )
         relative = math.sqrt(total / energy) if energy else math.inf
+        gain = math.fsum(one.svd.gain for one in found if one.svd is not None)
         spectrum = summary(
             joined(known), total, relative, module=pair.target, layout=pair.layout.name,
-            shape=pair.spec.shape, rank=None,
+            shape=pair.spec.shape, rank=None, gain_bound=gain / total,
         )  # fmt: skip
         fate = Fate(pair.name, "changed", f"by {relative:.3%}")
         return _Seen(pair, fate, spectrum, hashes, total, energy)
@@ -196,7 +198,7 @@ def _digests(seen: Sequence[_Seen], sides: Sides) -> tuple[str, str]:
             if spec is not None:
                 known[spec.name] = s.hashes[i]
         for name in side.specs.keys() - known.keys():
-            known[name] = hashing.tensor_hash(side.raw(name))
+            known[name] = side.hash(name)
             side.release(name)
         result.append(hashing.digest(side.specs.values(), known))
     return result[0], result[1]

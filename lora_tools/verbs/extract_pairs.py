@@ -113,11 +113,11 @@ class PairWork:
         """Read one pair and, if it changed and is to be decomposed, decompose it."""
         base, tuned = self._sides
         assert pair.tuned is not None
-        tuned_hash = _hash(tuned, pair.tuned.name)
+        tuned_hash = hash_of(tuned, pair.tuned.name)
         if pair.base is None:
             action = "saved whole" if pair.action == "save" else "skipped"
             return Outcome(pair, action, "", tuned_hash)
-        outcome = Outcome(pair, "unchanged", _hash(base, pair.base.name), tuned_hash)
+        outcome = Outcome(pair, "unchanged", hash_of(base, pair.base.name), tuned_hash)
         if outcome.base_hash == tuned_hash and dataclasses.replace(pair.base, name="") == (
             dataclasses.replace(pair.spec, name="")
         ):
@@ -222,7 +222,8 @@ def _rank(found: Found, options: Options) -> int:
     return found.rank if rank is None else rank
 
 
-def _hash(side: Checkpoint, name: str) -> str:
+def hash_of(side: Checkpoint, name: str) -> str:
+    """A tensor's hash; a large one's pages are given back."""
     value = side.hash(name)
     if side.specs[name].nbytes > _LARGE:
         side.release(name)  # it is read again, but must not stay beside its delta

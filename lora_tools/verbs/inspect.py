@@ -38,7 +38,7 @@ from lora_tools.records import (
 )
 from lora_tools.verbs.common import tool_version
 from lora_tools.verbs.inspect_onnx import onnx_graphs, open_model
-from lora_tools.verbs.spectra import check_plot, joined, save_picture, summary
+from lora_tools.verbs.spectra import check_plot, joined, save_picture, shown, summary
 
 if TYPE_CHECKING:
     from lora_tools.formats.checkpoint import TensorFile
@@ -99,7 +99,7 @@ def inspect(
         notes=(*thing.notes, *_oddities(tensors, spectra)),
     )  # fmt: skip
     if target is not None:
-        save_picture(report, f"{Path(path).name}: an adapter's own spectrum", target)
+        save_picture(report, f"{shown(path)}: the adapter's own change, s·B·A", target)
         report = dataclasses.replace(report, notes=(*report.notes, f"drew {plot}"))
     return dataclasses.replace(report, seconds=time.perf_counter() - started)
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 DEPTH = 64
 AT = (8, 16, 32, 64)
 _POINTS = 24
+STEPS = sorted({round(DEPTH ** (i / (_POINTS - 1))) for i in range(_POINTS)} | {*AT})
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 SUFFIXES = (".png", ".svg", ".html")
 
@@ -34,7 +35,7 @@ def summary(known: Spectrum, total: float, relative_change: float, **named: Any)
     }
     floor = math.nan
     if known.rounding is not None:
-        above = ranks.above_noise(known)
+        above = ranks.noise_floor(known)
         levels = ranks.noise_levels(known)
         floor = float(levels[min(above if above is not None else DEPTH, len(levels) - 1)]) ** 0.5
         enough = ranks.energy(known, 0.9)
@@ -60,11 +61,19 @@ def joined(parts: Sequence[Spectrum]) -> Spectrum:
     )
 
 
-def place(module: str) -> tuple[int, str]:
-    """(layer, kind) of a module: ``model.layers.3.mlp.up_proj`` → (3, ``mlp.up_proj``); layer −1
-    where its name has no number."""
-    match = _LAYER.search(module)
-    return (int(match[1]), module[match.end() :]) if match else (-1, module.rpartition(".")[2])
+def places(modules: Sequence[str]) -> dict[str, tuple[int, str]]:
+    """(layer, kind) of each module: ``model.layers.3.mlp.up_proj`` → (3, ``mlp.up_proj``); layer −1
+    where its name has no number. Where layers are numbered in several parts of the model, such as
+    an encoder and a decoder, a kind is named in full: ``encoder.block.*.layer.0.DenseReluDense``.
+    """
+    matches = {module: _LAYER.search(module) for module in modules}
+    several = len({m.string[: m.start(1)] for m in matches.values() if m}) > 1
+    found = {}
+    for module, m in matches.items():
+        rest = module[m.end() :] if m else module
+        kind = f"{module[: m.start(1)]}*.{rest}" if m and several else rest
+        found[module] = (int(m[1]) if m else -1, kind)
+    return found
 
 
 def check_plot(plot: str | Path | None) -> Path | None:
@@ -86,6 +95,11 @@ def check_plot(plot: str | Path | None) -> Path | None:
     return path
 
 
+def shown(path: str | Path) -> str:
+    """A path's last two names, or a hub id as it is."""
+    return "/".join(Path(path).parts[-2:])
+
+
 def save_picture(report: Report, title: str, path: Path) -> None:
     """Draw a report into a file, in place of what was there, whole or not at all."""
     from lora_tools.plots import draw
@@ -99,40 +113,53 @@ def picture(report: Report, title: str) -> Picture:
     """What to draw of a report."""
     from lora_tools.plots import Line, Picture
 
-    spectra = report.spectra
-    layers = sorted({place(s.module)[0] for s in spectra})
+    spectra = [s for s in report.spectra if s.spectrum]
+    at = places([s.module for s in spectra])
+    layers = sorted({layer for layer, _ in at.values()})
     # Embeddings and heads first, then the layers' modules by name.
-    by_place = sorted((min(place(s.module)[0], 0), place(s.module)[1]) for s in spectra)
+    by_place = sorted((min(layer, 0), kind) for layer, kind in at.values())
     kinds = list(dict.fromkeys(kind for _, kind in by_place))
     relative = all(math.isfinite(s.relative_change) for s in spectra)
     heat = [[math.nan] * len(layers) for _ in kinds]
     for s in spectra:
-        layer, kind = place(s.module)
+        layer, kind = at[s.module]
         heat[kinds.index(kind)][layers.index(layer)] = (
             100 * s.relative_change if relative else s.stable_rank
         )
     lines = []
     for kind in kinds:  # the module of each kind that changed most
-        s = max((s for s in spectra if place(s.module)[1] == kind), key=lambda s: s.norm)
+        s = max((s for s in spectra if at[s.module][1] == kind), key=lambda s: s.norm)
         lines.append(Line(s.module, s.spectrum, s.noise_floor, s.rank))
+    drawn = curves(spectra)
     return Picture(
         title=title,
-        heat=heat, rows=kinds, columns=["–" if layer < 0 else str(layer) for layer in layers],
+        heat=heat, rows=kinds, columns=["none" if layer < 0 else str(layer) for layer in layers],
         heat_label="relative change, %" if relative else "stable rank",
         lines=sorted(lines, key=lambda line: -line.values[0])[:8],
-        curves=curves(spectra),
+        curves=drawn, marks=[
+            (f"rank {r}", *at_rank) for r, at_rank in zip(STEPS, drawn["uniform"], strict=True)
+            if r in AT and r <= max(len(s.spectrum) for s in spectra)
+        ],
     )  # fmt: skip
 
 
+def _one_direction(s: ModuleSpectrum) -> int:
+    """Numbers in the factors of one more direction; of one expert, where there are several."""
+    rows, *cols = s.shape[1:] if s.layout.startswith("experts") else s.shape
+    return rows + math.prod(cols)
+
+
 def curves(spectra: Sequence[ModuleSpectrum]) -> dict[str, list[tuple[float, float]]]:
-    """(numbers in the factors, relative error over all modules) of three ways to share ranks."""
+    """(numbers in the factors, relative error over all modules) of three ways to share ranks, as
+    far as the directions that are known reach; the uniform ones at ranks ``STEPS``."""
     import torch
 
+    values = [torch.tensor(s.spectrum, dtype=torch.float64).square() for s in spectra]
     known = [
-        Spectrum(torch.tensor(s.spectrum, dtype=torch.float64).square(), s.norm**2, True)
-        for s in spectra
+        Spectrum(v, s.norm**2, len(v) < DEPTH or float(v.sum()) > (1 - 1e-6) * s.norm**2)
+        for v, s in zip(values, spectra, strict=True)
     ]
-    costs = [sum(s.shape) for s in spectra]
+    costs = [_one_direction(s) for s in spectra]
     total = math.fsum(s.norm**2 for s in spectra)
     most = ranks.uniform(known, costs, 10**18)
 
@@ -140,13 +167,14 @@ def curves(spectra: Sequence[ModuleSpectrum]) -> dict[str, list[tuple[float, flo
         size = sum(r * c for r, c in zip(chosen, costs, strict=True))
         return size, math.sqrt(max(1 - ranks.captured(known, chosen) / total, 0.0))
 
-    steps = sorted({round(DEPTH ** (i / (_POINTS - 1))) for i in range(_POINTS)})
     result: dict[str, list[tuple[float, float]]] = {"uniform": [], "energy": [], "budget": []}
-    for r in steps:
+    for r in STEPS:
         result["uniform"].append(point([min(r, m) for m in most]))
         size = int(result["uniform"][-1][0])
-        result["budget"].append(point([k or 0 for k in ranks.budget(known, costs, size)]))
-    # The same share of each module's energy, as far as 64 directions reach.
+        shared = ranks.budget(known, costs, size)
+        if None not in shared:  # else it would take more directions than are known
+            result["budget"].append(point([k or 0 for k in shared]))
+    # The same share of each module's energy.
     reach = min((ranks.captured([s], [len(s.squared)]) / s.total for s in known), default=1.0)
     for i in range(1, _POINTS):
         share = reach * i / _POINTS
