@@ -81,7 +81,8 @@ NUMERIC = {
     "nn/__init__.py", "nn/attach.py", "nn/layers.py",
     "onnx/check.py", "onnx/graphs.py", "onnx/model.py", "onnx/parts.py", "onnx/trace.py",
     "onnx/weights.py", "onnx/linears.py", "onnx/runtime_adapters.py",
-    "linalg/noise.py", "linalg/weighting.py", "linalg/compare.py",
+    "linalg/noise.py", "linalg/weighting.py", "linalg/compare.py", "linalg/ritz.py",
+    "onnx/initializers.py",
 }  # fmt: skip
 
 

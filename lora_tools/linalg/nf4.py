@@ -343,11 +343,17 @@ def dequantize_stored(
         nested: the absmax of absmax, its map and its offset, where ``absmax`` is in eight bits.
     """
     book = Codebook("stored", tuple(quant_map.tolist()))
-    scales = absmax.numpy()
-    if nested is not None:
-        inner, table, offset = nested
-        scales = restore_absmax(Nested(scales, inner.numpy(), np.float32(offset)), table.numpy())
-    dequantize(packed.numpy(), scales, book, blocksize, out)
+    dequantize(packed.numpy(), stored_scales(absmax, nested), book, blocksize, out)
+
+
+def stored_scales(
+    absmax: torch.Tensor, nested: tuple[torch.Tensor, torch.Tensor, float] | None
+) -> Array:
+    """The scales (blocks,) that stored tensors stand for; ``nested`` as in ``dequantize_stored``."""
+    if nested is None:
+        return absmax.numpy()
+    inner, table, offset = nested
+    return restore_absmax(Nested(absmax.numpy(), inner.numpy(), np.float32(offset)), table.numpy())
 
 
 def dequantize_run(

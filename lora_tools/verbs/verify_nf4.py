@@ -221,16 +221,13 @@ def _quantized(
 
 
 def _has_negative_scales(packed: QuantizedTensor, view: PlainView) -> bool:
-    import numpy as np
+    from lora_tools.linalg.nf4 import stored_scales
 
-    from lora_tools.linalg import nf4
-
-    part = {end: view.stored.tensor(spec.name).numpy() for end, spec in packed.specs.items()
+    part = {end: view.stored.tensor(spec.name) for end, spec in packed.specs.items()
             if end in (ABSMAX, NESTED_ABSMAX, NESTED_MAP)}  # fmt: skip
-    scales = part[ABSMAX]
-    if packed.state.nested_offset is not None:
-        nested = nf4.Nested(scales, part[NESTED_ABSMAX], np.float32(packed.state.nested_offset))
-        scales = nf4.restore_absmax(nested, part[NESTED_MAP])
+    offset = packed.state.nested_offset
+    nested = None if offset is None else (part[NESTED_ABSMAX], part[NESTED_MAP], offset)
+    scales = stored_scales(part[ABSMAX], nested)
     return bool((scales < 0).any())
 
 
