@@ -349,7 +349,7 @@ def dequantize_stored(
 def stored_scales(
     absmax: torch.Tensor, nested: tuple[torch.Tensor, torch.Tensor, float] | None
 ) -> Array:
-    """The scales (blocks,) that stored tensors stand for; ``nested`` as in ``dequantize_stored``."""
+    """The scales (blocks,) of stored tensors, ``nested`` as in ``dequantize_stored``."""
     if nested is None:
         return absmax.numpy()
     inner, table, offset = nested
