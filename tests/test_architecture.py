@@ -82,7 +82,7 @@ NUMERIC = {
     "onnx/check.py", "onnx/graphs.py", "onnx/model.py", "onnx/parts.py", "onnx/trace.py",
     "onnx/weights.py", "onnx/linears.py", "onnx/runtime_adapters.py",
     "linalg/noise.py", "linalg/weighting.py", "linalg/compare.py", "linalg/ritz.py",
-    "onnx/initializers.py",
+    "onnx/initializers.py", "onnx/quantized.py", "onnx/quality.py",
 }  # fmt: skip
 
 
