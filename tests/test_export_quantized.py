@@ -335,7 +335,10 @@ def perplexity(folder: Path, text: Path, length: int) -> float:
 def test_what_is_lost_on_a_text(
     kind: str, scheme: str, plain: dict[str, Path], text: Path, tmp_path: Path
 ) -> None:
-    t = export(plain[kind], tmp_path / "out", scheme, eval_text=text).totals
+    report = export(plain[kind], tmp_path / "out", scheme, eval_text=text)
+    t = report.totals
+    assert [i.role for i in report.inputs] == ["base", "text"]
+    assert str(text) not in report.command  # which is in the graph
     length = 32 if kind == "gpt2" else 64  # the positions that the models have
     assert t["eval_tokens"] == 150 // length * (length - 1)
     assert t["perplexity_unquantized"] == pytest.approx(

@@ -31,7 +31,7 @@ def tool_version() -> str:
 _NOT_RECORDED = {
     "out", "adapters", "base", "graph", "jobs", "force", "dry_run", "progress", "allow_pickle",
     "max_error", "spectrum_cache", "activations", "reversible", "atol", "rtol", "no_verify",
-    "keep_failed",
+    "keep_failed", "eval_text",
 }  # fmt: skip
 
 

@@ -206,7 +206,7 @@ def export(
             )  # fmt: skip
         return found
 
-    if not merging:
+    if not changing:
         report = _with_digest(report, source)
     if in_place:
         report = _add_to(
@@ -214,12 +214,12 @@ def export(
             (atol, rtol), work,
         )  # fmt: skip
     else:
-        inputs = [source.path, *(Path(str(a[0] if isinstance(a, tuple) else a)) for a in adapters)]
-        inputs += [Path(graph)] if graph else []
-        check_destination(destination, inputs, force)
+        given = [source.path, *(Path(str(a[0] if isinstance(a, tuple) else a)) for a in adapters)]
+        given += [Path(graph)] if graph else []
+        check_destination(destination, given, force)
         failed = destination.with_name(destination.name + ".failed")
         if keep_failed:
-            check_destination(failed, inputs, force)
+            check_destination(failed, given, force)
         needed = plan.totals.get("bytes") or plan.totals["expected_bytes_at_most"]
         needed *= 2 if placing == "bundled" or quantization.affine else 1
         beside = plain(source.path, destination, True)
@@ -241,7 +241,8 @@ def export(
                 if keep_failed:
                     folder.rename(failed)
                 raise
-    return dataclasses.replace(report, seconds=time.perf_counter() - started)
+    inputs = (*report.inputs, *quantization.inputs(eval_text))
+    return dataclasses.replace(report, inputs=inputs, seconds=time.perf_counter() - started)
 
 
 def _check_call(opset: int, atol: float, rtol: float) -> None:

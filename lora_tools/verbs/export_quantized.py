@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.names import layout_name
 from lora_tools.onnx.schemes import AFFINE, NF4, SCHEMES
 from lora_tools.onnx.tasks import DECODER, Task
-from lora_tools.records import Fate, Report
+from lora_tools.records import Fate, Input, Report
 from lora_tools.verbs.common import read_text
 from lora_tools.verbs.plain_view import plain_view
 
@@ -48,6 +49,13 @@ class Quantization:
     def affine(self) -> bool:
         """Whether ONNX Runtime's quantizer makes the weights, which only the graph reads."""
         return self.scheme in AFFINE
+
+    def inputs(self, path: str | Path | None) -> tuple[Input, ...]:
+        """The text as an input of the report."""
+        if self.text is None:
+            return ()
+        digest = hashlib.sha256(self.text.encode()).hexdigest()
+        return (Input("text", str(path), f"sha256:{digest}"),)
 
     def weights(self, asked: str | None, in_place: bool) -> str:
         """``--weights``, or what it is if not given."""
