@@ -12,7 +12,7 @@ from lora_tools.errors import UnsupportedAdapter, UsageError
 from lora_tools.formats.adapter_formats import FEATURES, FORMATS
 from lora_tools.formats.base_names import base_names
 from lora_tools.formats.checkpoint import Checkpoint
-from lora_tools.formats.names import align
+from lora_tools.formats.names import align, is_input_embedding, is_output_head
 from lora_tools.onnx.tasks import Task
 from lora_tools.records import Fate, Input, Report
 from lora_tools.verbs.convert import features, write_modules
@@ -245,14 +245,14 @@ def _refuse(weighted: Weighted, names: BaseNames) -> None:
 
 
 def _refuse_saved(weighted: Weighted, saved: Mapping[str, str], base: Checkpoint) -> None:
-    """Tensors saved whole but vectors (norms, biases): the layers of ONNX Runtime compute with a
-    matrix that may change in another order than with one that is fixed."""
+    """Tensors saved whole that are neither a vector (norms, biases) nor of a linear layer."""
     adapter, path = weighted.adapter, weighted.path
     for name, tensor in saved.items():
-        found = adapter.shape(adapter.whole[name])
-        spec = base.specs.get(tensor)
-        if len(found) != 1:
-            why = f"{list(found)}, and only vectors saved whole can be switched"
+        found, spec = adapter.shape(adapter.whole[name]), base.specs.get(tensor)
+        if is_output_head(tensor) or is_input_embedding(tensor):
+            why = "a whole vocabulary"
+        elif len(found) > 2:
+            why = "of no linear layer"
         elif spec is None or found != spec.shape:
             why = f"{list(found)}, and the base's is {list(spec.shape) if spec else 'not there'}"
         elif weighted.weight != 1:
