@@ -231,15 +231,12 @@ def _refuse(weighted: Weighted, names: BaseNames) -> None:
             f"{path}: a runtime adapter cannot carry {parts}. Merge it (leave --runtime-adapters "
             f"out), or leave them out: loratools convert {path} -o OUT --to peft {drop}"
         )
-    head, embeddings = (
-        names.tied,
-        [m.name for m in adapter.modules.values() if m.form == "embedding"],
-    )
-    if head and embeddings and adapter.config.get("ensure_weight_tying"):
+    embeddings = [m.name for m in adapter.modules.values() if m.form == "embedding"]
+    if names.tied and embeddings and adapter.config.get("ensure_weight_tying"):
         known, _ = align(list(adapter.modules), list(names.weights))
-        if head not in known.values():
+        if names.tied not in known.values():
             raise UnsupportedAdapter(
-                f"{path}: ensure_weight_tying, but no factors for {head}, which is to follow "
+                f"{path}: ensure_weight_tying, but no factors for {names.tied}, which is to follow "
                 f"{embeddings[0]}; merge it: leave --runtime-adapters out"
             )
 
@@ -270,4 +267,4 @@ def _file_name(path: str) -> str:
     """``adapters/style``, ``style.gguf`` and ``org/style@main`` → ``style.onnx_adapter``."""
     given = Path(path)
     name = given.stem if given.is_file() else given.name.partition("@")[0]
-    return (name or given.resolve().name) + SUFFIX
+    return (given.resolve().name if name in ("", "..") else name) + SUFFIX
