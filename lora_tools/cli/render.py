@@ -200,11 +200,12 @@ def _totals(report: Report) -> Iterator[str]:
     if "graph_nodes" in t:
         yield f"graph: {t['graph_nodes']} nodes, {size(t['graph_bytes'])}"
     if "verified" in t:
-        line = f"greatest difference from torch {t['max_difference']:.2e} (relative "
-        line += f"{t['max_relative_difference']:.2e}) in {t['outputs_compared']} outputs"
-        if "tokens_generated" in t:
-            line += f"; {t['tokens_same']} of {t['tokens_generated']} generated tokens the same"
-        yield line
+        yield _difference(t)
+    if t.get("base_exact"):
+        yield "without an adapter: bit for bit what the plain graph gives"
+    for file, figures in t.get("runtime_adapters", {}).items():
+        line = f"{file}: {figures['modules']} modules, {size(figures['bytes'])}"
+        yield f"{line}; {_difference(figures)}" if "verified" in figures else line
     if "sidecar_bytes" in t:
         yield f"sidecar: {size(t['sidecar_bytes'])}, {t['sidecar_share']:.2%} of the model"
     if t.get("exact"):
@@ -217,3 +218,11 @@ def _totals(report: Report) -> Iterator[str]:
     yield from tables.totals(t)
     if "bytes" in t:
         yield f"size: {size(t['bytes'])}"
+
+
+def _difference(t: dict[str, Any]) -> str:
+    line = f"greatest difference from torch {t['max_difference']:.2e} (relative "
+    line += f"{t['max_relative_difference']:.2e}) in {t['outputs_compared']} outputs"
+    if "tokens_generated" in t:
+        line += f"; {t['tokens_same']} of {t['tokens_generated']} generated tokens the same"
+    return line
