@@ -200,12 +200,13 @@ def _totals(report: Report) -> Iterator[str]:
     if "graph_nodes" in t:
         yield f"graph: {t['graph_nodes']} nodes, {size(t['graph_bytes'])}"
     if "verified" in t:
-        line = f"greatest difference from torch {t['max_difference']:.2e} (relative "
-        line += f"{t['max_relative_difference']:.2e}) in {t['outputs_compared']} outputs"
-        if "tokens_generated" in t:
-            line += f"; {t['tokens_same']} of {t['tokens_generated']} generated tokens the same"
-        yield line
+        yield _difference(t)
     yield from _lost(t)
+    if t.get("base_exact"):
+        yield "without an adapter: bit for bit what the plain graph gives"
+    for file, figures in t.get("runtime_adapters", {}).items():
+        line = f"{file}: {figures['modules']} modules, {size(figures['bytes'])}"
+        yield f"{line}; {_difference(figures)}" if "verified" in figures else line
     if "sidecar_bytes" in t:
         yield f"sidecar: {size(t['sidecar_bytes'])}, {t['sidecar_share']:.2%} of the model"
     if t.get("exact"):
@@ -236,3 +237,11 @@ def _lost(t: dict[str, Any]) -> Iterator[str]:
             line += f" (torch, unquantized: {t['perplexity_unquantized']:.4g}; "
             line += f"KL divergence {t['kl_divergence']:.3g} nats a token)"
         yield f"{line} on {t['eval_tokens']:,} tokens"
+
+
+def _difference(t: dict[str, Any]) -> str:
+    line = f"greatest difference from torch {t['max_difference']:.2e} (relative "
+    line += f"{t['max_relative_difference']:.2e}) in {t['outputs_compared']} outputs"
+    if "tokens_generated" in t:
+        line += f"; {t['tokens_same']} of {t['tokens_generated']} generated tokens the same"
+    return line
