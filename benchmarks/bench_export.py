@@ -60,7 +60,9 @@ mask[1, :4] = 0
 positions = (mask.cumsum(1) - 1).clamp(min=0)
 with torch.no_grad():
     logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
-np.savez(out, ids=ids, mask=mask, positions=positions, logits=logits)
+config = model.config
+size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+np.savez(out, ids=ids, mask=mask, positions=positions, logits=logits, size=size)
 """
 FOUND = """
 import sys, numpy as np, onnxruntime
@@ -73,7 +75,8 @@ for rows in (slice(0, 1), slice(0, 2)):
         if kind:
             given[i.name] = wanted[kind + "s" * (kind == "position")][rows]
         else:
-            given[i.name] = np.zeros((rows.stop, i.shape[1], 0, i.shape[3]), np.float32)
+            given[i.name] = np.zeros(
+                (rows.stop, i.shape[1], 0, int(wanted["size"])), np.float32)
     logits = session.run([session.get_outputs()[0].name], given)[0]
     seen = wanted["mask"][rows].astype(bool)
     print(f"{np.abs(logits - wanted['logits'][rows])[seen].max():.1e}")

@@ -72,7 +72,7 @@ def ran(folder: Path) -> np.ndarray:
     given["position_ids"] = np.arange(IDS.shape[1])[None]
     for i in session.get_inputs():
         if i.name.startswith("past"):
-            given[i.name] = np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32)
+            given[i.name] = np.zeros((1, i.shape[1], 0, SHAPE["head_dim"]), np.float32)
     given = {i.name: given[i.name] for i in session.get_inputs()}
     return session.run(["logits"], given)[0]
 
