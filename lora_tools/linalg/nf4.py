@@ -337,17 +337,24 @@ def dequantize_stored(
     blocksize: int,
     out: torch.Tensor,
 ) -> None:
-    """``dequantize`` of tensors as a checkpoint holds them, by the maps that lie with them.
+    """``dequantize`` of tensors as a checkpoint holds them, by the maps that lie with them."""
+    book = Codebook("stored", tuple(quant_map.tolist()))
+    dequantize(packed.numpy(), stored_scales(absmax, nested), book, blocksize, out)
+
+
+def stored_scales(
+    absmax: torch.Tensor, nested: tuple[torch.Tensor, torch.Tensor, float] | None
+) -> Array:
+    """(blocks,) float32 out of tensors as a checkpoint holds them.
 
     Args:
         nested: the absmax of absmax, its map and its offset, where ``absmax`` is in eight bits.
     """
-    book = Codebook("stored", tuple(quant_map.tolist()))
-    scales = absmax.numpy()
-    if nested is not None:
-        inner, table, offset = nested
-        scales = restore_absmax(Nested(scales, inner.numpy(), np.float32(offset)), table.numpy())
-    dequantize(packed.numpy(), scales, book, blocksize, out)
+    scales: Array = absmax.numpy()
+    if nested is None:
+        return scales
+    inner, table, offset = nested
+    return restore_absmax(Nested(scales, inner.numpy(), np.float32(offset)), table.numpy())
 
 
 def dequantize_run(

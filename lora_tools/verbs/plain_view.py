@@ -15,6 +15,7 @@ from lora_tools.formats.bitsandbytes import (
     NESTED_MAP,
     QUANT_MAP,
     QuantizedTensor,
+    QuantState,
     find_quantized,
 )
 from lora_tools.formats.checkpoint import Checkpoint, TensorFile
@@ -63,6 +64,15 @@ def plain_view(stored: Checkpoint) -> PlainView | None:
             "four-bit weights of bitsandbytes; a plain checkpoint or one of those is wanted here"
         )
     return None
+
+
+def nested_of(
+    state: QuantState, part: Mapping[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+    """Of a weight's tensors by their endings, what its scales in eight bits are read with."""
+    if state.nested_offset is None:
+        return None
+    return part[NESTED_ABSMAX], part[NESTED_MAP], state.nested_offset
 
 
 def source_digest(source: Checkpoint, hashes: Mapping[str, str]) -> str:
@@ -140,9 +150,7 @@ class _PlainFile:
         if not out.numel():
             return out
         part = {end: self._stored.tensor(name + end) for end in self._quantized[name].specs}
-        nested = None
-        if state.nested_offset is not None:
-            nested = part[NESTED_ABSMAX], part[NESTED_MAP], state.nested_offset
+        nested = nested_of(state, part)
         packed = part[""].reshape(-1).view(torch.uint8)
         nf4.dequantize_stored(
             packed, part[ABSMAX], part[QUANT_MAP], nested, state.blocksize, out.view(-1)

@@ -12,20 +12,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lora_tools.formats import digest as hashing
-from lora_tools.formats.bitsandbytes import (
-    ABSMAX,
-    NESTED_ABSMAX,
-    NESTED_MAP,
-    QuantizedTensor,
-    config_faults,
-)
+from lora_tools.formats.bitsandbytes import ABSMAX, QuantizedTensor, config_faults
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.formats.names import align
 from lora_tools.records import Fate, Input, ProgressCallback, TensorResult
 from lora_tools.verbs.merge_plan import MergePlan, Target, adapter_digest, plan_merge
 from lora_tools.verbs.merge_tensor import merge_tensor
-from lora_tools.verbs.plain_view import PlainView, source_digest
+from lora_tools.verbs.plain_view import PlainView, nested_of, source_digest
 from lora_tools.verbs.quantize import pack, totals_of, work_on
 from lora_tools.verbs.quantize_plan import Item, QuantizePlan
 from lora_tools.verbs.verify_merged import (
@@ -221,17 +215,10 @@ def _quantized(
 
 
 def _has_negative_scales(packed: QuantizedTensor, view: PlainView) -> bool:
-    import numpy as np
-
     from lora_tools.linalg import nf4
 
-    part = {end: view.stored.tensor(spec.name).numpy() for end, spec in packed.specs.items()
-            if end in (ABSMAX, NESTED_ABSMAX, NESTED_MAP)}  # fmt: skip
-    scales = part[ABSMAX]
-    if packed.state.nested_offset is not None:
-        nested = nf4.Nested(scales, part[NESTED_ABSMAX], np.float32(packed.state.nested_offset))
-        scales = nf4.restore_absmax(nested, part[NESTED_MAP])
-    return bool((scales < 0).any())
+    part = {end: view.stored.tensor(spec.name) for end, spec in packed.specs.items()}
+    return bool((nf4.stored_scales(part[ABSMAX], nested_of(packed.state, part)) < 0).any())
 
 
 def _measure(
