@@ -83,11 +83,11 @@ def source_digest(source: Checkpoint, hashes: Mapping[str, str]) -> str:
     """
     if not isinstance(source, PlainView):
         return hashing.digest(source.specs.values(), hashes)
-    stored = source.stored
-    return hashing.digest(
-        stored.specs.values(),
-        {name: hashing.tensor_hash(stored.raw(name)) for name in stored.specs},
-    )
+    stored, known = source.stored, {}
+    for name in stored.specs:
+        known[name] = hashing.tensor_hash(stored.raw(name))
+        stored.release(name)
+    return hashing.digest(stored.specs.values(), known)
 
 
 def plain_files(view: PlainView, changed: dict[str, bytes]) -> dict[str, bytes]:

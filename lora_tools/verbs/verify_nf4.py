@@ -72,6 +72,7 @@ class _Comparison:
         there = self._stored.raw(name)[offset : offset + data.nbytes]
         if there != data.cast("B"):
             self.differing.add(name)
+        self._stored.release(name, offset, offset + data.nbytes)
 
     def write_last(self, name: str, data: bytes) -> None:
         """The whole of a tensor."""
@@ -145,7 +146,10 @@ def _check(
     target, packed = item.target, item.packed
     stored = [item.spec] if packed is None else list(packed.specs.values())
     there = [spec.name for spec in stored if spec.name in view.stored.specs]
-    hashes = {name: hashing.tensor_hash(view.stored.raw(name)) for name in there}
+    hashes = {}
+    for name in there:
+        hashes[name] = hashing.tensor_hash(view.stored.raw(name))
+        view.stored.release(name)
     if packed is None:
         plain = check_tensor(target, view, source)
         return _Checked(item, plain.fate, plain.hashes[0], hashes)
@@ -356,7 +360,9 @@ def _diagnosis(
         c.item.name in bad and c.coded is not None and _is_scaled(c.coded) for c in acted
     ):
         what = f"the adapter is applied {times(whole.coefficient)}"
-    elif every and totals["quantization_error"] > 1.5 * totals["expected_error"]:
+    elif every and (
+        counts["changed"] or totals["quantization_error"] > 1.5 * totals["expected_error"]
+    ):
         what = "another checkpoint, or another adapter merged in or left out"
     elif every:
         what = (
