@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/cli.md", "docs/extract.md",
          "docs/layers.md", "docs/merge.md", "docs/formats.md", "docs/combine.md",
          "docs/quantize.md", "docs/export.md", "docs/report.md", "docs/ranks.md", "docs/diff.md",
-         "docs/verify.md"]  # fmt: skip
+         "docs/verify.md", "docs/inspect.md"]  # fmt: skip
 FENCE = re.compile(
     r"(?:^<!-- (?P<mark>[\w:-]+) -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.M | re.S
 )
@@ -277,6 +277,10 @@ def test_every_total_and_action_is_documented(pair: Path, tmp_path: Path) -> Non
         lora_tools.inspect(out / "r" / "loratools-unmerge.sidecar"),
         lora_tools.verify(out / "m", base=base, adapters=[pair / "adapter"]),
         lora_tools.verify(pair / "other", base=base, tuned=tuned),
+        lora_tools.verify(out / "q", against=base),
+        lora_tools.verify(out / "f", against=base, adapters=[pair / "other"]),
+        lora_tools.inspect(out / "q"),
+        lora_tools.inspect(out / "e"),
         lora_tools.collect_stats(pair / "words", pair / "words.txt", out / "st", length=4),
         lora_tools.collect_stats(pair / "words", pair / "words.txt", out / "s2", dry_run=True),
     ]

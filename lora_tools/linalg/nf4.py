@@ -337,11 +337,7 @@ def dequantize_stored(
     blocksize: int,
     out: torch.Tensor,
 ) -> None:
-    """``dequantize`` of tensors as a checkpoint holds them, by the maps that lie with them.
-
-    Args:
-        nested: the absmax of absmax, its map and its offset, where ``absmax`` is in eight bits.
-    """
+    """``dequantize`` of tensors as a checkpoint holds them, by the maps that lie with them."""
     book = Codebook("stored", tuple(quant_map.tolist()))
     dequantize(packed.numpy(), stored_scales(absmax, nested), book, blocksize, out)
 
@@ -349,11 +345,16 @@ def dequantize_stored(
 def stored_scales(
     absmax: torch.Tensor, nested: tuple[torch.Tensor, torch.Tensor, float] | None
 ) -> Array:
-    """The scales (blocks,) of stored tensors, ``nested`` as in ``dequantize_stored``."""
+    """(blocks,) float32 out of tensors as a checkpoint holds them.
+
+    Args:
+        nested: the absmax of absmax, its map and its offset, where ``absmax`` is in eight bits.
+    """
+    scales: Array = absmax.numpy()
     if nested is None:
-        return absmax.numpy()
+        return scales
     inner, table, offset = nested
-    return restore_absmax(Nested(absmax.numpy(), inner.numpy(), np.float32(offset)), table.numpy())
+    return restore_absmax(Nested(scales, inner.numpy(), np.float32(offset)), table.numpy())
 
 
 def dequantize_run(

@@ -15,6 +15,7 @@ from lora_tools.formats.bitsandbytes import (
     NESTED_MAP,
     QUANT_MAP,
     QuantizedTensor,
+    QuantState,
     find_quantized,
 )
 from lora_tools.formats.checkpoint import Checkpoint, TensorFile
@@ -65,6 +66,15 @@ def plain_view(stored: Checkpoint) -> PlainView | None:
     return None
 
 
+def nested_of(
+    state: QuantState, part: Mapping[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+    """Of a weight's tensors by their endings, what its scales in eight bits are read with."""
+    if state.nested_offset is None:
+        return None
+    return part[NESTED_ABSMAX], part[NESTED_MAP], state.nested_offset
+
+
 def source_digest(source: Checkpoint, hashes: Mapping[str, str]) -> str:
     """A checkpoint's digest; of a quantized one that of what is stored, which is read for it.
 
@@ -73,11 +83,11 @@ def source_digest(source: Checkpoint, hashes: Mapping[str, str]) -> str:
     """
     if not isinstance(source, PlainView):
         return hashing.digest(source.specs.values(), hashes)
-    stored = source.stored
-    return hashing.digest(
-        stored.specs.values(),
-        {name: hashing.tensor_hash(stored.raw(name)) for name in stored.specs},
-    )
+    stored, known = source.stored, {}
+    for name in stored.specs:
+        known[name] = hashing.tensor_hash(stored.raw(name))
+        stored.release(name)
+    return hashing.digest(stored.specs.values(), known)
 
 
 def plain_files(view: PlainView, changed: dict[str, bytes]) -> dict[str, bytes]:
@@ -140,9 +150,7 @@ class _PlainFile:
         if not out.numel():
             return out
         part = {end: self._stored.tensor(name + end) for end in self._quantized[name].specs}
-        nested = None
-        if state.nested_offset is not None:
-            nested = part[NESTED_ABSMAX], part[NESTED_MAP], state.nested_offset
+        nested = nested_of(state, part)
         packed = part[""].reshape(-1).view(torch.uint8)
         nf4.dequantize_stored(
             packed, part[ABSMAX], part[QUANT_MAP], nested, state.blocksize, out.view(-1)

@@ -118,6 +118,15 @@ FINE = ("same", "rounded", "copied")
 
 def check_tensor(target: Target, merged: Checkpoint, base: Checkpoint) -> Checked:
     """Compare one tensor of ``merged`` with what the merge makes of the base's."""
+    try:
+        return _compared(target, merged, base)
+    finally:
+        base.release(target.base_name)
+        if target.spec.name in merged.specs:
+            merged.release(target.spec.name)
+
+
+def _compared(target: Target, merged: Checkpoint, base: Checkpoint) -> Checked:
     name, stored = target.spec.name, merged.specs.get(target.spec.name)
     base_hash = hashing.tensor_hash(base.raw(target.base_name))
     if stored is None:
@@ -137,8 +146,6 @@ def check_tensor(target: Target, merged: Checkpoint, base: Checkpoint) -> Checke
     if not (stored.is_float and target.spec.is_float):
         return Checked(target, _count(target, merged, base), hashes)
     match = _match(target, merged, base)
-    merged.release(name)
-    base.release(target.base_name)
     return Checked(target, _judge(name, match), hashes, match)
 
 

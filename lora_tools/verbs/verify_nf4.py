@@ -12,20 +12,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lora_tools.formats import digest as hashing
-from lora_tools.formats.bitsandbytes import (
-    ABSMAX,
-    NESTED_ABSMAX,
-    NESTED_MAP,
-    QuantizedTensor,
-    config_faults,
-)
+from lora_tools.formats.bitsandbytes import ABSMAX, QuantizedTensor, config_faults
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.formats.names import align
 from lora_tools.records import Fate, Input, ProgressCallback, TensorResult
 from lora_tools.verbs.merge_plan import MergePlan, Target, adapter_digest, plan_merge
 from lora_tools.verbs.merge_tensor import merge_tensor
-from lora_tools.verbs.plain_view import PlainView, source_digest
+from lora_tools.verbs.plain_view import PlainView, nested_of, source_digest
 from lora_tools.verbs.quantize import pack, totals_of, work_on
 from lora_tools.verbs.quantize_plan import Item, QuantizePlan
 from lora_tools.verbs.verify_merged import (
@@ -78,6 +72,7 @@ class _Comparison:
         there = self._stored.raw(name)[offset : offset + data.nbytes]
         if there != data.cast("B"):
             self.differing.add(name)
+        self._stored.release(name, offset, offset + data.nbytes)
 
     def write_last(self, name: str, data: bytes) -> None:
         """The whole of a tensor."""
@@ -151,7 +146,10 @@ def _check(
     target, packed = item.target, item.packed
     stored = [item.spec] if packed is None else list(packed.specs.values())
     there = [spec.name for spec in stored if spec.name in view.stored.specs]
-    hashes = {name: hashing.tensor_hash(view.stored.raw(name)) for name in there}
+    hashes = {}
+    for name in there:
+        hashes[name] = hashing.tensor_hash(view.stored.raw(name))
+        view.stored.release(name)
     if packed is None:
         plain = check_tensor(target, view, source)
         return _Checked(item, plain.fate, plain.hashes[0], hashes)
@@ -221,14 +219,10 @@ def _quantized(
 
 
 def _has_negative_scales(packed: QuantizedTensor, view: PlainView) -> bool:
-    from lora_tools.linalg.nf4 import stored_scales
+    from lora_tools.linalg import nf4
 
-    part = {end: view.stored.tensor(spec.name) for end, spec in packed.specs.items()
-            if end in (ABSMAX, NESTED_ABSMAX, NESTED_MAP)}  # fmt: skip
-    offset = packed.state.nested_offset
-    nested = None if offset is None else (part[NESTED_ABSMAX], part[NESTED_MAP], offset)
-    scales = stored_scales(part[ABSMAX], nested)
-    return bool((scales < 0).any())
+    part = {end: view.stored.tensor(spec.name) for end, spec in packed.specs.items()}
+    return bool((nf4.stored_scales(part[ABSMAX], nested_of(packed.state, part)) < 0).any())
 
 
 def _measure(
@@ -366,7 +360,9 @@ def _diagnosis(
         c.item.name in bad and c.coded is not None and _is_scaled(c.coded) for c in acted
     ):
         what = f"the adapter is applied {times(whole.coefficient)}"
-    elif every and totals["quantization_error"] > 1.5 * totals["expected_error"]:
+    elif every and (
+        counts["changed"] or totals["quantization_error"] > 1.5 * totals["expected_error"]
+    ):
         what = "another checkpoint, or another adapter merged in or left out"
     elif every:
         what = (
