@@ -13,7 +13,7 @@ import xxhash
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.names import layout_name
 from lora_tools.linalg.layouts import LAYOUTS, Conv, Layout
-from lora_tools.loading import Loaded, LoadedTensor, Piece, loaded, rows_of
+from lora_tools.loading import Loaded, LoadedTensor, Piece, loaded, rows_of, why_unknown
 
 if TYPE_CHECKING:
     import torch
@@ -97,6 +97,13 @@ def named_by(side: Checkpoint) -> str:
 def notes_on_names(side: Checkpoint) -> list[str]:
     """Sentences on what has other names, and on what PEFT will not find."""
     notes = []
+    if not isinstance(side, LoadedView):
+        reason = why_unknown(side.config, side.specs)
+        if reason:
+            notes.append(
+                "modules have the names that the files give them, which need not be those in "
+                f"memory that PEFT goes by: {reason}"
+            )
     if isinstance(side, LoadedView) and side.others:
         first = side.others[0]
         notes.append(
