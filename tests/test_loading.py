@@ -375,6 +375,15 @@ def test_the_view_is_what_is_loaded(pairs: Callable[[str], tuple[Path, Path]]) -
         assert view.digest({key: view.hash(key) for key in view.specs}) == side.digest({})
 
 
+def test_common_models_do_not_wait_for_transformers(
+    pairs: Callable[[str], tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "_weightless", lambda *_: pytest.fail("it was asked"))
+    report = lora_tools.extract(*pairs("Llama"), tmp_path / "a", rank=4)
+    assert not [note for note in report.notes if "memory" in note or "transformers" in note]
+    lora_tools.merge(pairs("Llama")[0], [tmp_path / "a"], tmp_path / "m")
+
+
 @pytest.mark.parametrize("kind", loading.SAME_NAMES)
 def test_models_that_keep_their_names_do(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor has any of their layers another kind than its name tells; so that nothing is lost by not

@@ -44,10 +44,12 @@ class LoadedView(Checkpoint):
         return self._view.rows(name, matrix, start, stop)
 
     def hash(self, name: str) -> str:
-        """Piece by piece."""
-        state = xxhash.xxh3_128()
-        for part in self._view.parts(name):
+        """Piece by piece, and those of several given back as they are read."""
+        state, pieces = xxhash.xxh3_128(), self._view.pieces(name)
+        for piece, part in zip(pieces, self._view.parts(name), strict=True):
             state.update(part)
+            if len(pieces) > 1:
+                self.stored.release(piece.stored)
         return state.hexdigest()
 
     def digest(self, known: Mapping[str, str]) -> str:
