@@ -45,11 +45,13 @@ COMMANDS = {
     "prune": ["combine", "adapter", "-o", "out", "--method", "ties", "--density", "0.5"],
     "convert": ["convert", "adapter", "-o", "out", "--to", "diffusers"],
 }
+COMMANDS["cached"] = [*COMMANDS["extract"], "--spectrum-cache", "cache"]
 WRITING = tuple(COMMANDS)
 COMMANDS |= {
     "inspect": ["inspect", "base"],
     "inspect adapter": ["inspect", "adapter"],
     "diff": ["diff", "base", "tuned"],
+    "plot": ["diff", "base", "tuned", "--plot", "x.svg"],
     "verify merged": ["verify", "merged", "--base", "base", "--adapter", "adapter"],
     "verify adapter": ["verify", "adapter", "--base", "base", "--tuned", "tuned"],
 }
