@@ -77,11 +77,12 @@ HEAVY = {
 # Modules that work with tensors all along, which only a running verb imports.
 NUMERIC = {
     "linalg/delta.py", "linalg/lora.py", "linalg/merge.py", "linalg/reversible.py", "linalg/svd.py",
+    "linalg/ritz.py",
     "linalg/combine.py", "linalg/factors.py", "linalg/nf4.py", "linalg/nf4_search.py",
     "nn/__init__.py", "nn/attach.py", "nn/layers.py",
     "onnx/check.py", "onnx/graphs.py", "onnx/model.py", "onnx/parts.py", "onnx/trace.py",
     "onnx/weights.py", "onnx/linears.py", "onnx/runtime_adapters.py",
-    "linalg/noise.py", "linalg/weighting.py", "linalg/compare.py", "linalg/ritz.py",
+    "linalg/noise.py", "linalg/weighting.py", "linalg/compare.py",
     "onnx/initializers.py", "onnx/quantized.py", "onnx/quality.py",
 }  # fmt: skip
 

@@ -61,17 +61,40 @@ def test_a_cache_gives_what_a_fresh_decomposition_gives(pair, tmp_path):
     assert file_sha256(kept) == before, "nothing new was computed"
 
 
-def test_a_cache_of_another_pair_is_not_used(pair, tmp_path):
+@pytest.mark.parametrize("side", ["base", "tuned"])
+def test_a_cache_of_another_pair_is_refused_and_left_alone(pair, tmp_path, side):
     kept = tmp_path / "spectra"
     lora_tools.extract(pair / "base", pair / "tuned", tmp_path / "a", rank=4, spectrum_cache=kept)
-    model = models.load(pair / "tuned")
-    models.perturb(model, 0.02, seed=9)
+    before = file_sha256(kept)
+    model = models.load(pair / side)
+    models.perturb(model, 0.02, seed=9, only="layers.1.mlp.up_proj")
     models.save(model, tmp_path / "other")
-    fresh = lora_tools.extract(pair / "base", tmp_path / "other", tmp_path / "b", rank=4)
-    cached = lora_tools.extract(
-        pair / "base", tmp_path / "other", tmp_path / "c", rank=4, spectrum_cache=kept
-    )
-    assert fresh.totals["relative_error"] == pytest.approx(cached.totals["relative_error"], 1e-4)
+    sides = {"base": pair / "base", "tuned": pair / "tuned"} | {side: tmp_path / "other"}
+    with pytest.raises(CheckpointError, match=r"spectra: model\.layers\.1\.mlp\.up_proj was decom"):
+        lora_tools.extract(sides["base"], sides["tuned"], tmp_path / "b", spectrum_cache=kept)
+    assert file_sha256(kept) == before
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("length", [0, 7, 100, -1])
+def test_a_truncated_cache_is_refused(pair, tmp_path, length):
+    kept = tmp_path / "spectra"
+    lora_tools.extract(pair / "base", pair / "tuned", tmp_path / "a", rank=4, spectrum_cache=kept)
+    data = kept.read_bytes()[:length]
+    kept.write_bytes(data)
+    with pytest.raises(CheckpointError, match=f"^{kept}: "):
+        lora_tools.extract(pair / "base", pair / "tuned", tmp_path / "b", spectrum_cache=kept)
+    assert kept.read_bytes() == data
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_cache_of_other_options_is_made_anew(pair, tmp_path):
+    kept = tmp_path / "spectra"
+    lora_tools.extract(pair / "base", pair / "tuned", tmp_path / "a", rank=4, spectrum_cache=kept)
+    before = file_sha256(kept)
+    lora_tools.extract(pair / "base", pair / "tuned", tmp_path / "b", rank=4, seed=3,
+                       spectrum_cache=kept)  # fmt: skip
+    assert file_sha256(kept) != before
 
 
 def test_a_file_that_is_no_cache_is_left_alone(pair, tmp_path):
@@ -105,6 +128,61 @@ def test_a_budget_wins_over_a_uniform_rank_of_its_size(pair, tmp_path):
     )
     assert shared.totals["parameters"] <= same.totals["parameters"]
     assert shared.totals["relative_error"] < same.totals["relative_error"]
+
+
+@pytest.fixture(scope="module")
+def uneven(pair, tmp_path_factory) -> Path:
+    """An adapter of rank 8 whose modules differ in strength, with tensors saved whole."""
+    folder = tmp_path_factory.mktemp("uneven") / "adapter"
+    lora_tools.extract(pair / "base", pair / "tuned", folder, rank=8, dtype="float32")
+    factors = load_file(folder / WEIGHTS)
+    for i, name in enumerate(sorted(factors)):
+        if "lora_B" in name:
+            factors[name] *= 1 + i % 5
+    save_file(factors, folder / WEIGHTS)
+    return folder
+
+
+@pytest.mark.parametrize("rank", [2, 4, 7])
+def test_rescale_by_a_budget_wins_over_a_uniform_rank_of_its_size(uneven, tmp_path, rank):
+    same = lora_tools.rescale(uneven, tmp_path / "u", rank=rank)
+    factors = load_file(tmp_path / "u" / WEIGHTS)
+    numbers = sum(t.numel() for name, t in factors.items() if "lora_" in name)
+    shared = lora_tools.rescale(uneven, tmp_path / "b", budget=str(numbers))
+    made = load_file(tmp_path / "b" / WEIGHTS)
+    assert sum(t.numel() for name, t in made.items() if "lora_" in name) <= numbers
+    assert shared.totals["relative_error"] < same.totals["relative_error"]
+    assert shared.totals["rank_min"] >= 1
+    assert len({m.rank for m in shared.modules}) > 1
+    capped = lora_tools.rescale(uneven, tmp_path / "c", budget=str(numbers), max_rank=rank)
+    assert capped.totals["rank_max"] == rank
+
+
+def test_rescale_by_a_budget_in_bytes_bounds_the_file(uneven, pair, tmp_path):
+    most = (uneven / WEIGHTS).stat().st_size * 3 // 4
+    for name, options in (("same", {}), ("half", {"dtype": "bfloat16"})):
+        report = lora_tools.rescale(uneven, tmp_path / name, budget=f"{most}B", **options)
+        assert 0.5 * most < (tmp_path / name / WEIGHTS).stat().st_size <= most
+        assert report.command.startswith(f"rescale budget='{most}B'")
+        models.attach_strictly(models.load(pair / "base"), tmp_path / name)
+    whole = lora_tools.rescale(uneven, tmp_path / "whole", budget="1GB")
+    assert {m.rank for m in whole.modules} == {8}
+    for options, says in (
+        ({"budget": "100"}, "one direction of each of 16 modules takes more"),
+        ({"budget": "1kB"}, "tensors saved whole"),
+        ({"budget": "1M", "consumer": "vllm"}, "--budget gives each module its own rank"),
+        ({"budget": "1M", "energy": 0.5}, "exclude each other"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            lora_tools.rescale(uneven, tmp_path / "no", **options)
+    assert not (tmp_path / "no").exists()
+
+
+def test_noise_is_not_judged_where_activations_weigh_it(pair, tmp_path):
+    for policy in ("noise_floor", "gavish_donoho"):
+        with pytest.raises(UsageError, match="judge it unweighed"):
+            lora_tools.extract(pair / "base", pair / "tuned", tmp_path / "a",
+                               activations=tmp_path / "s", **{policy: True})  # fmt: skip
 
 
 def test_a_module_of_rank_zero_is_named_and_left_out(pair, tmp_path):

@@ -29,6 +29,7 @@ from lora_tools.verbs.common import (
     most_factors,
     name_filter,
     rank_rule,
+    refuse_shared,
     tool_version,
 )
 from lora_tools.verbs.decompose import Options, Sides
@@ -131,9 +132,12 @@ def extract(
     if not 0 < tolerance < 1:
         raise UsageError(f"--tolerance {tolerance}: a number between 0 and 1 is needed")
     target = consumer_named(consumer)
-    if rule.shared and not target.patterns:
-        raise UsageError(f"--budget gives each module its own rank, and {consumer} reads one for "
-                         "all: use --rank")  # fmt: skip
+    refuse_shared(rule, target)
+    if activations is not None and (noise_floor or gavish_donoho):
+        raise UsageError(
+            "--activations weighs the rounding noise as well, and --noise-floor and "
+            "--gavish-donoho judge it unweighed: choose ranks by --rank, --energy or --budget"
+        )
     options = Options(
         rule, alpha, rslora, parse_float_dtype(dtype) if dtype else None, svd == "exact", tolerance,
         seed, device, target, depth=(max_rank or _CACHE_DEPTH) if spectrum_cache else 0,
@@ -224,6 +228,7 @@ def _extract(
                 "are BASE and TUNED the same model, or does the rank policy leave nothing?"
             )
         notes = [*plan.notes, *complete_saved(outcomes, plan, sides[1], writer)]
+        notes += _unweighted(outcomes, options)
         digests = digests_of(outcomes, sides)
         _finish(writer, plan, options, inputs[0].path, outcomes, digests, command,
                 named_by(sides[0]))  # fmt: skip
@@ -246,6 +251,18 @@ def _extract(
         modules, totals(modules, sum(o.parameters for o in outcomes), folder), tuple(notes),
         command=command,
     )  # fmt: skip
+
+
+def _unweighted(outcomes: Sequence[Outcome], options: Options) -> list[str]:
+    """What activations were given and do not weigh."""
+    results = [o.result for o in outcomes if o.result is not None]
+    left = [r for r in results if math.isnan(r.weighted_error)]
+    if options.activations is None or not left:
+        return []
+    kinds = ", ".join(sorted({r.layout for r in left}))
+    return [f"not weighed by activations: {len(left)} of {len(results)} modules ({kinds}; "
+            f"{left[0].module}{', …' if left[1:] else ''}): the file does not know them, or their "
+            "kind has no one input"]  # fmt: skip
 
 
 def _add(outcome: Outcome, tuned: Checkpoint, options: Options, writer: PeftWriter) -> None:
