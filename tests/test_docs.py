@@ -271,6 +271,14 @@ def test_every_total_and_action_is_documented(pair: Path, tmp_path: Path) -> Non
         lora_tools.merge(out / "q", [pair / "adapter"], out / "rq", requantize=True),
         lora_tools.export(base, out / "e"),
         lora_tools.export(base, out / "f", adapters=[pair / "other"], graph=out / "e"),
+        lora_tools.export(
+            base, out / "i", adapters=[pair / "other"], runtime_adapters=True, graph=out / "e"
+        ),
+        lora_tools.export(base, out / "g", nf4=True, dry_run=True),
+        lora_tools.export(base, out / "g", nf4=True, graph=out / "e"),
+        lora_tools.export(
+            pair / "words", out / "h", int8=True, graph=out / "e", eval_text=pair / "words.txt"
+        ),
         lora_tools.diff(base, tuned),
         lora_tools.inspect(base),
         lora_tools.inspect(pair / "adapter"),

@@ -178,6 +178,8 @@ def positions(mask: Any, length: int) -> Any:
 
 
 class InTorch:
+    """A checkpoint run by transformers."""
+
     def __init__(self, folder: Path, task: Task, trust_remote_code: bool) -> None:
         self.task = task
         self.model: Any = loaded(folder, task, trust_remote_code)
@@ -286,7 +288,8 @@ class InTorch:
 
 
 class InRuntime:
-    """
+    """Graphs run by ONNX Runtime.
+
     Args:
         folder: where the weights lie of models that are given as bytes.
         models: the task's graphs, each as its path or as its bytes.

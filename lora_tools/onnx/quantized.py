@@ -44,9 +44,11 @@ class Packing(Protocol):
 
     operator: str
 
-    def takes(self, linear: Linear) -> bool: ...
+    def takes(self, linear: Linear) -> bool:
+        """Whether the layer's weight is quantized."""
 
-    def attributes(self, linear: Linear) -> dict[str, int]: ...
+    def attributes(self, linear: Linear) -> dict[str, int]:
+        """The operator's, but for the sizes N and K."""
 
     def specs(self, linear: Linear) -> tuple[TensorSpec, ...]:
         """The operator's inputs after the first, the weight itself the first of them."""
@@ -54,7 +56,8 @@ class Packing(Protocol):
     def places(self, weights: Collection[str]) -> dict[str, Place]:
         """Those that lie in files of the output already."""
 
-    def read(self, name: str) -> memoryview: ...
+    def read(self, name: str) -> memoryview:
+        """The bytes of one that does not, asked for in the order of ``specs``."""
 
 
 class Bnb4:
@@ -77,9 +80,11 @@ class Bnb4:
                 raise MismatchError(f"{name}: its quant_map is not that of {state.quant_type}")
 
     def takes(self, linear: Linear) -> bool:
+        """Whether the folder holds its weight in four bits."""
         return linear.weight in self._quantized
 
     def attributes(self, linear: Linear) -> dict[str, int]:
+        """Blocks and codebook. Raises MismatchError where the shapes differ."""
         state = self._quantized[linear.weight].state
         sizes = (linear.out_features, linear.in_features)
         if state.shape != sizes:
@@ -90,6 +95,7 @@ class Bnb4:
         return {"block_size": state.blocksize, "quant_type": kind}
 
     def specs(self, linear: Linear) -> tuple[TensorSpec, ...]:
+        """Packed codes, and the absmax of each block."""
         state = self._quantized[linear.weight].state
         return (
             TensorSpec(linear.weight, "U8", (nf4.packed_size(state.numel),)),
@@ -97,6 +103,7 @@ class Bnb4:
         )
 
     def places(self, weights: Collection[str]) -> dict[str, Place]:
+        """In the folder: the codes, and absmax where it is stored in float32."""
         plain = [name for name in weights if not self._quantized[name].state.nested]
         found = places(self._stored, [*weights, *(name + ABSMAX for name in plain)])
         for name in weights:  # whatever dtype's elements hold the bytes
@@ -105,6 +112,7 @@ class Bnb4:
         return found
 
     def read(self, name: str) -> memoryview:
+        """Codes as stored; absmax in float32."""
         weight = name.removesuffix(ABSMAX)
         if name == weight or not self._quantized[weight].state.nested:
             return self._stored.raw(name)
@@ -135,25 +143,30 @@ class NBits:
         self._last: dict[str, memoryview] = {}
 
     def takes(self, linear: Linear) -> bool:
+        """Whether ``quantize`` would take the weight, were it a checkpoint's."""
         sizes = (linear.out_features, linear.in_features)
         stored = sizes if linear.out_first else sizes[::-1]
         spec = TensorSpec(linear.weight, "F32", stored)
         return not reason_to_keep(spec, self._config, head=False)[0]
 
     def attributes(self, linear: Linear) -> dict[str, int]:
+        """Bits and blocks, and how it multiplies."""
         scheme = self._scheme
         return {
             "bits": scheme.bits, "block_size": scheme.block, "accuracy_level": scheme.accuracy
         }  # fmt: skip
 
     def specs(self, linear: Linear) -> tuple[TensorSpec, ...]:
+        """Codes, scales and zero points."""
         self._shapes[linear.weight] = linear
         return self._scheme.specs(linear.weight, linear.out_features, linear.in_features)
 
     def places(self, weights: Collection[str]) -> dict[str, Place]:
+        """None: all are made here."""
         return {}
 
     def read(self, name: str) -> memoryview:
+        """What ONNX Runtime's quantizer makes of the weight, which is read once."""
         if name not in self._last:  # the first of a weight's tensors; the others follow
             self._last = self._quantize(self._shapes[name])
         return self._last[name]
