@@ -303,7 +303,7 @@ def test_in_place_adapters_lie_beside_the_graph(made: Made, tmp_path: Path) -> N
         no_verify=True, **more,
     )  # fmt: skip
     (here / "uneven.onnx_adapter").write_bytes(b"someone's")
-    with pytest.raises(UsageError, match=r"uneven\.onnx_adapter already exists"):
+    with pytest.raises(OutputError, match=r"uneven\.onnx_adapter already exists"):
         call()
     assert (here / "uneven.onnx_adapter").read_bytes() == b"someone's"
     call(force=True)
@@ -366,6 +366,18 @@ def test_bad_calls(made: Made, tmp_path: Path) -> None:
             made.base, made.top / "uneven", adapters=[made.top / "uneven"], runtime_adapters=True
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_another_base(made: Made, tmp_path: Path) -> None:
+    shutil.copytree(made.top / "rslora", tmp_path / "a")
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    save_file(load_file(file), file, {"format": "pt", "base_digest": "xxh3-128/sha256:0"})
+    call: dict[str, Any] = {"adapters": [tmp_path / "a"], "runtime_adapters": True,
+                            "graph": made.plain, "no_verify": True}  # fmt: skip
+    with pytest.raises(MismatchError, match="made for another base"):
+        lora_tools.export(made.base, tmp_path / "out", **call)
+    assert not (tmp_path / "out").exists()
+    lora_tools.export(made.base, tmp_path / "out", **call, allow_other_base=True)
 
 
 def test_a_head_that_is_to_follow_without_factors(made: Made, tmp_path: Path) -> None:

@@ -164,6 +164,8 @@ def export(
         if plain(folder, folder.with_name("plain"), False):
             whole = folder.with_name("plain")
         if runtime:
+            if not allow_other_base:
+                runtime.check_base(report.inputs[0].digest)
             runtime.write(folder, jobs)
         built = graphs.build(
             folder, chosen, cache=not no_cache, weights=placing,
@@ -201,8 +203,8 @@ def export(
         )
         if runtime:
             found = runtime.measured(
-                found, folder, chosen, built, allow_other_base=bool(dtype), jobs=jobs,
-                atol=atol, rtol=rtol, trust_remote_code=trust_remote_code,
+                found, folder, chosen, built, jobs=jobs, atol=atol, rtol=rtol,
+                trust_remote_code=trust_remote_code,
             )  # fmt: skip
         return found
 

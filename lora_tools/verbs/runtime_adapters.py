@@ -15,6 +15,7 @@ from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.names import align, is_input_embedding, is_output_head
 from lora_tools.onnx.tasks import Task
 from lora_tools.records import Fate, Input, Report
+from lora_tools.verbs.common import check_bases
 from lora_tools.verbs.convert import features, write_modules
 from lora_tools.verbs.merge import merge, shown
 from lora_tools.verbs.merge_plan import adapter_digest, plan_merge
@@ -112,6 +113,11 @@ class RuntimeAdapters:
         tensors = {tensor for adapter in self.each for tensor in adapter.saved.values()}
         return [Replacement(name, self.base.specs[name].shape) for name in sorted(tensors)]
 
+    def check_base(self, digest: str) -> None:
+        """Raises MismatchError for an adapter whose metadata names another base than this one."""
+        given = ((a.weighted.path, a.weighted.adapter.file.metadata) for a in self.each)
+        check_bases(given, digest)
+
     def write(self, folder: Path, jobs: int | None) -> None:
         """Each as a file that ONNX Runtime loads."""
         for adapter in self.each:
@@ -129,7 +135,6 @@ class RuntimeAdapters:
         task: Task,
         built: Built,
         *,
-        allow_other_base: bool,
         jobs: int | None,
         **options: Any,
     ) -> Report:
@@ -156,7 +161,7 @@ class RuntimeAdapters:
             merge(
                 folder, [(adapter.weighted.adapter.path, adapter.weighted.weight)], merged,
                 dtype="float32", allow_unmatched=bool(self.unmatched),
-                allow_other_base=allow_other_base, jobs=jobs,
+                allow_other_base=True, jobs=jobs,
             )  # fmt: skip
             with one_torch_thread():
                 check = compare(
