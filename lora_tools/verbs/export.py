@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_tools.errors import CheckpointError, QualityGateError, UsageError
-from lora_tools.formats import digest as hashing
 from lora_tools.formats.checkpoint import Checkpoint, open_checkpoint, with_theta
 from lora_tools.formats.output import (
     check_destination,
@@ -296,8 +295,7 @@ def _with_digests(report: Report, merged: Report) -> Report:
 
 def _with_digest(report: Report, source: Checkpoint) -> Report:
     """Of a checkpoint that is copied or kept, which is read for it."""
-    hashes = {name: hashing.tensor_hash(source.raw(name)) for name in source.specs}
-    digest = hashing.digest(source.specs.values(), hashes)
+    digest = source.digest({})
     first, *rest = report.inputs
     return dataclasses.replace(report, inputs=(dataclasses.replace(first, digest=digest), *rest))
 
