@@ -41,6 +41,22 @@ def quietly() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def tokens_of(folder: Path, text: str) -> list[int]:
+    """The text by the tokenizer in the folder, without special tokens.
+
+    Raises:
+        CheckpointError: there is no tokenizer that transformers can load.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        with quietly():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    except Exception as error:  # transformers raises what it likes
+        raise CheckpointError(f"{folder}: no tokenizer to be loaded ({_first(error)})") from None
+
+
 def sequences(folder: Path, text: str, length: int) -> torch.Tensor:
     """The text as rows of ``length`` tokens, by the tokenizer in the folder; what is left over is
     dropped.
@@ -50,14 +66,8 @@ def sequences(folder: Path, text: str, length: int) -> torch.Tensor:
         UsageError: the text has fewer tokens than one row.
     """
     import torch
-    from transformers import AutoTokenizer
 
-    try:
-        with quietly():
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-    except Exception as error:  # transformers raises what it likes
-        raise CheckpointError(f"{folder}: no tokenizer to be loaded ({_first(error)})") from None
+    tokens = tokens_of(folder, text)
     if len(tokens) < length:
         raise UsageError(
             f"the text has {len(tokens)} tokens, and one sequence takes {length}; give more text "

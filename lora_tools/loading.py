@@ -86,9 +86,9 @@ class Loaded:
 def loaded(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> Loaded | None:
     """What becomes of tensors with this ``config.json``, by the class that it names; None where
     they keep their names, or where transformers 5 is not there or does not know the class."""
-    if config.get("model_type") in SAME_NAMES and not any(map(_LEGACY.search, specs)):
+    if _keeps_names(config, specs):
         return None
-    model = _weightless(config)
+    model, _ = _weightless(config, len(specs))
     if model is None:
         return None
     import transformers
@@ -119,11 +119,30 @@ def renamed(model: Any, names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def _weightless(config: Mapping[str, Any]) -> Any:
-    """The model on the meta device; None where it cannot be made."""
+def why_unknown(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> str:
+    """Why ``loaded`` knows nothing of a model that may have other names, or ""."""
+    if _keeps_names(config, specs) or not config.get("architectures"):
+        return ""
+    return _weightless(config, len(specs))[1]
+
+
+def _keeps_names(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> bool:
+    return config.get("model_type") in SAME_NAMES and not any(map(_LEGACY.search, specs))
+
+
+def _weightless(config: Mapping[str, Any], count: int) -> tuple[Any, str]:
+    """The model on the meta device; or None, and why it cannot be made.
+
+    Args:
+        count: of its tensors: no model has more layers.
+    """
     names = config.get("architectures")
-    if not (isinstance(names, list) and names and find_spec("transformers")):
-        return None
+    if not (isinstance(names, list) and names):
+        return None, "config.json names no class"
+    if find_spec("transformers") is None:
+        return None, "transformers is not installed"
+    if _most_layers(config) > max(count, 1000):
+        return None, "config.json claims more layers than there are tensors"
     try:
         import torch
         import transformers
@@ -132,9 +151,23 @@ def _weightless(config: Mapping[str, Any]) -> Any:
 
         with quietly(), torch.device("meta"):
             kind = getattr(transformers, str(names[0]))
-            return kind(CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)))
-    except Exception:  # an older transformers, a class of another library, a config it cannot read
-        return None
+            if not issubclass(kind, transformers.PreTrainedModel):
+                return None, f"{names[0]} is no model of transformers"
+            return kind(CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))), ""
+    except Exception as error:  # an older transformers, a class that it does not know, …
+        said = " ".join(str(error).split())
+        return None, f"transformers cannot make a {names[0]} ({type(error).__name__}: {said:.200})"
+
+
+def _most_layers(config: Mapping[str, Any]) -> int:
+    """The largest number that a config gives of layers."""
+    found = [0]
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            found.append(_most_layers(value))
+        elif type(value) is int and re.search("layer|depth|block", key):
+            found.append(value)
+    return max(found)
 
 
 def _transforms(model: Any) -> tuple[list[Any], list[Any]]:

@@ -10,7 +10,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from lora_tools.formats.checkpoint import open_checkpoint
-from lora_tools.onnx.check import _Torch
+from lora_tools.onnx.check import InTorch
 from lora_tools.onnx.linears import Linear, linears
 from lora_tools.onnx.tasks import Task
 
@@ -36,7 +36,7 @@ def as_stored(tensor: torch.Tensor) -> bytes:
 def check_linears(folder: Path, task: Task) -> list[Linear]:
     """That the graphs of an exported folder have the linear layers that torch runs, no more and no
     fewer, of those sizes and that way round."""
-    side = _Torch(folder, task, False)
+    side = InTorch(folder, task, False)
     with _Watch() as watch:
         for run in side.runs(cache=True, generate=0):
             side.play(run)

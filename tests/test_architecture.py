@@ -80,8 +80,9 @@ NUMERIC = {
     "linalg/combine.py", "linalg/factors.py", "linalg/nf4.py", "linalg/nf4_search.py",
     "nn/__init__.py", "nn/attach.py", "nn/layers.py",
     "onnx/check.py", "onnx/graphs.py", "onnx/model.py", "onnx/parts.py", "onnx/trace.py",
-    "onnx/weights.py", "onnx/initializers.py", "onnx/linears.py", "onnx/runtime_adapters.py",
-    "linalg/noise.py", "linalg/weighting.py", "linalg/compare.py",
+    "onnx/weights.py", "onnx/linears.py", "onnx/runtime_adapters.py",
+    "linalg/noise.py", "linalg/weighting.py", "linalg/compare.py", "linalg/ritz.py",
+    "onnx/initializers.py", "onnx/quantized.py", "onnx/quality.py",
 }  # fmt: skip
 
 

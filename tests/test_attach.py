@@ -20,6 +20,7 @@ from lora_tools.errors import (
     UnsupportedAdapter,
     UsageError,
 )
+from lora_tools.formats.adapter_formats import FORMATS
 
 from . import models
 
@@ -169,6 +170,51 @@ def test_layers_that_do_more_and_all_other_kinds(put: Any, tmp_path: Path) -> No
     out = linear.w(x)
     put(linear, adapter)
     torch.testing.assert_close(linear.w(x), out + 3 * delta, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path, Any]]:
+    """GPT-2, whose layers are Conv1D, and ViT, which has other names in memory than in its file:
+    base, PEFT's adapter, and a call that gives the model's outputs."""
+    root = tmp_path_factory.mktemp("others")
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48,
+        image_size=16, patch_size=4,
+    )  # fmt: skip
+    vit = transformers.ViTModel(config)
+    models.perturb(vit, 0.1, 0)
+    pixels = torch.randn(1, 3, 16, 16)
+    given: dict[str, tuple[Path, Path, Any]] = {}
+    for name, model, targets, run in (
+        ("gpt2", models.make("gpt2"), ["c_attn", "c_fc"], models.outputs),
+        ("vit", vit, ["q_proj", "fc1"], lambda m: m(pixel_values=pixels)[0].detach()),
+    ):
+        base, adapter = models.save(model, root / name), root / f"{name}-adapter"
+        models.train(base, adapter, {"target_modules": targets, "r": 4, "lora_alpha": 6})
+        given[name] = base, adapter, run
+    return given
+
+
+@pytest.mark.parametrize("put", [nn.attach, nn.merge_])
+@pytest.mark.parametrize("form", [name for name in FORMATS if name != "torchtune"])
+@pytest.mark.parametrize("kind", ["gpt2", "vit"])
+def test_every_format_on_other_models(
+    kind: str, form: str, put: Any, others: dict[str, Any], tmp_path: Path
+) -> None:
+    base, adapter, run = others[kind]
+    if (kind, form) == ("vit", "gguf"):
+        pytest.skip("llama.cpp has no ViT")
+    wanted = run(models.attach(base, adapter))
+    named = {"base": base} if form == "gguf" else {}
+    lora_tools.convert(adapter, tmp_path / "a", to=form, **named)
+    model = models.load(base)
+    before, out = state(model), run(model)
+    put(model, tmp_path / "a")
+    torch.testing.assert_close(run(model), wanted, rtol=1e-4, atol=1e-4)
+    nn.detach(model)
+    assert_untouched(model, before)
+    assert torch.equal(run(model), out)
 
 
 def test_fused_experts(tmp_path: Path) -> None:

@@ -256,6 +256,28 @@ def test_an_adapter_that_unties_the_head(base: Path, exported: Any, tmp_path: Pa
     assert np.abs(decode(tmp_path / "out", IDS) - in_torch(peft)).max() < 2e-5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("no_cache", [False, True], ids=["cache", "no cache"])
+def test_a_sliding_window_past_its_length(no_cache: bool, tmp_path: Path) -> None:
+    """The window is 8: the prompt is twice as long, the steps go further."""
+    base = export_models.make("Mistral, sliding window", tmp_path / "base")
+    ids = np.arange(2 * 21).reshape(2, 21) * 7 % 96
+    model = models.load(base)
+    with torch.no_grad():
+        wanted = model(input_ids=torch.from_numpy(ids)).logits.numpy()
+        model.config.sliding_window = None
+        endless = model(input_ids=torch.from_numpy(ids)).logits.numpy()
+    assert np.abs(endless - wanted).max() > 1e-3  # so that the window shows
+    lora_tools.export(base, tmp_path / "out", no_cache=no_cache, no_verify=True)
+    if no_cache:
+        given = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+        given["position_ids"] = np.arange(21)[None].repeat(2, 0)
+        [found] = runtime(tmp_path / "out").run(None, given)
+    else:
+        found = decode(tmp_path / "out", ids)
+    assert np.abs(found - wanted).max() < 1e-5
+
+
 # ------------------------------------------------------------------------------- what is refused
 
 

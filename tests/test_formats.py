@@ -188,9 +188,15 @@ class FormatContract:
     def test_on_a_live_model(self, root: Path, tmp_path: Path) -> None:
         self.convert(root, "uneven", tmp_path / "a")
         model = models.load(root / "base")
-        lora_tools.nn.attach(model, tmp_path / "a")
+        before = {name: (id(p), p.detach().clone()) for name, p in model.named_parameters()}
         wanted = models.outputs(models.load(root / "uneven-merged"))
-        torch.testing.assert_close(models.outputs(model), wanted, rtol=1e-4, atol=1e-5)
+        for put in (lora_tools.nn.attach, lora_tools.nn.merge_):
+            put(model, tmp_path / "a")
+            torch.testing.assert_close(models.outputs(model), wanted, rtol=1e-4, atol=1e-5)
+            lora_tools.nn.detach(model)
+            for name, p in model.named_parameters():
+                assert before[name][0] == id(p)
+                assert torch.equal(before[name][1], p)
 
     def test_every_command_takes_it(self, root: Path, tmp_path: Path) -> None:
         given, base = tmp_path / "a", root / "base"

@@ -298,7 +298,7 @@ def test_an_adapter_as_a_checkpoint_and_a_checkpoint_as_an_adapter(work, refused
         ["merge", "adapter", "adapter", "-o", "out"],
         ["unmerge", "adapter", "adapter", "-o", "out"],
     ):
-        refused(command, "adapter: an adapter")
+        refused(command, "adapter: this is an adapter")
     for command in (
         ["merge", "base", "tuned", "-o", "out"],
         ["unmerge", "merged", "base", "-o", "out"],

@@ -149,6 +149,41 @@ def test_peft_groups_read_all_channels_and_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "m").exists()
 
 
+@pytest.mark.parametrize("groups", [2, 4, 8])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_groups_that_keep_to_their_channels_are_told_by_the_shapes(
+    groups: int, rslora: bool, tmp_path: Path
+) -> None:
+    """PEFT does not merge such adapters (NotImplementedError), so its unmerged outputs are what is
+    compared; 8 groups are a depthwise convolution."""
+
+    def make() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Conv2d(8, 16, 3, groups=groups, padding=1))
+
+    base = store(make(), tmp_path / "base")
+    trained(make(), tmp_path / "a", target_modules=["0"], r=8, use_rslora=rslora)
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    factors = load_file(file)
+    A = factors["base_model.model.0.lora_A.weight"]
+    own = torch.block_diag(*[torch.ones(8 // groups, 8 // groups)] * groups)
+    factors["base_model.model.0.lora_A.weight"] = A * own[:, :, None, None]
+    save_file(factors, file)
+    tuned = models.quietly(lambda: peft.PeftModel.from_pretrained(make(), tmp_path / "a")).eval()
+    with pytest.raises(NotImplementedError):
+        tuned.merge_and_unload()
+    lora_tools.merge(base, [tmp_path / "a"], tmp_path / "m")
+    layer = make()
+    layer.load_state_dict(models.tensors(tmp_path / "m"))
+    x = torch.randn(2, 8, 6, 6)
+    torch.testing.assert_close(layer(x), tuned(x), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(make()(x), tuned(x), atol=0.1)
+    lora_tools.rescale(tmp_path / "a", tmp_path / "small", rank=1)
+    found = load_file(tmp_path / "small" / "adapter_model.safetensors")
+    assert found["base_model.model.0.lora_A.weight"].shape == (groups, 8, 3, 3)
+    lora_tools.merge(base, [tmp_path / "small"], tmp_path / "ms")
+
+
 def pair(tmp_path: Path, rank: int = 3) -> tuple[Path, Path, Net]:
     """The net and a copy whose every product of the weights changed by that rank."""
     tuned = net()

@@ -21,6 +21,7 @@ from lora_tools.errors import UnsupportedAdapter
 from lora_tools.formats.checkpoint import open_checkpoint
 from lora_tools.formats.digest import tensor_hash
 from lora_tools.formats.names import layout_name
+from lora_tools.formats.safetensors_file import SafetensorsFile
 from lora_tools.verbs.loaded_view import LoadedView, loaded_view
 
 from . import export_models, models
@@ -218,10 +219,7 @@ def test_what_is_said_of_other_names(
     by = f"transformers {hf.__version__}"
     (said,) = (note for note in report.notes if by in note)
     assert said.startswith("80 tensors have the names")
-    assert (
-        open_checkpoint(tmp_path / "a" / "adapter_model.safetensors").files[0].metadata["names"]
-        == by
-    )
+    assert SafetensorsFile(tmp_path / "a" / "adapter_model.safetensors").metadata["names"] == by
     report = lora_tools.extract(base, tuned, tmp_path / "s", rank=4, names="stored")
     assert not [note for note in report.notes if by in note]
     old = "vit.encoder.layer.0.attention.attention.query"
@@ -245,7 +243,7 @@ def test_the_same_bytes_with_any_jobs(
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
-@pytest.mark.parametrize("missing", ["library", "class", "config", "type"])
+@pytest.mark.parametrize("missing", ["library", "class", "config", "type", "layers", "none"])
 def test_without_transformers_the_names_are_those_stored(
     missing: str, pairs: Callable[[str], tuple[Path, Path]], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -257,17 +255,24 @@ def test_without_transformers_the_names_are_those_stored(
     elif missing == "config":
         config = {}
     else:
-        config["architectures" if missing == "class" else "model_type"] = (
-            ["Mine"] if missing == "class" else "mine"
-        )
+        config |= {
+            "class": {"architectures": ["Mine"]}, "type": {"model_type": "mine"},
+            "layers": {"num_hidden_layers": 10**9}, "none": {"architectures": ["Trainer"]},
+        }[missing]  # fmt: skip
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
     (tmp_path / "base" / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes())
     assert loaded_view(side := open_checkpoint(tmp_path / "base")) is side
-    lora_tools.extract(
+    report = lora_tools.extract(
         tmp_path / "base", tuned / "model.safetensors", tmp_path / "a", rank=4, include=["query"]
     )
     assert "vit.encoder.layer.0.attention.attention.query.lora_A.weight" in keys(tmp_path / "a")
+    says = {
+        "library": "transformers is not installed", "class": "transformers cannot make a Mine",
+        "layers": "more layers than there are tensors", "none": "Trainer is no model of",
+    }  # fmt: skip
+    noted = [note for note in report.notes if says.get(missing, "transformers cannot") in note]
+    assert bool(noted) == (missing != "config"), "nothing is expected of a config that names none"
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -368,6 +373,15 @@ def test_the_view_is_what_is_loaded(pairs: Callable[[str], tuple[Path, Path]]) -
             view.release(key, 8, 4096)
         assert view.digest({}) == side.digest({})
         assert view.digest({key: view.hash(key) for key in view.specs}) == side.digest({})
+
+
+def test_common_models_do_not_wait_for_transformers(
+    pairs: Callable[[str], tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "_weightless", lambda *_: pytest.fail("it was asked"))
+    report = lora_tools.extract(*pairs("Llama"), tmp_path / "a", rank=4)
+    assert not [note for note in report.notes if "memory" in note or "transformers" in note]
+    lora_tools.merge(pairs("Llama")[0], [tmp_path / "a"], tmp_path / "m")
 
 
 @pytest.mark.parametrize("kind", loading.SAME_NAMES)

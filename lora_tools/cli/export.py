@@ -12,7 +12,7 @@ from lora_tools.cli.groups import GroupedCommand, option
 from lora_tools.cli.options import OUTPUT
 from lora_tools.records import ProgressCallback, Report
 
-GRAPH, CHECK = "Graph", "Check"
+GRAPH, QUANTIZED, CHECK = "Graph", "Quantized", "Check"
 
 
 @click.command(
@@ -51,10 +51,28 @@ GRAPH, CHECK = "Graph", "Check"
 @options.out_option
 @options.dtype_option("each tensor keeps its own; the graph computes in float32")
 @option(
-    "--weights", type=click.Choice(["shared", "bundled"]), default="shared", show_default=True,
-    group=OUTPUT,
+    "--weights", type=click.Choice(["shared", "bundled"]), group=OUTPUT,
     help="shared: the graph points into the output's safetensors files. bundled: one "
-    "external-data file in their place.",
+    "external-data file in their place.  [default: shared; bundled with --int8 and --int4]",
+)  # fmt: skip
+@option(
+    "--nf4", is_flag=True, group=QUANTIZED,
+    help="Linear layers in four bits, over the bytes that `loratools quantize` writes, or those of "
+    "a CHECKPOINT that it wrote. For size, not speed: on a CPU, one token at a time, it takes "
+    "2 to 4 times as long as float32.",
+)  # fmt: skip
+@option(
+    "--int8", is_flag=True, group=QUANTIZED,
+    help="Linear layers in eight bits by ONNX Runtime's quantizer, in blocks of 32.",
+)  # fmt: skip
+@option(
+    "--int4", is_flag=True, group=QUANTIZED,
+    help="The same in four bits: smaller, and further from the original.",
+)  # fmt: skip
+@option(
+    "--eval-text", type=click.Path(), metavar="FILE", group=CHECK,
+    help="Measure a decoder's perplexity on this text, and its divergence from the weights before "
+    "they were quantized.",
 )  # fmt: skip
 @option(
     "--atol", type=float, default=1e-5, show_default=True, group=CHECK,

@@ -200,11 +200,13 @@ def _totals(report: Report) -> Iterator[str]:
     if "graph_nodes" in t:
         yield f"graph: {t['graph_nodes']} nodes, {size(t['graph_bytes'])}"
     if "verified" in t:
-        line = f"greatest difference from torch {t['max_difference']:.2e} (relative "
-        line += f"{t['max_relative_difference']:.2e}) in {t['outputs_compared']} outputs"
-        if "tokens_generated" in t:
-            line += f"; {t['tokens_same']} of {t['tokens_generated']} generated tokens the same"
-        yield line
+        yield _difference(t)
+    yield from _lost(t)
+    if t.get("base_exact"):
+        yield "without an adapter: bit for bit what the plain graph gives"
+    for file, figures in t.get("runtime_adapters", {}).items():
+        line = f"{file}: {figures['modules']} modules, {size(figures['bytes'])}"
+        yield f"{line}; {_difference(figures)}" if "verified" in figures else line
     if "sidecar_bytes" in t:
         yield f"sidecar: {size(t['sidecar_bytes'])}, {t['sidecar_share']:.2%} of the model"
     if t.get("exact"):
@@ -217,3 +219,29 @@ def _totals(report: Report) -> Iterator[str]:
     yield from tables.totals(t)
     if "bytes" in t:
         yield f"size: {size(t['bytes'])}"
+
+
+def _lost(t: dict[str, Any]) -> Iterator[str]:
+    """What quantizing cost an exported graph."""
+    if "loss_max_difference" in t:
+        line = f"lost by quantizing: outputs differ by up to {t['loss_max_difference']:.3g} "
+        line += f"(relative {t['loss_max_relative_difference']:.3g})"
+        if "loss_tokens_same" in t:
+            line += (
+                f"; {t['loss_tokens_same']} of {t['tokens_generated']} generated tokens the same"
+            )
+        yield line
+    if "perplexity" in t:
+        line = f"perplexity {t['perplexity']:.4g}"
+        if "kl_divergence" in t:
+            line += f" (torch, unquantized: {t['perplexity_unquantized']:.4g}; "
+            line += f"KL divergence {t['kl_divergence']:.3g} nats a token)"
+        yield f"{line} on {t['eval_tokens']:,} tokens"
+
+
+def _difference(t: dict[str, Any]) -> str:
+    line = f"greatest difference from torch {t['max_difference']:.2e} (relative "
+    line += f"{t['max_relative_difference']:.2e}) in {t['outputs_compared']} outputs"
+    if "tokens_generated" in t:
+        line += f"; {t['tokens_same']} of {t['tokens_generated']} generated tokens the same"
+    return line

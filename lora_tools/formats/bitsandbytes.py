@@ -255,10 +255,10 @@ def reason_to_keep(spec: TensorSpec, config: Mapping[str, Any], head: bool) -> t
     """
     module = split_tensor(spec.name)[0]
     layout = layout_name(spec, config)
-    if layout is None:
-        return "no weight of a linear layer", False
     if layout == "embedding":
         return "embedding", False
+    if layout not in ("linear", "conv1d"):
+        return "no weight of a linear layer", False
     last = module.rpartition(".")[2]
     if is_output_head(spec.name) or module == "cls.predictions.decoder":
         return ("" if head else "output head"), True

@@ -84,6 +84,17 @@ class Check:
             self.absolute, self.worst = difference, name
         self.relative = max(self.relative, difference / largest if largest else difference)
 
+    def hold(self, run: Run, found: Played, wanted: Played, atol: float, rtol: float) -> None:
+        """Compare all that a run gave, and the tokens it generated."""
+        for step, (mine, theirs) in enumerate(zip(found.outputs, wanted.outputs, strict=True)):
+            for name, value in theirs.items():
+                label = f"{name} ({run.name}, step {step})"
+                if name in mine:
+                    self.add(label, *run.visible(step, mine[name], value), atol, rtol)
+        self.tokens += len(wanted.tokens)
+        self.same_tokens += sum(a == b for a, b in zip(found.tokens, wanted.tokens, strict=True))
+        self.failed |= self.same_tokens != self.tokens
+
 
 def compare(
     folder: Path,
@@ -112,7 +123,7 @@ def compare(
     Raises:
         CheckpointError: one of the two does not run.
     """
-    side = _Torch(adapter[1] if adapter else folder, task, trust_remote_code)
+    side = InTorch(adapter[1] if adapter else folder, task, trust_remote_code)
     runs = side.runs(cache, generate)
     wanted = [side.play(run) for run in runs]
     side.close()
@@ -120,22 +131,14 @@ def compare(
     graphs = graphs or [folder / file for file in task.files()]
     place = graphs[0].parent
     without = [] if adapter else plain_graphs(graphs)
-    plain = _bits_of(runs, _Runtime(place, task, without)) if without else []
-    runtime = _Runtime(place, task, graphs, adapter[0] if adapter else None)
+    plain = _bits_of(runs, InRuntime(place, task, without)) if without else []
+    runtime = InRuntime(place, task, graphs, adapter[0] if adapter else None)
     for number, (run, reference) in enumerate(zip(runs, wanted, strict=True)):
         found = runtime.play(run)
         if plain:
             result.exact = result.exact is not False and _bits(found) == plain[number]
-        for step, (mine, theirs) in enumerate(zip(found.outputs, reference.outputs, strict=True)):
-            for name, value in theirs.items():
-                label = f"{name} ({run.name}, step {step})"
-                if name in mine:
-                    result.add(label, *run.visible(step, mine[name], value), atol, rtol)
-        result.tokens += len(reference.tokens)
-        result.same_tokens += sum(
-            a == b for a, b in zip(found.tokens, reference.tokens, strict=True)
-        )
-    result.failed |= result.same_tokens != result.tokens or result.exact is False
+        result.hold(run, found, reference, atol, rtol)
+    result.failed |= result.exact is False
     return result
 
 
@@ -174,7 +177,7 @@ def positions(mask: Any, length: int) -> Any:
     return np.maximum(np.cumsum(mask, 1) - 1, 0)[:, -length:]
 
 
-class _Torch:
+class InTorch:
     def __init__(self, folder: Path, task: Task, trust_remote_code: bool) -> None:
         self.task = task
         self.model: Any = loaded(folder, task, trust_remote_code)
@@ -282,7 +285,7 @@ class _Torch:
         return after
 
 
-class _Runtime:
+class InRuntime:
     """
     Args:
         folder: where the weights lie of models that are given as bytes.
@@ -385,7 +388,7 @@ class _Runtime:
         return played
 
 
-def _bits_of(runs: Sequence[Run], runtime: _Runtime) -> list[str]:
+def _bits_of(runs: Sequence[Run], runtime: InRuntime) -> list[str]:
     """What several runs give, by which it can be compared bit for bit."""
     return [_bits(runtime.play(run)) for run in runs]
 

@@ -14,6 +14,7 @@ from lora_tools.formats.checkpoint import Checkpoint, open_checkpoint, with_thet
 from lora_tools.formats.output import write_synced
 from lora_tools.formats.tensors import as_bytes
 from lora_tools.onnx import genai
+from lora_tools.onnx.linears import is_quantized
 from lora_tools.onnx.runtime_adapters import (
     Branch,
     Replacement,
@@ -45,7 +46,11 @@ _ABOUT_FILES = {
 class Built:
     """What was written: files by name in the order in which they should appear, and figures.
 
-    ``unused``: modules that may get factors, and tensors, that are in no graph.
+    Attributes:
+        unused: modules that may get factors, and tensors, that are in no graph.
+        quantized, used: names of weights in the graphs, the quantized ones and all.
+        formed: transformers forms some of them of several of the checkpoint's tensors.
+        bundle: bytes of the file of weights that no file of the checkpoint holds.
     """
 
     files: tuple[str, ...]
@@ -53,6 +58,10 @@ class Built:
     nbytes: int
     cache: bool
     unused: tuple[str, ...] = ()
+    quantized: frozenset[str] = frozenset()
+    used: frozenset[str] = frozenset()
+    formed: bool = False
+    bundle: int = 0
 
 
 def build(
@@ -67,6 +76,8 @@ def build(
     made: Mapping[str, str],
     branches: Sequence[Branch] = (),
     replacements: Sequence[Replacement] = (),
+    scheme: str | None = None,
+    plain: Path | None = None,
 ) -> Built:
     """Write a checkpoint's graphs into its folder.
 
@@ -74,6 +85,8 @@ def build(
         made: how they are made, for the graphs' metadata.
         branches, replacements: modules that may get factors at run time, and tensors that may be
             brought whole.
+        scheme: how linear layers are quantized (``onnx.schemes``); with "nf4" the folder's are.
+        plain: the folder of the same checkpoint with no weight quantized, if not ``folder``.
         graph: a graph, or its folder, to be used again instead of tracing.
         weights: "shared" or "bundled".
 
@@ -82,7 +95,7 @@ def build(
         MismatchError: ``graph`` is not one of this checkpoint's architecture.
         UnsupportedAdapter: a branch has no layer.
     """
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(plain or folder)
     converted: set[str] = set()
     if graph is not None:
         models = _again(graph, checkpoint, task)
@@ -90,17 +103,18 @@ def build(
         from lora_tools.onnx.trace import trace  # torch and transformers, which --graph needs not
 
         traced = trace(
-            folder, checkpoint.specs, task, cache=cache, opset=opset,
+            checkpoint.path, checkpoint.specs, task, cache=cache, opset=opset,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
         models = {each.file: each.model for each in traced}
         converted = {name for each in traced for name in each.converted}
-    names = {name for model in models.values() for name in weights_of(model)}
-    where = _places(folder, checkpoint, task, names, converted, weights, trust_remote_code)
-    extra = [BUNDLE] if any(place.file == BUNDLE for place in where.values()) else []
-    for file, model in models.items():
-        if not converted:
+    if not converted:
+        for file, model in models.items():
             check_shapes(model, checkpoint.specs, file)
+    where, quantized = _places(
+        folder, checkpoint, task, models, converted, weights, trust_remote_code, scheme
+    )
+    extra = [BUNDLE] if any(place.file == BUNDLE for place in where.values()) else []
     unused = add_branches(models, branches, replacements, formed=bool(converted))
     for file, model in models.items():
         attach(model, where)
@@ -118,7 +132,8 @@ def build(
     return Built(
         files, sum(len(model.graph.node) for model in models.values()),
         sum((folder / file).stat().st_size for file in files), cached or len(models) > 1,
-        unused,
+        unused, quantized, frozenset(where) | quantized, bool(converted),
+        (folder / BUNDLE).stat().st_size if BUNDLE in extra else 0,
     )  # fmt: skip
 
 
@@ -126,26 +141,47 @@ def _places(
     folder: Path,
     checkpoint: Checkpoint,
     task: Task,
-    names: set[str],
+    models: Mapping[str, onnx.ModelProto],
     converted: set[str],
     weights: str,
     trust_remote_code: bool,
-) -> dict[str, Place]:
-    """Where each weight lies; writes the file of those that no file of the checkpoint holds."""
-    own = sorted(names - converted)
-    where = places(checkpoint, own) if weights == "shared" else {}
-    specs = (
-        [] if weights == "shared" else [checkpoint.specs[n] for n in own if n in checkpoint.specs]
-    )
+    scheme: str | None,
+) -> tuple[dict[str, Place], frozenset[str]]:
+    """Where each weight lies, and which are quantized, for which the graphs are changed; writes the
+    file of those that no file of the folder holds."""
+    names = {name for model in models.values() for name in weights_of(model)}
+    stored = checkpoint if folder == checkpoint.path else open_checkpoint(folder)
     state: dict[str, Any] = {}
     if converted:
         from lora_tools.onnx.model import loaded
 
-        state = loaded(folder, task, trust_remote_code).state_dict()
-        specs += [TensorSpec(name, "F32", tuple(state[name].shape)) for name in sorted(converted)]
+        state = loaded(checkpoint.path, task, trust_remote_code).state_dict()
+    packed: dict[str, tuple[TensorSpec, ...]] = {}
+    if scheme:
+        from lora_tools.onnx.quantized import packing, quantize_linears
+
+        how = packing(
+            scheme, stored, checkpoint.config,
+            lambda name: state[name] if name in converted else checkpoint.tensor(name),
+        )  # fmt: skip
+        packed = quantize_linears(models.values(), how)
+    own = sorted(names - converted - packed.keys())
+    shared = weights == "shared"
+    where = places(stored, own) if shared else {}
+    if shared and packed:
+        where |= how.places(packed)
+    specs = [] if shared else [checkpoint.specs[n] for n in own if n in checkpoint.specs]
+    specs += [
+        TensorSpec(name, "F32", tuple(state[name].shape))
+        for name in sorted(converted - packed.keys())
+    ]
+    parts = {spec.name: spec for each in packed.values() for spec in each if spec.name not in where}
 
     def read(name: str) -> Iterable[memoryview]:
-        if name in state and name in converted:
+        if name in parts:
+            yield how.read(name)
+            return
+        if name in converted:
             yield as_bytes(state[name])
             return
         raw = checkpoint.raw(name)
@@ -153,7 +189,9 @@ def _places(
             yield raw[start : start + _COPY_STEP]
             checkpoint.release(name, start, min(start + _COPY_STEP, raw.nbytes))
 
-    return where | (bundle(folder / BUNDLE, specs, read) if specs else {})
+    specs += parts.values()
+    where |= bundle(folder / BUNDLE, specs, read) if specs else {}
+    return where, frozenset(packed)
 
 
 def _folder(graph: Path) -> Path:
@@ -163,7 +201,6 @@ def _folder(graph: Path) -> Path:
 def _again(graph: Path, checkpoint: Checkpoint, task: Task) -> dict[str, onnx.ModelProto]:
     """Graphs of another checkpoint of the same architecture, bare."""
     folder = _folder(graph)
-    _same_config(folder / "config.json", checkpoint)
     models = {}
     for file in task.files():
         try:
@@ -174,10 +211,17 @@ def _again(graph: Path, checkpoint: Checkpoint, task: Task) -> dict[str, onnx.Mo
             raise CheckpointError(f"{folder / file}: not an ONNX model ({error})") from None
         if model.producer_name != "loratools":
             raise MismatchError(f"{folder / file}: made by {model.producer_name or 'another tool'}")
+        if is_quantized(model):
+            raise MismatchError(
+                f"{folder / file}: its linear layers are quantized; --graph takes one exported "
+                "without --nf4, --int8 and --int4, and can be given together with these"
+            )
+        models[file] = model
+    _same_config(folder / "config.json", checkpoint)
+    for file, model in models.items():
         detach(model)
         remove_branches(model)
         check_shapes(model, checkpoint.specs, str(folder / file))
-        models[file] = model
     return models
 
 

@@ -15,6 +15,8 @@ import onnx
 
 from lora_tools.onnx.weights import weights_of
 
+DOMAIN = "com.microsoft"
+QUANTIZED = ("MatMulBnb4", "MatMulNBits")  # of that domain: linear layers over quantized weights
 _PLAIN_GEMM = {"alpha": 1.0, "beta": 1.0, "transA": 0}
 
 
@@ -78,6 +80,11 @@ def linears(model: onnx.ModelProto) -> Iterator[Linear]:
             node.input[2] if len(node.input) > 2 else "", shape[1], shape[0], out_first,
             name in rows or (cast is not None and cast.output[0] in rows),
         )  # fmt: skip
+
+
+def is_quantized(model: onnx.ModelProto) -> bool:
+    """Whether linear layers of a graph are over quantized weights, and so not found here."""
+    return any(node.domain == DOMAIN and node.op_type in QUANTIZED for node in model.graph.node)
 
 
 def _back(

@@ -3,8 +3,9 @@
 y = x·W becomes y = x·W + (x·A)·B, and the lookup of a row W[i] becomes W[i] + A[i]·B. A (in, r) and
 B (r, out) are inputs of the graph and, by the same names, initializers of rank 0: a run that does
 not give them adds zeros. The rank is free, and each module's is its own; A·B is never formed. A
-tensor that an adapter brings whole is an input of no rows by default: the first rows of it and the
-base's, one on the other, are what the graph computes with.
+vector that an adapter brings whole is an input of no elements by default: the first elements of it
+and the base's, one after the other, are what the graph computes with. With a matrix that it brings
+for a linear layer, of no outputs by default, it is the same for the outputs.
 
 ONNX Runtime gives an active adapter's parameters to the inputs of their names (``LoraAdapter`` and
 ``RunOptions.add_active_adapter``, from version 1.20 on).
@@ -15,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx
 
@@ -54,12 +56,15 @@ class Replacement:
 
 @dataclasses.dataclass(frozen=True)
 class _Site:
-    """One use of a weight: the values that go in and come out."""
+    """One use of a weight: the values that go in and come out, a Gemm's bias, and whether it is
+    stored as (out, in)."""
 
     weight: str
     lookup: bool
     input: str
     output: str
+    bias: str = ""
+    out_first: bool = True
 
 
 def add_branches(
@@ -84,27 +89,37 @@ def add_branches(
             was formed of several.
     """
     used = {name for model in models.values() for name in weights_of(model)}
-    weights = {branch.weight for branch in branches}
+    matrices = [each for each in replacements if len(each.shape) > 1]
+    weights = {branch.weight for branch in branches} | {each.tensor for each in matrices}
+    stored: dict[str, bool] = {}  # matrices as (out, in)?
     reached: set[Branch] = set()
     for file, model in models.items():
         sites = list(_sites(model))
         _refuse_other_uses(model, sites, weights, file)
-        found = {}
+        found: dict[str, list[tuple[Branch | Replacement, _Site]]] = {}
         for branch in branches:
             for site in sites:
                 if (site.weight, site.lookup) == (branch.weight, branch.lookup):
-                    found[site.output] = branch, site
+                    found.setdefault(site.output, []).append((branch, site))
                     reached.add(branch)
+        for matrix in matrices:
+            for site in sites:
+                if site.weight == matrix.tensor:
+                    if site.lookup:
+                        raise _unreached(matrix.tensor, matrix.tensor)
+                    found.setdefault(site.output, []).append((matrix, site))
+                    stored[matrix.tensor] = site.out_first
         _insert(model.graph, found)
-        _select(model.graph, [each for each in replacements if each.tensor in weights_of(model)])
+        vectors = [each for each in replacements if len(each.shape) == 1]
+        _select(model.graph, [each for each in vectors if each.tensor in weights_of(model)])
     missing = {branch.module: branch.weight for branch in branches if branch not in reached}
-    missing |= {each.tensor: each.tensor for each in replacements if each.tensor not in used}
+    missing |= {
+        each.tensor: each.tensor for each in replacements
+        if each.tensor not in (stored if len(each.shape) > 1 else used)
+    }  # fmt: skip
     for name, weight in missing.items():
         if formed or weight in used:
-            raise UnsupportedAdapter(
-                f"{name}: no layer of the graph reads {weight} as it is stored, so that no runtime "
-                "adapter can act on it; merge the adapter: leave --runtime-adapters out"
-            )
+            raise _unreached(name, weight)
     for model in models.values():
         for branch in sorted(branches, key=lambda branch: branch.module):
             A, B = factor_names(branch.module, branch.lookup)
@@ -112,8 +127,9 @@ def add_branches(
             _declare(model.graph, A, (branch.sizes[0], rank))
             _declare(model.graph, B, (rank, branch.sizes[1]))
         for each in sorted(replacements, key=lambda each: each.tensor):
-            name = saved_name(each.tensor)
-            _declare(model.graph, name, (f"{name}.rows", *each.shape[1:]))
+            name, shape = saved_name(each.tensor), list[int | str](each.shape)
+            shape[0 if stored.get(each.tensor, True) else 1] = f"{name}.outputs"
+            _declare(model.graph, name, tuple(shape))
     return tuple(missing)
 
 
@@ -121,18 +137,18 @@ def remove_branches(model: onnx.ModelProto) -> None:
     """Make a graph what it was before ``add_branches``; one without branches stays as it is."""
     graph = model.graph
     optional = branch_inputs(graph)
-    outputs, inputs = {}, {}
+    vectors: dict[str, str] = {}  # what an adapter may bring, or the base's → the base's
     for node in graph.node:
-        if node.name.startswith(_MARK) and node.op_type == "Add":
-            outputs[node.input[0]] = node.output[0]
-        elif node.name.startswith(_MARK) and node.op_type == "Concat":
-            inputs[node.name] = node.input[1]
+        if node.name.startswith(f"{_MARK}Concat:"):
+            vectors[node.output[0]] = node.input[1]
+        elif node.name.startswith(f"{_MARK}Slice:{_MARK}") and node.input[0] in vectors:
+            vectors[node.output[0]] = vectors[node.input[0]]
     kept = [node for node in graph.node if not node.name.startswith(_MARK)]
     for node in kept:
         for at, value in enumerate(node.input):
-            node.input[at] = inputs.get(value, value)
+            node.input[at] = vectors.get(value, value)
         for at, output in enumerate(node.output):
-            node.output[at] = outputs.get(output, output)
+            node.output[at] = output.removeprefix(_MARK)
     initializers = [
         value for value in graph.initializer
         if value.name not in optional and not value.name.startswith(_MARK)
@@ -158,9 +174,18 @@ def plain_graphs(paths: Sequence[Path]) -> list[bytes]:
     return plain
 
 
+def _unreached(name: str, weight: str) -> UnsupportedAdapter:
+    return UnsupportedAdapter(
+        f"{name}: the graph does not use {weight} as it is stored, or not as such a layer, so that "
+        "no runtime adapter can act on it; merge the adapter: leave --runtime-adapters out"
+    )
+
+
 def _sites(model: onnx.ModelProto) -> Iterator[_Site]:
     for layer in linears(model):
-        yield _Site(layer.weight, False, layer.input, layer.output)
+        yield _Site(
+            layer.weight, False, layer.input, layer.output, layer.bias, layer.out_first
+        )  # fmt: skip
     shapes = weights_of(model)
     for node in model.graph.node:
         shape = shapes.get(node.input[0], ()) if node.op_type == "Gather" else ()
@@ -187,48 +212,92 @@ def _refuse_other_uses(
             made[node.output[0]] = made[value]
 
 
-def _insert(graph: onnx.GraphProto, found: Mapping[str, tuple[Branch, _Site]]) -> None:
+def _insert(
+    graph: onnx.GraphProto, found: Mapping[str, Sequence[tuple[Branch | Replacement, _Site]]]
+) -> None:
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
         nodes.append(node)
         for at, output in enumerate(node.output):
-            if output in found:
-                node.output[at] = _MARK + output
-                nodes += _branch(*found[output])
+            if output not in found:
+                continue
+            node.output[at] = value = _MARK + output
+            for number, (what, site) in enumerate(found[output], 1):
+                last = number == len(found[output])
+                result = output if last else f"{_MARK}{output}.{number}"
+                if isinstance(what, Branch):
+                    nodes += _branch(what, site, value, result)
+                else:
+                    nodes += _other_layer(graph, what, site, value, result)
+                value = result
     _replace(graph.node, nodes)
 
 
-def _branch(branch: Branch, site: _Site) -> list[onnx.NodeProto]:
+def _branch(branch: Branch, site: _Site, base: str, result: str) -> list[onnx.NodeProto]:
+    """base + the change."""
     A, B = factor_names(branch.module, branch.lookup)
-    low, change, y = f"{_MARK}{site.output}.low", f"{_MARK}{site.output}.change", site.output
+    low, change = f"{_MARK}{site.output}.low", f"{_MARK}{site.output}.change"
     first = ("Gather", [A, site.input]) if site.lookup else ("MatMul", [site.input, A])
-    return [
-        onnx.helper.make_node(op, inputs, [output], name=f"{_MARK}{y}.{number}")
-        for number, (op, inputs, output) in enumerate((
-            (*first, low), ("MatMul", [low, B], change), ("Add", [_MARK + y, change], y)
-        ))
-    ]  # fmt: skip
+    return _nodes((*first, low), ("MatMul", [low, B], change), ("Add", [base, change], result))
 
 
-def _select(graph: onnx.GraphProto, replacements: Sequence[Replacement]) -> None:
-    """The first rows of what an adapter brings and the base's tensor, one on the other."""
+def _other_layer(
+    graph: onnx.GraphProto, matrix: Replacement, site: _Site, base: str, result: str
+) -> list[onnx.NodeProto]:
+    """The first outputs of the layer with the adapter's matrix and of the base's, in that order."""
+    y = f"{_MARK}{site.output}"
+    given, whole, both = saved_name(matrix.tensor), f"{y}.whole", f"{y}.both"
+    outputs = matrix.shape[0 if site.out_first else 1]
+    steps: list[tuple[Any, ...]] = []
+    if site.out_first:
+        steps.append(("Transpose", [given], f"{y}.turned", {"perm": [1, 0]}))
+        given = f"{y}.turned"
+    steps.append(("MatMul", [site.input, given], whole))
+    if site.bias:  # of a Gemm, which has added it to the base's outputs
+        count, bias = f"{y}.count", f"{y}.bias"
+        steps += [
+            ("Shape", [given], count, {"start": 1}),
+            ("Slice", [site.bias, _number(graph, 0), count], bias),
+            ("Add", [whole, bias], f"{y}.sum"),
+        ]
+        whole = f"{y}.sum"
+    bounds = [_number(graph, n) for n in (0, outputs, -1)]
+    return _nodes(
+        *steps, ("Concat", [whole, base], both, {"axis": -1}), ("Slice", [both, *bounds], result)
+    )
+
+
+def _select(graph: onnx.GraphProto, vectors: Sequence[Replacement]) -> None:
+    """The first elements of what an adapter brings and the base's vector, one after the other."""
     nodes: list[onnx.NodeProto] = []
-    names = {each.tensor: f"{_MARK}{each.tensor}" for each in replacements}
+    names = {each.tensor: f"{_MARK}{each.tensor}" for each in vectors}
     for node in graph.node:
         for at, value in enumerate(node.input):
             node.input[at] = names.get(value, value)
-    for each in replacements:
-        name = names[each.tensor]
-        for bound, row in ((f"{name}.start", 0), (f"{name}.stop", each.shape[0])):
-            graph.initializer.append(onnx.helper.make_tensor(bound, _INT64, [1], [row]))
-        both, given = f"{name}.both", [saved_name(each.tensor), each.tensor]
-        nodes += [
-            onnx.helper.make_node("Concat", given, [both], name=name, axis=0),
-            onnx.helper.make_node(
-                "Slice", [both, f"{name}.start", f"{name}.stop"], [name], name=f"{name}.rows"
-            ),
-        ]
+    for each in vectors:
+        name, both = names[each.tensor], f"{_MARK}{each.tensor}.both"
+        bounds = [_number(graph, n) for n in (0, each.shape[0])]
+        nodes += _nodes(
+            ("Concat", [saved_name(each.tensor), each.tensor], both, {"axis": 0}),
+            ("Slice", [both, *bounds], name),
+        )
     _replace(graph.node, [*nodes, *graph.node])
+
+
+def _nodes(*steps: Any) -> list[onnx.NodeProto]:
+    """(operator, inputs, output[, attributes]) → nodes, named after what they make."""
+    return [
+        onnx.helper.make_node(op, inputs, [output], name=f"{_MARK}{op}:{output}", **dict(*rest))
+        for op, inputs, output, *rest in steps
+    ]
+
+
+def _number(graph: onnx.GraphProto, value: int) -> str:
+    """A constant of one element, made where it is not there yet."""
+    name = f"{_MARK}{value}"
+    if all(initializer.name != name for initializer in graph.initializer):
+        graph.initializer.append(onnx.helper.make_tensor(name, _INT64, [1], [value]))
+    return name
 
 
 def _declare(graph: onnx.GraphProto, name: str, shape: tuple[int | str, ...]) -> None:

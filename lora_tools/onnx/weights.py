@@ -25,6 +25,7 @@ _TYPES = {
     "F32": onnx.TensorProto.FLOAT, "F16": onnx.TensorProto.FLOAT16,
     "BF16": onnx.TensorProto.BFLOAT16, "F64": onnx.TensorProto.DOUBLE,
 }  # fmt: skip
+_AS_THEY_ARE = {"F32": onnx.TensorProto.FLOAT, "U8": onnx.TensorProto.UINT8}
 _CAST, _CASTED = "cast:", ".float32"
 
 
@@ -91,20 +92,21 @@ def bundle_size(specs: Iterable[TensorSpec]) -> int:
 
 
 def attach(model: onnx.ModelProto, where: Mapping[str, Place]) -> None:
-    """Point every weight of a bare graph to its bytes, with a Cast where they are not float32."""
+    """Point every weight of a bare graph to its bytes, with a Cast where they are numbers and not
+    float32."""
     casts: dict[str, str] = {}
     for initializer in model.graph.initializer:
         place = where.get(initializer.name)
         if place is None:
             continue
-        initializer.data_type = _TYPES[place.spec.dtype]
+        initializer.data_type = (_TYPES | _AS_THEY_ARE)[place.spec.dtype]
         initializer.data_location = onnx.TensorProto.EXTERNAL
         del initializer.external_data[:]
         for key, value in (
             ("location", place.file), ("offset", place.offset), ("length", place.spec.nbytes)
         ):  # fmt: skip
             initializer.external_data.add(key=key, value=str(value))
-        if place.spec.dtype != "F32":
+        if place.spec.dtype not in _AS_THEY_ARE:
             casts[initializer.name] = initializer.name + _CASTED
     _rename(model.graph, casts)
     nodes = [

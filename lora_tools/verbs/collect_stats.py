@@ -18,7 +18,7 @@ from lora_tools.formats.safetensors_file import SafetensorsWriter
 from lora_tools.formats.tensors import as_bytes
 from lora_tools.linalg.layouts import LAYOUTS
 from lora_tools.records import Fate, Input, Progress, ProgressCallback, Report, TensorSpec
-from lora_tools.verbs.common import command_of, tool_version
+from lora_tools.verbs.common import command_of, read_text, tool_version
 
 
 def collect_stats(
@@ -61,7 +61,7 @@ def collect_stats(
     if not checkpoint.is_folder:
         raise CheckpointError(f"{model}: a bare file; a folder that transformers loads is needed")
     source, destination = Path(text), Path(out)
-    content = _read(source)
+    content = read_text(source)
     fates = _plan(checkpoint, kind)
     inputs = (Input("model", str(model)), Input("text", str(text)))
     nbytes = sum(fate.nbytes for fate in fates)
@@ -75,15 +75,6 @@ def collect_stats(
         report = _collect(report, checkpoint, content, kind, length, max_tokens, device,
                           jobs, allow_pickle, progress)  # fmt: skip
     return dataclasses.replace(report, seconds=time.perf_counter() - started)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"{path}: not UTF-8 text") from None
 
 
 def _plan(checkpoint: Checkpoint, kind: str) -> tuple[Fate, ...]:

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from lora_tools.errors import MismatchError, UsageError
@@ -30,7 +31,7 @@ def tool_version() -> str:
 _NOT_RECORDED = {
     "out", "adapters", "base", "graph", "jobs", "force", "dry_run", "progress", "allow_pickle",
     "max_error", "spectrum_cache", "activations", "reversible", "atol", "rtol", "no_verify",
-    "keep_failed",
+    "keep_failed", "eval_text",
 }  # fmt: skip
 
 
@@ -134,6 +135,16 @@ def most_factors(text: str) -> tuple[int, bool]:
             f"--budget {text!r}: a size such as 50MB, or a count such as 10M, is needed"
         )
     return parse_size(text), match[2] is not None
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file that an option names. Raises UsageError."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{path}: not UTF-8 text") from None
 
 
 def name_filter(include: Sequence[str], exclude: Sequence[str]) -> Callable[[str], bool]:

@@ -25,7 +25,10 @@ from lora_tools.onnx import genai
 from lora_tools.onnx.tasks import Task, task_of
 from lora_tools.records import Fate, Input, ProgressCallback, Report
 from lora_tools.verbs.common import command_of, tool_version
+from lora_tools.verbs.dequantize import dequantize
+from lora_tools.verbs.export_quantized import plan_quantization
 from lora_tools.verbs.merge import merge
+from lora_tools.verbs.quantize import quantize
 from lora_tools.verbs.runtime_adapters import SUFFIX, plan_runtime_adapters
 
 if TYPE_CHECKING:
@@ -45,7 +48,11 @@ def export(
     task: str = "auto",
     no_cache: bool = False,
     dtype: str | None = None,
-    weights: Literal["shared", "bundled"] = "shared",
+    weights: Literal["shared", "bundled"] | None = None,
+    nf4: bool = False,
+    int8: bool = False,
+    int4: bool = False,
+    eval_text: str | Path | None = None,
     graph: str | Path | None = None,
     opset: int = 20,
     atol: float = 1e-5,
@@ -73,7 +80,12 @@ def export(
         no_cache: export a decoder without its key/value cache.
         dtype: in which the weights are stored; the graph computes in float32 in any case.
         weights: ``shared`` points into the safetensors files of ``out``; ``bundled`` writes one
-            external-data file in their place.
+            external-data file in their place, as ``int8`` and ``int4`` do by default.
+        nf4: linear layers in four bits, over the bytes that ``quantize`` writes, or over those of
+            ``checkpoint`` where it is in four bits already.
+        int8, int4: linear layers in eight or four bits by ONNX Runtime's quantizer.
+        eval_text: a UTF-8 file on which a decoder's perplexity, and its divergence from that of
+            the weights before they were quantized, are measured.
         graph: a graph (or its folder) exported from another checkpoint of the same architecture,
             to be used again instead of tracing.
         opset: of ONNX.
@@ -94,7 +106,7 @@ def export(
     if not source.is_folder or not source.config:
         raise CheckpointError(f"{source.path}: a folder with a config.json is needed to export")
     chosen = task_of(source.config, task)
-    _check_call(weights, opset, atol, rtol)
+    _check_call(opset, atol, rtol)
     destination = Path(out)
     in_place = destination.exists() and destination.resolve() == source.path.resolve()
     runtime = None
@@ -102,8 +114,16 @@ def export(
         runtime = plan_runtime_adapters(adapters, source, allow_pickle, allow_unmatched)
     to_merge = () if runtime_adapters else adapters
     merging = bool(to_merge or dtype)
-    if in_place and merging:
-        raise UsageError("--adapter and --dtype change the weights: choose another output")
+    quantization = plan_quantization(
+        source, chosen, {"nf4": nf4, "int8": int8, "int4": int4}, eval_text,
+        verify=not no_verify, merging=merging, runtime=runtime_adapters,
+    )  # fmt: skip
+    changing = merging or quantization.packs
+    if in_place and changing:
+        raise UsageError("--adapter, --dtype and --nf4 change the weights: choose another output")
+    placing = quantization.weights(weights, in_place)
+    if placing not in ("shared", "bundled"):
+        raise UsageError(f"--weights {weights!r}: shared or bundled is needed")
 
     def merged(where: Path, dry: bool) -> Report:
         return merge(
@@ -112,39 +132,73 @@ def export(
             progress=progress,
         )  # fmt: skip
 
-    plan = merged(destination, True) if merging else _copying(source, checkpoint, out, in_place)
-    report = dataclasses.replace(_as_export(plan, chosen, dry_run), command=command)
+    def made(where: Path, dry: bool) -> Report:
+        if not quantization.packs:
+            return merged(where, dry)
+        return quantize(
+            checkpoint, where, adapters=to_merge, dtype=dtype, allow_unmatched=allow_unmatched,
+            allow_other_base=allow_other_base, jobs=jobs, allow_pickle=allow_pickle, dry_run=dry,
+            progress=progress,
+        )  # fmt: skip
+
+    def plain(folder: Path, where: Path, dry: bool) -> Report | None:
+        """The weights of a folder with none quantized, where those lie nowhere yet."""
+        if quantization.stored:
+            return dequantize(folder, where, jobs=jobs, dry_run=dry)
+        return merged(where, dry) if quantization.packs and merging else None
+
+    plan = made(destination, True) if changing else _copying(source, checkpoint, out, in_place)
+    report = _as_export(quantization.planned(plan, source), chosen, dry_run)
+    report = dataclasses.replace(report, command=command)
     if runtime and dry_run:
         report = runtime.planned(report)
     if dry_run:
         return dataclasses.replace(report, seconds=time.perf_counter() - started)
     _check_installed()
+    rows = quantization.rows(source)
 
     def work(folder: Path) -> Report:
         from lora_tools.onnx import graphs
 
+        whole = source.path if quantization.packs else folder
+        if plain(folder, folder.with_name("plain"), False):
+            whole = folder.with_name("plain")
         if runtime:
             runtime.write(folder, jobs)
         built = graphs.build(
-            folder, chosen, cache=not no_cache, weights=weights,
+            folder, chosen, cache=not no_cache, weights=placing,
             graph=Path(graph) if graph else None, opset=opset, trust_remote_code=trust_remote_code,
             made=_made(report, folder),
             branches=runtime.branches() if runtime else (),
-            replacements=runtime.replacements() if runtime else (),
+            replacements=runtime.replacements() if runtime else (), scheme=quantization.scheme,
+            plain=whole,
         )  # fmt: skip
         for file in chosen.files():
             graphs.check_model(folder / file, linked=in_place)
         check = None
+        lost: dict[str, Any] = {}
         if not no_verify:
             from lora_tools.engine import one_torch_thread
-            from lora_tools.onnx.check import compare
 
             with one_torch_thread():
-                check = compare(
-                    folder, chosen, built.cache, atol=atol, rtol=rtol,
-                    trust_remote_code=trust_remote_code,
-                )  # fmt: skip
-        found = _measured(report, built, check)
+                if quantization.scheme or rows is not None:
+                    from lora_tools.onnx.quality import examine
+
+                    check, lost = examine(
+                        folder, chosen, built.cache, plain=whole,
+                        quantized=bool(quantization.scheme), original=not quantization.stored,
+                        rows=rows, atol=atol, rtol=rtol, trust_remote_code=trust_remote_code,
+                    )  # fmt: skip
+                else:
+                    from lora_tools.onnx.check import compare
+
+                    check = compare(
+                        folder, chosen, built.cache, atol=atol, rtol=rtol,
+                        trust_remote_code=trust_remote_code,
+                    )  # fmt: skip
+        found = quantization.measured(
+            _measured(report, built, check, lost), built, placing == "bundled"
+        )
         if runtime:
             found = runtime.measured(
                 found, folder, chosen, built, allow_other_base=bool(dtype), jobs=jobs,
@@ -152,7 +206,7 @@ def export(
             )  # fmt: skip
         return found
 
-    if not merging:
+    if not changing:
         report = _with_digest(report, source)
     if in_place:
         report = _add_to(
@@ -160,23 +214,26 @@ def export(
             (atol, rtol), work,
         )  # fmt: skip
     else:
-        inputs = [source.path, *(Path(str(a[0] if isinstance(a, tuple) else a)) for a in adapters)]
-        inputs += [Path(graph)] if graph else []
-        check_destination(destination, inputs, force)
+        given = [source.path, *(Path(str(a[0] if isinstance(a, tuple) else a)) for a in adapters)]
+        given += [Path(graph)] if graph else []
+        check_destination(destination, given, force)
         failed = destination.with_name(destination.name + ".failed")
         if keep_failed:
-            check_destination(failed, inputs, force)
-        needed = plan.totals["bytes"] * (2 if weights == "bundled" else 1)
+            check_destination(failed, given, force)
+        needed = plan.totals.get("bytes") or plan.totals["expected_bytes_at_most"]
+        needed *= 2 if placing == "bundled" or quantization.affine else 1
+        beside = plain(source.path, destination, True)
+        needed += beside.totals["bytes"] if beside else 0
         check_space(destination, needed + (runtime.space(not no_verify) if runtime else 0))
         with staged(destination) as staging:
             folder = staging / "out"
-            if merging:
-                report = _with_digests(report, merged(folder, False))
+            if changing:
+                report = _with_digests(report, made(folder, False))
             else:
                 _copy(source, folder)
             _name_theta(folder / "config.json")
             report = work(folder)
-            if weights == "bundled":
+            if placing == "bundled":
                 _drop_weights(folder)
             try:
                 _gate(report, atol, rtol)
@@ -184,12 +241,11 @@ def export(
                 if keep_failed:
                     folder.rename(failed)
                 raise
-    return dataclasses.replace(report, seconds=time.perf_counter() - started)
+    inputs = (*report.inputs, *quantization.inputs(eval_text))
+    return dataclasses.replace(report, inputs=inputs, seconds=time.perf_counter() - started)
 
 
-def _check_call(weights: str, opset: int, atol: float, rtol: float) -> None:
-    if weights not in ("shared", "bundled"):
-        raise UsageError(f"--weights {weights!r}: shared or bundled is needed")
+def _check_call(opset: int, atol: float, rtol: float) -> None:
     if not 18 <= opset <= 22:
         raise UsageError(f"--opset {opset}: 18 to 22 is needed")
     if not (atol >= 0 and rtol >= 0):
@@ -217,14 +273,23 @@ def _copying(source: Checkpoint, given: str | Path, out: str | Path, in_place: b
 def _as_export(plan: Report, task: Task, dry_run: bool) -> Report:
     graphs = tuple(Fate(file, "graph", task.name) for file in task.files())
     return dataclasses.replace(
-        plan, verb="export", plan=(*plan.plan, *graphs), dry_run=dry_run, seconds=0.0
+        plan, verb="export", plan=(*plan.plan, *graphs), dry_run=dry_run, seconds=0.0,
+        inputs=_as_bases(plan.inputs),
+    )  # fmt: skip
+
+
+def _as_bases(inputs: Sequence[Input]) -> tuple[Input, ...]:
+    """``quantize`` calls a checkpoint one; here it is the base that adapters are merged into."""
+    return tuple(
+        dataclasses.replace(i, role="base") if i.role == "checkpoint" else i for i in inputs
     )
 
 
 def _with_digests(report: Report, merged: Report) -> Report:
     return dataclasses.replace(
-        report, inputs=merged.inputs, notes=merged.notes, totals=merged.totals
-    )
+        report, inputs=_as_bases(merged.inputs), notes=merged.notes, totals=merged.totals,
+        tensors=merged.tensors,
+    )  # fmt: skip
 
 
 def _with_digest(report: Report, source: Checkpoint) -> Report:
@@ -243,7 +308,7 @@ def _made(report: Report, folder: Path) -> dict[str, str]:
             "base_digest": report.inputs[0].digest, **adapters}  # fmt: skip
 
 
-def _measured(report: Report, built: Built, check: Check | None) -> Report:
+def _measured(report: Report, built: Built, check: Check | None, lost: dict[str, Any]) -> Report:
     totals: dict[str, Any] = {
         **report.totals, "graph_bytes": built.nbytes, "graph_nodes": built.nodes,
     }  # fmt: skip
@@ -251,7 +316,7 @@ def _measured(report: Report, built: Built, check: Check | None) -> Report:
     if check is None:
         notes = (*notes, "not verified: the graph was not run")
     else:
-        totals |= check.totals()
+        totals |= check.totals() | lost
     return dataclasses.replace(report, totals=totals, notes=notes)
 
 

@@ -144,8 +144,10 @@ def extract(
     chosen, kinds = name_filter(include, exclude), layer_kinds(layout)
     destination = Path(out)
     sides = open_checkpoint(base, allow_pickle), open_checkpoint(tuned, allow_pickle)
+    said: list[str] = []
     if names == "loaded" and target.loads:
         sides = loaded_view(sides[0]), loaded_view(sides[1])
+        said = notes_on_names(sides[0])
     if not dry_run:
         check_destination(destination, [side.path for side in sides], force)
         if keep is not None:
@@ -154,7 +156,7 @@ def extract(
         *sides, chosen=chosen, kinds=kinds, layers=layers_of(sides[0]), embeddings=embeddings,
         rest=rest,
     )  # fmt: skip
-    plan = dataclasses.replace(plan, notes=(*notes_on_names(sides[0]), *plan.notes))
+    plan = dataclasses.replace(plan, notes=(*said, *plan.notes))
     fates = plan.fates(rule)
     expected = sum(fate.nbytes for fate in fates)
     if size is not None and size.in_bytes:

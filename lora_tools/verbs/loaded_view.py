@@ -13,7 +13,7 @@ import xxhash
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.names import layout_name
 from lora_tools.linalg.layouts import LAYOUTS, Conv, Layout
-from lora_tools.loading import Loaded, LoadedTensor, Piece, loaded, rows_of
+from lora_tools.loading import Loaded, LoadedTensor, Piece, loaded, rows_of, why_unknown
 
 if TYPE_CHECKING:
     import torch
@@ -44,10 +44,12 @@ class LoadedView(Checkpoint):
         return self._view.rows(name, matrix, start, stop)
 
     def hash(self, name: str) -> str:
-        """Piece by piece."""
-        state = xxhash.xxh3_128()
-        for part in self._view.parts(name):
+        """Piece by piece, and those of several given back as they are read."""
+        state, pieces = xxhash.xxh3_128(), self._view.pieces(name)
+        for piece, part in zip(pieces, self._view.parts(name), strict=True):
             state.update(part)
+            if len(pieces) > 1:
+                self.stored.release(piece.stored)
         return state.hexdigest()
 
     def digest(self, known: Mapping[str, str]) -> str:
@@ -97,6 +99,13 @@ def named_by(side: Checkpoint) -> str:
 def notes_on_names(side: Checkpoint) -> list[str]:
     """Sentences on what has other names, and on what PEFT will not find."""
     notes = []
+    if not isinstance(side, LoadedView):
+        reason = why_unknown(side.config, side.specs)
+        if reason:
+            notes.append(
+                "modules have the names that the files give them, which need not be those in "
+                f"memory that PEFT goes by: {reason}"
+            )
     if isinstance(side, LoadedView) and side.others:
         first = side.others[0]
         notes.append(

@@ -26,7 +26,7 @@ from lora_tools.formats.bitsandbytes import (
 )
 from lora_tools.formats.checkpoint import Checkpoint, open_checkpoint
 from lora_tools.formats.checkpoint_writer import Sink, parse_size
-from lora_tools.formats.dtypes import parse_float_dtype, torch_dtype
+from lora_tools.formats.dtypes import FLOAT_NAMES, parse_float_dtype, torch_dtype
 from lora_tools.formats.names import split_tensor
 from lora_tools.formats.output import check_destination, check_space, staged
 from lora_tools.records import Input, ProgressCallback, Report, TensorResult
@@ -161,7 +161,8 @@ def quantize(
 
 def torch_name(dtype: str) -> str:
     """``bf16`` → ``bfloat16``, as configs spell it. Raises UsageError."""
-    return str(torch_dtype(parse_float_dtype(dtype))).removeprefix("torch.")
+    wanted = parse_float_dtype(dtype)
+    return next(name for name in FLOAT_NAMES if parse_float_dtype(name) == wanted)
 
 
 def _quantize(

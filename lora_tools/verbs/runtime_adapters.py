@@ -12,7 +12,7 @@ from lora_tools.errors import UnsupportedAdapter, UsageError
 from lora_tools.formats.adapter_formats import FEATURES, FORMATS
 from lora_tools.formats.base_names import base_names
 from lora_tools.formats.checkpoint import Checkpoint
-from lora_tools.formats.names import align
+from lora_tools.formats.names import align, is_input_embedding, is_output_head
 from lora_tools.onnx.tasks import Task
 from lora_tools.records import Fate, Input, Report
 from lora_tools.verbs.convert import features, write_modules
@@ -231,28 +231,25 @@ def _refuse(weighted: Weighted, names: BaseNames) -> None:
             f"{path}: a runtime adapter cannot carry {parts}. Merge it (leave --runtime-adapters "
             f"out), or leave them out: loratools convert {path} -o OUT --to peft {drop}"
         )
-    head, embeddings = (
-        names.tied,
-        [m.name for m in adapter.modules.values() if m.form == "embedding"],
-    )
-    if head and embeddings and adapter.config.get("ensure_weight_tying"):
+    embeddings = [m.name for m in adapter.modules.values() if m.form == "embedding"]
+    if names.tied and embeddings and adapter.config.get("ensure_weight_tying"):
         known, _ = align(list(adapter.modules), list(names.weights))
-        if head not in known.values():
+        if names.tied not in known.values():
             raise UnsupportedAdapter(
-                f"{path}: ensure_weight_tying, but no factors for {head}, which is to follow "
+                f"{path}: ensure_weight_tying, but no factors for {names.tied}, which is to follow "
                 f"{embeddings[0]}; merge it: leave --runtime-adapters out"
             )
 
 
 def _refuse_saved(weighted: Weighted, saved: Mapping[str, str], base: Checkpoint) -> None:
-    """Tensors saved whole but vectors (norms, biases): the layers of ONNX Runtime compute with a
-    matrix that may change in another order than with one that is fixed."""
+    """Tensors saved whole that are neither a vector (norms, biases) nor of a linear layer."""
     adapter, path = weighted.adapter, weighted.path
     for name, tensor in saved.items():
-        found = adapter.shape(adapter.whole[name])
-        spec = base.specs.get(tensor)
-        if len(found) != 1:
-            why = f"{list(found)}, and only vectors saved whole can be switched"
+        found, spec = adapter.shape(adapter.whole[name]), base.specs.get(tensor)
+        if is_output_head(tensor) or is_input_embedding(tensor):
+            why = "a whole vocabulary"
+        elif len(found) > 2:
+            why = "of no linear layer"
         elif spec is None or found != spec.shape:
             why = f"{list(found)}, and the base's is {list(spec.shape) if spec else 'not there'}"
         elif weighted.weight != 1:
@@ -270,4 +267,4 @@ def _file_name(path: str) -> str:
     """``adapters/style``, ``style.gguf`` and ``org/style@main`` → ``style.onnx_adapter``."""
     given = Path(path)
     name = given.stem if given.is_file() else given.name.partition("@")[0]
-    return (name or given.resolve().name) + SUFFIX
+    return (given.resolve().name if name in ("", "..") else name) + SUFFIX

@@ -1,0 +1,350 @@
+"""Linear layers of a graph over quantized weights: ONNX Runtime's MatMulBnb4 and MatMulNBits.
+
+Both take the weight as (out, in), in blocks: MatMulBnb4 (https://github.com/microsoft/onnxruntime,
+docs/ContribOperators.md) the bytes that bitsandbytes stores, in blocks over the flattened weight,
+with one float32 absmax for each; MatMulNBits whole numbers, in blocks along each row. A quantized
+weight keeps its name in the graph; what belongs to it has that name and an ending.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import onnx
+import torch
+
+from lora_tools.errors import MismatchError, NonFiniteError
+from lora_tools.formats.bitsandbytes import (
+    ABSMAX,
+    NESTED_ABSMAX,
+    NESTED_MAP,
+    QUANT_MAP,
+    find_quantized,
+    reason_to_keep,
+)
+from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.formats.tensors import as_bytes
+from lora_tools.linalg import nf4
+from lora_tools.onnx.linears import DOMAIN, QUANTIZED, Linear, linears
+from lora_tools.onnx.schemes import AFFINE, NF4, Affine
+from lora_tools.onnx.weights import Place, places
+from lora_tools.records import TensorSpec
+
+_BNB4_TYPES = {"fp4": 0, "nf4": 1}
+_BNB4_BLOCKS = (16, 32, 64, 128, 256)
+
+
+class Packing(Protocol):
+    """One scheme: which weights it holds, by which operator, and their bytes."""
+
+    operator: str
+
+    def takes(self, linear: Linear) -> bool: ...
+
+    def attributes(self, linear: Linear) -> dict[str, int]: ...
+
+    def specs(self, linear: Linear) -> tuple[TensorSpec, ...]:
+        """The operator's inputs after the first, the weight itself the first of them."""
+
+    def places(self, weights: Collection[str]) -> dict[str, Place]:
+        """Those that lie in files of the output already."""
+
+    def read(self, name: str) -> memoryview: ...
+
+
+class Bnb4:
+    """Weights of a four-bit checkpoint of bitsandbytes, as they are; absmax in float32."""
+
+    operator = "MatMulBnb4"
+
+    def __init__(self, stored: Checkpoint) -> None:
+        self._stored = stored
+        self._quantized = find_quantized(stored.specs, stored.raw)
+        for name, tensor in self._quantized.items():
+            state = tensor.state
+            if state.blocksize not in _BNB4_BLOCKS:
+                raise MismatchError(
+                    f"{name}: blocks of {state.blocksize}, and ONNX Runtime's MatMulBnb4 takes up "
+                    f"to {_BNB4_BLOCKS[-1]}; quantize with --blocksize 64"
+                )
+            book = nf4.CODEBOOKS[state.quant_type].table
+            if not np.array_equal(stored.tensor(name + QUANT_MAP).numpy(), book):
+                raise MismatchError(f"{name}: its quant_map is not that of {state.quant_type}")
+
+    def takes(self, linear: Linear) -> bool:
+        return linear.weight in self._quantized
+
+    def attributes(self, linear: Linear) -> dict[str, int]:
+        state = self._quantized[linear.weight].state
+        sizes = (linear.out_features, linear.in_features)
+        if state.shape != sizes:
+            raise MismatchError(
+                f"{linear.weight}: quantized as {list(state.shape)}, the graph has {list(sizes)}"
+            )
+        kind = _BNB4_TYPES[state.quant_type]
+        return {"block_size": state.blocksize, "quant_type": kind}
+
+    def specs(self, linear: Linear) -> tuple[TensorSpec, ...]:
+        state = self._quantized[linear.weight].state
+        return (
+            TensorSpec(linear.weight, "U8", (nf4.packed_size(state.numel),)),
+            TensorSpec(linear.weight + ABSMAX, "F32", (state.blocks,)),
+        )
+
+    def places(self, weights: Collection[str]) -> dict[str, Place]:
+        plain = [name for name in weights if not self._quantized[name].state.nested]
+        found = places(self._stored, [*weights, *(name + ABSMAX for name in plain)])
+        for name in weights:  # whatever dtype's elements hold the bytes
+            size = found[name].spec.nbytes
+            found[name] = dataclasses.replace(found[name], spec=TensorSpec(name, "U8", (size,)))
+        return found
+
+    def read(self, name: str) -> memoryview:
+        weight = name.removesuffix(ABSMAX)
+        if name == weight or not self._quantized[weight].state.nested:
+            return self._stored.raw(name)
+        offset = self._quantized[weight].state.nested_offset
+        assert offset is not None
+        codes, inner, table = (
+            self._stored.tensor(weight + end).numpy() for end in (ABSMAX, NESTED_ABSMAX, NESTED_MAP)
+        )
+        scales = nf4.restore_absmax(nf4.Nested(codes, inner, np.float32(offset)), table)
+        return as_bytes(torch.from_numpy(scales))
+
+
+class NBits:
+    """Weights rounded to whole numbers by ONNX Runtime's own quantizer, one at a time.
+
+    Args:
+        config: the checkpoint's ``config.json``.
+        tensor: a weight as it is stored, by its name in the graph.
+    """
+
+    operator = "MatMulNBits"
+
+    def __init__(
+        self, scheme: Affine, config: Mapping[str, Any], tensor: Callable[[str], torch.Tensor]
+    ) -> None:
+        self._scheme, self._config, self._tensor = scheme, config, tensor
+        self._shapes: dict[str, Linear] = {}
+        self._last: dict[str, memoryview] = {}
+
+    def takes(self, linear: Linear) -> bool:
+        sizes = (linear.out_features, linear.in_features)
+        stored = sizes if linear.out_first else sizes[::-1]
+        spec = TensorSpec(linear.weight, "F32", stored)
+        return not reason_to_keep(spec, self._config, head=False)[0]
+
+    def attributes(self, linear: Linear) -> dict[str, int]:
+        scheme = self._scheme
+        return {
+            "bits": scheme.bits, "block_size": scheme.block, "accuracy_level": scheme.accuracy
+        }  # fmt: skip
+
+    def specs(self, linear: Linear) -> tuple[TensorSpec, ...]:
+        self._shapes[linear.weight] = linear
+        return self._scheme.specs(linear.weight, linear.out_features, linear.in_features)
+
+    def places(self, weights: Collection[str]) -> dict[str, Place]:
+        return {}
+
+    def read(self, name: str) -> memoryview:
+        if name not in self._last:  # the first of a weight's tensors; the others follow
+            self._last = self._quantize(self._shapes[name])
+        return self._last[name]
+
+    def _quantize(self, linear: Linear) -> dict[str, memoryview]:
+        quantizer = _quantizer(self._scheme)
+        stored = self._tensor(linear.weight)
+        turned = stored.T if linear.out_first else stored
+        weight = turned.to(torch.float32).contiguous().numpy()
+        if not np.isfinite(weight).all():
+            raise NonFiniteError(
+                f"{linear.weight}: holds an inf or a NaN, which has no whole number"
+            )
+        made = quantizer.qbits_block_quant(weight)
+        return {
+            spec.name: memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            for spec, array in zip(self.specs(linear), made, strict=True)
+        }
+
+
+def _quantizer(scheme: Affine) -> Any:
+    """ONNX Runtime's; importing it configures the root logger, which is undone."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    from onnxruntime.quantization import matmul_nbits_quantizer as its
+
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    config = its.DefaultWeightOnlyQuantConfig(
+        block_size=scheme.block, is_symmetric=False, bits=scheme.bits
+    )
+    return its.DefaultWeightOnlyQuantizer(config)
+
+
+def packing(
+    name: str,
+    stored: Checkpoint,
+    config: Mapping[str, Any],
+    tensor: Callable[[str], torch.Tensor],
+) -> Packing:
+    """A scheme by its name; ``stored`` holds the weights of ``nf4``."""
+    return Bnb4(stored) if name == NF4 else NBits(AFFINE[name], config, tensor)
+
+
+def quantize_linears(
+    models: Iterable[onnx.ModelProto], how: Packing
+) -> dict[str, tuple[TensorSpec, ...]]:
+    """Put the operator in the place of every linear layer whose weight ``how`` takes.
+
+    Args:
+        models: the bare graphs of one checkpoint.
+
+    Returns:
+        what stands in the graphs for each weight.
+
+    Raises:
+        MismatchError: there is no such layer, or a weight that is quantized is used otherwise, too.
+    """
+    made: dict[str, tuple[TensorSpec, ...]] = {}
+    models = list(models)
+    others = {name for model in models for name in _other_uses(model)}
+    for model in models:
+        chosen = [each for each in linears(model) if how.takes(each)]
+        if isinstance(how, NBits):
+            chosen = [each for each in chosen if each.weight not in others]
+        for linear in chosen:
+            if linear.weight in others:
+                raise MismatchError(
+                    f"{linear.weight}: quantized, and the graph uses it in more than linear layers"
+                )
+            made[linear.weight] = how.specs(linear)
+        _put_in(model, {each.output: each for each in chosen}, how)
+    if not made:
+        raise MismatchError(
+            "the graph has no linear layer whose weight is quantized; --nf4 finds those that the "
+            "checkpoint stores under the names transformers gives them, --int8 and --int4 all"
+        )
+    return made
+
+
+def _other_uses(model: onnx.ModelProto) -> Iterator[str]:
+    """Weights of linear layers that some other node reads as well."""
+    found = list(linears(model))
+    layers = {each.output for each in found}
+    turns = {each.transpose.output[0] for each in found if each.transpose}
+    readers: dict[str, list[str]] = {}
+    for node in model.graph.node:
+        for value in node.input:
+            readers.setdefault(value, []).append(node.output[0])
+    for each in found:
+        turned = readers[each.transpose.output[0]] if each.transpose else []
+        if not layers.union(turns).issuperset([*readers[each.weight], *turned]):
+            yield each.weight
+
+
+def _put_in(model: onnx.ModelProto, chosen: Mapping[str, Linear], how: Packing) -> None:
+    graph = model.graph
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        linear = chosen.get(node.output[0])
+        nodes += [node] if linear is None else _layer(linear, how)
+    used = {value for node in nodes for value in node.input}
+    gone = {each.transpose.output[0] for each in chosen.values() if each.transpose} - used
+    kept = [node for node in nodes if node.output[0] not in gone]
+    del graph.node[:]
+    graph.node.extend(kept)
+    weights = {each.weight: how.specs(each) for each in chosen.values()}
+    plain = [i for i in graph.initializer if i.name not in weights]
+    del graph.initializer[:]
+    graph.initializer.extend(plain)
+    for specs in weights.values():
+        graph.initializer.extend(
+            onnx.TensorProto(name=spec.name, dims=spec.shape, data_type=_types(spec))
+            for spec in specs
+        )
+    if not any(opset.domain == DOMAIN for opset in model.opset_import):
+        model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
+
+
+def _types(spec: TensorSpec) -> int:
+    return int({"U8": onnx.TensorProto.UINT8, "F32": onnx.TensorProto.FLOAT}[spec.dtype])
+
+
+def _layer(linear: Linear, how: Packing) -> list[onnx.NodeProto]:
+    """The operator, and the Add of a bias that a Gemm had added."""
+    product = linear.output + ".product" if linear.bias else linear.output
+    names = [linear.input, *(spec.name for spec in how.specs(linear))]
+    sizes: dict[str, Any] = {"K": linear.in_features, "N": linear.out_features}
+    sizes |= how.attributes(linear)
+    nodes = [
+        onnx.helper.make_node(
+            how.operator, names, [product], name=linear.node.name, domain=DOMAIN, **sizes
+        )
+    ]
+    if linear.bias:
+        nodes.append(
+            onnx.helper.make_node(
+                "Add", [product, linear.bias], [linear.output], name=linear.node.name + ".bias"
+            )
+        )
+    return nodes
+
+
+def exact(model: onnx.ModelProto) -> None:
+    """Let MatMulNBits compute in float32, whatever was traded for speed."""
+    for node in model.graph.node:
+        if node.domain == DOMAIN and node.op_type == "MatMulNBits":
+            kept = [a for a in node.attribute if a.name != "accuracy_level"]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+
+
+def dequantized(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, weight as (out, in) in float32) of every quantized weight of a written graph, by what
+    the operators' documentation says of the bytes it points to."""
+    model = onnx.load(path, load_external_data=False)
+    tensors = {i.name: i for i in model.graph.initializer}
+    seen: set[str] = set()
+    for node in model.graph.node:
+        if node.domain != DOMAIN or node.op_type not in QUANTIZED or node.input[1] in seen:
+            continue
+        seen.add(node.input[1])
+        a = {each.name: each.i for each in node.attribute}
+        parts = [_array(tensors[name], path.parent) for name in node.input[1:]]
+        if node.op_type == "MatMulBnb4":
+            [kind] = [name for name, number in _BNB4_TYPES.items() if number == a["quant_type"]]
+            out = torch.empty(a["N"], a["K"])
+            codes, absmax = parts
+            nf4.dequantize(codes, absmax, nf4.CODEBOOKS[kind], a["block_size"], out.view(-1))
+        else:
+            out = torch.from_numpy(_affine(parts, a))
+        yield node.input[1], out
+
+
+def _affine(parts: list[Any], a: Mapping[str, int]) -> Any:
+    """scale · (q − zero point); of four bits the even element is in the low half of a byte."""
+    codes, scales, zeros = parts
+    scales = scales.reshape(a["N"], -1)
+    if a["bits"] == 4:
+        codes, zeros = (np.stack((each & 15, each >> 4), -1) for each in (codes, zeros))
+    blocks = scales.shape[1]
+    codes = codes.reshape(a["N"], blocks, a["block_size"]).astype(np.float32)
+    zeros = zeros.reshape(a["N"], -1)[:, :blocks].astype(np.float32)
+    whole = (codes - zeros[:, :, None]) * scales[:, :, None]
+    return np.ascontiguousarray(whole.reshape(a["N"], -1)[:, : a["K"]])
+
+
+def _array(tensor: onnx.TensorProto, folder: Path) -> Any:
+    """The data that an initializer points to; onnx itself refuses to read through a hard link."""
+    at = {each.key: each.value for each in tensor.external_data}
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    count = int(at["length"]) // dtype.itemsize
+    flat = np.fromfile(folder / at["location"], dtype, count, offset=int(at["offset"]))
+    return flat.reshape(tuple(tensor.dims))
