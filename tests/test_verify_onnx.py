@@ -167,7 +167,7 @@ def test_quantized_weights(work: Path, tmp_path: Path, scheme: str) -> None:
         file.seek(int(where["offset"].value) + 7)
         byte = file.read(1)[0]
         file.seek(-1, os.SEEK_CUR)
-        file.write(bytes([byte ^ 0x70]))
+        file.write(bytes([byte ^ 0x50]))
     said = refused(tmp_path / "e", work, weights_only=True)
     assert f"{Q}: MatMul" in said
     assert "1 of 1,024 numbers are further off" in said
