@@ -150,6 +150,8 @@ def test_quantized_weights(work: Path, tmp_path: Path, scheme: str) -> None:
     assert report.totals["verified"]
     least, most = {"nf4": (0.08, 0.1), "int4": (0.05, 0.1), "int8": (1e-3, 1e-2)}[scheme]
     assert least < report.totals["quantization_error"] < most
+    shown = ["verify", str(tmp_path / "e"), "--against", str(work / "base"), "--weights-only"]
+    assert run(shown) == 0
     adapter = work / "adapter"
     said = refused(tmp_path / "e", work, adapter, weights_only=True)
     assert "10 different" in said
