@@ -56,6 +56,8 @@ COMMANDS |= {
     "plot": ["diff", "base", "tuned", "--plot", "x.svg"],
     "verify merged": ["verify", "merged", "--base", "base", "--adapter", "adapter"],
     "verify adapter": ["verify", "adapter", "--base", "base", "--tuned", "tuned"],
+    "verify packed": ["verify", "packed", "--against", "base"],
+    "verify onnx": ["verify", "onnx", "--against", "base", "--weights-only"],
 }
 # Each folder that a command reads.
 READS = [
@@ -78,6 +80,8 @@ def sound(tmp_path_factory):
     merge = ["merge", str(top / "base"), str(top / "adapter"), "-o", str(top / "merged")]
     assert run([*merge, "--reversible"]) == 0
     assert run(["quantize", str(top / "base"), "-o", str(top / "packed")]) == 0
+    graph = ["--graph", str(top / "graph"), *iotools.EXPORT[2:]]
+    assert run(["export", str(top / "base"), "-o", str(top / "onnx"), *graph]) == 0
     return top
 
 
@@ -175,7 +179,8 @@ SPOILT_FILES: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize(("name", "folder"), READS)
 def test_spoilt_weights(name, folder, what, work, refused):
     if what == "no tensors" and (name, folder) in (
-        ("inspect", "base"), ("verify merged", "merged"),
+        ("inspect", "base"), ("verify merged", "merged"), ("verify packed", "base"),
+        ("verify onnx", "base"),
     ):  # fmt: skip
         pytest.skip("nothing wrong with it to look at; and nothing that was merged is exit code 3")
     SPOILT_FILES[what](weights_of(folder))
@@ -326,6 +331,7 @@ def test_an_adapter_as_a_checkpoint_and_a_checkpoint_as_an_adapter(work, refused
         ("combine", "adapter", A), ("prune", "adapter", B), ("convert", "adapter", A),
         ("diff", "base", Q), ("diff", "tuned", Q), ("diff", "tuned", EMBED),
         ("verify adapter", "tuned", Q), ("verify adapter", "adapter", A),
+        ("verify packed", "base", Q),
     ],
 )  # fmt: skip
 def test_no_number(name, folder, tensor, dtype, value, work, refused):
@@ -334,7 +340,8 @@ def test_no_number(name, folder, tensor, dtype, value, work, refused):
         tensors[tensor][1, 1] = value
 
     change(folder, spoil)
-    exact = name == "unmerge"  # then a hash, which names no tensor, tells the change
+    # Then a hash, which names no tensor, tells the change.
+    exact = name == "unmerge" or (name, folder) == ("subtract", "adapter")
     refused(
         COMMANDS[name], "" if exact else tensor.split(".lora_")[0].removeprefix("base_model.model.")
     )

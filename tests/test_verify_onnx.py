@@ -140,6 +140,41 @@ def test_a_checkpoint_in_four_bits(work: Path, tmp_path: Path) -> None:
     assert "changed" in refused(tmp_path / "e", work)
 
 
+@pytest.mark.parametrize("scheme", ["nf4", "int4", "int8"])
+def test_quantized_weights(work: Path, tmp_path: Path, scheme: str) -> None:
+    """They are quantized again, and compared by bytes; the graph is run on what they stand for."""
+    again: dict[str, Any] = {"graph": work / "shared", "no_verify": True, scheme: True}
+    lora_tools.export(work / "base", tmp_path / "e", **again)
+    report = lora_tools.verify(tmp_path / "e", against=work / "base")
+    assert "35 of 35 quantized ones byte for byte as export writes them" in report.totals["verdict"]
+    assert report.totals["verified"]
+    least, most = {"nf4": (0.08, 0.1), "int4": (0.05, 0.1), "int8": (1e-3, 1e-2)}[scheme]
+    assert least < report.totals["quantization_error"] < most
+    shown = ["verify", str(tmp_path / "e"), "--against", str(work / "base"), "--weights-only"]
+    assert run(shown) == 0
+    adapter = work / "adapter"
+    said = refused(tmp_path / "e", work, adapter, weights_only=True)
+    assert "10 different" in said
+    assert "the adapter applied not at all" in said
+    lora_tools.export(work / "base", tmp_path / "a", adapters=[(adapter, 2)], **again)
+    said = refused(tmp_path / "a", work, adapter, weights_only=True)
+    assert "the adapter applied twice" in said
+    assert "10 different" in refused(tmp_path / "a", work, weights_only=True)
+    twice = lora_tools.verify(tmp_path / "a", against=work / "base", adapters=[(adapter, 2)],
+                              weights_only=True)  # fmt: skip
+    assert {f.action for f in twice.plan} == {"same", "copied", "constant"}
+    model = onnx.load(tmp_path / "e" / "model.onnx", load_external_data=False)
+    where = place(model, Q)
+    with (tmp_path / "e" / where["location"].value).open("r+b") as file:
+        file.seek(int(where["offset"].value) + 7)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 0x50]))
+    said = refused(tmp_path / "e", work, weights_only=True)
+    assert f"{Q}: MatMul" in said
+    assert "1 of 1,024 numbers are further off" in said
+
+
 # ----------------------------------------------------------------------------------- faults
 
 Model = onnx.ModelProto

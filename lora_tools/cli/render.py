@@ -183,11 +183,13 @@ def _totals(report: Report) -> Iterator[str]:
         error = f"{t['quantization_error']:.4g}"
         if "compensated_error" in t:
             error += f", {t['compensated_error']:.4g} with the adapter"
-        yield (
-            f"total: relative error {error}; "
-            f"{t['bits_per_quantized_parameter']:.3f} bits a quantized parameter, "
-            f"{t['bits_per_parameter']:.3f} over all {t['parameters']:,}"
-        )
+        line = f"total: relative error {error}"
+        if "bits_per_parameter" in t:
+            line += (
+                f"; {t['bits_per_quantized_parameter']:.3f} bits a quantized parameter, "
+                f"{t['bits_per_parameter']:.3f} over all {t['parameters']:,}"
+            )
+        yield line
     if "expected_bytes_at_most" in t:
         yield f"expected size: at most {size(t['expected_bytes_at_most'])}"
     if "tensors_merged" in t:

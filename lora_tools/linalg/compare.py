@@ -151,3 +151,24 @@ def _per_block(x: torch.Tensor, blocksize: int) -> torch.Tensor:
     largest = [x[:full].view(-1, blocksize).abs().amax(1)] if full else []
     largest += [x[full:].abs().amax().reshape(1)] if full < x.numel() else []
     return torch.cat(largest).repeat_interleave(blocksize)[: x.numel()]
+
+
+def further_off(
+    step: torch.Tensor, own: torch.Tensor, wanted: torch.Tensor, block: int, bits: int, flat: bool
+) -> int:
+    """How many numbers lie further from those they stand for than quantizing puts them.
+
+    Args:
+        step, own, wanted: Ŵ − W, P − W and W, (out, in), P what quantizing makes of W.
+        flat: blocks over the flattened weight, coded by a codebook: a hundredth of the largest
+            magnitude is allowed beside. Else along rows, coded by whole numbers of ``bits`` bits
+            over the range of the block and 0: a seventh of a step.
+    """
+    if flat:
+        allowed = own.reshape(-1).abs() + 0.01 * _per_block(wanted.reshape(-1), block)
+        return int((~(step.reshape(-1).abs() <= allowed)).sum())
+    padded = torch.nn.functional.pad(wanted, (0, -wanted.shape[1] % block))
+    blocks = padded.view(wanted.shape[0], -1, block)
+    span = blocks.amax(2).clamp_min(0) - blocks.amin(2).clamp_max(0)
+    steps = (span / (2**bits - 1)).repeat_interleave(block, 1)[:, : wanted.shape[1]]
+    return int((~(step.abs() <= own.abs() + steps / 7)).sum())

@@ -4,6 +4,7 @@ it computes, in ONNX Runtime against torch."""
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import tempfile
 from collections import Counter
@@ -19,7 +20,6 @@ from lora_tools.formats.names import align, is_input_embedding, tied_head
 from lora_tools.records import Fate, Input, ProgressCallback, TensorSpec
 from lora_tools.verbs.common import need
 from lora_tools.verbs.merge_plan import MergePlan, Target, adapter_digest, plan_merge
-from lora_tools.verbs.merge_tensor import merge_tensor
 from lora_tools.verbs.plain_view import PlainView, source_digest
 from lora_tools.verbs.verify_merged import (
     FINE,
@@ -29,9 +29,12 @@ from lora_tools.verbs.verify_merged import (
     diagnosis,
     merge_totals,
 )
+from lora_tools.verbs.verify_packed import Packed, check_packed, merged_in
 from lora_tools.verbs.weighted import Weighted
 
 if TYPE_CHECKING:
+    import torch
+
     from lora_tools.onnx.check import Check
     from lora_tools.onnx.initializers import GraphWeights
 
@@ -92,7 +95,13 @@ def verify_onnx(
 
     weights = GraphWeights(paths)
     plan = plan_merge(source, weighted)
-    targets, there, sentence = _named(weights, plan, source)
+    every = (*plan.targets, *plan.untied)
+    packed: list[Packed] = []
+    parts: set[str] = set()
+    if not weights.problems:
+        packed, parts = check_packed(weights, {t.spec.name: t for t in every}, source)
+    targets, there, sentence = _named(weights, parts, plan, source)
+    there |= {p.target.spec.name for p in packed}
     checked = list(
         engine.run(
             targets,
@@ -103,13 +112,13 @@ def verify_onnx(
             progress=progress,
         )
     )
-    fates = [c.fate for c in checked]
+    fates = [p.fate for p in sorted(packed, key=lambda p: -p.relative_error)]
+    fates += [c.fate for c in checked]
     fates += [Fate(name, "broken", said) for name, said in weights.problems.items()]
     named = {target.spec.name for target in targets}
-    rest = {n: s for n, s in weights.specs.items() if n not in named}
+    rest = {n: s for n, s in weights.specs.items() if n not in named | parts}
     unnamed = {name: spec for name, spec in rest.items() if large(spec)}
     fates += [Fate(name, "constant") for name in rest.keys() - unnamed.keys()]
-    every = (*plan.targets, *plan.untied)
     by_content = _by_content(weights, unnamed, every, source)
     fates += [Fate(name, "same", f"{target.spec.name}{how}")
               for name, (target, how) in by_content.items()]  # fmt: skip
@@ -119,8 +128,8 @@ def verify_onnx(
     there |= {target.spec.name for target, _ in by_content.values()}
     fates += _absent([t for t in every if t.spec.name not in there], there, bool(strangers), source)
     totals: dict[str, Any] = {
-        **merge_totals(checked), "weights_compared": len(checked) + len(by_content),
-        "weights_unnamed": len(strangers),
+        **merge_totals(checked), "weights_compared": len(checked) + len(by_content) + len(packed),
+        "weights_unnamed": len(strangers), **_packed_totals(packed),
         "dtypes": dict(Counter(weights.specs[c.target.spec.name].dtype for c in checked)),
     }  # fmt: skip
     name = "base + adapter" if weighted else "the checkpoint"
@@ -139,12 +148,18 @@ def verify_onnx(
             "the model can compare them; leave --weights-only out"
         )
     offence = ""
-    verdict = _verdict(checked, weights, source, name)
+    verdict = _verdict(checked, packed, weights, source, name)
     if strangers:
         verdict += f", as far as they have names ({len(strangers)} have not)"
     if run is not None:
         check = _compare(
-            paths, source, weighted, run, _cast(checked, weights, source), allow_pickle
+            paths,
+            source,
+            weighted,
+            run,
+            _cast(checked, weights, source),
+            bool(packed),
+            allow_pickle,
         )
         totals |= check.totals()
         if check.failed:
@@ -158,7 +173,7 @@ def verify_onnx(
 
 
 def _named(
-    weights: GraphWeights, plan: MergePlan, source: Checkpoint
+    weights: GraphWeights, parts: set[str], plan: MergePlan, source: Checkpoint
 ) -> tuple[list[Target], set[str], str]:
     """For each initializer named after a tensor that tensor under the initializer's name, the names
     of these tensors, and a sentence on prefixes."""
@@ -167,7 +182,7 @@ def _named(
     embedding = next(filter(is_input_embedding, known), "")
     if head and embedding:
         known.setdefault(head, known[embedding])
-    inside = {name: weights.renamed.get(name, name) for name in weights.specs}
+    inside = {n: weights.renamed.get(n, n) for n in weights.specs if n not in parts}
     mapping, sentence = align(list(dict.fromkeys(inside.values())), list(known))
     targets, found = [], set()
     for name, inner in inside.items():
@@ -192,7 +207,7 @@ def _by_content(
     for target in targets:
         for how, shape in (("", target.spec.shape), (", transposed", target.spec.shape[::-1])):
             for dtype in sorted(dtype for dtype, wanted in shapes if wanted == shape):
-                value = _merged(target, source, dtype, bool(how))
+                value = _hash_of(merged_in(target, source, dtype)[0], bool(how))
                 known.setdefault((dtype, shape, value), (target, how))
     if not known:
         return {}
@@ -203,21 +218,16 @@ def _by_content(
     return {name: known[key] for name, key in keys.items() if key in known}
 
 
-def _merged(target: Target, source: Checkpoint, dtype: str, transposed: bool) -> str:
-    """The hash of a tensor with the adapters added, in that dtype."""
-    import torch
-
+def _hash_of(tensor: torch.Tensor, transposed: bool) -> str:
     from lora_tools.formats.tensors import as_bytes
 
-    spec = dataclasses.replace(target.spec, dtype=dtype)
-    merged = torch.empty(spec.shape, dtype=torch_dtype(dtype))
-    into = as_bytes(merged)
+    return hashing.tensor_hash(as_bytes(tensor.T if transposed else tensor))
 
-    def keep(name: str, data: memoryview, offset: int) -> None:
-        into[offset : offset + data.nbytes] = data
 
-    merge_tensor(target, source, spec, keep)
-    return hashing.tensor_hash(as_bytes(merged.T) if transposed else into)
+def _packed_totals(packed: Sequence[Packed]) -> dict[str, Any]:
+    energy = math.fsum(p.energy for p in packed)
+    error = math.fsum(p.error for p in packed)
+    return {"quantization_error": math.sqrt(error / energy)} if energy else {}
 
 
 def _absent(
@@ -250,7 +260,11 @@ def _left_out(fates: Sequence[Fate]) -> list[str]:
 
 
 def _verdict(
-    checked: Sequence[Checked], weights: GraphWeights, source: Checkpoint, name: str
+    checked: Sequence[Checked],
+    packed: Sequence[Packed],
+    weights: GraphWeights,
+    source: Checkpoint,
+    name: str,
 ) -> str:
     exact = all(c.fate.action in ("same", "copied") for c in checked)
     pairs = {
@@ -258,8 +272,12 @@ def _verdict(
         for c in checked
     }
     casts = [f"{before} stored as {after}" for before, after in sorted(pairs) if before != after]
-    return ", ".join([f"its weights are those of {name}", *casts,
-                      "bit for bit" if exact else "to rounding"])  # fmt: skip
+    said = [f"its weights are those of {name}", *casts]
+    if packed:
+        same = sum(p.fate.action == "same" for p in packed)
+        said.append(f"{same} of {len(packed)} quantized ones byte for byte as export writes them")
+    others = " the others" if packed else ""
+    return ", ".join([*said, ("bit for bit" if exact else "to rounding") + others])
 
 
 def _inputs(
@@ -293,6 +311,7 @@ def _compare(
     weighted: Sequence[Weighted],
     run: Run,
     dtype: str | None,
+    quantized: bool,
     allow_pickle: bool,
 ) -> Check:
     """Run it against torch; base + adapter lies in a temporary folder meanwhile."""
@@ -322,6 +341,14 @@ def _compare(
                 dtype=str(torch_dtype(dtype)).removeprefix("torch.") if dtype else None,
                 allow_other_base=True, allow_pickle=allow_pickle,
             )  # fmt: skip
+        if quantized:
+            from lora_tools.onnx.quality import examine
+
+            return examine(
+                paths[0].parent, task, _has_cache(paths), plain=folder, quantized=True,
+                original=False, rows=None, atol=run.atol, rtol=run.rtol,
+                trust_remote_code=run.trust_remote_code,
+            )[0]  # fmt: skip
         return compare(
             folder, task, cache=_has_cache(paths), atol=run.atol, rtol=run.rtol, graphs=paths,
             trust_remote_code=run.trust_remote_code,
