@@ -26,7 +26,11 @@ def render() -> str:
 def _row(form: Format) -> list[str]:
     read = "LoRA" + (f", {form.reads_besides}" if form.reads_besides else "")
     written = "folder" if form.is_folder else "file"
-    kept = ["yes" if feature in form.keeps else "–" for feature in FEATURES]
+    written += ", MergedLinear with `--layout`" if form.own_forms else ""
+    has = dict.fromkeys(form.keeps, "yes")
+    if "embedding" in has and not form.tied_embedding:
+        has["embedding"] = "untied"
+    kept = [has.get(feature, "–") for feature in FEATURES]
     ranks = "one" if form.one_rank else "each its own"
     return [f"`{form.name}`", form.title, form.library, read, written, form.base or "–",
             _ALPHA[form.alpha], ranks, *kept]  # fmt: skip

@@ -203,6 +203,21 @@ def test_an_adapter_is_no_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "names",
+    [
+        ["base_model.model.q.base_layer.weight", "base_model.model.q.lora_A.default.weight",
+         "base_model.model.q.lora_B.default.weight", "base_model.model.norm.weight"],
+        ["base_model.model.q.weight", "base_model.model.norm.weight"],  # merged in its wrapper
+        ["net.q.weight", "net.q.lora_A", "net.q.lora_B", "net.q.bias"],  # loralib's whole model
+        ["x.m"],
+    ],
+)  # fmt: skip
+def test_a_model_with_its_adapters_is_a_checkpoint(names, tmp_path):
+    save_file({name: torch.zeros(2, 2) for name in names}, tmp_path / "m.safetensors")
+    assert sorted(open_checkpoint(tmp_path / "m.safetensors").specs) == sorted(names)
+
+
+@pytest.mark.parametrize(
     "name", ["absent", "./org/name", "a/b/c", "x" * 5000, "org/" + "x" * 5000, "org/name@../..@"]
 )
 def test_what_is_neither_here_nor_a_hub_id(name):

@@ -263,7 +263,7 @@ def _open_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
             )
         if files:
             if files[0].name.startswith("adapter_model"):
-                _refuse_adapter(folder, ["base_model.model."])
+                _refuse_adapter(folder, ["base_model.model.lora_A"])
             return Checkpoint(folder, [open_weights(files[0], allow_pickle)], True, None)
     raise CheckpointError(f"{folder}: no .safetensors file in it; is the download complete?")
 
