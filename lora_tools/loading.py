@@ -86,19 +86,37 @@ class Loaded:
 def loaded(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> Loaded | None:
     """What becomes of tensors with this ``config.json``, by the class that it names; None where
     they keep their names, or where transformers 5 is not there or does not know the class."""
-    if _keeps_names(config, specs):
-        return None
-    model, _ = _weightless(config, len(specs))
-    if model is None:
-        return None
-    import transformers
+    return _look(config, specs)[0]
 
-    tensors, other = _convert(model, specs)
-    tied = {
-        name: source for name, source in model.all_tied_weights_keys.items()
-        if name.endswith(".weight") and name not in tensors and source in tensors
-    }  # fmt: skip
-    return Loaded(f"transformers {transformers.__version__}", tensors, tied, other)
+
+def why_unknown(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> str:
+    """Why ``loaded`` knows nothing of a model that may have other names, or ""."""
+    return _look(config, specs)[1] if config.get("architectures") else ""
+
+
+def _look(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> tuple[Loaded | None, str]:
+    if config.get("model_type") in SAME_NAMES and not any(map(_LEGACY.search, specs)):
+        return None, ""
+    names = config.get("architectures")
+    if not (isinstance(names, list) and names):
+        return None, "config.json names no class"
+    if find_spec("transformers") is None:
+        return None, "transformers is not installed"
+    if _most_layers(config) > max(len(specs), 1000):
+        return None, "config.json claims more layers than there are tensors"
+    try:
+        import transformers
+
+        model = _weightless(str(names[0]), config)
+        tensors, other = _convert(model, specs)
+        tied = {
+            name: source for name, source in model.all_tied_weights_keys.items()
+            if name.endswith(".weight") and name not in tensors and source in tensors
+        }  # fmt: skip
+    except Exception as error:  # an older transformers, a class that it does not know, …
+        said = " ".join(str(error).split())
+        return None, f"transformers cannot make a {names[0]} ({type(error).__name__}: {said:.200})"
+    return Loaded(f"transformers {transformers.__version__}", tensors, tied, other), ""
 
 
 def renamed(model: Any, names: Iterable[str]) -> dict[str, str]:
@@ -119,44 +137,18 @@ def renamed(model: Any, names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def why_unknown(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> str:
-    """Why ``loaded`` knows nothing of a model that may have other names, or ""."""
-    if _keeps_names(config, specs) or not config.get("architectures"):
-        return ""
-    return _weightless(config, len(specs))[1]
+def _weightless(name: str, config: Mapping[str, Any]) -> Any:
+    """A model on the meta device. Raises what transformers does, TypeError where it is no model."""
+    import torch
+    import transformers
+    import transformers.conversion_mapping
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-
-def _keeps_names(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> bool:
-    return config.get("model_type") in SAME_NAMES and not any(map(_LEGACY.search, specs))
-
-
-def _weightless(config: Mapping[str, Any], count: int) -> tuple[Any, str]:
-    """The model on the meta device; or None, and why it cannot be made.
-
-    Args:
-        count: of its tensors: no model has more layers.
-    """
-    names = config.get("architectures")
-    if not (isinstance(names, list) and names):
-        return None, "config.json names no class"
-    if find_spec("transformers") is None:
-        return None, "transformers is not installed"
-    if _most_layers(config) > max(count, 1000):
-        return None, "config.json claims more layers than there are tensors"
-    try:
-        import torch
-        import transformers
-        import transformers.conversion_mapping
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-        with quietly(), torch.device("meta"):
-            kind = getattr(transformers, str(names[0]))
-            if not issubclass(kind, transformers.PreTrainedModel):
-                return None, f"{names[0]} is no model of transformers"
-            return kind(CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))), ""
-    except Exception as error:  # an older transformers, a class that it does not know, …
-        said = " ".join(str(error).split())
-        return None, f"transformers cannot make a {names[0]} ({type(error).__name__}: {said:.200})"
+    with quietly(), torch.device("meta"):
+        kind = getattr(transformers, name)
+        if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+            raise TypeError(f"{name} is no model of transformers")
+        return kind(CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)))
 
 
 def _most_layers(config: Mapping[str, Any]) -> int:
