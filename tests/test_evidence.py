@@ -107,6 +107,61 @@ def test_a_budget_wins_over_a_uniform_rank_of_its_size(pair, tmp_path):
     assert shared.totals["relative_error"] < same.totals["relative_error"]
 
 
+@pytest.fixture(scope="module")
+def uneven(pair, tmp_path_factory) -> Path:
+    """An adapter of rank 8 whose modules differ in strength, with tensors saved whole."""
+    folder = tmp_path_factory.mktemp("uneven") / "adapter"
+    lora_tools.extract(pair / "base", pair / "tuned", folder, rank=8, dtype="float32")
+    factors = load_file(folder / WEIGHTS)
+    for i, name in enumerate(sorted(factors)):
+        if "lora_B" in name:
+            factors[name] *= 1 + i % 5
+    save_file(factors, folder / WEIGHTS)
+    return folder
+
+
+@pytest.mark.parametrize("rank", [2, 4, 7])
+def test_rescale_by_a_budget_wins_over_a_uniform_rank_of_its_size(uneven, tmp_path, rank):
+    same = lora_tools.rescale(uneven, tmp_path / "u", rank=rank)
+    factors = load_file(tmp_path / "u" / WEIGHTS)
+    numbers = sum(t.numel() for name, t in factors.items() if "lora_" in name)
+    shared = lora_tools.rescale(uneven, tmp_path / "b", budget=str(numbers))
+    made = load_file(tmp_path / "b" / WEIGHTS)
+    assert sum(t.numel() for name, t in made.items() if "lora_" in name) <= numbers
+    assert shared.totals["relative_error"] < same.totals["relative_error"]
+    assert shared.totals["rank_min"] >= 1
+    assert len({m.rank for m in shared.modules}) > 1
+    capped = lora_tools.rescale(uneven, tmp_path / "c", budget=str(numbers), max_rank=rank)
+    assert capped.totals["rank_max"] == rank
+
+
+def test_rescale_by_a_budget_in_bytes_bounds_the_file(uneven, pair, tmp_path):
+    most = (uneven / WEIGHTS).stat().st_size * 3 // 4
+    for name, options in (("same", {}), ("half", {"dtype": "bfloat16"})):
+        report = lora_tools.rescale(uneven, tmp_path / name, budget=f"{most}B", **options)
+        assert 0.5 * most < (tmp_path / name / WEIGHTS).stat().st_size <= most
+        assert report.command.startswith(f"rescale budget='{most}B'")
+        models.attach_strictly(models.load(pair / "base"), tmp_path / name)
+    whole = lora_tools.rescale(uneven, tmp_path / "whole", budget="1GB")
+    assert {m.rank for m in whole.modules} == {8}
+    for options, says in (
+        ({"budget": "100"}, "one direction of each of 15 modules takes more"),
+        ({"budget": "1kB"}, "tensors saved whole"),
+        ({"budget": "1M", "consumer": "vllm"}, "--budget gives each module its own rank"),
+        ({"budget": "1M", "energy": 0.5}, "exclude each other"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            lora_tools.rescale(uneven, tmp_path / "no", **options)
+    assert not (tmp_path / "no").exists()
+
+
+def test_noise_is_not_judged_where_activations_weigh_it(pair, tmp_path):
+    for policy in ("noise_floor", "gavish_donoho"):
+        with pytest.raises(UsageError, match="judge it unweighed"):
+            lora_tools.extract(pair / "base", pair / "tuned", tmp_path / "a",
+                               activations=tmp_path / "s", **{policy: True})  # fmt: skip
+
+
 def test_a_module_of_rank_zero_is_named_and_left_out(pair, tmp_path):
     report = lora_tools.extract(pair / "base", pair / "tuned", tmp_path / "a", threshold=0.25)
     none = [m.module for m in report.modules if m.rank == 0]

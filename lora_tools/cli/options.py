@@ -45,14 +45,16 @@ _POLICIES = (
     option("--threshold", type=float, metavar="X", group=RANK,
            help="All singular values above X."),
 )  # fmt: skip
+_BUDGET = option(
+    "--budget", metavar="SIZE", group=RANK,
+    help="Ranks shared out over all modules so that the whole error is least: a file no larger "
+    "than 50MB, or factors of 10M numbers.",
+)  # fmt: skip
 _FROM_NOISE = (
     option("--noise-floor", is_flag=True, group=RANK,
            help="What stands above the rounding of the stored weights (docs/ranks.md)."),
     option("--gavish-donoho", is_flag=True, group=RANK,
            help="The optimal hard threshold for white noise of unknown level."),
-    option("--budget", metavar="SIZE", group=RANK,
-           help="Ranks shared out over all modules so that the whole error is least: a file no "
-           "larger than 50MB, or factors of 10M numbers."),
 )  # fmt: skip
 _KOHYA = (
     option("--sv-fro", "--sv_fro", type=float, metavar="SHARE", group=RANK,
@@ -76,8 +78,8 @@ def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
-extract_ranks = _all(rank_option, *_POLICIES, *_FROM_NOISE, max_rank_option)
-rescale_ranks = _all(rank_option, *_POLICIES, *_KOHYA, max_rank_option)
+extract_ranks = _all(rank_option, *_POLICIES, *_FROM_NOISE, _BUDGET, max_rank_option)
+rescale_ranks = _all(rank_option, *_POLICIES, _BUDGET, *_KOHYA, max_rank_option)
 consumer_option = option(
     "--for", "consumer", type=click.Choice(["peft", "vllm", "llama.cpp"]), default="peft",
     show_default=True, group=ADAPTER,

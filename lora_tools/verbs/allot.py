@@ -33,12 +33,16 @@ class Size:
         Raises:
             UsageError: nothing.
         """
-        if not self.in_bytes:
-            return self.most
         others = list(saved)
         names = [p.name for p in others]
         names += [p.name for p in pairs for _ in range(2 + 2 * len(p.followed_by))]
-        left = self.most - sum(p.spec.nbytes for p in others)
+        return self.left([p.spec.nbytes for p in others], names)
+
+    def left(self, others: Iterable[int], names: Iterable[str]) -> int:
+        """The same from the bytes of other tensors, and the names of all."""
+        if not self.in_bytes:
+            return self.most
+        left = self.most - sum(others)
         left -= sum(len(name) + _HEADER_ENTRY for name in names) + 1024
         if left <= 0:
             raise UsageError(

@@ -122,6 +122,13 @@ def rank_rule(
     return RankRule(name, float(value), max_rank)
 
 
+def refuse_shared(rule: RankRule | None, consumer: Consumer) -> None:
+    """Raises UsageError where ranks differ by module and the consumer reads one for all."""
+    if rule is not None and rule.shared and not consumer.patterns:
+        raise UsageError(f"--{rule.policy} gives each module its own rank, and {consumer.name} "
+                         "reads one for all: use --rank")  # fmt: skip
+
+
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 

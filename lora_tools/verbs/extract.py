@@ -29,6 +29,7 @@ from lora_tools.verbs.common import (
     most_factors,
     name_filter,
     rank_rule,
+    refuse_shared,
     tool_version,
 )
 from lora_tools.verbs.decompose import Options, Sides
@@ -131,9 +132,12 @@ def extract(
     if not 0 < tolerance < 1:
         raise UsageError(f"--tolerance {tolerance}: a number between 0 and 1 is needed")
     target = consumer_named(consumer)
-    if rule.shared and not target.patterns:
-        raise UsageError(f"--budget gives each module its own rank, and {consumer} reads one for "
-                         "all: use --rank")  # fmt: skip
+    refuse_shared(rule, target)
+    if activations is not None and (noise_floor or gavish_donoho):
+        raise UsageError(
+            "--activations weighs the rounding noise as well, and --noise-floor and "
+            "--gavish-donoho judge it unweighed: choose ranks by --rank, --energy or --budget"
+        )
     options = Options(
         rule, alpha, rslora, parse_float_dtype(dtype) if dtype else None, svd == "exact", tolerance,
         seed, device, target, depth=(max_rank or _CACHE_DEPTH) if spectrum_cache else 0,

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,16 +21,21 @@ from lora_tools.formats.peft import Adapter, LoraModule
 from lora_tools.formats.view import BaseNames
 from lora_tools.linalg.ranks import RankRule
 from lora_tools.records import Fate, Input, ModuleResult, ProgressCallback, Report
+from lora_tools.verbs.allot import Size
 from lora_tools.verbs.common import (
     command_of,
     consumer_named,
     handed_on,
+    most_factors,
     rank_rule,
+    refuse_shared,
+    resized_totals,
     tool_version,
 )
 from lora_tools.verbs.convert import write_as
 from lora_tools.verbs.convert_module import module_layout, resized
 from lora_tools.verbs.merge_plan import adapter_digest
+from lora_tools.verbs.rescale_budget import shared_ranks
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +51,12 @@ class _Options:
     dtype: str | None
     consumer: Consumer
     pad_to: int | None  # the one rank of a consumer that reads no patterns
+    size: Size | None = None  # what a shared rule must not exceed
+
+    def with_rank(self, rank: int | None) -> _Options:
+        """For a module whose rank a shared rule has chosen, if it has."""
+        rule = self.rule if rank is None else RankRule("rank", rank)
+        return dataclasses.replace(self, rule=rule)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +86,7 @@ def rescale(
     ratio: float | None = None,
     cumulative: float | None = None,
     threshold: float | None = None,
+    budget: str | None = None,
     sv_fro: float | None = None,
     sv_ratio: float | None = None,
     sv_cumulative: float | None = None,
@@ -96,6 +109,7 @@ def rescale(
             factors stay and the effect changes in proportion.
         rank, energy, error, ratio, cumulative, threshold, max_rank: resize, as in ``extract``: by
             an exact SVD of B·A that never forms it (QR of both factors, SVD of the r x r core).
+        budget: instead, ranks for all modules at once, as in ``extract``, but each at least 1.
         sv_fro, sv_ratio, sv_cumulative: the same by kohya's names and numbers: a share of the norm
             (not of its square), what σ₁ is divided by, a share of Σσ.
         rslora: write use_rslora or not, the effect kept.
@@ -115,10 +129,12 @@ def rescale(
     policies = {
         "rank": rank, "energy": energy, "error": error, "ratio": ratio, "cumulative": cumulative,
         "threshold": threshold, "sv_fro": sv_fro, "sv_ratio": sv_ratio,
-        "sv_cumulative": sv_cumulative,
+        "sv_cumulative": sv_cumulative, "budget": None if budget is None else 1,
     }  # fmt: skip
+    size = Size(*most_factors(budget)) if budget is not None else None
     rule = rank_rule(policies, max_rank)
     target = consumer_named(consumer)
+    refuse_shared(rule, target)
     if scale is not None and not math.isfinite(scale):
         raise UsageError(f"--scale {scale}: a finite number is needed")
     if alpha is not None and not (alpha > 0 and math.isfinite(alpha)):
@@ -137,6 +153,9 @@ def rescale(
         raise AdapterError(
             f"{adapter}: {given.unresolved}; give the model it was trained on with --base"
         )
+    if size is not None and size.in_bytes and form.name != "peft":
+        raise UsageError(f"--budget {budget}: a size in bytes is for PEFT's file; for {form.title} "
+                         "give numbers, such as 10M")  # fmt: skip
     if given.use_dora and (scale is not None or effect == "change"):
         raise UnsupportedAdapter(
             f"{adapter}: a DoRA adapter cannot be scaled: its magnitudes fix the norm of each "
@@ -150,7 +169,7 @@ def rescale(
     options = _Options(
         1.0 if scale is None else scale, alpha, effect == "keep", rule,
         given.use_rslora if rslora is None else rslora,
-        parse_float_dtype(dtype) if dtype else None, target, pad_to,
+        parse_float_dtype(dtype) if dtype else None, target, pad_to, size,
     )  # fmt: skip
     report = Report(
         "rescale", tool_version(), (Input("adapter", str(adapter)),), str(out), dry_run,
@@ -270,12 +289,15 @@ def _rescale(
     from lora_tools.formats.peft_writer import PeftWriter
 
     folder.mkdir()
+    ranks: Mapping[str, int] = {}
+    if options.size is not None and options.rule is not None:
+        ranks = shared_ranks(given, options.rule, options.size, options.dtype, jobs)
     writer = PeftWriter(folder)
     results = []
     try:
         for scaled in engine.run(
             list(given.modules.values()),
-            lambda module: _scale_module(module, given, options),
+            lambda module: _scale_module(module, given, options.with_rank(ranks.get(module.name))),
             jobs=jobs,
             nbytes=lambda m: 8 * (math.prod(given.shape(m.A)) + math.prod(given.shape(m.B))),
             label=lambda module: module.module,
@@ -301,15 +323,7 @@ def _rescale(
         writer.close()
     nbytes = sum(path.stat().st_size for path in folder.iterdir())
     totals: dict[str, Any] = {"modules": len(given.modules), "bytes": nbytes}
-    energy = math.fsum(m.delta_norm**2 for m in results)
-    if energy:
-        missing = math.fsum((m.relative_error * m.delta_norm) ** 2 for m in results)
-        totals |= {
-            "relative_error": math.sqrt(missing / energy),
-            "energy": 1 - missing / energy,
-            "rank_min": min(m.rank for m in results),
-            "rank_max": max(m.rank for m in results),
-        }
+    totals |= resized_totals(results)
     inputs = tuple(dataclasses.replace(i, digest=digest) for i in report.inputs)
     return dataclasses.replace(report, inputs=inputs, modules=tuple(results), totals=totals)
 
