@@ -61,17 +61,40 @@ def test_a_cache_gives_what_a_fresh_decomposition_gives(pair, tmp_path):
     assert file_sha256(kept) == before, "nothing new was computed"
 
 
-def test_a_cache_of_another_pair_is_not_used(pair, tmp_path):
+@pytest.mark.parametrize("side", ["base", "tuned"])
+def test_a_cache_of_another_pair_is_refused_and_left_alone(pair, tmp_path, side):
     kept = tmp_path / "spectra"
     lora_tools.extract(pair / "base", pair / "tuned", tmp_path / "a", rank=4, spectrum_cache=kept)
-    model = models.load(pair / "tuned")
-    models.perturb(model, 0.02, seed=9)
+    before = file_sha256(kept)
+    model = models.load(pair / side)
+    models.perturb(model, 0.02, seed=9, only="layers.1.mlp.up_proj")
     models.save(model, tmp_path / "other")
-    fresh = lora_tools.extract(pair / "base", tmp_path / "other", tmp_path / "b", rank=4)
-    cached = lora_tools.extract(
-        pair / "base", tmp_path / "other", tmp_path / "c", rank=4, spectrum_cache=kept
-    )
-    assert fresh.totals["relative_error"] == pytest.approx(cached.totals["relative_error"], 1e-4)
+    sides = {"base": pair / "base", "tuned": pair / "tuned"} | {side: tmp_path / "other"}
+    with pytest.raises(CheckpointError, match=r"spectra: model\.layers\.1\.mlp\.up_proj was decom"):
+        lora_tools.extract(sides["base"], sides["tuned"], tmp_path / "b", spectrum_cache=kept)
+    assert file_sha256(kept) == before
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("length", [0, 7, 100, -1])
+def test_a_truncated_cache_is_refused(pair, tmp_path, length):
+    kept = tmp_path / "spectra"
+    lora_tools.extract(pair / "base", pair / "tuned", tmp_path / "a", rank=4, spectrum_cache=kept)
+    data = kept.read_bytes()[:length]
+    kept.write_bytes(data)
+    with pytest.raises(CheckpointError, match=f"^{kept}: "):
+        lora_tools.extract(pair / "base", pair / "tuned", tmp_path / "b", spectrum_cache=kept)
+    assert kept.read_bytes() == data
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_cache_of_other_options_is_made_anew(pair, tmp_path):
+    kept = tmp_path / "spectra"
+    lora_tools.extract(pair / "base", pair / "tuned", tmp_path / "a", rank=4, spectrum_cache=kept)
+    before = file_sha256(kept)
+    lora_tools.extract(pair / "base", pair / "tuned", tmp_path / "b", rank=4, seed=3,
+                       spectrum_cache=kept)  # fmt: skip
+    assert file_sha256(kept) != before
 
 
 def test_a_file_that_is_no_cache_is_left_alone(pair, tmp_path):
@@ -145,7 +168,7 @@ def test_rescale_by_a_budget_in_bytes_bounds_the_file(uneven, pair, tmp_path):
     whole = lora_tools.rescale(uneven, tmp_path / "whole", budget="1GB")
     assert {m.rank for m in whole.modules} == {8}
     for options, says in (
-        ({"budget": "100"}, "one direction of each of 15 modules takes more"),
+        ({"budget": "100"}, "one direction of each of 16 modules takes more"),
         ({"budget": "1kB"}, "tensors saved whole"),
         ({"budget": "1M", "consumer": "vllm"}, "--budget gives each module its own rank"),
         ({"budget": "1M", "energy": 0.5}, "exclude each other"),

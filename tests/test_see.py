@@ -135,6 +135,73 @@ def test_diff_filters_sorts_and_names_what_is_on_one_side(work, tmp_path):
     assert fates["model.norm.weight"] == "only in base"
 
 
+def test_diff_of_a_quantized_side_is_of_what_it_dequantizes_to(work, tmp_path):
+    lora_tools.quantize(work / "base", tmp_path / "packed")
+    lora_tools.dequantize(tmp_path / "packed", tmp_path / "plain", dtype="float32")
+    report = lora_tools.diff(tmp_path / "packed", work / "tuned")
+    assert any("quantized; seen as what it dequantizes to" in note for note in report.notes)
+    assert "only in base" not in {f.action for f in report.plan}
+    old, new = models.tensors(tmp_path / "plain"), models.tensors(work / "tuned")
+    assert len(report.spectra) >= 14
+    for s in report.spectra:
+        delta = new[f"{s.module}.weight"].double() - old[f"{s.module}.weight"].double()
+        assert s.norm == pytest.approx(float(delta.norm()), rel=1e-2)  # dequantized in bfloat16
+        assert math.isnan(s.noise_floor)
+        assert s.rank is not None
+    whole = lora_tools.inspect(tmp_path / "packed").inputs[0].digest
+    assert report.inputs[0].digest == whole
+
+
+def test_diff_of_two_dtypes(work, tmp_path):
+    tensors = {k: v.float() for k, v in models.tensors(work / "tuned").items()}
+    shutil.copytree(work / "tuned", tmp_path / "t")
+    save_file(tensors, tmp_path / "t" / "model.safetensors", {"format": "pt"})
+    one = lora_tools.diff(work / "base", work / "tuned")
+    other = lora_tools.diff(work / "base", tmp_path / "t")
+    assert [(s.module, s.norm) for s in one.spectra] == [(s.module, s.norm) for s in other.spectra]
+    fates = {f.tensor: f.reason for f in other.plan}
+    assert fates["model.norm.weight"] == "the same values"
+
+
+def test_diff_of_experts_recommends_what_the_widest_needs(tmp_path):
+    torch.manual_seed(0)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    W = torch.randn(3, 80, 96)
+    moved = W.clone()
+    for i, r in enumerate((1, 4, 2)):
+        moved[i] += torch.linalg.qr(torch.randn(80, r)).Q @ torch.linalg.qr(torch.randn(96, r)).Q.T
+    base = iotools.checkpoint(tmp_path / "b", {name: W})
+    report = lora_tools.diff(base, iotools.checkpoint(tmp_path / "t", {name: moved}))
+    (s,) = report.spectra
+    assert s.layout.startswith("experts")
+    assert s.rank == 4
+    assert s.energy["8"] == pytest.approx(1, abs=1e-4), "seven directions in all"
+    assert math.isfinite(s.noise_floor)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, None])
+def test_diff_figures_are_bounds_of_the_true_ones(half, tmp_path, monkeypatch):
+    """Large enough to be iterated for, with and without products in half precision."""
+    torch.manual_seed(0)
+    monkeypatch.setattr("lora_tools.engine.half_products", lambda device: half)
+    k = torch.arange(1, 601).float() ** -0.6
+    W = 0.02 * torch.randn(640, 600)
+    D = torch.linalg.qr(torch.randn(640, 600)).Q * k @ torch.linalg.qr(torch.randn(600, 600)).Q
+    sides = {"b": W.bfloat16(), "t": (W + 0.01 * D).bfloat16()}
+    name = "model.layers.0.mlp.up_proj.weight"
+    paths = [iotools.checkpoint(tmp_path / side, {name: sides[side]}) for side in "bt"]
+    (s,) = lora_tools.diff(*paths).spectra
+    S = torch.linalg.svdvals(sides["t"].double() - sides["b"].double()).square()
+    assert s.norm**2 == pytest.approx(float(S.sum()), rel=1e-5)
+    assert 0 < s.gain_bound < 2e-3
+    for r, share in s.energy.items():
+        true = float(S[: int(r)].sum() / S.sum())
+        assert share - 1e-6 <= true <= share + s.gain_bound
+    assert s.stable_rank == pytest.approx(float(S.sum() / S[0]), rel=1e-4)
+    found = torch.tensor(s.spectrum).double().square()
+    assert bool((found <= S[:64] * (1 + 1e-5)).all())
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("suffix", ["png", "svg", "html"])
 def test_pictures(work, tmp_path, suffix):

@@ -36,7 +36,7 @@ def spectra(console: Console, report: Report, most: int | None) -> None:
             s.module, s.layout, "x".join(map(str, s.shape)), f"{s.norm:.4g}",
             _number(s.stable_rank, ".1f"), *(_number(share, ".1%") for share in shares),
         ]  # fmt: skip
-        rank = ">64" if s.rank is None else str(s.rank)
+        rank = ">64" if s.rank is None else str(s.rank)  # 64: what verbs/spectra.DEPTH looks at
         if change:
             cells += [_number(s.noise_floor, ".2e"), rank, f"{s.relative_change:.3%}"]
         else:

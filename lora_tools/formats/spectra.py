@@ -57,6 +57,7 @@ class Spectra:
         self._facts: dict[str, dict[str, Any]] = {}
         self._earlier: SafetensorsFile | None = None
         self.changed = False
+        self.earlier = earlier
         if earlier is not None:
             self._earlier, self._facts = _open(earlier)
 
@@ -72,6 +73,10 @@ class Spectra:
         return Stored(
             key, squared, squared.new_empty(self._spec(right).shape[0], 0), facts["facts"]
         )
+
+    def key(self, module: str) -> str | None:
+        """What the module's decomposition was made from, where there is one."""
+        return self._facts[module]["key"] if module in self._facts else None
 
     def put(self, module: str, stored: Stored) -> None:
         """Keep a decomposition in place of what was there. Not for use from several threads."""

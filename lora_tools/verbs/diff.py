@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lora_tools.errors import NonFiniteError
-from lora_tools.formats import digest as hashing
 from lora_tools.formats.checkpoint import Checkpoint, open_checkpoint
 from lora_tools.formats.consumers import CONSUMERS
 from lora_tools.linalg.ranks import RankRule
@@ -19,7 +18,8 @@ from lora_tools.verbs.common import name_filter, tool_version
 from lora_tools.verbs.decompose import Options, Sides, spectra_of
 from lora_tools.verbs.extract_pairs import hash_of
 from lora_tools.verbs.pairing import Pair, Plan, make_plan
-from lora_tools.verbs.spectra import DEPTH, check_plot, joined, save_picture, shown, summary
+from lora_tools.verbs.plain_view import PlainView, plain_view
+from lora_tools.verbs.spectra import DEPTH, check_plot, recommended, save_picture, shown, summary
 
 if TYPE_CHECKING:
     from lora_tools.engine import Buffers
@@ -71,14 +71,16 @@ def diff(
     """
     started = time.perf_counter()
     chosen = name_filter(include, exclude)
-    target = check_plot(plot)
-    sides = open_checkpoint(base, allow_pickle), open_checkpoint(tuned, allow_pickle)
+    target = check_plot(plot, [base, tuned])
+    stored = open_checkpoint(base, allow_pickle), open_checkpoint(tuned, allow_pickle)
+    sides = _plain(stored[0]), _plain(stored[1])
+    quantized = [side for side in sides if isinstance(side, PlainView)]
     plan = make_plan(
         *sides, chosen=chosen, embeddings="skip" if _resized(*sides) else "lora", rest="skip"
     )
     seen = _look(plan, sides, Options(
         RankRule("rank", DEPTH), None, False, None, False, 1e-3, seed, device, CONSUMERS["peft"],
-        measured=True,
+        measured=not quantized,
     ), jobs, progress)  # fmt: skip
     spectra = sorted((s.spectrum for s in seen if s.spectrum is not None), key=_ORDERS[sort])
     inputs = [
@@ -90,7 +92,9 @@ def diff(
     counts = [fate.action for fate in (*(s.fate for s in seen), *plan.settled)]
     report = Report(
         "diff", tool_version(), tuple(inputs), "", False,
-        (*(s.fate for s in seen), *plan.settled), spectra=tuple(spectra), notes=plan.notes,
+        (*(s.fate for s in seen), *plan.settled), spectra=tuple(spectra),
+        notes=(*plan.notes, *(f"{side.path}: quantized; seen as what it dequantizes to, and its "
+                              "noise floor is not known" for side in quantized)),
         totals={
             "relative_change": math.sqrt(change / whole) if whole else 0.0,
             "changed": counts.count("changed"), "unchanged": counts.count("unchanged"),
@@ -102,6 +106,11 @@ def diff(
         save_picture(report, f"{shown(base)} → {shown(tuned)}, {moved}", target)
         report = dataclasses.replace(report, notes=(*report.notes, f"drew {plot}"))
     return dataclasses.replace(report, seconds=time.perf_counter() - started)
+
+
+def _plain(side: Checkpoint) -> Checkpoint:
+    """What a quantized checkpoint dequantizes to; a plain one as it is."""
+    return plain_view(side) or side
 
 
 def _resized(base: Checkpoint, tuned: Checkpoint) -> bool:
@@ -157,8 +166,8 @@ def _see(pair: Pair, sides: Sides, options: Options, buffers: Buffers) -> _Seen:
         relative = math.sqrt(total / energy) if energy else math.inf
         gain = math.fsum(one.svd.gain for one in found if one.svd is not None)
         spectrum = summary(
-            joined(known), total, relative, module=pair.target, layout=pair.layout.name,
-            shape=pair.spec.shape, rank=None, gain_bound=gain / total,
+            known, total, relative, module=pair.target, layout=pair.layout.name,
+            shape=pair.spec.shape, rank=recommended(known), gain_bound=gain / total,
         )  # fmt: skip
         fate = Fate(pair.name, "changed", f"by {relative:.3%}")
         return _Seen(pair, fate, spectrum, hashes, total, energy)
@@ -167,10 +176,10 @@ def _see(pair: Pair, sides: Sides, options: Options, buffers: Buffers) -> _Seen:
     if pair.base.shape != pair.tuned.shape:
         shapes = f"{list(pair.base.shape)} → {list(pair.tuned.shape)}"
         return _Seen(pair, Fate(pair.name, "changed", f"resized: {shapes}"), hashes=hashes)
-    return _plain(pair, sides, hashes)
+    return _moved(pair, sides, hashes)
 
 
-def _plain(pair: Pair, sides: Sides, hashes: tuple[str, str]) -> _Seen:
+def _moved(pair: Pair, sides: Sides, hashes: tuple[str, str]) -> _Seen:
     """A changed tensor without a spectrum: how far it moved."""
     assert pair.base is not None
     assert pair.tuned is not None
@@ -197,8 +206,5 @@ def _digests(seen: Sequence[_Seen], sides: Sides) -> tuple[str, str]:
             spec = (s.pair.base, s.pair.tuned)[i]
             if spec is not None:
                 known[spec.name] = s.hashes[i]
-        for name in side.specs.keys() - known.keys():
-            known[name] = side.hash(name)
-            side.release(name)
-        result.append(hashing.digest(side.specs.values(), known))
+        result.append(side.stored.digest({}) if isinstance(side, PlainView) else side.digest(known))
     return result[0], result[1]

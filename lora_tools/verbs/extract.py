@@ -228,6 +228,7 @@ def _extract(
                 "are BASE and TUNED the same model, or does the rank policy leave nothing?"
             )
         notes = [*plan.notes, *complete_saved(outcomes, plan, sides[1], writer)]
+        notes += _unweighted(outcomes, options)
         digests = digests_of(outcomes, sides)
         _finish(writer, plan, options, inputs[0].path, outcomes, digests, command,
                 named_by(sides[0]))  # fmt: skip
@@ -250,6 +251,18 @@ def _extract(
         modules, totals(modules, sum(o.parameters for o in outcomes), folder), tuple(notes),
         command=command,
     )  # fmt: skip
+
+
+def _unweighted(outcomes: Sequence[Outcome], options: Options) -> list[str]:
+    """What activations were given and do not weigh."""
+    results = [o.result for o in outcomes if o.result is not None]
+    left = [r for r in results if math.isnan(r.weighted_error)]
+    if options.activations is None or not left:
+        return []
+    kinds = ", ".join(sorted({r.layout for r in left}))
+    return [f"not weighed by activations: {len(left)} of {len(results)} modules ({kinds}; "
+            f"{left[0].module}{', …' if left[1:] else ''}): the file does not know them, or their "
+            "kind has no one input"]  # fmt: skip
 
 
 def _add(outcome: Outcome, tuned: Checkpoint, options: Options, writer: PeftWriter) -> None:

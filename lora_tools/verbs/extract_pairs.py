@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from lora_tools.errors import MismatchError
+from lora_tools.errors import CheckpointError, MismatchError
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.records import ModuleResult, ProgressCallback
 from lora_tools.verbs.allot import Size, allot, cached, first_depth, region_names
@@ -142,6 +142,8 @@ class PairWork:
             return
         key = options.key(outcome.base_hash, outcome.tuned_hash)
         names = region_names(pair)
+        for name in names:
+            self._refuse_other(name, key)
         kept = [cached(self._spectra, name, key, options) for name in names]
         known = [entry for entry in kept if entry is not None]
         if len(known) < len(names):
@@ -158,6 +160,16 @@ class PairWork:
             outcome.action = "decomposed"
         else:
             self._take(outcome, self._fit(pair, *zip(*known, strict=True)))
+
+    def _refuse_other(self, name: str, key: str) -> None:
+        """A file of another pair's decompositions is not to be overwritten unasked."""
+        assert self._spectra is not None
+        other = self._spectra.key(name)
+        if other is not None and _weights_of(other) != _weights_of(key):
+            raise CheckpointError(
+                f"{self._spectra.earlier}: {name} was decomposed from other weights than these; "
+                "give --spectrum-cache another file, or remove this one"
+            )
 
     def _fit(self, pair: Pair, found: Sequence[Found], ranks: Sequence[int]) -> Fitted:
         fitted = fit(pair, self._sides, found, ranks, self._options)
@@ -220,6 +232,11 @@ def _rank(found: Found, options: Options) -> int:
         return found.rank
     rank = options.rule(found.svd.known)
     return found.rank if rank is None else rank
+
+
+def _weights_of(key: str) -> str:
+    """The part of a key that names both sides."""
+    return key.partition(" exact ")[0]
 
 
 def hash_of(side: Checkpoint, name: str) -> str:

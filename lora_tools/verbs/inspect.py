@@ -38,7 +38,7 @@ from lora_tools.records import (
 )
 from lora_tools.verbs.common import tool_version
 from lora_tools.verbs.inspect_onnx import onnx_graphs, open_model
-from lora_tools.verbs.spectra import check_plot, joined, save_picture, shown, summary
+from lora_tools.verbs.spectra import check_plot, save_picture, shown, summary
 
 if TYPE_CHECKING:
     from lora_tools.formats.checkpoint import TensorFile
@@ -77,7 +77,7 @@ def inspect(
         LoraToolsError: it cannot be read, or is nothing that is known here.
     """
     started = time.perf_counter()
-    target = check_plot(plot)
+    target = check_plot(plot, [path])
     thing = _open(path, allow_pickle)
     if target is not None and (thing.adapter is None or not thing.adapter.modules):
         raise UsageError(f"--plot: {path} is no adapter with factors; diff draws two checkpoints")
@@ -269,4 +269,4 @@ def _spectrum(adapter: Adapter, module: LoraModule) -> ModuleSpectrum:
                               stable_rank=math.nan, energy={}, noise_floor=math.nan, spectrum=(),
                               **named)  # fmt: skip
     parts = [Spectrum(S * S, float((S * S).sum()), True) for S in products]
-    return summary(joined(parts), total, math.nan, **named)
+    return summary(parts, total, math.nan, **named)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import UsageError
-from lora_tools.formats.output import staged, write_synced
+from lora_tools.formats.output import check_destination, staged, write_synced
 from lora_tools.linalg import ranks
 from lora_tools.linalg.ranks import Spectrum
 from lora_tools.records import ModuleSpectrum, Report
@@ -25,26 +25,43 @@ _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 SUFFIXES = (".png", ".svg", ".html")
 
 
-def summary(known: Spectrum, total: float, relative_change: float, **named: Any) -> ModuleSpectrum:
-    """The figures of one module. ``named`` holds its name, layout, shape and what else is known."""
+def summary(
+    parts: Sequence[Spectrum], total: float, relative_change: float, **named: Any
+) -> ModuleSpectrum:
+    """The figures of one module from the spectra of its weight's regions. ``named`` holds its name,
+    layout, shape and what else is known."""
+    known = joined(parts)
     squared = known.squared
     held = (squared.cumsum(0) / total).clamp(max=1.0).tolist()
     energy = {
         str(r): held[min(r, len(held)) - 1] if r <= len(held) or known.complete else math.nan
         for r in AT
     }
-    floor = math.nan
-    if known.rounding is not None:
-        above = ranks.noise_floor(known)
-        levels = ranks.noise_levels(known)
-        floor = float(levels[min(above if above is not None else DEPTH, len(levels) - 1)]) ** 0.5
-        enough = ranks.energy(known, 0.9)
-        named["rank"] = min((r for r in (above, enough) if r is not None), default=None)
     return ModuleSpectrum(
         norm=math.sqrt(total), relative_change=relative_change,
-        stable_rank=total / float(squared[0]), energy=energy, noise_floor=floor,
+        stable_rank=total / float(squared[0]), energy=energy, noise_floor=max(map(_floor, parts)),
         spectrum=tuple(squared[:DEPTH].sqrt().tolist()), **named,
     )  # fmt: skip
+
+
+def recommended(parts: Sequence[Spectrum]) -> int | None:
+    """What holds 90 % of each region's energy or stands above its noise floor, whichever is less;
+    the most of all regions, as they share a rank. None where that is more than is known."""
+    found = []
+    for known in parts:
+        above = ranks.noise_floor(known) if known.rounding is not None else None
+        found.append(
+            min((r for r in (above, ranks.energy(known, 0.9)) if r is not None), default=None)
+        )
+    return None if None in found else max(r for r in found if r is not None)
+
+
+def _floor(known: Spectrum) -> float:
+    """The singular value that rounding can reach; NaN where that was not measured."""
+    if known.rounding is None:
+        return math.nan
+    above, levels = ranks.noise_floor(known), ranks.noise_levels(known)
+    return math.sqrt(float(levels[min(above if above is not None else DEPTH, len(levels) - 1)]))
 
 
 def joined(parts: Sequence[Spectrum]) -> Spectrum:
@@ -76,11 +93,12 @@ def places(modules: Sequence[str]) -> dict[str, tuple[int, str]]:
     return found
 
 
-def check_plot(plot: str | Path | None) -> Path | None:
+def check_plot(plot: str | Path | None, inputs: Sequence[str | Path]) -> Path | None:
     """Before the work, not after: the suffix, the folder, and the library.
 
     Raises:
         UsageError: a picture cannot be drawn there.
+        OutputError: it would be in an input.
     """
     if plot is None:
         return None
@@ -89,6 +107,7 @@ def check_plot(plot: str | Path | None) -> Path | None:
         raise UsageError(f"--plot {plot}: the name must end in one of {', '.join(SUFFIXES)}")
     if not path.parent.is_dir():
         raise UsageError(f"--plot {plot}: its folder does not exist")
+    check_destination(path, list(map(Path, inputs)), force=True)
     from lora_tools.plots import check_library
 
     check_library()
