@@ -47,11 +47,13 @@ COMMANDS = {
     "export": ["export", "base", "--adapter", "adapter", "-o", "out", *iotools.EXPORT],
     "bundle": ["export", "base", "-o", "out", "--weights", "bundled", *iotools.EXPORT],
 }
+COMMANDS["cached"] = [*COMMANDS["extract"], "--spectrum-cache", "cache"]
 WRITING = tuple(COMMANDS)
 COMMANDS |= {
     "inspect": ["inspect", "base"],
     "inspect adapter": ["inspect", "adapter"],
     "diff": ["diff", "base", "tuned"],
+    "plot": ["diff", "base", "tuned", "--plot", "x.svg"],
     "verify merged": ["verify", "merged", "--base", "base", "--adapter", "adapter"],
     "verify adapter": ["verify", "adapter", "--base", "base", "--tuned", "tuned"],
 }
