@@ -77,7 +77,6 @@ HEAVY = {
 # Modules that work with tensors all along, which only a running verb imports.
 NUMERIC = {
     "linalg/delta.py", "linalg/lora.py", "linalg/merge.py", "linalg/reversible.py", "linalg/svd.py",
-    "linalg/ritz.py",
     "linalg/combine.py", "linalg/factors.py", "linalg/nf4.py", "linalg/nf4_search.py",
     "nn/__init__.py", "nn/attach.py", "nn/layers.py",
     "onnx/check.py", "onnx/graphs.py", "onnx/model.py", "onnx/parts.py", "onnx/trace.py",
