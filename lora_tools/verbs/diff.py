@@ -16,7 +16,7 @@ from lora_tools.linalg.ranks import RankRule
 from lora_tools.records import Fate, Input, ModuleSpectrum, ProgressCallback, Report
 from lora_tools.verbs.common import name_filter, tool_version
 from lora_tools.verbs.decompose import Options, Sides, spectra_of
-from lora_tools.verbs.extract_pairs import hash_of
+from lora_tools.verbs.extract_pairs import hash_of, let_go
 from lora_tools.verbs.pairing import Pair, Plan, make_plan
 from lora_tools.verbs.plain_view import PlainView, plain_view
 from lora_tools.verbs.spectra import DEPTH, check_plot, recommended, save_picture, shown, summary
@@ -153,6 +153,7 @@ def _see(pair: Pair, sides: Sides, options: Options, buffers: Buffers) -> _Seen:
     hashes = hash_of(base, pair.base.name), theirs
     same = dataclasses.replace(pair.base, name="") == dataclasses.replace(pair.tuned, name="")
     if same and hashes[0] == theirs:
+        let_go(pair, sides)
         return _Seen(pair, Fate(pair.name, "unchanged"), hashes=hashes)
     if pair.action == "decompose":
         found = spectra_of(pair, sides, options, buffers)

@@ -121,6 +121,7 @@ class PairWork:
         if outcome.base_hash == tuned_hash and dataclasses.replace(pair.base, name="") == (
             dataclasses.replace(pair.spec, name="")
         ):
+            let_go(pair, self._sides)
             return outcome
         if pair.action == "refuse":
             raise MismatchError(
@@ -130,6 +131,7 @@ class PairWork:
         if pair.action == "decompose":
             self._decompose(outcome)
         else:
+            let_go(pair, self._sides)
             outcome.action = "skipped" if pair.action == "skip" else "saved whole"
         return outcome
 
@@ -157,6 +159,7 @@ class PairWork:
                 return
             known = [(one, _rank(one, options)) for one in found]
         if options.rule.shared:
+            let_go(pair, self._sides)
             outcome.action = "decomposed"
         else:
             self._take(outcome, self._fit(pair, *zip(*known, strict=True)))
@@ -237,6 +240,13 @@ def _rank(found: Found, options: Options) -> int:
 def _weights_of(key: str) -> str:
     """The part of a key that names both sides."""
     return key.partition(" exact ")[0]
+
+
+def let_go(pair: Pair, sides: Sides) -> None:
+    """Give back the pages of both tensors, once nothing more is read of them for now."""
+    for side, spec in zip(sides, (pair.base, pair.tuned), strict=True):
+        if spec is not None:
+            side.release(spec.name)
 
 
 def hash_of(side: Checkpoint, name: str) -> str:
