@@ -83,7 +83,7 @@ NUMERIC = {
     "onnx/check.py", "onnx/graphs.py", "onnx/model.py", "onnx/parts.py", "onnx/trace.py",
     "onnx/weights.py", "onnx/linears.py", "onnx/runtime_adapters.py",
     "linalg/noise.py", "linalg/weighting.py", "linalg/compare.py",
-    "onnx/initializers.py", "onnx/quantized.py", "onnx/quality.py",
+    "onnx/initializers.py", "onnx/quantized.py", "onnx/quantized_weights.py", "onnx/quality.py",
 }  # fmt: skip
 
 

@@ -144,7 +144,8 @@ def test_ours_is_the_kernels_reading(scheme: str, tmp_path: Path) -> None:
     """What ``dequantized`` makes of the bytes is what ONNX Runtime multiplies with: a product with
     the identity, of a size that fills no block."""
     from lora_tools.linalg import nf4
-    from lora_tools.onnx.quantized import _quantizer, dequantized, exact
+    from lora_tools.onnx.quantized import quantizer_of
+    from lora_tools.onnx.quantized_weights import dequantized, exact
 
     w = torch.randn(33, 65, generator=torch.Generator().manual_seed(0))
     attributes: dict[str, int] = {"N": 33, "K": 65}
@@ -152,7 +153,7 @@ def test_ours_is_the_kernels_reading(scheme: str, tmp_path: Path) -> None:
         arrays = nf4.quantize(w.view(-1), nf4.CODEBOOKS["nf4"], 64)
         attributes |= {"block_size": 64, "quant_type": 1}
     else:
-        arrays = _quantizer(AFFINE[scheme]).qbits_block_quant(w.T.contiguous().numpy())
+        arrays = quantizer_of(AFFINE[scheme]).qbits_block_quant(w.T.contiguous().numpy())
         attributes |= {"block_size": 32, "bits": AFFINE[scheme].bits, "accuracy_level": 4}
     initializers = []
     for name, array in zip(("w", "w.1", "w.2"), arrays, strict=False):
@@ -302,8 +303,8 @@ def test_the_plan_imports_nothing_heavy(
 def test_the_quantizer_leaves_the_log_alone() -> None:
     """Importing it sets up Python's root logger."""
     code = (
-        "import logging; from lora_tools.onnx.quantized import _quantizer; "
-        "from lora_tools.onnx.schemes import AFFINE; _quantizer(AFFINE['int8']); "
+        "import logging; from lora_tools.onnx.quantized import quantizer_of; "
+        "from lora_tools.onnx.schemes import AFFINE; quantizer_of(AFFINE['int8']); "
         "root = logging.getLogger(); print(root.handlers, root.level)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

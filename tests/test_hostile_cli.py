@@ -565,7 +565,9 @@ WRONG = {
     "weights that are none": [*COMMANDS["export"], "--weights", "linked"],
     "a task that is none": [*COMMANDS["export"], "--task", "poetry"],
     "an opset that is none": [*COMMANDS["export"], "--opset", "99"],
-    "an adapter in place": ["export", "base", "-o", "base", "--adapter", "adapter"],
+    "an adapter in place": [
+        "export", "base", "-o", "base", "--adapter", "adapter", "--task", "features",
+    ],
     "another dtype, reversible": [*COMMANDS["reversible"], "--dtype", "bf16"],
 }  # fmt: skip
 

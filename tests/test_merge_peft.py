@@ -396,7 +396,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
          "add": {f"base_model.model.model.layers.{i}.{m}.lora_magnitude_vector": torch.ones(31)
                  for i in (0, 1)
                  for m in ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj")}},
-        MismatchError, r"down_proj.weight: 32 magnitudes are wanted for .* brings \(31,\)",
+        AdapterError, r"down_proj: 32 magnitudes are wanted, one for each of .* is \[31\]",
     ),
     "magnitude-without-dora": (
         {"add": {f"{Q}.lora_magnitude_vector": torch.ones(32)}}, AdapterError, "use_dora is False"

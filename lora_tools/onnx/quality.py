@@ -20,7 +20,7 @@ from lora_tools.errors import NonFiniteError
 from lora_tools.formats.checkpoint import open_checkpoint
 from lora_tools.formats.names import align
 from lora_tools.onnx.check import Check, InRuntime, InTorch, Run
-from lora_tools.onnx.quantized import dequantized, exact
+from lora_tools.onnx.quantized_weights import dequantized, exact
 from lora_tools.onnx.tasks import Task
 
 _POSITIONS = 64  # of a text at a time, in float64

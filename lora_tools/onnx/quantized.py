@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,12 +29,12 @@ from lora_tools.formats.bitsandbytes import (
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.tensors import as_bytes
 from lora_tools.linalg import nf4
-from lora_tools.onnx.linears import DOMAIN, QUANTIZED, Linear, linears
+from lora_tools.onnx.linears import DOMAIN, Linear, linears
 from lora_tools.onnx.schemes import AFFINE, NF4, Affine
 from lora_tools.onnx.weights import Place, places
 from lora_tools.records import TensorSpec
 
-_BNB4_TYPES = {"fp4": 0, "nf4": 1}
+BNB4_TYPES = {"fp4": 0, "nf4": 1}
 _BNB4_BLOCKS = (16, 32, 64, 128, 256)
 
 
@@ -91,7 +90,7 @@ class Bnb4:
             raise MismatchError(
                 f"{linear.weight}: quantized as {list(state.shape)}, the graph has {list(sizes)}"
             )
-        kind = _BNB4_TYPES[state.quant_type]
+        kind = BNB4_TYPES[state.quant_type]
         return {"block_size": state.blocksize, "quant_type": kind}
 
     def specs(self, linear: Linear) -> tuple[TensorSpec, ...]:
@@ -172,7 +171,7 @@ class NBits:
         return self._last[name]
 
     def _quantize(self, linear: Linear) -> dict[str, memoryview]:
-        quantizer = _quantizer(self._scheme)
+        quantizer = quantizer_of(self._scheme)
         stored = self._tensor(linear.weight)
         turned = stored.T if linear.out_first else stored
         weight = turned.to(torch.float32).contiguous().numpy()
@@ -187,7 +186,7 @@ class NBits:
         }
 
 
-def _quantizer(scheme: Affine) -> Any:
+def quantizer_of(scheme: Affine) -> Any:
     """ONNX Runtime's; importing it configures the root logger, which is undone."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
@@ -308,121 +307,3 @@ def _layer(linear: Linear, how: Packing) -> list[onnx.NodeProto]:
             )
         )
     return nodes
-
-
-def exact(model: onnx.ModelProto) -> None:
-    """Let MatMulNBits compute in float32, whatever was traded for speed."""
-    for node in model.graph.node:
-        if node.domain == DOMAIN and node.op_type == "MatMulNBits":
-            kept = [a for a in node.attribute if a.name != "accuracy_level"]
-            del node.attribute[:]
-            node.attribute.extend(kept)
-
-
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """A quantized weight of a written graph: its operator, the operator's attributes, and the
-    initializers that hold it, the one with its own name first."""
-
-    operator: str
-    attributes: Mapping[str, int]
-    initializers: tuple[onnx.TensorProto, ...]
-
-    @property
-    def name(self) -> str:
-        return str(self.initializers[0].name)
-
-    @property
-    def names(self) -> list[str]:
-        return [str(tensor.name) for tensor in self.initializers]
-
-    @property
-    def bits(self) -> int:
-        return self.attributes.get("bits", 4)
-
-    @property
-    def block(self) -> int:
-        return self.attributes["block_size"]
-
-    @property
-    def is_flat(self) -> bool:
-        """Whether blocks run over the flattened weight, coded by a codebook, or along its rows."""
-        return self.operator == "MatMulBnb4"
-
-    def values(self, folder: Path) -> torch.Tensor:
-        """(out, in) float32, by what the operators' documentation says of the bytes."""
-        return self._values(self._parts(folder))
-
-    def again(self, weight: torch.Tensor, folder: Path) -> tuple[bool, torch.Tensor]:
-        """Whether ``export`` writes just these bytes for a weight (out, in), and what the bytes it
-        writes stand for."""
-        there = self._parts(folder)
-        if self.is_flat:
-            codes, absmax = nf4.quantize(weight.reshape(-1), self._book, self.block)
-            nested = nf4.restore_absmax(nf4.double_quantize(absmax))
-            scales = min(absmax, nested, key=lambda s: float(np.abs(s - there[1]).max()))
-            made = [codes, scales]
-        else:
-            quantizer = _quantizer(Affine(self.operator, self.bits, self.block))
-            turned = weight.T.to(torch.float32).contiguous().numpy()
-            made = [np.ascontiguousarray(x).reshape(y.shape) for x, y in
-                    zip(quantizer.qbits_block_quant(turned), there, strict=True)]  # fmt: skip
-        same = all(np.array_equal(x, y) for x, y in zip(made, there, strict=True))
-        return same, self._values(made)
-
-    @property
-    def _book(self) -> nf4.Codebook:
-        kind = self.attributes["quant_type"]
-        return nf4.CODEBOOKS[next(n for n, number in _BNB4_TYPES.items() if number == kind)]
-
-    def _parts(self, folder: Path) -> list[Any]:
-        return [_array(tensor, folder) for tensor in self.initializers]
-
-    def _values(self, parts: list[Any]) -> torch.Tensor:
-        if not self.is_flat:
-            return torch.from_numpy(_affine(parts, self.attributes))
-        out = torch.empty(self.attributes["N"], self.attributes["K"])
-        codes, absmax = parts
-        nf4.dequantize(codes, absmax, self._book, self.block, out.view(-1))
-        return out
-
-
-def stored_weights(model: onnx.ModelProto) -> Iterator[Stored]:
-    """Every quantized weight of a graph, once."""
-    tensors = {i.name: i for i in model.graph.initializer}
-    seen: set[str] = set()
-    for node in model.graph.node:
-        if node.domain != DOMAIN or node.op_type not in QUANTIZED or node.input[1] in seen:
-            continue
-        seen.add(node.input[1])
-        attributes = {each.name: each.i for each in node.attribute}
-        yield Stored(node.op_type, attributes, tuple(tensors[name] for name in node.input[1:]))
-
-
-def dequantized(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, weight as (out, in) in float32) of every quantized weight of a written graph."""
-    model = onnx.load(path, load_external_data=False)
-    for stored in stored_weights(model):
-        yield stored.name, stored.values(path.parent)
-
-
-def _affine(parts: list[Any], a: Mapping[str, int]) -> Any:
-    """scale · (q − zero point); of four bits the even element is in the low half of a byte."""
-    codes, scales, zeros = parts
-    scales = scales.reshape(a["N"], -1)
-    if a["bits"] == 4:
-        codes, zeros = (np.stack((each & 15, each >> 4), -1) for each in (codes, zeros))
-    blocks = scales.shape[1]
-    codes = codes.reshape(a["N"], blocks, a["block_size"]).astype(np.float32)
-    zeros = zeros.reshape(a["N"], -1)[:, :blocks].astype(np.float32)
-    whole = (codes - zeros[:, :, None]) * scales[:, :, None]
-    return np.ascontiguousarray(whole.reshape(a["N"], -1)[:, : a["K"]])
-
-
-def _array(tensor: onnx.TensorProto, folder: Path) -> Any:
-    """The data that an initializer points to; onnx itself refuses to read through a hard link."""
-    at = {each.key: each.value for each in tensor.external_data}
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    count = int(at["length"]) // dtype.itemsize
-    flat = np.fromfile(folder / at["location"], dtype, count, offset=int(at["offset"]))
-    return flat.reshape(tuple(tensor.dims))

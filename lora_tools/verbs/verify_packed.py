@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from lora_tools.onnx.initializers import GraphWeights
-    from lora_tools.onnx.quantized import Stored
+    from lora_tools.onnx.quantized_weights import Stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ def check_packed(
     Args:
         known: the checkpoint's tensors by name; a weight that is none of them is left out.
     """
-    from lora_tools.onnx.quantized import stored_weights
+    from lora_tools.onnx.quantized_weights import stored_weights
 
     checked: list[Packed] = []
     parts: set[str] = set()
