@@ -59,7 +59,7 @@ GRAPH, QUANTIZED, CHECK = "Graph", "Quantized", "Check"
     "--nf4", is_flag=True, group=QUANTIZED,
     help="Linear layers in four bits, over the bytes that `loratools quantize` writes, or those of "
     "a CHECKPOINT that it wrote. For size, not speed: on a CPU, one token at a time, it is "
-    "2 to 4 times slower than float32 (1.7 times on SmolLM2-135M).",
+    "2 to 4 times slower than float32 (2.0 times on SmolLM2-135M).",
 )  # fmt: skip
 @option(
     "--int8", is_flag=True, group=QUANTIZED,
