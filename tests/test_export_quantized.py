@@ -459,7 +459,7 @@ def test_convolutions_are_no_linear_layers(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "scheme"), [
     ("DeBERTa-v2", "int4"), ("Mixtral", "nf4"), ("Phi-3", "int8"), ("T5", "nf4"),
-    ("Whisper", "int4"), ("ViT", "nf4"), ("ConvNeXt", "nf4"),
+    ("Whisper", "int4"), ("ViT", "int8"), ("ConvNeXt", "nf4"),
 ])  # fmt: skip
 def test_architectures(name: str, scheme: str, tmp_path: Path) -> None:
     from . import export_models

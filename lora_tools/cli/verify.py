@@ -85,7 +85,7 @@ _AGAINST, _GRAPH = "Against what", "Running an ONNX model"
     "--rtol",
     type=float,
     metavar="X",
-    default=1e-4,
+    default=3e-4,
     show_default=True,
     group=_GRAPH,
     help="See --atol.",

@@ -55,7 +55,7 @@ def export(
     graph: str | Path | None = None,
     opset: int = 20,
     atol: float = 1e-5,
-    rtol: float = 1e-4,
+    rtol: float = 3e-4,
     no_verify: bool = False,
     keep_failed: bool = False,
     trust_remote_code: bool = False,

@@ -31,7 +31,7 @@ def verify(
     weights_only: bool = False,
     task: str = "auto",
     atol: float = 1e-5,
-    rtol: float = 1e-4,
+    rtol: float = 3e-4,
     trust_remote_code: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
