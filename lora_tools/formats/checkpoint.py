@@ -212,7 +212,10 @@ def _refuse_adapter(path: Path, names: Iterable[str] = ()) -> None:
     from lora_tools.formats.adapter_formats import by_bytes, title_of  # they read checkpoints, too
 
     form = by_bytes(path) if path.is_file() and not names else None
-    title = form.title if form is not None else title_of(list(names))
+    _refuse_titled(path, form.title if form is not None else title_of(list(names)))
+
+
+def _refuse_titled(path: Path, title: str) -> None:
     if title == "GGUF":
         raise CheckpointError(f"{path}: a GGUF file; a checkpoint in safetensors is wanted here")
     if title:
@@ -263,7 +266,9 @@ def _open_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
             )
         if files:
             if files[0].name.startswith("adapter_model"):
-                _refuse_adapter(folder, ["base_model.model.lora_A"])
+                from lora_tools.formats.adapter_formats import FORMATS  # it reads checkpoints, too
+
+                _refuse_titled(folder, FORMATS["peft"].title)
             return Checkpoint(folder, [open_weights(files[0], allow_pickle)], True, None)
     raise CheckpointError(f"{folder}: no .safetensors file in it; is the download complete?")
 

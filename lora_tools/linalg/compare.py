@@ -111,8 +111,7 @@ class Coded:
         self.own += float(own.double().square_().sum())
         self.energy += float(wanted.double().square().sum())
         self.held += float(stored.double().square().sum())
-        near = off <= own + 0.01 * _per_block(wanted, blocksize)  # never where there is a NaN
-        self.off += int((~near).sum())
+        self.off += _beyond(off, own, wanted, blocksize)
         if base is not None:
             step, change = (stored - base).double(), (wanted - base).double()
             self.moved += float(step.square().sum())
@@ -145,6 +144,12 @@ class Coded:
         return Coded(*(getattr(self, f.name) + getattr(other, f.name) for f in fields))
 
 
+def _beyond(off: torch.Tensor, own: torch.Tensor, wanted: torch.Tensor, blocksize: int) -> int:
+    """How many of |Ŵ − W|, (n,), exceed |P − W| by over a hundredth of the block's largest |W|."""
+    near = off <= own + 0.01 * _per_block(wanted, blocksize)  # never where there is a NaN
+    return int((~near).sum())
+
+
 def _per_block(x: torch.Tensor, blocksize: int) -> torch.Tensor:
     """The largest magnitude of each number's block, (n,)."""
     full = x.numel() // blocksize * blocksize
@@ -165,8 +170,8 @@ def further_off(
             over the range of the block and 0: a seventh of a step.
     """
     if flat:
-        allowed = own.reshape(-1).abs() + 0.01 * _per_block(wanted.reshape(-1), block)
-        return int((~(step.reshape(-1).abs() <= allowed)).sum())
+        off, least = step.reshape(-1).abs(), own.reshape(-1).abs()
+        return _beyond(off, least, wanted.reshape(-1), block)
     padded = torch.nn.functional.pad(wanted, (0, -wanted.shape[1] % block))
     blocks = padded.view(wanted.shape[0], -1, block)
     span = blocks.amax(2).clamp_min(0) - blocks.amin(2).clamp_max(0)

@@ -205,10 +205,13 @@ def _by_content(
     shapes = {(spec.dtype, spec.shape) for spec in unnamed.values()}
     known: dict[tuple[str, tuple[int, ...], str], tuple[Target, str]] = {}
     for target in targets:
-        for how, shape in (("", target.spec.shape), (", transposed", target.spec.shape[::-1])):
-            for dtype in sorted(dtype for dtype, wanted in shapes if wanted == shape):
-                value = _hash_of(merged_in(target, source, dtype)[0], bool(how))
-                known.setdefault((dtype, shape, value), (target, how))
+        ways = (("", target.spec.shape), (", transposed", target.spec.shape[::-1]))
+        for dtype in sorted({dtype for dtype, wanted in shapes if wanted in dict(ways).values()}):
+            merged, _ = merged_in(target, source, dtype)
+            for how, shape in ways:
+                if (dtype, shape) in shapes:
+                    value = _hash_of(merged, bool(how))
+                    known.setdefault((dtype, shape, value), (target, how))
     if not known:
         return {}
     keys = {
