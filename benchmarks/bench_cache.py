@@ -37,8 +37,11 @@ def main() -> None:
             kept = [*plain, "--spectrum-cache", str(cache)]
             first = _once([*kept, "--rank", "32"], out)
             size = cache.stat().st_size / 1e6
-            print(f"### {pair.name}\n\nfilling the cache: {first.cpu:.2f} s CPU, "
-                  f"{first.memory:.0f} MiB; {size:.0f} MB\n", flush=True)  # fmt: skip
+            print(
+                f"### {pair.name}\n\nfilling the cache: {first.cpu:.2f} s CPU, "
+                f"{first.memory:.0f} MiB; {size:.0f} MB\n",
+                flush=True,
+            )
             for name in args.way or WAYS:
                 ours, fresh = (
                     partial(_once, [*command, *WAYS[name]], out) for command in (kept, plain)

@@ -38,8 +38,17 @@ def main() -> None:
     one, two = map(str, args.adapters)
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out"
-        mine = [loratools(), "combine", f"{one}=0.7", f"{two}=0.3", "-o", str(out), "-q",
-                "--method", "svd"]  # fmt: skip
+        mine = [
+            loratools(),
+            "combine",
+            f"{one}=0.7",
+            f"{two}=0.3",
+            "-o",
+            str(out),
+            "-q",
+            "--method",
+            "svd",
+        ]
         peft = [sys.executable, "-W", "ignore", "-c", PEFT, str(args.base), one, two, str(out)]
 
         def once(command: list[str]):

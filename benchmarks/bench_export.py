@@ -102,19 +102,40 @@ def main() -> None:
             "loratools --no-verify": [*ours[:-1], "--no-verify", "-o"],
             "loratools --graph, checked": [*ours[:-1], "--graph", str(first), "-o"],
             "loratools --graph --no-verify": [
-                *ours[:-1], "--no-verify", "--graph", str(first), "-o"],
+                *ours[:-1],
+                "--no-verify",
+                "--graph",
+                str(first),
+                "-o",
+            ],
             "torch.onnx.export": [sys.executable, "-W", "ignore", "-c", PLAIN, base],
-        }  # fmt: skip
+        }
         if args.optimum:
             cli = str(Path(args.optimum).with_name("optimum-cli"))
             commands["optimum-cli export onnx"] = [
-                cli, "export", "onnx", "--model", base, "--task", "text-generation-with-past",
-            ]  # fmt: skip
+                cli,
+                "export",
+                "onnx",
+                "--model",
+                base,
+                "--task",
+                "text-generation-with-past",
+            ]
         if args.genai:
             commands["onnxruntime-genai builder"] = [
-                args.genai, "-m", "onnxruntime_genai.models.builder", "-i", base, "-p", "fp32",
-                "-e", "cpu", "-c", str(top / "cache"), "-o",
-            ]  # fmt: skip
+                args.genai,
+                "-m",
+                "onnxruntime_genai.models.builder",
+                "-i",
+                base,
+                "-p",
+                "fp32",
+                "-e",
+                "cpu",
+                "-c",
+                str(top / "cache"),
+                "-o",
+            ]
         merged = [*ours[:-1], "--no-verify", "--adapter", str(args.adapter)]
         if args.adapter:
             commands["loratools --adapter --no-verify"] = [*merged, "-o"]
@@ -133,8 +154,10 @@ def main() -> None:
                 if name not in differences and "--adapter" not in command:
                     told = subprocess.run(
                         [sys.executable, "-c", FOUND, out / "model.onnx", wanted],
-                        capture_output=True, text=True, check=True,
-                    )  # fmt: skip
+                        capture_output=True,
+                        text=True,
+                        check=True,
+                    )
                     differences[name] = told.stdout.split()
         print(f"### export, {args.checkpoint.parent.name}/{args.checkpoint.name}\n")
         print("| | CPU s | wall s | peak MiB | MB on disk | differs | padded |")

@@ -55,8 +55,9 @@ def main() -> None:
             )
             print(
                 f"| {weights} | {cost.cpu:.1f} | {cost.wall:.1f} | {cost.memory:.0f} | {size:.0f} "
-                f"| {opened.stdout.strip()} |", flush=True,
-            )  # fmt: skip
+                f"| {opened.stdout.strip()} |",
+                flush=True,
+            )
             clean(out)
 
 

@@ -49,17 +49,30 @@ def main() -> None:
         for name, folder in folders.items():
             report = Path(temporary, "report.json")
             options = [f"--{name}", "--graph", str(folders[""])] if name else []
-            cost = run([
-                loratools(), "export", str(given.checkpoint), "-o", str(folder), *options, "-q",
-                "--report", str(report), "--eval-text", str(given.text),
-            ])  # fmt: skip
+            cost = run(
+                [
+                    loratools(),
+                    "export",
+                    str(given.checkpoint),
+                    "-o",
+                    str(folder),
+                    *options,
+                    "-q",
+                    "--report",
+                    str(report),
+                    "--eval-text",
+                    str(given.text),
+                ]
+            )
             t = json.loads(report.read_text())["totals"]
             kinds = (".safetensors", ".onnx", ".onnx_data")
             nbytes = sum(p.stat().st_size for p in folder.iterdir() if p.suffix in kinds)
             memory = subprocess.run(
                 [sys.executable, "-c", MEMORY, str(Path(__file__).parent), str(folder)],
-                capture_output=True, text=True, check=True,
-            ).stdout.strip()  # fmt: skip
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout.strip()
             print(
                 f"| {name or 'plain'} | {nbytes / 1e6:.1f} | {t['perplexity']:.3f} | "
                 f"{t['kl_divergence']:.2g} | {cost.cpu:.1f} | {cost.wall:.1f} | {cost.memory:.0f} "

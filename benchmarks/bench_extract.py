@@ -35,11 +35,28 @@ def main() -> None:
     for pair in args.pairs:
         with tempfile.TemporaryDirectory(dir=pair) as scratch:
             out = Path(scratch) / "out"
-            ours = [loratools(), "extract", str(pair / "base"), str(pair / "tuned"), "-o", str(out),
-                    "--rank", str(args.rank), "--quiet"]  # fmt: skip
-            theirs = [args.mergekit, "--model", str(pair / "tuned"), "--base-model",
-                      str(pair / "base"), "--out-path", str(out),
-                      "--max-rank", str(args.rank)]  # fmt: skip
+            ours = [
+                loratools(),
+                "extract",
+                str(pair / "base"),
+                str(pair / "tuned"),
+                "-o",
+                str(out),
+                "--rank",
+                str(args.rank),
+                "--quiet",
+            ]
+            theirs = [
+                args.mergekit,
+                "--model",
+                str(pair / "tuned"),
+                "--base-model",
+                str(pair / "base"),
+                "--out-path",
+                str(out),
+                "--max-rank",
+                str(args.rank),
+            ]
             a, b = compare(partial(_once, ours, out), partial(_once, theirs, out), args.runs)
             title = f"extract, {pair.name}, rank {args.rank}" + (" (a busy core)" * args.busy)
             print(table(title, "loratools", a, "mergekit-extract-lora", b), flush=True)

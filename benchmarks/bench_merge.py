@@ -39,8 +39,12 @@ def main() -> None:
         out = Path(scratch) / "out"
         merge = [loratools(), "merge", str(args.base), str(args.adapter), "-o", str(out), "-q"]
         quoted = shlex.quote(str(out))
-        copy = ["sh", "-c", f"cp -r {shlex.quote(str(args.base))} {quoted} && "
-                f"find {quoted} -type f -exec sync {{}} +"]  # fmt: skip
+        copy = [
+            "sh",
+            "-c",
+            f"cp -r {shlex.quote(str(args.base))} {quoted} && "
+            f"find {quoted} -type f -exec sync {{}} +",
+        ]
         peft = [sys.executable, "-c", PEFT, str(args.base), str(args.adapter), str(out)]
         start = [sys.executable, "-c", "import torch"]
 
@@ -55,8 +59,10 @@ def main() -> None:
         wall = sorted(c.wall for c in imports)[len(imports) // 2]
         mine = sorted(c.wall for c in a)[len(a) // 2]
         theirs = sorted(c.wall for c in b)[len(b) // 2]
-        print(f"importing torch alone: {wall:.2f} s wall; merge beyond it: {mine - wall:.2f} s, "
-              f"{(mine - wall) / theirs:.2f} times cp + sync\n")  # fmt: skip
+        print(
+            f"importing torch alone: {wall:.2f} s wall; merge beyond it: {mine - wall:.2f} s, "
+            f"{(mine - wall) / theirs:.2f} times cp + sync\n"
+        )
         if args.peft:
             a, b = compare(lambda: once(merge), lambda: once(peft), args.runs)
             print(table(name, "loratools merge", a, "PEFT merge_and_unload", b))

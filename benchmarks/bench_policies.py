@@ -18,8 +18,13 @@ from lora_tools.linalg.delta import Delta
 from lora_tools.linalg.ranks import RankRule
 from lora_tools.linalg.svd import truncated
 
-POLICIES = {"noise_floor": 0.0, "gavish_donoho": 0.0, "ratio": 0.3, "cumulative": 0.5,
-            "energy": 0.3}  # fmt: skip
+POLICIES = {
+    "noise_floor": 0.0,
+    "gavish_donoho": 0.0,
+    "ratio": 0.3,
+    "cumulative": 0.5,
+    "energy": 0.3,
+}
 
 
 def main() -> None:
@@ -45,8 +50,13 @@ def main() -> None:
                 continue
             for exact in (False, True) if args.exact else (False,):
                 started = time.thread_time()
-                found = truncated(A, RankRule(policy, value), total=energies.delta, exact=exact,
-                                  rounding=energies.rounding)  # fmt: skip
+                found = truncated(
+                    A,
+                    RankRule(policy, value),
+                    total=energies.delta,
+                    exact=exact,
+                    rounding=energies.rounding,
+                )
                 seconds = time.thread_time() - started
                 name = policy + (", exact" if exact else "")
                 print(f"| {name} | {found.rank} | {found.method} | {seconds:.2f} |", flush=True)

@@ -53,8 +53,9 @@ def matrix(runs: int) -> None:
     room = torch.empty(flat.numel() // 2, dtype=torch.uint8)
     book, scratch = nf4.CODEBOOKS["nf4"], nf4.Scratch()
     ours = nf4.quantize_whole(flat, book, 64, True, room, scratch)
-    codes, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4",
-                                     compress_statistics=True)  # fmt: skip
+    codes, state = bnb.quantize_4bit(
+        weight, blocksize=64, quant_type="nf4", compress_statistics=True
+    )
     works = {
         "memcpy": lambda: copy.copy_(weight),
         "quantize": lambda: nf4.quantize_whole(flat, book, 64, True, room, scratch),
@@ -77,9 +78,11 @@ def matrix(runs: int) -> None:
     for name, values in times.items():
         print(f"| {name} | {statistics.median(values):.1f} |")
     for one, other in (
-        ("bitsandbytes quantize", "quantize"), ("quantize", "memcpy"),
-        ("bitsandbytes dequantize", "dequantize"), ("quantize, scale search", "quantize"),
-    ):  # fmt: skip
+        ("bitsandbytes quantize", "quantize"),
+        ("quantize", "memcpy"),
+        ("bitsandbytes dequantize", "dequantize"),
+        ("quantize, scale search", "quantize"),
+    ):
         pairs = zip(times[one], times[other], strict=True)
         print(f"| {one} / {other} | **{statistics.median(a / b for a, b in pairs):.1f}** |")
     print()

@@ -62,21 +62,35 @@ class State:
         self.names = [output.name for output in session.get_outputs()]
         self.past = {
             i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32)
-            for i in session.get_inputs() if i.name.startswith("past")
-        }  # fmt: skip
+            for i in session.get_inputs()
+            if i.name.startswith("past")
+        }
         self.length = 0
 
     def step(self, ids: Any) -> int:
         """The likeliest token after these."""
         start, self.length = self.length, self.length + ids.shape[1]
-        found = dict(zip(self.names, self.session.run(None, {
-            "input_ids": ids, "attention_mask": np.ones((1, self.length), np.int64),
-            "position_ids": np.arange(start, self.length)[None], **self.past,
-        }, self.options[0]), strict=True))  # fmt: skip
+        found = dict(
+            zip(
+                self.names,
+                self.session.run(
+                    None,
+                    {
+                        "input_ids": ids,
+                        "attention_mask": np.ones((1, self.length), np.int64),
+                        "position_ids": np.arange(start, self.length)[None],
+                        **self.past,
+                    },
+                    self.options[0],
+                ),
+                strict=True,
+            )
+        )
         self.past = {
             name.replace("present", "past_key_values"): value
-            for name, value in found.items() if name.startswith("present")
-        }  # fmt: skip
+            for name, value in found.items()
+            if name.startswith("present")
+        }
         return int(found["logits"][0, -1].argmax())
 
 
@@ -129,11 +143,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.checkpoint.parent) as scratch:
         plain, out, merged = (Path(scratch) / name for name in ("plain", "out", "merged"))
         run([loratools(), "export", str(args.checkpoint), "-o", str(plain), "--no-verify", "-q"])
-        run([
-            loratools(), "export", str(args.checkpoint), "-o", str(out), "--runtime-adapters",
-            "--graph", str(plain), "--rtol", args.rtol,
-            *(word for adapter in args.adapters for word in ("--adapter", str(adapter))),
-        ])  # fmt: skip
+        run(
+            [
+                loratools(),
+                "export",
+                str(args.checkpoint),
+                "-o",
+                str(out),
+                "--runtime-adapters",
+                "--graph",
+                str(plain),
+                "--rtol",
+                args.rtol,
+                *(word for adapter in args.adapters for word in ("--adapter", str(adapter))),
+            ]
+        )
         session = open_session(out)
         files = [out / f"{adapter.name}.onnx_adapter" for adapter in args.adapters]
         options = {file.stem: active(file) for file in files} | {"no adapter": active(None)}
@@ -143,10 +167,19 @@ def main() -> None:
         ]
         print("swapped twice, the same tokens both times:", found[0] == found[1])
         for adapter in args.adapters:
-            run([
-                loratools(), "merge", str(args.checkpoint), str(adapter), "-o", str(merged),
-                "--dtype", "float32", "--force",
-            ])  # fmt: skip
+            run(
+                [
+                    loratools(),
+                    "merge",
+                    str(args.checkpoint),
+                    str(adapter),
+                    "-o",
+                    str(merged),
+                    "--dtype",
+                    "float32",
+                    "--force",
+                ]
+            )
             wanted = in_torch(merged, args.tokens)
             same = sum(a == b for a, b in zip(found[0][adapter.name], wanted, strict=True))
             print(f"{adapter.name}: {same} of {args.tokens} tokens are torch's")
@@ -159,12 +192,17 @@ def main() -> None:
             seconds, times = ratio(first, State(session, option), args.steps)
             print(f"{name}: {times:.3f} times the plain graph's {1000 * seconds:.1f} ms a token")
         here = str(Path(__file__).parent)
-        for name, more in (("plain graph", [str(plain)]), ("no adapter", [str(out)]),
-                           *((file.stem, [str(out), str(file)]) for file in files)):  # fmt: skip
+        for name, more in (
+            ("plain graph", [str(plain)]),
+            ("no adapter", [str(out)]),
+            *((file.stem, [str(out), str(file)]) for file in files),
+        ):
             done = subprocess.run(
                 [sys.executable, "-c", MEMORY, here, *more],
-                capture_output=True, text=True, check=True,
-            )  # fmt: skip
+                capture_output=True,
+                text=True,
+                check=True,
+            )
             print(f"{name}: {done.stdout.strip()} MiB at most")
 
 

@@ -96,17 +96,25 @@ def adapter(base: Path, out: Path, embedding: bool) -> Path:
         A = torch.randn(r, out_in[1], generator=noise)
         B = torch.randn(out_in[0], r, generator=noise)
         B *= 0.15 * weight.float().norm() / (B @ A).norm() * r**0.5 / alpha
-        parts = ("lora_embedding_A", "lora_embedding_B") if embedding else (
-            "lora_A.weight", "lora_B.weight")  # fmt: skip
+        parts = (
+            ("lora_embedding_A", "lora_embedding_B")
+            if embedding
+            else ("lora_A.weight", "lora_B.weight")
+        )
         for part, factor in zip(parts, (A, B), strict=True):
             tensors[f"base_model.model.{module}.{part}"] = factor
         ranks[module], alphas[module] = r, alpha
     out.mkdir()
     save_file(tensors, out / "adapter_model.safetensors")
     config = {
-        "peft_type": "LORA", "r": 2, "lora_alpha": 4, "use_rslora": True,
-        "target_modules": sorted(ranks), "rank_pattern": ranks, "alpha_pattern": alphas,
-    }  # fmt: skip
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 4,
+        "use_rslora": True,
+        "target_modules": sorted(ranks),
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+    }
     (out / "adapter_config.json").write_text(json.dumps(config))
     return out
 

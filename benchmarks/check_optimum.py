@@ -44,13 +44,16 @@ if "tokens" in wanted:
 print(", ".join(told))
 """
 KINDS = {
-    "ForCausalLM": "CausalLM", "LMHeadModel": "CausalLM", "ForMaskedLM": "MaskedLM",
+    "ForCausalLM": "CausalLM",
+    "LMHeadModel": "CausalLM",
+    "ForMaskedLM": "MaskedLM",
     "ForSequenceClassification": "SequenceClassification",
     "ForTokenClassification": "TokenClassification",
     "ForImageClassification": "ImageClassification",
-    "WhisperForConditionalGeneration": "SpeechSeq2Seq", "ForConditionalGeneration": "Seq2SeqLM",
+    "WhisperForConditionalGeneration": "SpeechSeq2Seq",
+    "ForConditionalGeneration": "Seq2SeqLM",
     "Model": "FeatureExtraction",
-}  # fmt: skip
+}
 
 
 def in_torch(folder: Path) -> tuple[str, dict[str, Any]]:

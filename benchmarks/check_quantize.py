@@ -44,8 +44,10 @@ def main() -> None:
             with safe_open(mine[name], "pt") as one, safe_open(wanted[name], "pt") as other:
                 a, b = one.get_tensor(name), other.get_tensor(name)
             same = a.dtype == b.dtype and a.shape == b.shape
-            if not (same and torch.equal(a.reshape(-1).view(torch.uint8),
-                                         b.reshape(-1).view(torch.uint8))):  # fmt: skip
+            if not (
+                same
+                and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+            ):
                 different.append(name)
     print(f"{len(wanted)} tensors of transformers', {len(mine)} of ours, {len(different)} differ")
     for name in different:

@@ -56,20 +56,48 @@ ROWS = (
     *(Row(f"rank {r}, linear layers", {"rank": r, **LINEAR}) for r in (8, 16, 32, 64)),
     Row("rank 32, with the embedding", {"rank": 32, **EMBEDDING}),
     Row("rank 32, with the embedding and norms whole", {"rank": 32, **SAVED}),
-    Row("budget of rank 32, linear layers", LINEAR, "rank 32, linear layers",
-        "rank 32, linear layers"),
-    Row("budget of rank 32, with the embedding", EMBEDDING, "rank 32, with the embedding",
-        "rank 32, with the embedding"),
+    Row(
+        "budget of rank 32, linear layers",
+        LINEAR,
+        "rank 32, linear layers",
+        "rank 32, linear layers",
+    ),
+    Row(
+        "budget of rank 32, with the embedding",
+        EMBEDDING,
+        "rank 32, with the embedding",
+        "rank 32, with the embedding",
+    ),
     Row("noise floor, linear layers", {"noise_floor": True, **LINEAR}),
-    Row("rank 32, linear layers, activations, diagonal", {"rank": 32, **LINEAR}, "",
-        "rank 32, linear layers", "diagonal"),
-    Row("rank 32, linear layers, activations", {"rank": 32, **LINEAR}, "",
-        "rank 32, linear layers", "full"),
-    Row("rank 8, linear layers, activations", {"rank": 8, **LINEAR}, "",
-        "rank 8, linear layers", "full"),
-    Row("budget of rank 32, linear layers, activations", LINEAR, "rank 32, linear layers",
-        "rank 32, linear layers, activations", "full"),
-)  # fmt: skip
+    Row(
+        "rank 32, linear layers, activations, diagonal",
+        {"rank": 32, **LINEAR},
+        "",
+        "rank 32, linear layers",
+        "diagonal",
+    ),
+    Row(
+        "rank 32, linear layers, activations",
+        {"rank": 32, **LINEAR},
+        "",
+        "rank 32, linear layers",
+        "full",
+    ),
+    Row(
+        "rank 8, linear layers, activations",
+        {"rank": 8, **LINEAR},
+        "",
+        "rank 8, linear layers",
+        "full",
+    ),
+    Row(
+        "budget of rank 32, linear layers, activations",
+        LINEAR,
+        "rank 32, linear layers",
+        "rank 32, linear layers, activations",
+        "full",
+    ),
+)
 
 
 def losses_of(folder: Path, held_out: torch.Tensor) -> torch.Tensor:
@@ -108,8 +136,11 @@ def main() -> None:
     after = [losses_of(pair / "tuned", held_out) for pair in args.pairs]
     ends = ", ".join(f"{float(each.mean()):.4f}" for each in after)
     start = float(before.mean())
-    print(f"{held_out.numel()} held-out tokens; loss of the base {start:.4f}, of the fine-tunes "
-          f"{ends}", flush=True)  # fmt: skip
+    print(
+        f"{held_out.numel()} held-out tokens; loss of the base {start:.4f}, of the fine-tunes "
+        f"{ends}",
+        flush=True,
+    )
     found: dict[str, list[torch.Tensor]] = {}
     figures: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory(dir=args.pairs[0].parent) as scratch:
@@ -123,9 +154,14 @@ def main() -> None:
                 options["activations"] = work / f"{row.weighted}.safetensors"
                 if not options["activations"].exists():
                     lora_tools.collect_stats(
-                        base, work / "text.txt", options["activations"], kind=row.weighted,
-                        length=LENGTH, max_tokens=LENGTH * args.calibration, jobs=1,
-                    )  # fmt: skip
+                        base,
+                        work / "text.txt",
+                        options["activations"],
+                        kind=row.weighted,
+                        length=LENGTH,
+                        max_tokens=LENGTH * args.calibration,
+                        jobs=1,
+                    )
             for i, pair in enumerate(args.pairs):
                 if row.size_of:
                     options["budget"] = str(figures[row.size_of][i]["parameters"])
@@ -139,14 +175,21 @@ def main() -> None:
                 figures.setdefault(row.name, []).append(report.totals)
                 shutil.rmtree(work / "merged")
             share = shares(before, found[row.name], after)
-            print(f"  {row.name}: {', '.join(f'{each:.4f}' for each in share)}", file=sys.stderr,
-                  flush=True)  # fmt: skip
-    print("\n| adapter | numbers | MB | relative error | gain recovered | of each fine-tune | loss "
-          "against the row named | nats |\n|---|---|---|---|---|---|---|---|")  # fmt: skip
+            print(
+                f"  {row.name}: {', '.join(f'{each:.4f}' for each in share)}",
+                file=sys.stderr,
+                flush=True,
+            )
+    print(
+        "\n| adapter | numbers | MB | relative error | gain recovered | of each fine-tune | loss "
+        "against the row named | nats |\n|---|---|---|---|---|---|---|---|"
+    )
     for row in rows:
         share, totals = shares(before, found[row.name], after), figures[row.name]
-        mean = {key: sum(t[key] for t in totals) / len(totals)
-                for key in ("parameters", "bytes", "relative_error")}  # fmt: skip
+        mean = {
+            key: sum(t[key] for t in totals) / len(totals)
+            for key in ("parameters", "bytes", "relative_error")
+        }
         other = difference(found[row.name], found[row.against]) if row.against in found else ""
         print(
             f"| {row.name} | {mean['parameters']:,.0f} | {mean['bytes'] / 2e6:.1f} | "

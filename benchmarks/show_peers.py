@@ -25,21 +25,30 @@ import transformers
 from _measure import loratools
 
 SHAPE = {
-    "vocab_size": 96, "hidden_size": 128, "intermediate_size": 160, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "bos_token_id": 1,
-    "eos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 64,
-}  # fmt: skip
+    "vocab_size": 96,
+    "hidden_size": 128,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "max_position_embeddings": 64,
+}
 IDS = torch.arange(21)[None] * 7 % 93 + 3
 ADAPTERS: dict[str, dict[str, Any]] = {
     "LoRA": {"target_modules": ["q_proj", "v_proj"]},
     "LoRA, alpha pattern": {
-        "target_modules": ["q_proj", "v_proj"], "alpha_pattern": {"q_proj": 64}
+        "target_modules": ["q_proj", "v_proj"],
+        "alpha_pattern": {"q_proj": 64},
     },
     "LoRA, rank pattern": {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"q_proj": 2}},
     "rsLoRA": {"target_modules": ["q_proj", "v_proj"], "use_rslora": True},
     "DoRA": {"target_modules": ["q_proj", "v_proj"], "use_dora": True},
     "LoRA on the embedding": {"target_modules": ["embed_tokens", "v_proj"]},
-}  # fmt: skip
+}
 
 
 def shaken(model: Any, trained_only: bool = False) -> Any:

@@ -9,16 +9,30 @@ from lora_tools.formats.adapter_formats import FEATURES, FORMATS, Format
 START, END = "<!-- formats -->\n", "<!-- /formats -->\n"
 _ALPHA = {"module": "each module's", "one": "one", "folded": "in lora_B"}
 _HEADS = {
-    "embedding": "embed.", "conv": "conv.", "experts": "experts", "dora": "DoRA", "bias": "bias",
-    "saved": "saved whole", "tokens": "tokens",
+    "embedding": "embed.",
+    "conv": "conv.",
+    "experts": "experts",
+    "dora": "DoRA",
+    "bias": "bias",
+    "saved": "saved whole",
+    "tokens": "tokens",
     "head": "tied head",
-}  # fmt: skip
+}
 
 
 def render() -> str:
     """The table."""
-    heads = ["`--to`", "format", "as of", "read", "written", "needs `--base`", "alpha", "ranks",
-             *(_HEADS[feature] for feature in FEATURES)]  # fmt: skip
+    heads = [
+        "`--to`",
+        "format",
+        "as of",
+        "read",
+        "written",
+        "needs `--base`",
+        "alpha",
+        "ranks",
+        *(_HEADS[feature] for feature in FEATURES),
+    ]
     rows = [heads, ["---"] * len(heads), *(_row(form) for form in FORMATS.values())]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
@@ -32,8 +46,17 @@ def _row(form: Format) -> list[str]:
         has["embedding"] = "untied"
     kept = [has.get(feature, "–") for feature in FEATURES]
     ranks = "one" if form.one_rank else "each its own"
-    return [f"`{form.name}`", form.title, form.library, read, written, form.base or "–",
-            _ALPHA[form.alpha], ranks, *kept]  # fmt: skip
+    return [
+        f"`{form.name}`",
+        form.title,
+        form.library,
+        read,
+        written,
+        form.base or "–",
+        _ALPHA[form.alpha],
+        ranks,
+        *kept,
+    ]
 
 
 def insert(page: str) -> str:

@@ -54,13 +54,28 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "errors": (
-        "AdapterError", "CheckpointError", "LoraToolsError", "MismatchError", "NonFiniteError",
-        "OutputError", "QualityGateError", "TensorNotFound", "UnsafeInput", "UnsupportedAdapter",
+        "AdapterError",
+        "CheckpointError",
+        "LoraToolsError",
+        "MismatchError",
+        "NonFiniteError",
+        "OutputError",
+        "QualityGateError",
+        "TensorNotFound",
+        "UnsafeInput",
+        "UnsupportedAdapter",
         "UsageError",
     ),
     "records": (
-        "Fate", "Input", "ModuleResult", "ModuleSpectrum", "Progress", "Report", "TensorFacts",
-        "TensorResult", "TensorSpec",
+        "Fate",
+        "Input",
+        "ModuleResult",
+        "ModuleSpectrum",
+        "Progress",
+        "Report",
+        "TensorFacts",
+        "TensorResult",
+        "TensorSpec",
     ),
     "verbs.collect_stats": ("collect_stats",),
     "verbs.diff": ("diff",),
@@ -75,7 +90,7 @@ _HOMES = {
     "verbs.rescale": ("rescale",),
     "verbs.unmerge": ("unmerge",),
     "verbs.verify": ("verify",),
-}  # fmt: skip
+}
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [

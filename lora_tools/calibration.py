@@ -130,9 +130,11 @@ def _load(folder: Path, allow_pickle: bool) -> Any:
             [architecture, *_] = config.architectures or ["AutoModel"]
             kind = getattr(transformers, architecture)
             return kind.from_pretrained(
-                folder, local_files_only=True, dtype=torch.float32,
+                folder,
+                local_files_only=True,
+                dtype=torch.float32,
                 use_safetensors=None if allow_pickle else True,
-            ).eval()  # fmt: skip
+            ).eval()
     except Exception as error:  # transformers raises what it likes
         raise CheckpointError(f"{folder}: transformers cannot load it ({_first(error)})") from None
 
@@ -160,8 +162,9 @@ def _hook(
                 sums[name] = torch.ones(module.num_embeddings, dtype=torch.float64, device=x.device)
                 counts[name] = module.num_embeddings
             flat = x.reshape(-1)
-            sums[name].index_add_(0, flat, torch.ones(len(flat), dtype=torch.float64,
-                                                      device=x.device))  # fmt: skip
+            sums[name].index_add_(
+                0, flat, torch.ones(len(flat), dtype=torch.float64, device=x.device)
+            )
         else:
             flat = x.reshape(-1, x.shape[-1]).float()
             one = flat.T @ flat if kind == "full" else flat.double().square().sum(0)

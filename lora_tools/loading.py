@@ -25,9 +25,22 @@ if TYPE_CHECKING:
 # Architectures that have the same names in files and in memory; for them transformers need not be
 # imported, which takes as long as the extraction of a small model.
 SAME_NAMES = (
-    "bert", "distilbert", "gemma", "gemma2", "gemma3_text", "gpt2", "llama", "mistral", "phi",
-    "phi3", "qwen2", "qwen3", "roberta", "smollm3", "xlm-roberta",
-)  # fmt: skip
+    "bert",
+    "distilbert",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "llama",
+    "mistral",
+    "phi",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "roberta",
+    "smollm3",
+    "xlm-roberta",
+)
 # Layers whose weights, or settings, their model reads without calling them: PEFT's layers around
 # them would be passed by, or are no match for it.
 _READ = {
@@ -110,9 +123,10 @@ def _look(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> tuple[L
         model = _weightless(str(names[0]), config)
         tensors, other = _convert(model, specs)
         tied = {
-            name: source for name, source in model.all_tied_weights_keys.items()
+            name: source
+            for name, source in model.all_tied_weights_keys.items()
             if name.endswith(".weight") and name not in tensors and source in tensors
-        }  # fmt: skip
+        }
     except Exception as error:  # an older transformers, a class that it does not know, …
         said = " ".join(str(error).split())
         return None, f"transformers cannot make a {names[0]} ({type(error).__name__}: {said:.200})"
@@ -205,8 +219,9 @@ def _convert(
         made = _run(converter, new, model)
         parts = {
             name: numbers.pieces(tensor, tuple(state[name].shape))
-            for name, tensor in made.items() if name in state
-        }  # fmt: skip
+            for name, tensor in made.items()
+            if name in state
+        }
         if not parts or None in parts.values() or len({specs[s].dtype for s in sources}) > 1:
             other += sources
             continue

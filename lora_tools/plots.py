@@ -55,9 +55,13 @@ def draw(picture: Picture, suffix: str) -> bytes:
     import matplotlib
 
     settings = {
-        "svg.hashsalt": "loratools", "font.size": 9, "axes.spines.top": False,
-        "axes.spines.right": False, "axes.titlesize": 10, "axes.titlelocation": "left",
-    }  # fmt: skip
+        "svg.hashsalt": "loratools",
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlesize": 10,
+        "axes.titlelocation": "left",
+    }
     with matplotlib.rc_context(settings):
         figure = _figure(picture)
         kind = "png" if suffix == ".png" else "svg"
@@ -69,9 +73,11 @@ def draw(picture: Picture, suffix: str) -> bytes:
         svg = content[content.index(b"<svg") :]
         title = picture.title.replace("&", "&amp;").replace("<", "&lt;").encode()
         content = (
-            b'<!DOCTYPE html>\n<html lang="en">\n<meta charset="utf-8">\n<title>' + title
-            + b"</title>\n<style>svg { max-width: 100%; height: auto }</style>\n" + svg
-        )  # fmt: skip
+            b'<!DOCTYPE html>\n<html lang="en">\n<meta charset="utf-8">\n<title>'
+            + title
+            + b"</title>\n<style>svg { max-width: 100%; height: auto }</style>\n"
+            + svg
+        )
     return content
 
 
@@ -87,10 +93,15 @@ def _figure(picture: Picture) -> Any:
     _spectra(spectra, picture.lines)
     _curves(figure.add_subplot(grid[1, 1]), picture)
     names = [len(line.label) for line in picture.lines]
-    figure.legend(*spectra.get_legend_handles_labels(), loc="outside lower left", frameon=False,
-                  fontsize=7.5, ncols=max(min(200 // (max(names, default=0) + 8), 4), 1),
-                  title="largest change of each kind" if len(names) > 1 else None,
-                  alignment="left")  # fmt: skip
+    figure.legend(
+        *spectra.get_legend_handles_labels(),
+        loc="outside lower left",
+        frameon=False,
+        fontsize=7.5,
+        ncols=max(min(200 // (max(names, default=0) + 8), 4), 1),
+        title="largest change of each kind" if len(names) > 1 else None,
+        alignment="left",
+    )
     return figure
 
 
@@ -100,8 +111,12 @@ def _heat(axes: Axes, picture: Picture) -> None:
 
     values = [value for row in picture.heat for value in row if math.isfinite(value) and value > 0]
     wide = max(values, default=1) > _WIDE * min(values, default=1)
-    image = axes.imshow(picture.heat, aspect="auto", cmap="viridis",
-                        norm=LogNorm(min(values), max(values)) if wide else None)  # fmt: skip
+    image = axes.imshow(
+        picture.heat,
+        aspect="auto",
+        cmap="viridis",
+        norm=LogNorm(min(values), max(values)) if wide else None,
+    )
     axes.set_title(f"{picture.heat_label.split(',')[0].capitalize()}, by layer and kind of module")
     axes.set_yticks(range(len(picture.rows)), picture.rows)
     step = max(math.ceil(len(picture.columns) / 32), 1)
@@ -144,12 +159,25 @@ def _curves(axes: Axes, picture: Picture) -> None:
     styles = {"uniform": "-", "energy": "--", "budget": "-"}
     for (name, points), colour in zip(curves.items(), _COLOURS, strict=False):
         if points:
-            axes.plot(*zip(*sorted(points), strict=True), styles.get(name, "-"), color=colour,
-                      lw=1.6, label=name)  # fmt: skip
+            axes.plot(
+                *zip(*sorted(points), strict=True),
+                styles.get(name, "-"),
+                color=colour,
+                lw=1.6,
+                label=name,
+            )
     for label, size, error in picture.marks:
         axes.plot(size, error, "o", color=_COLOURS[0], ms=4)
-        axes.annotate(label, (size, error), (-3, -4), textcoords="offset points", fontsize=7.5,
-                      ha="right", va="top", zorder=0)  # fmt: skip
+        axes.annotate(
+            label,
+            (size, error),
+            (-3, -4),
+            textcoords="offset points",
+            fontsize=7.5,
+            ha="right",
+            va="top",
+            zorder=0,
+        )
     axes.set_xscale("log")
     axes.set_xlabel("numbers in the factors")
     axes.set_ylabel("relative error over all modules")

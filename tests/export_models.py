@@ -13,9 +13,13 @@ import transformers as hf
 from .models import perturb, save
 
 _ENCODER = {
-    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5,
-    "num_attention_heads": 4, "max_position_embeddings": 64,
-}  # fmt: skip
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
 _DECODER = _ENCODER | {"num_key_value_heads": 2, "head_dim": 8}
 _SHALLOW = _DECODER | {"num_hidden_layers": 2}
 
@@ -36,19 +40,36 @@ def _gpt2() -> Any:
 
 def _t5() -> Any:
     config = hf.T5Config(
-        vocab_size=96, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_decoder_layers=2, num_heads=4,
+        vocab_size=96,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_decoder_layers=2,
+        num_heads=4,
         decoder_start_token_id=0,
-    )  # fmt: skip
+    )
     return hf.T5ForConditionalGeneration(config)
 
 
 def _whisper() -> Any:
     config = hf.WhisperConfig(
-        vocab_size=96, num_mel_bins=8, d_model=32, encoder_layers=2, decoder_layers=2,
-        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48,
-        decoder_ffn_dim=48, max_source_positions=20, max_target_positions=64, pad_token_id=0,
-        bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
-    )  # fmt: skip
+        vocab_size=96,
+        num_mel_bins=8,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        max_source_positions=20,
+        max_target_positions=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+    )
     return hf.WhisperForConditionalGeneration(config)
 
 
@@ -66,17 +87,27 @@ def _mixtral() -> Any:
 def _gemma3() -> Any:
     kinds = ["sliding_attention", "full_attention"] * 4
     config = hf.Gemma3TextConfig(
-        **_DECODER | {"num_hidden_layers": 8}, sliding_window=8, layer_types=kinds,
-        query_pre_attn_scalar=8, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        **_DECODER | {"num_hidden_layers": 8},
+        sliding_window=8,
+        layer_types=kinds,
+        query_pre_attn_scalar=8,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     return hf.Gemma3ForCausalLM(config)
 
 
 def _vit() -> Any:
     config = hf.ViTConfig(
-        hidden_size=32, num_hidden_layers=5, num_attention_heads=4, intermediate_size=48,
-        image_size=16, patch_size=4, num_labels=3,
-    )  # fmt: skip
+        hidden_size=32,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        intermediate_size=48,
+        image_size=16,
+        patch_size=4,
+        num_labels=3,
+    )
     return hf.ViTForImageClassification(config)
 
 

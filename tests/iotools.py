@@ -90,9 +90,11 @@ def graph(folder: Path, source: Path, tensors: Mapping[str, torch.Tensor]) -> Pa
         helper.make_tensor_value_info(f"{w.name}.out", TensorProto.FLOAT, w.dims) for w in weights
     ]
     model = helper.make_model(
-        helper.make_graph(nodes, "main", [], outputs, weights), producer_name="loratools",
-        opset_imports=[helper.make_opsetid("", 20)], ir_version=9,
-    )  # fmt: skip
+        helper.make_graph(nodes, "main", [], outputs, weights),
+        producer_name="loratools",
+        opset_imports=[helper.make_opsetid("", 20)],
+        ir_version=9,
+    )
     (folder / "model.onnx").write_bytes(model.SerializeToString())
     return folder
 
@@ -142,9 +144,13 @@ def linear_shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, .
 def cli(*args: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run the command line as a user does, in a process of its own."""
     return subprocess.run(
-        [*COMMAND, *map(str, args)], capture_output=True, text=True, timeout=120, check=False,
+        [*COMMAND, *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
         **options,
-    )  # fmt: skip
+    )
 
 
 def tree(folder: Path) -> dict[str, str]:

@@ -57,11 +57,18 @@ def check_linears(folder: Path, task: Task) -> list[Linear]:
             assert each.tied == bool(gathered)
         found += found_here
     values = {
-        (as_stored(stored.tensor(f.weight) if f.weight in stored.specs else own[f.weight]),
-         f.out_first) for f in found
-    }  # fmt: skip
-    unused = {  # what it makes is no output of the features
-        (as_stored(own[name]), True) for name in ("pooler.dense.weight",) if name in own
-    } if task.name == "features" else set()  # fmt: skip
+        (
+            as_stored(stored.tensor(f.weight) if f.weight in stored.specs else own[f.weight]),
+            f.out_first,
+        )
+        for f in found
+    }
+    unused = (
+        {  # what it makes is no output of the features
+            (as_stored(own[name]), True) for name in ("pooler.dense.weight",) if name in own
+        }
+        if task.name == "features"
+        else set()
+    )
     assert values == watch.seen - unused
     return found

@@ -19,18 +19,29 @@ transformers.logging.disable_progress_bar()
 
 def _llama(width: int, tied: bool) -> transformers.PreTrainedModel:
     config = transformers.LlamaConfig(
-        vocab_size=VOCAB, hidden_size=width, intermediate_size=3 * width // 2, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-        tie_word_embeddings=tied, attention_bias=True,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=width,
+        intermediate_size=3 * width // 2,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        attention_bias=True,
+    )
     return transformers.LlamaForCausalLM(config)
 
 
 def _bert_config(width: int) -> transformers.BertConfig:
     return transformers.BertConfig(
-        vocab_size=VOCAB, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=32, type_vocab_size=2,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=32,
+        type_vocab_size=2,
+    )
 
 
 def _gpt2(width: int) -> transformers.PreTrainedModel:
@@ -166,9 +177,7 @@ def write_adapter(
     folder: Path, A: torch.Tensor, B: torch.Tensor, alpha: float, m: torch.Tensor | None = None
 ) -> Path:
     folder.mkdir()
-    config = {
-        "peft_type": "LORA", "r": A.shape[0], "lora_alpha": alpha, "use_dora": m is not None,
-    }  # fmt: skip
+    config = {"peft_type": "LORA", "r": A.shape[0], "lora_alpha": alpha, "use_dora": m is not None}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     tensors = {"base_model.model.w.lora_A.weight": A, "base_model.model.w.lora_B.weight": B}
     if m is not None:

@@ -38,13 +38,17 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "gpt2-tied": ("gpt2", {**GPT2, "target_modules": ["wte", "c_attn"]}, False),
     "tied-embedding": ("llama-tied", {"target_modules": ["embed_tokens"]}, False),
     "tied-both": (
-        "llama-tied", {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}, False
+        "llama-tied",
+        {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+        False,
     ),
     "tied-tokens": (
-        "llama-tied", {"target_modules": ["q_proj"], "trainable_token_indices": [3, 0]}, True
+        "llama-tied",
+        {"target_modules": ["q_proj"], "trainable_token_indices": [3, 0]},
+        True,
     ),
     "bert": ("bert", {"target_modules": ["query", "word_embeddings"]}, False),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -179,9 +183,13 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Pa
     root = tmp_path_factory.mktemp("others")
     torch.manual_seed(0)
     config = transformers.ViTConfig(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48,
-        image_size=16, patch_size=4,
-    )  # fmt: skip
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=48,
+        image_size=16,
+        patch_size=4,
+    )
     vit = transformers.ViTModel(config)
     models.perturb(vit, 0.1, 0)
     pixels = torch.randn(1, 3, 16, 16)
@@ -221,14 +229,27 @@ def test_fused_experts(tmp_path: Path) -> None:
     import peft
 
     config = transformers.MixtralConfig(
-        vocab_size=models.VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1, num_local_experts=3, num_experts_per_tok=2,
-    )  # fmt: skip
+        vocab_size=models.VOCAB,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=3,
+        num_experts_per_tok=2,
+    )
     torch.manual_seed(0)
     base = transformers.MixtralForCausalLM(config).eval()
-    tuned = models.quietly(lambda: peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(
-        target_parameters=["experts.gate_up_proj", "experts.down_proj"], target_modules=[], r=2
-    )))  # fmt: skip
+    tuned = models.quietly(
+        lambda: peft.get_peft_model(
+            copy.deepcopy(base),
+            peft.LoraConfig(
+                target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+                target_modules=[],
+                r=2,
+            ),
+        )
+    )
     models.perturb(tuned, 0.2, 0, only="lora_")
     models.quietly(lambda: tuned.save_pretrained(tmp_path / "a"))
     wanted, before = models.outputs(tuned.eval()), state(base)

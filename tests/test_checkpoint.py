@@ -103,9 +103,18 @@ def test_tied_embeddings(config, tied, tmp_path):
 
 @pytest.mark.parametrize(
     "outside",
-    ["../x.safetensors", "a/b.safetensors", "{top}/x.safetensors", "..", ".", "",
-     "..\\x.safetensors", "./model.safetensors", "a\0b"],
-)  # fmt: skip
+    [
+        "../x.safetensors",
+        "a/b.safetensors",
+        "{top}/x.safetensors",
+        "..",
+        ".",
+        "",
+        "..\\x.safetensors",
+        "./model.safetensors",
+        "a\0b",
+    ],
+)
 def test_an_index_that_leads_outside_is_unsafe(outside, tmp_path):
     folder = checkpoint(tmp_path / "m", TENSORS)
     (folder / "a").mkdir()
@@ -157,11 +166,23 @@ def test_an_index_that_disagrees_with_its_shards(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "5", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}',
-     '{"weight_map": {"a": ["model.safetensors"]}}', "\xff", "[" * 100_000, "9" * 5000,
-     '{"weight_map": null}', '{"weight_map": {"a": "model.safetensors", "a": "b"}}'],
+    [
+        "",
+        "[]",
+        "5",
+        "{}",
+        '{"weight_map": []}',
+        '{"weight_map": {}}',
+        '{"weight_map": {"a": 1}}',
+        '{"weight_map": {"a": ["model.safetensors"]}}',
+        "\xff",
+        "[" * 100_000,
+        "9" * 5000,
+        '{"weight_map": null}',
+        '{"weight_map": {"a": "model.safetensors", "a": "b"}}',
+    ],
     ids=range(13),
-)  # fmt: skip
+)
 def test_an_index_that_is_none(text, tmp_path):
     folder = checkpoint(tmp_path / "m", TENSORS)
     (folder / "model.safetensors.index.json").write_bytes(text.encode("latin-1"))
@@ -205,13 +226,17 @@ def test_an_adapter_is_no_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     "names",
     [
-        ["base_model.model.q.base_layer.weight", "base_model.model.q.lora_A.default.weight",
-         "base_model.model.q.lora_B.default.weight", "base_model.model.norm.weight"],
+        [
+            "base_model.model.q.base_layer.weight",
+            "base_model.model.q.lora_A.default.weight",
+            "base_model.model.q.lora_B.default.weight",
+            "base_model.model.norm.weight",
+        ],
         ["base_model.model.q.weight", "base_model.model.norm.weight"],  # merged in its wrapper
         ["net.q.weight", "net.q.lora_A", "net.q.lora_B", "net.q.bias"],  # loralib's whole model
         ["x.m"],
     ],
-)  # fmt: skip
+)
 def test_a_model_with_its_adapters_is_a_checkpoint(names, tmp_path):
     save_file({name: torch.zeros(2, 2) for name in names}, tmp_path / "m.safetensors")
     assert sorted(open_checkpoint(tmp_path / "m.safetensors").specs) == sorted(names)
@@ -243,10 +268,7 @@ class _Bomb:
         return (open, (self.path, "w"))
 
 
-PICKLES = {
-    "zip": {},
-    "legacy": {"_use_new_zipfile_serialization": False},
-}
+PICKLES = {"zip": {}, "legacy": {"_use_new_zipfile_serialization": False}}
 
 
 @pytest.mark.parametrize("kind", PICKLES)
@@ -413,11 +435,22 @@ def test_a_folder_here_wins_over_the_hub(tmp_path, cache, monkeypatch):
 
 @pytest.mark.parametrize(
     ("source", "is_one"),
-    [("org/name", True), ("o-r.g/n_a.me", True), ("org/name@main", True),
-     ("org/name@refs/pr/1", True), ("name", False), ("org/name/more", False), ("/org/name", False),
-     ("../name", False), ("./name", False), ("org/..", False), ("org/name@", False),
-     ("org/name@a b", False), ("", False)],
-)  # fmt: skip
+    [
+        ("org/name", True),
+        ("o-r.g/n_a.me", True),
+        ("org/name@main", True),
+        ("org/name@refs/pr/1", True),
+        ("name", False),
+        ("org/name/more", False),
+        ("/org/name", False),
+        ("../name", False),
+        ("./name", False),
+        ("org/..", False),
+        ("org/name@", False),
+        ("org/name@a b", False),
+        ("", False),
+    ],
+)
 def test_hub_ids(source, is_one):
     assert hub.looks_like_hub_id(source) is is_one
 
@@ -461,10 +494,24 @@ def put(folder: Path, *names: str) -> None:
 def test_small_files_travel_and_other_weights_and_hidden_files_do_not(tmp_path):
     folder = checkpoint(tmp_path / "m", TENSORS, 2)
     travel = ["README.md", "merges.txt", "code/modeling.py", "tokenizer.model", "LICENSE"]
-    left = ["pytorch_model.bin", "onnx/model.onnx", "tf_model.h5", "flax_model.msgpack",
-            "original/consolidated.00.pth", "m.gguf", "pytorch_model.bin.index.json"]  # fmt: skip
-    put(folder, *travel, *left, ".git/config", ".gitattributes", ".cache/x/tokenizer.json",
-        "code/.hidden")  # fmt: skip
+    left = [
+        "pytorch_model.bin",
+        "onnx/model.onnx",
+        "tf_model.h5",
+        "flax_model.msgpack",
+        "original/consolidated.00.pth",
+        "m.gguf",
+        "pytorch_model.bin.index.json",
+    ]
+    put(
+        folder,
+        *travel,
+        *left,
+        ".git/config",
+        ".gitattributes",
+        ".cache/x/tokenizer.json",
+        "code/.hidden",
+    )
     (folder / "broken").symlink_to("nowhere")
     found = open_checkpoint(folder).companions()
     assert found[0] == sorted(Path(p) for p in (*travel, "config.json", "tokenizer.json"))
@@ -473,8 +520,13 @@ def test_small_files_travel_and_other_weights_and_hidden_files_do_not(tmp_path):
 
 def test_folders_of_modules_json_travel_whole(tmp_path):
     folder = checkpoint(tmp_path / "m", TENSORS)
-    put(folder, "1_Pooling/config.json", "2_Dense/model.safetensors", "2_Dense/pytorch_model.bin",
-        "other/model.safetensors")  # fmt: skip
+    put(
+        folder,
+        "1_Pooling/config.json",
+        "2_Dense/model.safetensors",
+        "2_Dense/pytorch_model.bin",
+        "other/model.safetensors",
+    )
     modules = [{"idx": 0, "path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]
     (folder / "modules.json").write_text(json.dumps(modules))
     travel, left = open_checkpoint(folder).companions()
@@ -485,10 +537,21 @@ def test_folders_of_modules_json_travel_whole(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "5", "{}", "[5]", '[{"path": 5}]', '[{"path": "."}]', '[{"path": "/"}]', "\xff",
-             "[" * 100_000, '[{"path": "../x"}]'],
+    "text",
+    [
+        "",
+        "5",
+        "{}",
+        "[5]",
+        '[{"path": 5}]',
+        '[{"path": "."}]',
+        '[{"path": "/"}]',
+        "\xff",
+        "[" * 100_000,
+        '[{"path": "../x"}]',
+    ],
     ids=range(10),
-)  # fmt: skip
+)
 def test_a_modules_json_that_is_none_names_no_folder(text, tmp_path):
     folder = checkpoint(tmp_path / "m", TENSORS)
     put(folder, "2_Dense/model.safetensors")
@@ -546,8 +609,10 @@ def test_a_pickle_s_copy_carries_the_names_that_loaders_look_for(tmp_path):
     torch.save(TENSORS, folder / "pytorch_model.bin")
     copied(open_checkpoint(folder, True), tmp_path / "one")
     assert sorted(p.name for p in (tmp_path / "one").iterdir()) == [
-        "config.json", "model.safetensors", "tokenizer.json",
-    ]  # fmt: skip
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
     (folder / "pytorch_model.bin").unlink()
     weight_map = {k: f"pytorch_model-0000{i % 2 + 1}-of-00002.bin" for i, k in enumerate(TENSORS)}
     for file in set(weight_map.values()):
@@ -559,8 +624,9 @@ def test_a_pickle_s_copy_carries_the_names_that_loaders_look_for(tmp_path):
     assert holds(found)
     assert found.index_name == "model.safetensors.index.json"
     assert [f.path.name for f in found.files] == [
-        "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
-    ]  # fmt: skip
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    ]
 
 
 @pytest.mark.parametrize("name", ["../x", "/x", "a/b", "..", ""])
@@ -598,9 +664,15 @@ def test_a_bare_file_s_metadata_and_order_are_kept(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "nbytes"),
-    [("5GB", 5 * 10**9), ("500MiB", 500 * 2**20), ("1.5 kb", 1500), ("12", 12),
-     (" 2T ", 2 * 10**12), ("3Ki", 3072)],
-)  # fmt: skip
+    [
+        ("5GB", 5 * 10**9),
+        ("500MiB", 500 * 2**20),
+        ("1.5 kb", 1500),
+        ("12", 12),
+        (" 2T ", 2 * 10**12),
+        ("3Ki", 3072),
+    ],
+)
 def test_sizes(text, nbytes):
     assert parse_size(text) == nbytes
 

@@ -36,8 +36,12 @@ def loratools(*args: Any, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run the command in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "lora_tools", *map(str, args)],
-        capture_output=True, text=True, timeout=120, check=False, **options,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        **options,
+    )
 
 
 def only_error(done: subprocess.CompletedProcess[str]) -> str:
@@ -165,8 +169,10 @@ def test_130_and_143_leave_no_trace(pair: Path, tmp_path: Path) -> None:
     for number, says in ((signal.SIGINT, "Interrupted"), (signal.SIGTERM, "Terminated")):
         process = subprocess.Popen(
             [sys.executable, "-c", code, *map(str, args)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         assert process.stdout is not None
         assert process.stdout.readline() == "now\n"
         assert len(list(tmp_path.iterdir())) == 1, "the staging folder"
@@ -236,8 +242,11 @@ def test_dry_run_writes_nothing_and_does_without_torch(pair: Path, tmp_path: Pat
     ):
         done = subprocess.run(
             [sys.executable, "-c", code, *map(str, args), "-o", "out", "--dry-run"],
-            capture_output=True, text=True, cwd=tmp_path, check=False,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            check=False,
+        )
         assert done.returncode == 0, done.stderr
         assert "nothing was written" in done.stderr
         assert "model.layers.0.self_attn.q_proj" in done.stderr
@@ -286,8 +295,11 @@ def on_a_terminal(args: list[Any]) -> tuple[int, str]:
     env = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "120"}
     process = subprocess.Popen(
         [sys.executable, "-m", "lora_tools", *map(str, args)],
-        stdin=other, stdout=subprocess.DEVNULL, stderr=other, env=env,
-    )  # fmt: skip
+        stdin=other,
+        stdout=subprocess.DEVNULL,
+        stderr=other,
+        env=env,
+    )
     os.close(other)
     drawn = b""
     while True:
@@ -327,9 +339,11 @@ def test_completion_scripts(shell: str) -> None:
 def test_completion_knows_commands_and_options() -> None:
     def complete(words: str, at: int) -> str:
         env = {
-            **os.environ, "_LORATOOLS_COMPLETE": "bash_complete", "COMP_WORDS": words,
+            **os.environ,
+            "_LORATOOLS_COMPLETE": "bash_complete",
+            "COMP_WORDS": words,
             "COMP_CWORD": str(at),
-        }  # fmt: skip
+        }
         code = "from lora_tools.cli import run; run([])"
         done = subprocess.run(
             [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False
@@ -350,9 +364,11 @@ def test_help_is_fast() -> None:
         assert loratools("--help").returncode == 0
         after = os.times()
         times.append(
-            after.children_user + after.children_system
-            - before.children_user - before.children_system
-        )  # fmt: skip
+            after.children_user
+            + after.children_system
+            - before.children_user
+            - before.children_system
+        )
         time.sleep(0.01)
     assert min(times) < 0.2
 

@@ -16,28 +16,32 @@ from peft.utils import merge_utils
 
 import lora_tools
 from lora_tools.adapters import open_adapter
-from lora_tools.errors import (
-    MismatchError,
-    NonFiniteError,
-    UnsupportedAdapter,
-    UsageError,
-)
+from lora_tools.errors import MismatchError, NonFiniteError, UnsupportedAdapter, UsageError
 from lora_tools.linalg.combine import keep_by_chance, keep_largest
 
 from . import iotools, models
 from .test_layers_peft import PLAIN, mixtral, net, store, trained
 
 CONFIGS: dict[str, dict[str, Any]] = {
-    "one": {"target_modules": ["q_proj", "down_proj"], "r": 4, "lora_alpha": 6,
-            "rank_pattern": {"down_proj": 3}, "alpha_pattern": {"1.self_attn.q_proj": 5}},
-    "two": {"target_modules": ["q_proj", "embed_tokens"], "r": 2, "lora_alpha": 5,
-            "use_rslora": True},
+    "one": {
+        "target_modules": ["q_proj", "down_proj"],
+        "r": 4,
+        "lora_alpha": 6,
+        "rank_pattern": {"down_proj": 3},
+        "alpha_pattern": {"1.self_attn.q_proj": 5},
+    },
+    "two": {
+        "target_modules": ["q_proj", "embed_tokens"],
+        "r": 2,
+        "lora_alpha": 5,
+        "use_rslora": True,
+    },
     "three": {"target_modules": ["q_proj", "down_proj"], "r": 3, "lora_alpha": 4},
     "biased": {"target_modules": ["q_proj"], "r": 2, "lora_alpha": 3, "lora_bias": True},
     "biased-too": {"target_modules": ["q_proj"], "r": 3, "lora_alpha": 3, "lora_bias": True},
     "dora": {"target_modules": ["q_proj"], "r": 2, "lora_alpha": 3, "use_dora": True},
     "saved": {"target_modules": ["q_proj"], "r": 2, "lora_alpha": 3, "modules_to_save": ["norm"]},
-}  # fmt: skip
+}
 Q0 = "model.layers.0.self_attn.q_proj"
 
 
@@ -80,9 +84,10 @@ def given(root: Path, weights: dict[str, float]) -> list[Any]:
     return [(root / name, weight) for name, weight in weights.items()]
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"method": "linear"}, {"method": "cat", "energy": 1.0}, {"method": "svd", "rank": 99},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"method": "linear"}, {"method": "cat", "energy": 1.0}, {"method": "svd", "rank": 99}],
+)
 def test_the_sum_of_true_deltas(options: dict[str, Any], root: Path, tmp_path: Path) -> None:
     """rsLoRA, patterns, unequal ranks, modules that one adapter alone has."""
     report = lora_tools.combine(given(root, WEIGHTS), tmp_path / "c", **options)
@@ -172,9 +177,14 @@ def test_mergekits_ties(root: Path, tmp_path: Path) -> None:
     """Signs by the weighted sum, and the mean by the weights that agree: by definition."""
     weights = {"one": 2.0, "three": 0.5}
     lora_tools.combine(
-        given(root, weights), tmp_path / "c", method="ties", density=0.5,
-        majority_sign="weighted", normalize=True, rank=999,
-    )  # fmt: skip
+        given(root, weights),
+        tmp_path / "c",
+        method="ties",
+        density=0.5,
+        majority_sign="weighted",
+        normalize=True,
+        rank=999,
+    )
     one, three = (deltas(root, root / name) for name in weights)
     found = deltas(root, tmp_path / "c")
     for name in one:
@@ -191,8 +201,15 @@ def test_dare_is_seeded_and_right_in_expectation(root: Path, tmp_path: Path) -> 
     weights = {"one": 0.7, "three": 1.5}
 
     def run(out: str, seed: int, method: str = "dare_linear", **more: Any) -> dict[str, Any]:
-        lora_tools.combine(given(root, weights), tmp_path / out, method=method, density=0.5,
-                           seed=seed, rank=999, **more)  # fmt: skip
+        lora_tools.combine(
+            given(root, weights),
+            tmp_path / out,
+            method=method,
+            density=0.5,
+            seed=seed,
+            rank=999,
+            **more,
+        )
         return deltas(root, tmp_path / out)
 
     first = run("a", 1)
@@ -227,8 +244,14 @@ def test_normalize_divides_by_the_sum_of_the_weights(root: Path, tmp_path: Path)
     wanted = {k: v / sum(WEIGHTS.values()) for k, v in total(root, WEIGHTS).items()}
     lora_tools.combine(given(root, WEIGHTS), tmp_path / "c", normalize=True)
     models.assert_same(deltas(root, tmp_path / "c"), wanted, 1e-6)
-    lora_tools.combine(given(root, WEIGHTS), tmp_path / "p", normalize=True, density=1.0,
-                       method="magnitude_prune", rank=999)  # fmt: skip
+    lora_tools.combine(
+        given(root, WEIGHTS),
+        tmp_path / "p",
+        normalize=True,
+        density=1.0,
+        method="magnitude_prune",
+        rank=999,
+    )
     models.assert_same(deltas(root, tmp_path / "p"), wanted, 2e-5)
 
 
@@ -264,10 +287,15 @@ def test_what_is_refused(root: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedAdapter, match="DoRA"):
         lora_tools.combine([root / "one", root / "dora"], out)
     for options in (
-        {"method": "ties"}, {"density": 0.5}, {"method": "mean"}, {"majority_sign": "most"},
-        {"method": "ties", "density": 0.0}, {"method": "ties", "density": float("nan")},
-        {"rank": 0}, {"rank": 2, "energy": 0.5},
-    ):  # fmt: skip
+        {"method": "ties"},
+        {"density": 0.5},
+        {"method": "mean"},
+        {"majority_sign": "most"},
+        {"method": "ties", "density": 0.0},
+        {"method": "ties", "density": float("nan")},
+        {"rank": 0},
+        {"rank": 2, "energy": 0.5},
+    ):
         with pytest.raises(UsageError):
             lora_tools.combine([root / "one"], out, **options)
     with pytest.raises(UsageError, match="sum of the weights"):
@@ -284,9 +312,11 @@ def test_what_is_refused(root: Path, tmp_path: Path) -> None:
 
 @hypothesis.settings(max_examples=25, deadline=None)
 @hypothesis.given(
-    ranks=st.lists(st.integers(1, 5), min_size=1, max_size=3), seed=st.integers(0, 99),
-    weight=st.floats(-3, 3), dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-)  # fmt: skip
+    ranks=st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    seed=st.integers(0, 99),
+    weight=st.floats(-3, 3),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
 def test_any_ranks_and_weights(
     ranks: list[int], seed: int, weight: float, dtype: torch.dtype
 ) -> None:

@@ -48,12 +48,19 @@ def vllm_reads(folder: Path) -> dict[str, torch.Tensor]:
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "patterns": {
-        "target_modules": ["q_proj", "down_proj", "embed_tokens", "lm_head"], "r": 4,
-        "lora_alpha": 6, "rank_pattern": {"down_proj": 9}, "alpha_pattern": {"q_proj": 5},
+        "target_modules": ["q_proj", "down_proj", "embed_tokens", "lm_head"],
+        "r": 4,
+        "lora_alpha": 6,
+        "rank_pattern": {"down_proj": 9},
+        "alpha_pattern": {"q_proj": 5},
     },
-    "rslora": {"target_modules": ["q_proj", "up_proj"], "r": 3, "lora_alpha": 5,
-               "use_rslora": True},
-}  # fmt: skip
+    "rslora": {
+        "target_modules": ["q_proj", "up_proj"],
+        "r": 3,
+        "lora_alpha": 5,
+        "use_rslora": True,
+    },
+}
 
 
 def _extracted(base: Path, given: Path, out: Path) -> None:

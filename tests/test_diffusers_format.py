@@ -24,21 +24,30 @@ with warnings.catch_warnings():
     from diffusers.loaders import StableDiffusionLoraLoaderMixin
 
 CONFIG = {
-    "r": 3, "lora_alpha": 5, "target_modules": ["to_q", "to_v", "conv1"],
-    "rank_pattern": {"to_v": 2}, "alpha_pattern": {"to_v": 3},
-}  # fmt: skip
+    "r": 3,
+    "lora_alpha": 5,
+    "target_modules": ["to_q", "to_v", "conv1"],
+    "rank_pattern": {"to_v": 2},
+    "alpha_pattern": {"to_v": 3},
+}
 
 
 def unet() -> Any:
     torch.manual_seed(0)
     return models.quietly(
         lambda: diffusers.UNet2DConditionModel(
-            sample_size=8, in_channels=4, out_channels=4, layers_per_block=1,
-            block_out_channels=(8, 16), norm_num_groups=4, cross_attention_dim=8,
-            attention_head_dim=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            layers_per_block=1,
+            block_out_channels=(8, 16),
+            norm_num_groups=4,
+            cross_attention_dim=8,
+            attention_head_dim=4,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         )
-    ).eval()  # fmt: skip
+    ).eval()
 
 
 def outputs(model: Any) -> torch.Tensor:
@@ -124,8 +133,11 @@ def test_what_diffusers_writes_is_read(root: Path, tmp_path: Path) -> None:
     # save_lora_adapter leaves the component out, pipelines put it before every name and field.
     prefixed = {f"unet.{k}": v for k, v in state.items()}
     said = {f"unet.{k}": v for k, v in metadata.items()}
-    save_file(prefixed, tmp_path / "l.safetensors",
-              {"format": "pt", "lora_adapter_metadata": json.dumps(said)})  # fmt: skip
+    save_file(
+        prefixed,
+        tmp_path / "l.safetensors",
+        {"format": "pt", "lora_adapter_metadata": json.dumps(said)},
+    )
     lora_tools.merge(root / "pipe/unet", [tmp_path / "l.safetensors"], tmp_path / "m")
     merged = diffusers.UNet2DConditionModel.from_config(unet().config)
     merged.load_state_dict(models.tensors(tmp_path / "m"))
@@ -144,14 +156,23 @@ def test_older_names(tmp_path: Path) -> None:
     noise = torch.Generator().manual_seed(0)
     A, B = torch.randn(2, 8, generator=noise), torch.randn(8, 2, generator=noise)
     for module, a, b in (
-        ("unet.mid.attn1.to_out.0", "unet.mid.attn1.processor.to_out_lora.down.weight",
-         "unet.mid.attn1.processor.to_out_lora.up.weight"),
-        ("unet.mid.attn1.to_q", "unet.mid.attn1.processor.to_q_lora.down.weight",
-         "unet.mid.attn1.processor.to_q_lora.up.weight"),
-        ("text_encoder.x.q_proj", "text_encoder.x.q_proj.lora_linear_layer.down.weight",
-         "text_encoder.x.q_proj.lora_linear_layer.up.weight"),
+        (
+            "unet.mid.attn1.to_out.0",
+            "unet.mid.attn1.processor.to_out_lora.down.weight",
+            "unet.mid.attn1.processor.to_out_lora.up.weight",
+        ),
+        (
+            "unet.mid.attn1.to_q",
+            "unet.mid.attn1.processor.to_q_lora.down.weight",
+            "unet.mid.attn1.processor.to_q_lora.up.weight",
+        ),
+        (
+            "text_encoder.x.q_proj",
+            "text_encoder.x.q_proj.lora_linear_layer.down.weight",
+            "text_encoder.x.q_proj.lora_linear_layer.up.weight",
+        ),
         ("unet.x.to_k", "unet.x.to_k.lora.down.weight", "unet.x.to_k.lora.up.weight"),
-    ):  # fmt: skip
+    ):
         alpha = {f"{module}.alpha": torch.tensor(4.0)}
         save_file({a: A, b: B, **alpha}, tmp_path / "a.safetensors")
         opened = open_adapter(tmp_path / "a.safetensors")

@@ -26,10 +26,24 @@ else:
     tomllib = pytest.importorskip("tomli")
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/cli.md", "docs/extract.md",
-         "docs/layers.md", "docs/merge.md", "docs/formats.md", "docs/combine.md",
-         "docs/quantize.md", "docs/export.md", "docs/report.md", "docs/ranks.md", "docs/diff.md",
-         "docs/verify.md", "docs/inspect.md"]  # fmt: skip
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "docs/cli.md",
+    "docs/extract.md",
+    "docs/layers.md",
+    "docs/merge.md",
+    "docs/formats.md",
+    "docs/combine.md",
+    "docs/quantize.md",
+    "docs/export.md",
+    "docs/report.md",
+    "docs/ranks.md",
+    "docs/diff.md",
+    "docs/verify.md",
+    "docs/inspect.md",
+]
 FENCE = re.compile(
     r"(?:^<!-- (?P<mark>[\w:-]+) -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.M | re.S
 )
@@ -77,9 +91,14 @@ def shell(text: str, folder: Path, **env: str) -> subprocess.CompletedProcess[st
     """Run shell commands as a person would, with this environment's loratools."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", text], cwd=folder, capture_output=True, text=True,
-        timeout=200, check=False, env={**os.environ, "PATH": path, **env},
-    )  # fmt: skip
+        ["bash", "-euo", "pipefail", "-c", text],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+        env={**os.environ, "PATH": path, **env},
+    )
 
 
 # --------------------------------------------------------------------------------------- snippets
@@ -174,8 +193,11 @@ def test_the_commands_of_ci_are_those_of_readme() -> None:
         done = shell(f"root={ROOT}\n{function}\nblock {name}", ROOT)
         assert done.stdout.splitlines() == ci(name)
         assert f"block {name}" in script
-        assert all("-c constraints.txt" in line or "--no-deps" in line
-                   for line in ci(name) if "pip install" in line)  # fmt: skip
+        assert all(
+            "-c constraints.txt" in line or "--no-deps" in line
+            for line in ci(name)
+            if "pip install" in line
+        )
     assert ci("tests")[-1].split()[0] == "pytest"
 
 
@@ -238,18 +260,32 @@ def test_every_field_of_the_report_is_documented(record: str) -> None:
 
 
 VERBS = (
-    "extract", "merge", "unmerge", "rescale", "combine", "convert", "dequantize", "quantize",
-    "export", "inspect", "diff", "verify", "collect-stats",
-)  # fmt: skip
+    "extract",
+    "merge",
+    "unmerge",
+    "rescale",
+    "combine",
+    "convert",
+    "dequantize",
+    "quantize",
+    "export",
+    "inspect",
+    "diff",
+    "verify",
+    "collect-stats",
+)
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.export
 def test_every_total_and_action_is_documented(pair: Path, tmp_path: Path) -> None:
     base, tuned, out = pair / "base", pair / "tuned", tmp_path
     options: list[dict[str, Any]] = [
-        {}, {"dry_run": True}, {"exclude": ["lm_head"]}, {"exclude": ["."], "dry_run": True},
+        {},
+        {"dry_run": True},
+        {"exclude": ["lm_head"]},
+        {"exclude": ["."], "dry_run": True},
         {"rest": "error", "dry_run": True},
-    ]  # fmt: skip
+    ]
     reports = [lora_tools.extract(base, tuned, out / f"a{i}", **o) for i, o in enumerate(options)]
     reports += [
         lora_tools.merge(base, [pair / "adapter"], out / "m"),
@@ -325,10 +361,14 @@ def test_what_merge_refuses_is_listed() -> None:
     flat = re.sub(r"[^a-z0-9]", "", table.lower().replace("³", "3"))
     for kind in peft._NOT_LORA:
         words = {
-            "MULTITASK_PROMPT_TUNING": "prompt", "PROMPT_TUNING": "prompt", "CPT": "prompt",
-            "PREFIX_TUNING": "prefix", "P_TUNING": "ptuning", "ADAPTION_PROMPT": "llamaadapter",
+            "MULTITASK_PROMPT_TUNING": "prompt",
+            "PROMPT_TUNING": "prompt",
+            "CPT": "prompt",
+            "PREFIX_TUNING": "prefix",
+            "P_TUNING": "ptuning",
+            "ADAPTION_PROMPT": "llamaadapter",
             "TRAINABLE_TOKENS": "trainabletokens",
-        }  # fmt: skip
+        }
         assert words.get(kind, re.sub(r"[^a-z0-9]", "", kind.lower())) in flat, kind
     for start in peft._CHANGED_BASE:
         assert re.sub(r"[^a-z]", "", start) in flat, start

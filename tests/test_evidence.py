@@ -48,9 +48,12 @@ def test_a_cache_gives_what_a_fresh_decomposition_gives(pair, tmp_path):
     lora_tools.extract(*sides, tmp_path / "first", rank=2, spectrum_cache=kept)
     before = file_sha256(kept)
     for name, options in {
-        "rank": {"rank": 7}, "energy": {"energy": 0.7}, "noise": {"noise_floor": True},
-        "budget": {"budget": "6000"}, "ratio": {"ratio": 0.5, "max_rank": 9},
-    }.items():  # fmt: skip
+        "rank": {"rank": 7},
+        "energy": {"energy": 0.7},
+        "noise": {"noise_floor": True},
+        "budget": {"budget": "6000"},
+        "ratio": {"ratio": 0.5, "max_rank": 9},
+    }.items():
         fresh = lora_tools.extract(*sides, tmp_path / f"{name}-fresh", **options)
         again = lora_tools.extract(
             *sides, tmp_path / f"{name}-again", **options, spectrum_cache=kept
@@ -92,8 +95,9 @@ def test_a_cache_of_other_options_is_made_anew(pair, tmp_path):
     kept = tmp_path / "spectra"
     lora_tools.extract(pair / "base", pair / "tuned", tmp_path / "a", rank=4, spectrum_cache=kept)
     before = file_sha256(kept)
-    lora_tools.extract(pair / "base", pair / "tuned", tmp_path / "b", rank=4, seed=3,
-                       spectrum_cache=kept)  # fmt: skip
+    lora_tools.extract(
+        pair / "base", pair / "tuned", tmp_path / "b", rank=4, seed=3, spectrum_cache=kept
+    )
     assert file_sha256(kept) != before
 
 
@@ -101,8 +105,13 @@ def test_a_file_that_is_no_cache_is_left_alone(pair, tmp_path):
     save_file({"x": torch.zeros(2)}, tmp_path / "mine.safetensors")
     before = file_sha256(tmp_path / "mine.safetensors")
     with pytest.raises(CheckpointError, match=r"mine\.safetensors: not a spectrum cache"):
-        lora_tools.extract(pair / "base", pair / "tuned", tmp_path / "a", rank=4,
-                           spectrum_cache=tmp_path / "mine.safetensors")  # fmt: skip
+        lora_tools.extract(
+            pair / "base",
+            pair / "tuned",
+            tmp_path / "a",
+            rank=4,
+            spectrum_cache=tmp_path / "mine.safetensors",
+        )
     assert file_sha256(tmp_path / "mine.safetensors") == before
     assert not (tmp_path / "a").exists()
 
@@ -181,8 +190,13 @@ def test_rescale_by_a_budget_in_bytes_bounds_the_file(uneven, pair, tmp_path):
 def test_noise_is_not_judged_where_activations_weigh_it(pair, tmp_path):
     for policy in ("noise_floor", "gavish_donoho"):
         with pytest.raises(UsageError, match="judge it unweighed"):
-            lora_tools.extract(pair / "base", pair / "tuned", tmp_path / "a",
-                               activations=tmp_path / "s", **{policy: True})  # fmt: skip
+            lora_tools.extract(
+                pair / "base",
+                pair / "tuned",
+                tmp_path / "a",
+                activations=tmp_path / "s",
+                **{policy: True},
+            )
 
 
 def test_a_module_of_rank_zero_is_named_and_left_out(pair, tmp_path):
@@ -299,14 +313,28 @@ def test_full_statistics_are_exact():
     ("spoil", "says"),
     [
         (lambda p: save_file({"a": torch.zeros(3)}, p), "holds no activation statistics"),
-        (lambda p: save_file({"zz": torch.ones(3)}, p, {"loratools_activations": "1"}),
-         "names none of the modules"),
-        (lambda p: save_file({"model.layers.0.self_attn.q_proj": torch.ones(5)}, p,
-                             {"loratools_activations": "1"}), "has 5 inputs"),
-        (lambda p: save_file({"model.layers.0.self_attn.q_proj": torch.ones(2, 3)}, p,
-                             {"loratools_activations": "1"}), "is no second moment"),
+        (
+            lambda p: save_file({"zz": torch.ones(3)}, p, {"loratools_activations": "1"}),
+            "names none of the modules",
+        ),
+        (
+            lambda p: save_file(
+                {"model.layers.0.self_attn.q_proj": torch.ones(5)},
+                p,
+                {"loratools_activations": "1"},
+            ),
+            "has 5 inputs",
+        ),
+        (
+            lambda p: save_file(
+                {"model.layers.0.self_attn.q_proj": torch.ones(2, 3)},
+                p,
+                {"loratools_activations": "1"},
+            ),
+            "is no second moment",
+        ),
     ],
-)  # fmt: skip
+)
 def test_statistics_that_do_not_fit(pair, tmp_path, spoil, says):
     spoil(tmp_path / "s")
     with pytest.raises((CheckpointError, MismatchError), match=says):
@@ -320,8 +348,11 @@ def test_collect_stats_refuses(pair, tmp_path):
     (tmp_path / "short.txt").write_text("w1 w2")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xff")
     out = tmp_path / "s"
-    for text, says in (("short.txt", "has 2 tokens"), ("bytes.txt", "not UTF-8"),
-                       ("none.txt", "No such file")):  # fmt: skip
+    for text, says in (
+        ("short.txt", "has 2 tokens"),
+        ("bytes.txt", "not UTF-8"),
+        ("none.txt", "No such file"),
+    ):
         with pytest.raises(UsageError, match=says):
             lora_tools.collect_stats(pair / "base", tmp_path / text, out)
     with pytest.raises(CheckpointError, match="no tokenizer"):

@@ -54,15 +54,21 @@ def decode(folder: Path, ids: np.ndarray) -> np.ndarray:
     names = [o.name for o in session.get_outputs()]
     past = {
         i.name: np.zeros((len(ids), i.shape[1], 0, i.shape[3]), np.float32)
-        for i in session.get_inputs() if "past" in i.name
-    }  # fmt: skip
+        for i in session.get_inputs()
+        if "past" in i.name
+    }
     logits = []
     start = 0
     for stop in (ids.shape[1] - 2, ids.shape[1] - 1, ids.shape[1]):
-        outputs = session.run(None, {
-            "input_ids": ids[:, start:stop], "attention_mask": np.ones_like(ids[:, :stop]),
-            "position_ids": np.arange(start, stop)[None].repeat(len(ids), 0), **past,
-        })  # fmt: skip
+        outputs = session.run(
+            None,
+            {
+                "input_ids": ids[:, start:stop],
+                "attention_mask": np.ones_like(ids[:, :stop]),
+                "position_ids": np.arange(start, stop)[None].repeat(len(ids), 0),
+                **past,
+            },
+        )
         named = dict(zip(names, outputs, strict=True))
         past = {k.replace("present", "past_key_values"): v for k, v in named.items() if "pres" in k}
         logits.append(named["logits"])
@@ -112,11 +118,16 @@ def test_inputs_and_outputs_have_optimums_names(exported: Any) -> None:
     graph = onnx.load(exported[0] / "model.onnx", load_external_data=False).graph
     cache = [f"{i}.{what}" for i in range(5) for what in ("key", "value")]
     assert [i.name for i in graph.input] == [
-        "input_ids", "attention_mask", "position_ids", *(f"past_key_values.{c}" for c in cache)
-    ]  # fmt: skip
+        "input_ids",
+        "attention_mask",
+        "position_ids",
+        *(f"past_key_values.{c}" for c in cache),
+    ]
     assert [o.name for o in graph.output] == ["logits", *(f"present.{c}" for c in cache)]
-    dims = {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]
-            for v in (*graph.input, *graph.output)}  # fmt: skip
+    dims = {
+        v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]
+        for v in (*graph.input, *graph.output)
+    }
     assert dims["input_ids"] == ["batch", "sequence"]
     assert dims["past_key_values.4.key"] == ["batch", 2, "past", 8]
     assert dims["logits"] == ["batch", "sequence", 96]
@@ -164,9 +175,11 @@ def test_layers_that_differ_are_not_repeated() -> None:
 # ----------------------------------------------------------------------------- weights and files
 
 
-@pytest.mark.parametrize("options", [
-    {"dtype": "bfloat16"}, {"dtype": "float16", "weights": "bundled"}, {"weights": "bundled"},
-], ids=lambda o: "-".join(o.values()))  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [{"dtype": "bfloat16"}, {"dtype": "float16", "weights": "bundled"}, {"weights": "bundled"}],
+    ids=lambda o: "-".join(o.values()),
+)
 def test_dtypes_and_bundles(options: Any, base: Path, exported: Any, tmp_path: Path) -> None:
     """The graph is used again; export itself compares with torch."""
     report = lora_tools.export(base, tmp_path / "out", graph=exported[0], rtol=1e-4, **options)
@@ -179,8 +192,12 @@ def test_dtypes_and_bundles(options: Any, base: Path, exported: Any, tmp_path: P
     casts = [n for n in model.graph.node if n.name.startswith("cast:")]
     assert len(casts) == (len(models.tensors(base)) if "dtype" in options else 0)
     if bundled:
-        offsets = [int(e.value) for i in model.graph.initializer for e in i.external_data
-                   if e.key == "offset"]  # fmt: skip
+        offsets = [
+            int(e.value)
+            for i in model.graph.initializer
+            for e in i.external_data
+            if e.key == "offset"
+        ]
         assert all(offset % 4096 == 0 for offset in offsets)
 
 
@@ -191,8 +208,9 @@ def test_a_sharded_checkpoint(exported: Any, tmp_path: Path) -> None:
     report = lora_tools.export(tmp_path / "shards", tmp_path / "out", graph=exported[0])
     assert report.totals["verified"]
     again = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False)
-    files = {e.value for i in again.graph.initializer for e in i.external_data
-             if e.key == "location"}  # fmt: skip
+    files = {
+        e.value for i in again.graph.initializer for e in i.external_data if e.key == "location"
+    }
     assert files == {p.name for p in (tmp_path / "out").glob("*.safetensors")}
 
 
@@ -228,10 +246,12 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "DoRA": {"r": 4, "target_modules": ["q_proj", "down_proj"], "use_dora": True},
     "embedding": {"r": 4, "target_modules": ["embed_tokens", "v_proj"]},
     "alpha pattern": {
-        "r": 4, "target_modules": ["q_proj", "k_proj"], "alpha_pattern": {"q_proj": 16},
+        "r": 4,
+        "target_modules": ["q_proj", "k_proj"],
+        "alpha_pattern": {"q_proj": 16},
         "rank_pattern": {"layers.1.self_attn.k_proj": 2},
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", [n for n in ADAPTERS if n != "embedding"])
@@ -318,18 +338,31 @@ def edit(folder: Path, **fields: Any) -> None:
     path.write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
 
 
-@pytest.mark.parametrize(("fields", "options", "error", "says"), [
-    ({"architectures": ...}, {}, CheckpointError, "pass --task"),
-    ({"model_type": "nonsense"}, {}, CheckpointError, "transformers .* cannot read"),
-    ({"auto_map": {"AutoConfig": "x.Y"}, "model_type": "own"}, {}, CheckpointError, "trust-remote"),
-    ({"rms_norm_eps": 0.5}, {"graph": True}, MismatchError, "rms_norm_eps"),
-    ({"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}, {"graph": True},
-     MismatchError, "rope_"),
-    ({}, {"task": "nonsense"}, UsageError, "one of auto"),
-    ({}, {"task": "image-classification"}, CheckpointError, "cannot make"),
-    ({}, {"opset": 7}, UsageError, "opset"),
-    ({}, {"rtol": -1.0}, UsageError, "rtol"),
-], ids=lambda v: next(iter(v), "") if isinstance(v, dict) else "")  # fmt: skip
+@pytest.mark.parametrize(
+    ("fields", "options", "error", "says"),
+    [
+        ({"architectures": ...}, {}, CheckpointError, "pass --task"),
+        ({"model_type": "nonsense"}, {}, CheckpointError, "transformers .* cannot read"),
+        (
+            {"auto_map": {"AutoConfig": "x.Y"}, "model_type": "own"},
+            {},
+            CheckpointError,
+            "trust-remote",
+        ),
+        ({"rms_norm_eps": 0.5}, {"graph": True}, MismatchError, "rms_norm_eps"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}},
+            {"graph": True},
+            MismatchError,
+            "rope_",
+        ),
+        ({}, {"task": "nonsense"}, UsageError, "one of auto"),
+        ({}, {"task": "image-classification"}, CheckpointError, "cannot make"),
+        ({}, {"opset": 7}, UsageError, "opset"),
+        ({}, {"rtol": -1.0}, UsageError, "rtol"),
+    ],
+    ids=lambda v: next(iter(v), "") if isinstance(v, dict) else "",
+)
 def test_refused(
     fields: Any, options: Any, error: Any, says: str, base: Path, exported: Any, tmp_path: Path
 ) -> None:

@@ -77,12 +77,18 @@ IDS = np.arange(2 * 9).reshape(2, 9) * 7 % models.VOCAB
 
 def run(folder: Path) -> np.ndarray:
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
-    given = {"input_ids": IDS, "attention_mask": np.ones_like(IDS),
-             "position_ids": np.arange(9)[None].repeat(2, 0),
-             "token_type_ids": np.zeros_like(IDS)}  # fmt: skip
+    given = {
+        "input_ids": IDS,
+        "attention_mask": np.ones_like(IDS),
+        "position_ids": np.arange(9)[None].repeat(2, 0),
+        "token_type_ids": np.zeros_like(IDS),
+    }
     shapes = {i.name: i.shape for i in session.get_inputs()}
-    given |= {name: np.zeros((2, shape[1], 0, shape[3]), np.float32)
-              for name, shape in shapes.items() if "past" in name}  # fmt: skip
+    given |= {
+        name: np.zeros((2, shape[1], 0, shape[3]), np.float32)
+        for name, shape in shapes.items()
+        if "past" in name
+    }
     return session.run(None, {name: given[name] for name in shapes})[0]
 
 
@@ -116,9 +122,9 @@ def test_every_linear_layer(kind: str, scheme: str, plain: dict[str, Path], tmp_
     lost = np.abs(run(tmp_path / "out") - in_torch(plain[kind])).max()
     assert 0 < lost < 2
     assert "com.microsoft" in {
-        o.domain for o in onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False)
-        .opset_import
-    }  # fmt: skip
+        o.domain
+        for o in onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).opset_import
+    }
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -165,15 +171,21 @@ def test_ours_is_the_kernels_reading(scheme: str, tmp_path: Path) -> None:
             tensor.external_data.add(key=key, value=str(value))
         initializers.append(tensor)
     node = onnx.helper.make_node(
-        OPERATORS[scheme], ["x", *(i.name for i in initializers)], ["y"], domain="com.microsoft",
+        OPERATORS[scheme],
+        ["x", *(i.name for i in initializers)],
+        ["y"],
+        domain="com.microsoft",
         **attributes,
-    )  # fmt: skip
+    )
     sides = [onnx.helper.make_tensor_value_info(n, 1, ["m", k]) for n, k in (("x", 65), ("y", 33))]
     model = onnx.helper.make_model(
         onnx.helper.make_graph([node], "g", sides[:1], sides[1:], initializers),
-        opset_imports=[onnx.helper.make_opsetid("", 20),
-                       onnx.helper.make_opsetid("com.microsoft", 1)], ir_version=10,
-    )  # fmt: skip
+        opset_imports=[
+            onnx.helper.make_opsetid("", 20),
+            onnx.helper.make_opsetid("com.microsoft", 1),
+        ],
+        ir_version=10,
+    )
     exact(model)
     (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
     session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"))
@@ -205,10 +217,16 @@ def test_a_wrong_graph_is_found(plain: dict[str, Path], tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------- four-bit folders
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"double_quant": False}, {"quant_type": "fp4", "blocksize": 128},
-    {"quant_storage": "bfloat16"},
-], ids=lambda o: "-".join(map(str, o.values())))  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"double_quant": False},
+        {"quant_type": "fp4", "blocksize": 128},
+        {"quant_storage": "bfloat16"},
+    ],
+    ids=lambda o: "-".join(map(str, o.values())),
+)
 def test_a_four_bit_folder(options: Any, plain: dict[str, Path], tmp_path: Path) -> None:
     """Its graph is added in place, or it is copied; either runs its own bytes."""
     lora_tools.quantize(plain["llama-tied"], tmp_path / "q", **options)
@@ -330,9 +348,9 @@ def perplexity(folder: Path, text: Path, length: int) -> float:
     return math.exp(loss)
 
 
-@pytest.mark.parametrize(("kind", "scheme"), [
-    ("llama", ""), ("llama-tied", "nf4"), ("gpt2", "int8"), ("llama", "int4"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "scheme"), [("llama", ""), ("llama-tied", "nf4"), ("gpt2", "int8"), ("llama", "int4")]
+)
 def test_what_is_lost_on_a_text(
     kind: str, scheme: str, plain: dict[str, Path], text: Path, tmp_path: Path
 ) -> None:
@@ -367,22 +385,25 @@ def test_what_is_lost_on_a_text(
 # ------------------------------------------------------------------------------ what is refused
 
 
-@pytest.mark.parametrize(("kind", "options", "error", "says"), [
-    ("llama", {"nf4": True, "int8": True}, UsageError, "--nf4 and --int8 exclude each other"),
-    ("llama", {"int8": True, "int4": True, "dry_run": True}, UsageError, "exclude"),
-    ("llama", {"int8": True, "runtime_adapters": True}, UsageError, "exclude each other"),
-    ("llama", {"eval_text": "no-such-file"}, UsageError, "no-such-file"),
-    ("llama", {"eval_text": "short.txt"}, UsageError, "1 tokens"),
-    ("llama", {"eval_text": "bytes.txt"}, UsageError, "not UTF-8"),
-    ("llama", {"eval_text": "short.txt", "no_verify": True}, UsageError, "no-verify"),
-    ("bert", {"eval_text": "short.txt"}, UsageError, "perplexity is that of a decoder"),
-    ("four", {}, UsageError, "pass --nf4"),
-    ("four", {"int8": True}, UsageError, "dequantize"),
-    ("four", {"nf4": True, "dtype": "float32"}, UsageError, "requantize"),
-    ("wide", {"nf4": True}, MismatchError, "blocks of 512"),
-    ("other", {}, CheckpointError, "gptq"),
-    ("llama", {"nf4": True, "graph": "out-of-nf4"}, MismatchError, "without --nf4"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "options", "error", "says"),
+    [
+        ("llama", {"nf4": True, "int8": True}, UsageError, "--nf4 and --int8 exclude each other"),
+        ("llama", {"int8": True, "int4": True, "dry_run": True}, UsageError, "exclude"),
+        ("llama", {"int8": True, "runtime_adapters": True}, UsageError, "exclude each other"),
+        ("llama", {"eval_text": "no-such-file"}, UsageError, "no-such-file"),
+        ("llama", {"eval_text": "short.txt"}, UsageError, "1 tokens"),
+        ("llama", {"eval_text": "bytes.txt"}, UsageError, "not UTF-8"),
+        ("llama", {"eval_text": "short.txt", "no_verify": True}, UsageError, "no-verify"),
+        ("bert", {"eval_text": "short.txt"}, UsageError, "perplexity is that of a decoder"),
+        ("four", {}, UsageError, "pass --nf4"),
+        ("four", {"int8": True}, UsageError, "dequantize"),
+        ("four", {"nf4": True, "dtype": "float32"}, UsageError, "requantize"),
+        ("wide", {"nf4": True}, MismatchError, "blocks of 512"),
+        ("other", {}, CheckpointError, "gptq"),
+        ("llama", {"nf4": True, "graph": "out-of-nf4"}, MismatchError, "without --nf4"),
+    ],
+)
 def test_refused(
     kind: str, options: Any, error: Any, says: str, plain: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -457,10 +478,18 @@ def test_convolutions_are_no_linear_layers(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "scheme"), [
-    ("DeBERTa-v2", "int4"), ("Mixtral", "nf4"), ("Phi-3", "int8"), ("T5", "nf4"),
-    ("Whisper", "int4"), ("ViT", "int8"), ("ConvNeXt", "nf4"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [
+        ("DeBERTa-v2", "int4"),
+        ("Mixtral", "nf4"),
+        ("Phi-3", "int8"),
+        ("T5", "nf4"),
+        ("Whisper", "int4"),
+        ("ViT", "int8"),
+        ("ConvNeXt", "nf4"),
+    ],
+)
 def test_architectures(name: str, scheme: str, tmp_path: Path) -> None:
     from . import export_models
 
@@ -475,8 +504,17 @@ def test_from_the_command_line(
 ) -> None:
     from lora_tools.cli import run as cli
 
-    line = ["export", str(plain["llama"]), "--int8", "--graph", str(plain["llama"]),
-            "--eval-text", str(text), "-o", str(tmp_path / "out")]  # fmt: skip
+    line = [
+        "export",
+        str(plain["llama"]),
+        "--int8",
+        "--graph",
+        str(plain["llama"]),
+        "--eval-text",
+        str(text),
+        "-o",
+        str(tmp_path / "out"),
+    ]
     assert cli(line) == 0
     said = capfd.readouterr().err
     assert "lost by quantizing: outputs differ by up to" in said

@@ -21,9 +21,12 @@ from .test_docs import ROOT, blocks, shell
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 TEXTS = [
-    "A man is eating food.", "Someone has a meal.", "The girl is carrying a baby, and the baby "
-    "carries a toy which nobody had noticed before.", "q", "",
-]  # fmt: skip
+    "A man is eating food.",
+    "Someone has a meal.",
+    "The girl is carrying a baby, and the baby carries a toy which nobody had noticed before.",
+    "q",
+    "",
+]
 
 
 def session(folder: Path) -> Any:
@@ -70,15 +73,17 @@ def greedy(folder: Path, ids: list[int], count: int) -> list[int]:
     names = [o.name for o in run.get_outputs()]
     given: dict[str, Any] = {
         i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32)
-        for i in run.get_inputs() if i.name.startswith("past")
-    }  # fmt: skip
+        for i in run.get_inputs()
+        if i.name.startswith("past")
+    }
     tokens = list(ids)
     new = tokens
     for _ in range(count):
         given |= {
-            "input_ids": np.array([new]), "attention_mask": np.ones((1, len(tokens)), np.int64),
+            "input_ids": np.array([new]),
+            "attention_mask": np.ones((1, len(tokens)), np.int64),
             "position_ids": np.arange(len(tokens) - len(new), len(tokens))[None],
-        }  # fmt: skip
+        }
         outputs = dict(zip(names, run.run(None, given), strict=True))
         new = [int(outputs.pop("logits")[0, -1].argmax())]
         tokens += new

@@ -131,11 +131,12 @@ LLAMA_PARTS: dict[str, tuple[dict[str, Any], Callable[[str], bool]]] = {
     "include": ({"include": ["q_proj", "norm"]}, lambda n: "q_proj" in n or "norm" in n),
     "exclude": ({"exclude": [r"layers\.0\.", "norm$"]}, lambda n: not (".0." in n or "norm." in n)),
     "include-exclude": (
-        {"include": ["mlp"], "exclude": ["up"]}, lambda n: "mlp" in n and "up" not in n
+        {"include": ["mlp"], "exclude": ["up"]},
+        lambda n: "mlp" in n and "up" not in n,
     ),
     "one-module": ({"include": [r"layers\.1\.mlp\.up_proj"]}, lambda n: "1.mlp.up_proj" in n),
     "no-head": ({"exclude": ["lm_head"]}, lambda n: "lm_head" not in n),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", LLAMA_PARTS)
@@ -212,9 +213,13 @@ def test_dtype_of_the_factors(
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [("bfloat16", "float32"), ("float32", "bfloat16"), ("float16", "bfloat16"),
-     ("float64", "float32")],
-)  # fmt: skip
+    [
+        ("bfloat16", "float32"),
+        ("float32", "bfloat16"),
+        ("float16", "bfloat16"),
+        ("float64", "float32"),
+    ],
+)
 def test_dtypes_of_the_two_sides_may_differ(
     one: str, other: str, pairs: dict[str, tuple[Path, Path]], tmp_path: Path
 ) -> None:
@@ -302,9 +307,11 @@ def test_tensors_on_one_side_only(tmp_path: Path) -> None:
     report = lora_tools.extract(base, tuned, tmp_path / "saved")
     fates = {fate.tensor: fate.action for fate in report.plan}
     assert fates == {
-        "a.weight": "decomposed", "n.weight": "unchanged", "new.weight": "saved whole",
+        "a.weight": "decomposed",
+        "n.weight": "unchanged",
+        "new.weight": "saved whole",
         "old.weight": "only in base",
-    }  # fmt: skip
+    }
     assert torch.equal(models.tensors(tmp_path / "saved")["base_model.model.new.weight"], W)
     report = lora_tools.extract(base, tuned, tmp_path / "skipped", rest="skip")
     assert {f.tensor: f.action for f in report.plan}["new.weight"] == "skipped"
@@ -329,8 +336,9 @@ def test_unchanged_is_an_error_and_no_empty_adapter(
 ) -> None:
     base = pairs["llama"][0]
     with pytest.raises(MismatchError, match="no module has a low-rank change"):
-        lora_tools.extract(base, models.save(models.load(base), tmp_path / "t"), tmp_path / "a",
-                           rest=rest)  # fmt: skip
+        lora_tools.extract(
+            base, models.save(models.load(base), tmp_path / "t"), tmp_path / "a", rest=rest
+        )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["t"]
 
 
@@ -367,10 +375,20 @@ def test_gate_writes_nothing(pairs: dict[str, tuple[Path, Path]], tmp_path: Path
 
 @pytest.mark.parametrize(
     "options",
-    [{"rank": 0}, {"rank": 4, "energy": 0.5}, {"energy": 1.5}, {"alpha": 0}, {"alpha": -1},
-     {"include": ["("]}, {"dtype": "int8"}, {"tolerance": 2}, {"consumer": "tgi"},
-     {"alpha": float("inf")}, {"alpha": float("nan")}],
-)  # fmt: skip
+    [
+        {"rank": 0},
+        {"rank": 4, "energy": 0.5},
+        {"energy": 1.5},
+        {"alpha": 0},
+        {"alpha": -1},
+        {"include": ["("]},
+        {"dtype": "int8"},
+        {"tolerance": 2},
+        {"consumer": "tgi"},
+        {"alpha": float("inf")},
+        {"alpha": float("nan")},
+    ],
+)
 def test_calls_that_make_no_sense(
     options: dict[str, Any], pairs: dict[str, tuple[Path, Path]], tmp_path: Path
 ) -> None:

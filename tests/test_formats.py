@@ -38,18 +38,29 @@ with warnings.catch_warnings():
 CONFIGS: dict[str, dict[str, Any]] = {
     "even": {"target_modules": ["q_proj", "k_proj", "down_proj"], "r": 4, "lora_alpha": 6},
     "uneven": {
-        "target_modules": ["q_proj", "k_proj", "o_proj", "down_proj"], "r": 4, "lora_alpha": 6,
-        "rank_pattern": {"down_proj": 3}, "alpha_pattern": {"1.self_attn.q_proj": 5},
+        "target_modules": ["q_proj", "k_proj", "o_proj", "down_proj"],
+        "r": 4,
+        "lora_alpha": 6,
+        "rank_pattern": {"down_proj": 3},
+        "alpha_pattern": {"1.self_attn.q_proj": 5},
     },
-    "rslora": {"target_modules": ["k_proj", "up_proj"], "r": 3, "lora_alpha": 5,
-               "use_rslora": True},
+    "rslora": {
+        "target_modules": ["k_proj", "up_proj"],
+        "r": 3,
+        "lora_alpha": 5,
+        "use_rslora": True,
+    },
     "dora": {"target_modules": ["q_proj", "v_proj"], "r": 4, "lora_alpha": 8, "use_dora": True},
     "bias": {"target_modules": ["q_proj", "v_proj"], "r": 4, "lora_alpha": 6, "lora_bias": True},
     "embedding": {"target_modules": ["embed_tokens", "v_proj"], "r": 4, "lora_alpha": 4},
     "saved": {"target_modules": ["v_proj"], "r": 4, "lora_alpha": 4, "modules_to_save": ["norm"]},
-    "tokens": {"target_modules": ["v_proj"], "r": 4, "lora_alpha": 4,
-               "trainable_token_indices": [3, 9]},
-}  # fmt: skip
+    "tokens": {
+        "target_modules": ["v_proj"],
+        "r": 4,
+        "lora_alpha": 4,
+        "trainable_token_indices": [3, 9],
+    },
+}
 PLAIN = ("even", "uneven", "rslora")
 
 
@@ -354,8 +365,14 @@ class TestLoralib(FormatContract):
         if blocks != "0,1,0":
             with pytest.raises(AdapterError, match="--enable-lora"):
                 lora_tools.convert(tmp_path / "a.safetensors", tmp_path / "p", to="peft", alpha=6)
-        lora_tools.convert(tmp_path / "a.safetensors", tmp_path / "p", to="peft", alpha=6,
-                           enable_lora=blocks, base=base)  # fmt: skip
+        lora_tools.convert(
+            tmp_path / "a.safetensors",
+            tmp_path / "p",
+            to="peft",
+            alpha=6,
+            enable_lora=blocks,
+            base=base,
+        )
         lora_tools.merge(base, [tmp_path / "p"], tmp_path / "m")
         layer.eval()
         found = models.tensors(tmp_path / "m")["net.qkv.weight"]
@@ -502,9 +519,11 @@ class TestTorchtune(FormatContract):
         assert len(ranks) == 1
         short = {"self_attn": "attn", "o_proj": "output_proj", "down_proj": "w2", "up_proj": "w3"}
         assert_deltas(
-            root, kind, found,
+            root,
+            kind,
+            found,
             lambda m: ".".join(short.get(p, p) for p in m.removeprefix("model.").split(".")),
-        )  # fmt: skip
+        )
 
 
 class TestMlx(FormatContract):

@@ -179,9 +179,11 @@ SPOILT_FILES: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize(("name", "folder"), READS)
 def test_spoilt_weights(name, folder, what, work, refused):
     if what == "no tensors" and (name, folder) in (
-        ("inspect", "base"), ("verify merged", "merged"), ("verify packed", "base"),
+        ("inspect", "base"),
+        ("verify merged", "merged"),
+        ("verify packed", "base"),
         ("verify onnx", "base"),
-    ):  # fmt: skip
+    ):
         pytest.skip("nothing wrong with it to look at; and nothing that was merged is exit code 3")
     SPOILT_FILES[what](weights_of(folder))
     said = refused(COMMANDS[name])
@@ -216,13 +218,19 @@ def test_paths_too_long(name, path, work, refused):
 @pytest.mark.parametrize("text", ["", "[]", "{", "\xff", "[" * 100_000, "9" * 5000], ids=range(6))
 @pytest.mark.parametrize(
     ("name", "file"),
-    [("extract", "base/config.json"), ("extract", "tuned/config.json"),
-     ("merge", "base/config.json"), ("unmerge", "merged/config.json"),
-     ("export", "base/config.json"), ("export", "graph/config.json"),
-     ("merge", "base/model.safetensors.index.json"),
-     ("merge", "adapter/adapter_config.json"), ("unmerge", "adapter/adapter_config.json"),
-     ("rescale", "adapter/adapter_config.json")],
-)  # fmt: skip
+    [
+        ("extract", "base/config.json"),
+        ("extract", "tuned/config.json"),
+        ("merge", "base/config.json"),
+        ("unmerge", "merged/config.json"),
+        ("export", "base/config.json"),
+        ("export", "graph/config.json"),
+        ("merge", "base/model.safetensors.index.json"),
+        ("merge", "adapter/adapter_config.json"),
+        ("unmerge", "adapter/adapter_config.json"),
+        ("rescale", "adapter/adapter_config.json"),
+    ],
+)
 def test_json_that_is_none(name, file, text, work, refused):
     Path(file).write_bytes(text.encode("latin-1"))
     refused(COMMANDS[name], file)
@@ -264,31 +272,62 @@ MISFITS: dict[str, tuple[str, str, Callable[[dict[str, torch.Tensor]], Any], str
     "A without B": ("merge", "adapter", _drop(B), "lora_B"),
     "B without A": ("rescale", "adapter", _drop(A), "lora_A"),
     "A and B do not multiply": ("merge", "adapter", _put(B, ONES(16, 3)), "q_proj"),
-    "rank zero": ("rescale", "adapter", lambda t: t.update({A: ONES(0, 16), B: ONES(16, 0)}),
-                  "q_proj"),
-    "rank not the config's": ("merge", "adapter",
-                              lambda t: t.update({A: ONES(3, 16), B: ONES(16, 3)}), "rank 2"),
+    "rank zero": (
+        "rescale",
+        "adapter",
+        lambda t: t.update({A: ONES(0, 16), B: ONES(16, 0)}),
+        "q_proj",
+    ),
+    "rank not the config's": (
+        "merge",
+        "adapter",
+        lambda t: t.update({A: ONES(3, 16), B: ONES(16, 3)}),
+        "rank 2",
+    ),
     "a vector for A": ("merge", "adapter", _put(A, ONES(16)), "q_proj"),
     "an unknown key": ("merge", "adapter", _put("x.lora_C.weight", ONES(2)), "x.lora_C.weight"),
-    "a key that matches nothing": ("merge", "adapter", _rename(A, A.replace(".0.", ".7.")),
-                                   "q_proj"),
-    "a key that matches nothing, exported": ("export", "adapter",
-                                             _rename(A, A.replace(".0.", ".7.")), "q_proj"),
+    "a key that matches nothing": (
+        "merge",
+        "adapter",
+        _rename(A, A.replace(".0.", ".7.")),
+        "q_proj",
+    ),
+    "a key that matches nothing, exported": (
+        "export",
+        "adapter",
+        _rename(A, A.replace(".0.", ".7.")),
+        "q_proj",
+    ),
     "a weight of the graph missing": ("bundle", "base", _drop(NORM), NORM),
     "another shape than the graph's": ("bundle", "base", _put(NORM, ONES(17)), NORM),
     "integers for the graph": ("bundle", "base", _put(NORM, ONES(16).int()), NORM),
-    "the same twice": ("rescale", "adapter", _put(A.replace("A.weight", "A.default.weight"),
-                       ONES(2, 16)), "q_proj"),
-    "DoRA unannounced": ("merge", "adapter", _put(A.replace("A.weight", "magnitude_vector"),
-                         ONES(16)), "use_dora"),
+    "the same twice": (
+        "rescale",
+        "adapter",
+        _put(A.replace("A.weight", "A.default.weight"), ONES(2, 16)),
+        "q_proj",
+    ),
+    "DoRA unannounced": (
+        "merge",
+        "adapter",
+        _put(A.replace("A.weight", "magnitude_vector"), ONES(16)),
+        "use_dora",
+    ),
     "factors of integers": ("rescale", "adapter", _put(A, ONES(2, 16).int()), "q_proj"),
-    "factors of integers, merged": ("merge", "adapter", _put(A, ONES(2, 16).int()),
-                                    "q_proj"),
-    "factors of complex numbers": ("merge", "adapter", _put(B, ONES(16, 2, dtype=torch.complex64)),
-                                   "q_proj"),
-    "factors of float8": ("resize", "adapter", _put(B, ONES(16, 2).to(torch.float8_e4m3fn)),
-                          "q_proj"),
-}  # fmt: skip
+    "factors of integers, merged": ("merge", "adapter", _put(A, ONES(2, 16).int()), "q_proj"),
+    "factors of complex numbers": (
+        "merge",
+        "adapter",
+        _put(B, ONES(16, 2, dtype=torch.complex64)),
+        "q_proj",
+    ),
+    "factors of float8": (
+        "resize",
+        "adapter",
+        _put(B, ONES(16, 2).to(torch.float8_e4m3fn)),
+        "q_proj",
+    ),
+}
 
 
 @pytest.mark.parametrize("what", MISFITS)
@@ -322,18 +361,32 @@ def test_an_adapter_as_a_checkpoint_and_a_checkpoint_as_an_adapter(work, refused
 @pytest.mark.parametrize(
     ("name", "folder", "tensor"),
     [
-        ("extract", "base", Q), ("extract", "tuned", Q), ("extract", "tuned", EMBED),
-        ("merge", "base", Q), ("merge", "adapter", A), ("merge", "adapter", B),
-        ("reversible", "base", Q), ("reversible", "adapter", A),
-        ("unmerge", "merged", Q), ("unmerge", "adapter", A),
-        ("subtract", "merged", Q), ("subtract", "adapter", B),
-        ("rescale", "adapter", A), ("rescale", "adapter", B), ("resize", "adapter", A),
-        ("combine", "adapter", A), ("prune", "adapter", B), ("convert", "adapter", A),
-        ("diff", "base", Q), ("diff", "tuned", Q), ("diff", "tuned", EMBED),
-        ("verify adapter", "tuned", Q), ("verify adapter", "adapter", A),
+        ("extract", "base", Q),
+        ("extract", "tuned", Q),
+        ("extract", "tuned", EMBED),
+        ("merge", "base", Q),
+        ("merge", "adapter", A),
+        ("merge", "adapter", B),
+        ("reversible", "base", Q),
+        ("reversible", "adapter", A),
+        ("unmerge", "merged", Q),
+        ("unmerge", "adapter", A),
+        ("subtract", "merged", Q),
+        ("subtract", "adapter", B),
+        ("rescale", "adapter", A),
+        ("rescale", "adapter", B),
+        ("resize", "adapter", A),
+        ("combine", "adapter", A),
+        ("prune", "adapter", B),
+        ("convert", "adapter", A),
+        ("diff", "base", Q),
+        ("diff", "tuned", Q),
+        ("diff", "tuned", EMBED),
+        ("verify adapter", "tuned", Q),
+        ("verify adapter", "adapter", A),
         ("verify packed", "base", Q),
     ],
-)  # fmt: skip
+)
 def test_no_number(name, folder, tensor, dtype, value, work, refused):
     def spoil(tensors: dict[str, torch.Tensor]) -> None:
         tensors[tensor] = tensors[tensor].to(dtype)
@@ -541,8 +594,15 @@ WRONG = {
     "not a regex": [*COMMANDS["extract"], "--include", "("],
     "not a dtype": [*COMMANDS["merge"], "--dtype", "int8"],
     "not a size": [*COMMANDS["merge"], "--shard-size", "big"],
-    "shards of a bare file": ["merge", "base/model.safetensors", "adapter", "-o", "out",
-                              "--shard-size", "1GB"],
+    "shards of a bare file": [
+        "merge",
+        "base/model.safetensors",
+        "adapter",
+        "-o",
+        "out",
+        "--shard-size",
+        "1GB",
+    ],
     "a weight that is none": ["merge", "base", "adapter=much", "-o", "out"],
     "no format": ["convert", "adapter", "-o", "out"],
     "a format that is none": ["convert", "adapter", "-o", "out", "--to", "zip"],
@@ -566,10 +626,17 @@ WRONG = {
     "a task that is none": [*COMMANDS["export"], "--task", "poetry"],
     "an opset that is none": [*COMMANDS["export"], "--opset", "99"],
     "an adapter in place": [
-        "export", "base", "-o", "base", "--adapter", "adapter", "--task", "features",
+        "export",
+        "base",
+        "-o",
+        "base",
+        "--adapter",
+        "adapter",
+        "--task",
+        "features",
     ],
     "another dtype, reversible": [*COMMANDS["reversible"], "--dtype", "bf16"],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", WRONG)

@@ -19,13 +19,35 @@ from . import iotools, models
 from .test_kill import _SERVER, disk, fails  # noqa: F401 (fixtures)
 
 FILES = {
-    "cache": ["extract", "base", "tuned", "--rank", "4", "-o", "OUT", "--force",
-              "--spectrum-cache", "FILE"],
-    "statistics": ["collect-stats", "base", "text.txt", "-o", "FILE", "--force", "--length", "20",
-                   "--max-tokens", "40", "-j", "1"],
+    "cache": [
+        "extract",
+        "base",
+        "tuned",
+        "--rank",
+        "4",
+        "-o",
+        "OUT",
+        "--force",
+        "--spectrum-cache",
+        "FILE",
+    ],
+    "statistics": [
+        "collect-stats",
+        "base",
+        "text.txt",
+        "-o",
+        "FILE",
+        "--force",
+        "--length",
+        "20",
+        "--max-tokens",
+        "40",
+        "-j",
+        "1",
+    ],
     "picture of a change": ["diff", "base", "tuned", "--plot", "FILE"],
     "picture of an adapter": ["inspect", "adapter", "--plot", "FILE"],
-}  # fmt: skip
+}
 IMPORTS = """
 import matplotlib.figure, matplotlib.backends.backend_svg, matplotlib.font_manager
 import transformers, transformers.models.llama.modeling_llama, torch._dynamo
@@ -56,8 +78,15 @@ def command(what: str, sides: Path, here: Path, out: Path) -> list[str]:
 def an_old_one(what: str, sides: Path, file: Path) -> None:
     """What may stand there: a cache of other options; any file else."""
     if what == "cache":
-        lora_tools.extract(sides / "base", sides / "tuned", file.with_name("made"), rank=4, seed=1,
-                           spectrum_cache=file, force=True)  # fmt: skip
+        lora_tools.extract(
+            sides / "base",
+            sides / "tuned",
+            file.with_name("made"),
+            rank=4,
+            seed=1,
+            spectrum_cache=file,
+            force=True,
+        )
         shutil.rmtree(file.with_name("made"))
     else:
         file.write_bytes(b"the old one")
@@ -67,9 +96,15 @@ def an_old_one(what: str, sides: Path, file: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("what", "there"),
-    [("cache", False), ("cache", True), ("statistics", False), ("statistics", True),
-     ("picture of a change", True), ("picture of an adapter", False)],
-)  # fmt: skip
+    [
+        ("cache", False),
+        ("cache", True),
+        ("statistics", False),
+        ("statistics", True),
+        ("picture of a change", True),
+        ("picture of an adapter", False),
+    ],
+)
 def test_killed_before_every_step(what, there, sides, tmp_path):
     here, out = tmp_path / "here", tmp_path / "elsewhere" / "out"
     here.mkdir()
@@ -83,8 +118,11 @@ def test_killed_before_every_step(what, there, sides, tmp_path):
     server = _SERVER.replace("import lora_tools.adapters", IMPORTS + "import lora_tools.adapters")
     with subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", server, str(here), *line],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
-    ) as process:  # fmt: skip
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+    ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
 

@@ -18,18 +18,28 @@ from lora_tools import nn
 from . import models
 
 SMALL = {
-    "vocab_size": models.VOCAB, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
-    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "num_experts_per_tok": 2,
-    "max_position_embeddings": 32, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": models.VOCAB,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+}
 # In gpt-oss and Llama 4 one expert's down_proj is square; the one stores (in, out), of the other
 # PEFT takes it for (out, in).
 MOES: dict[str, tuple[Callable[[], Any], set[str]]] = {
     "gpt_oss": (
-        lambda: transformers.GptOssForCausalLM(transformers.GptOssConfig(
-            **SMALL, num_local_experts=3,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-        )),
+        lambda: transformers.GptOssForCausalLM(
+            transformers.GptOssConfig(
+                **SMALL,
+                num_local_experts=3,
+                rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+            )
+        ),
         {"experts-transposed"},
     ),
     "llama4": (
@@ -44,7 +54,7 @@ MOES: dict[str, tuple[Callable[[], Any], set[str]]] = {
         ),
         {"experts"},
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", MOES)

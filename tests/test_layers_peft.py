@@ -38,14 +38,23 @@ class Net(torch.nn.Module):
 
 
 PLAIN = ["audio", "image", "wide", "point", "video", "wte", "head"]
-INPUTS = {"audio": (2, 6, 23), "image": (2, 4, 7, 7), "wide": (2, 4, 7, 9), "point": (2, 4, 5, 5),
-          "video": (2, 3, 4, 5, 6), "grouped": (2, 8, 6, 6)}  # fmt: skip
+INPUTS = {
+    "audio": (2, 6, 23),
+    "image": (2, 4, 7, 7),
+    "wide": (2, 4, 7, 9),
+    "point": (2, 4, 5, 5),
+    "video": (2, 3, 4, 5, 6),
+    "grouped": (2, 8, 6, 6),
+}
 
 
 def store(model: torch.nn.Module, folder: Path) -> Path:
     folder.mkdir()
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()},
-              folder / "model.safetensors", {"format": "pt"})  # fmt: skip
+    save_file(
+        {k: v.contiguous() for k, v in model.state_dict().items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
     return folder
 
 
@@ -90,7 +99,7 @@ CASES: dict[str, dict[str, Any]] = {
     "dora-rslora": {"use_dora": True, "use_rslora": True},
     "lora-bias": {"lora_bias": True, "target_modules": ["audio", "image", "video", "head"]},
     "bias-all": {"bias": "all"},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -209,10 +218,15 @@ def test_extracted_convolutions_load_in_peft(rslora: bool, tmp_path: Path) -> No
     )
     kinds = {m.module: (m.layout, m.rank) for m in report.modules}
     assert kinds == {
-        "audio": ("conv", 3), "image": ("conv", 3), "wide": ("conv", 3), "point": ("conv", 3),
-        "video": ("conv", 3), "grouped": ("conv", 12), "wte": ("embedding", 3),
+        "audio": ("conv", 3),
+        "image": ("conv", 3),
+        "wide": ("conv", 3),
+        "point": ("conv", 3),
+        "video": ("conv", 3),
+        "grouped": ("conv", 12),
+        "wte": ("embedding", 3),
         "head": ("linear", 3),
-    }  # fmt: skip
+    }
     assert report.totals["relative_error"] < 1e-6
     size = sum(t.numel() for t in models.tensors(tmp_path / "a").values())
     assert report.totals["parameters"] == size
@@ -290,9 +304,12 @@ def test_planted_blocks_are_recovered(case: str, transposed: bool, tmp_path: Pat
         save_file({"attn.c_attn.weight": stored}, tmp_path / f"{name}.safetensors")
     out = tmp_path / "a"
     report = lora_tools.extract(
-        tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", out, rank=rank,
+        tmp_path / "base.safetensors",
+        tmp_path / "tuned.safetensors",
+        out,
+        rank=rank,
         layout=[f"c_attn={kind}"],
-    )  # fmt: skip
+    )
     (module,) = report.modules
     assert module.rank == rank * sum(enabled)
     assert module.relative_error < 1e-6
@@ -318,26 +335,43 @@ def test_planted_blocks_are_recovered(case: str, transposed: bool, tmp_path: Pat
 
 HEADS: dict[str, tuple[Any, list[int], int, str]] = {
     "gpt_neox": (
-        lambda: transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(
-            vocab_size=models.VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
-            intermediate_size=48,
-        )),
-        [8, 8, 8], 4, "merged:3*4/101",
+        lambda: transformers.GPTNeoXForCausalLM(
+            transformers.GPTNeoXConfig(
+                vocab_size=models.VOCAB,
+                hidden_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=4,
+                intermediate_size=48,
+            )
+        ),
+        [8, 8, 8],
+        4,
+        "merged:3*4/101",
     ),
     "bloom": (
         lambda: transformers.BloomForCausalLM(
             transformers.BloomConfig(vocab_size=models.VOCAB, hidden_size=32, n_layer=1, n_head=4)
         ),
-        [8, 8, 8], 4, "merged:3*4/101",
+        [8, 8, 8],
+        4,
+        "merged:3*4/101",
     ),
     "falcon": (  # two queries to a key and a value
-        lambda: transformers.FalconForCausalLM(transformers.FalconConfig(
-            vocab_size=models.VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
-            num_kv_heads=2, new_decoder_architecture=True,
-        )),
-        [16, 8, 8], 2, "merged:16,8,8*2/101",
+        lambda: transformers.FalconForCausalLM(
+            transformers.FalconConfig(
+                vocab_size=models.VOCAB,
+                hidden_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=4,
+                num_kv_heads=2,
+                new_decoder_architecture=True,
+            )
+        ),
+        [16, 8, 8],
+        2,
+        "merged:16,8,8*2/101",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", HEADS)
@@ -383,8 +417,9 @@ def test_blocks_of_gpt2_load_in_peft(tmp_path: Path) -> None:
     tuned = models.load(base)
     models.perturb(tuned, 0.05, 1, only="c_attn.weight")
     models.save(tuned, tmp_path / "tuned")
-    lora_tools.extract(base, tmp_path / "tuned", tmp_path / "a", rank=64,
-                       layout=["c_attn=merged-conv1d:3"])  # fmt: skip
+    lora_tools.extract(
+        base, tmp_path / "tuned", tmp_path / "a", rank=64, layout=["c_attn=merged-conv1d:3"]
+    )
     model = models.attach_strictly(models.load(base), tmp_path / "a")
     torch.testing.assert_close(models.outputs(model), models.outputs(tuned), rtol=1e-4, atol=1e-4)
 
@@ -408,16 +443,28 @@ def test_a_change_in_a_block_left_out_is_in_the_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("given", "says"),
-    [("qkv", "REGEX=KIND"), ("=linear", "REGEX=KIND"), ("(=linear", "regular expression"),
-     ("qkv=circle", "no layer kind"), ("qkv=conv:0", "no layer kind"),
-     ("qkv=merged:3/11", "no layer kind"), ("qkv=merged:3/000", "no layer kind"),
-     ("qkv=merged", "no layer kind"), ("qkv=merged:3*0", "no layer kind"),
-     ("qkv=merged:3*", "no layer kind"), ("qkv=merged-conv1d:3*3", "no layer kind"),
-     ("qkv=merged:3*2", "which is not merged's"), ("qkv=linear:3", "no layer kind"),
-     ("qkv=reshaped-conv", "no layer kind"), ("qkv=conv", "which is not conv's"),
-     ("qkv=merged:4", "which is not merged's"), ("qkv=merged:3,7", "which is not merged's"),
-     ("qkv=experts", "which is not experts's"), ("other=linear", "found in no module's name")],
-)  # fmt: skip
+    [
+        ("qkv", "REGEX=KIND"),
+        ("=linear", "REGEX=KIND"),
+        ("(=linear", "regular expression"),
+        ("qkv=circle", "no layer kind"),
+        ("qkv=conv:0", "no layer kind"),
+        ("qkv=merged:3/11", "no layer kind"),
+        ("qkv=merged:3/000", "no layer kind"),
+        ("qkv=merged", "no layer kind"),
+        ("qkv=merged:3*0", "no layer kind"),
+        ("qkv=merged:3*", "no layer kind"),
+        ("qkv=merged-conv1d:3*3", "no layer kind"),
+        ("qkv=merged:3*2", "which is not merged's"),
+        ("qkv=linear:3", "no layer kind"),
+        ("qkv=reshaped-conv", "no layer kind"),
+        ("qkv=conv", "which is not conv's"),
+        ("qkv=merged:4", "which is not merged's"),
+        ("qkv=merged:3,7", "which is not merged's"),
+        ("qkv=experts", "which is not experts's"),
+        ("other=linear", "found in no module's name"),
+    ],
+)
 def test_layouts_that_make_no_sense(given: str, says: str, tmp_path: Path) -> None:
     for name in "bt":
         save_file({"qkv.weight": torch.randn(9, 5)}, tmp_path / name)
@@ -439,10 +486,16 @@ def test_a_layout_of_none_saves_whole(tmp_path: Path) -> None:
 
 def mixtral() -> transformers.PreTrainedModel:
     config = transformers.MixtralConfig(
-        vocab_size=models.VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, num_local_experts=3, num_experts_per_tok=2,
+        vocab_size=models.VOCAB,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=3,
+        num_experts_per_tok=2,
         max_position_embeddings=32,
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     model = transformers.MixtralForCausalLM(config)
     models.perturb(model, 0.1, 0)
@@ -461,9 +514,13 @@ def moe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("one", ["experts.down_proj"]),
     ):
         tuned = trained(
-            mixtral(), root / name, target_modules=["q_proj"], target_parameters=parameters,
-            rank_pattern={"experts.down_proj": 2}, alpha_pattern={"gate_up_proj": 3},
-        )  # fmt: skip
+            mixtral(),
+            root / name,
+            target_modules=["q_proj"],
+            target_parameters=parameters,
+            rank_pattern={"experts.down_proj": 2},
+            alpha_pattern={"gate_up_proj": 3},
+        )
         paths[name] = root / name
         merged = models.quietly(tuned.merge_and_unload)
         for kind in ("split", "fused"):
@@ -492,8 +549,10 @@ def test_extracted_experts_load_in_peft(moe: dict[str, Path], tmp_path: Path) ->
     assert report.totals["relative_error"] < 1e-6
     ranks = {m.module.rpartition(".")[2]: (m.layout, m.rank) for m in report.modules}
     assert ranks == {
-        "gate_up_proj": ("experts", 4), "down_proj": ("experts", 2), "q_proj": ("linear", 4)
-    }  # fmt: skip
+        "gate_up_proj": ("experts", 4),
+        "down_proj": ("experts", 2),
+        "q_proj": ("linear", 4),
+    }
     model = models.attach_strictly(models.load(moe["fused"]), tmp_path / "a")
     wanted = models.outputs(models.load(moe["both-fused"]))
     torch.testing.assert_close(models.outputs(model), wanted, rtol=1e-4, atol=1e-4)

@@ -16,9 +16,11 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 pytest.importorskip("onnxruntime")
 
 
-@pytest.mark.parametrize(("name", "task", "options"), [
-    ("GPT-2", "causal-lm", {"dtype": "bfloat16"}), ("Llama", "causal-lm", {"dtype": "float16"}),
-], ids=lambda v: v if isinstance(v, str) else "")  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "task", "options"),
+    [("GPT-2", "causal-lm", {"dtype": "bfloat16"}), ("Llama", "causal-lm", {"dtype": "float16"})],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
 def test_linear_layers(name: str, task: str, options: dict[str, str], tmp_path: Path) -> None:
     base = export_models.make(name, tmp_path / "base")
     lora_tools.export(base, tmp_path / "out", no_verify=True, **options)  # type: ignore[arg-type]

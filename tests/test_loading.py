@@ -27,15 +27,26 @@ from lora_tools.verbs.loaded_view import LoadedView, loaded_view
 from . import export_models, models
 
 TEXT: dict[str, Any] = {
-    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 MOE = TEXT | {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 VIEW: dict[str, Any] = {
-    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
-    "image_size": 16, "patch_size": 4,
-}  # fmt: skip
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "image_size": 16,
+    "patch_size": 4,
+}
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 
 
@@ -49,30 +60,59 @@ def _qwen2_vl() -> Any:
 
 def _deepseek() -> Any:
     config = hf.DeepseekV3Config(
-        **MOE | {"num_key_value_heads": 4}, n_routed_experts=4, n_group=2, topk_group=1,
-        first_k_dense_replace=1, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=8,
-        qk_nope_head_dim=8, v_head_dim=8,
-    )  # fmt: skip
+        **MOE | {"num_key_value_heads": 4},
+        n_routed_experts=4,
+        n_group=2,
+        topk_group=1,
+        first_k_dense_replace=1,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+    )
     return hf.DeepseekV3ForCausalLM(config)
 
 
 def _detr() -> Any:
-    backbone = hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16, 16, 16], depths=[1] * 4,
-                               layer_type="basic", out_features=["stage4"])  # fmt: skip
+    backbone = hf.ResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[8, 16, 16, 16],
+        depths=[1] * 4,
+        layer_type="basic",
+        out_features=["stage4"],
+    )
     config = hf.DetrConfig(
-        use_timm_backbone=False, backbone_config=backbone, use_pretrained_backbone=False,
-        backbone=None, d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=48,
-        decoder_ffn_dim=48, encoder_attention_heads=4, decoder_attention_heads=4, num_queries=4,
-    )  # fmt: skip
+        use_timm_backbone=False,
+        backbone_config=backbone,
+        use_pretrained_backbone=False,
+        backbone=None,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        num_queries=4,
+    )
     return hf.DetrForObjectDetection(config)
 
 
 def _wav2vec2() -> Any:
     config = hf.Wav2Vec2Config(
-        vocab_size=32, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
-        intermediate_size=48, conv_dim=(8, 8), conv_stride=(2, 2), conv_kernel=(3, 3),
-        num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, num_feat_extract_layers=2,
-    )  # fmt: skip
+        vocab_size=32,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=48,
+        conv_dim=(8, 8),
+        conv_stride=(2, 2),
+        conv_kernel=(3, 3),
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+        num_feat_extract_layers=2,
+    )
     return hf.Wav2Vec2Model(config)
 
 
@@ -80,50 +120,69 @@ def _wav2vec2() -> Any:
 # with blocks to be cut, with groups, or with parameters of their own.
 OTHERS: dict[str, Callable[[], Any]] = {
     "BEiT": lambda: hf.BeitForImageClassification(hf.BeitConfig(**VIEW)),
-    "ViT-MAE": lambda: hf.ViTMAEForPreTraining(hf.ViTMAEConfig(
-        **VIEW, decoder_hidden_size=32, decoder_num_hidden_layers=1, decoder_num_attention_heads=4,
-        decoder_intermediate_size=48,
-    )),
+    "ViT-MAE": lambda: hf.ViTMAEForPreTraining(
+        hf.ViTMAEConfig(
+            **VIEW,
+            decoder_hidden_size=32,
+            decoder_num_hidden_layers=1,
+            decoder_num_attention_heads=4,
+            decoder_intermediate_size=48,
+        )
+    ),
     "DINOv2": lambda: hf.Dinov2Model(hf.Dinov2Config(**VIEW, use_swiglu_ffn=True)),
-    "Swin": lambda: hf.SwinModel(hf.SwinConfig(
-        image_size=16, patch_size=2, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4
-    )),
-    "SegFormer": lambda: hf.SegformerForSemanticSegmentation(hf.SegformerConfig(
-        depths=[1] * 4, hidden_sizes=[8, 8, 16, 16], decoder_hidden_size=16
-    )),
-    "RegNet": lambda: hf.RegNetModel(hf.RegNetConfig(
-        embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1], groups_width=8
-    )),
+    "Swin": lambda: hf.SwinModel(
+        hf.SwinConfig(
+            image_size=16,
+            patch_size=2,
+            embed_dim=16,
+            depths=[1, 1],
+            num_heads=[2, 2],
+            window_size=4,
+        )
+    ),
+    "SegFormer": lambda: hf.SegformerForSemanticSegmentation(
+        hf.SegformerConfig(depths=[1] * 4, hidden_sizes=[8, 8, 16, 16], decoder_hidden_size=16)
+    ),
+    "RegNet": lambda: hf.RegNetModel(
+        hf.RegNetConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1], groups_width=8)
+    ),
     "DETR": _detr,
-    "CLIP": lambda: hf.CLIPModel(hf.CLIPConfig(
-        text_config=TEXT, vision_config=VIEW, projection_dim=16
-    )),
+    "CLIP": lambda: hf.CLIPModel(
+        hf.CLIPConfig(text_config=TEXT, vision_config=VIEW, projection_dim=16)
+    ),
     "wav2vec 2.0": _wav2vec2,
-    "LLaVA": lambda: hf.LlavaForConditionalGeneration(hf.LlavaConfig(
-        vision_config={"model_type": "clip_vision_model", **VIEW},
-        text_config={"model_type": "llama", **TEXT}, image_token_index=95,
-    )),
+    "LLaVA": lambda: hf.LlavaForConditionalGeneration(
+        hf.LlavaConfig(
+            vision_config={"model_type": "clip_vision_model", **VIEW},
+            text_config={"model_type": "llama", **TEXT},
+            image_token_index=95,
+        )
+    ),
     "Qwen2-VL": _qwen2_vl,
-    "Gemma-3, vision": lambda: hf.Gemma3ForConditionalGeneration(hf.Gemma3Config(
-        text_config=TEXT | {"head_dim": 8}, vision_config=VIEW, mm_tokens_per_image=4
-    )),
-    "GPT-NeoX": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(
-        **{k: v for k, v in TEXT.items() if k != "num_key_value_heads"}
-    )),
+    "Gemma-3, vision": lambda: hf.Gemma3ForConditionalGeneration(
+        hf.Gemma3Config(
+            text_config=TEXT | {"head_dim": 8}, vision_config=VIEW, mm_tokens_per_image=4
+        )
+    ),
+    "GPT-NeoX": lambda: hf.GPTNeoXForCausalLM(
+        hf.GPTNeoXConfig(**{k: v for k, v in TEXT.items() if k != "num_key_value_heads"})
+    ),
     "BLOOM": lambda: hf.BloomForCausalLM(
         hf.BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=4)
     ),
-    "Qwen2-MoE": lambda: hf.Qwen2MoeForCausalLM(hf.Qwen2MoeConfig(
-        **MOE, num_experts=3, shared_expert_intermediate_size=24
-    )),
+    "Qwen2-MoE": lambda: hf.Qwen2MoeForCausalLM(
+        hf.Qwen2MoeConfig(**MOE, num_experts=3, shared_expert_intermediate_size=24)
+    ),
     "DeepSeek-V3": _deepseek,
     "Granite-MoE": lambda: hf.GraniteMoeForCausalLM(
         hf.GraniteMoeConfig(**TEXT, num_local_experts=3, num_experts_per_tok=2)
     ),
-    "gpt-oss": lambda: hf.GptOssForCausalLM(hf.GptOssConfig(
-        **TEXT, head_dim=8, num_local_experts=3, num_experts_per_tok=2, rope_parameters=ROPE
-    )),
-}  # fmt: skip
+    "gpt-oss": lambda: hf.GptOssForCausalLM(
+        hf.GptOssConfig(
+            **TEXT, head_dim=8, num_local_experts=3, num_experts_per_tok=2, rope_parameters=ROPE
+        )
+    ),
+}
 ALL = export_models.ARCHITECTURES | OTHERS
 
 
@@ -245,9 +304,11 @@ def test_the_same_bytes_with_any_jobs(
 
 @pytest.mark.parametrize("missing", ["library", "class", "config", "type", "layers", "none"])
 def test_without_transformers_the_names_are_those_stored(
-    missing: str, pairs: Callable[[str], tuple[Path, Path]], tmp_path: Path,
+    missing: str,
+    pairs: Callable[[str], tuple[Path, Path]],
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     base, tuned = pairs("ViT")
     config = json.loads((base / "config.json").read_text())
     if missing == "library":
@@ -256,9 +317,11 @@ def test_without_transformers_the_names_are_those_stored(
         config = {}
     else:
         config |= {
-            "class": {"architectures": ["Mine"]}, "type": {"model_type": "mine"},
-            "layers": {"num_hidden_layers": 10**9}, "none": {"architectures": ["Trainer"]},
-        }[missing]  # fmt: skip
+            "class": {"architectures": ["Mine"]},
+            "type": {"model_type": "mine"},
+            "layers": {"num_hidden_layers": 10**9},
+            "none": {"architectures": ["Trainer"]},
+        }[missing]
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
     (tmp_path / "base" / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes())
@@ -268,9 +331,11 @@ def test_without_transformers_the_names_are_those_stored(
     )
     assert "vit.encoder.layer.0.attention.attention.query.lora_A.weight" in keys(tmp_path / "a")
     says = {
-        "library": "transformers is not installed", "class": "transformers cannot make a Mine",
-        "layers": "more layers than there are tensors", "none": "Trainer is no model of",
-    }  # fmt: skip
+        "library": "transformers is not installed",
+        "class": "transformers cannot make a Mine",
+        "layers": "more layers than there are tensors",
+        "none": "Trainer is no model of",
+    }
     noted = [note for note in report.notes if says.get(missing, "transformers cannot") in note]
     assert bool(noted) == (missing != "config"), "nothing is expected of a config that names none"
 
@@ -279,13 +344,20 @@ def test_without_transformers_the_names_are_those_stored(
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize(
     ("name", "targets"),
-    [("ViT", ["q_proj", "fc1", "projection"]), ("LLaVA", ["q_proj", "fc1", "up_proj"]),
-     ("Swin", ["q_proj", "reduction"]), ("Qwen2-VL", ["q_proj", "qkv"])],
-)  # fmt: skip
+    [
+        ("ViT", ["q_proj", "fc1", "projection"]),
+        ("LLaVA", ["q_proj", "fc1", "up_proj"]),
+        ("Swin", ["q_proj", "reduction"]),
+        ("Qwen2-VL", ["q_proj", "qkv"]),
+    ],
+)
 def test_adapters_that_peft_makes_merge_into_the_file(
-    name: str, targets: list[str], dora: bool, pairs: Callable[[str], tuple[Path, Path]],
+    name: str,
+    targets: list[str],
+    dora: bool,
+    pairs: Callable[[str], tuple[Path, Path]],
     tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     base, _ = pairs(name)
     config = {"target_modules": targets, "r": 3, "use_dora": dora, "lora_alpha": 5}
     tuned = models.train(base, tmp_path / "a", config)
@@ -341,10 +413,11 @@ def test_names_of_old_files(tmp_path: Path) -> None:
     for side in ("base", "tuned"):
         file = tmp_path / side / "model.safetensors"
         old = {
-            k.replace("LayerNorm.weight", "LayerNorm.gamma")
-            .replace("LayerNorm.bias", "LayerNorm.beta"): v
+            k.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+                "LayerNorm.bias", "LayerNorm.beta"
+            ): v
             for k, v in load_file(file).items()
-        }  # fmt: skip
+        }
         save_file(old, file, {"format": "pt"})
     lora_tools.extract(base, tmp_path / "tuned", tmp_path / "a", rank=64)
     assert "embeddings.LayerNorm.weight" in keys(tmp_path / "a")
@@ -400,8 +473,9 @@ def test_models_that_keep_their_names_do(kind: str, monkeypatch: pytest.MonkeyPa
     saved = config.to_dict() | {"architectures": [type(model).__name__]}
     specs = {
         name: lora_tools.TensorSpec(name, "F32", tuple(tensor.shape))
-        for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys
-    }  # fmt: skip
+        for name, tensor in model.state_dict().items()
+        if name not in model.all_tied_weights_keys
+    }
     assert loading.loaded(saved, specs) is None
     monkeypatch.setattr(loading, "SAME_NAMES", ())
     found = loading.loaded(saved, specs)

@@ -79,8 +79,9 @@ def test_convolutions(case: str, tmp_path: Path) -> None:
     base = iotools.checkpoint(tmp_path / "base", {"net.x.weight": layer.conv.weight.detach()})
     given = own_state(layer, tmp_path / "a.safetensors")
     lora_tools.convert(given, tmp_path / "p", to="peft", base=base, alpha=5)
-    torch.testing.assert_close(change(base, tmp_path / "p", tmp_path / "m"), effect(layer),
-                               rtol=1e-4, atol=2e-6)  # fmt: skip
+    torch.testing.assert_close(
+        change(base, tmp_path / "p", tmp_path / "m"), effect(layer), rtol=1e-4, atol=2e-6
+    )
     lora_tools.convert(tmp_path / "p", tmp_path / "b.safetensors", to="loralib", base=base)
     here, there = load_file(tmp_path / "b.safetensors"), load_file(given)
     assert sorted(here) == sorted(there)
@@ -105,8 +106,10 @@ def test_convolutions_of_peft(case: str, tmp_path: Path) -> None:
     base = iotools.checkpoint(tmp_path / "base", {"net.x.weight": weight})
     given = iotools.adapter(tmp_path / "p", {}, r=groups * rank)
     prefix = "base_model.model.net.x"
-    save_file({f"{prefix}.lora_A.weight": A, f"{prefix}.lora_B.weight": B},
-              given / "adapter_model.safetensors")  # fmt: skip
+    save_file(
+        {f"{prefix}.lora_A.weight": A, f"{prefix}.lora_B.weight": B},
+        given / "adapter_model.safetensors",
+    )
     wanted = change(base, given, tmp_path / "m")
     out = tmp_path / "b.safetensors"
     lora_tools.convert(given, out, to="loralib", base=base)
@@ -128,8 +131,13 @@ def test_convolutions_of_peft(case: str, tmp_path: Path) -> None:
     assert all(torch.equal(again[k], v) for k, v in load_file(out).items())
     # Without it, they have the same effect.
     save_file(load_file(out), tmp_path / "bare.safetensors")
-    lora_tools.convert(tmp_path / "bare.safetensors", tmp_path / "q", to="peft", base=base,
-                       alpha=module.alpha * r / module.r)  # fmt: skip
+    lora_tools.convert(
+        tmp_path / "bare.safetensors",
+        tmp_path / "q",
+        to="peft",
+        base=base,
+        alpha=module.alpha * r / module.r,
+    )
     found = change(base, tmp_path / "q", tmp_path / "m2")
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-6)
 
@@ -152,9 +160,14 @@ def test_a_conv2d_keeps_its_rank(tmp_path: Path) -> None:
 def merged_linear(blocks: str, transposed: bool = False) -> Any:
     torch.manual_seed(1)
     layer = loralib.MergedLinear(
-        8, 18, r=2, lora_alpha=6, enable_lora=[b == "1" for b in blocks.split(",")], bias=False,
+        8,
+        18,
+        r=2,
+        lora_alpha=6,
+        enable_lora=[b == "1" for b in blocks.split(",")],
+        bias=False,
         fan_in_fan_out=transposed,
-    )  # fmt: skip
+    )
     torch.nn.init.normal_(layer.lora_A)
     torch.nn.init.normal_(layer.lora_B)
     return layer
@@ -195,13 +208,19 @@ def test_merged_linear_of_peft(kind: str, transposed: bool, tmp_path: Path) -> N
     lora_tools.convert(given, out, to="loralib", layout=[f"^w$=merged:3/{kind}"])
     state = {k.removeprefix("w."): v for k, v in load_file(out).items()}
     layer = loralib.MergedLinear(
-        8, 18, r=state["lora_B"].shape[1], lora_alpha=6, enable_lora=on, bias=False,
+        8,
+        18,
+        r=state["lora_B"].shape[1],
+        lora_alpha=6,
+        enable_lora=on,
+        bias=False,
         fan_in_fan_out=transposed,
-    )  # fmt: skip
+    )
     assert layer.load_state_dict(state, strict=False).unexpected_keys == []
     wanted = (B @ A) * (6 / 4)
-    torch.testing.assert_close(effect(layer), wanted.T if transposed else wanted,
-                               rtol=1e-4, atol=2e-6)  # fmt: skip
+    torch.testing.assert_close(
+        effect(layer), wanted.T if transposed else wanted, rtol=1e-4, atol=2e-6
+    )
     lora_tools.convert(out, tmp_path / "q", to="peft")
     for key, tensor in models.tensors(given).items():
         assert torch.equal(models.tensors(tmp_path / "q")[key], tensor), key
@@ -214,8 +233,13 @@ def test_two_merged_linears_combined(tmp_path: Path) -> None:
         with torch.no_grad():
             layer.lora_A += i
         own_state(layer, tmp_path / f"{i}.safetensors")
-        lora_tools.convert(tmp_path / f"{i}.safetensors", tmp_path / f"p{i}", to="peft", alpha=6,
-                           enable_lora="1,0,1")  # fmt: skip
+        lora_tools.convert(
+            tmp_path / f"{i}.safetensors",
+            tmp_path / f"p{i}",
+            to="peft",
+            alpha=6,
+            enable_lora="1,0,1",
+        )
     lora_tools.combine([tmp_path / "p0", tmp_path / "p1"], tmp_path / "both")
     lora_tools.convert(tmp_path / "both", tmp_path / "b", to="loralib", layout=["x=merged:3/101"])
     state = load_file(tmp_path / "b")

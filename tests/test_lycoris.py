@@ -40,7 +40,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "lokr-tucker": (LokrModule, {"lora_dim": 2, "alpha": 5, "use_tucker": True, "factor": 2}),
     "locon": (LoConModule, {"lora_dim": 3, "alpha": 5}),
     "locon-tucker": (LoConModule, {"lora_dim": 3, "alpha": 5, "use_tucker": True}),
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -204,8 +204,11 @@ def test_dora_of_lycoris(case: str, base: Path, tmp_path: Path) -> None:
                 parameter.copy_(noise.abs() + 1 if part == "dora_scale" else noise)
             saved = module.custom_state_dict()
             state.update({f"lycoris_net_{name}.{k}": v for k, v in saved.items()})
-            delta = _delta(copy.copy(module), own) if case.startswith("locon") else (
-                module.get_weight(own.weight.shape))  # fmt: skip
+            delta = (
+                _delta(copy.copy(module), own)
+                if case.startswith("locon")
+                else (module.get_weight(own.weight.shape))
+            )
             wanted[f"net.{name}.weight"] = module.apply_weight_decompose(own.weight + delta)
     save_file(
         {k: v.detach().clone().contiguous() for k, v in state.items()}, tmp_path / "a.safetensors"
@@ -218,14 +221,26 @@ def test_dora_of_lycoris(case: str, base: Path, tmp_path: Path) -> None:
 def _spoilt() -> Iterator[tuple[str, dict[str, torch.Tensor], str]]:
     name = "lycoris_net_linear"
     one = torch.ones
-    loha = {"hada_w1_a": one(36, 2), "hada_w1_b": one(2, 24), "hada_w2_a": one(36, 2),
-            "hada_w2_b": one(2, 24)}  # fmt: skip
+    loha = {
+        "hada_w1_a": one(36, 2),
+        "hada_w1_b": one(2, 24),
+        "hada_w2_a": one(36, 2),
+        "hada_w2_b": one(2, 24),
+    }
     yield "a part missing", {k: v for k, v in loha.items() if k != "hada_w2_b"}, "no whole LoHa"
     yield "half of tucker", {**loha, "hada_t1": one(2, 2, 3, 3)}, "no whole LoHa"
     yield "another weight", {**loha, "hada_w1_b": one(2, 25), "hada_w2_b": one(2, 25)}, "36 x 25"
     yield "LoKr by half", {"lokr_w1": one(6, 6), "lokr_w2_a": one(6, 2)}, "no whole LoKr"
-    yield "whole and factored", {"lokr_w1": one(6, 6), "lokr_w1_a": one(6, 2), "lokr_w1_b":
-                                 one(2, 6), "lokr_w2": one(6, 4)}, "no whole LoKr"  # fmt: skip
+    yield (
+        "whole and factored",
+        {
+            "lokr_w1": one(6, 6),
+            "lokr_w1_a": one(6, 2),
+            "lokr_w1_b": one(2, 6),
+            "lokr_w2": one(6, 4),
+        },
+        "no whole LoKr",
+    )
     yield "an alpha of two", {**loha, "alpha": one(2)}, "one number"
     yield "full, of a vector", {"diff": one(36)}, "difference of a vector"
     yield "full and more", {"diff": one(36, 24), **loha}, "beside .*hada_w1_a"

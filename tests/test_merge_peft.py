@@ -38,9 +38,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         },
         {},
     ),
-    "rslora-patterns": (
-        "llama", {**LLAMA, "use_rslora": True, "rank_pattern": {"q_proj": 3}}, {}
-    ),
+    "rslora-patterns": ("llama", {**LLAMA, "use_rslora": True, "rank_pattern": {"q_proj": 3}}, {}),
     "gaussian": ("llama", {**LLAMA, "init_lora_weights": "gaussian"}, {}),
     "orthogonal": ("llama", {**LLAMA, "init_lora_weights": "orthogonal"}, {}),
     "mica": ("llama", {**LLAMA, "init_lora_weights": "mica"}, {}),
@@ -48,13 +46,17 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "dora-rslora": ("llama", {**LLAMA, "use_dora": True, "use_rslora": True}, {}),
     "lora-bias": ("llama", {"target_modules": ["q_proj", "v_proj"], "lora_bias": True}, {}),
     "lora-bias-rslora": (
-        "llama", {"target_modules": ["q_proj"], "lora_bias": True, "use_rslora": True}, {}
+        "llama",
+        {"target_modules": ["q_proj"], "lora_bias": True, "use_rslora": True},
+        {},
     ),
     "bias-all": ("llama", {**LLAMA, "bias": "all"}, {}),
     "bias-lora-only": ("llama", {**LLAMA, "bias": "lora_only"}, {}),
     "embeddings": ("llama", {"target_modules": ["embed_tokens", "q_proj", "lm_head"]}, {}),
     "embeddings-dora": (
-        "llama", {"target_modules": ["embed_tokens", "lm_head"], "use_dora": True}, {}
+        "llama",
+        {"target_modules": ["embed_tokens", "lm_head"], "use_dora": True},
+        {},
     ),
     "save-embedding-layers": ("llama", LLAMA, {"save_embedding_layers": True}),
     "saved-norm-and-head": ("llama", {**LLAMA, "modules_to_save": ["norm", "lm_head"]}, {}),
@@ -62,7 +64,9 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "saved-embedding": ("llama", {**LLAMA, "modules_to_save": ["embed_tokens"]}, {}),
     "tokens": ("llama", {**LLAMA, "trainable_token_indices": [3, 0, 95]}, {}),
     "tokens-two-modules": (
-        "llama", {**LLAMA, "trainable_token_indices": {"embed_tokens": [1, 5], "lm_head": [2]}}, {}
+        "llama",
+        {**LLAMA, "trainable_token_indices": {"embed_tokens": [1, 5], "lm_head": [2]}},
+        {},
     ),
     "all-linear": ("llama", {"target_modules": "all-linear"}, {}),
     "some-layers": ("llama", {**LLAMA, "layers_to_transform": [1]}, {}),
@@ -78,10 +82,14 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "bert-bias-all": ("bert", {**BERT, "bias": "all"}, {}),
     "bert-lora-bias": ("bert", {**BERT, "lora_bias": True}, {}),
     "bert-embeddings": (
-        "bert", {"target_modules": ["word_embeddings", "position_embeddings", "query"]}, {}
+        "bert",
+        {"target_modules": ["word_embeddings", "position_embeddings", "query"]},
+        {},
     ),
     "bert-embeddings-dora": (
-        "bert", {"target_modules": ["token_type_embeddings", "query"], "use_dora": True}, {}
+        "bert",
+        {"target_modules": ["token_type_embeddings", "query"], "use_dora": True},
+        {},
     ),
     "bert-norms": ("bert", {**BERT, "modules_to_save": ["LayerNorm"]}, {}),
     "bert-classifier": ("bert-classifier", {**BERT, "task_type": "SEQ_CLS"}, {}),
@@ -89,13 +97,15 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gpt2": ("gpt2", GPT2, {}),
     "gpt2-dora": ("gpt2", {**GPT2, "use_dora": True}, {}),
     "gpt2-rslora-pattern": (
-        "gpt2", {**GPT2, "use_rslora": True, "rank_pattern": {"attn.c_proj": 2}}, {}
+        "gpt2",
+        {**GPT2, "use_rslora": True, "rank_pattern": {"attn.c_proj": 2}},
+        {},
     ),
     "gpt2-lora-bias": ("gpt2", {**GPT2, "lora_bias": True}, {}),
     "gpt2-bias-all": ("gpt2", {**GPT2, "bias": "all"}, {}),
     "gpt2-positions": ("gpt2", {**GPT2, "target_modules": ["wpe", "c_attn"]}, {}),
     "gpt2-tokens": ("gpt2", {**GPT2, "trainable_token_indices": {"wte": [2, 9]}}, {}),
-}  # fmt: skip
+}
 
 # One side of a tied pair, or both. PEFT's merge_and_unload adds every such effect to the one shared
 # weight: what the head gets the embedding gets too, and an adapter with ensure_weight_tying, which
@@ -105,10 +115,14 @@ TIED: dict[str, tuple[str, dict[str, Any], bool]] = {
     "head": ("llama-tied", {"target_modules": ["lm_head", "q_proj"]}, False),
     "both-apart": ("llama-tied", {"target_modules": ["lm_head", "embed_tokens"]}, False),
     "embedding-ensured": (
-        "llama-tied", {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}, True
+        "llama-tied",
+        {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+        True,
     ),
     "head-ensured": (
-        "llama-tied", {"target_modules": ["lm_head"], "ensure_weight_tying": True}, True
+        "llama-tied",
+        {"target_modules": ["lm_head"], "ensure_weight_tying": True},
+        True,
     ),
     "rslora-ensured": (
         "llama-tied",
@@ -126,7 +140,7 @@ TIED: dict[str, tuple[str, dict[str, Any], bool]] = {
         False,
     ),
     "gpt2-embedding": ("gpt2", {**GPT2, "target_modules": ["wte", "c_attn"]}, False),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -262,9 +276,11 @@ def test_weighted_sum_of_plain_adapters_is_pefts_cat(
 def test_weight_of_what_is_replaced(weight: float, bases: dict[str, Path], tmp_path: Path) -> None:
     """A tensor or a row that is saved whole moves ``weight`` of the way."""
     config = {
-        "target_modules": ["q_proj"], "modules_to_save": ["norm"], "bias": "all",
+        "target_modules": ["q_proj"],
+        "modules_to_save": ["norm"],
+        "bias": "all",
         "trainable_token_indices": [4, 2],
-    }  # fmt: skip
+    }
     models.train(bases["llama"], tmp_path / "a", ranked(config))
     lora_tools.merge(bases["llama"], [(tmp_path / "a", weight)], tmp_path / "m")
     base, saved, found = map(models.tensors, (bases["llama"], tmp_path / "a", tmp_path / "m"))
@@ -361,90 +377,126 @@ def test_other_methods_are_refused_by_name(
 
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
+TOKENS = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "alora": ({"config": {"alora_invocation_tokens": [1]}}, UnsupportedAdapter, "tokens apart"),
     "arrow": ({"config": {"arrow_config": {"top_k": 2}}}, UnsupportedAdapter, "Arrow routes"),
     "target-parameters": (
         {"config": {"target_parameters": [Q.removeprefix("base_model.model.") + ".a", "q_proj.b"]}},
-        AdapterError, "q_proj: target_parameters name a, b, and the file has factors for 1",
+        AdapterError,
+        "q_proj: target_parameters name a, b, and the file has factors for 1",
     ),
     "kasa": ({"config": {"kasa_config": {"beta": 1}}}, UnsupportedAdapter, "KaSA"),
     "bdlora": ({"config": {"use_bdlora": {"nblocks": 2}}}, UnsupportedAdapter, "block-diagonal"),
     "qalora": ({"config": {"use_qalora": True}}, UnsupportedAdapter, "QA-LoRA"),
     "replication": (
-        {"config": {"layer_replication": [[0, 1]]}}, UnsupportedAdapter, "replicates layers"
+        {"config": {"layer_replication": [[0, 1]]}},
+        UnsupportedAdapter,
+        "replicates layers",
     ),
     **{
         init: ({"config": {"init_lora_weights": init}}, UnsupportedAdapter, "changed the base")
         for init in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga")
     },
     "experts": (
-        {"add": {f"{Q}.base_layer.lora_A.weight": torch.ones(4, 8)}}, AdapterError,
+        {"add": {f"{Q}.base_layer.lora_A.weight": torch.ones(4, 8)}},
+        AdapterError,
         "base_layer, and no target_parameters",
     ),
     "rank": ({"config": {"r": 8}}, AdapterError, "says rank 8, its factors have rank 4"),
     "rank-pattern": (
-        {"config": {"rank_pattern": {"q_proj": 2}}}, AdapterError, "q_proj: .* says rank 2"
+        {"config": {"rank_pattern": {"q_proj": 2}}},
+        AdapterError,
+        "q_proj: .* says rank 2",
     ),
     "no-rank": ({"config": {"r": None}}, AdapterError, "rank None"),
     "no-alpha": ({"config": {"lora_alpha": None}}, AdapterError, "lora_alpha is None"),
     "dora-without-magnitude": (
-        {"config": {"use_dora": True}}, AdapterError, "lacks its lora_magnitude_vector"
+        {"config": {"use_dora": True}},
+        AdapterError,
+        "lacks its lora_magnitude_vector",
     ),
     "magnitudes-too-few": (
-        {"config": {"use_dora": True},
-         "add": {f"base_model.model.model.layers.{i}.{m}.lora_magnitude_vector": torch.ones(31)
-                 for i in (0, 1)
-                 for m in ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj")}},
-        AdapterError, r"down_proj: 32 magnitudes are wanted, one for each of .* is \[31\]",
+        {
+            "config": {"use_dora": True},
+            "add": {
+                f"base_model.model.model.layers.{i}.{m}.lora_magnitude_vector": torch.ones(31)
+                for i in (0, 1)
+                for m in ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj")
+            },
+        },
+        AdapterError,
+        r"down_proj: 32 magnitudes are wanted, one for each of .* is \[31\]",
     ),
     "magnitude-without-dora": (
-        {"add": {f"{Q}.lora_magnitude_vector": torch.ones(32)}}, AdapterError, "use_dora is False"
+        {"add": {f"{Q}.lora_magnitude_vector": torch.ones(32)}},
+        AdapterError,
+        "use_dora is False",
     ),
     "half-a-pair": ({"drop": "layers.0.self_attn.q_proj.lora_B"}, AdapterError, "lacks one of"),
     "no-tensors": ({"drop": ""}, AdapterError, "holds no tensors"),
     "unknown-key": ({"add": {f"{Q}.lora_C.weight": torch.ones(2)}}, AdapterError, "is none that"),
     "convolution": (
-        {"drop": "layers.0.self_attn.q_proj",
-         "add": {f"{Q}.lora_A.weight": torch.ones(4, 1, 3, 3),
-                 f"{Q}.lora_B.weight": torch.ones(32, 4, 1, 1)}},
-        MismatchError, r"q_proj: base is \(32, 32\), .* lora_A \(4, 1, 3, 3\)",
+        {
+            "drop": "layers.0.self_attn.q_proj",
+            "add": {
+                f"{Q}.lora_A.weight": torch.ones(4, 1, 3, 3),
+                f"{Q}.lora_B.weight": torch.ones(32, 4, 1, 1),
+            },
+        },
+        MismatchError,
+        r"q_proj: base is \(32, 32\), .* lora_A \(4, 1, 3, 3\)",
     ),
     "factors-do-not-multiply": (
-        {"drop": "layers.0.self_attn.q_proj.lora_B",
-         "add": {f"{Q}.lora_B.weight": torch.ones(32, 5)}},
-        AdapterError, "do not multiply",
+        {
+            "drop": "layers.0.self_attn.q_proj.lora_B",
+            "add": {f"{Q}.lora_B.weight": torch.ones(32, 5)},
+        },
+        AdapterError,
+        "do not multiply",
     ),
     "no-such-module": (
-        {"add": {"base_model.model.model.other.lora_A.weight": torch.ones(4, 8),
-                 "base_model.model.model.other.lora_B.weight": torch.ones(8, 4)}},
-        AdapterError, "model.other.weight matches no tensor.*--allow-unmatched",
+        {
+            "add": {
+                "base_model.model.model.other.lora_A.weight": torch.ones(4, 8),
+                "base_model.model.model.other.lora_B.weight": torch.ones(8, 4),
+            }
+        },
+        AdapterError,
+        "model.other.weight matches no tensor.*--allow-unmatched",
     ),
     "bias-of-a-layer-without": (
         {"add": {"base_model.model.model.layers.0.mlp.down_proj.lora_B.bias": torch.ones(32)}},
-        AdapterError, "down_proj.bias matches no tensor",
+        AdapterError,
+        "down_proj.bias matches no tensor",
     ),
     "wrong-shape": (
-        {"drop": "layers.0.self_attn.q_proj.lora_A",
-         "add": {f"{Q}.lora_A.weight": torch.ones(4, 31)}},
-        MismatchError, r"q_proj: base is \(32, 32\), .* \(32, 31\); is this the base",
+        {
+            "drop": "layers.0.self_attn.q_proj.lora_A",
+            "add": {f"{Q}.lora_A.weight": torch.ones(4, 31)},
+        },
+        MismatchError,
+        r"q_proj: base is \(32, 32\), .* \(32, 31\); is this the base",
     ),
     "saved-other-width": (
-        {"add": {"base_model.model.model.norm.weight": torch.ones(3, 3)}}, MismatchError,
+        {"add": {"base_model.model.model.norm.weight": torch.ones(3, 3)}},
+        MismatchError,
         r"model.norm.weight: base is \(32,\)",
     ),
     "tokens-without-indices": (
-        {"add": {"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta":
-                 torch.ones(2, 32)}},
-        AdapterError, "no trainable_token_indices",
+        {"add": {TOKENS: torch.ones(2, 32)}},
+        AdapterError,
+        "no trainable_token_indices",
     ),
     "tokens-beyond-the-vocabulary": (
-        {"config": {"trainable_token_indices": {"embed_tokens": [1, 96]}},
-         "add": {"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta":
-                 torch.ones(2, 32)}},
-        MismatchError, r"embed_tokens.weight: base is \(96, 32\)",
+        {
+            "config": {"trainable_token_indices": {"embed_tokens": [1, 96]}},
+            "add": {TOKENS: torch.ones(2, 32)},
+        },
+        MismatchError,
+        r"embed_tokens.weight: base is \(96, 32\)",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -97,8 +97,14 @@ def test_every_kind_of_number(quant_type, dtype, kind):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
 def test_every_block_size(blocksize, dtype):
-    for shape in ((1,), (2 * blocksize,), (5 * blocksize + 3,), (37, 129), (48, 2 * blocksize),
-                  (nf4.RUN + blocksize + 1,)):  # fmt: skip
+    for shape in (
+        (1,),
+        (2 * blocksize,),
+        (5 * blocksize + 3,),
+        (37, 129),
+        (48, 2 * blocksize),
+        (nf4.RUN + blocksize + 1,),
+    ):
         x = (0.02 * noise(int(np.prod(shape)), blocksize)).reshape(shape).to(dtype)
         assert_like_bitsandbytes(x, "nf4", blocksize)
 
@@ -123,9 +129,13 @@ def test_small_numbers_are_rounded_and_not_flushed():
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.integers(1, 3000), st.sampled_from(BLOCKSIZES), st.sampled_from(DTYPES),
-    st.sampled_from(QUANT_TYPES), st.integers(0, 2**32 - 1), st.floats(-30, 30),
-)  # fmt: skip
+    st.integers(1, 3000),
+    st.sampled_from(BLOCKSIZES),
+    st.sampled_from(DTYPES),
+    st.sampled_from(QUANT_TYPES),
+    st.integers(0, 2**32 - 1),
+    st.floats(-30, 30),
+)
 def test_any_numbers(n, blocksize, dtype, quant_type, seed, exponent):
     x = (noise(n, seed) * 2.0**exponent).to(dtype)
     if x.isfinite().all():
@@ -184,9 +194,13 @@ def test_searched_scales_are_hardly_worse_anywhere_and_bitsandbytes_reads_them(k
     made = nf4_search.quantize_searched(x, book, 64, False, room, scratch)
     back = nf4.dequantize(made.packed, made.scales, book, 64, torch.empty(n))
     state = bnb.QuantState(
-        torch.from_numpy(made.scales), torch.Size([n]), torch.from_numpy(book.table), 64, "nf4",
+        torch.from_numpy(made.scales),
+        torch.Size([n]),
+        torch.from_numpy(book.table),
+        64,
+        "nf4",
         torch.float32,
-    )  # fmt: skip
+    )
     if n % 16 or n % 64 == 0:
         assert torch.equal(bnb.dequantize_4bit(room.view(-1, 1), state).view(-1), back)
     packed, absmax = nf4.quantize(x, book, 64)
@@ -215,15 +229,22 @@ def test_the_bytes_do_not_depend_on_the_instruction_set():
     """What torch and numpy use, turned off step by step (processors that lack it do no harm)."""
     told = {
         subprocess.run(
-            [sys.executable, "-c", HASH], check=True, capture_output=True, text=True,
+            [sys.executable, "-c", HASH],
+            check=True,
+            capture_output=True,
+            text=True,
             env={**os.environ, **extra},
         ).stdout
         for extra in (
             {},
-            {"ATEN_CPU_CAPABILITY": "avx2",
-             "NPY_DISABLE_CPU_FEATURES": "AVX512F,AVX512_SKX,AVX512_ICL"},
-            {"ATEN_CPU_CAPABILITY": "default",
-             "NPY_DISABLE_CPU_FEATURES": "AVX512F,AVX512_SKX,AVX512_ICL,AVX2,FMA3"},
+            {
+                "ATEN_CPU_CAPABILITY": "avx2",
+                "NPY_DISABLE_CPU_FEATURES": "AVX512F,AVX512_SKX,AVX512_ICL",
+            },
+            {
+                "ATEN_CPU_CAPABILITY": "default",
+                "NPY_DISABLE_CPU_FEATURES": "AVX512F,AVX512_SKX,AVX512_ICL,AVX2,FMA3",
+            },
         )
-    }  # fmt: skip
+    }
     assert len(told) == 1

@@ -30,23 +30,27 @@ SHARED: dict[str, tuple[Callable[[Any], torch.nn.Module], torch.Tensor]] = {
     "embedding": (lambda lib: lib.Embedding(7, 5, r=2, lora_alpha=3), TOKENS),
     "embedding-padded": (lambda lib: lib.Embedding(7, 5, r=2, padding_idx=2), TOKENS),
     "merged": (
-        lambda lib: lib.MergedLinear(8, 12, r=2, lora_alpha=5, enable_lora=[True, False, True]), X
+        lambda lib: lib.MergedLinear(8, 12, r=2, lora_alpha=5, enable_lora=[True, False, True]),
+        X,
     ),
     "merged-all": (lambda lib: lib.MergedLinear(8, 12, r=2, enable_lora=[True] * 4), X),
     "merged-transposed": (
-        lambda lib: lib.MergedLinear(8, 12, r=2, enable_lora=[False, True], fan_in_fan_out=True), X
+        lambda lib: lib.MergedLinear(8, 12, r=2, enable_lora=[False, True], fan_in_fan_out=True),
+        X,
     ),
     "conv2d": (lambda lib: lib.Conv2d(4, 6, 3, r=2, lora_alpha=5, padding=1), IMAGE),
     "conv2d-groups": (lambda lib: lib.Conv2d(4, 6, 3, r=2, groups=2, stride=2), IMAGE),
     "conv2d-reflect": (
-        lambda lib: lib.Conv2d(4, 6, 3, r=1, padding=1, padding_mode="reflect"), IMAGE
+        lambda lib: lib.Conv2d(4, 6, 3, r=1, padding=1, padding_mode="reflect"),
+        IMAGE,
     ),
     "conv1d-1": (lambda lib: lib.Conv1d(4, 6, 1, r=2), IMAGE[..., 0]),
     "conv3d-1": (lambda lib: lib.Conv3d(4, 6, 1, r=2), IMAGE[:, :, None]),
-}  # fmt: skip
+}
 OTHERS: dict[str, tuple[Callable[[Any], torch.nn.Module], torch.Tensor]] = {
     "merged-unequal": (
-        lambda lib: lib.MergedLinear(8, 9, r=2, enable_lora=[True, False, True], sizes=[4, 3, 2]), X
+        lambda lib: lib.MergedLinear(8, 9, r=2, enable_lora=[True, False, True], sizes=[4, 3, 2]),
+        X,
     ),
     "merged-unequal-transposed": (
         lambda lib: lib.MergedLinear(
@@ -59,7 +63,7 @@ OTHERS: dict[str, tuple[Callable[[Any], torch.nn.Module], torch.Tensor]] = {
     "conv2d-3x2": (lambda lib: lib.Conv2d(4, 6, (3, 2), r=2, stride=(1, 2)), IMAGE),
     "conv3d-3": (lambda lib: lib.Conv3d(4, 6, 3, r=2, padding=1), IMAGE[:, :, None]),
     "conv3d-mixed": (lambda lib: lib.Conv3d(4, 6, (1, 3, 2), r=2, groups=2), IMAGE[:, :, None]),
-}  # fmt: skip
+}
 ALL = SHARED | OTHERS
 
 
@@ -276,8 +280,10 @@ def test_only_the_factors_are_trained_and_saved() -> None:
     conv = torch.nn.Sequential(nn.Conv2d(2, 2, 3, r=1))
     nn.mark_only_lora_as_trainable(conv, "lora_only")
     assert {n for n, p in conv.named_parameters() if p.requires_grad} == {
-        "0.lora_A", "0.lora_B", "0.conv.bias",
-    }  # fmt: skip
+        "0.lora_A",
+        "0.lora_B",
+        "0.conv.bias",
+    }
     with pytest.raises(UsageError, match="'some'"):
         nn.mark_only_lora_as_trainable(model, "some")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="'some'"):
@@ -305,9 +311,12 @@ def test_a_transposed_weight_is_drawn_for_its_own_fan_in() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"enable_lora": [True, False], "sizes": [4, 4]}, {"enable_lora": [True], "sizes": [4, 5]},
-     {"enable_lora": [True] * 4}],
-)  # fmt: skip
+    [
+        {"enable_lora": [True, False], "sizes": [4, 4]},
+        {"enable_lora": [True], "sizes": [4, 5]},
+        {"enable_lora": [True] * 4},
+    ],
+)
 def test_blocks_that_do_not_make_up_the_outputs(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="do not make up 9 outputs"):
         nn.MergedLinear(8, 9, r=2, **options)

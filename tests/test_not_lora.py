@@ -17,16 +17,36 @@ from lora_tools.errors import AdapterError, MismatchError, UnsupportedAdapter
 from . import iotools, models
 
 IA3: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {"target_modules": ["k_proj", "v_proj", "down_proj"],
-                        "feedforward_modules": ["down_proj"]}),
-    "gpt2": ("gpt2", {"target_modules": ["c_attn", "mlp.c_proj"],
-                      "feedforward_modules": ["mlp.c_proj"], "fan_in_fan_out": True}),
-    "square": ("gpt2", {"target_modules": ["attn.c_proj"],
-                        "feedforward_modules": ["attn.c_proj"], "fan_in_fan_out": True}),
-    "classifier": ("bert-classifier", {"target_modules": ["key", "value"],
-                                       "feedforward_modules": [],
-                                       "modules_to_save": ["classifier"], "task_type": "SEQ_CLS"}),
-}  # fmt: skip
+    "llama": (
+        "llama",
+        {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+    ),
+    "gpt2": (
+        "gpt2",
+        {
+            "target_modules": ["c_attn", "mlp.c_proj"],
+            "feedforward_modules": ["mlp.c_proj"],
+            "fan_in_fan_out": True,
+        },
+    ),
+    "square": (
+        "gpt2",
+        {
+            "target_modules": ["attn.c_proj"],
+            "feedforward_modules": ["attn.c_proj"],
+            "fan_in_fan_out": True,
+        },
+    ),
+    "classifier": (
+        "bert-classifier",
+        {
+            "target_modules": ["key", "value"],
+            "feedforward_modules": [],
+            "modules_to_save": ["classifier"],
+            "task_type": "SEQ_CLS",
+        },
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -140,15 +160,31 @@ def _folders(top: Path) -> dict[str, tuple[Path, str]]:
     add("prompt", "prompt tuning", ["prompt_embeddings"], config(peft_type="PROMPT_TUNING"))
     add("prefix", "prefix tuning", ["prompt_embeddings"], config(peft_type="PREFIX_TUNING"))
     add("bare-prompt", "soft prompts", ["prompt_embeddings"])
-    add("llama-adapter", "LLaMA-Adapter",
-        ["l.0.self_attn.adaption_prompt", "l.0.self_attn.adaption_gate"])  # fmt: skip
-    add("hub", "bottleneck adapter of AdapterHub", ["a.adapters.x.adapter_down.0.weight"],
-        config(config={"mh_adapter": False, "reduction_factor": 16}, version="1.0"))  # fmt: skip
-    add("hub-prefix", "prefix tuning of AdapterHub", ["p"],
-        config(config={"architecture": "prefix_tuning"}, version="1.0"))  # fmt: skip
-    add("bottleneck", "a bottleneck adapter",
-        ["bert.layer.0.output.adapters.x.adapter_down.0.weight",
-         "bert.layer.0.output.adapters.x.adapter_up.weight"])  # fmt: skip
+    add(
+        "llama-adapter",
+        "LLaMA-Adapter",
+        ["l.0.self_attn.adaption_prompt", "l.0.self_attn.adaption_gate"],
+    )
+    add(
+        "hub",
+        "bottleneck adapter of AdapterHub",
+        ["a.adapters.x.adapter_down.0.weight"],
+        config(config={"mh_adapter": False, "reduction_factor": 16}, version="1.0"),
+    )
+    add(
+        "hub-prefix",
+        "prefix tuning of AdapterHub",
+        ["p"],
+        config(config={"architecture": "prefix_tuning"}, version="1.0"),
+    )
+    add(
+        "bottleneck",
+        "a bottleneck adapter",
+        [
+            "bert.layer.0.output.adapters.x.adapter_down.0.weight",
+            "bert.layer.0.output.adapters.x.adapter_up.weight",
+        ],
+    )
     add("inversion", "textual inversion", ["emb_params"])
     add("oft", "rotates weights", ["a.oft_r"], config(peft_type="OFT"))
     return made

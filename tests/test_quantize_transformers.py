@@ -22,9 +22,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 def settings(**options: Any) -> transformers.BitsAndBytesConfig:
     fields = {
-        "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
         "bnb_4bit_compute_dtype": torch.bfloat16,
-    }  # fmt: skip
+    }
     return transformers.BitsAndBytesConfig(load_in_4bit=True, **(fields | options))
 
 
@@ -122,9 +123,12 @@ def test_an_adapter_makes_up_for_the_error(kind, bases, tmp_path):
 def test_an_adapter_given_is_stacked_on_that_of_the_error(kind, bases, tmp_path):
     targets = {"llama": ["q_proj", "down_proj", "lm_head"], "gpt2": ["c_attn"]}[kind]
     config = {
-        "r": 4, "lora_alpha": 3, "target_modules": targets, "fan_in_fan_out": kind == "gpt2",
+        "r": 4,
+        "lora_alpha": 3,
+        "target_modules": targets,
+        "fan_in_fan_out": kind == "gpt2",
         "task_type": "CAUSAL_LM",
-    }  # fmt: skip
+    }
     models.train(bases[kind], tmp_path / "adapter", config, save_embedding_layers=False)
     alone, both = tmp_path / "alone", tmp_path / "both"
     lora_tools.quantize(bases[kind], alone, compensate=8)
@@ -132,9 +136,9 @@ def test_an_adapter_given_is_stacked_on_that_of_the_error(kind, bases, tmp_path)
     lora_tools.quantize(bases[kind], both, adapters=given, compensate=8)
     assert_identical(models.tensors(both), models.tensors(alone))
     errors, mine, stacked = (
-        models.tensors(folder) for folder in (alone / "loftq_init", tmp_path / "adapter",
-                                              both / "loftq_init")
-    )  # fmt: skip
+        models.tensors(folder)
+        for folder in (alone / "loftq_init", tmp_path / "adapter", both / "loftq_init")
+    )
     assert set(stacked) == set(errors) | set(mine)
     for key in (k for k in stacked if "lora_A" in k):
         found = stacked[key.replace("lora_A", "lora_B")].double() @ stacked[key].double()

@@ -90,8 +90,9 @@ def test_compensation_of_nothing_lost(tmp_path):
         tmp_path / "base", tmp_path / "out", compensate=4, double_quant=False
     )
     assert min(t.compensated_error for t in report.tensors) == 0
-    assert not any(Q.removesuffix(".weight") in key for key in
-                   models.tensors(tmp_path / "out" / "loftq_init"))  # fmt: skip
+    assert not any(
+        Q.removesuffix(".weight") in key for key in models.tensors(tmp_path / "out" / "loftq_init")
+    )
 
 
 def test_what_cannot_be_compensated_is_refused(work, tmp_path):
@@ -215,12 +216,14 @@ def test_the_report_counts_every_bit_and_the_gate_holds(work, tmp_path):
     assert report.totals["bytes"] == sum(file.stat().st_size for file in files)
     base = models.tensors(work / "base")
     for result in report.tensors:
-        parts = [v for k, v in models.tensors(tmp_path / "out").items()
-                 if k.startswith(result.tensor)]  # fmt: skip
+        parts = [
+            v for k, v in models.tensors(tmp_path / "out").items() if k.startswith(result.tensor)
+        ]
         n = base[result.tensor].numel()
         assert result.bits_per_parameter == 8 * sum(p.nbytes for p in parts) / n
-        error = (by_bitsandbytes(tmp_path / "out", result.tensor).double()
-                 - base[result.tensor].double()).norm()  # fmt: skip
+        error = (
+            by_bitsandbytes(tmp_path / "out", result.tensor).double() - base[result.tensor].double()
+        ).norm()
         found = float(error / base[result.tensor].double().norm())
         assert result.relative_error == pytest.approx(found, rel=1e-5)
     with pytest.raises(QualityGateError, match="relative error above") as caught:
@@ -234,20 +237,31 @@ def test_the_report_counts_every_bit_and_the_gate_holds(work, tmp_path):
 def test_what_stays_is_listed_and_what_the_loader_would_skip_stays(tmp_path):
     tensors = {
         f"{module}.weight": torch.randn(64, 64)
-        for module in ("distil.q_lin", "pre_classifier", "classifier", "distil.mlp.gate",
-                       "distil.mlp.experts.0.w1", "lm_head")
-    }  # fmt: skip
+        for module in (
+            "distil.q_lin",
+            "pre_classifier",
+            "classifier",
+            "distil.mlp.gate",
+            "distil.mlp.experts.0.w1",
+            "lm_head",
+        )
+    }
     iotools.checkpoint(tmp_path / "base", tensors)
     report = lora_tools.quantize(tmp_path / "base", tmp_path / "out", lm_head=True)
     fates = {fate.tensor: fate.action for fate in report.plan}
     assert fates == dict.fromkeys(tensors, "copy") | {
-        "distil.q_lin.weight": "quantize", "lm_head.weight": "quantize",
-    }  # fmt: skip
+        "distil.q_lin.weight": "quantize",
+        "lm_head.weight": "quantize",
+    }
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["llm_int8_skip_modules"] == [
-        "classifier", "distil.mlp.experts", "distil.mlp.gate", "pre_classifier", "qa_outputs",
+        "classifier",
+        "distil.mlp.experts",
+        "distil.mlp.gate",
+        "pre_classifier",
+        "qa_outputs",
         "score",
-    ]  # fmt: skip
+    ]
 
 
 def test_what_cannot_be_quantized_is_refused(work, tmp_path):
@@ -265,9 +279,11 @@ def test_what_cannot_be_quantized_is_refused(work, tmp_path):
     with pytest.raises(UsageError, match="--reversible"):
         lora_tools.merge(work / "packed", [work / "adapter"], out, reversible=True)
     for dtype, value, error in (
-        (torch.float64, 1.0, UsageError), (torch.float32, float("nan"), NonFiniteError),
-        (torch.float32, float("-inf"), NonFiniteError), (torch.float32, 3e38, NonFiniteError),
-    ):  # fmt: skip
+        (torch.float64, 1.0, UsageError),
+        (torch.float32, float("nan"), NonFiniteError),
+        (torch.float32, float("-inf"), NonFiniteError),
+        (torch.float32, 3e38, NonFiniteError),
+    ):
         folder = tmp_path / f"{dtype} {value}"
         iotools.checkpoint(folder, {Q: torch.full((64, 64), value, dtype=dtype)})
         with pytest.raises(error, match=Q):

@@ -78,8 +78,13 @@ def test_the_names_of_kohya_choose_what_kohya_chooses(method, target):
 def test_a_partial_spectrum_never_decides_wrongly(S, known):
     """A policy that answers on part of a spectrum answers the same on all of it."""
     part = Spectrum((S * S)[:known], float((S * S).sum()), len(S) <= known, (40, 60))
-    for name, value in (("error", 0.5), ("ratio", 0.3), ("threshold", 1.0), ("cumulative", 0.8),
-                        ("gavish_donoho", 0.0)):  # fmt: skip
+    for name, value in (
+        ("error", 0.5),
+        ("ratio", 0.3),
+        ("threshold", 1.0),
+        ("cumulative", 0.8),
+        ("gavish_donoho", 0.0),
+    ):
         answer = POLICIES[name](part, value)
         assert answer is None or answer == POLICIES[name](whole(S), value), name
 
@@ -186,8 +191,13 @@ def test_the_noise_floor_cuts_no_delta_of_high_rank(kind):
     assert float(spectrum.squared[:r].sum()) > 0.99 * spectrum.total
     assert r > 0.7 * n
     # The tail alone, without what is known of rounding, would cut it.
-    unbounded = Spectrum(spectrum.squared, spectrum.total, True, (n, n),
-                         type(spectrum.rounding)(math.inf, spectrum.rounding.edge))  # fmt: skip
+    unbounded = Spectrum(
+        spectrum.squared,
+        spectrum.total,
+        True,
+        (n, n),
+        type(spectrum.rounding)(math.inf, spectrum.rounding.edge),
+    )
     assert POLICIES["noise_floor"](unbounded, 0.0) < r / 2
 
 

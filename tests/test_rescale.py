@@ -30,15 +30,23 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "plain": {"target_modules": ["q_proj", "down_proj"]},
     "patterns": {
         "target_modules": ["q_proj", "down_proj", "embed_tokens"],
-        "rank_pattern": {"down_proj": 3}, "alpha_pattern": {"1.self_attn.q_proj": 5},
+        "rank_pattern": {"down_proj": 3},
+        "alpha_pattern": {"1.self_attn.q_proj": 5},
     },
-    "rslora": {"target_modules": ["q_proj", "lm_head"], "use_rslora": True,
-               "rank_pattern": {"lm_head": 2}},
+    "rslora": {
+        "target_modules": ["q_proj", "lm_head"],
+        "use_rslora": True,
+        "rank_pattern": {"lm_head": 2},
+    },
     "lora-bias": {"target_modules": ["q_proj", "v_proj"], "lora_bias": True},
-    "saved": {"target_modules": ["q_proj"], "modules_to_save": ["norm", "lm_head"], "bias": "all",
-              "trainable_token_indices": [3, 9]},
+    "saved": {
+        "target_modules": ["q_proj"],
+        "modules_to_save": ["norm", "lm_head"],
+        "bias": "all",
+        "trainable_token_indices": [3, 9],
+    },
     "dora": {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +116,13 @@ def test_the_effect_is_kept(
 @pytest.mark.parametrize("more", [{}, {"alpha": 3}, {"rslora": True}, {"rank": R}])
 @pytest.mark.parametrize("kind", ["patterns", "rslora", "lora-bias"])
 def test_scale_multiplies_the_effect(
-    kind: str, more: dict[str, Any], scale: float, base: Path, adapters: dict[str, Path],
+    kind: str,
+    more: dict[str, Any],
+    scale: float,
+    base: Path,
+    adapters: dict[str, Path],
     tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     lora_tools.rescale(adapters[kind], tmp_path / "a", scale=scale, **more)
     wanted = {name: scale * delta for name, delta in deltas(base, adapters[kind]).items()}
     models.assert_same(deltas(base, tmp_path / "a"), wanted, 1e-5)
@@ -136,9 +148,11 @@ def test_changing_alpha_changes_the_effect_in_proportion(
 
 @hypothesis.settings(max_examples=25, deadline=None)
 @hypothesis.given(
-    first=st.floats(0.01, 100), second=st.floats(-100, -0.01), alpha=st.floats(0.5, 64),
+    first=st.floats(0.01, 100),
+    second=st.floats(-100, -0.01),
+    alpha=st.floats(0.5, 64),
     seed=st.integers(0, 99),
-)  # fmt: skip
+)
 def test_scaling_twice_is_scaling_by_the_product(
     first: float, second: float, alpha: float, seed: int
 ) -> None:
@@ -159,9 +173,13 @@ def test_scaling_twice_is_scaling_by_the_product(
 
 @hypothesis.settings(max_examples=40, deadline=None)
 @hypothesis.given(
-    rows=st.integers(2, 40), cols=st.integers(2, 40), r=st.integers(1, 12),
-    rank=st.integers(1, 12), seed=st.integers(0, 99), rslora=st.booleans(),
-)  # fmt: skip
+    rows=st.integers(2, 40),
+    cols=st.integers(2, 40),
+    r=st.integers(1, 12),
+    rank=st.integers(1, 12),
+    seed=st.integers(0, 99),
+    rslora=st.booleans(),
+)
 def test_resize_is_the_best_of_its_rank(
     rows: int, cols: int, r: int, rank: int, seed: int, rslora: bool
 ) -> None:
@@ -207,9 +225,13 @@ def test_energy_is_the_smallest_rank_that_holds_it(
 @pytest.mark.parametrize("more", [{}, {"rank": 2}, {"scale": 1.0}, {"energy": 0.99}])
 @pytest.mark.parametrize("kind", ["plain", "patterns", "rslora"])
 def test_padding_for_a_consumer_keeps_the_effect(
-    kind: str, more: dict[str, Any], consumer: str, base: Path, adapters: dict[str, Path],
+    kind: str,
+    more: dict[str, Any],
+    consumer: str,
+    base: Path,
+    adapters: dict[str, Path],
     tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     lora_tools.rescale(adapters[kind], tmp_path / "a", consumer=consumer, **more)
     written = config(tmp_path / "a")
     shapes = {k: v.shape for k, v in models.tensors(tmp_path / "a").items()}
@@ -291,11 +313,22 @@ def test_overflow_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"effect": "change"}, {"alpha": 0}, {"alpha": -1}, {"scale": float("nan")},
-     {"scale": float("inf")}, {"rank": 0}, {"rank": 2, "energy": 0.5}, {"max_rank": 4},
-     {"rank": 2, "alpha": 3, "effect": "change"}, {"dtype": "int4"}, {"consumer": "tgi"},
-     {"energy": 0}],
-)  # fmt: skip
+    [
+        {},
+        {"effect": "change"},
+        {"alpha": 0},
+        {"alpha": -1},
+        {"scale": float("nan")},
+        {"scale": float("inf")},
+        {"rank": 0},
+        {"rank": 2, "energy": 0.5},
+        {"max_rank": 4},
+        {"rank": 2, "alpha": 3, "effect": "change"},
+        {"dtype": "int4"},
+        {"consumer": "tgi"},
+        {"energy": 0},
+    ],
+)
 def test_calls_that_make_no_sense(
     options: dict[str, Any], adapters: dict[str, Path], tmp_path: Path
 ) -> None:

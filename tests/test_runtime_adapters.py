@@ -35,23 +35,37 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "uneven": {
-        "target_modules": ["q_proj", "k_proj", "down_proj"], "r": 4, "lora_alpha": 6,
-        "rank_pattern": {"down_proj": 3}, "alpha_pattern": {"1.self_attn.q_proj": 5},
+        "target_modules": ["q_proj", "k_proj", "down_proj"],
+        "r": 4,
+        "lora_alpha": 6,
+        "rank_pattern": {"down_proj": 3},
+        "alpha_pattern": {"1.self_attn.q_proj": 5},
     },
-    "rslora": {"target_modules": ["v_proj", "up_proj"], "r": 3, "lora_alpha": 5,
-               "use_rslora": True},
-    "saved": {"target_modules": ["q_proj"], "r": 2,
-              "modules_to_save": ["norm", "layernorm", "0.mlp.up_proj"]},
+    "rslora": {
+        "target_modules": ["v_proj", "up_proj"],
+        "r": 3,
+        "lora_alpha": 5,
+        "use_rslora": True,
+    },
+    "saved": {
+        "target_modules": ["q_proj"],
+        "r": 2,
+        "modules_to_save": ["norm", "layernorm", "0.mlp.up_proj"],
+    },
     "ends": {"target_modules": ["embed_tokens", "lm_head", "v_proj"], "r": 5, "lora_alpha": 4},
-}  # fmt: skip
+}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "dora": ({"target_modules": ["q_proj"], "use_dora": True}, "DoRA's magnitudes .*--drop dora"),
     "bias": ({"target_modules": ["q_proj"], "lora_bias": True}, "lora_bias .*--drop bias"),
-    "saved": ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
-              "(lm_head|model.embed_tokens).weight: .*a whole vocabulary.*--drop saved"),
-    "tokens": ({"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]},
-               "trained tokens .*--drop tokens"),
-}  # fmt: skip
+    "saved": (
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        "(lm_head|model.embed_tokens).weight: .*a whole vocabulary.*--drop saved",
+    ),
+    "tokens": (
+        {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]},
+        "trained tokens .*--drop tokens",
+    ),
+}
 IDS = np.arange(2 * 9).reshape(2, 9) * 7 % 96
 
 
@@ -69,9 +83,12 @@ class Made:
         self.plain, self.out = top / "plain", top / "out"
         lora_tools.export(self.base, self.plain, no_verify=True)
         self.report = lora_tools.export(
-            self.base, self.out, adapters=[top / name for name in CONFIGS], runtime_adapters=True,
+            self.base,
+            self.out,
+            adapters=[top / name for name in CONFIGS],
+            runtime_adapters=True,
             graph=self.plain,
-        )  # fmt: skip
+        )
 
 
 @pytest.fixture(scope="module")
@@ -88,11 +105,13 @@ class Session:
         self.session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options)
         self.inputs = {
             i.name: np.zeros((len(IDS), i.shape[1], 0, i.shape[3]), np.float32)
-            for i in self.session.get_inputs() if "past" in i.name
+            for i in self.session.get_inputs()
+            if "past" in i.name
         } | {
-            "input_ids": IDS, "attention_mask": np.ones_like(IDS),
+            "input_ids": IDS,
+            "attention_mask": np.ones_like(IDS),
             "position_ids": np.arange(9)[None].repeat(2, 0),
-        }  # fmt: skip
+        }
 
     def logits(self, file: Path | None = None) -> np.ndarray:
         options = onnxruntime.RunOptions()
@@ -140,8 +159,11 @@ def test_without_an_adapter_it_is_the_plain_graph_bit_for_bit(made: Made) -> Non
 
 def test_only_what_is_adapted_has_a_branch_and_no_dense_product_is_formed(made: Made) -> None:
     graph = graph_of(made.out)
-    keys = {key.removeprefix("base_model.model.") for name in CONFIGS
-            for key in models.tensors(made.top / name)}  # fmt: skip
+    keys = {
+        key.removeprefix("base_model.model.")
+        for name in CONFIGS
+        for key in models.tensors(made.top / name)
+    }
     modules = {key.rpartition(".lora_")[0] for key in keys if ".lora_" in key}
     saved = {key for key in keys if ".lora_" not in key}
     assert len(saved) == 12
@@ -158,9 +180,13 @@ def test_only_what_is_adapted_has_a_branch_and_no_dense_product_is_formed(made: 
     new = [node.op_type for node in graph.node if node.name.startswith("lora:")]
     counts = {op: new.count(op) for op in new}
     assert counts == {
-        "MatMul": 2 * len(modules), "Gather": 1, "Add": len(modules), "Transpose": 1,
-        "Concat": len(saved), "Slice": len(saved),
-    }  # fmt: skip
+        "MatMul": 2 * len(modules),
+        "Gather": 1,
+        "Add": len(modules),
+        "Transpose": 1,
+        "Concat": len(saved),
+        "Slice": len(saved),
+    }
     assert len(graph.node) == len(plain) + len(new)
 
 
@@ -169,9 +195,13 @@ def test_other_exports_use_either_graph_again(made: Made, tmp_path: Path) -> Non
     lora_tools.export(made.base, tmp_path / "plain", graph=made.out, no_verify=True)
     assert iotools.tree(tmp_path / "plain") == iotools.tree(made.plain)
     lora_tools.export(
-        made.base, tmp_path / "out", adapters=[made.top / n for n in CONFIGS],
-        runtime_adapters=True, graph=made.out, no_verify=True,
-    )  # fmt: skip
+        made.base,
+        tmp_path / "out",
+        adapters=[made.top / n for n in CONFIGS],
+        runtime_adapters=True,
+        graph=made.out,
+        no_verify=True,
+    )
     assert iotools.tree(tmp_path / "out") == iotools.tree(made.out)
 
 
@@ -182,8 +212,9 @@ def test_genai_is_told_of_no_optional_input(made: Made) -> None:
 
 def test_the_report(made: Made) -> None:
     report = made.report
-    assert [i.path for i in report.inputs] == [str(p) for p in (
-        made.base, *(made.top / name for name in CONFIGS))]  # fmt: skip
+    assert [i.path for i in report.inputs] == [
+        str(p) for p in (made.base, *(made.top / name for name in CONFIGS))
+    ]
     assert all(i.digest for i in report.inputs[1:])
     for name in CONFIGS:
         figures = report.totals["runtime_adapters"][f"{name}.onnx_adapter"]
@@ -213,16 +244,22 @@ def test_convert_writes_the_same_file_and_further_ones(made: Made, tmp_path: Pat
 def test_names_become_those_of_the_base(made: Made, tmp_path: Path) -> None:
     shutil.copytree(made.top / "uneven", tmp_path / "given")
     file = tmp_path / "given" / "adapter_model.safetensors"
-    renamed = {k.replace("base_model.model.", "base_model.model.module."): v
-               for k, v in load_file(file).items()}  # fmt: skip
+    renamed = {
+        k.replace("base_model.model.", "base_model.model.module."): v
+        for k, v in load_file(file).items()
+    }
     save_file(renamed, file, {"format": "pt"})
     wanted = (made.out / "uneven.onnx_adapter").read_bytes()
     lora_tools.convert(tmp_path / "given", tmp_path / "a", to="onnxruntime", base=made.base)
     assert (tmp_path / "a").read_bytes() == wanted
     report = lora_tools.export(
-        made.base, tmp_path / "out", adapters=[tmp_path / "given"], runtime_adapters=True,
-        graph=made.plain, no_verify=True,
-    )  # fmt: skip
+        made.base,
+        tmp_path / "out",
+        adapters=[tmp_path / "given"],
+        runtime_adapters=True,
+        graph=made.plain,
+        no_verify=True,
+    )
     assert "'module.' was left out" in " ".join(report.notes)
     assert (tmp_path / "out" / "given.onnx_adapter").read_bytes() == wanted
     lora_tools.convert(tmp_path / "given", tmp_path / "b", to="onnxruntime")
@@ -248,9 +285,15 @@ def test_weights_other_formats_and_stored_dtypes(made: Made, tmp_path: Path) -> 
     """Half of one adapter, and one that comes as GGUF, over a base in bfloat16."""
     lora_tools.convert(made.top / "rslora", tmp_path / "a.gguf", to="gguf", base=made.base)
     report = lora_tools.export(
-        made.base, tmp_path / "out", adapters=[f"{made.top / 'uneven'}=0.5", tmp_path / "a.gguf"],
-        runtime_adapters=True, graph=made.plain, dtype="bfloat16", weights="bundled", rtol=1e-4,
-    )  # fmt: skip
+        made.base,
+        tmp_path / "out",
+        adapters=[f"{made.top / 'uneven'}=0.5", tmp_path / "a.gguf"],
+        runtime_adapters=True,
+        graph=made.plain,
+        dtype="bfloat16",
+        weights="bundled",
+        rtol=1e-4,
+    )
     assert set(report.totals["runtime_adapters"]) == {"uneven.onnx_adapter", "a.onnx_adapter"}
     assert report.totals["verified"]
     assert report.totals["base_exact"]
@@ -266,21 +309,35 @@ def test_weights_other_formats_and_stored_dtypes(made: Made, tmp_path: Path) -> 
 # ----------------------------------------------------------------------------- other kinds of model
 
 
-@pytest.mark.parametrize(("name", "config"), [
-    ("BERT, classifier", {"target_modules": ["query", "dense", "word_embeddings"],
-                          "modules_to_save": ["LayerNorm", "classifier"]}),
-    ("GPT-2", {"target_modules": ["c_attn", "c_proj", "wte"]}),
-    pytest.param("T5", {"target_modules": ["q", "v", "wo", "shared"],
-                        "modules_to_save": ["layer_norm"]}, marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        (
+            "BERT, classifier",
+            {
+                "target_modules": ["query", "dense", "word_embeddings"],
+                "modules_to_save": ["LayerNorm", "classifier"],
+            },
+        ),
+        ("GPT-2", {"target_modules": ["c_attn", "c_proj", "wte"]}),
+        pytest.param(
+            "T5",
+            {"target_modules": ["q", "v", "wo", "shared"], "modules_to_save": ["layer_norm"]},
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
 def test_architectures(name: str, config: dict[str, Any], tmp_path: Path) -> None:
     """The export compares with transformers; GPT-2 without its cache. T5 has three graphs."""
     base = export_models.make(name, tmp_path / "base")
     models.train(base, tmp_path / "a", {"r": 3, **config}, save_embedding_layers=False)
     report = lora_tools.export(
-        base, tmp_path / "out", adapters=[tmp_path / "a"], runtime_adapters=True,
+        base,
+        tmp_path / "out",
+        adapters=[tmp_path / "a"],
+        runtime_adapters=True,
         no_cache=name == "GPT-2",
-    )  # fmt: skip
+    )
     assert report.totals["base_exact"]
     figures = report.totals["runtime_adapters"]["a.onnx_adapter"]
     assert figures["verified"]
@@ -299,9 +356,14 @@ def test_in_place_adapters_lie_beside_the_graph(made: Made, tmp_path: Path) -> N
     shutil.copytree(made.base, here)
     before = iotools.tree(here)
     call: Callable[..., Any] = lambda **more: lora_tools.export(  # noqa: E731
-        here, here, adapters=[made.top / "uneven"], runtime_adapters=True, graph=made.plain,
-        no_verify=True, **more,
-    )  # fmt: skip
+        here,
+        here,
+        adapters=[made.top / "uneven"],
+        runtime_adapters=True,
+        graph=made.plain,
+        no_verify=True,
+        **more,
+    )
     (here / "uneven.onnx_adapter").write_bytes(b"someone's")
     with pytest.raises(OutputError, match=r"uneven\.onnx_adapter already exists"):
         call()
@@ -331,9 +393,13 @@ def test_what_a_runtime_adapter_cannot_carry(name: str, made: Made, tmp_path: Pa
 def test_bad_calls(made: Made, tmp_path: Path) -> None:
     def call(*adapters: Any, **options: Any) -> lora_tools.Report:
         return lora_tools.export(
-            made.base, tmp_path / "out", adapters=adapters, runtime_adapters=True,
-            graph=made.plain, **options,
-        )  # fmt: skip
+            made.base,
+            tmp_path / "out",
+            adapters=adapters,
+            runtime_adapters=True,
+            graph=made.plain,
+            **options,
+        )
 
     with pytest.raises(UsageError, match="at least one --adapter"):
         call()
@@ -372,8 +438,12 @@ def test_an_adapter_of_another_base(made: Made, tmp_path: Path) -> None:
     shutil.copytree(made.top / "rslora", tmp_path / "a")
     file = tmp_path / "a" / "adapter_model.safetensors"
     save_file(load_file(file), file, {"format": "pt", "base_digest": "xxh3-128/sha256:0"})
-    call: dict[str, Any] = {"adapters": [tmp_path / "a"], "runtime_adapters": True,
-                            "graph": made.plain, "no_verify": True}  # fmt: skip
+    call: dict[str, Any] = {
+        "adapters": [tmp_path / "a"],
+        "runtime_adapters": True,
+        "graph": made.plain,
+        "no_verify": True,
+    }
     with pytest.raises(MismatchError, match="made for another base"):
         lora_tools.export(made.base, tmp_path / "out", **call)
     assert not (tmp_path / "out").exists()
@@ -430,11 +500,23 @@ def test_an_adapter_that_does_something_else_is_found(
 
     write = runtime_adapters.write_modules
     monkeypatch.setattr(
-        runtime_adapters, "write_modules",
+        runtime_adapters,
+        "write_modules",
         lambda *given, **options: write(*given, **options | {"weight": 1.1}),
-    )  # fmt: skip
-    line = ["export", made.base, "--adapter", made.top / "uneven", "--runtime-adapters", "--graph",
-            made.plain, "-o", tmp_path / "out", "--report", tmp_path / "report"]  # fmt: skip
+    )
+    line = [
+        "export",
+        made.base,
+        "--adapter",
+        made.top / "uneven",
+        "--runtime-adapters",
+        "--graph",
+        made.plain,
+        "-o",
+        tmp_path / "out",
+        "--report",
+        tmp_path / "report",
+    ]
     assert run([str(word) for word in line]) == 3
     assert "Error: uneven.onnx_adapter: " in capfd.readouterr().err
     totals = json.loads((tmp_path / "report").read_text())["totals"]
@@ -466,17 +548,27 @@ def test_a_base_that_is_not_exact_is_found(made: Made, tmp_path: Path, monkeypat
     monkeypatch.setattr(check, "plain_graphs", other)
     with pytest.raises(QualityGateError, match="does not give the bits"):
         lora_tools.export(
-            made.base, tmp_path / "out", adapters=[made.top / "uneven"], runtime_adapters=True,
+            made.base,
+            tmp_path / "out",
+            adapters=[made.top / "uneven"],
+            runtime_adapters=True,
             graph=made.plain,
-        )  # fmt: skip
+        )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_dry_run_from_the_command_line(made: Made, tmp_path: Path) -> None:
     done = iotools.cli(
-        "export", made.base, "--adapter", made.top / "ends", "--runtime-adapters", "-o",
-        tmp_path / "out", "--dry-run", "--json",
-    )  # fmt: skip
+        "export",
+        made.base,
+        "--adapter",
+        made.top / "ends",
+        "--runtime-adapters",
+        "-o",
+        tmp_path / "out",
+        "--dry-run",
+        "--json",
+    )
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)["plan"]
     assert [f["reason"] for f in plan if f["tensor"] == "lm_head"] == [

@@ -236,10 +236,14 @@ LIES: dict[str, tuple[bytes, str]] = {
     "not JSON": (container(b"{oops}"), "not JSON"),
     "not UTF-8": (container(b'{"\xff":1}'), "not JSON"),
     "UTF-16": (container('{"a":1}'.encode("utf-16")), "not JSON"),
-    "half a surrogate pair": (container(b'{"\\ud800":{"dtype":"U8","shape":[0],'
-                                        b'"data_offsets":[0,0]}}'), r"\ud800"),
-    "half a surrogate pair in metadata": (container(b'{"__metadata__":{"a":"\\udfff"}}'),
-                                          r"\udfff"),
+    "half a surrogate pair": (
+        container(b'{"\\ud800":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'),
+        r"\ud800",
+    ),
+    "half a surrogate pair in metadata": (
+        container(b'{"__metadata__":{"a":"\\udfff"}}'),
+        r"\udfff",
+    ),
     "deeply nested": (container(b'{"a":' + _DEEP), "not JSON"),
     "an endless number": (container(b'{"a":' + b"9" * 5000 + b"}"), "not JSON"),
     "a list": (container([]), "not a JSON object"),
@@ -253,7 +257,7 @@ LIES: dict[str, tuple[bytes, str]] = {
     "too little data": (container({"a": entry()}, b"1234567"), "promises 8 bytes"),
     "too much data": (container({"a": entry()}, b"123456789"), "holds 9"),
     "only data": (container({}, b"1"), "promises 0 bytes"),
-}  # fmt: skip
+}
 # What is wrong with the entry of tensor 'it' → (the header, what the error says).
 _HOLE = {"a": entry("U8", (4,), (0, 4)), "it": entry("U8", (2,), (6, 8))}
 _OVERLAP = {"a": entry("U8", (4,), (0, 4)), "it": entry("U8", (6,), (2, 8))}
@@ -293,7 +297,7 @@ ENTRIES = {
     "a hole between": (_HOLE, "hole"),
     "an overlap": (_OVERLAP, "overlaps"),
     "two at one place": ({"a": entry(), "it": entry()}, "overlaps"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", LIES)

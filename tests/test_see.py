@@ -38,8 +38,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 B = torch.randn(parameter.shape[0], 3, generator=noise)
                 parameter += 0.02 * B @ A
     models.save(model, folder / "tuned")
-    lora_tools.extract(folder / "base", folder / "tuned", folder / "adapter", rank=3,
-                       dtype="float32")  # fmt: skip
+    lora_tools.extract(
+        folder / "base", folder / "tuned", folder / "adapter", rank=3, dtype="float32"
+    )
     lora_tools.merge(folder / "base", [folder / "adapter"], folder / "merged")
     return folder
 
@@ -386,8 +387,11 @@ def test_exit_codes(work, capfd):
     assert json.loads(printed)["totals"]["same"] is False
     assert "Error: not base + adapter" in said
     assert run(["verify", merged, "--base", base, "--tuned", base]) == 1  # no adapter
-    for wrong in (["--base", base], ["--adapter", adapter],
-                  ["--base", base, "--adapter", adapter, "--max-error", "1"]):  # fmt: skip
+    for wrong in (
+        ["--base", base],
+        ["--adapter", adapter],
+        ["--base", base, "--adapter", adapter, "--max-error", "1"],
+    ):
         assert run(["verify", merged, *wrong]) == 2
 
 

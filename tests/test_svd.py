@@ -52,8 +52,7 @@ def planted(kind: str, m: int, n: int, seed: int = 0) -> torch.Tensor:
 
 
 ALIKE = ["one value", "three values", "one value over a tail"]  # more often than a block is wide
-KINDS = ["power 0.4", "power 0.6", "power 1", "steep", "steps", "flat", "rank 16 + noise",
-         *ALIKE]  # fmt: skip
+KINDS = ["power 0.4", "power 0.6", "power 1", "steep", "steps", "flat", "rank 16 + noise", *ALIKE]
 
 
 def best(A: torch.Tensor, r: int) -> float:
@@ -227,8 +226,11 @@ def test_the_ritz_bound_covers_what_is_missing(seed, r, decay):
     torch.manual_seed(seed)
     A = torch.linalg.qr(torch.randn(80, 80).double())[0] * (torch.arange(1, 81).double() ** -decay)
     H = A @ A.T
-    Q = torch.linalg.qr(torch.cat([torch.linalg.matrix_power(H, p) @ torch.randn(80, 10).double()
-                                   for p in range(4)], 1))[0]  # fmt: skip
+    Q = torch.linalg.qr(
+        torch.cat(
+            [torch.linalg.matrix_power(H, p) @ torch.randn(80, 10).double() for p in range(4)], 1
+        )
+    )[0]
     theta, W = torch.linalg.eigh(Q.T @ H @ Q)
     theta, W = theta.flip(0), W.flip(1)
     residuals = (H @ Q @ W - Q @ W * theta).square().sum(0)
@@ -268,11 +270,14 @@ def test_rules_that_count_decide_by_bounds_as_by_all_values(shape, decay, monkey
         A = spiked(*shape, spikes, seed, decay)
         S = torch.linalg.svdvals(A.double())
         # What the noise of this matrix can be, told exactly.
-        rounding = Rounding(float(shape[0] * shape[1]), (sum(d**0.5 for d in shape)) ** 2
-                            / (shape[0] * shape[1]))  # fmt: skip
+        rounding = Rounding(
+            float(shape[0] * shape[1]), (sum(d**0.5 for d in shape)) ** 2 / (shape[0] * shape[1])
+        )
         for policy, value in (
-            ("noise_floor", 0.0), ("ratio", 0.35), ("threshold", float(S[5] + S[6]) / 2)
-        ):  # fmt: skip
+            ("noise_floor", 0.0),
+            ("ratio", 0.35),
+            ("threshold", float(S[5] + S[6]) / 2),
+        ):
             rule = RankRule(policy, value)
             found = truncated(A, rule, rounding=rounding, seed=seed)
             exact = truncated(A, rule, rounding=rounding, exact=True)
@@ -314,9 +319,11 @@ def test_all_values_first_and_then_the_directions(policy, monkeypatch):
         found = truncated(A, rule)
         exact = truncated(A, rule, exact=True)
         S = torch.linalg.svdvals(A.double())
-        assert found.rank == exact.rank == POLICIES[policy](
-            Spectrum(S * S, float((S * S).sum()), True, (200, 300)), value
-        )  # fmt: skip
+        assert (
+            found.rank
+            == exact.rank
+            == POLICIES[policy](Spectrum(S * S, float((S * S).sum()), True, (200, 300)), value)
+        )
         assert found.captured >= float((S[: found.rank] ** 2).sum()) * (1 - 1e-3)
         rest = A.double() - (found.U.double() * found.S) @ found.Vh.double()
         assert float(rest.square().sum()) == pytest.approx(

@@ -55,10 +55,11 @@ CASES: dict[str, tuple[str, list[tuple[dict[str, Any], float]], dict[str, Any]]]
     "sharded": ("llama", [({"target_modules": ALL}, 1.0)], {"shards": "20KB"}),
     "sharded-anew": ("llama", [({"target_modules": ALL}, 1.0)], {"shard_size": "20KB"}),
     "shards-joined": (
-        "llama-tied", [({"target_modules": ["embed_tokens"]}, 1.0)],
+        "llama-tied",
+        [({"target_modules": ["embed_tokens"]}, 1.0)],
         {"shards": "20KB", "shard_size": "1GB"},
     ),
-}  # fmt: skip
+}
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -109,9 +110,15 @@ def test_gives_the_base_back_byte_for_byte(case: str, dtype: str, tmp_path: Path
     alpha=st.sampled_from([1e-6, 0.1, 1.0, 1000.0]),
 )
 def test_law_for_any_numbers(
-    dtype: str, rows: int, cols: int, rank: int, data: st.DataObject, dora: bool, weight: float,
+    dtype: str,
+    rows: int,
+    cols: int,
+    rank: int,
+    data: st.DataObject,
+    dora: bool,
+    weight: float,
     alpha: float,
-) -> None:  # fmt: skip
+) -> None:
     """Zeros of both signs, denormals, tiny and large numbers: every bit comes back."""
     width = 64 if dtype == "F64" else 32
     numbers = st.floats(-1e4, 1e4, width=width) | st.sampled_from([0.0, -0.0, 1e-44, 6e-8, -1e-39])
@@ -128,9 +135,12 @@ def test_law_for_any_numbers(
         adapter = models.write_adapter(root / "a", A, B, alpha, magnitude)
         try:
             lora_tools.merge(
-                root / "b.safetensors", [(adapter, weight)], root / "m.safetensors",
-                reversible=True, jobs=1,
-            )  # fmt: skip
+                root / "b.safetensors",
+                [(adapter, weight)],
+                root / "m.safetensors",
+                reversible=True,
+                jobs=1,
+            )
         except lora_tools.NonFiniteError:
             hypothesis.reject()
         lora_tools.unmerge(
@@ -324,8 +334,9 @@ def test_without_the_sidecar_the_bound_holds(case: str, dtype: str, tmp_path: Pa
     assert touched
     for name in wanted.keys() - set(touched):
         assert torch.equal(found[name], wanted[name])
-    error = math.sqrt(sum(float((found[n].double() - wanted[n].double()).square().sum())
-                          for n in touched))  # fmt: skip
+    error = math.sqrt(
+        sum(float((found[n].double() - wanted[n].double()).square().sum()) for n in touched)
+    )
     norm = math.sqrt(sum(float(found[n].double().square().sum()) for n in touched))
     assert error <= report.totals["error_bound"] * norm
     assert report.totals["error_bound"] < 30000 * torch.finfo(DTYPES[dtype]).eps

@@ -25,7 +25,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "embedding": {"target_modules": ["embed_tokens", "v_proj"], "r": 4},
     "saved": {"target_modules": ["v_proj"], "r": 4, "modules_to_save": ["norm"]},
     "tokens": {"target_modules": ["v_proj"], "r": 4, "trainable_token_indices": [3, 9]},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +108,11 @@ def test_tied_weights(tmp_path: Path) -> None:
 
 def test_convolutions(tmp_path: Path) -> None:
     store(net(), tmp_path / "base")
-    for name, config in (("plain", {}), ("dora", {"use_dora": True}), ("rslora",
-                         {"use_rslora": True})):  # fmt: skip
+    for name, config in (
+        ("plain", {}),
+        ("dora", {"use_dora": True}),
+        ("rslora", {"use_rslora": True}),
+    ):
         trained(net(), tmp_path / name, target_modules=PLAIN, **config)
         lora_tools.merge(tmp_path / "base", [tmp_path / name], tmp_path / f"{name}-m")
         report = holds(tmp_path, tmp_path / f"{name}-m", tmp_path / name)
@@ -129,8 +132,9 @@ def test_weights_of_several_blocks(tmp_path: Path, layout: str) -> None:
     tuned = base | {"a.qkv.weight": base["a.qkv.weight"] + 0.1 * change}
     for name, tensors in (("base", base), ("tuned", tuned)):
         iotools.checkpoint(tmp_path / name, tensors)
-    lora_tools.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "a", rank=2,
-                       layout=[f"qkv={layout}"])  # fmt: skip
+    lora_tools.extract(
+        tmp_path / "base", tmp_path / "tuned", tmp_path / "a", rank=2, layout=[f"qkv={layout}"]
+    )
     lora_tools.merge(tmp_path / "base", [tmp_path / "a"], tmp_path / "m")
     holds(tmp_path, tmp_path / "m", tmp_path / "a")
     spoilt = models.tensors(tmp_path / "m")

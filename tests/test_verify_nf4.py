@@ -140,19 +140,28 @@ def swap(tensors: Tensors) -> None:
 
 FAULTS: dict[str, tuple[Callable[[Tensors], object], str, str]] = {
     "a code": (flip, Q, r"1 of 4,096 numbers are further off .* \(differ: codes\)"),
-    "a scale": (lambda t: t[f"{Q}.absmax"].__setitem__(3, 255 - t[f"{Q}.absmax"][3]), Q,
-                r"differ: .absmax"),
+    "a scale": (
+        lambda t: t[f"{Q}.absmax"].__setitem__(3, 255 - t[f"{Q}.absmax"][3]),
+        Q,
+        r"differ: .absmax",
+    ),
     "a codebook": (lambda t: t[f"{Q}.quant_map"].__setitem__(2, -0.6), Q, r"differ: .quant_map"),
     "a map of scales": (lambda t: t[f"{Q}.nested_quant_map"].mul_(1.1), Q, "nested_quant_map"),
     "scales of scales": (lambda t: t[f"{Q}.nested_absmax"].mul_(1.2), Q, "nested_absmax"),
     "places": (swap, "q_proj", r"2 different"),
-    "a norm": (lambda t: t["model.norm.weight"].__setitem__(3, 9.0), "model.norm.weight",
-               "not the base's in 1 of its 64 numbers"),
+    "a norm": (
+        lambda t: t["model.norm.weight"].__setitem__(3, 9.0),
+        "model.norm.weight",
+        "not the base's in 1 of its 64 numbers",
+    ),
     "a lost tensor": (lambda t: t.pop("model.norm.weight"), "model.norm.weight", "1 missing"),
     "a stranger": (lambda t: t.update(stranger=torch.ones(2)), "stranger", "1 extra"),
-    "a tied head": (lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] * 1.1}),
-                    "lm_head.weight", "tied"),
-}  # fmt: skip
+    "a tied head": (
+        lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] * 1.1}),
+        "lm_head.weight",
+        "tied",
+    ),
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -259,8 +268,12 @@ def test_the_same_with_any_jobs_and_shards(work: Path, tmp_path: Path) -> None:
 
 def test_calls_that_make_no_sense(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
     base = work / "base"
-    for options in ({}, {"base": base}, {"base": base, "against": base},
-                    {"against": base, "tuned": base}):  # fmt: skip
+    for options in (
+        {},
+        {"base": base},
+        {"base": base, "against": base},
+        {"against": base, "tuned": base},
+    ):
         with pytest.raises(UsageError):
             lora_tools.verify(work / "plain", **options)
     with pytest.raises(UsageError, match="neither in four bits nor an ONNX model"):
@@ -296,8 +309,11 @@ def test_inspect_finds_what_keeps_it_from_loading(work: Path, tmp_path: Path) ->
     (tmp_path / "q" / "config.json").write_text(json.dumps(config))
     notes = lora_tools.inspect(tmp_path / "q").notes
     assert any("has no quantization_config" in note for note in notes)
-    config["quantization_config"] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
-                                     "llm_int8_skip_modules": ["q_proj"]}  # fmt: skip
+    config["quantization_config"] = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "llm_int8_skip_modules": ["q_proj"],
+    }
     (tmp_path / "q" / "config.json").write_text(json.dumps(config))
     notes = lora_tools.inspect(tmp_path / "q").notes
     assert any("leaves model.layers.0.self_attn.q_proj out" in note for note in notes)

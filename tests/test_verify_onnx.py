@@ -59,10 +59,15 @@ def legacy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     axes = {name: {0: "batch", 1: "sequence"} for name in (*names, "last_hidden_state")}
     with torch.no_grad():
         torch.onnx.export(
-            Wrapper(), (ids, torch.ones_like(ids), torch.zeros_like(ids)), top / "model.onnx",
-            dynamo=False, input_names=list(names), output_names=["last_hidden_state"],
-            dynamic_axes=axes, opset_version=17,
-        )  # fmt: skip
+            Wrapper(),
+            (ids, torch.ones_like(ids), torch.zeros_like(ids)),
+            top / "model.onnx",
+            dynamo=False,
+            input_names=list(names),
+            output_names=["last_hidden_state"],
+            dynamic_axes=axes,
+            opset_version=17,
+        )
     return top
 
 
@@ -87,16 +92,18 @@ def test_an_export_is_its_checkpoint(work: Path, kind: str) -> None:
     assert report.totals["weights_compared"] == len(stored)
     assert report.totals["verified"]
     assert report.totals["tokens_same"] == report.totals["tokens_generated"] == 16
-    weights = lora_tools.verify(work / kind / "model.onnx", against=work / "base",
-                                weights_only=True)  # fmt: skip
+    weights = lora_tools.verify(
+        work / kind / "model.onnx", against=work / "base", weights_only=True
+    )
     assert "verified" not in weights.totals
     assert "the model was not run" in weights.notes
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_weights_in_another_dtype(work: Path, tmp_path: Path, dtype: str) -> None:
-    lora_tools.export(work / "base", tmp_path / "e", dtype=dtype, graph=work / "shared",
-                      no_verify=True)  # fmt: skip
+    lora_tools.export(
+        work / "base", tmp_path / "e", dtype=dtype, graph=work / "shared", no_verify=True
+    )
     report = lora_tools.verify(tmp_path / "e", against=work / "base")
     short = {"float16": "F16", "bfloat16": "BF16"}[dtype]
     assert f"F32 stored as {short}, bit for bit" in report.totals["verdict"]
@@ -110,8 +117,9 @@ def test_adapters(work: Path, tmp_path: Path) -> None:
     assert report.totals["verdict"].startswith("its weights are those of base + adapter")
     again: dict[str, Any] = {"graph": work / "shared", "no_verify": True}
     for weight, says in ((2, "twice"), (0.5, "at 0.5")):
-        lora_tools.export(work / "base", tmp_path / f"{weight}", adapters=[(adapter, weight)],
-                          **again)  # fmt: skip
+        lora_tools.export(
+            work / "base", tmp_path / f"{weight}", adapters=[(adapter, weight)], **again
+        )
         assert f"the adapter is applied {says}" in refused(tmp_path / f"{weight}", work, adapter)
     assert "the adapter is applied not at all" in refused(work / "shared", work, adapter)
     assert "10 changed" in refused(work / "merged", work)
@@ -160,8 +168,9 @@ def test_quantized_weights(work: Path, tmp_path: Path, scheme: str) -> None:
     said = refused(tmp_path / "a", work, adapter, weights_only=True)
     assert "the adapter applied twice" in said
     assert "10 different" in refused(tmp_path / "a", work, weights_only=True)
-    twice = lora_tools.verify(tmp_path / "a", against=work / "base", adapters=[(adapter, 2)],
-                              weights_only=True)  # fmt: skip
+    twice = lora_tools.verify(
+        tmp_path / "a", against=work / "base", adapters=[(adapter, 2)], weights_only=True
+    )
     assert {f.action for f in twice.plan} == {"same", "copied", "constant"}
     model = onnx.load(tmp_path / "e" / "model.onnx", load_external_data=False)
     where = place(model, Q)
@@ -233,15 +242,21 @@ FAULTS: dict[str, tuple[Callable[[Model, Path], object], str]] = {
     "no data": (lambda m, f: (f / "model.onnx_data").unlink(), "missing or empty"),
     "another length": (lambda m, f: said(m, "length", "4092"), f"{Q}: 4092 bytes"),
     "past the end": (lambda m, f: said(m, "offset", "99999999"), f"{Q}: bytes 99999999"),
-    "out of the folder": (lambda m, f: said(m, "location", "../base/model.safetensors"),
-                          "out of the folder"),
+    "out of the folder": (
+        lambda m, f: said(m, "location", "../base/model.safetensors"),
+        "out of the folder",
+    ),
     "another shape": (lambda m, f: weight(m, Q).dims.__setitem__(0, 16), "are needed"),
-    "turned": (lambda m, f: weight(m, "model.layers.1.mlp.up_proj.weight").dims.reverse(),
-               "is [32, 48], and should be [48, 32]"),
-    "a layer less": (without_a_layer, "model.layers.3.input_layernorm.weight: the graph has "
-                     "others of its kind"),
+    "turned": (
+        lambda m, f: weight(m, "model.layers.1.mlp.up_proj.weight").dims.reverse(),
+        "is [32, 48], and should be [48, 32]",
+    ),
+    "a layer less": (
+        without_a_layer,
+        "model.layers.3.input_layernorm.weight: the graph has others of its kind",
+    ),
     "a head apart": (apart, "lm_head.weight"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -350,8 +365,9 @@ def test_inspect_a_model(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert sum(facts["operators"].values()) == facts["nodes"]
     assert facts["custom_domains"] == []
     stored = {t.tensor: t for t in report.stored}
-    checkpoint = {t.tensor: t for t in lora_tools.inspect(
-        work / "merged" / "model.safetensors").stored}  # fmt: skip
+    checkpoint = {
+        t.tensor: t for t in lora_tools.inspect(work / "merged" / "model.safetensors").stored
+    }
     assert {n: (t.hash, t.file) for n, t in stored.items() if n in checkpoint} == {
         n: (t.hash, "model.safetensors") for n, t in checkpoint.items()
     }

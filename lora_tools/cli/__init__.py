@@ -41,9 +41,20 @@ def main() -> None:
 
 
 for command in (
-    extract, merge, unmerge, rescale, combine, convert, quantize, dequantize, export, inspect, diff,
-    verify, collect_stats,
-):  # fmt: skip
+    extract,
+    merge,
+    unmerge,
+    rescale,
+    combine,
+    convert,
+    quantize,
+    dequantize,
+    export,
+    inspect,
+    diff,
+    verify,
+    collect_stats,
+):
     main.add_command(command)
 
 

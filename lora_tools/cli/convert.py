@@ -13,8 +13,17 @@ from lora_tools.cli.options import ADAPTER, RANK
 from lora_tools.records import ProgressCallback, Report
 
 _FORMAT, _METHOD = "Format", "Method"
-FORMATS = ["peft", "kohya", "lycoris", "diffusers", "torchtune", "mlx", "loralib", "gguf",
-           "onnxruntime"]  # fmt: skip
+FORMATS = [
+    "peft",
+    "kohya",
+    "lycoris",
+    "diffusers",
+    "torchtune",
+    "mlx",
+    "loralib",
+    "gguf",
+    "onnxruntime",
+]
 FEATURES = ["embedding", "conv", "experts", "dora", "bias", "saved", "tokens", "head"]
 
 
@@ -136,10 +145,13 @@ def convert(adapter: str, out: Path, progress: ProgressCallback | None, **rest: 
     help="Of the random choice of dare_linear and dare_ties.",
 )
 @option(
-    "--rank", type=int, metavar="N", group=RANK,
+    "--rank",
+    type=int,
+    metavar="N",
+    group=RANK,
     help="Cut each module to this rank.  [default: cat and linear keep all; the others cut to the "
     "largest rank of the adapters]",
-)  # fmt: skip
+)
 @options.energy_option
 @options.max_rank_option
 @options.base_option

@@ -21,49 +21,100 @@ RANK, ADAPTER, OUTPUT, REPORT, RUNNING = "Rank", "Adapter", "Output", "Report", 
 TENSORS, DECOMPOSITION = "Which tensors", "Decomposition"
 
 out_option = option(
-    "-o", "--out", required=True, type=click.Path(path_type=Path), group=OUTPUT,
+    "-o",
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    group=OUTPUT,
     help="Where to write. It must not exist yet, and its parent folder must.",
-)  # fmt: skip
+)
 rank_option = option(
-    "--rank", type=int, metavar="N", group=RANK,
+    "--rank",
+    type=int,
+    metavar="N",
+    group=RANK,
     help="Rank of each module, at most; a module whose change has a lower rank gets that.",
-)  # fmt: skip
+)
 energy_option = option(
-    "--energy", type=float, metavar="SHARE", group=RANK,
+    "--energy",
+    type=float,
+    metavar="SHARE",
+    group=RANK,
     help="Instead of --rank: each module's smallest rank that holds this share of the squared "
     "norm of its change, such as 0.9.",
-)  # fmt: skip
+)
 _POLICIES = (
     energy_option,
-    option("--error", type=float, metavar="X", group=RANK,
-           help="Each module's smallest rank whose relative error is at most X."),
-    option("--ratio", type=float, metavar="T", group=RANK,
-           help="Each module's singular values above T times its largest."),
-    option("--cumulative", type=float, metavar="SHARE", group=RANK,
-           help="Each module's smallest rank that holds this share of the sum of its singular "
-           "values."),
-    option("--threshold", type=float, metavar="X", group=RANK,
-           help="All singular values above X."),
-)  # fmt: skip
+    option(
+        "--error",
+        type=float,
+        metavar="X",
+        group=RANK,
+        help="Each module's smallest rank whose relative error is at most X.",
+    ),
+    option(
+        "--ratio",
+        type=float,
+        metavar="T",
+        group=RANK,
+        help="Each module's singular values above T times its largest.",
+    ),
+    option(
+        "--cumulative",
+        type=float,
+        metavar="SHARE",
+        group=RANK,
+        help="Each module's smallest rank that holds this share of the sum of its singular values.",
+    ),
+    option("--threshold", type=float, metavar="X", group=RANK, help="All singular values above X."),
+)
 _BUDGET = option(
-    "--budget", metavar="SIZE", group=RANK,
+    "--budget",
+    metavar="SIZE",
+    group=RANK,
     help="Ranks shared out over all modules so that the whole error is least: a file no larger "
     "than 50MB, or factors of 10M numbers.",
-)  # fmt: skip
+)
 _FROM_NOISE = (
-    option("--noise-floor", is_flag=True, group=RANK,
-           help="What stands above the rounding of the stored weights (docs/ranks.md)."),
-    option("--gavish-donoho", is_flag=True, group=RANK,
-           help="The optimal hard threshold for white noise of unknown level."),
-)  # fmt: skip
+    option(
+        "--noise-floor",
+        is_flag=True,
+        group=RANK,
+        help="What stands above the rounding of the stored weights (docs/ranks.md).",
+    ),
+    option(
+        "--gavish-donoho",
+        is_flag=True,
+        group=RANK,
+        help="The optimal hard threshold for white noise of unknown level.",
+    ),
+)
 _KOHYA = (
-    option("--sv-fro", "--sv_fro", type=float, metavar="SHARE", group=RANK,
-           help="kohya's: the smallest rank that holds this share of the norm."),
-    option("--sv-ratio", "--sv_ratio", type=float, metavar="X", group=RANK,
-           help="kohya's: singular values above the largest divided by X."),
-    option("--sv-cumulative", "--sv_cumulative", type=float, metavar="SHARE", group=RANK,
-           help="kohya's name for --cumulative."),
-)  # fmt: skip
+    option(
+        "--sv-fro",
+        "--sv_fro",
+        type=float,
+        metavar="SHARE",
+        group=RANK,
+        help="kohya's: the smallest rank that holds this share of the norm.",
+    ),
+    option(
+        "--sv-ratio",
+        "--sv_ratio",
+        type=float,
+        metavar="X",
+        group=RANK,
+        help="kohya's: singular values above the largest divided by X.",
+    ),
+    option(
+        "--sv-cumulative",
+        "--sv_cumulative",
+        type=float,
+        metavar="SHARE",
+        group=RANK,
+        help="kohya's name for --cumulative.",
+    ),
+)
 max_rank_option = option(
     "--max-rank", type=int, metavar="N", group=RANK, help="The most that these may choose."
 )
@@ -81,85 +132,148 @@ def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
 extract_ranks = _all(rank_option, *_POLICIES, *_FROM_NOISE, _BUDGET, max_rank_option)
 rescale_ranks = _all(rank_option, *_POLICIES, _BUDGET, *_KOHYA, max_rank_option)
 consumer_option = option(
-    "--for", "consumer", type=click.Choice(["peft", "vllm", "llama.cpp"]), default="peft",
-    show_default=True, group=ADAPTER,
+    "--for",
+    "consumer",
+    type=click.Choice(["peft", "vllm", "llama.cpp"]),
+    default="peft",
+    show_default=True,
+    group=ADAPTER,
     help="Write what this program reads: where it knows one rank only, all modules are padded to "
     "it with zeros. What it cannot read is refused, with the reason.",
-)  # fmt: skip
+)
 unmatched_option = option(
-    "--allow-unmatched", is_flag=True, group="Adapters",
+    "--allow-unmatched",
+    is_flag=True,
+    group="Adapters",
     help="Leave out adapter keys that match no tensor, instead of refusing.",
-)  # fmt: skip
+)
 include_option = option(
-    "-i", "--include", multiple=True, metavar="REGEX", group=TENSORS,
+    "-i",
+    "--include",
+    multiple=True,
+    metavar="REGEX",
+    group=TENSORS,
     help="Only modules in whose name this is found (model.layers.0.self_attn.q_proj); repeatable.",
-)  # fmt: skip
+)
 exclude_option = option(
-    "-e", "--exclude", multiple=True, metavar="REGEX", group=TENSORS,
+    "-e",
+    "--exclude",
+    multiple=True,
+    metavar="REGEX",
+    group=TENSORS,
     help="No modules in whose name this is found; repeatable, stronger than --include.",
-)  # fmt: skip
+)
 shard_size_option = option(
-    "--shard-size", metavar="SIZE", group=OUTPUT,
+    "--shard-size",
+    metavar="SIZE",
+    group=OUTPUT,
     help="Most bytes of tensors in one file, such as 5GB.  [default: the input's files again]",
-)  # fmt: skip
+)
 seed_option = option(
-    "--seed", type=int, metavar="N", default=0, show_default=True, group=DECOMPOSITION,
+    "--seed",
+    type=int,
+    metavar="N",
+    default=0,
+    show_default=True,
+    group=DECOMPOSITION,
     help="Of the random start.",
-)  # fmt: skip
+)
 device_option = option(
-    "--device", metavar="DEVICE", default="cpu", show_default=True, group=DECOMPOSITION,
+    "--device",
+    metavar="DEVICE",
+    default="cpu",
+    show_default=True,
+    group=DECOMPOSITION,
     help="cpu, cuda, cuda:1, …",
-)  # fmt: skip
+)
 _WRITING = (
-    option("--force", is_flag=True, group=OUTPUT,
-           help="Replace what is at --out, once the new one is complete."),
-    option("--dry-run", is_flag=True, group=OUTPUT,
-           help="Print what would become of every tensor; read headers only, write nothing."),
-)  # fmt: skip
+    option(
+        "--force",
+        is_flag=True,
+        group=OUTPUT,
+        help="Replace what is at --out, once the new one is complete.",
+    ),
+    option(
+        "--dry-run",
+        is_flag=True,
+        group=OUTPUT,
+        help="Print what would become of every tensor; read headers only, write nothing.",
+    ),
+)
 _READING = (
-    option("--report", "report_file", type=click.Path(path_type=Path, dir_okay=False),
-           group=REPORT, help="Write the report to this file as JSON (docs/report.md)."),
-    option("--json", "as_json", is_flag=True, group=REPORT,
-           help="Print the report to stdout as JSON."),
-    option("-v", "--verbose", is_flag=True, group=REPORT,
-           help="List every module and the fate of every tensor."),
+    option(
+        "--report",
+        "report_file",
+        type=click.Path(path_type=Path, dir_okay=False),
+        group=REPORT,
+        help="Write the report to this file as JSON (docs/report.md).",
+    ),
+    option(
+        "--json", "as_json", is_flag=True, group=REPORT, help="Print the report to stdout as JSON."
+    ),
+    option(
+        "-v",
+        "--verbose",
+        is_flag=True,
+        group=REPORT,
+        help="List every module and the fate of every tensor.",
+    ),
     option("-q", "--quiet", is_flag=True, group=REPORT, help="Print nothing but errors."),
-    option("-j", "--jobs", type=int, metavar="N", group=RUNNING,
-           help="Tensors worked on at a time; the output is the same with any number.  "
-           "[default: the processors, at most 8]"),
-    option("--allow-pickle", is_flag=True, group=RUNNING,
-           help="Also read .bin, .pt and .pth files, with weights_only=True."),
-)  # fmt: skip
+    option(
+        "-j",
+        "--jobs",
+        type=int,
+        metavar="N",
+        group=RUNNING,
+        help="Tensors worked on at a time; the output is the same with any number.  "
+        "[default: the processors, at most 8]",
+    ),
+    option(
+        "--allow-pickle",
+        is_flag=True,
+        group=RUNNING,
+        help="Also read .bin, .pt and .pth files, with weights_only=True.",
+    ),
+)
 
 
 other_base_option = option(
-    "--allow-other-base", is_flag=True, group="Adapters",
+    "--allow-other-base",
+    is_flag=True,
+    group="Adapters",
     help="Also merge an adapter whose metadata names another base than the one given.",
-)  # fmt: skip
+)
 
 
 base_option = option(
-    "--base", type=click.Path(), group="Format",
+    "--base",
+    type=click.Path(),
+    group="Format",
     help="The model the adapter was trained on: a checkpoint, or a diffusers pipeline's folder. "
     "Only names and shapes are read. Formats with names of their own need it.",
-)  # fmt: skip
+)
 
 
 def dtype_option(default: str) -> Callable[[F], F]:
     """--dtype, with what it is if not given."""
     return option(
-        "--dtype", metavar="DTYPE", group=ADAPTER if "factor" in default else OUTPUT,
+        "--dtype",
+        metavar="DTYPE",
+        group=ADAPTER if "factor" in default else OUTPUT,
         help=f"bfloat16, float16, float32 or float64.  [default: {default}]",
-    )  # fmt: skip
+    )
 
 
 def max_error_option(what: str) -> Callable[[F], F]:
     """--max-error, the quality gate."""
     return option(
-        "--max-error", type=float, metavar="X", group=OUTPUT,
+        "--max-error",
+        type=float,
+        metavar="X",
+        group=OUTPUT,
         help=f"Quality gate: exit 3 and write nothing but the report if the relative error of "
         f"{what}, or of all together, exceeds X.",
-    )  # fmt: skip
+    )
 
 
 def verb(function: F) -> F:

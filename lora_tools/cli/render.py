@@ -37,9 +37,13 @@ def progress(quiet: bool) -> Iterator[ProgressCallback | None]:
     from rich.progress import Progress as Bar
 
     bar = Bar(
-        TextColumn("{task.percentage:>3.0f}%"), BarColumn(), TimeRemainingColumn(),
-        TextColumn("{task.description}"), console=_console(), transient=True,
-    )  # fmt: skip
+        TextColumn("{task.percentage:>3.0f}%"),
+        BarColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+        console=_console(),
+        transient=True,
+    )
     with bar:
         task = bar.add_task("", total=None)
 
@@ -117,9 +121,13 @@ def _modules(console: Console, report: Report, verbose: bool) -> None:
         rows = tuple(sorted(rows, key=lambda m: -m.relative_error)[:_MOST_ROWS])
     for m in rows:
         cells = [
-            m.module, m.layout, "x".join(map(str, m.shape)), str(m.rank),
-            f"{m.relative_error:.4g}", f"{m.energy:.2%}",
-        ]  # fmt: skip
+            m.module,
+            m.layout,
+            "x".join(map(str, m.shape)),
+            str(m.rank),
+            f"{m.relative_error:.4g}",
+            f"{m.energy:.2%}",
+        ]
         if searched:
             cells.append(f"{m.gain_bound:.1e}")
             cells.append(f"{m.relative_change:.3%}" if math.isfinite(m.relative_change) else "-")

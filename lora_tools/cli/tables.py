@@ -19,8 +19,9 @@ def _table(*columns: str) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for i, column in enumerate(columns):
         left = i == 0
-        table.add_column(column, no_wrap=True, justify="left" if left else "right",
-                         overflow="ellipsis")  # fmt: skip
+        table.add_column(
+            column, no_wrap=True, justify="left" if left else "right", overflow="ellipsis"
+        )
     return table
 
 
@@ -33,9 +34,13 @@ def spectra(console: Console, report: Report, most: int | None) -> None:
     for s in report.spectra[:most]:
         shares = [s.energy.get(r, math.nan) for r in ("8", "16", "32", "64")]
         cells = [
-            s.module, s.layout, "x".join(map(str, s.shape)), f"{s.norm:.4g}",
-            _number(s.stable_rank, ".1f"), *(_number(share, ".1%") for share in shares),
-        ]  # fmt: skip
+            s.module,
+            s.layout,
+            "x".join(map(str, s.shape)),
+            f"{s.norm:.4g}",
+            _number(s.stable_rank, ".1f"),
+            *(_number(share, ".1%") for share in shares),
+        ]
         rank = ">64" if s.rank is None else str(s.rank)  # 64: what verbs/spectra.DEPTH looks at
         if change:
             cells += [_number(s.noise_floor, ".2e"), rank, f"{s.relative_change:.3%}"]
@@ -91,12 +96,21 @@ def totals(t: Mapping[str, Any]) -> Iterator[str]:
         for name, facts in t["metadata"].items():
             if facts:
                 yield f"{name}: " + ", ".join(f"{k}={str(v)[:80]}" for k, v in facts.items())
-        for key in ("format", "architectures", "ranks", "alphas", "with", "targets",
-                    "base_model_name_or_path", "base_digest"):  # fmt: skip
+        for key in (
+            "format",
+            "architectures",
+            "ranks",
+            "alphas",
+            "with",
+            "targets",
+            "base_model_name_or_path",
+            "base_digest",
+        ):
             if t.get(key):
                 value = t[key]
-                yield f"{key}: " + (", ".join(map(str, value)) if isinstance(value, list)
-                                    else str(value))  # fmt: skip
+                yield f"{key}: " + (
+                    ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+                )
         if "quantized" in t:
             q = t["quantized"]
             schemes = "; ".join(f"{n} in {scheme}" for scheme, n in q["schemes"].items())

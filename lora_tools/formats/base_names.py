@@ -84,9 +84,10 @@ class Flattened:
             found = self.whole.get(prefix + flat, ())
             if not found:
                 found = tuple(
-                    m for m in self.endings.get(flat, ())
+                    m
+                    for m in self.endings.get(flat, ())
                     if not component or m.startswith(component + ".")
-                )  # fmt: skip
+                )
             if len(found) > 1:
                 raise AdapterError(
                     f"{flat!r} can stand for {' or '.join(sorted(found)[:8])} of {self.base.path}; "
@@ -107,7 +108,5 @@ def flattened(base: BaseNames) -> Flattened:
         for start in range(1, len(parts)):
             endings.setdefault("_".join(parts[start:]), []).append(module)
     return Flattened(
-        base,
-        {k: tuple(v) for k, v in whole.items()},
-        {k: tuple(v) for k, v in endings.items()},
+        base, {k: tuple(v) for k, v in whole.items()}, {k: tuple(v) for k, v in endings.items()}
     )

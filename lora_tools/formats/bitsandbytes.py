@@ -82,14 +82,17 @@ class QuantState:
     def to_json(self) -> bytes:
         """The bytes of ``json.dumps``, fields in bitsandbytes' order."""
         fields: dict[str, Any] = {
-            "quant_type": self.quant_type, "blocksize": self.blocksize,
-            "dtype": _DTYPES[self.dtype], "shape": list(self.shape),
-        }  # fmt: skip
+            "quant_type": self.quant_type,
+            "blocksize": self.blocksize,
+            "dtype": _DTYPES[self.dtype],
+            "shape": list(self.shape),
+        }
         if self.nested_offset is not None:
             fields |= {
-                "nested_blocksize": NESTED_BLOCKSIZE, "nested_dtype": "float32",
+                "nested_blocksize": NESTED_BLOCKSIZE,
+                "nested_dtype": "float32",
                 "nested_offset": self.nested_offset,
-            }  # fmt: skip
+            }
         return json.dumps(fields).encode()
 
     @property
@@ -106,10 +109,12 @@ class QuantState:
         try:
             nested = "nested_offset" in fields
             state = cls(
-                fields["quant_type"], fields["blocksize"],
+                fields["quant_type"],
+                fields["blocksize"],
                 {name: dtype for dtype, name in _DTYPES.items()}[fields["dtype"]],
-                tuple(fields["shape"]), float(fields["nested_offset"]) if nested else None,
-            )  # fmt: skip
+                tuple(fields["shape"]),
+                float(fields["nested_offset"]) if nested else None,
+            )
             honest = (
                 state.quant_type in QUANT_TYPES
                 and state.blocksize in BLOCKSIZES
@@ -225,13 +230,20 @@ def quantization_config(
     that is not quantized. It has no field for the block size: that is in every QuantState.
     """
     return {
-        "_load_in_4bit": True, "_load_in_8bit": False,
-        "bnb_4bit_compute_dtype": compute_dtype, "bnb_4bit_quant_storage": storage,
-        "bnb_4bit_quant_type": quant_type, "bnb_4bit_use_double_quant": double,
-        "llm_int8_enable_fp32_cpu_offload": False, "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": sorted(skip), "llm_int8_threshold": 6.0,
-        "load_in_4bit": True, "load_in_8bit": False, "quant_method": "bitsandbytes",
-    }  # fmt: skip
+        "_load_in_4bit": True,
+        "_load_in_8bit": False,
+        "bnb_4bit_compute_dtype": compute_dtype,
+        "bnb_4bit_quant_storage": storage,
+        "bnb_4bit_quant_type": quant_type,
+        "bnb_4bit_use_double_quant": double,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": sorted(skip),
+        "llm_int8_threshold": 6.0,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "quant_method": "bitsandbytes",
+    }
 
 
 _CLASSIFIERS = re.compile(
@@ -310,8 +322,9 @@ def config_faults(
     kinds = sorted({q.state.quant_type for q in quantized.values()})
     faults = []
     if [settings.get("bnb_4bit_quant_type", "fp4")] != kinds:
-        faults.append(f"says {settings.get('bnb_4bit_quant_type')}, and the weights are "
-                      f"{' and '.join(kinds)}")  # fmt: skip
+        faults.append(
+            f"says {settings.get('bnb_4bit_quant_type')}, and the weights are {' and '.join(kinds)}"
+        )
     listed = settings.get("llm_int8_skip_modules")
     if not isinstance(listed, list):
         return faults

@@ -23,9 +23,20 @@ if TYPE_CHECKING:
 
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 _WEIGHT_SUFFIXES = (
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot",
-    ".onnx_data", ".tflite", ".mlmodel",
-)  # fmt: skip
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".gguf",
+    ".ot",
+    ".onnx_data",
+    ".tflite",
+    ".mlmodel",
+)
 _INDEX_SUFFIX = ".index.json"
 
 

@@ -18,8 +18,17 @@ from lora_tools.formats.output import copy_synced, write_synced
 from lora_tools.formats.safetensors_file import SafetensorsWriter, encode_header
 from lora_tools.records import TensorSpec
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
-          "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}  # fmt: skip
+_UNITS = {
+    "": 1,
+    "K": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+    "T": 10**12,
+    "KI": 2**10,
+    "MI": 2**20,
+    "GI": 2**30,
+    "TI": 2**40,
+}
 
 
 _INDEX = "model.safetensors.index.json"

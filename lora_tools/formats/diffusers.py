@@ -20,16 +20,34 @@ from lora_tools.formats.safetensors_file import strict_json
 from lora_tools.formats.view import Context, Outline, group_parts, pair
 from lora_tools.formats.writers import Factors, Keyed
 
-COMPONENTS = ("unet", "transformer", "transformer_2", "prior", "controlnet", "text_encoder",
-              "text_encoder_2", "text_encoder_3")  # fmt: skip
+COMPONENTS = (
+    "unet",
+    "transformer",
+    "transformer_2",
+    "prior",
+    "controlnet",
+    "text_encoder",
+    "text_encoder_2",
+    "text_encoder_3",
+)
 METADATA = "lora_adapter_metadata"
 _PARTS = {
-    "lora_A.weight": "A", "lora_B.weight": "B", "lora_B.bias": "bias", "lora_A.default.weight": "A",
-    "lora_B.default.weight": "B", "lora_magnitude_vector": "magnitude",
-    "lora_magnitude_vector.weight": "magnitude", "lora.down.weight": "A", "lora.up.weight": "B",
-    "lora_linear_layer.down.weight": "A", "lora_linear_layer.up.weight": "B", "alpha": "alpha",
-    "down.weight": "A", "up.weight": "B", "dora_scale": "magnitude",
-}  # fmt: skip
+    "lora_A.weight": "A",
+    "lora_B.weight": "B",
+    "lora_B.bias": "bias",
+    "lora_A.default.weight": "A",
+    "lora_B.default.weight": "B",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+    "lora.down.weight": "A",
+    "lora.up.weight": "B",
+    "lora_linear_layer.down.weight": "A",
+    "lora_linear_layer.up.weight": "B",
+    "alpha": "alpha",
+    "down.weight": "A",
+    "up.weight": "B",
+    "dora_scale": "magnitude",
+}
 _KEY = re.compile(
     rf"(?P<module>({'|'.join(COMPONENTS)})\..+?)\."
     rf"(?P<part>{'|'.join(re.escape(p) for p in sorted(_PARTS, key=len, reverse=True))})"
@@ -63,9 +81,15 @@ def read(path: Path, file: TensorFile, context: Context) -> Outline:
             rslora = False
         else:
             alpha, rslora = _configured(outline, said, name)
-        outline.add_lora(module, outline.same(a), outline.same(b), alpha,
-                         bias=keys.get("bias", ""), magnitude=keys.get("magnitude", ""),
-                         rslora=rslora)  # fmt: skip
+        outline.add_lora(
+            module,
+            outline.same(a),
+            outline.same(b),
+            alpha,
+            bias=keys.get("bias", ""),
+            magnitude=keys.get("magnitude", ""),
+            rslora=rslora,
+        )
     return outline
 
 

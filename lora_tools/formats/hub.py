@@ -28,11 +28,7 @@ def fetch(source: str, allow_pickle: bool = False) -> Path:
         CheckpointError: not reachable, not there, or offline and not in the cache.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-    )
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     repository, _, revision = source.partition("@")
     patterns: Sequence[str] = (*_WEIGHTS, *_SMALL, *(_PICKLES if allow_pickle else ()))

@@ -154,9 +154,13 @@ def _add_conv(
     kernel, runs = weight[-1], math.prod(weight[2:-1])
     groups, rest = divmod(cols, weight[1] * kernel)
     if (
-        inner != inner_b or inner % kernel or rest or not groups or weight[0] % groups
+        inner != inner_b
+        or inner % kernel
+        or rest
+        or not groups
+        or weight[0] % groups
         or rows != weight[0] // groups * runs
-    ):  # fmt: skip
+    ):
         raise outline.fail(
             f"{module}: lora_A {[inner, cols]} and lora_B {[rows, inner_b]} do not make a weight "
             f"{list(weight)}, of any number of groups"
@@ -167,9 +171,12 @@ def _add_conv(
     A = outline.recipe(outline.same(a), f"{recipe}_right", numbers)
     B = outline.recipe(outline.same(b), f"{recipe}_left", numbers)
     outline.add_lora(
-        module, reshaped(A, (groups * width, groups * weight[1], *weight[2:])),
-        reshaped(B, (weight[0], width, *[1] * len(weight[2:]))), alpha, of_rank=inner // kernel,
-    )  # fmt: skip
+        module,
+        reshaped(A, (groups * width, groups * weight[1], *weight[2:])),
+        reshaped(B, (weight[0], width, *[1] * len(weight[2:]))),
+        alpha,
+        of_rank=inner // kernel,
+    )
 
 
 class LoralibWriter(Keyed):
@@ -190,8 +197,9 @@ class LoralibWriter(Keyed):
         if layer:
             self._layers[factors.module] = layer
         return {
-            f"{factors.module}.lora_A": factors.lora_A, f"{factors.module}.lora_B": factors.lora_B
-        }  # fmt: skip
+            f"{factors.module}.lora_A": factors.lora_A,
+            f"{factors.module}.lora_B": factors.lora_B,
+        }
 
     def metadata(self) -> dict[str, str]:
         """With what loralib keeps in its user's code."""

@@ -32,11 +32,15 @@ _FULL = ("diff", "diff_b")
 PARTS = (*LORA_PARTS, *_HADA, *_KRON, *_FULL)
 # What LyCORIS has besides, known by name and refused with a reason.
 _OTHER = {
-    "w_norm": "a difference of a norm", "b_norm": "a difference of a norm's bias",
-    "oft_blocks": "a rotation (OFT)", "oft_diag": "a rotation (OFT)",
-    "on_input": "a scale of activations (IA³)", "a": "GLoRA", "glora": "GLoRA",
+    "w_norm": "a difference of a norm",
+    "b_norm": "a difference of a norm's bias",
+    "oft_blocks": "a rotation (OFT)",
+    "oft_diag": "a rotation (OFT)",
+    "on_input": "a scale of activations (IA³)",
+    "a": "GLoRA",
+    "glora": "GLoRA",
     "scalar": "a trained scalar; save it with lycoris' own state_dict, which folds it in",
-}  # fmt: skip
+}
 
 
 def knows(key: str) -> bool:
@@ -96,10 +100,16 @@ def _add_full(
         )
     size = shape[0], math.prod(shape[1:])
     _add_exact(
-        outline, module, {k: v for k, v in keys.items() if k != "alpha"}, weight or shape, size,
-        min(size), 0, lambda shape: outline.computed(shape, (diff,), "whole_left"),
+        outline,
+        module,
+        {k: v for k, v in keys.items() if k != "alpha"},
+        weight or shape,
+        size,
+        min(size),
+        0,
+        lambda shape: outline.computed(shape, (diff,), "whole_left"),
         lambda shape: outline.computed(shape, (diff,), "whole_right"),
-    )  # fmt: skip
+    )
     outline.used |= set(keys.values())
 
 
@@ -119,10 +129,16 @@ def _add_loha(
         out, cols = outline.shape(w1a)[1], cols * math.prod(outline.shape(t1)[2:])
         ranks = outline.shape(t1)[0], outline.shape(t2)[0]
     _add_exact(
-        outline, module, keys, weight, (out, cols), math.prod(ranks), ranks[0],
+        outline,
+        module,
+        keys,
+        weight,
+        (out, cols),
+        math.prod(ranks),
+        ranks[0],
         lambda shape: outline.computed(shape, (w1a, w2a), f"hadamard_left{tucker}"),
         lambda shape: outline.computed(shape, lower, f"hadamard_right{tucker}"),
-    )  # fmt: skip
+    )
 
 
 def _add_lokr(
@@ -152,10 +168,16 @@ def _add_lokr(
     given = (*sides[0], *sides[1])
     numbers = (len(sides[0]), len(sides[1]))
     _add_exact(
-        outline, module, keys, weight, (sizes[0], sizes[1]), inner, file_rank,
+        outline,
+        module,
+        keys,
+        weight,
+        (sizes[0], sizes[1]),
+        inner,
+        file_rank,
         lambda shape: outline.computed(shape, given, "kronecker_left", numbers),
         lambda shape: outline.computed(shape, given, "kronecker_right", numbers),
-    )  # fmt: skip
+    )
 
 
 def _add_exact(
@@ -174,16 +196,22 @@ def _add_exact(
     out, cols = size
     weight = weight or (out, cols)  # where it is read as stored
     if (weight[0], math.prod(weight[1:])) != (out, cols):
-        raise outline.fail(f"{module}: its delta is {out} x {cols}, and the base's weight is "
-                           f"{list(weight)}")  # fmt: skip
+        raise outline.fail(
+            f"{module}: its delta is {out} x {cols}, and the base's weight is {list(weight)}"
+        )
     kernel = weight[2:]
     alpha = outline.scalar(keys["alpha"]) if "alpha" in keys else 0.0
     if not (file_rank and alpha):  # two whole sides; and LyCORIS takes an alpha of 0 for the rank
         alpha, file_rank = float(rank), rank
     outline.add_lora(
-        module, right((rank, *weight[1:])), left((out, rank, *[1] * len(kernel))), alpha,
-        magnitude=magnitude(outline, module, keys), bias=keys.get("diff_b", ""), of_rank=file_rank,
-    )  # fmt: skip
+        module,
+        right((rank, *weight[1:])),
+        left((out, rank, *[1] * len(kernel))),
+        alpha,
+        magnitude=magnitude(outline, module, keys),
+        bias=keys.get("diff_b", ""),
+        of_rank=file_rank,
+    )
 
 
 class LycorisWriter(KohyaWriter):

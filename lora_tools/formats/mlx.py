@@ -62,8 +62,15 @@ def read(path: Path, file: TensorFile, context: Context) -> Outline:
                 f"{path}: {module}: MLX's DoRA of an embedding norms each token, PEFT's each "
                 "dimension"
             )
-        outline.add_lora(module, outline.transposed(a), outline.transposed(b), float(scale),
-                         embedding=embedding, magnitude=keys.get("m", ""), of_rank=1)  # fmt: skip
+        outline.add_lora(
+            module,
+            outline.transposed(a),
+            outline.transposed(b),
+            float(scale),
+            embedding=embedding,
+            magnitude=keys.get("m", ""),
+            of_rank=1,
+        )
     return outline
 
 
@@ -102,8 +109,10 @@ class MlxWriter(Keyed):
             "fine_tune_type": "dora" if self._last.magnitude is not None else "lora",
             "num_layers": -1,
             "lora_parameters": {
-                "rank": self._last.lora_A.shape[0], "scale": self._last.scale, "dropout": 0.0,
+                "rank": self._last.lora_A.shape[0],
+                "scale": self._last.scale,
+                "dropout": 0.0,
                 "keys": keys,
             },
-        }  # fmt: skip
+        }
         write_synced(self.out / CONFIG, (json.dumps(config, indent=2) + "\n").encode())

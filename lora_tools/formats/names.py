@@ -16,8 +16,14 @@ EMBEDDING = re.compile(
     r"|position_embeddings?|token_type_embeddings|embed_positions|rel_embeddings"
     r"|relative_attention_bias|tokens_embed|positions_embed|embeddings?)"
 )
-_INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in",
-                     "shared")  # fmt: skip
+_INPUT_EMBEDDINGS = (
+    "embed_tokens",
+    "wte",
+    "word_embeddings",
+    "tok_embeddings",
+    "embed_in",
+    "shared",
+)
 _HEAD = re.compile(r"(lm_head|embed_out|output_projection)")
 # Architectures whose linear layers are transformers' Conv1D, stored (in, out), and those layers.
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")

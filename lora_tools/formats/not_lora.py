@@ -14,18 +14,22 @@ from lora_tools.errors import UnsupportedAdapter
 
 # A pattern that a key matches → what the file is.
 _KEYS = {
-    r"prompt_embeddings|prompt_encoder\..*|base_model\.prompt_encoder\..*":
+    r"prompt_embeddings|prompt_encoder\..*|base_model\.prompt_encoder\..*": (
         "soft prompts (prompt tuning, prefix tuning or p-tuning): vectors put before the sequence "
-        "or its keys and values; no weight of the model changes",
-    r".*\.adaption_(prompt|gate)":
-        "LLaMA-Adapter: prompts inside attention; no weight of the model changes",
+        "or its keys and values; no weight of the model changes"
+    ),
+    r".*\.adaption_(prompt|gate)": (
+        "LLaMA-Adapter: prompts inside attention; no weight of the model changes"
+    ),
     r".*\.(adapters?|parallel_mlp)\.(.*\.)?(adapter_down|adapter_up|down_proj|up_proj)\..*"
-    r"|.*\.(adapter_down|adapter_up)\..*":
+    r"|.*\.(adapter_down|adapter_up)\..*": (
         "a bottleneck adapter: layers of its own with a nonlinearity between, put into the model; "
-        "no change of weights does the same",
-    r"emb_params|string_to_param|clip_[lg]|<[^>]+>|t5":
-        "textual inversion: vectors for new tokens of a text encoder",
-}  # fmt: skip
+        "no change of weights does the same"
+    ),
+    r"emb_params|string_to_param|clip_[lg]|<[^>]+>|t5": (
+        "textual inversion: vectors for new tokens of a text encoder"
+    ),
+}
 _BOTTLENECK = ("reduction_factor", "mh_adapter", "output_adapter", "bottleneck_size")
 
 

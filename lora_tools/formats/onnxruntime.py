@@ -148,10 +148,12 @@ class OrtWriter(Writer):
         adapter = self._package.AdapterFormat()
         adapter.set_adapter_version(1)
         adapter.set_model_version(1)
-        adapter.set_parameters({
-            name: self._package.OrtValue.ortvalue_from_numpy(array)
-            for name, array in sorted(values.items())
-        })  # fmt: skip
+        adapter.set_parameters(
+            {
+                name: self._package.OrtValue.ortvalue_from_numpy(array)
+                for name, array in sorted(values.items())
+            }
+        )
         adapter.export_adapter(str(self.out))
         sync_file(self.out)
 

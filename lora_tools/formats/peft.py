@@ -44,11 +44,13 @@ _NOT_LORA = {
     "ADALORA": "AdaLoRA holds three factors and its own ranks; save it as LoRA with PEFT first",
     "LOHA": "LoHa is a Hadamard product of two low-rank deltas",
     "LOKR": "LoKr is a Kronecker product",
-    "OFT": "OFT rotates weights", "BOFT": "BOFT rotates weights", "HRA": "HRA reflects weights",
+    "OFT": "OFT rotates weights",
+    "BOFT": "BOFT rotates weights",
+    "HRA": "HRA reflects weights",
     "VERA": "VeRA shares random factors that are not in the file",
     "LN_TUNING": "it holds whole norms and no low-rank delta",
     "TRAINABLE_TOKENS": "it holds single embedding rows and no low-rank delta",
-}  # fmt: skip
+}
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -291,9 +293,17 @@ class Adapter:
         if not _is_finite(alpha):
             raise self._fail(f"{module}: lora_alpha is {alpha!r} in {CONFIG}")
         return LoraModule(
-            module, form, keys[a], keys[b], keys.get("bias"), keys.get("lora_magnitude_vector"),
-            r, float(alpha), parameter, experts=experts,
-        )  # fmt: skip
+            module,
+            form,
+            keys[a],
+            keys[b],
+            keys.get("bias"),
+            keys.get("lora_magnitude_vector"),
+            r,
+            float(alpha),
+            parameter,
+            experts=experts,
+        )
 
     def pattern(self, which: str, module: str, default: Any) -> Any:
         """The first entry of rank_pattern or alpha_pattern that matches, else ``default``."""

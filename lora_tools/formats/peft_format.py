@@ -31,10 +31,16 @@ class PeftFormat(Writer):
         """Write one module's factors."""
         self._modules.append(factors.module)
         self._writer.add_lora(
-            factors.module, factors.lora_A, factors.lora_B, factors.alpha,
-            form=factors.form, parameter=factors.parameter, r=factors.r, bias=factors.bias,
+            factors.module,
+            factors.lora_A,
+            factors.lora_B,
+            factors.alpha,
+            form=factors.form,
+            parameter=factors.parameter,
+            r=factors.r,
+            bias=factors.bias,
             magnitude=factors.magnitude,
-        )  # fmt: skip
+        )
 
     def add_raw(self, key: str, tensor: torch.Tensor) -> None:
         """A tensor saved whole, under its own key."""

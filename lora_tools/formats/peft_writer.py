@@ -166,11 +166,24 @@ def target_modules(chosen: Collection[str], everything: Collection[str]) -> list
 
 
 DEFAULT_CONFIG: dict[str, Any] = {
-    "peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "revision": None,
-    "inference_mode": True, "r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "bias": "none",
-    "fan_in_fan_out": False, "use_rslora": False, "use_dora": False, "init_lora_weights": True,
-    "target_modules": None, "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},
-}  # fmt: skip
+    "peft_type": "LORA",
+    "task_type": None,
+    "base_model_name_or_path": None,
+    "revision": None,
+    "inference_mode": True,
+    "r": 8,
+    "lora_alpha": 8,
+    "lora_dropout": 0.0,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "use_rslora": False,
+    "use_dora": False,
+    "init_lora_weights": True,
+    "target_modules": None,
+    "modules_to_save": None,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+}
 
 
 def _most_common(values: Mapping[str, Any], default: Any) -> Any:

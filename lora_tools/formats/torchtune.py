@@ -20,10 +20,14 @@ from lora_tools.formats.writers import Factors, Keyed
 _PARTS = {"lora_a.weight": "A", "lora_b.weight": "B", "magnitude": "magnitude"}
 _KEY = re.compile(r"(?P<module>.+)\.(?P<part>lora_a\.weight|lora_b\.weight|magnitude)")
 _NAMES = {
-    "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj",
-    "output_proj": "self_attn.o_proj", "w1": "mlp.gate_proj", "w2": "mlp.down_proj",
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "output_proj": "self_attn.o_proj",
+    "w1": "mlp.gate_proj",
+    "w2": "mlp.down_proj",
     "w3": "mlp.up_proj",
-}  # fmt: skip
+}
 _LAYER = re.compile(r"layers\.(\d+)\.(?:attn|mlp)\.(\w+)")
 _THEIRS = re.compile(r"model\.layers\.(\d+)\.(\w+\.\w+)")
 
@@ -77,9 +81,13 @@ def read(path: Path, file: TensorFile, context: Context) -> Outline:
             turned = ("interleaved_to_half", (heads(base.config, module),))
             B = outline.recipe(B, *turned)
         outline.add_lora(
-            module, outline.same(a), B, alpha, magnitude=keys.get("magnitude", ""),
+            module,
+            outline.same(a),
+            B,
+            alpha,
+            magnitude=keys.get("magnitude", ""),
             magnitude_recipe=turned,
-        )  # fmt: skip
+        )
     return outline
 
 

@@ -174,8 +174,9 @@ class Foreign(Adapter):
     ) -> None:
         file = outline.file
         self._numbers: dict[str, Mapping[str, Any]] = {
-            "rank_pattern": outline.ranks, "alpha_pattern": alphas
-        }  # fmt: skip
+            "rank_pattern": outline.ranks,
+            "alpha_pattern": alphas,
+        }
         self.form, self.stored = outline.form, outline.file
         self.blocks, self.unresolved = outline.blocks, outline.unresolved
         self.notes = tuple(outline.notes)
@@ -236,8 +237,11 @@ class Outline:
         """
         if module in self.ranks:
             raise self.fail(f"{module} is there twice: {', '.join(lora_A.keys)} is the second")
-        a, b = ("lora_embedding_A", "lora_embedding_B") if embedding else (
-            "lora_A.weight", "lora_B.weight")  # fmt: skip
+        a, b = (
+            ("lora_embedding_A", "lora_embedding_B")
+            if embedding
+            else ("lora_A.weight", "lora_B.weight")
+        )
         self._add(f"{module}.{a}", lora_A)
         self._add(f"{module}.{b}", lora_B)
         if bias:
@@ -255,9 +259,7 @@ class Outline:
             self.dora = True
         rank = lora_A.spec.shape[0]
         self.ranks[module] = rank
-        self.strengths[module] = (
-            float(rank) if alpha is None else alpha, of_rank or rank, rslora
-        )  # fmt: skip
+        self.strengths[module] = (float(rank) if alpha is None else alpha, of_rank or rank, rslora)
 
     def add_saved(self, name: str, key: str) -> None:
         """A tensor saved whole, by its name in the model."""
@@ -284,8 +286,9 @@ class Outline:
         shape = self.shape(key)
         if len(shape) != 2:
             raise self.fail(f"{key}: has shape {list(shape)}, and a matrix is wanted")
-        return Made(dataclasses.replace(self.file.specs[key], shape=shape[::-1]), (key,),
-                    "transposed")  # fmt: skip
+        return Made(
+            dataclasses.replace(self.file.specs[key], shape=shape[::-1]), (key,), "transposed"
+        )
 
     def recipe(self, made: Made, recipe: str, numbers: tuple[int, ...]) -> Made:
         """One tensor by a recipe that keeps its dtype and shape."""

@@ -32,11 +32,7 @@ class Match:
     change: float = 0.0
 
     def add(
-        self,
-        stored: torch.Tensor,
-        base: torch.Tensor,
-        merged: torch.Tensor,
-        slack: torch.Tensor,
+        self, stored: torch.Tensor, base: torch.Tensor, merged: torch.Tensor, slack: torch.Tensor
     ) -> None:
         """One run of rows: S in its own dtype, W and W + Δ in the working dtype, and how far
         another order of summation can take W + Δ."""

@@ -77,9 +77,11 @@ class Delta:
             if seen is not None:
                 seen.add(start, stop, run, self._tuned[start:stop], self._base[start:stop])
         return Energies(
-            energy, self.base_energy, self._noise(energy),
+            energy,
+            self.base_energy,
+            self._noise(energy),
             seen.result() if seen is not None and energy and math.isfinite(energy) else None,
-        )  # fmt: skip
+        )
 
     def measure(self) -> Energies:
         """What ``fill`` measures, without keeping Δ."""

@@ -347,9 +347,11 @@ def named(text: str) -> Layout | None:
             if len(enabled) != count or not any(enabled) or (star and layout.transposed):
                 raise ValueError
             return dataclasses.replace(
-                layout, enabled=enabled, sizes=numbers if len(numbers) > 1 else (),
+                layout,
+                enabled=enabled,
+                sizes=numbers if len(numbers) > 1 else (),
                 heads=_positive(heads) if star else 1,
-            )  # fmt: skip
+            )
     except ValueError:
         layout = None
     if layout is None or given:

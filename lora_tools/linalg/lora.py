@@ -106,8 +106,11 @@ def balanced_factors(
     weighted = error if weighting is None else max(_error(svd.total, written, P, G), 0.0)
     if error < 1e-4 * total:
         error = residual_energy(delta, left, right, scale)
-    return left, right, Fit(error, float((best * P).sum()),
-                            error if weighting is None else weighted)  # fmt: skip
+    return (
+        left,
+        right,
+        Fit(error, float((best * P).sum()), error if weighting is None else weighted),
+    )
 
 
 def measured(svd: TruncatedSVD, delta: Rows) -> TruncatedSVD:
@@ -120,9 +123,12 @@ def measured(svd: TruncatedSVD, delta: Rows) -> TruncatedSVD:
         P[start:stop] = run.to(span.device) @ span.to(run.dtype)
     squared = torch.linalg.eigvalsh(P.T @ P).flip(0).clamp(min=0).cpu()
     return dataclasses.replace(
-        svd, U=svd.U[:, :0], S=squared.sqrt(), captured=float(squared.sum()),
+        svd,
+        U=svd.U[:, :0],
+        S=squared.sqrt(),
+        captured=float(squared.sum()),
         known=dataclasses.replace(svd.known, squared=squared, complete=False),
-    )  # fmt: skip
+    )
 
 
 def _error(total: float, left: torch.Tensor, P: torch.Tensor, G: torch.Tensor) -> float:
@@ -139,12 +145,14 @@ def residual_energy(delta: Rows, left: torch.Tensor, right: torch.Tensor, scale:
     return math.fsum(
         sum_of_squares(
             torch.addmm(
-                run.to(left.device), left[start:stop].to(run.dtype), right.to(run.dtype),
+                run.to(left.device),
+                left[start:stop].to(run.dtype),
+                right.to(run.dtype),
                 alpha=-scale,
             )
         )
         for start, stop, run in delta.runs()
-    )  # fmt: skip
+    )
 
 
 def rows_per_run(shape: torch.Size | tuple[int, ...]) -> int:

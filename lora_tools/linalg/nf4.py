@@ -213,9 +213,13 @@ def quantize_into(
     """``quantize`` into arrays that are there already."""
     for start, stop in runs(x.numel()):
         quantize_run(
-            x[start:stop], codebook, blocksize, packed[start // 2 : packed_size(stop)],
-            absmax[start // blocksize : blocks_of(stop, blocksize)], scratch,
-        )  # fmt: skip
+            x[start:stop],
+            codebook,
+            blocksize,
+            packed[start // 2 : packed_size(stop)],
+            absmax[start // blocksize : blocks_of(stop, blocksize)],
+            scratch,
+        )
 
 
 def runs(n: int) -> Iterator[tuple[int, int]]:
@@ -324,8 +328,11 @@ def dequantize(
         dequantize_run(
             packed[start // 2 : packed_size(stop)],
             absmax[start // blocksize : blocks_of(stop, blocksize)],
-            codebook, blocksize, out[start:stop], scratch,
-        )  # fmt: skip
+            codebook,
+            blocksize,
+            out[start:stop],
+            scratch,
+        )
     return out
 
 
@@ -406,8 +413,11 @@ def measure(
         dequantize_run(
             packed[start // 2 : packed_size(stop)],
             absmax[start // blocksize : blocks_of(stop, blocksize)],
-            codebook, blocksize, back, scratch,
-        )  # fmt: skip
+            codebook,
+            blocksize,
+            back,
+            scratch,
+        )
         wide, other = scratch.wide[: stop - start], scratch.other[: stop - start]
         wide.copy_(x[start:stop])
         energies.append(sum_of_squares(wide))

@@ -53,9 +53,11 @@ def quantize_searched(
             here = scales[start // blocksize : blocks_of(stop, blocksize)]
             scaled = _scaled(blocks, torch.from_numpy(here), scratch)
             encode(
-                scaled.reshape(-1)[: stop - start].numpy(), codebook,
-                room[start // 2 : packed_size(stop)], scratch,
-            )  # fmt: skip
+                scaled.reshape(-1)[: stop - start].numpy(),
+                codebook,
+                room[start // 2 : packed_size(stop)],
+                scratch,
+            )
     return Quantized(room, scales, nested)
 
 
@@ -89,8 +91,9 @@ def _search(x: torch.Tensor, codebook: Codebook, blocksize: int, scratch: Scratc
         scaled = torch.mul(blocks, 1 / multiple, out=scratch.other[:n].view(blocks.shape))
         encode(scaled.reshape(-1).numpy(), codebook, packed, scratch)
         values = scratch.other[:n].view(blocks.shape)
-        np.take(codebook.pairs, packed, out=values.reshape(-1).numpy().view(np.complex64),
-                mode="clip")  # fmt: skip
+        np.take(
+            codebook.pairs, packed, out=values.reshape(-1).numpy().view(np.complex64), mode="clip"
+        )
         energy = torch.linalg.vector_norm(values, dim=1).square_()
         product = values.mul_(blocks).sum(1)
         found = product * product / energy

@@ -295,8 +295,9 @@ class RankRule:
 
     def __call__(self, spectrum: Spectrum) -> int | None:
         """The rank, or None where more of the spectrum must be known."""
-        rank = POLICIES[self.policy](self.capped(spectrum) if not self.whole else spectrum,
-                                     self.value)  # fmt: skip
+        rank = POLICIES[self.policy](
+            self.capped(spectrum) if not self.whole else spectrum, self.value
+        )
         if rank is None and self.counts and self.max_rank is not None:
             return self.max_rank if len(spectrum.squared) >= self.max_rank else None
         return rank if rank is None or self.max_rank is None else min(rank, self.max_rank)

@@ -161,13 +161,28 @@ def kronecker_right(tensors: Sequence[torch.Tensor], numbers: Sequence[int]) -> 
 RECIPES: dict[str, Recipe] = {
     recipe.__name__: recipe
     for recipe in (
-        same, transposed, half_to_interleaved, interleaved_to_half, tucker_down, hadamard_left,
-        hadamard_right, hadamard_left_tucker, hadamard_right_tucker, kronecker_left,
-        kronecker_right, whole_left, whole_right, loralib.block_rows, loralib.placed_rows,
+        same,
+        transposed,
+        half_to_interleaved,
+        interleaved_to_half,
+        tucker_down,
+        hadamard_left,
+        hadamard_right,
+        hadamard_left_tucker,
+        hadamard_right_tucker,
+        kronecker_left,
+        kronecker_right,
+        whole_left,
+        whole_right,
+        loralib.block_rows,
+        loralib.placed_rows,
         loralib.first_rows,
-        loralib.kernel_left, loralib.kernel_right, loralib.gathered_left, loralib.gathered_right,
+        loralib.kernel_left,
+        loralib.kernel_right,
+        loralib.gathered_left,
+        loralib.gathered_right,
     )
-}  # fmt: skip
+}
 
 
 def compute(

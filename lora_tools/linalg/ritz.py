@@ -38,10 +38,13 @@ def hidden_energy(squared: torch.Tensor, r: int, block: int) -> float:
     """
     alike = range(min(r, len(squared) - block + 1))
     return max(
-        (float((squared[i] - squared[i:r]).sum()) for i in alike
-         if squared[i + block - 1] >= (1 - _TIE) * squared[i]),
+        (
+            float((squared[i] - squared[i:r]).sum())
+            for i in alike
+            if squared[i + block - 1] >= (1 - _TIE) * squared[i]
+        ),
         default=0.0,
-    )  # fmt: skip
+    )
 
 
 def upper_values(

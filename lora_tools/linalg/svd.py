@@ -17,13 +17,7 @@ import math
 import torch
 
 from lora_tools.linalg.ranks import RankRule, Rounding, Spectrum
-from lora_tools.linalg.ritz import (
-    Columns,
-    hidden_energy,
-    missing_energy,
-    project_out,
-    upper_values,
-)
+from lora_tools.linalg.ritz import Columns, hidden_energy, missing_energy, project_out, upper_values
 
 _BLOCK = 16  # the narrowest block at which a float32 product runs near full speed
 _DENSE = 64  # up to this smaller side a dense SVD costs less than setting up anything else
@@ -114,9 +108,15 @@ def truncated(
     nothing = Spectrum(torch.zeros(0, dtype=torch.float64), total, True, _shape(A), rounding)
     if total == 0:
         return TruncatedSVD(
-            A.new_zeros(A.shape[0], 0), nothing.squared, A.new_zeros(0, A.shape[1]),
-            0.0, 0.0, 0.0, "none", nothing,
-        )  # fmt: skip
+            A.new_zeros(A.shape[0], 0),
+            nothing.squared,
+            A.new_zeros(0, A.shape[1]),
+            0.0,
+            0.0,
+            0.0,
+            "none",
+            nothing,
+        )
     wide = _wide(A)
     wanted = Wanted(rule, nothing, 0.0 if rule.whole else noise, depth)
     if wide.shape[0] <= _DENSE or A.dtype == torch.float64:
@@ -291,9 +291,15 @@ def _gram(
     Z = U.T @ A
     S = torch.linalg.vector_norm(Z, dim=1, dtype=torch.float64).cpu()
     return TruncatedSVD(
-        U, S, (Z.double() / S.to(Z.device)[:, None]).to(A.dtype), wanted.total,
-        float((S * S).sum()), 0.0, "gram", known,
-    )  # fmt: skip
+        U,
+        S,
+        (Z.double() / S.to(Z.device)[:, None]).to(A.dtype),
+        wanted.total,
+        float((S * S).sum()),
+        0.0,
+        "gram",
+        known,
+    )
 
 
 def _top_eigh(G: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -384,6 +390,7 @@ def _krylov(A: torch.Tensor, wanted: Wanted, tolerance: float, seed: int) -> Tru
     # Values beyond the rank have not converged: they are no part of what is known, but for the one
     # by which a rule that counts has decided.
     last = rank + (wanted.rule.counts and rank < len(known.squared))
-    known = dataclasses.replace(known, squared=values[:last], complete=known.complete
-                                and last == len(known.squared))  # fmt: skip
+    known = dataclasses.replace(
+        known, squared=values[:last], complete=known.complete and last == len(known.squared)
+    )
     return TruncatedSVD(U, S, Vh, wanted.total, captured, gain, "krylov", known)

@@ -23,13 +23,7 @@ from lora_tools.linalg.layouts import Block
 from lora_tools.linalg.merge import Effect, LowRank, merged_whole
 from lora_tools.loading import renamed
 from lora_tools.records import TensorSpec
-from lora_tools.verbs.merge_plan import (
-    MergePlan,
-    Outline,
-    Target,
-    build_effects,
-    plan_merge,
-)
+from lora_tools.verbs.merge_plan import MergePlan, Outline, Target, build_effects, plan_merge
 from lora_tools.verbs.weighted import open_weighted
 
 M = TypeVar("M", bound=nn.Module)
@@ -221,12 +215,14 @@ def _branch(module: nn.Module, name: str, effects: Sequence[Effect]) -> Hook | N
     working = torch.float64 if module.weight.dtype == torch.float64 else torch.float32
     blocks = [
         Block(
-            block.row, block.col, block.left.to(working) * (effect.weight * effect.scale),
+            block.row,
+            block.col,
+            block.left.to(working) * (effect.weight * effect.scale),
             block.right.to(working),
         )
         for effect in plain
         for block in effect.blocks
-    ]  # fmt: skip
+    ]
     if not all(b.left.isfinite().all() and b.right.isfinite().all() for b in blocks):
         raise NonFiniteError(f"{name}: the adapter's factors for it hold an inf or a NaN")
     looks_up, transposed = isinstance(module, nn.Embedding), not isinstance(module, nn.Linear)

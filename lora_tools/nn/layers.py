@@ -46,9 +46,14 @@ class LoRALayer(nn.Module):
     _folds_again = False
 
     def _init_lora(
-        self, layout: Layout, shapes: Sequence[tuple[int, int]], r: int, lora_alpha: float,
-        lora_dropout: float, merge_weights: bool,
-    ) -> None:  # fmt: skip
+        self,
+        layout: Layout,
+        shapes: Sequence[tuple[int, int]],
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float,
+        merge_weights: bool,
+    ) -> None:
         """``shapes``: of lora_A and lora_B; none where there is no branch."""
         self.r, self.lora_alpha, self.layout = r, lora_alpha, layout
         self.merge_weights = merge_weights
@@ -111,8 +116,9 @@ class LoRALayer(nn.Module):
         effect = LowRank(
             self.layout,
             self.layout.blocks(self.lora_A, self.lora_B, tuple(weight.shape)),
-            self.scaling, 1.0,
-        )  # fmt: skip
+            self.scaling,
+            1.0,
+        )
         self._before = weight.detach().clone()
         weight.copy_(merged_whole(weight, [effect], self.layout.matrix(tuple(weight.shape))))
         self.merged = True
@@ -145,9 +151,15 @@ class _Dense(LoRALayer, nn.Linear):
     """A Linear with a branch of one or more products beside it."""
 
     def _init_dense(
-        self, layout: Layout, outputs: Sequence[int], fan_in_fan_out: bool, r: int,
-        lora_alpha: float, lora_dropout: float, merge_weights: bool,
-    ) -> None:  # fmt: skip
+        self,
+        layout: Layout,
+        outputs: Sequence[int],
+        fan_in_fan_out: bool,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float,
+        merge_weights: bool,
+    ) -> None:
         """``outputs``: of each block that has a product."""
         self.fan_in_fan_out = fan_in_fan_out
         shapes = ((r * len(outputs), self.in_features), (sum(outputs), r))
@@ -278,9 +290,12 @@ class Embedding(LoRALayer, nn.Embedding):
         result = nn.Embedding.forward(self, input)
         if self.has_branch and not self.merged:
             inner = functional.embedding(
-                input, self.lora_A.T, self.padding_idx,
-                scale_grad_by_freq=self.scale_grad_by_freq, sparse=self.sparse,
-            )  # fmt: skip
+                input,
+                self.lora_A.T,
+                self.padding_idx,
+                scale_grad_by_freq=self.scale_grad_by_freq,
+                sparse=self.sparse,
+            )
             result = result + functional.linear(inner, self.lora_B) * self.scaling
         return result
 

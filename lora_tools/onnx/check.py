@@ -20,13 +20,7 @@ import torch
 
 from lora_tools.errors import CheckpointError
 from lora_tools.onnx.model import loaded
-from lora_tools.onnx.parts import (
-    decoder_inputs,
-    image_size,
-    is_speech,
-    speech_shape,
-    text_inputs,
-)
+from lora_tools.onnx.parts import decoder_inputs, image_size, is_speech, speech_shape, text_inputs
 from lora_tools.onnx.runtime_adapters import plain_graphs
 from lora_tools.onnx.tasks import DECODER, ENCODER_DECODER, IMAGE, Task
 
@@ -63,11 +57,14 @@ class Check:
         """As a report has them."""
         tokens = {"tokens_generated": self.tokens, "tokens_same": self.same_tokens}
         return {
-            "verified": not self.failed, "outputs_compared": self.compared,
-            "max_difference": self.absolute, "max_relative_difference": self.relative,
-            "worst_output": self.worst, **(tokens if self.tokens else {}),
+            "verified": not self.failed,
+            "outputs_compared": self.compared,
+            "max_difference": self.absolute,
+            "max_relative_difference": self.relative,
+            "worst_output": self.worst,
+            **(tokens if self.tokens else {}),
             **({} if self.exact is None else {"base_exact": self.exact}),
-        }  # fmt: skip
+        }
 
     def add(self, name: str, found: Any, wanted: Any, atol: float, rtol: float) -> None:
         """Compare two arrays of equal shape."""
@@ -204,11 +201,16 @@ class InTorch:
 
         if self.task.kind == ENCODER_DECODER and is_speech(self.model):
             return [
-                Run(f"batch {n}", {
-                    "input_features": _noise(dice, n, *speech_shape(config)),
-                    "decoder_input_ids": tokens(n, 3),
-                }, [tokens(n, 1) for _ in range(_STEPS)]) for n in (1, 2)
-            ]  # fmt: skip
+                Run(
+                    f"batch {n}",
+                    {
+                        "input_features": _noise(dice, n, *speech_shape(config)),
+                        "decoder_input_ids": tokens(n, 3),
+                    },
+                    [tokens(n, 1) for _ in range(_STEPS)],
+                )
+                for n in (1, 2)
+            ]
         runs = []
         for batch, length in zip((1, 3), self._lengths(), strict=True):
             ids, mask = tokens(batch, length), np.ones((batch, length), np.int64)
@@ -317,11 +319,13 @@ class InRuntime:
             # Folding the casts of weights would hold all of them in float32, for a while twice.
             self._sessions = [
                 onnxruntime.InferenceSession(
-                    model if isinstance(model, bytes) else str(model), options,
-                    providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"],
+                    model if isinstance(model, bytes) else str(model),
+                    options,
+                    providers=["CPUExecutionProvider"],
+                    disabled_optimizers=["ConstantFolding"],
                 )
                 for model in models
-            ]  # fmt: skip
+            ]
             if adapter is not None:
                 self._adapter = onnxruntime.LoraAdapter()  # kept: the options only point to it
                 self._adapter.Load(str(adapter))

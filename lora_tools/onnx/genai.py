@@ -85,11 +85,19 @@ def genai_config(folder: Path, graph: onnx.GraphProto, trust_remote_code: bool =
             },
         },
         "search": {
-            "do_sample": False, "early_stopping": True, "max_length": length, "min_length": 0,
-            "num_beams": 1, "num_return_sequences": 1, "past_present_share_buffer": False,
-            "repetition_penalty": 1.0, "temperature": 1.0, "top_k": 1, "top_p": 1.0,
+            "do_sample": False,
+            "early_stopping": True,
+            "max_length": length,
+            "min_length": 0,
+            "num_beams": 1,
+            "num_return_sequences": 1,
+            "past_present_share_buffer": False,
+            "repetition_penalty": 1.0,
+            "temperature": 1.0,
+            "top_k": 1,
+            "top_p": 1.0,
         },
-    }  # fmt: skip
+    }
     return (json.dumps(body, indent=2) + "\n").encode()
 
 

@@ -15,12 +15,7 @@ from lora_tools.formats.output import write_synced
 from lora_tools.formats.tensors import as_bytes
 from lora_tools.onnx import genai
 from lora_tools.onnx.linears import is_quantized
-from lora_tools.onnx.runtime_adapters import (
-    Branch,
-    Replacement,
-    add_branches,
-    remove_branches,
-)
+from lora_tools.onnx.runtime_adapters import Branch, Replacement, add_branches, remove_branches
 from lora_tools.onnx.tasks import DECODER, Task
 from lora_tools.onnx.weights import (
     BUNDLE,
@@ -37,9 +32,18 @@ from lora_tools.records import TensorSpec
 _COPY_STEP = 8 << 20
 # Fields of config.json that say nothing of the graph.
 _ABOUT_FILES = {
-    "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version",
-    "bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id", "use_cache",
-}  # fmt: skip
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "id2label",
+    "label2id",
+    "use_cache",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +107,13 @@ def build(
         from lora_tools.onnx.trace import trace  # torch and transformers, which --graph needs not
 
         traced = trace(
-            checkpoint.path, checkpoint.specs, task, cache=cache, opset=opset,
+            checkpoint.path,
+            checkpoint.specs,
+            task,
+            cache=cache,
+            opset=opset,
             trust_remote_code=trust_remote_code,
-        )  # fmt: skip
+        )
         models = {each.file: each.model for each in traced}
         converted = {name for each in traced for name in each.converted}
     if not converted:
@@ -130,11 +138,16 @@ def build(
         extra.append(genai.NAME)
     files = (*extra, *reversed(models))
     return Built(
-        files, sum(len(model.graph.node) for model in models.values()),
-        sum((folder / file).stat().st_size for file in files), cached or len(models) > 1,
-        unused, quantized, frozenset(where) | quantized, bool(converted),
+        files,
+        sum(len(model.graph.node) for model in models.values()),
+        sum((folder / file).stat().st_size for file in files),
+        cached or len(models) > 1,
+        unused,
+        quantized,
+        frozenset(where) | quantized,
+        bool(converted),
         (folder / BUNDLE).stat().st_size if BUNDLE in extra else 0,
-    )  # fmt: skip
+    )
 
 
 def _places(
@@ -161,9 +174,11 @@ def _places(
         from lora_tools.onnx.quantized import packing, quantize_linears
 
         how = packing(
-            scheme, stored, checkpoint.config,
+            scheme,
+            stored,
+            checkpoint.config,
             lambda name: state[name] if name in converted else checkpoint.tensor(name),
-        )  # fmt: skip
+        )
         packed = quantize_linears(models.values(), how)
     own = sorted(names - converted - packed.keys())
     shared = weights == "shared"

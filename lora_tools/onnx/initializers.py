@@ -23,14 +23,24 @@ from lora_tools.formats.mapped import MappedFile
 from lora_tools.records import TensorSpec
 
 _DTYPES: dict[int, str] = {
-    onnx.TensorProto.FLOAT: "F32", onnx.TensorProto.FLOAT16: "F16",
-    onnx.TensorProto.BFLOAT16: "BF16", onnx.TensorProto.DOUBLE: "F64",
-    onnx.TensorProto.INT8: "I8", onnx.TensorProto.INT16: "I16", onnx.TensorProto.INT32: "I32",
-    onnx.TensorProto.INT64: "I64", onnx.TensorProto.UINT8: "U8", onnx.TensorProto.UINT16: "U16",
-    onnx.TensorProto.UINT32: "U32", onnx.TensorProto.UINT64: "U64", onnx.TensorProto.BOOL: "BOOL",
-    onnx.TensorProto.FLOAT8E4M3FN: "F8_E4M3", onnx.TensorProto.FLOAT8E5M2: "F8_E5M2",
-    onnx.TensorProto.FLOAT8E4M3FNUZ: "F8_E4M3FNUZ", onnx.TensorProto.FLOAT8E5M2FNUZ: "F8_E5M2FNUZ",
-}  # fmt: skip
+    onnx.TensorProto.FLOAT: "F32",
+    onnx.TensorProto.FLOAT16: "F16",
+    onnx.TensorProto.BFLOAT16: "BF16",
+    onnx.TensorProto.DOUBLE: "F64",
+    onnx.TensorProto.INT8: "I8",
+    onnx.TensorProto.INT16: "I16",
+    onnx.TensorProto.INT32: "I32",
+    onnx.TensorProto.INT64: "I64",
+    onnx.TensorProto.UINT8: "U8",
+    onnx.TensorProto.UINT16: "U16",
+    onnx.TensorProto.UINT32: "U32",
+    onnx.TensorProto.UINT64: "U64",
+    onnx.TensorProto.BOOL: "BOOL",
+    onnx.TensorProto.FLOAT8E4M3FN: "F8_E4M3",
+    onnx.TensorProto.FLOAT8E5M2: "F8_E5M2",
+    onnx.TensorProto.FLOAT8E4M3FNUZ: "F8_E4M3FNUZ",
+    onnx.TensorProto.FLOAT8E5M2FNUZ: "F8_E5M2FNUZ",
+}
 _MOST_DIMS = 64
 
 
@@ -66,8 +76,11 @@ class GraphFile:
             self.problems[tensor.name] = str(error)
 
     def _add(self, tensor: onnx.TensorProto) -> None:
-        kind = onnx.TensorProto.DataType.Name(tensor.data_type) if tensor.data_type in (
-            onnx.TensorProto.DataType.values()) else f"type {tensor.data_type}"  # fmt: skip
+        kind = (
+            onnx.TensorProto.DataType.Name(tensor.data_type)
+            if tensor.data_type in (onnx.TensorProto.DataType.values())
+            else f"type {tensor.data_type}"
+        )
         if tensor.data_type not in _DTYPES:
             raise CheckpointError(f"{kind}, which is not looked into")
         dims = tuple(tensor.dims)

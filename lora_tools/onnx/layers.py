@@ -62,9 +62,10 @@ def _period(layers: nn.ModuleList, config: Any) -> int:
     """The smallest p by which layers i and i − p are alike from the third layer on; 0: none."""
     kinds = [_kind(layer) for layer in layers]
     lists = [
-        value for value in getattr(config, "__dict__", {}).values()
+        value
+        for value in getattr(config, "__dict__", {}).values()
         if isinstance(value, list | tuple) and len(value) == len(layers)
-    ]  # fmt: skip
+    ]
     for period in range(1, (len(layers) - _FREE + 1) // 2):  # so that some are left out
         pairs = [(i, i - period) for i in range(_FREE + period, len(layers))]
         if all(_like(kinds, i, j) and all(v[i] == v[j] for v in lists) for i, j in pairs):

@@ -58,9 +58,10 @@ def linears(model: onnx.ModelProto) -> Iterator[Linear]:
     """
     shapes = {name: shape for name, shape in weights_of(model).items() if len(shape) == 2}
     made = {
-        node.output[0]: node for node in model.graph.node
+        node.output[0]: node
+        for node in model.graph.node
         if node.op_type == "Cast" or (node.op_type == "Transpose" and _swaps(node))
-    }  # fmt: skip
+    }
     rows = {node.input[0] for node in model.graph.node if node.op_type == "Gather"}
     for node in model.graph.node:
         if node.domain or node.op_type not in ("MatMul", "Gemm") or len(node.input) < 2:
@@ -76,10 +77,18 @@ def linears(model: onnx.ModelProto) -> Iterator[Linear]:
         out_first = flips != (transpose is not None)
         shape = shapes[name] if out_first else shapes[name][::-1]
         yield Linear(
-            name, node, cast, transpose, node.input[0], node.output[0],
-            node.input[2] if len(node.input) > 2 else "", shape[1], shape[0], out_first,
+            name,
+            node,
+            cast,
+            transpose,
+            node.input[0],
+            node.output[0],
+            node.input[2] if len(node.input) > 2 else "",
+            shape[1],
+            shape[0],
+            out_first,
             name in rows or (cast is not None and cast.output[0] in rows),
-        )  # fmt: skip
+        )
 
 
 def is_quantized(model: onnx.ModelProto) -> bool:

@@ -193,8 +193,10 @@ def _cache_names(start: str, layers: int, *sides: str) -> list[str]:
     middles = [f".{side}" for side in sides] or [""]
     return [
         f"{start}.{i}{middle}.{what}"
-        for i in range(layers) for middle in middles for what in ("key", "value")
-    ]  # fmt: skip
+        for i in range(layers)
+        for middle in middles
+        for what in ("key", "value")
+    ]
 
 
 class _Encoder(nn.Module):
@@ -288,8 +290,9 @@ def _seq2seq(model: nn.Module, config: Any, past: bool, kept: Mapping[int, int])
     along = {0: "batch"} if speech else {0: "batch", 1: "source"}
     axes = {
         "input_ids": {0: "batch", 1: "sequence"},
-        "encoder_attention_mask": along, "encoder_hidden_states": along,
-    }  # fmt: skip
+        "encoder_attention_mask": along,
+        "encoder_hidden_states": along,
+    }
     unused = ({"encoder_attention_mask"} if speech else set()) | (
         {"encoder_hidden_states"} if past else set()
     )

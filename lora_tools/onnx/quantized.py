@@ -151,9 +151,7 @@ class NBits:
     def attributes(self, linear: Linear) -> dict[str, int]:
         """Bits and blocks, and how it multiplies."""
         scheme = self._scheme
-        return {
-            "bits": scheme.bits, "block_size": scheme.block, "accuracy_level": scheme.accuracy
-        }  # fmt: skip
+        return {"bits": scheme.bits, "block_size": scheme.block, "accuracy_level": scheme.accuracy}
 
     def specs(self, linear: Linear) -> tuple[TensorSpec, ...]:
         """Codes, scales and zero points."""
@@ -201,10 +199,7 @@ def quantizer_of(scheme: Affine) -> Any:
 
 
 def packing(
-    name: str,
-    stored: Checkpoint,
-    config: Mapping[str, Any],
-    tensor: Callable[[str], torch.Tensor],
+    name: str, stored: Checkpoint, config: Mapping[str, Any], tensor: Callable[[str], torch.Tensor]
 ) -> Packing:
     """A scheme by its name; ``stored`` holds the weights of ``nf4``."""
     return Bnb4(stored) if name == NF4 else NBits(AFFINE[name], config, tensor)

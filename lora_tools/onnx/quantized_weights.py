@@ -72,8 +72,10 @@ class Stored:
         else:
             quantizer = quantizer_of(Affine(self.operator, self.bits, self.block))
             turned = weight.T.to(torch.float32).contiguous().numpy()
-            made = [np.ascontiguousarray(x).reshape(y.shape) for x, y in
-                    zip(quantizer.qbits_block_quant(turned), there, strict=True)]  # fmt: skip
+            made = [
+                np.ascontiguousarray(x).reshape(y.shape)
+                for x, y in zip(quantizer.qbits_block_quant(turned), there, strict=True)
+            ]
         same = all(np.array_equal(x, y) for x, y in zip(made, there, strict=True))
         return same, self._values(made)
 

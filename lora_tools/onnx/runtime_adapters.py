@@ -114,9 +114,10 @@ def add_branches(
         _select(model.graph, [each for each in vectors if each.tensor in weights_of(model)])
     missing = {branch.module: branch.weight for branch in branches if branch not in reached}
     missing |= {
-        each.tensor: each.tensor for each in replacements
+        each.tensor: each.tensor
+        for each in replacements
         if each.tensor not in (stored if len(each.shape) > 1 else used)
-    }  # fmt: skip
+    }
     for name, weight in missing.items():
         if formed or weight in used:
             raise _unreached(name, weight)
@@ -150,9 +151,10 @@ def remove_branches(model: onnx.ModelProto) -> None:
         for at, output in enumerate(node.output):
             node.output[at] = output.removeprefix(_MARK)
     initializers = [
-        value for value in graph.initializer
+        value
+        for value in graph.initializer
         if value.name not in optional and not value.name.startswith(_MARK)
-    ]  # fmt: skip
+    ]
     _replace(graph.input, [value for value in graph.input if value.name not in optional])
     _replace(graph.initializer, initializers)
     _replace(graph.node, kept)
@@ -183,9 +185,7 @@ def _unreached(name: str, weight: str) -> UnsupportedAdapter:
 
 def _sites(model: onnx.ModelProto) -> Iterator[_Site]:
     for layer in linears(model):
-        yield _Site(
-            layer.weight, False, layer.input, layer.output, layer.bias, layer.out_first
-        )  # fmt: skip
+        yield _Site(layer.weight, False, layer.input, layer.output, layer.bias, layer.out_first)
     shapes = weights_of(model)
     for node in model.graph.node:
         shape = shapes.get(node.input[0], ()) if node.op_type == "Gather" else ()

@@ -40,20 +40,37 @@ TASKS = {
     task.name: task
     for task in (
         Task("features", "AutoModel", ("Model",), TEXT, ("last_hidden_state",)),
-        Task("classification", "AutoModelForSequenceClassification",
-             ("ForSequenceClassification",), TEXT),
-        Task("token-classification", "AutoModelForTokenClassification",
-             ("ForTokenClassification",), TEXT),
+        Task(
+            "classification",
+            "AutoModelForSequenceClassification",
+            ("ForSequenceClassification",),
+            TEXT,
+        ),
+        Task(
+            "token-classification",
+            "AutoModelForTokenClassification",
+            ("ForTokenClassification",),
+            TEXT,
+        ),
         Task("masked-lm", "AutoModelForMaskedLM", ("ForMaskedLM",), TEXT),
-        Task("question-answering", "AutoModelForQuestionAnswering", ("ForQuestionAnswering",),
-             TEXT, ("start_logits", "end_logits")),
+        Task(
+            "question-answering",
+            "AutoModelForQuestionAnswering",
+            ("ForQuestionAnswering",),
+            TEXT,
+            ("start_logits", "end_logits"),
+        ),
         Task("causal-lm", "AutoModelForCausalLM", ("ForCausalLM", "LMHeadModel"), DECODER),
         Task("seq2seq", "AutoModelForSeq2SeqLM", ("ForConditionalGeneration",), ENCODER_DECODER),
         Task("speech-seq2seq", "AutoModelForSpeechSeq2Seq", (), ENCODER_DECODER),
-        Task("image-classification", "AutoModelForImageClassification",
-             ("ForImageClassification",), IMAGE),
+        Task(
+            "image-classification",
+            "AutoModelForImageClassification",
+            ("ForImageClassification",),
+            IMAGE,
+        ),
     )
-}  # fmt: skip
+}
 _SPEECH = ("whisper", "speech_to_text", "moonshine")
 
 

@@ -80,9 +80,14 @@ def trace(
         return [_export(part, stacks, names, opset) for part in parts(model, task, cache, kept)]
     except NotRepeating:
         return trace(
-            folder, stored, task, cache=cache, opset=opset, trust_remote_code=trust_remote_code,
+            folder,
+            stored,
+            task,
+            cache=cache,
+            opset=opset,
+            trust_remote_code=trust_remote_code,
             whole=True,
-        )  # fmt: skip
+        )
 
 
 class _Names:
@@ -120,9 +125,14 @@ def _export(part: Part, stacks: list[Stack], names: _Names, opset: int) -> Graph
                 strict=False,
             )
             exported = torch.onnx.export(
-                program, dynamo=True, optimize=False, verbose=False, opset_version=opset,
-                input_names=list(part.args), output_names=list(part.outputs),
-            )  # fmt: skip
+                program,
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+                opset_version=opset,
+                input_names=list(part.args),
+                output_names=list(part.outputs),
+            )
         except Exception as error:  # whatever the model's own code, torch or onnxscript raises
             module = _module_of(error, program) if program else running[-1] if running else ""
             raise CheckpointError(f"{part.file}: {_reason(error, module)}") from error

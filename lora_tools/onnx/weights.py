@@ -22,9 +22,11 @@ from lora_tools.records import TensorSpec
 BUNDLE = "model.onnx_data"
 _ALIGNMENT = 4096  # the external data of onnx: pages, so that a runtime can map it
 _TYPES = {
-    "F32": onnx.TensorProto.FLOAT, "F16": onnx.TensorProto.FLOAT16,
-    "BF16": onnx.TensorProto.BFLOAT16, "F64": onnx.TensorProto.DOUBLE,
-}  # fmt: skip
+    "F32": onnx.TensorProto.FLOAT,
+    "F16": onnx.TensorProto.FLOAT16,
+    "BF16": onnx.TensorProto.BFLOAT16,
+    "F64": onnx.TensorProto.DOUBLE,
+}
 _AS_THEY_ARE = {"F32": onnx.TensorProto.FLOAT, "U8": onnx.TensorProto.UINT8}
 _CAST, _CASTED = "cast:", ".float32"
 
@@ -43,9 +45,10 @@ def weights_of(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
     return {
         i.name: tuple(i.dims)
         for i in model.graph.initializer
-        if not i.HasField("raw_data") and (i.external_data or i.data_type == _TYPES["F32"])
+        if not i.HasField("raw_data")
+        and (i.external_data or i.data_type == _TYPES["F32"])
         and not i.float_data
-    }  # fmt: skip
+    }
 
 
 def places(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Place]:
@@ -103,8 +106,10 @@ def attach(model: onnx.ModelProto, where: Mapping[str, Place]) -> None:
         initializer.data_location = onnx.TensorProto.EXTERNAL
         del initializer.external_data[:]
         for key, value in (
-            ("location", place.file), ("offset", place.offset), ("length", place.spec.nbytes)
-        ):  # fmt: skip
+            ("location", place.file),
+            ("offset", place.offset),
+            ("length", place.spec.nbytes),
+        ):
             initializer.external_data.add(key=key, value=str(value))
         if place.spec.dtype not in _AS_THEY_ARE:
             casts[initializer.name] = initializer.name + _CASTED

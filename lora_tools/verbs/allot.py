@@ -104,10 +104,13 @@ def _together(spectra: Spectra, pair: Pair, key: str) -> tuple[Spectrum, int]:
     squared = torch.zeros(count, dtype=torch.float64)
     for s in known:
         squared[: len(s.squared)] += s.squared[:count]
-    whole = [s.complete and len(s.squared) <= e.right.shape[0]
-             for s, (_, e) in zip(known, parts, strict=True)]  # fmt: skip
-    depths = [e.right.shape[0] for (_, e), all_there in zip(parts, whole, strict=True)
-              if not all_there]  # fmt: skip
+    whole = [
+        s.complete and len(s.squared) <= e.right.shape[0]
+        for s, (_, e) in zip(known, parts, strict=True)
+    ]
+    depths = [
+        e.right.shape[0] for (_, e), all_there in zip(parts, whole, strict=True) if not all_there
+    ]
     total = sum(s.total for s in known)
     return Spectrum(squared, total, not ends), min(depths, default=count)
 

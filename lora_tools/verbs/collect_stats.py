@@ -66,14 +66,30 @@ def collect_stats(
     inputs = (Input("model", str(model)), Input("text", str(text)))
     nbytes = sum(fate.nbytes for fate in fates)
     report = Report(
-        "collect-stats", tool_version(), inputs, str(out), dry_run, fates,
-        totals={"expected_bytes": nbytes}, command=command,
-    )  # fmt: skip
+        "collect-stats",
+        tool_version(),
+        inputs,
+        str(out),
+        dry_run,
+        fates,
+        totals={"expected_bytes": nbytes},
+        command=command,
+    )
     if not dry_run:
         check_destination(destination, [checkpoint.path, source], force)
         check_space(destination, nbytes)
-        report = _collect(report, checkpoint, content, kind, length, max_tokens, device,
-                          jobs, allow_pickle, progress)  # fmt: skip
+        report = _collect(
+            report,
+            checkpoint,
+            content,
+            kind,
+            length,
+            max_tokens,
+            device,
+            jobs,
+            allow_pickle,
+            progress,
+        )
     return dataclasses.replace(report, seconds=time.perf_counter() - started)
 
 
@@ -120,10 +136,15 @@ def _collect(
         "sha256:" + hashlib.sha256(content.encode()).hexdigest(),
     )
     metadata = {
-        "loratools": report.version, "command": report.command, MARK: VERSION, "kind": kind,
+        "loratools": report.version,
+        "command": report.command,
+        MARK: VERSION,
+        "kind": kind,
         "tokens": str(rows.numel()),
-        "length": str(length), "model_digest": digests[0], "text_digest": digests[1],
-    }  # fmt: skip
+        "length": str(length),
+        "model_digest": digests[0],
+        "text_digest": digests[1],
+    }
     destination = Path(report.output)
     with (
         staged(destination) as staging,
@@ -133,13 +154,19 @@ def _collect(
             writer.write(spec.name, as_bytes(found[spec.name]))
     measured = set(found)
     totals: dict[str, Any] = {
-        "modules": len(specs), "tokens": rows.numel(), "sequences": len(rows),
+        "modules": len(specs),
+        "tokens": rows.numel(),
+        "sequences": len(rows),
         "bytes": destination.stat().st_size,
-    }  # fmt: skip
+    }
     return dataclasses.replace(
-        report, totals=totals,
-        plan=tuple(f if f.tensor in measured else dataclasses.replace(f, action="unused")
-                   for f in report.plan),
-        inputs=tuple(dataclasses.replace(i, digest=d)
-                     for i, d in zip(report.inputs, digests, strict=True)),
-    )  # fmt: skip
+        report,
+        totals=totals,
+        plan=tuple(
+            f if f.tensor in measured else dataclasses.replace(f, action="unused")
+            for f in report.plan
+        ),
+        inputs=tuple(
+            dataclasses.replace(i, digest=d) for i, d in zip(report.inputs, digests, strict=True)
+        ),
+    )

@@ -93,16 +93,23 @@ def combine(
     fates = [_fate(name, mine) for name, mine in terms.items()]
     fates += [Fate(name, "copy", f"saved whole by {w.path}") for name, (w, _) in copied.items()]
     report = Report(
-        "combine", tool_version(), tuple(Input("adapter", _shown(w)) for w in weighted), str(out),
-        dry_run, tuple(fates), notes=tuple(_notes(options, weighted)), command=command,
-    )  # fmt: skip
+        "combine",
+        tool_version(),
+        tuple(Input("adapter", _shown(w)) for w in weighted),
+        str(out),
+        dry_run,
+        tuple(fates),
+        notes=tuple(_notes(options, weighted)),
+        command=command,
+    )
     if not dry_run:
         destination = Path(out)
         check_destination(destination, [w.adapter.path for w in weighted], force)
         check_space(destination, 3 * sum(w.adapter.nbytes for w in weighted))
         with staged(destination) as staging:
-            report = _combine(report, weighted, terms, copied, options, staging / "out", jobs,
-                              progress)  # fmt: skip
+            report = _combine(
+                report, weighted, terms, copied, options, staging / "out", jobs, progress
+            )
     return dataclasses.replace(report, seconds=time.perf_counter() - started)
 
 
@@ -130,8 +137,14 @@ def stack(weighted: Sequence[Weighted], folder: Path, jobs: int | None) -> None:
     """``cat`` in float32, into a folder to be made. Raises what ``combine`` raises."""
     terms, copied = stackable(weighted)
     options = Options("cat", None, 1.0, 0, "total", None, "F32")
-    report = Report("combine", tool_version(), tuple(Input("adapter", _shown(w)) for w in weighted),
-                    "", False, ())  # fmt: skip
+    report = Report(
+        "combine",
+        tool_version(),
+        tuple(Input("adapter", _shown(w)) for w in weighted),
+        "",
+        False,
+        (),
+    )
     _combine(report, weighted, terms, copied, options, folder, jobs, None)
 
 
@@ -166,9 +179,14 @@ def _options(
     if density is not None and not 0 < density <= 1:
         raise UsageError(f"--density {density}: a share above 0 and up to 1 is needed")
     return Options(
-        method, rank_rule({"rank": rank, "energy": energy}, max_rank), density or 1.0, seed, sign,  # type: ignore[arg-type]
-        None, parse_float_dtype(dtype) if dtype else None,
-    )  # fmt: skip
+        method,
+        rank_rule({"rank": rank, "energy": energy}, max_rank),
+        density or 1.0,
+        seed,
+        sign,  # type: ignore[arg-type]
+        None,
+        parse_float_dtype(dtype) if dtype else None,
+    )
 
 
 def _refuse(weighted: Weighted) -> None:
@@ -277,9 +295,15 @@ def _combine(
         ):
             module = combined.terms[0].module
             writer.add_lora(
-                module.module, combined.lora_A, combined.lora_B, float(combined.r),
-                form=module.form, parameter=module.parameter, r=combined.r, bias=combined.bias,
-            )  # fmt: skip
+                module.module,
+                combined.lora_A,
+                combined.lora_B,
+                float(combined.r),
+                form=module.form,
+                parameter=module.parameter,
+                r=combined.r,
+                bias=combined.bias,
+            )
             if combined.result is not None:
                 results.append(combined.result)
         for each, key in copied.values():
@@ -290,9 +314,10 @@ def _combine(
     finally:
         writer.close()
     totals: dict[str, Any] = {
-        "modules": len(terms), "bytes": sum(f.stat().st_size for f in folder.iterdir()),
+        "modules": len(terms),
+        "bytes": sum(f.stat().st_size for f in folder.iterdir()),
         **resized_totals(results),
-    }  # fmt: skip
+    }
     inputs = tuple(
         dataclasses.replace(i, digest=digest)
         for i, digest in zip(report.inputs, digests, strict=True)

@@ -180,9 +180,14 @@ def _pruned(
             return (B.to(work) @ A.to(work)).mul_(strengths[i])
 
         combined = combine_dense(
-            METHODS[options.method], delta, weights, options.density,
-            _seeds(terms, str(place), options.seed), options.sign, options.normalize,
-        )  # fmt: skip
+            METHODS[options.method],
+            delta,
+            weights,
+            options.density,
+            _seeds(terms, str(place), options.seed),
+            options.sign,
+            options.normalize,
+        )
         energy = sum_of_squares(combined)
         if not math.isfinite(energy):
             raise NonFiniteError(f"{terms[0].module.name}: the combined change overflows {work}")
@@ -231,6 +236,11 @@ def _prune_biases(
         return term.weighted.adapter.tensor(term.module.bias).double() * strength
 
     return combine_dense(
-        METHODS[options.method], delta, [w for _, _, w in having], options.density,
-        _seeds([t for t, _, _ in having], "bias", options.seed), options.sign, options.normalize,
-    )  # fmt: skip
+        METHODS[options.method],
+        delta,
+        [w for _, _, w in having],
+        options.density,
+        _seeds([t for t, _, _ in having], "bias", options.seed),
+        options.sign,
+        options.normalize,
+    )

@@ -29,10 +29,25 @@ def tool_version() -> str:
 
 # Options that do not decide what is written, or that stand in the metadata by a digest.
 _NOT_RECORDED = {
-    "out", "adapters", "base", "graph", "jobs", "force", "dry_run", "progress", "allow_pickle",
-    "max_error", "spectrum_cache", "activations", "reversible", "atol", "rtol", "no_verify",
-    "keep_failed", "eval_text",
-}  # fmt: skip
+    "out",
+    "adapters",
+    "base",
+    "graph",
+    "jobs",
+    "force",
+    "dry_run",
+    "progress",
+    "allow_pickle",
+    "max_error",
+    "spectrum_cache",
+    "activations",
+    "reversible",
+    "atol",
+    "rtol",
+    "no_verify",
+    "keep_failed",
+    "eval_text",
+}
 
 
 def command_of(verb: Callable[..., object], given: Mapping[str, Any]) -> str:
@@ -44,9 +59,10 @@ def command_of(verb: Callable[..., object], given: Mapping[str, Any]) -> str:
     """
     parameters = inspect.signature(verb).parameters.values()
     parts = [
-        f"{p.name}={given[p.name]!r}" for p in parameters
+        f"{p.name}={given[p.name]!r}"
+        for p in parameters
         if p.kind is p.KEYWORD_ONLY and p.name not in _NOT_RECORDED and given[p.name] != p.default
-    ]  # fmt: skip
+    ]
     return " ".join([verb.__name__.replace("_", "-"), *parts])
 
 
@@ -69,9 +85,10 @@ def handed_on(metadata: Mapping[str, str], command: str, digest: str) -> dict[st
     before = metadata.get("command", "")
     return {
         **{key: metadata[key] for key in ("base_digest", "tuned_digest") if key in metadata},
-        "loratools": tool_version(), "adapter_digests": digest,
+        "loratools": tool_version(),
+        "adapter_digests": digest,
         "command": " | ".join(each for each in (before, command) if each),
-    }  # fmt: skip
+    }
 
 
 def check_bases(
@@ -125,8 +142,10 @@ def rank_rule(
 def refuse_shared(rule: RankRule | None, consumer: Consumer) -> None:
     """Raises UsageError where ranks differ by module and the consumer reads one for all."""
     if rule is not None and rule.shared and not consumer.patterns:
-        raise UsageError(f"--{rule.policy} gives each module its own rank, and {consumer.name} "
-                         "reads one for all: use --rank")  # fmt: skip
+        raise UsageError(
+            f"--{rule.policy} gives each module its own rank, and {consumer.name} "
+            "reads one for all: use --rank"
+        )
 
 
 def _flag(name: str) -> str:

@@ -92,8 +92,9 @@ def convert(
     blocks = parse_enable_lora(enable_lora)
     kinds = layer_kinds(layout)
     names = base_names(base, allow_pickle) if base is not None else None
-    given = open_adapter(adapter, allow_pickle, base=names, source_format=source, alpha=alpha,
-                         enable_lora=blocks)  # fmt: skip
+    given = open_adapter(
+        adapter, allow_pickle, base=names, source_format=source, alpha=alpha, enable_lora=blocks
+    )
     given.need_lora("factors to convert")
     found = features(given, names)
     if names is not None and names.tied:
@@ -102,10 +103,15 @@ def convert(
     options = dataclasses.replace(options, blocks=_blocks(given, target, kinds))
     kept = _kept(given, options, found)
     report = Report(
-        "convert", tool_version(), (Input("adapter", str(adapter)),), str(out), dry_run,
-        _fates(given, kept, options), notes=tuple(_notes(given, kept, options, found)),
+        "convert",
+        tool_version(),
+        (Input("adapter", str(adapter)),),
+        str(out),
+        dry_run,
+        _fates(given, kept, options),
+        notes=tuple(_notes(given, kept, options, found)),
         command=command,
-    )  # fmt: skip
+    )
     if not dry_run:
         destination = Path(out)
         inputs = [given.path, *([names.path] if names is not None else [])]
@@ -248,8 +254,11 @@ def _kept(
 def _fates(given: Adapter, kept: Mapping[str, LoraModule], options: Options) -> tuple[Fate, ...]:
     fates = []
     for name, module in given.modules.items():
-        lost = [f for f, have in (("dora", module.magnitude), ("bias", module.bias))
-                if have and f in options.dropped]  # fmt: skip
+        lost = [
+            f
+            for f, have in (("dora", module.magnitude), ("bias", module.bias))
+            if have and f in options.dropped
+        ]
         reason = f"rank {module.r}, alpha {module.alpha:g}"
         if lost:
             reason += "; without " + " and ".join(FEATURES[f] for f in lost)
@@ -261,10 +270,7 @@ def _fates(given: Adapter, kept: Mapping[str, LoraModule], options: Options) -> 
 
 
 def _notes(
-    given: Adapter,
-    kept: Mapping[str, LoraModule],
-    options: Options,
-    found: Mapping[str, list[str]],
+    given: Adapter, kept: Mapping[str, LoraModule], options: Options, found: Mapping[str, list[str]]
 ) -> list[str]:
     notes = list(given.notes)
     lost = [f for f in found if f in options.dropped]
@@ -298,9 +304,10 @@ def _convert(
     results = _write(given, kept, names, options, made, out, jobs, progress)
     files = list(out.iterdir()) if out.is_dir() else [out]
     totals: dict[str, Any] = {
-        "modules": len(kept), "bytes": sum(f.stat().st_size for f in files),
+        "modules": len(kept),
+        "bytes": sum(f.stat().st_size for f in files),
         **resized_totals(results),
-    }  # fmt: skip
+    }
     inputs = tuple(dataclasses.replace(i, digest=digest) for i in report.inputs)
     return dataclasses.replace(report, inputs=inputs, modules=tuple(results), totals=totals)
 
@@ -383,9 +390,12 @@ def _add_peft(writer: Any, given: Adapter, options: Options) -> None:
         if feature not in options.dropped:
             for key in keys:
                 writer.add_raw(key, given.tensor(key))
-    none = {"dora": ("use_dora", False), "bias": ("lora_bias", False),
-            "saved": ("modules_to_save", None),
-            "tokens": ("trainable_token_indices", None)}  # fmt: skip
+    none = {
+        "dora": ("use_dora", False),
+        "bias": ("lora_bias", False),
+        "saved": ("modules_to_save", None),
+        "tokens": ("trainable_token_indices", None),
+    }
     config = {**given.config, "use_rslora": writes_rslora(given, options)}
     config |= dict(none[feature] for feature in none if feature in options.dropped)
     writer.config = config

@@ -95,9 +95,13 @@ def convert_module(
         strength = scaling(module.alpha, module.r, given.use_rslora)
         layout = module_layout(module, A, B)
         cut = algebra.cut_factors(
-            layout, layout.split(A, B), (tuple(A.shape), tuple(B.shape)), strength, options.rule,
+            layout,
+            layout.split(A, B),
+            (tuple(A.shape), tuple(B.shape)),
+            strength,
+            options.rule,
             written or B.dtype,
-        )  # fmt: skip
+        )
         _check_finite(module, cut.lora_A, cut.lora_B)
         A, B, rank = cut.lora_A, cut.lora_B, cut.r
         fold = 1 / _scale(module, rank, given, options)
@@ -117,9 +121,17 @@ def convert_module(
     alpha = _alpha(module, rank, given, options)
     scale = scaling(alpha, options.pad_to or rank, writes_rslora(given, options))
     factors = Factors(
-        module.module, A, B, alpha, scale, options.pad_to or rank, form=module.form,
-        parameter=module.parameter, bias=bias, magnitude=magnitude,
-    )  # fmt: skip
+        module.module,
+        A,
+        B,
+        alpha,
+        scale,
+        options.pad_to or rank,
+        form=module.form,
+        parameter=module.parameter,
+        bias=bias,
+        magnitude=magnitude,
+    )
     return _reformed(factors, options), result
 
 
@@ -138,8 +150,15 @@ def _reformed(factors: Factors, options: Options) -> Factors:
     except UnsupportedAdapter as error:
         raise UnsupportedAdapter(f"{factors.module}: {error}") from None
     alpha = factors.alpha * new.r / factors.r  # the scaling stays
-    return dataclasses.replace(factors, lora_A=new.lora_A, lora_B=new.lora_B, r=new.r, alpha=alpha,
-                               blocks=blocks, spread=new.rank)  # fmt: skip
+    return dataclasses.replace(
+        factors,
+        lora_A=new.lora_A,
+        lora_B=new.lora_B,
+        r=new.r,
+        alpha=alpha,
+        blocks=blocks,
+        spread=new.rank,
+    )
 
 
 def module_layout(module: LoraModule, A: torch.Tensor, B: torch.Tensor) -> Layout:
@@ -153,11 +172,17 @@ def resized(module: LoraModule, layout: Layout, new: Resized) -> ModuleResult:
     lost = new.error / new.total if new.total else 0.0
     experts = (module.experts,) if module.experts else ()
     return ModuleResult(
-        module=module.name, layout=layout.name,
-        shape=(*experts, new.lora_B.shape[0], *new.lora_A.shape[1:]), rank=new.r,
-        relative_error=math.sqrt(max(lost, 0.0)), energy=1 - lost, gain_bound=0.0,
-        delta_norm=math.sqrt(new.total), relative_change=math.nan, method="resize",
-    )  # fmt: skip
+        module=module.name,
+        layout=layout.name,
+        shape=(*experts, new.lora_B.shape[0], *new.lora_A.shape[1:]),
+        rank=new.r,
+        relative_error=math.sqrt(max(lost, 0.0)),
+        energy=1 - lost,
+        gain_bound=0.0,
+        delta_norm=math.sqrt(new.total),
+        relative_change=math.nan,
+        method="resize",
+    )
 
 
 def _check_finite(module: LoraModule, *tensors: torch.Tensor) -> None:

@@ -90,10 +90,14 @@ class Found:
         assert self.svd is not None
         known = self.svd.known
         facts: dict[str, Any] = {
-            "total": self.total, "base": self.base, "gain": self.svd.gain,
-            "weighted": self.svd.total, "method": self.svd.method, "complete": known.complete,
+            "total": self.total,
+            "base": self.base,
+            "gain": self.svd.gain,
+            "weighted": self.svd.total,
+            "method": self.svd.method,
+            "complete": known.complete,
             "shape": list(known.shape),
-        }  # fmt: skip
+        }
         if known.rounding is not None:
             facts |= {"rounding": known.rounding.energy, "edge": known.rounding.edge}
         return Stored(key, known.squared, self.svd.Vh.contiguous().cpu(), facts)
@@ -121,9 +125,15 @@ def restore(stored: Stored) -> Found:
     rounding = Rounding(facts["rounding"], facts["edge"]) if "edge" in facts else None
     known = Spectrum(stored.squared, facts["weighted"], facts["complete"], (rows, cols), rounding)
     svd = TruncatedSVD(
-        torch.empty(rows, 0), S, stored.right, facts["weighted"], float((S * S).sum()),
-        facts["gain"], facts["method"], known,
-    )  # fmt: skip
+        torch.empty(rows, 0),
+        S,
+        stored.right,
+        facts["weighted"],
+        float((S * S).sum()),
+        facts["gain"],
+        facts["method"],
+        known,
+    )
     return Found(svd, facts["total"], facts["base"])
 
 
@@ -188,9 +198,10 @@ def _may_sketch(pair: Pair, options: Options) -> bool:
         and options.tolerance > 4 * HALF_LOSS
         and options.activations is None
         and not options.rule.whole  # the copy's rounding would count as noise
-        and any(iterates((at.rows, at.cols), options.rule, options.exact)
-                for at in regions_of(pair))
-    )  # fmt: skip
+        and any(
+            iterates((at.rows, at.cols), options.rule, options.exact) for at in regions_of(pair)
+        )
+    )
 
 
 def spectra_of(pair: Pair, sides: Sides, options: Options, buffers: Buffers) -> list[Found]:
@@ -203,23 +214,21 @@ def spectra_of(pair: Pair, sides: Sides, options: Options, buffers: Buffers) -> 
         found = find(pair, sides, options, buffers, options.half)
         if all(f.svd is not None or not f.total for f in found):
             found = [
-                f if f.svd is None else
-                dataclasses.replace(f, svd=measured(f.svd, delta_of(pair, sides, at)))
+                f
+                if f.svd is None
+                else dataclasses.replace(f, svd=measured(f.svd, delta_of(pair, sides, at)))
                 for f, at in zip(found, regions_of(pair), strict=True)
-            ]  # fmt: skip
+            ]
             # Where what is left is as small as the copy's rounding, half precision won't do.
-            if all(f.svd is None or f.total - f.svd.captured >= 64 * HALF_LOSS * f.total
-                   for f in found):  # fmt: skip
+            if all(
+                f.svd is None or f.total - f.svd.captured >= 64 * HALF_LOSS * f.total for f in found
+            ):
                 return found
     return find(pair, sides, options, buffers)
 
 
 def find(
-    pair: Pair,
-    sides: Sides,
-    options: Options,
-    buffers: Buffers,
-    half: torch.dtype | None = None,
+    pair: Pair, sides: Sides, options: Options, buffers: Buffers, half: torch.dtype | None = None
 ) -> list[Found]:
     """The leading directions of the delta in each region, as many as the rule asks for and
     ``options.depth``. In half precision an iteration may not get there: then it has none.
@@ -227,8 +236,9 @@ def find(
     Raises:
         NonFiniteError: one side holds an inf or a NaN.
     """
-    return [_find(pair, delta_of(pair, sides, at), options, buffers, half)
-            for at in regions_of(pair)]  # fmt: skip
+    return [
+        _find(pair, delta_of(pair, sides, at), options, buffers, half) for at in regions_of(pair)
+    ]
 
 
 def _find(
@@ -250,16 +260,26 @@ def _find(
             matrix = _weighted(pair, matrix, weighting)
         if half is not None:
             svd = sketched(
-                matrix, options.rule, total=total, tolerance=options.tolerance,
-                noise=energies.noise, rounding=energies.rounding, seed=options.seed,
-            )  # fmt: skip
+                matrix,
+                options.rule,
+                total=total,
+                tolerance=options.tolerance,
+                noise=energies.noise,
+                rounding=energies.rounding,
+                seed=options.seed,
+            )
         else:
             svd = truncated(
-                matrix, options.rule, exact=options.exact, seed=options.seed, depth=options.depth,
+                matrix,
+                options.rule,
+                exact=options.exact,
+                seed=options.seed,
+                depth=options.depth,
                 total=total if weighting is None else sum_of_squares(matrix),
-                tolerance=options.tolerance, noise=0.0 if weighting is not None else energies.noise,
+                tolerance=options.tolerance,
+                noise=0.0 if weighting is not None else energies.noise,
                 rounding=energies.rounding,
-            )  # fmt: skip
+            )
         del matrix
     return Found(svd, total, energies.base)
 
@@ -317,8 +337,12 @@ def fit(
             )
         return None
     total = left_out + math.fsum(f.total for f in found)
-    measure = _Measure(pair, found, total, math.fsum(f.base for f in found)
-                       + math.fsum(energies.base for energies in rest))  # fmt: skip
+    measure = _Measure(
+        pair,
+        found,
+        total,
+        math.fsum(f.base for f in found) + math.fsum(energies.base for energies in rest),
+    )
     weighting = weighting_of(pair, options)
     if not any(ranks):
         whole = math.nan if weighting is None else measure.searched
@@ -393,11 +417,15 @@ class _Measure:
         methods = {f.svd.method for f in self.found if f.svd is not None}
         whole = self.total if math.isnan(weighted) else self.searched
         return ModuleResult(
-            module=self.pair.target, layout=self.pair.layout.name, shape=self.pair.spec.shape,
+            module=self.pair.target,
+            layout=self.pair.layout.name,
+            shape=self.pair.spec.shape,
             rank=rank,
-            relative_error=math.sqrt(max(error, 0.0) / self.total), energy=1 - error / self.total,
-            gain_bound=gain / whole, delta_norm=math.sqrt(self.total),
+            relative_error=math.sqrt(max(error, 0.0) / self.total),
+            energy=1 - error / self.total,
+            gain_bound=gain / whole,
+            delta_norm=math.sqrt(self.total),
             relative_change=math.sqrt(self.total / self.base) if self.base else math.inf,
             method="+".join(sorted(methods)),
             weighted_error=math.sqrt(max(weighted, 0.0) / self.searched),
-        )  # fmt: skip
+        )

@@ -60,13 +60,20 @@ def dequantize(
     nbytes = sum(shard.nbytes for shard in shards)
     fates = tuple(
         Fate(name, "dequantize", view.quantized[name].state.quant_type, spec.nbytes)
-        if name in view.quantized else Fate(name, "copy", "", spec.nbytes)
+        if name in view.quantized
+        else Fate(name, "copy", "", spec.nbytes)
         for name, spec in specs.items()
-    )  # fmt: skip
+    )
     report = Report(
-        "dequantize", tool_version(), (Input("checkpoint", str(checkpoint)),), str(out), dry_run,
-        fates, totals={"bytes": nbytes}, command=command,
-    )  # fmt: skip
+        "dequantize",
+        tool_version(),
+        (Input("checkpoint", str(checkpoint)),),
+        str(out),
+        dry_run,
+        fates,
+        totals={"bytes": nbytes},
+        command=command,
+    )
     if not dry_run:
         destination = Path(out)
         check_destination(destination, [stored.path], force)

@@ -24,11 +24,7 @@ from lora_tools.verbs.spectra import DEPTH, check_plot, recommended, save_pictur
 if TYPE_CHECKING:
     from lora_tools.engine import Buffers
 
-_ORDERS = {
-    "change": lambda s: -s.relative_change,
-    "norm": lambda s: -s.norm,
-    "name": lambda s: 0,
-}
+_ORDERS = {"change": lambda s: -s.relative_change, "norm": lambda s: -s.norm, "name": lambda s: 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,29 +74,56 @@ def diff(
     plan = make_plan(
         *sides, chosen=chosen, embeddings="skip" if _resized(*sides) else "lora", rest="skip"
     )
-    seen = _look(plan, sides, Options(
-        RankRule("rank", DEPTH), None, False, None, False, 1e-3, seed, device, CONSUMERS["peft"],
-        measured=not quantized,
-    ), jobs, progress)  # fmt: skip
+    seen = _look(
+        plan,
+        sides,
+        Options(
+            RankRule("rank", DEPTH),
+            None,
+            False,
+            None,
+            False,
+            1e-3,
+            seed,
+            device,
+            CONSUMERS["peft"],
+            measured=not quantized,
+        ),
+        jobs,
+        progress,
+    )
     spectra = sorted((s.spectrum for s in seen if s.spectrum is not None), key=_ORDERS[sort])
     inputs = [
         Input(role, str(path), digest)
-        for role, path, digest in zip(("base", "tuned"), (base, tuned), _digests(seen, sides),
-                                      strict=True)
-    ]  # fmt: skip
+        for role, path, digest in zip(
+            ("base", "tuned"), (base, tuned), _digests(seen, sides), strict=True
+        )
+    ]
     change, whole = (math.fsum(getattr(s, part) for s in seen) for part in ("change", "base"))
     counts = [fate.action for fate in (*(s.fate for s in seen), *plan.settled)]
     report = Report(
-        "diff", tool_version(), tuple(inputs), "", False,
-        (*(s.fate for s in seen), *plan.settled), spectra=tuple(spectra),
-        notes=(*plan.notes, *(f"{side.path}: quantized; seen as what it dequantizes to, and its "
-                              "noise floor is not known" for side in quantized)),
+        "diff",
+        tool_version(),
+        tuple(inputs),
+        "",
+        False,
+        (*(s.fate for s in seen), *plan.settled),
+        spectra=tuple(spectra),
+        notes=(
+            *plan.notes,
+            *(
+                f"{side.path}: quantized; seen as what it dequantizes to, and its "
+                "noise floor is not known"
+                for side in quantized
+            ),
+        ),
         totals={
             "relative_change": math.sqrt(change / whole) if whole else 0.0,
-            "changed": counts.count("changed"), "unchanged": counts.count("unchanged"),
+            "changed": counts.count("changed"),
+            "unchanged": counts.count("unchanged"),
             "one_sided": counts.count("only in base") + counts.count("only in tuned"),
         },
-    )  # fmt: skip
+    )
     if target is not None and report.spectra:
         moved = f"relative change {report.totals['relative_change']:.2%}"
         save_picture(report, f"{shown(base)} → {shown(tuned)}, {moved}", target)
@@ -121,11 +144,7 @@ def _resized(base: Checkpoint, tuned: Checkpoint) -> bool:
 
 
 def _look(
-    plan: Plan,
-    sides: Sides,
-    options: Options,
-    jobs: int | None,
-    progress: ProgressCallback | None,
+    plan: Plan, sides: Sides, options: Options, jobs: int | None, progress: ProgressCallback | None
 ) -> list[_Seen]:
     from lora_tools import engine
 
@@ -148,8 +167,9 @@ def _see(pair: Pair, sides: Sides, options: Options, buffers: Buffers) -> _Seen:
     assert pair.tuned is not None
     theirs = hash_of(tuned, pair.tuned.name)
     if pair.base is None:
-        return _Seen(pair, Fate(pair.name, "only in tuned", str(list(pair.spec.shape))),
-                     hashes=("", theirs))  # fmt: skip
+        return _Seen(
+            pair, Fate(pair.name, "only in tuned", str(list(pair.spec.shape))), hashes=("", theirs)
+        )
     hashes = hash_of(base, pair.base.name), theirs
     same = dataclasses.replace(pair.base, name="") == dataclasses.replace(pair.tuned, name="")
     if same and hashes[0] == theirs:
@@ -167,9 +187,15 @@ def _see(pair: Pair, sides: Sides, options: Options, buffers: Buffers) -> _Seen:
         relative = math.sqrt(total / energy) if energy else math.inf
         gain = math.fsum(one.svd.gain for one in found if one.svd is not None)
         spectrum = summary(
-            known, total, relative, module=pair.target, layout=pair.layout.name,
-            shape=pair.spec.shape, rank=recommended(known), gain_bound=gain / total,
-        )  # fmt: skip
+            known,
+            total,
+            relative,
+            module=pair.target,
+            layout=pair.layout.name,
+            shape=pair.spec.shape,
+            rank=recommended(known),
+            gain_bound=gain / total,
+        )
         fate = Fate(pair.name, "changed", f"by {relative:.3%}")
         return _Seen(pair, fate, spectrum, hashes, total, energy)
     if pair.reason.startswith("left out"):
@@ -185,8 +211,9 @@ def _moved(pair: Pair, sides: Sides, hashes: tuple[str, str]) -> _Seen:
     assert pair.base is not None
     assert pair.tuned is not None
     if not (pair.base.is_float and pair.tuned.is_float):
-        return _Seen(pair, Fate(pair.name, "changed", f"{pair.base.dtype}, not a float"),
-                     hashes=hashes)  # fmt: skip
+        return _Seen(
+            pair, Fate(pair.name, "changed", f"{pair.base.dtype}, not a float"), hashes=hashes
+        )
     old = sides[0].tensor(pair.base.name).double()
     change = float((sides[1].tensor(pair.tuned.name).double() - old).square().sum())
     energy = float(old.square().sum())

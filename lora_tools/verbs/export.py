@@ -114,9 +114,14 @@ def export(
     to_merge = () if runtime_adapters else adapters
     merging = bool(to_merge or dtype)
     quantization = plan_quantization(
-        source, chosen, {"nf4": nf4, "int8": int8, "int4": int4}, eval_text,
-        verify=not no_verify, merging=merging, runtime=runtime_adapters,
-    )  # fmt: skip
+        source,
+        chosen,
+        {"nf4": nf4, "int8": int8, "int4": int4},
+        eval_text,
+        verify=not no_verify,
+        merging=merging,
+        runtime=runtime_adapters,
+    )
     changing = merging or quantization.packs
     if in_place and changing:
         raise UsageError("--adapter, --dtype and --nf4 change the weights: choose another output")
@@ -126,19 +131,33 @@ def export(
 
     def merged(where: Path, dry: bool) -> Report:
         return merge(
-            checkpoint, to_merge, where, dtype=dtype, allow_unmatched=allow_unmatched, jobs=jobs,
-            allow_other_base=allow_other_base, allow_pickle=allow_pickle, dry_run=dry,
+            checkpoint,
+            to_merge,
+            where,
+            dtype=dtype,
+            allow_unmatched=allow_unmatched,
+            jobs=jobs,
+            allow_other_base=allow_other_base,
+            allow_pickle=allow_pickle,
+            dry_run=dry,
             progress=progress,
-        )  # fmt: skip
+        )
 
     def made(where: Path, dry: bool) -> Report:
         if not quantization.packs:
             return merged(where, dry)
         return quantize(
-            checkpoint, where, adapters=to_merge, dtype=dtype, allow_unmatched=allow_unmatched,
-            allow_other_base=allow_other_base, jobs=jobs, allow_pickle=allow_pickle, dry_run=dry,
+            checkpoint,
+            where,
+            adapters=to_merge,
+            dtype=dtype,
+            allow_unmatched=allow_unmatched,
+            allow_other_base=allow_other_base,
+            jobs=jobs,
+            allow_pickle=allow_pickle,
+            dry_run=dry,
             progress=progress,
-        )  # fmt: skip
+        )
 
     def plain(folder: Path, where: Path, dry: bool) -> Report | None:
         """The weights of a folder with none quantized, where those lie nowhere yet."""
@@ -167,13 +186,19 @@ def export(
                 runtime.check_base(report.inputs[0].digest)
             runtime.write(folder, jobs)
         built = graphs.build(
-            folder, chosen, cache=not no_cache, weights=placing,
-            graph=Path(graph) if graph else None, opset=opset, trust_remote_code=trust_remote_code,
+            folder,
+            chosen,
+            cache=not no_cache,
+            weights=placing,
+            graph=Path(graph) if graph else None,
+            opset=opset,
+            trust_remote_code=trust_remote_code,
             made=_made(report, folder),
             branches=runtime.branches() if runtime else (),
-            replacements=runtime.replacements() if runtime else (), scheme=quantization.scheme,
+            replacements=runtime.replacements() if runtime else (),
+            scheme=quantization.scheme,
             plain=whole,
-        )  # fmt: skip
+        )
         for file in chosen.files():
             graphs.check_model(folder / file, linked=in_place)
         check = None
@@ -186,34 +211,54 @@ def export(
                     from lora_tools.onnx.quality import examine
 
                     check, lost = examine(
-                        folder, chosen, built.cache, plain=whole,
-                        quantized=bool(quantization.scheme), original=not quantization.stored,
-                        rows=rows, atol=atol, rtol=rtol, trust_remote_code=trust_remote_code,
-                    )  # fmt: skip
+                        folder,
+                        chosen,
+                        built.cache,
+                        plain=whole,
+                        quantized=bool(quantization.scheme),
+                        original=not quantization.stored,
+                        rows=rows,
+                        atol=atol,
+                        rtol=rtol,
+                        trust_remote_code=trust_remote_code,
+                    )
                 else:
                     from lora_tools.onnx.check import compare
 
                     check = compare(
-                        folder, chosen, built.cache, atol=atol, rtol=rtol,
+                        folder,
+                        chosen,
+                        built.cache,
+                        atol=atol,
+                        rtol=rtol,
                         trust_remote_code=trust_remote_code,
-                    )  # fmt: skip
+                    )
         found = quantization.measured(
             _measured(report, built, check, lost), built, placing == "bundled"
         )
         if runtime:
             found = runtime.measured(
-                found, folder, chosen, built, jobs=jobs, atol=atol, rtol=rtol,
+                found,
+                folder,
+                chosen,
+                built,
+                jobs=jobs,
+                atol=atol,
+                rtol=rtol,
                 trust_remote_code=trust_remote_code,
-            )  # fmt: skip
+            )
         return found
 
     if not changing:
         report = _with_digest(report, source)
     if in_place:
         report = _add_to(
-            destination, (*chosen.files(), *(runtime.files() if runtime else ())), force,
-            (atol, rtol), work,
-        )  # fmt: skip
+            destination,
+            (*chosen.files(), *(runtime.files() if runtime else ())),
+            force,
+            (atol, rtol),
+            work,
+        )
     else:
         given = [source.path, *(Path(str(a[0] if isinstance(a, tuple) else a)) for a in adapters)]
         given += [Path(graph)] if graph else []
@@ -265,18 +310,26 @@ def _copying(source: Checkpoint, given: str | Path, out: str | Path, in_place: b
     """The plan where no weight changes."""
     action = "keep" if in_place else "copy"
     return Report(
-        "export", tool_version(), (Input("base", str(given)),), str(out), True,
+        "export",
+        tool_version(),
+        (Input("base", str(given)),),
+        str(out),
+        True,
         tuple(Fate(s.name, action, "", s.nbytes) for s in source.specs.values()),
         totals={"bytes": 0 if in_place else sum(f.path.stat().st_size for f in source.files)},
-    )  # fmt: skip
+    )
 
 
 def _as_export(plan: Report, task: Task, dry_run: bool) -> Report:
     graphs = tuple(Fate(file, "graph", task.name) for file in task.files())
     return dataclasses.replace(
-        plan, verb="export", plan=(*plan.plan, *graphs), dry_run=dry_run, seconds=0.0,
+        plan,
+        verb="export",
+        plan=(*plan.plan, *graphs),
+        dry_run=dry_run,
+        seconds=0.0,
         inputs=_as_bases(plan.inputs),
-    )  # fmt: skip
+    )
 
 
 def _as_bases(inputs: Sequence[Input]) -> tuple[Input, ...]:
@@ -288,9 +341,12 @@ def _as_bases(inputs: Sequence[Input]) -> tuple[Input, ...]:
 
 def _with_digests(report: Report, merged: Report) -> Report:
     return dataclasses.replace(
-        report, inputs=_as_bases(merged.inputs), notes=merged.notes, totals=merged.totals,
+        report,
+        inputs=_as_bases(merged.inputs),
+        notes=merged.notes,
+        totals=merged.totals,
         tensors=merged.tensors,
-    )  # fmt: skip
+    )
 
 
 def _with_digest(report: Report, source: Checkpoint) -> Report:
@@ -304,14 +360,20 @@ def _made(report: Report, folder: Path) -> dict[str, str]:
     """How the graphs were made; the merged weights say the same of the adapters."""
     said = open_checkpoint(folder, allow_pickle=True).files[0].metadata if report.inputs[1:] else {}
     adapters = {key: said[key] for key in ("adapter_digests",) if key in said}
-    return {"loratools": report.version, "command": report.command,
-            "base_digest": report.inputs[0].digest, **adapters}  # fmt: skip
+    return {
+        "loratools": report.version,
+        "command": report.command,
+        "base_digest": report.inputs[0].digest,
+        **adapters,
+    }
 
 
 def _measured(report: Report, built: Built, check: Check | None, lost: dict[str, Any]) -> Report:
     totals: dict[str, Any] = {
-        **report.totals, "graph_bytes": built.nbytes, "graph_nodes": built.nodes,
-    }  # fmt: skip
+        **report.totals,
+        "graph_bytes": built.nbytes,
+        "graph_nodes": built.nodes,
+    }
     notes = report.notes
     if check is None:
         notes = (*notes, "not verified: the graph was not run")

@@ -10,11 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lora_tools.errors import (
-    MismatchError,
-    QualityGateError,
-    UsageError,
-)
+from lora_tools.errors import MismatchError, QualityGateError, UsageError
 from lora_tools.formats.activations import Activations
 from lora_tools.formats.checkpoint import Checkpoint, open_checkpoint
 from lora_tools.formats.dtypes import parse_float_dtype
@@ -121,10 +117,16 @@ def extract(
     started = time.perf_counter()
     size = Size(*most_factors(budget)) if budget is not None else None
     policies = {
-        "rank": rank, "energy": energy, "error": error, "ratio": ratio, "cumulative": cumulative,
-        "threshold": threshold, "noise_floor": noise_floor, "gavish_donoho": gavish_donoho,
+        "rank": rank,
+        "energy": energy,
+        "error": error,
+        "ratio": ratio,
+        "cumulative": cumulative,
+        "threshold": threshold,
+        "noise_floor": noise_floor,
+        "gavish_donoho": gavish_donoho,
         "budget": size.most if size is not None else None,
-    }  # fmt: skip
+    }
     rule = rank_rule(policies, max_rank, DEFAULT_RANK)
     assert rule is not None
     if alpha is not None and not (alpha > 0 and math.isfinite(alpha)):
@@ -139,11 +141,19 @@ def extract(
             "--gavish-donoho judge it unweighed: choose ranks by --rank, --energy or --budget"
         )
     options = Options(
-        rule, alpha, rslora, parse_float_dtype(dtype) if dtype else None, svd == "exact", tolerance,
-        seed, device, target, depth=(max_rank or _CACHE_DEPTH) if spectrum_cache else 0,
+        rule,
+        alpha,
+        rslora,
+        parse_float_dtype(dtype) if dtype else None,
+        svd == "exact",
+        tolerance,
+        seed,
+        device,
+        target,
+        depth=(max_rank or _CACHE_DEPTH) if spectrum_cache else 0,
         measured=noise_floor or spectrum_cache is not None,
         activations=Activations(Path(activations)) if activations is not None else None,
-    )  # fmt: skip
+    )
     keep = Path(spectrum_cache) if spectrum_cache is not None else None
     chosen, kinds = name_filter(include, exclude), layer_kinds(layout)
     destination = Path(out)
@@ -157,9 +167,13 @@ def extract(
         if keep is not None:
             check_destination(keep, [side.path for side in sides], force=True)
     plan = make_plan(
-        *sides, chosen=chosen, kinds=kinds, layers=layers_of(sides[0]), embeddings=embeddings,
+        *sides,
+        chosen=chosen,
+        kinds=kinds,
+        layers=layers_of(sides[0]),
+        embeddings=embeddings,
         rest=rest,
-    )  # fmt: skip
+    )
     plan = dataclasses.replace(plan, notes=(*said, *plan.notes))
     fates = plan.fates(rule)
     expected = sum(fate.nbytes for fate in fates)
@@ -171,15 +185,23 @@ def extract(
         inputs.append(Input("activations", str(activations), options.activations.digest))
     if dry_run:
         return Report(
-            "extract", tool_version(), tuple(inputs), str(out), True, fates,
-            totals={"expected_bytes_at_most": expected}, notes=plan.notes,
-            seconds=time.perf_counter() - started, command=command,
-        )  # fmt: skip
+            "extract",
+            tool_version(),
+            tuple(inputs),
+            str(out),
+            True,
+            fates,
+            totals={"expected_bytes_at_most": expected},
+            notes=plan.notes,
+            seconds=time.perf_counter() - started,
+            command=command,
+        )
     check_space(destination, 2 * expected)
     with staged(destination) as staging, _kept(keep, staging, size is not None) as spectra:
         work = PairWork(sides, options.on_device(), spectra, jobs, progress)
-        report = _extract(work.outcomes(plan.pairs, size), sides, plan, options, staging / "out",
-                          inputs, command)  # fmt: skip
+        report = _extract(
+            work.outcomes(plan.pairs, size), sides, plan, options, staging / "out", inputs, command
+        )
         report = dataclasses.replace(report, output=str(out))
         _gate(report, max_error)
     return dataclasses.replace(report, seconds=time.perf_counter() - started)
@@ -230,8 +252,9 @@ def _extract(
         notes = [*plan.notes, *complete_saved(outcomes, plan, sides[1], writer)]
         notes += _unweighted(outcomes, options)
         digests = digests_of(outcomes, sides)
-        _finish(writer, plan, options, inputs[0].path, outcomes, digests, command,
-                named_by(sides[0]))  # fmt: skip
+        _finish(
+            writer, plan, options, inputs[0].path, outcomes, digests, command, named_by(sides[0])
+        )
     finally:
         writer.close()
     if not options.consumer.patterns:
@@ -242,15 +265,23 @@ def _extract(
     outcomes.sort(key=lambda outcome: place[outcome.pair])
     modules = tuple(o.result for o in outcomes if o.result is not None)
     return Report(
-        "extract", tool_version(),
-        (*(dataclasses.replace(i, digest=d) for i, d in zip(inputs, digests, strict=False)),
-         *inputs[2:]),
-        "", False,
-        (*(Fate(o.pair.name, o.action, o.reason or o.pair.reason) for o in outcomes),
-         *plan.settled),
-        modules, totals(modules, sum(o.parameters for o in outcomes), folder), tuple(notes),
+        "extract",
+        tool_version(),
+        (
+            *(dataclasses.replace(i, digest=d) for i, d in zip(inputs, digests, strict=False)),
+            *inputs[2:],
+        ),
+        "",
+        False,
+        (
+            *(Fate(o.pair.name, o.action, o.reason or o.pair.reason) for o in outcomes),
+            *plan.settled,
+        ),
+        modules,
+        totals(modules, sum(o.parameters for o in outcomes), folder),
+        tuple(notes),
         command=command,
-    )  # fmt: skip
+    )
 
 
 def _unweighted(outcomes: Sequence[Outcome], options: Options) -> list[str]:
@@ -260,9 +291,11 @@ def _unweighted(outcomes: Sequence[Outcome], options: Options) -> list[str]:
     if options.activations is None or not left:
         return []
     kinds = ", ".join(sorted({r.layout for r in left}))
-    return [f"not weighed by activations: {len(left)} of {len(results)} modules ({kinds}; "
-            f"{left[0].module}{', …' if left[1:] else ''}): the file does not know them, or their "
-            "kind has no one input"]  # fmt: skip
+    return [
+        f"not weighed by activations: {len(left)} of {len(results)} modules ({kinds}; "
+        f"{left[0].module}{', …' if left[1:] else ''}): the file does not know them, or their "
+        "kind has no one input"
+    ]
 
 
 def _add(outcome: Outcome, tuned: Checkpoint, options: Options, writer: PeftWriter) -> None:
@@ -320,9 +353,11 @@ def _finish(
     if any(o.pair.followed_by and o.action in ("decomposed", "saved whole") for o in outcomes):
         config["ensure_weight_tying"] = True
     metadata = {
-        "loratools": tool_version(), "command": command, "base_digest": digests[0],
+        "loratools": tool_version(),
+        "command": command,
+        "base_digest": digests[0],
         "tuned_digest": digests[1],
-    }  # fmt: skip
+    }
     if names:
         metadata["names"] = names
     if options.activations is not None:

@@ -11,16 +11,7 @@ from lora_tools.errors import CheckpointError, MismatchError
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.records import ModuleResult, ProgressCallback
 from lora_tools.verbs.allot import Size, allot, cached, first_depth, region_names
-from lora_tools.verbs.decompose import (
-    Fitted,
-    Found,
-    Options,
-    Sides,
-    decompose,
-    find,
-    fit,
-    restore,
-)
+from lora_tools.verbs.decompose import Fitted, Found, Options, Sides, decompose, find, fit, restore
 from lora_tools.verbs.pairing import Pair
 
 if TYPE_CHECKING:
@@ -75,8 +66,7 @@ class PairWork:
             return
         whole = [pair for pair in pairs if pair.action == "decompose"]
         self._options = dataclasses.replace(
-            self._options,
-            depth=max(first_depth(whole, size, self._options), self._options.depth),
+            self._options, depth=max(first_depth(whole, size, self._options), self._options.depth)
         )
         waiting: list[Outcome] = []
         saved: list[Pair] = []
@@ -212,9 +202,14 @@ class PairWork:
                     spectra.put(name, one)
 
         ranks = allot(
-            pairs, list(keys.values()), spectra, options.rule,
-            [size.cost(pair, options) for pair in pairs], size.for_factors(pairs, saved), deepen,
-        )  # fmt: skip
+            pairs,
+            list(keys.values()),
+            spectra,
+            options.rule,
+            [size.cost(pair, options) for pair in pairs],
+            size.for_factors(pairs, saved),
+            deepen,
+        )
         chosen = {o.pair: (o, rank) for o, rank in zip(waiting, ranks, strict=True)}
 
         def work(pair: Pair) -> Outcome:

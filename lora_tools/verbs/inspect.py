@@ -16,12 +16,7 @@ from lora_tools.errors import UsageError
 from lora_tools.formats import digest as hashing
 from lora_tools.formats import sidecar as sidecars
 from lora_tools.formats.activations import MARK as ACTIVATIONS
-from lora_tools.formats.bitsandbytes import (
-    STATE,
-    QuantizedTensor,
-    config_faults,
-    find_quantized,
-)
+from lora_tools.formats.bitsandbytes import STATE, QuantizedTensor, config_faults, find_quantized
 from lora_tools.formats.checkpoint import Checkpoint, open_checkpoint
 from lora_tools.formats.names import is_input_embedding, tied_head
 from lora_tools.formats.peft import CONFIG, Adapter, LoraModule
@@ -81,23 +76,34 @@ def inspect(
     thing = _open(path, allow_pickle)
     if target is not None and (thing.adapter is None or not thing.adapter.modules):
         raise UsageError(f"--plot: {path} is no adapter with factors; diff draws two checkpoints")
-    tensors = [dataclasses.replace(t, file=thing.places.get(t.tensor, t.file))
-               for t in _facts(thing, jobs, progress)]  # fmt: skip
+    tensors = [
+        dataclasses.replace(t, file=thing.places.get(t.tensor, t.file))
+        for t in _facts(thing, jobs, progress)
+    ]
     hashes = {t.tensor: t.hash for t in tensors}
     specs = [spec for file in thing.files for spec in file.specs.values()]
     spectra = _spectra(thing.adapter, jobs) if thing.adapter is not None else ()
     totals: dict[str, Any] = {
-        "kind": thing.kind, "tensors": len(tensors), "numbers": sum(s.numel for s in specs),
+        "kind": thing.kind,
+        "tensors": len(tensors),
+        "numbers": sum(s.numel for s in specs),
         "tensor_bytes": sum(t.nbytes for t in tensors),
         "dtypes": dict(Counter(t.dtype for t in tensors).most_common()),
         "metadata": {file.path.name: dict(file.metadata) for file in thing.files},
         **thing.facts,
-    }  # fmt: skip
+    }
     report = Report(
-        "inspect", tool_version(), (Input("path", str(path), hashing.digest(specs, hashes)),), "",
-        False, (), spectra=spectra, stored=tuple(tensors), totals=totals,
+        "inspect",
+        tool_version(),
+        (Input("path", str(path), hashing.digest(specs, hashes)),),
+        "",
+        False,
+        (),
+        spectra=spectra,
+        stored=tuple(tensors),
+        totals=totals,
         notes=(*thing.notes, *_oddities(tensors, spectra)),
-    )  # fmt: skip
+    )
     if target is not None:
         save_picture(report, f"{shown(path)}: the adapter's own change, s·B·A", target)
         report = dataclasses.replace(report, notes=(*report.notes, f"drew {plot}"))
@@ -109,8 +115,9 @@ def _open(path: str | Path, allow_pickle: bool) -> _Thing:
     graphs = onnx_graphs(path)
     if graphs:
         model = open_model(graphs)
-        return _Thing("ONNX model", model.graphs, {"graphs": model.facts}, model.notes,
-                      places=model.places)  # fmt: skip
+        return _Thing(
+            "ONNX model", model.graphs, {"graphs": model.facts}, model.notes, places=model.places
+        )
     if (given.is_file() and (given.parent / CONFIG).is_file()) or is_adapter(given, allow_pickle):
         return _open_adapter(given, allow_pickle)
     if given.suffix == ".sidecar" and given.is_file():
@@ -129,20 +136,27 @@ def _open_adapter(path: Path, allow_pickle: bool) -> _Thing:
     adapter = open_adapter(path, allow_pickle, as_stored=True, guess=True)
     modules = adapter.modules.values()
     parts = [
-        name for name, there in (
-            ("DoRA", adapter.use_dora), ("rsLoRA", adapter.use_rslora),
-            ("biases", any(m.bias for m in modules)), ("tensors saved whole", adapter.whole),
+        name
+        for name, there in (
+            ("DoRA", adapter.use_dora),
+            ("rsLoRA", adapter.use_rslora),
+            ("biases", any(m.bias for m in modules)),
+            ("tensors saved whole", adapter.whole),
             ("trained tokens", adapter.tokens),
-        ) if there
-    ]  # fmt: skip
+        )
+        if there
+    ]
     facts = {
-        "format": adapter.form, "ranks": sorted({m.r for m in modules}),
-        "alphas": sorted({m.alpha for m in modules}), "modules": len(adapter.modules),
-        "saved_whole": len(adapter.whole), "with": parts,
+        "format": adapter.form,
+        "ranks": sorted({m.r for m in modules}),
+        "alphas": sorted({m.alpha for m in modules}),
+        "modules": len(adapter.modules),
+        "saved_whole": len(adapter.whole),
+        "with": parts,
         "targets": sorted({_layer(m.name) for m in modules}),
         "target_modules": adapter.config.get("target_modules"),
         "base_model_name_or_path": adapter.config.get("base_model_name_or_path"),
-    }  # fmt: skip
+    }
     notes = [*adapter.notes]
     if adapter.unresolved:
         notes.append(f"{adapter.unresolved}: modules are named as in the file")
@@ -159,9 +173,10 @@ def _layer(module: str) -> str:
 def _open_weights(checkpoint: Checkpoint) -> _Thing:
     config, notes = checkpoint.config, []
     facts: dict[str, Any] = {
-        "architectures": config.get("architectures"), "model_type": config.get("model_type"),
+        "architectures": config.get("architectures"),
+        "model_type": config.get("model_type"),
         "files": [file.path.name for file in checkpoint.files],
-    }  # fmt: skip
+    }
     kind = "checkpoint"
     if any(STATE in name for name in checkpoint.specs):
         kind = "checkpoint in four bits (bitsandbytes)"
@@ -183,11 +198,13 @@ def _four_bits(quantized: Mapping[str, QuantizedTensor]) -> dict[str, Any]:
     numbers = sum(q.state.numel for q in quantized.values())
     states = [q.state for q in quantized.values()]
     return {
-        "weights": len(quantized), "schemes": dict(Counter(s.scheme for s in states)),
+        "weights": len(quantized),
+        "schemes": dict(Counter(s.scheme for s in states)),
         "dtypes": dict(Counter(s.dtype for s in states)),
-        "storage": sorted({q.specs[""].dtype for q in quantized.values()}), "numbers": numbers,
+        "storage": sorted({q.specs[""].dtype for q in quantized.values()}),
+        "numbers": numbers,
         "bits_per_parameter": 8 * sum(q.nbytes for q in quantized.values()) / max(numbers, 1),
-    }  # fmt: skip
+    }
 
 
 def _facts(thing: _Thing, jobs: int | None, progress: ProgressCallback | None) -> list[TensorFacts]:
@@ -242,9 +259,13 @@ def _spectra(adapter: Adapter, jobs: int | None) -> tuple[ModuleSpectrum, ...]:
 
     modules = list(adapter.modules.values())
     return tuple(
-        engine.run(modules, lambda module: _spectrum(adapter, module), jobs=jobs,
-                   label=lambda module: module.module)
-    )  # fmt: skip
+        engine.run(
+            modules,
+            lambda module: _spectrum(adapter, module),
+            jobs=jobs,
+            label=lambda module: module.module,
+        )
+    )
 
 
 def _spectrum(adapter: Adapter, module: LoraModule) -> ModuleSpectrum:
@@ -256,17 +277,27 @@ def _spectrum(adapter: Adapter, module: LoraModule) -> ModuleSpectrum:
     layout = of_form(module.form, **module.parameters)[0].of_factors(tuple(A.shape), tuple(B.shape))
     shape = (*((module.experts,) if module.experts else ()), B.shape[0], *A.shape[1:])
     named: dict[str, Any] = {
-        "module": module.name, "layout": layout.name, "shape": shape,
-        "rank": module.r, "alpha": module.alpha, "scaling": scale,
-    }  # fmt: skip
+        "module": module.name,
+        "layout": layout.name,
+        "shape": shape,
+        "rank": module.r,
+        "alpha": module.alpha,
+        "scaling": scale,
+    }
     finite = bool(A.isfinite().all() and B.isfinite().all())
     products = (
         [lora.resize(*product)[1] * scale for product in layout.split(A, B)] if finite else []
     )
     total = math.fsum(float((S * S).sum()) for S in products)
     if not total:
-        return ModuleSpectrum(norm=0.0 if finite else math.nan, relative_change=math.nan,
-                              stable_rank=math.nan, energy={}, noise_floor=math.nan, spectrum=(),
-                              **named)  # fmt: skip
+        return ModuleSpectrum(
+            norm=0.0 if finite else math.nan,
+            relative_change=math.nan,
+            stable_rank=math.nan,
+            energy={},
+            noise_floor=math.nan,
+            spectrum=(),
+            **named,
+        )
     parts = [Spectrum(S * S, float((S * S).sum()), True) for S in products]
     return summary(parts, total, math.nan, **named)

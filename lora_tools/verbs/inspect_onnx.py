@@ -45,8 +45,9 @@ def open_model(paths: list[Path]) -> Model:
     weights = GraphWeights(paths)
     facts = {graph.path.name: described(graph) for graph in weights.graphs}
     notes = [f"{name}: {said}" for name, said in weights.problems.items()]
-    notes += [f"{new}: {name} is other bytes in another graph" for new, name in
-              weights.renamed.items()]  # fmt: skip
+    notes += [
+        f"{new}: {name} is other bytes in another graph" for new, name in weights.renamed.items()
+    ]
     for graph in weights.graphs:
         notes += [f"{graph.path.name}: {name} is used by no node" for name in unused(graph)]
     used = {place for fact in facts.values() for place in fact["data"]} | facts.keys()

@@ -105,9 +105,16 @@ def merge(
     nbytes = sum(shard.nbytes for shard in shards)
     inputs = [Input("base", str(base)), *(Input("adapter", shown(w)) for w in weighted)]
     report = Report(
-        "merge", tool_version(), tuple(inputs), str(out), dry_run, plan.fates(),
-        totals={"bytes": nbytes}, notes=plan.notes, command=command,
-    )  # fmt: skip
+        "merge",
+        tool_version(),
+        tuple(inputs),
+        str(out),
+        dry_run,
+        plan.fates(),
+        totals={"bytes": nbytes},
+        notes=plan.notes,
+        command=command,
+    )
     if not dry_run:
         paths = [checkpoint.path, *(w.adapter.path for w in weighted)]
         check_destination(destination, paths, force)
@@ -117,9 +124,16 @@ def merge(
         check_space(destination, nbytes)
         with staged(destination) as staging:
             job = Rewrite(
-                report, checkpoint, weighted, plan, shards, staging / "out", jobs, progress,
+                report,
+                checkpoint,
+                weighted,
+                plan,
+                shards,
+                staging / "out",
+                jobs,
+                progress,
                 allow_other_base,
-            )  # fmt: skip
+            )
             if view is not None and requantize:
                 report = requantized(job, view, work)
             else:
@@ -167,9 +181,13 @@ def _merge(job: Rewrite, reversible: bool) -> Report:
 
             def work(target: Target) -> Merged:
                 return merge_tensor(
-                    target, base, specs[target.spec.name], writer.write, reversible,
+                    target,
+                    base,
+                    specs[target.spec.name],
+                    writer.write,
+                    reversible,
                     measured=isinstance(base, PlainView),
-                )  # fmt: skip
+                )
 
             targets = (*plan.targets, *plan.untied)
             for target, result in job.run(targets, work, lambda target: target.spec.nbytes):
@@ -217,9 +235,10 @@ def changed_files(
             if target.spec.shape != before and level.get("vocab_size") == before[0]:
                 level["vocab_size"] = target.spec.shape[0]
     dtypes = {
-        spec.dtype for name, spec in specs.items()
+        spec.dtype
+        for name, spec in specs.items()
         if spec.is_float and name in base.specs and base.specs[name].dtype != spec.dtype
-    }  # fmt: skip
+    }
     for key in ("torch_dtype", "dtype"):
         if dtypes and key in config:
             config[key] = str(torch_dtype(next(iter(dtypes)))).removeprefix("torch.")

@@ -11,12 +11,7 @@ from typing import TYPE_CHECKING
 from lora_tools.errors import AdapterError, MismatchError, UnsupportedAdapter
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.checkpoint import Checkpoint
-from lora_tools.formats.names import (
-    align,
-    split_experts,
-    split_tensor,
-    stores_transposed,
-)
+from lora_tools.formats.names import align, split_experts, split_tensor, stores_transposed
 from lora_tools.formats.peft import Adapter, LoraModule, Multiplier, TokenRows
 from lora_tools.linalg.layouts import Layout, clip, of_form
 from lora_tools.records import Fate, TensorSpec
@@ -30,8 +25,14 @@ if TYPE_CHECKING:
     from lora_tools.linalg.merge import Effect
 
 __all__ = [
-    "MergePlan", "Outline", "Part", "Target", "adapter_digest", "build_effects", "plan_merge"
-]  # fmt: skip
+    "MergePlan",
+    "Outline",
+    "Part",
+    "Target",
+    "adapter_digest",
+    "build_effects",
+    "plan_merge",
+]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -101,8 +101,11 @@ def merge_tensor(
     shape = (source.shape[0], source.shape[1])
     work = TensorMerge(effects, shape, read, working)
     # An estimate in float64 keeps the listing of a float32 base short.
-    wide = work if dtype.itemsize < 4 else TensorMerge(
-        effects, shape, None, torch_dtype("F64"), work.norms)  # fmt: skip
+    wide = (
+        work
+        if dtype.itemsize < 4
+        else TensorMerge(effects, shape, None, torch_dtype("F64"), work.norms)
+    )
     state, runs, offset = xxhash.xxh3_128(), [], 0
     survival = Survival() if measured and effects and spec.shape == stored.shape else None
     step = rows_per_run(shape)

@@ -89,10 +89,12 @@ class Plan:
     def fates(self, rule: RankRule) -> tuple[Fate, ...]:
         """Every tensor's fate as far as it is known before anything is read."""
         return (
-            *(Fate(p.name, _WHEN_CHANGED[p.action], p.reason, upper_bound(p, rule))
-              for p in self.pairs),
+            *(
+                Fate(p.name, _WHEN_CHANGED[p.action], p.reason, upper_bound(p, rule))
+                for p in self.pairs
+            ),
             *self.settled,
-        )  # fmt: skip
+        )
 
 
 def upper_bound(pair: Pair, rule: RankRule) -> int:
@@ -231,9 +233,7 @@ def _by_name(spec: TensorSpec, config: Mapping[str, Any]) -> Layout | None:
 
 
 def _kind(
-    spec: TensorSpec,
-    own: Layout | None,
-    kinds: Sequence[tuple[re.Pattern[str], Layout | None]],
+    spec: TensorSpec, own: Layout | None, kinds: Sequence[tuple[re.Pattern[str], Layout | None]]
 ) -> Layout | None:
     """The layer kind of a weight: as the user says, or its own."""
     module, parameter = split_tensor(spec.name)

@@ -140,20 +140,32 @@ def quantize(
             + json.dumps(settings)
         )
     report = Report(
-        "quantize", tool_version(),
+        "quantize",
+        tool_version(),
         (Input("checkpoint", str(checkpoint)), *(Input("adapter", shown(w)) for w in weighted)),
-        str(out), dry_run, fates,
-        totals={"expected_bytes_at_most": nbytes}, notes=tuple(notes), command=command,
-    )  # fmt: skip
+        str(out),
+        dry_run,
+        fates,
+        totals={"expected_bytes_at_most": nbytes},
+        notes=tuple(notes),
+        command=command,
+    )
     if not dry_run:
         destination = Path(out)
         check_destination(destination, [base.path, *(w.adapter.path for w in weighted)], force)
         check_space(destination, nbytes)
         with staged(destination) as staging:
             job = Rewrite(
-                report, base, weighted, plan.merge, shards, staging / "out", jobs, progress,
+                report,
+                base,
+                weighted,
+                plan.merge,
+                shards,
+                staging / "out",
+                jobs,
+                progress,
                 allow_other_base,
-            )  # fmt: skip
+            )
             report = _quantize(job, plan, how, settings)
             _gate(report, max_error)
     return dataclasses.replace(report, seconds=time.perf_counter() - started)
@@ -230,11 +242,7 @@ class Done:
 
 
 def work_on(
-    item: Item,
-    base: Checkpoint,
-    writer: Sink,
-    buffers: Buffers,
-    how: Compensation | None = None,
+    item: Item, base: Checkpoint, writer: Sink, buffers: Buffers, how: Compensation | None = None
 ) -> Done:
     """Merge one tensor, quantize it where it is to be, and write it."""
     if item.packed is None:

@@ -98,11 +98,13 @@ class QuantizePlan:
         specs = {spec.name: spec for item in self.items for spec in item.specs}
         return [
             dataclasses.replace(
-                shard, specs=tuple(sorted(shard.specs, key=lambda s: (
-                    STATE in s.name, -DTYPE_BITS[s.dtype])))
+                shard,
+                specs=tuple(
+                    sorted(shard.specs, key=lambda s: (STATE in s.name, -DTYPE_BITS[s.dtype]))
+                ),
             )
             for shard in lay_out(source, specs, shard_size, beside)
-        ]  # fmt: skip
+        ]
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
@@ -158,8 +160,9 @@ def plan_quantize(
     for module in absent.union(ADDED_HEADS) - {""}:
         if not any(loader_skips(name, {module}) for name in quantized):
             skip.add(module)
-    items = tuple(_item(target, specs[target.spec.name], reasons, scheme, base.config)
-                  for target in targets)  # fmt: skip
+    items = tuple(
+        _item(target, specs[target.spec.name], reasons, scheme, base.config) for target in targets
+    )
     if not any(item.packed for item in items):
         raise MismatchError(
             f"{base.path}: holds no linear layer to quantize, or none that --include and --exclude "

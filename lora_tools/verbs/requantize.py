@@ -65,9 +65,11 @@ def requantized(job: Rewrite, view: PlainView, plan: QuantizePlan) -> Report:
         nbytes = writer.nbytes
     merged = sum(bool(i.target.parts) for i in plan.items)
     totals = {
-        "bytes": nbytes, "tensors_merged": merged, "tensors_copied": len(plan.items) - merged,
+        "bytes": nbytes,
+        "tensors_merged": merged,
+        "tensors_copied": len(plan.items) - merged,
         **survival_totals([d.survival for d in outcomes if d.survival is not None]),
-    }  # fmt: skip
+    }
     return dataclasses.replace(
         report,
         plan=tuple(_fate(fate, view) for fate in report.plan),

@@ -127,10 +127,17 @@ def rescale(
     command = command_of(rescale, locals())
     started = time.perf_counter()
     policies = {
-        "rank": rank, "energy": energy, "error": error, "ratio": ratio, "cumulative": cumulative,
-        "threshold": threshold, "sv_fro": sv_fro, "sv_ratio": sv_ratio,
-        "sv_cumulative": sv_cumulative, "budget": None if budget is None else 1,
-    }  # fmt: skip
+        "rank": rank,
+        "energy": energy,
+        "error": error,
+        "ratio": ratio,
+        "cumulative": cumulative,
+        "threshold": threshold,
+        "sv_fro": sv_fro,
+        "sv_ratio": sv_ratio,
+        "sv_cumulative": sv_cumulative,
+        "budget": None if budget is None else 1,
+    }
     size = Size(*most_factors(budget)) if budget is not None else None
     rule = rank_rule(policies, max_rank)
     target = consumer_named(consumer)
@@ -141,8 +148,10 @@ def rescale(
         raise UsageError(f"--alpha {alpha}: a number above 0 is needed")
     asked = (scale, alpha, rule, rslora, dtype)
     if all(option is None for option in asked) and target.patterns:
-        raise UsageError("nothing to do: give --scale, --alpha, --rank or another way to "
-                         "choose one, --rslora, --dtype or --for")  # fmt: skip
+        raise UsageError(
+            "nothing to do: give --scale, --alpha, --rank or another way to "
+            "choose one, --rslora, --dtype or --for"
+        )
     if effect == "change" and (alpha is None or rule is not None):
         raise UsageError("--effect change goes with --alpha, and not with --rank or --energy")
     names = base_names(base, allow_pickle) if base is not None else None
@@ -154,8 +163,10 @@ def rescale(
             f"{adapter}: {given.unresolved}; give the model it was trained on with --base"
         )
     if size is not None and size.in_bytes and form.name != "peft":
-        raise UsageError(f"--budget {budget}: a size in bytes is for PEFT's file; for {form.title} "
-                         "give numbers, such as 10M")  # fmt: skip
+        raise UsageError(
+            f"--budget {budget}: a size in bytes is for PEFT's file; for {form.title} "
+            "give numbers, such as 10M"
+        )
     if given.use_dora and (scale is not None or effect == "change"):
         raise UnsupportedAdapter(
             f"{adapter}: a DoRA adapter cannot be scaled: its magnitudes fix the norm of each "
@@ -167,14 +178,26 @@ def rescale(
         ranks = [_ceiling(m, given, rule) for m in given.modules.values()]
         pad_to = target.rank_for(max(ranks, default=1))
     options = _Options(
-        1.0 if scale is None else scale, alpha, effect == "keep", rule,
+        1.0 if scale is None else scale,
+        alpha,
+        effect == "keep",
+        rule,
         given.use_rslora if rslora is None else rslora,
-        parse_float_dtype(dtype) if dtype else None, target, pad_to, size,
-    )  # fmt: skip
+        parse_float_dtype(dtype) if dtype else None,
+        target,
+        pad_to,
+        size,
+    )
     report = Report(
-        "rescale", tool_version(), (Input("adapter", str(adapter)),), str(out), dry_run,
-        _fates(given, options), notes=tuple(_notes(given, options, scale, form)), command=command,
-    )  # fmt: skip
+        "rescale",
+        tool_version(),
+        (Input("adapter", str(adapter)),),
+        str(out),
+        dry_run,
+        _fates(given, options),
+        notes=tuple(_notes(given, options, scale, form)),
+        command=command,
+    )
     if not dry_run:
         destination = Path(out)
         inputs = [given.path, *([names.path] if names is not None else [])]
@@ -251,18 +274,23 @@ def _ceiling(module: LoraModule, given: Adapter, rule: RankRule | None) -> int:
 def _fates(given: Adapter, options: _Options) -> tuple[Fate, ...]:
     action = "resize" if options.rule is not None else "rescale"
     return (
-        *(Fate(name, action, f"rank {m.r}, alpha {m.alpha:g}")
-          for name, m in given.modules.items()),
+        *(
+            Fate(name, action, f"rank {m.r}, alpha {m.alpha:g}")
+            for name, m in given.modules.items()
+        ),
         *(Fate(name, "copy", "saved whole") for name in given.whole),
         *(Fate(name, "copy", "trained rows") for name in given.tokens),
-    )  # fmt: skip
+    )
 
 
 def _notes(given: Adapter, options: _Options, scale: float | None, form: Format) -> list[str]:
     notes = list(given.notes)
     if given.format != "peft":
-        notes.append(f"written in the format that it came in, {form.title}"
-                     if form.name == given.format else "written in PEFT's format")  # fmt: skip
+        notes.append(
+            f"written in the format that it came in, {form.title}"
+            if form.name == given.format
+            else "written in PEFT's format"
+        )
     if scale is not None:
         notes.append(f"the effect is {scale:g} times what it was")
         if given.whole or given.tokens:
@@ -272,8 +300,10 @@ def _notes(given: Adapter, options: _Options, scale: float | None, form: Format)
     elif options.rule is None:
         notes.append("the effect is kept")
     if options.pad_to is not None:
-        notes.append(f"for {options.consumer.name}: every module has rank {options.pad_to}, "
-                     "alpha the same, zeros where it had less")  # fmt: skip
+        notes.append(
+            f"for {options.consumer.name}: every module has rank {options.pad_to}, "
+            "alpha the same, zeros where it had less"
+        )
     return notes
 
 
@@ -305,10 +335,16 @@ def _rescale(
         ):
             module = scaled.module
             writer.add_lora(
-                module.module, scaled.lora_A, scaled.lora_B, scaled.alpha,
-                form=module.form, parameter=module.parameter, r=scaled.r, bias=scaled.bias,
+                module.module,
+                scaled.lora_A,
+                scaled.lora_B,
+                scaled.alpha,
+                form=module.form,
+                parameter=module.parameter,
+                r=scaled.r,
+                bias=scaled.bias,
                 magnitude=scaled.magnitude,
-            )  # fmt: skip
+            )
             if scaled.result is not None:
                 results.append(scaled.result)
         for key in (*given.whole.values(), *(rows.key for rows in given.tokens.values())):
@@ -384,11 +420,7 @@ def _pad(A: torch.Tensor, B: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.
 
 
 def _resize(
-    module: LoraModule,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    strength: float,
-    options: _Options,
+    module: LoraModule, A: torch.Tensor, B: torch.Tensor, strength: float, options: _Options
 ) -> tuple[torch.Tensor, torch.Tensor, float, ModuleResult]:
     """The best factors of the rank the rule chooses, with the strength folded in."""
     import torch
@@ -403,10 +435,14 @@ def _resize(
         return options.alpha if options.alpha is not None else float(r)
 
     cut = cut_factors(
-        layout, layout.split(A, B), (tuple(A.shape), tuple(B.shape)), strength, options.rule,
+        layout,
+        layout.split(A, B),
+        (tuple(A.shape), tuple(B.shape)),
+        strength,
+        options.rule,
         torch.promote_types(A.dtype, B.dtype),
         lambda r: lora.scaling(alpha(r), r, options.rslora),
-    )  # fmt: skip
+    )
     if not math.isfinite(cut.total):
         raise NonFiniteError(f"{module.module}: its factors hold an inf or a NaN")
     return cut.lora_A, cut.lora_B, alpha(cut.r), resized(module, layout, cut)

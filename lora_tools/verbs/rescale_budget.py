@@ -27,10 +27,12 @@ def shared_ranks(
     modules = list(given.modules.values())
     found = list(
         engine.run(
-            modules, lambda module: _spectrum(module, given, dtype if size.in_bytes else None),
-            jobs=jobs, label=lambda module: module.module,
+            modules,
+            lambda module: _spectrum(module, given, dtype if size.in_bytes else None),
+            jobs=jobs,
+            label=lambda module: module.module,
         )
-    )  # fmt: skip
+    )
     spectra = [rule.capped(spectrum) for spectrum, _, _ in found]
     costs = [each * (width if size.in_bytes else 1) for _, each, width in found]
     factors = {key for module in modules for key in (module.A, module.B)}
@@ -42,13 +44,9 @@ def shared_ranks(
             f"--budget: one direction of each of {len(modules)} modules takes more; allow "
             f"{-left:,} {'bytes' if size.in_bytes else 'numbers'} more"
         )
-    rest = [
-        Spectrum(s.squared[1:], s.total, True, s.shape) for s in spectra
-    ]  # fmt: skip
+    rest = [Spectrum(s.squared[1:], s.total, True, s.shape) for s in spectra]
     ranks = SHARED[rule.policy](rest, costs, left)
-    return {
-        module.name: 1 + (more or 0) for module, more in zip(modules, ranks, strict=True)
-    }  # fmt: skip
+    return {module.name: 1 + (more or 0) for module, more in zip(modules, ranks, strict=True)}
 
 
 def _spectrum(module: LoraModule, given: Adapter, dtype: str | None) -> tuple[Spectrum, int, int]:

@@ -39,9 +39,10 @@ D = TypeVar("D", bound=Done)
 def signed(shards: Sequence[Shard], command: str, adapters: Sequence[Weighted]) -> list[Shard]:
     """The files with metadata that says what made them; digests are left blank for now."""
     made = {
-        "loratools": tool_version(), "command": command,
+        "loratools": tool_version(),
+        "command": command,
         **_digests([hashing.BLANK] * (1 + len(adapters)), adapters),
-    }  # fmt: skip
+    }
     return [dataclasses.replace(s, metadata={**s.metadata, **made}) for s in shards]
 
 
@@ -85,9 +86,13 @@ class Rewrite:
     ) -> Iterator[tuple[P, D]]:
         """``engine.run`` over the items, which stand for the plan's targets in their order."""
         done = engine.run(
-            items, work, jobs=self.jobs, nbytes=nbytes, label=lambda item: item.spec.name,
+            items,
+            work,
+            jobs=self.jobs,
+            nbytes=nbytes,
+            label=lambda item: item.spec.name,
             progress=self.progress,
-        )  # fmt: skip
+        )
         stored = len(self.plan.targets)  # those untied come after them
         for i, (item, result) in enumerate(zip(items, done, strict=True)):
             if i < stored:

@@ -82,9 +82,11 @@ class RuntimeAdapters:
     def planned(self, report: Report, digests: bool = False) -> Report:
         """The report of an export with these adapters in it."""
         return dataclasses.replace(
-            report, inputs=(*report.inputs, *self._inputs(digests)),
-            plan=(*report.plan, *self._fates()), notes=(*report.notes, *self.notes),
-        )  # fmt: skip
+            report,
+            inputs=(*report.inputs, *self._inputs(digests)),
+            plan=(*report.plan, *self._fates()),
+            notes=(*report.notes, *self.notes),
+        )
 
     def space(self, verify: bool) -> int:
         """Bytes of the files, and of what is written to verify them and then removed."""
@@ -124,9 +126,15 @@ class RuntimeAdapters:
             path = folder / adapter.file
             path.unlink(missing_ok=True)  # one that came with the checkpoint's other files
             write_modules(
-                adapter.weighted.adapter, tuple(adapter.modules), path, _FORMAT, self.names,
-                saved=tuple(adapter.saved), weight=adapter.weighted.weight, jobs=jobs,
-            )  # fmt: skip
+                adapter.weighted.adapter,
+                tuple(adapter.modules),
+                path,
+                _FORMAT,
+                self.names,
+                saved=tuple(adapter.saved),
+                weight=adapter.weighted.weight,
+                jobs=jobs,
+            )
 
     def measured(
         self,
@@ -153,16 +161,21 @@ class RuntimeAdapters:
         figures: dict[str, dict[str, Any]] = {}
         for adapter in self.each:
             figures[adapter.file] = {
-                "bytes": (folder / adapter.file).stat().st_size, "modules": len(adapter.modules)
-            }  # fmt: skip
+                "bytes": (folder / adapter.file).stat().st_size,
+                "modules": len(adapter.modules),
+            }
             if "verified" not in totals:
                 continue
             merged = folder.parent / "merged"
             merge(
-                folder, [(adapter.weighted.adapter.path, adapter.weighted.weight)], merged,
-                dtype="float32", allow_unmatched=bool(self.unmatched),
-                allow_other_base=True, jobs=jobs,
-            )  # fmt: skip
+                folder,
+                [(adapter.weighted.adapter.path, adapter.weighted.weight)],
+                merged,
+                dtype="float32",
+                allow_unmatched=bool(self.unmatched),
+                allow_other_base=True,
+                jobs=jobs,
+            )
             with one_torch_thread():
                 check = compare(
                     folder, task, built.cache, adapter=(folder / adapter.file, merged), **options

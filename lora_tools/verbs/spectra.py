@@ -38,10 +38,14 @@ def summary(
         for r in AT
     }
     return ModuleSpectrum(
-        norm=math.sqrt(total), relative_change=relative_change,
-        stable_rank=total / float(squared[0]), energy=energy, noise_floor=max(map(_floor, parts)),
-        spectrum=tuple(squared[:DEPTH].sqrt().tolist()), **named,
-    )  # fmt: skip
+        norm=math.sqrt(total),
+        relative_change=relative_change,
+        stable_rank=total / float(squared[0]),
+        energy=energy,
+        noise_floor=max(map(_floor, parts)),
+        spectrum=tuple(squared[:DEPTH].sqrt().tolist()),
+        **named,
+    )
 
 
 def recommended(parts: Sequence[Spectrum]) -> int | None:
@@ -152,14 +156,18 @@ def picture(report: Report, title: str) -> Picture:
     drawn = curves(spectra)
     return Picture(
         title=title,
-        heat=heat, rows=kinds, columns=["none" if layer < 0 else str(layer) for layer in layers],
+        heat=heat,
+        rows=kinds,
+        columns=["none" if layer < 0 else str(layer) for layer in layers],
         heat_label="relative change, %" if relative else "stable rank",
         lines=sorted(lines, key=lambda line: -line.values[0])[:8],
-        curves=drawn, marks=[
-            (f"rank {r}", *at_rank) for r, at_rank in zip(STEPS, drawn["uniform"], strict=True)
+        curves=drawn,
+        marks=[
+            (f"rank {r}", *at_rank)
+            for r, at_rank in zip(STEPS, drawn["uniform"], strict=True)
             if r in AT and r <= max(len(s.spectrum) for s in spectra)
         ],
-    )  # fmt: skip
+    )
 
 
 def _one_direction(s: ModuleSpectrum) -> int:

@@ -96,16 +96,25 @@ def unmerge(
         plan = plan_merge(checkpoint, weighted, allow_unmatched)
         _refuse_lossy(plan)
         made = {"loratools": tool_version(), "command": command}
-        shards = [dataclasses.replace(shard, metadata={**shard.metadata, **made})
-                  for shard in lay_out(checkpoint, checkpoint.specs, None)]  # fmt: skip
+        shards = [
+            dataclasses.replace(shard, metadata={**shard.metadata, **made})
+            for shard in lay_out(checkpoint, checkpoint.specs, None)
+        ]
     nbytes = sum(shard.nbytes for shard in shards)
     report = Report(
-        "unmerge", tool_version(),
-        (Input("merged", str(merged)),
-         *(Input("adapter", w.path, d) for w, d in zip(weighted, digests, strict=True))),
-        str(out), dry_run, _fates(plan, memory), totals={"bytes": nbytes}, notes=plan.notes,
+        "unmerge",
+        tool_version(),
+        (
+            Input("merged", str(merged)),
+            *(Input("adapter", w.path, d) for w, d in zip(weighted, digests, strict=True)),
+        ),
+        str(out),
+        dry_run,
+        _fates(plan, memory),
+        totals={"bytes": nbytes},
+        notes=plan.notes,
         command=command,
-    )  # fmt: skip
+    )
     if not dry_run:
         paths = [checkpoint.path, *(w.adapter.path for w in weighted)]
         check_destination(destination, paths, force)
@@ -240,8 +249,12 @@ def _unmerge(
             )
         files: Mapping[str, bytes] = memory.files() if memory is not None else {}
         index = next((name for name in files if name.endswith(".index.json")), None)
-        writer.finish(merged, index or (merged.index_name if memory is None else None), files,
-                      leave=(SIDECAR_NAME,))  # fmt: skip
+        writer.finish(
+            merged,
+            index or (merged.index_name if memory is None else None),
+            files,
+            leave=(SIDECAR_NAME,),
+        )
     totals: dict[str, Any] = {**report.totals, "exact": memory is not None, "base_digest": digest}
     if memory is None:
         totals["error_bound"] = math.sqrt(bound / energy) if energy else 0.0
@@ -265,8 +278,9 @@ def _restore(target: Target, merged: Checkpoint, memory: Sidecar | None, write: 
     listing = memory.listing(name) if memory is not None else None
     dtype = torch_dtype("F64") if source.element_size() >= 4 else working_dtype(source.dtype)
     norms = listing.norms if listing is not None else ()
-    work = TensorMerge(build_effects(target), (source.shape[0], source.shape[1]), None, dtype,
-                       norms)  # fmt: skip
+    work = TensorMerge(
+        build_effects(target), (source.shape[0], source.shape[1]), None, dtype, norms
+    )
     state, offset, energy, bound = xxhash.xxh3_128(), 0, 0.0, 0.0
     step = rows_per_run(source.shape)
     unit = torch.finfo(source.dtype).eps / 2 if source.is_floating_point() else 0.0

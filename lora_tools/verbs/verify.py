@@ -91,27 +91,42 @@ def verify(
         for i, (role, given) in zip(found.inputs, roles, strict=True)
     )
     report = Report(
-        "verify", tool_version(), inputs, "", False, found.fates, found.modules,
+        "verify",
+        tool_version(),
+        inputs,
+        "",
+        False,
+        found.fates,
+        found.modules,
         totals={**found.totals, "verdict": found.verdict, "same": not found.offence},
-        notes=found.notes, tensors=found.tensors, seconds=time.perf_counter() - started,
-    )  # fmt: skip
+        notes=found.notes,
+        tensors=found.tensors,
+        seconds=time.perf_counter() - started,
+    )
     if found.offence:
         raise QualityGateError(found.offence, report)
     return report
 
 
 def _check_call(
-    base: object, adapters: Sequence[object], tuned: object, against: object,
+    base: object,
+    adapters: Sequence[object],
+    tuned: object,
+    against: object,
     max_error: float | None,
-) -> None:  # fmt: skip
+) -> None:
     if (base is None) == (against is None):
-        raise UsageError("verify needs --base with --adapter (a merged checkpoint) or --tuned (an "
-                         "adapter), or --against (four bits or ONNX)")  # fmt: skip
+        raise UsageError(
+            "verify needs --base with --adapter (a merged checkpoint) or --tuned (an "
+            "adapter), or --against (four bits or ONNX)"
+        )
     if against is not None and tuned is not None:
         raise UsageError("--tuned goes with --base")
     if base is not None and bool(adapters) == (tuned is not None):
-        raise UsageError("with --base give --adapter to verify a merged checkpoint, or --tuned to "
-                         "verify an adapter")  # fmt: skip
+        raise UsageError(
+            "with --base give --adapter to verify a merged checkpoint, or --tuned to "
+            "verify an adapter"
+        )
     if max_error is not None and tuned is None and against is None:
         raise UsageError("--max-error goes with --tuned, or with --against")
 

@@ -149,11 +149,17 @@ def _result(target: Target, d: _Distance, rank: int) -> ModuleResult:
     [layout, *_] = [p.layout.name for p in target.parts if p.layout is not None]
     energy = 1 - d.error / d.change if d.change else 0.0
     return ModuleResult(
-        module=split_tensor(target.spec.name)[0], layout=layout, shape=target.spec.shape, rank=rank,
-        relative_error=d.relative, energy=energy, gain_bound=math.nan,
+        module=split_tensor(target.spec.name)[0],
+        layout=layout,
+        shape=target.spec.shape,
+        rank=rank,
+        relative_error=d.relative,
+        energy=energy,
+        gain_bound=math.nan,
         delta_norm=math.sqrt(d.change),
-        relative_change=math.sqrt(d.change / d.base) if d.base else math.inf, method="difference",
-    )  # fmt: skip
+        relative_change=math.sqrt(d.change / d.base) if d.base else math.inf,
+        method="difference",
+    )
 
 
 def _digests(

@@ -14,13 +14,7 @@ from lora_tools.formats import digest as hashing
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.names import is_input_embedding, tied_head
 from lora_tools.records import Fate, Input, ModuleResult, ProgressCallback, TensorResult
-from lora_tools.verbs.merge_plan import (
-    MergePlan,
-    Target,
-    adapter_digest,
-    build_effects,
-    plan_merge,
-)
+from lora_tools.verbs.merge_plan import MergePlan, Target, adapter_digest, build_effects, plan_merge
 from lora_tools.verbs.merge_tensor import as_matrix, working_dtype
 from lora_tools.verbs.plain_view import source_digest
 from lora_tools.verbs.weighted import Weighted
@@ -96,9 +90,13 @@ def verify_merged(
     name = "base + adapter"
     offence = diagnosis(checked, wrong, f"not {name}") if wrong else ""
     return Findings(
-        inputs, tuple(fates), verdict_of(totals, name) if not wrong else f"not {name}", offence,
-        totals, plan.notes,
-    )  # fmt: skip
+        inputs,
+        tuple(fates),
+        verdict_of(totals, name) if not wrong else f"not {name}",
+        offence,
+        totals,
+        plan.notes,
+    )
 
 
 def merge_totals(checked: Sequence[Checked]) -> dict[str, Any]:
@@ -197,8 +195,12 @@ def _judge(name: str, match: Match) -> Fate:
     if not match.outside:
         share = max(match.once, match.twice) / match.numel
         return Fate(name, "rounded", f"{share:.2%} of it bit for bit, the rest within rounding")
-    return Fate(name, "different", _reason(match) + f"; {match.outside:,} of {match.numel:,} "
-                "elements are further off than rounding")  # fmt: skip
+    return Fate(
+        name,
+        "different",
+        _reason(match) + f"; {match.outside:,} of {match.numel:,} "
+        "elements are further off than rounding",
+    )
 
 
 def _reason(match: Match) -> str:
@@ -231,8 +233,14 @@ def tied_astray(merged: Checkpoint, plan: MergePlan) -> list[Fate]:
     if not (head and embedding):
         return []
     if plan.unties:
-        return [Fate(head, "tied", "the adapter acts on one of the two only, and config.json still "
-                     f"ties it to {embedding}: a loader drops one")]  # fmt: skip
+        return [
+            Fate(
+                head,
+                "tied",
+                "the adapter acts on one of the two only, and config.json still "
+                f"ties it to {embedding}: a loader drops one",
+            )
+        ]
     if head in merged.specs and bytes(merged.raw(head)) != bytes(merged.raw(embedding)):
         return [Fate(head, "tied", f"differs from {embedding}, and config.json ties the two")]
     return []

@@ -123,8 +123,15 @@ def verify_nf4(
     notes = [*plan.notes, *([f"its names: {sentence}"] if sentence else [])]
     inputs = _inputs(checked, view, source, weighted)
     notes += _provenance(view, inputs, weighted)
-    return Findings(inputs, tuple(fates), verdict, offence, totals, tuple(notes),
-                    tensors=tuple(c.result for c in checked if c.result is not None))  # fmt: skip
+    return Findings(
+        inputs,
+        tuple(fates),
+        verdict,
+        offence,
+        totals,
+        tuple(notes),
+        tensors=tuple(c.result for c in checked if c.result is not None),
+    )
 
 
 def _named(target: Target, own: str | None) -> Target:
@@ -173,10 +180,14 @@ def _untouched(
 ) -> _Checked:
     """Of a four-bit base: codes that no adapter acts on stay as they are."""
     theirs = source.quantized.get(item.target.base_name)
-    same = theirs is not None and theirs.state == packed.state and all(
-        source.stored.raw(theirs.specs[end].name) == view.stored.raw(packed.specs[end].name)
-        for end in packed.specs
-    )  # fmt: skip
+    same = (
+        theirs is not None
+        and theirs.state == packed.state
+        and all(
+            source.stored.raw(theirs.specs[end].name) == view.stored.raw(packed.specs[end].name)
+            for end in packed.specs
+        )
+    )
     if not same:
         return _quantized(item, packed, view, source, hashes, max_error, buffers)
     source_hash = hashing.tensor_hash(source.raw(item.target.base_name))
@@ -256,20 +267,17 @@ def _measure(
         coded = Coded()
         for start, stop in nf4.runs(item.spec.numel):
             coded.add(
-                wanted[start:stop].float(), stored[start:stop].to(dtype).float(),
+                wanted[start:stop].float(),
+                stored[start:stop].to(dtype).float(),
                 back[start:stop].to(dtype).float(),
                 packed.state.blocksize,
                 base[start:stop].float() if base is not None else None,
-            )  # fmt: skip
+            )
     return coded
 
 
 def _judge(
-    item: Item,
-    packed: QuantizedTensor,
-    differing: set[str],
-    coded: Coded,
-    max_error: float | None,
+    item: Item, packed: QuantizedTensor, differing: set[str], coded: Coded, max_error: float | None
 ) -> Fate:
     errors = f"relative error {coded.relative_error:.4g}, {coded.own_error:.4g} from quantizing"
     if max_error is not None and coded.relative_error <= max_error:
@@ -278,12 +286,18 @@ def _judge(
         why = "not byte for byte, and no number further off than quantizing takes it"
         return Fate(item.name, "rounded", f"{why}; {errors}")
     if _is_scaled(coded):
-        return Fate(item.name, "different",
-                    f"the adapter applied {times(coded.coefficient)}; {errors}")  # fmt: skip
-    ends = ", ".join(sorted(end or "codes" for end, spec in packed.specs.items()
-                            if spec.name in differing))  # fmt: skip
-    return Fate(item.name, "different", f"{coded.off:,} of {coded.numel:,} numbers are further off "
-                f"than quantizing takes them; {errors} (differ: {ends})")  # fmt: skip
+        return Fate(
+            item.name, "different", f"the adapter applied {times(coded.coefficient)}; {errors}"
+        )
+    ends = ", ".join(
+        sorted(end or "codes" for end, spec in packed.specs.items() if spec.name in differing)
+    )
+    return Fate(
+        item.name,
+        "different",
+        f"{coded.off:,} of {coded.numel:,} numbers are further off "
+        f"than quantizing takes them; {errors} (differ: {ends})",
+    )
 
 
 def _is_scaled(coded: Coded) -> bool:
@@ -323,8 +337,9 @@ def _totals(view: PlainView, checked: Sequence[_Checked], merge: MergePlan) -> d
 
 def _verdict(checked: Sequence[_Checked], name: str, max_error: float | None) -> str:
     quantized = [c for c in checked if c.item.packed is not None]
-    scheme = ", ".join(dict.fromkeys(c.item.packed.state.scheme for c in quantized
-                                     if c.item.packed is not None))  # fmt: skip
+    scheme = ", ".join(
+        dict.fromkeys(c.item.packed.state.scheme for c in quantized if c.item.packed is not None)
+    )
     inexact = [c for c in quantized if not _is_exact(c)]
     if not inexact:
         how = {c.fate.reason for c in quantized}

@@ -38,8 +38,10 @@ if TYPE_CHECKING:
     from lora_tools.onnx.check import Check
     from lora_tools.onnx.initializers import GraphWeights
 
-_SETS = (("model.onnx",),
-         ("encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx"))  # fmt: skip
+_SETS = (
+    ("model.onnx",),
+    ("encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx"),
+)
 _TO_RUN = ("onnx", "onnxruntime", "transformers")
 _NO_FAULT = (*FINE, "constant", "left out", "unnamed")
 
@@ -120,18 +122,23 @@ def verify_onnx(
     unnamed = {name: spec for name, spec in rest.items() if large(spec)}
     fates += [Fate(name, "constant") for name in rest.keys() - unnamed.keys()]
     by_content = _by_content(weights, unnamed, every, source)
-    fates += [Fate(name, "same", f"{target.spec.name}{how}")
-              for name, (target, how) in by_content.items()]  # fmt: skip
+    fates += [
+        Fate(name, "same", f"{target.spec.name}{how}") for name, (target, how) in by_content.items()
+    ]
     strangers = [name for name in unnamed if name not in by_content]
-    fates += [Fate(name, "unnamed", "no tensor of the checkpoint has its name or its numbers")
-              for name in strangers]  # fmt: skip
+    fates += [
+        Fate(name, "unnamed", "no tensor of the checkpoint has its name or its numbers")
+        for name in strangers
+    ]
     there |= {target.spec.name for target, _ in by_content.values()}
     fates += _absent([t for t in every if t.spec.name not in there], there, bool(strangers), source)
     totals: dict[str, Any] = {
-        **merge_totals(checked), "weights_compared": len(checked) + len(by_content) + len(packed),
-        "weights_unnamed": len(strangers), **_packed_totals(packed),
+        **merge_totals(checked),
+        "weights_compared": len(checked) + len(by_content) + len(packed),
+        "weights_unnamed": len(strangers),
+        **_packed_totals(packed),
         "dtypes": dict(Counter(weights.specs[c.target.spec.name].dtype for c in checked)),
-    }  # fmt: skip
+    }
     name = "base + adapter" if weighted else "the checkpoint"
     wrong = [fate for fate in fates if fate.action not in _NO_FAULT]
     inputs = _inputs(checked, weights, source, weighted)
@@ -340,22 +347,37 @@ def _compare(
         if weighted or dtype:
             folder = Path(scratch) / "merged"
             merge(
-                source.path, [(w.path, w.weight) for w in weighted], folder,
+                source.path,
+                [(w.path, w.weight) for w in weighted],
+                folder,
                 dtype=str(torch_dtype(dtype)).removeprefix("torch.") if dtype else None,
-                allow_other_base=True, allow_pickle=allow_pickle,
-            )  # fmt: skip
+                allow_other_base=True,
+                allow_pickle=allow_pickle,
+            )
         if quantized:
             from lora_tools.onnx.quality import examine
 
             return examine(
-                paths[0].parent, task, _has_cache(paths), plain=folder, quantized=True,
-                original=False, rows=None, atol=run.atol, rtol=run.rtol,
+                paths[0].parent,
+                task,
+                _has_cache(paths),
+                plain=folder,
+                quantized=True,
+                original=False,
+                rows=None,
+                atol=run.atol,
+                rtol=run.rtol,
                 trust_remote_code=run.trust_remote_code,
-            )[0]  # fmt: skip
+            )[0]
         return compare(
-            folder, task, cache=_has_cache(paths), atol=run.atol, rtol=run.rtol, graphs=paths,
+            folder,
+            task,
+            cache=_has_cache(paths),
+            atol=run.atol,
+            rtol=run.rtol,
+            graphs=paths,
             trust_remote_code=run.trust_remote_code,
-        )  # fmt: skip
+        )
 
 
 def _has_cache(paths: Sequence[Path]) -> bool:
