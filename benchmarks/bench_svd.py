@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from lora_tools.engine import half_products
+from lora_tools.engine.threads import half_products
 from lora_tools.linalg.lora import Whole, balanced_factors
 from lora_tools.linalg.ranks import RankRule
 from lora_tools.linalg.svd import sketched, sum_of_squares, truncated

@@ -9,10 +9,10 @@ import onnx
 import torch
 from torch.overrides import TorchFunctionMode
 
-from lora_tools.formats.checkpoint import open_checkpoint
 from lora_tools.onnx.check import InTorch
 from lora_tools.onnx.linears import Linear, linears
 from lora_tools.onnx.tasks import Task
+from lora_tools.sources.checkpoints import open_checkpoint
 
 
 class _Watch(TorchFunctionMode):

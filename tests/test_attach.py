@@ -20,7 +20,7 @@ from lora_tools.errors import (
     UnsupportedAdapter,
     UsageError,
 )
-from lora_tools.formats.adapter_formats import FORMATS
+from lora_tools.formats.adapters.table import FORMATS
 
 from . import models
 

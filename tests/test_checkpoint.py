@@ -15,11 +15,12 @@ from safetensors.torch import save_file
 
 from lora_tools.errors import CheckpointError, TensorNotFound, UnsafeInput, UsageError
 from lora_tools.formats import hub
-from lora_tools.formats.checkpoint import Checkpoint, open_checkpoint
+from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.checkpoint_writer import CheckpointWriter, Shard, lay_out, parse_size
 from lora_tools.formats.safetensors_file import SafetensorsFile
 from lora_tools.formats.tensors import as_bytes
 from lora_tools.records import TensorSpec
+from lora_tools.sources.checkpoints import open_checkpoint
 
 from .iotools import adapter, checkpoint, tree, weights, write_index
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from peft.utils import merge_utils
 
 import lora_tools
-from lora_tools.adapters import open_adapter
 from lora_tools.errors import MismatchError, NonFiniteError, UnsupportedAdapter, UsageError
 from lora_tools.linalg.combine import keep_by_chance, keep_largest
+from lora_tools.sources.adapters import open_adapter
 
 from . import iotools, models
 from .test_layers_peft import PLAIN, mixtral, net, store, trained

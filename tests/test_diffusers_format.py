@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lora_tools
-from lora_tools.adapters import open_adapter
+from lora_tools.sources.adapters import open_adapter
 
 from . import models
 

@@ -355,7 +355,7 @@ def test_every_layer_kind_is_listed() -> None:
 
 def test_what_merge_refuses_is_listed() -> None:
     """Every kind of adapter that is known and refused stands in the table of docs/merge.md."""
-    from lora_tools.formats import peft
+    from lora_tools.formats.adapters import peft
 
     table = read("docs/merge.md").split("## What is refused")[1].split("\n## ")[0]
     flat = re.sub(r"[^a-z0-9]", "", table.lower().replace("³", "3"))

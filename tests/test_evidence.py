@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import lora_tools
 from lora_tools.errors import CheckpointError, MismatchError, UsageError
+from lora_tools.formats.adapters.peft import CONFIG, WEIGHTS
 from lora_tools.formats.digest import file_sha256
-from lora_tools.formats.peft import CONFIG, WEIGHTS
 
 from . import iotools, models
 

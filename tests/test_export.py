@@ -139,12 +139,12 @@ def test_steps_with_the_cache_are_torch(base: Path, exported: Any) -> None:
 
 def test_repeated_layers_are_traced_layers(base: Path, exported: Any, tmp_path: Path) -> None:
     """The graph of every layer traced has the same nodes and gives the same numbers."""
-    from lora_tools.formats.checkpoint import open_checkpoint
     from lora_tools.onnx.layers import shorten
     from lora_tools.onnx.model import weightless
     from lora_tools.onnx.tasks import TASKS
     from lora_tools.onnx.trace import trace
     from lora_tools.onnx.weights import attach, places
+    from lora_tools.sources.checkpoints import open_checkpoint
 
     task, checkpoint = TASKS["causal-lm"], open_checkpoint(base)
     [stack] = shorten(weightless(base, task))

@@ -16,10 +16,10 @@ from pathlib import Path
 import onnx
 import pytest
 
-from lora_tools.adapters import open_adapter
 from lora_tools.cli import run
 from lora_tools.formats import output
-from lora_tools.formats.checkpoint import open_checkpoint
+from lora_tools.sources.adapters import open_adapter
+from lora_tools.sources.checkpoints import open_checkpoint
 
 from . import iotools
 
@@ -95,8 +95,8 @@ import lora_tools
 from lora_tools.cli import run
 for name in lora_tools.__all__:
     getattr(lora_tools, name)
-import lora_tools.linalg.nf4, lora_tools.verbs.requantize, lora_tools.onnx.graphs
-import lora_tools.adapters, lora_tools.engine, lora_tools.formats.sidecar
+import lora_tools.linalg.nf4, lora_tools.quantizing.requantize, lora_tools.onnx.graphs
+import lora_tools.sources.adapters, lora_tools.engine.threads, lora_tools.formats.sidecar
 import lora_tools.linalg.lora, lora_tools.linalg.merge, lora_tools.linalg.svd
 top, args = sys.argv[1], sys.argv[2:]
 CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.truncate"}

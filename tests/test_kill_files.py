@@ -115,7 +115,9 @@ def test_killed_before_every_step(what, there, sides, tmp_path):
         an_old_one(what, sides, file)
         old = file.read_bytes()
     line = command(what, sides, here, out)
-    server = _SERVER.replace("import lora_tools.adapters", IMPORTS + "import lora_tools.adapters")
+    server = _SERVER.replace(
+        "import lora_tools.sources.adapters", IMPORTS + "import lora_tools.sources.adapters"
+    )
     with subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", server, str(here), *line],
         stdin=subprocess.PIPE,

@@ -16,13 +16,14 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 import lora_tools
-from lora_tools import loading, nn
+from lora_tools import nn
 from lora_tools.errors import UnsupportedAdapter
-from lora_tools.formats.checkpoint import open_checkpoint
 from lora_tools.formats.digest import tensor_hash
 from lora_tools.formats.names import layout_name
 from lora_tools.formats.safetensors_file import SafetensorsFile
-from lora_tools.verbs.loaded_view import LoadedView, loaded_view
+from lora_tools.sources import transformers_names as loading
+from lora_tools.sources.as_loaded import LoadedView, loaded_view
+from lora_tools.sources.checkpoints import open_checkpoint
 
 from . import export_models, models
 

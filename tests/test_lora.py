@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_tools.engine import Buffers, run
+from lora_tools.engine.threads import Buffers, run
 from lora_tools.errors import UsageError
 from lora_tools.linalg.delta import Delta
 from lora_tools.linalg.lora import (

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import lora_tools
 from lora_tools import nn
-from lora_tools.adapters import open_adapter
 from lora_tools.errors import AdapterError, MismatchError, UnsupportedAdapter, UsageError
+from lora_tools.sources.adapters import open_adapter
 
 from . import iotools, models
 

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_tools.formats.bitsandbytes import BLOCKSIZES, QUANT_TYPES
+from lora_tools.formats.quantized.bitsandbytes import BLOCKSIZES, QUANT_TYPES
 from lora_tools.linalg import nf4, nf4_search
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch compiles bitsandbytes' fallbacks

@@ -9,10 +9,10 @@ import pytest
 from safetensors import safe_open
 
 import lora_tools
-from lora_tools.adapters import open_adapter
 from lora_tools.errors import MismatchError
-from lora_tools.formats.adapter_formats import FORMATS
-from lora_tools.formats.peft import WEIGHTS
+from lora_tools.formats.adapters.peft import WEIGHTS
+from lora_tools.formats.adapters.table import FORMATS
+from lora_tools.sources.adapters import open_adapter
 
 from . import iotools, models
 

@@ -19,7 +19,7 @@ from lora_tools.errors import (
     QualityGateError,
     UsageError,
 )
-from lora_tools.formats.bitsandbytes import STATE, QuantState
+from lora_tools.formats.quantized.bitsandbytes import STATE, QuantState
 
 from . import iotools, models
 

@@ -21,7 +21,7 @@ from lora_tools.linalg.ranks import (
     marchenko_pastur_median,
     uniform,
 )
-from lora_tools.verbs.common import most_factors, rank_rule
+from lora_tools.options import most_factors, rank_rule
 
 values = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=30).map(
     lambda s: torch.tensor(sorted(s, reverse=True), dtype=torch.float64)

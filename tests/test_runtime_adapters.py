@@ -496,7 +496,7 @@ def test_layers_that_factors_would_not_reach() -> None:
 def test_an_adapter_that_does_something_else_is_found(
     made: Made, tmp_path: Path, monkeypatch: Any, capfd: Any
 ) -> None:
-    from lora_tools.verbs import runtime_adapters
+    from lora_tools.exporting import runtime_adapters
 
     write = runtime_adapters.write_modules
     monkeypatch.setattr(

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import lora_tools
 from lora_tools.cli import run
 from lora_tools.errors import CheckpointError, QualityGateError, UsageError
-from lora_tools.formats.peft import WEIGHTS
+from lora_tools.formats.adapters.peft import WEIGHTS
 
 from . import iotools, models
 
@@ -184,7 +184,7 @@ def test_diff_of_experts_recommends_what_the_widest_needs(tmp_path):
 def test_diff_figures_are_bounds_of_the_true_ones(half, tmp_path, monkeypatch):
     """Large enough to be iterated for, with and without products in half precision."""
     torch.manual_seed(0)
-    monkeypatch.setattr("lora_tools.engine.half_products", lambda device: half)
+    monkeypatch.setattr("lora_tools.engine.threads.half_products", lambda device: half)
     k = torch.arange(1, 601).float() ** -0.6
     W = 0.02 * torch.randn(640, 600)
     D = torch.linalg.qr(torch.randn(640, 600)).Q * k @ torch.linalg.qr(torch.randn(600, 600)).Q

@@ -12,7 +12,7 @@ import torch
 
 import lora_tools
 from lora_tools.errors import QualityGateError
-from lora_tools.formats.adapter_formats import FORMATS
+from lora_tools.formats.adapters.table import FORMATS
 
 from . import iotools, models
 from .test_layers_peft import PLAIN, net, store, trained

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 import lora_tools
 from lora_tools.cli import run
 from lora_tools.errors import QualityGateError, UsageError
-from lora_tools.formats.bitsandbytes import STATE
+from lora_tools.formats.quantized.bitsandbytes import STATE
 
 from . import iotools, models
 from .test_quantize_transformers import by_transformers

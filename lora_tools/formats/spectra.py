@@ -28,7 +28,7 @@ MARK = "loratools_spectra"
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class StoredSpectrum:
     """One module's decomposition as far as it went.
 
     Attributes:
@@ -61,7 +61,7 @@ class Spectra:
         if earlier is not None:
             self._earlier, self._facts = _open(earlier)
 
-    def get(self, module: str, key: str, vectors: bool = True) -> Stored | None:
+    def get(self, module: str, key: str, vectors: bool = True) -> StoredSpectrum | None:
         """The decomposition under that key, or None; from any thread. Without ``vectors`` only
         their number is right, and ``right`` is (depth, 0)."""
         facts = self._facts.get(module)
@@ -69,8 +69,8 @@ class Spectra:
             return None
         squared, right = self._tensor(f"squared/{module}"), f"right/{module}"
         if vectors:
-            return Stored(key, squared, self._tensor(right), facts["facts"])
-        return Stored(
+            return StoredSpectrum(key, squared, self._tensor(right), facts["facts"])
+        return StoredSpectrum(
             key, squared, squared.new_empty(self._spec(right).shape[0], 0), facts["facts"]
         )
 
@@ -78,7 +78,7 @@ class Spectra:
         """What the module's decomposition was made from, where there is one."""
         return self._facts[module]["key"] if module in self._facts else None
 
-    def put(self, module: str, stored: Stored) -> None:
+    def put(self, module: str, stored: StoredSpectrum) -> None:
         """Keep a decomposition in place of what was there. Not for use from several threads."""
         for part in ("squared", "right"):
             tensor = getattr(stored, part)

@@ -17,14 +17,15 @@ from torch import nn
 from torch.nn import functional
 
 from lora_tools.errors import MismatchError, NonFiniteError, UsageError
-from lora_tools.formats.base_names import names_of
+from lora_tools.formats.adapters.base_names import names_of
 from lora_tools.formats.dtypes import dtype_name
 from lora_tools.linalg.layouts import Block
 from lora_tools.linalg.merge import Effect, LowRank, merged_whole
-from lora_tools.loading import renamed
+from lora_tools.merging.plan import MergePlan, build_effects, plan_merge
+from lora_tools.merging.targets import BaseOutline, Target
 from lora_tools.records import TensorSpec
-from lora_tools.verbs.merge_plan import MergePlan, Outline, Target, build_effects, plan_merge
-from lora_tools.verbs.weighted import open_weighted
+from lora_tools.sources.transformers_names import renamed
+from lora_tools.sources.weighted import open_weighted
 
 M = TypeVar("M", bound=nn.Module)
 Adapters = str | Path | Sequence[str | Path | tuple[str | Path, float]]
@@ -119,7 +120,7 @@ def _undo(model: nn.Module, record: _Record) -> None:
         _set(model, name, parameter)
 
 
-def _outline(model: nn.Module, state: Mapping[str, torch.Tensor]) -> Outline:
+def _outline(model: nn.Module, state: Mapping[str, torch.Tensor]) -> BaseOutline:
     """Names, dtypes and shapes as a plan wants them."""
     specs = {
         name: TensorSpec(name, dtype_name(tensor.dtype), tuple(tensor.shape))
@@ -128,7 +129,7 @@ def _outline(model: nn.Module, state: Mapping[str, torch.Tensor]) -> Outline:
     }
     to_dict = getattr(getattr(model, "config", None), "to_dict", dict)
     own = functools.partial(renamed, model)
-    return Outline(Path(type(model).__name__), specs, to_dict(), own)
+    return BaseOutline(Path(type(model).__name__), specs, to_dict(), own)
 
 
 def _act(

@@ -10,7 +10,7 @@ from typing import Any
 import onnx
 
 from lora_tools.errors import CheckpointError, MismatchError
-from lora_tools.formats.checkpoint import Checkpoint, open_checkpoint, with_theta
+from lora_tools.formats.checkpoint import Checkpoint, with_theta
 from lora_tools.formats.output import write_synced
 from lora_tools.formats.tensors import as_bytes
 from lora_tools.onnx import genai
@@ -28,6 +28,7 @@ from lora_tools.onnx.weights import (
     weights_of,
 )
 from lora_tools.records import TensorSpec
+from lora_tools.sources.checkpoints import open_checkpoint
 
 _COPY_STEP = 8 << 20
 # Fields of config.json that say nothing of the graph.

@@ -17,7 +17,7 @@ BATCH, SEQUENCE, PAST, SOURCE = 2, 3, 5, 7
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class GraphPart:
     """One graph to be traced.
 
     Attributes:
@@ -38,7 +38,7 @@ class Part:
 
 def parts(
     model: nn.Module, task: Task, cache: bool = True, kept: Mapping[int, int] | None = None
-) -> Iterator[Part]:
+) -> Iterator[GraphPart]:
     """The graphs of a model, in the order of ``task.files()``.
 
     Args:
@@ -89,14 +89,14 @@ def text_inputs(model: nn.Module) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _text(model: nn.Module, config: Any, task: Task) -> Part:
+def _text(model: nn.Module, config: Any, task: Task) -> GraphPart:
     names = text_inputs(model)
     args = {name: _tokens(BATCH, SOURCE) for name in names}
     args["attention_mask"] = torch.ones(BATCH, SOURCE, dtype=torch.int64)
     if "token_type_ids" in args:
         args["token_type_ids"] = torch.zeros(BATCH, SOURCE, dtype=torch.int64)
     axes = {name: {0: "batch", 1: "sequence"} for name in names}
-    return Part("model.onnx", _Plain(model, names, task.outputs), args, axes, task.outputs)
+    return GraphPart("model.onnx", _Plain(model, names, task.outputs), args, axes, task.outputs)
 
 
 def image_size(config: Any) -> tuple[int, int]:
@@ -105,12 +105,12 @@ def image_size(config: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def _image(model: nn.Module, config: Any) -> Part:
+def _image(model: nn.Module, config: Any) -> GraphPart:
     channels = getattr(config, "num_channels", 3)
     args = {"pixel_values": torch.randn(BATCH, channels, *image_size(config))}
     axes = {"pixel_values": {0: "batch"}}
     names = ("pixel_values",)
-    return Part("model.onnx", _Plain(model, names, ("logits",)), args, axes, ("logits",))
+    return GraphPart("model.onnx", _Plain(model, names, ("logits",)), args, axes, ("logits",))
 
 
 def cache_shape(config: Any) -> tuple[int, int]:
@@ -166,7 +166,7 @@ def decoder_inputs(model: nn.Module) -> tuple[str, ...]:
     return (*names, "position_ids") if takes(model, "position_ids") else names
 
 
-def _decoder(model: nn.Module, config: Any, cache: bool, kept: Mapping[int, int]) -> Part:
+def _decoder(model: nn.Module, config: Any, cache: bool, kept: Mapping[int, int]) -> GraphPart:
     names = decoder_inputs(model)
     length = PAST if cache else 0
     args = {
@@ -185,7 +185,7 @@ def _decoder(model: nn.Module, config: Any, cache: bool, kept: Mapping[int, int]
         args[name] = torch.randn(BATCH, shape[0], PAST, shape[1])
         axes[name] = {0: "batch", 2: "past"}
     outputs = ("logits", *_cache_names("present", layers))
-    return Part("model.onnx", _Decoder(model, names, layers), args, axes, outputs)
+    return GraphPart("model.onnx", _Decoder(model, names, layers), args, axes, outputs)
 
 
 def _cache_names(start: str, layers: int, *sides: str) -> list[str]:
@@ -221,18 +221,18 @@ def speech_shape(config: Any) -> tuple[int, int]:
     return config.num_mel_bins, config.max_source_positions * 2
 
 
-def _encoder(model: nn.Module, config: Any) -> Part:
+def _encoder(model: nn.Module, config: Any) -> GraphPart:
     outputs = ("last_hidden_state",)
     if is_speech(model):
         args = {"input_features": torch.randn(BATCH, *speech_shape(config))}
         module, axes = _Encoder(model, ("input_features",)), {"input_features": {0: "batch"}}
-        return Part("encoder_model.onnx", module, args, axes, outputs)
+        return GraphPart("encoder_model.onnx", module, args, axes, outputs)
     args = {
         "input_ids": _tokens(BATCH, SOURCE),
         "attention_mask": torch.ones(BATCH, SOURCE, dtype=torch.int64),
     }
     axes = {name: {0: "batch", 1: "source"} for name in args}
-    return Part("encoder_model.onnx", _Encoder(model, tuple(args)), args, axes, outputs)
+    return GraphPart("encoder_model.onnx", _Encoder(model, tuple(args)), args, axes, outputs)
 
 
 class _Seq2Seq(nn.Module):
@@ -275,7 +275,7 @@ class _Seq2Seq(nn.Module):
         return (result.logits, *present)
 
 
-def _seq2seq(model: nn.Module, config: Any, past: bool, kept: Mapping[int, int]) -> Part:
+def _seq2seq(model: nn.Module, config: Any, past: bool, kept: Mapping[int, int]) -> GraphPart:
     speech = is_speech(model)
     source = config.max_source_positions if speech else SOURCE
     layers = getattr(config, "decoder_layers", None) or config.num_decoder_layers
@@ -309,4 +309,4 @@ def _seq2seq(model: nn.Module, config: Any, past: bool, kept: Mapping[int, int])
     sides = ("decoder",) if past else ("decoder", "encoder")
     outputs = ("logits", *_cache_names("present", layers, *sides))
     file = "decoder_with_past_model.onnx" if past else "decoder_model.onnx"
-    return Part(file, _Seq2Seq(model, names, past, source), args, axes, outputs)
+    return GraphPart(file, _Seq2Seq(model, names, past, source), args, axes, outputs)

@@ -17,11 +17,11 @@ import onnx
 import torch
 
 from lora_tools.errors import NonFiniteError
-from lora_tools.formats.checkpoint import open_checkpoint
 from lora_tools.formats.names import align
 from lora_tools.onnx.check import Check, InRuntime, InTorch, Run
 from lora_tools.onnx.quantized_weights import dequantized, exact
 from lora_tools.onnx.tasks import Task
+from lora_tools.sources.checkpoints import open_checkpoint
 
 _POSITIONS = 64  # of a text at a time, in float64
 

@@ -18,7 +18,8 @@ import onnx
 import torch
 
 from lora_tools.errors import MismatchError, NonFiniteError
-from lora_tools.formats.bitsandbytes import (
+from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.formats.quantized.bitsandbytes import (
     ABSMAX,
     NESTED_ABSMAX,
     NESTED_MAP,
@@ -26,7 +27,6 @@ from lora_tools.formats.bitsandbytes import (
     find_quantized,
     reason_to_keep,
 )
-from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.tensors import as_bytes
 from lora_tools.linalg import nf4
 from lora_tools.onnx.linears import DOMAIN, Linear, linears

@@ -27,7 +27,7 @@ def exact(model: onnx.ModelProto) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class StoredWeight:
     """A quantized weight of a written graph: its operator, the operator's attributes, and the
     initializers that hold it, the one with its own name first."""
 
@@ -96,7 +96,7 @@ class Stored:
         return out
 
 
-def stored_weights(model: onnx.ModelProto) -> Iterator[Stored]:
+def stored_weights(model: onnx.ModelProto) -> Iterator[StoredWeight]:
     """Every quantized weight of a graph, once."""
     tensors = {i.name: i for i in model.graph.initializer}
     seen: set[str] = set()
@@ -105,7 +105,9 @@ def stored_weights(model: onnx.ModelProto) -> Iterator[Stored]:
             continue
         seen.add(node.input[1])
         attributes = {each.name: each.i for each in node.attribute}
-        yield Stored(node.op_type, attributes, tuple(tensors[name] for name in node.input[1:]))
+        yield StoredWeight(
+            node.op_type, attributes, tuple(tensors[name] for name in node.input[1:])
+        )
 
 
 def dequantized(path: Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -21,7 +21,7 @@ from typing import Any
 import onnx
 
 from lora_tools.errors import UnsupportedAdapter
-from lora_tools.formats.onnxruntime import factor_names, saved_name
+from lora_tools.formats.adapters.onnxruntime import factor_names, saved_name
 from lora_tools.onnx.linears import linears
 from lora_tools.onnx.weights import weights_of
 

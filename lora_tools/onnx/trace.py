@@ -25,7 +25,7 @@ from lora_tools.errors import CheckpointError
 from lora_tools.formats.names import align
 from lora_tools.onnx.layers import NotRepeating, Stack, repeat, shorten
 from lora_tools.onnx.model import weightless, with_memory
-from lora_tools.onnx.parts import Part, parts
+from lora_tools.onnx.parts import GraphPart, parts
 from lora_tools.onnx.tasks import Task
 from lora_tools.records import TensorSpec
 
@@ -111,7 +111,7 @@ class _Names:
         self.converted = {name for name in parameters if name not in self.key}
 
 
-def _export(part: Part, stacks: list[Stack], names: _Names, opset: int) -> Graph:
+def _export(part: GraphPart, stacks: list[Stack], names: _Names, opset: int) -> Graph:
     dynamic = {
         name: dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for name, axes in part.axes.items()
     }
@@ -213,7 +213,7 @@ def _bare(name: str, shape: tuple[int, ...]) -> onnx.TensorProto:
     return onnx.TensorProto(name=name, dims=shape, data_type=onnx.TensorProto.FLOAT)
 
 
-def _name_dimensions(graph: onnx.GraphProto, part: Part) -> None:
+def _name_dimensions(graph: onnx.GraphProto, part: GraphPart) -> None:
     """torch's symbols (s53) → the names of the axes (sequence), in the outputs' sums as well."""
     symbols: dict[str, str] = {}
     for value in graph.input:
@@ -225,7 +225,7 @@ def _name_dimensions(graph: onnx.GraphProto, part: Part) -> None:
                 dim.dim_param = re.sub(r"\w+", lambda m: symbols.get(m[0], m[0]), dim.dim_param)
 
 
-def _like_traced(name: str, part: Part) -> str:
+def _like_traced(name: str, part: GraphPart) -> str:
     """An input that was traced; that of a repeated layer is like the first layer's."""
     return name if name in part.args else re.sub(r"\.\d+\.", ".0.", name, count=1)
 

@@ -11,14 +11,16 @@ from typing import Any, Literal
 from lora_tools.errors import CheckpointError, UsageError
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.activations import MARK, VERSION
-from lora_tools.formats.checkpoint import Checkpoint, open_checkpoint
+from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.names import layout_name, split_tensor
 from lora_tools.formats.output import check_destination, check_space, staged
 from lora_tools.formats.safetensors_file import SafetensorsWriter
 from lora_tools.formats.tensors import as_bytes
 from lora_tools.linalg.layouts import LAYOUTS
+from lora_tools.options import read_text
+from lora_tools.provenance import command_of, tool_version
 from lora_tools.records import Fate, Input, Progress, ProgressCallback, Report, TensorSpec
-from lora_tools.verbs.common import command_of, read_text, tool_version
+from lora_tools.sources.checkpoints import open_checkpoint
 
 
 def collect_stats(
@@ -117,9 +119,10 @@ def _collect(
     allow_pickle: bool,
     progress: ProgressCallback | None,
 ) -> Report:
-    from lora_tools import calibration, engine
+    from lora_tools import calibration
+    from lora_tools.engine import threads
 
-    device = engine.pick_device(device)
+    device = threads.pick_device(device)
     rows = calibration.sequences(checkpoint.path, content, length)
     rows = rows[: max_tokens // length] if max_tokens is not None else rows
 
@@ -127,7 +130,7 @@ def _collect(
         if progress is not None:
             progress(Progress(count, len(rows), "sequences"))
 
-    with engine.torch_threads(engine.default_jobs() if jobs is None else jobs):
+    with threads.torch_threads(threads.default_jobs() if jobs is None else jobs):
         found = calibration.moments(checkpoint.path, rows, kind, device, allow_pickle, done)
     specs = [TensorSpec(name, "F32", tuple(found[name].shape)) for name in sorted(found)]
     hashes = {name: hashing.tensor_hash(checkpoint.raw(name)) for name in checkpoint.specs}

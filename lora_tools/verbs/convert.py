@@ -6,32 +6,33 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_tools.adapters import open_adapter
-from lora_tools.errors import NonFiniteError, UnsupportedAdapter, UsageError
-from lora_tools.formats.adapter_formats import FEATURES, Format, format_named
-from lora_tools.formats.base_names import base_names
-from lora_tools.formats.digest import PROVENANCE
+from lora_tools.adapting.convert_module import Conversion
+from lora_tools.adapting.totals import resized_totals
+from lora_tools.adapting.write import (
+    choose_conversion,
+    conversion_notes,
+    features,
+    kept_modules,
+    write_factors,
+)
+from lora_tools.errors import UnsupportedAdapter, UsageError
+from lora_tools.formats.adapters.base_names import BaseNames
+from lora_tools.formats.adapters.outline import parse_enable_lora
+from lora_tools.formats.adapters.peft import Adapter, LoraModule
+from lora_tools.formats.adapters.table import FEATURES, Format, format_named
 from lora_tools.formats.dtypes import parse_float_dtype
 from lora_tools.formats.output import check_destination, check_space, staged
-from lora_tools.formats.peft import Adapter, LoraModule
-from lora_tools.formats.view import BaseNames, parse_enable_lora
 from lora_tools.linalg.layouts import Merged
-from lora_tools.linalg.ranks import RankRule
-from lora_tools.records import Fate, Input, ModuleResult, ProgressCallback, Report
-from lora_tools.verbs.common import (
-    command_of,
-    handed_on,
-    layer_kinds,
-    rank_rule,
-    resized_totals,
-    tool_version,
-)
-from lora_tools.verbs.convert_module import Options, convert_module, fold_of, writes_rslora
-from lora_tools.verbs.merge_plan import adapter_digest
+from lora_tools.merging.plan import adapter_digest
+from lora_tools.options import layer_kinds, rank_rule
+from lora_tools.provenance import command_of, handed_on, tool_version
+from lora_tools.records import Fate, Input, ProgressCallback, Report
+from lora_tools.sources.adapters import open_adapter
+from lora_tools.sources.base_names import base_names
 
 if TYPE_CHECKING:
     from lora_tools.linalg.layouts import Layout
@@ -99,9 +100,9 @@ def convert(
     found = features(given, names)
     if names is not None and names.tied:
         _refuse_tied(given, target, drop, found, names)
-    options = _choose(given, target, frozenset(drop), rule, written, found)
+    options = choose_conversion(given, target, frozenset(drop), rule, written, found)
     options = dataclasses.replace(options, blocks=_blocks(given, target, kinds))
-    kept = _kept(given, options, found)
+    kept = kept_modules(given, options, found)
     report = Report(
         "convert",
         tool_version(),
@@ -109,7 +110,7 @@ def convert(
         str(out),
         dry_run,
         _fates(given, kept, options),
-        notes=tuple(_notes(given, kept, options, found)),
+        notes=tuple(conversion_notes(given, kept, options, found)),
         command=command,
     )
     if not dry_run:
@@ -120,52 +121,6 @@ def convert(
         with staged(destination) as staging:
             report = _convert(report, given, kept, names, options, staging / "out", jobs, progress)
     return dataclasses.replace(report, seconds=time.perf_counter() - started)
-
-
-def write_as(
-    given: Adapter,
-    to: Format,
-    names: BaseNames | None,
-    out: Path,
-    blocks: Mapping[str, tuple[bool, ...]],
-    jobs: int | None,
-) -> tuple[str, ...]:
-    """Write an adapter in a format to a path that does not exist; what was done comes back.
-
-    Args:
-        blocks: of modules that are MergedLinears, in loralib.
-
-    Raises:
-        UnsupportedAdapter: the format cannot hold a part of it.
-    """
-    found = features(given, names)
-    options = _choose(given, to, frozenset(), None, None, found)
-    options = dataclasses.replace(options, blocks=blocks)
-    kept = _kept(given, options, found)
-    made = {k: v for k, v in given.file.metadata.items() if k in PROVENANCE}
-    _write(given, kept, names, options, made, out, jobs, None)
-    return tuple(_notes(given, kept, options, found))
-
-
-_MODULES = ("embedding", "conv", "experts", "head")  # features that are modules of their own
-
-
-def features(given: Adapter, names: BaseNames | None = None) -> dict[str, list[str]]:
-    """Which of ``FEATURES`` an adapter has, each with the modules or tensors that have it.
-
-    ``names``: of its base, which alone tell that an output head is tied.
-    """
-    found = {
-        "embedding": [m.name for m in given.modules.values() if m.form == "embedding"],
-        "conv": [m.name for m in given.modules.values() if m.form == "conv"],
-        "experts": [m.name for m in given.modules.values() if m.form == "experts"],
-        "dora": [m.module for m in given.modules.values() if m.magnitude],
-        "bias": [m.module for m in given.modules.values() if m.bias],
-        "saved": list(given.whole),
-        "tokens": list(given.tokens),
-        "head": [m for m in given.modules if names is not None and m == names.tied],
-    }
-    return {feature: where for feature, where in found.items() if where}
 
 
 def _refuse_tied(
@@ -183,34 +138,6 @@ def _refuse_tied(
             "has one tensor for both and aborts on factors of it; --drop embedding leaves them "
             "out, and merging the adapter into the base keeps them"
         )
-
-
-def _choose(
-    given: Adapter,
-    target: Format,
-    drop: frozenset[str],
-    rule: RankRule | None,
-    dtype: str | None,
-    found: Mapping[str, list[str]],
-) -> Options:
-    """Check that the format holds the adapter; settle on its one alpha and rank, if it has one."""
-    lacks = {f: where for f, where in found.items() if f not in target.keeps and f not in drop}
-    if lacks:
-        parts = " or ".join(f"{FEATURES[f]} ({min(where)})" for f, where in lacks.items())
-        raise UnsupportedAdapter(
-            f"{given.path}: {target.title} has no place for {parts}; "
-            f"{' '.join(f'--drop {f}' for f in lacks)} leaves them out"
-        )
-    alpha, pad_to = None, None
-    if target.alpha == "one":
-        modules = given.modules.values()
-        top = max((_ceiling(m, given, rule) for m in modules), default=1)
-        alphas, ranks = {m.alpha for m in modules}, {m.r for m in modules}
-        plain = rule is None and not given.use_rslora and len(alphas) == 1
-        if target.one_rank:
-            plain, pad_to = plain and len(ranks) == 1, top
-        alpha = alphas.pop() if plain else float(top)
-    return Options(target, drop, rule, dtype, alpha, pad_to, {})
 
 
 def _blocks(
@@ -233,25 +160,7 @@ def _blocks(
     return found
 
 
-def _ceiling(module: LoraModule, given: Adapter, rule: RankRule | None) -> int:
-    if rule is None:
-        return module.r
-    rows, cols = given.shape(module.B)[0], math.prod(given.shape(module.A)[1:])
-    return min(rule.ceiling(rows, cols), module.r)
-
-
-def _kept(
-    given: Adapter, options: Options, where: Mapping[str, list[str]]
-) -> dict[str, LoraModule]:
-    """The modules that are written."""
-    gone = {m for f in _MODULES if f in options.dropped for m in where.get(f, ())}
-    kept = {name: module for name, module in given.modules.items() if name not in gone}
-    if not kept and not (options.to.name == "peft" and (given.whole or given.tokens)):
-        raise UnsupportedAdapter(f"{given.path}: nothing would be left of it")
-    return kept
-
-
-def _fates(given: Adapter, kept: Mapping[str, LoraModule], options: Options) -> tuple[Fate, ...]:
+def _fates(given: Adapter, kept: Mapping[str, LoraModule], options: Conversion) -> tuple[Fate, ...]:
     fates = []
     for name, module in given.modules.items():
         lost = [
@@ -269,39 +178,19 @@ def _fates(given: Adapter, kept: Mapping[str, LoraModule], options: Options) -> 
     return tuple(fates)
 
 
-def _notes(
-    given: Adapter, kept: Mapping[str, LoraModule], options: Options, found: Mapping[str, list[str]]
-) -> list[str]:
-    notes = list(given.notes)
-    lost = [f for f in found if f in options.dropped]
-    if lost:
-        what = " and ".join(FEATURES[f] for f in lost)
-        notes.append(f"left out: {what}; the effect is not that of the adapter given")
-    folded = sum(fold_of(m, m.r, given, options) != 1 for m in kept.values())
-    if options.rule is None and folded:
-        place = "no place for lora_alpha" if options.to.alpha == "folded" else "one alpha for all"
-        notes.append(
-            f"{options.to.title} has {place}: the scale went into lora_B of {folded} of "
-            f"{len(kept)} modules, rounded once"
-        )
-    if options.pad_to is not None and any(m.r != options.pad_to for m in kept.values()):
-        notes.append(f"every module has rank {options.pad_to}, with zeros where it had less")
-    return notes
-
-
 def _convert(
     report: Report,
     given: Adapter,
     kept: Mapping[str, LoraModule],
     names: BaseNames | None,
-    options: Options,
+    options: Conversion,
     out: Path,
     jobs: int | None,
     progress: ProgressCallback | None,
 ) -> Report:
     digest = adapter_digest(given)
     made = handed_on(given.file.metadata, report.command, digest)
-    results = _write(given, kept, names, options, made, out, jobs, progress)
+    results = write_factors(given, kept, names, options, made, out, jobs, progress)
     files = list(out.iterdir()) if out.is_dir() else [out]
     totals: dict[str, Any] = {
         "modules": len(kept),
@@ -310,92 +199,3 @@ def _convert(
     }
     inputs = tuple(dataclasses.replace(i, digest=digest) for i in report.inputs)
     return dataclasses.replace(report, inputs=inputs, modules=tuple(results), totals=totals)
-
-
-def write_modules(
-    given: Adapter,
-    modules: Collection[str],
-    out: Path,
-    target: Format,
-    names: BaseNames,
-    *,
-    saved: Collection[str] = (),
-    weight: float = 1.0,
-    jobs: int | None = None,
-) -> None:
-    """Write those modules of an adapter, times ``weight``, and those of its tensors saved whole, as
-    ``convert`` would, and with its errors."""
-    options = _choose(
-        given, target, frozenset(), None, target.dtype or None, features(given, names)
-    )
-    kept = {name: given.modules[name] for name in modules}
-    options = dataclasses.replace(options, weight=weight)
-    _write(given, kept, names, options, {}, out, jobs, None, saved)
-
-
-def _write(
-    given: Adapter,
-    kept: Mapping[str, LoraModule],
-    names: BaseNames | None,
-    options: Options,
-    made: Mapping[str, str],
-    out: Path,
-    jobs: int | None,
-    progress: ProgressCallback | None,
-    saved: Collection[str] | None = None,
-) -> list[ModuleResult]:
-    from lora_tools import engine
-    from lora_tools.formats.peft_format import PeftFormat
-    from lora_tools.linalg.recipes import compute
-
-    writer = (options.to.writer or PeftFormat)(out, names, compute)
-    results = []
-    try:
-        for factors, result in engine.run(
-            list(kept.values()),
-            lambda module: convert_module(module, given, options),
-            jobs=jobs,
-            nbytes=lambda m: 16 * m.r * (math.prod(given.shape(m.A)[1:]) + given.shape(m.B)[0]),
-            label=lambda module: module.module,
-            progress=progress,
-        ):
-            writer.add(factors)
-            if result is not None:
-                results.append(result)
-        if isinstance(writer, PeftFormat):
-            _add_peft(writer, given, options)
-        elif "saved" in options.to.keeps - options.dropped:
-            for name in given.whole if saved is None else saved:
-                writer.add_saved(name, _saved(given, name))
-        writer.made = made
-        writer.finish()
-    finally:
-        writer.close()
-    return results
-
-
-def _saved(given: Adapter, name: str) -> Any:
-    tensor = given.tensor(given.whole[name])
-    if not tensor.isfinite().all():
-        raise NonFiniteError(f"{given.path}: {name}, saved whole, holds an inf or a NaN")
-    return tensor
-
-
-def _add_peft(writer: Any, given: Adapter, options: Options) -> None:
-    """What PEFT alone has a place for."""
-    for feature, keys in (
-        ("saved", list(given.whole.values())),
-        ("tokens", [rows.key for rows in given.tokens.values()]),
-    ):
-        if feature not in options.dropped:
-            for key in keys:
-                writer.add_raw(key, given.tensor(key))
-    none = {
-        "dora": ("use_dora", False),
-        "bias": ("lora_bias", False),
-        "saved": ("modules_to_save", None),
-        "tokens": ("trainable_token_indices", None),
-    }
-    config = {**given.config, "use_rslora": writes_rslora(given, options)}
-    config |= dict(none[feature] for feature in none if feature in options.dropped)
-    writer.config = config

@@ -5,21 +5,19 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any
 
 from lora_tools.errors import MismatchError
-from lora_tools.formats import digest as hashing
-from lora_tools.formats.checkpoint import open_checkpoint
 from lora_tools.formats.checkpoint_writer import lay_out, parse_size
 from lora_tools.formats.dtypes import parse_float_dtype
 from lora_tools.formats.output import check_destination, check_space, staged
+from lora_tools.merging.output_files import out_specs
+from lora_tools.merging.plan import plan_merge
+from lora_tools.merging.rewrite import Rewrite, signed
+from lora_tools.provenance import command_of, tool_version
+from lora_tools.quantizing.dequantize import dequantize_checkpoint
 from lora_tools.records import Fate, Input, ProgressCallback, Report
-from lora_tools.verbs.common import command_of, tool_version
-from lora_tools.verbs.merge import changed_files, out_specs
-from lora_tools.verbs.merge_plan import Target, plan_merge
-from lora_tools.verbs.merge_tensor import Merged, merge_tensor
-from lora_tools.verbs.plain_view import PlainView, plain_files, plain_view
-from lora_tools.verbs.rewrite import Rewrite, signed
+from lora_tools.sources.checkpoints import open_checkpoint
+from lora_tools.sources.dequantized import plain_view
 
 
 def dequantize(
@@ -79,27 +77,7 @@ def dequantize(
         check_destination(destination, [stored.path], force)
         check_space(destination, nbytes)
         with staged(destination) as staging:
-            report = _dequantize(
+            report = dequantize_checkpoint(
                 Rewrite(report, view, (), plan, shards, staging / "out", jobs, progress), view
             )
     return dataclasses.replace(report, seconds=time.perf_counter() - started)
-
-
-def _dequantize(job: Rewrite, view: PlainView) -> Report:
-    specs = {spec.name: spec for shard in job.shards for spec in shard.specs}
-    with job.writer() as writer:
-
-        def work(target: Target) -> Merged:
-            return merge_tensor(target, view, specs[target.spec.name], writer.write)
-
-        done = job.run(job.plan.targets, work, lambda target: 4 * target.spec.numel)
-        hashes = {target.spec.name: result.out_hash for target, result in done}
-        changed = plain_files(view, changed_files(view, job.plan, specs))
-        report = job.finish(writer, changed)
-    totals: dict[str, Any] = {
-        **report.totals,
-        "tensors_dequantized": len(view.quantized),
-        "tensors_copied": len(specs) - len(view.quantized),
-        "output_digest": hashing.digest(specs.values(), hashes),
-    }
-    return dataclasses.replace(report, totals=totals)

@@ -10,19 +10,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lora_tools.errors import NonFiniteError
-from lora_tools.formats.checkpoint import Checkpoint, open_checkpoint
-from lora_tools.formats.consumers import CONSUMERS
+from lora_tools.extracting.decompose import Decomposition, Sides, spectra_of
+from lora_tools.extracting.pair_work import hash_of, let_go
+from lora_tools.extracting.pairs import Pair, Plan, make_plan
+from lora_tools.formats.adapters.consumers import CONSUMERS
+from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.inspecting.spectrum import (
+    DEPTH,
+    check_plot,
+    recommended,
+    save_picture,
+    shown,
+    summary,
+)
 from lora_tools.linalg.ranks import RankRule
+from lora_tools.options import name_filter
+from lora_tools.provenance import tool_version
 from lora_tools.records import Fate, Input, ModuleSpectrum, ProgressCallback, Report
-from lora_tools.verbs.common import name_filter, tool_version
-from lora_tools.verbs.decompose import Options, Sides, spectra_of
-from lora_tools.verbs.extract_pairs import hash_of, let_go
-from lora_tools.verbs.pairing import Pair, Plan, make_plan
-from lora_tools.verbs.plain_view import PlainView, plain_view
-from lora_tools.verbs.spectra import DEPTH, check_plot, recommended, save_picture, shown, summary
+from lora_tools.sources.checkpoints import open_checkpoint
+from lora_tools.sources.dequantized import PlainView, plain_view
 
 if TYPE_CHECKING:
-    from lora_tools.engine import Buffers
+    from lora_tools.engine.threads import Buffers
 
 _ORDERS = {"change": lambda s: -s.relative_change, "norm": lambda s: -s.norm, "name": lambda s: 0}
 
@@ -77,7 +86,7 @@ def diff(
     seen = _look(
         plan,
         sides,
-        Options(
+        Decomposition(
             RankRule("rank", DEPTH),
             None,
             False,
@@ -144,14 +153,18 @@ def _resized(base: Checkpoint, tuned: Checkpoint) -> bool:
 
 
 def _look(
-    plan: Plan, sides: Sides, options: Options, jobs: int | None, progress: ProgressCallback | None
+    plan: Plan,
+    sides: Sides,
+    options: Decomposition,
+    jobs: int | None,
+    progress: ProgressCallback | None,
 ) -> list[_Seen]:
-    from lora_tools import engine
+    from lora_tools.engine import threads
 
     options = options.on_device()
-    buffers = engine.Buffers()
+    buffers = threads.Buffers()
     return list(
-        engine.run(
+        threads.run(
             plan.pairs,
             lambda pair: _see(pair, sides, options, buffers),
             jobs=jobs,
@@ -162,7 +175,7 @@ def _look(
     )
 
 
-def _see(pair: Pair, sides: Sides, options: Options, buffers: Buffers) -> _Seen:
+def _see(pair: Pair, sides: Sides, options: Decomposition, buffers: Buffers) -> _Seen:
     base, tuned = sides
     assert pair.tuned is not None
     theirs = hash_of(tuned, pair.tuned.name)

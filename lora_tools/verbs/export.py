@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_tools.errors import CheckpointError, QualityGateError, UsageError
-from lora_tools.formats.checkpoint import Checkpoint, open_checkpoint, with_theta
+from lora_tools.exporting.quantized import plan_quantization
+from lora_tools.exporting.runtime_adapters import SUFFIX, plan_runtime_adapters
+from lora_tools.formats.checkpoint import Checkpoint, with_theta
 from lora_tools.formats.output import (
     check_destination,
     check_space,
@@ -22,13 +24,12 @@ from lora_tools.formats.output import (
 )
 from lora_tools.onnx import genai
 from lora_tools.onnx.tasks import Task, task_of
+from lora_tools.provenance import command_of, tool_version
 from lora_tools.records import Fate, Input, ProgressCallback, Report
-from lora_tools.verbs.common import command_of, tool_version
+from lora_tools.sources.checkpoints import open_checkpoint
 from lora_tools.verbs.dequantize import dequantize
-from lora_tools.verbs.export_quantized import plan_quantization
 from lora_tools.verbs.merge import merge
 from lora_tools.verbs.quantize import quantize
-from lora_tools.verbs.runtime_adapters import SUFFIX, plan_runtime_adapters
 
 if TYPE_CHECKING:
     from lora_tools.onnx.check import Check
@@ -204,7 +205,7 @@ def export(
         check = None
         lost: dict[str, Any] = {}
         if not no_verify:
-            from lora_tools.engine import one_torch_thread
+            from lora_tools.engine.threads import one_torch_thread
 
             with one_torch_thread():
                 if quantization.scheme or rows is not None:

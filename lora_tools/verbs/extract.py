@@ -2,41 +2,38 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from lora_tools.errors import MismatchError, QualityGateError, UsageError
+from lora_tools.adapting.scale import conform_in_place
+from lora_tools.errors import QualityGateError, UsageError
+from lora_tools.extracting.adapter import extract_adapter, kept_spectra
+from lora_tools.extracting.decompose import Decomposition
+from lora_tools.extracting.pair_work import PairWork
+from lora_tools.extracting.pairs import make_plan
 from lora_tools.formats.activations import Activations
-from lora_tools.formats.checkpoint import Checkpoint, open_checkpoint
 from lora_tools.formats.dtypes import parse_float_dtype
-from lora_tools.formats.names import EMBEDDING
 from lora_tools.formats.output import check_destination, check_space, staged
-from lora_tools.records import Fate, Input, ProgressCallback, Report
-from lora_tools.verbs.allot import Size
-from lora_tools.verbs.common import (
-    command_of,
+from lora_tools.options import (
+    Size,
     consumer_named,
     layer_kinds,
     most_factors,
     name_filter,
     rank_rule,
     refuse_shared,
-    tool_version,
 )
-from lora_tools.verbs.decompose import Options, Sides
-from lora_tools.verbs.extract_output import complete_saved, totals
-from lora_tools.verbs.extract_pairs import Outcome, PairWork, digests_of
-from lora_tools.verbs.loaded_view import layers_of, loaded_view, named_by, notes_on_names
-from lora_tools.verbs.pairing import Plan, make_plan
+from lora_tools.provenance import command_of, tool_version
+from lora_tools.records import Input, ProgressCallback, Report
+from lora_tools.sources.as_loaded import layers_of, loaded_view, notes_on_names
+from lora_tools.sources.checkpoints import open_checkpoint
 
 if TYPE_CHECKING:
-    from lora_tools.formats.peft_writer import PeftWriter
-    from lora_tools.formats.spectra import Spectra
+    pass
 
 DEFAULT_RANK = 32
 _CACHE_DEPTH = 128  # directions a spectrum cache holds, where --max-rank does not say
@@ -140,7 +137,7 @@ def extract(
             "--activations weighs the rounding noise as well, and --noise-floor and "
             "--gavish-donoho judge it unweighed: choose ranks by --rank, --energy or --budget"
         )
-    options = Options(
+    options = Decomposition(
         rule,
         alpha,
         rslora,
@@ -197,172 +194,21 @@ def extract(
             command=command,
         )
     check_space(destination, 2 * expected)
-    with staged(destination) as staging, _kept(keep, staging, size is not None) as spectra:
+    with staged(destination) as staging, kept_spectra(keep, staging, size is not None) as spectra:
         work = PairWork(sides, options.on_device(), spectra, jobs, progress)
-        report = _extract(
-            work.outcomes(plan.pairs, size), sides, plan, options, staging / "out", inputs, command
+        report = extract_adapter(
+            work.outcomes(plan.pairs, size),
+            sides,
+            plan,
+            options,
+            staging / "out",
+            inputs,
+            command,
+            conform_in_place,
         )
         report = dataclasses.replace(report, output=str(out))
         _gate(report, max_error)
     return dataclasses.replace(report, seconds=time.perf_counter() - started)
-
-
-@contextlib.contextmanager
-def _kept(keep: Path | None, scratch: Path, needed: bool) -> Iterator[Spectra | None]:
-    """Where decompositions are kept: nowhere, on disk meanwhile, or in a file for later."""
-    from lora_tools.formats.spectra import Spectra
-
-    if keep is None and not needed:
-        yield None
-        return
-    spectra = Spectra(scratch, keep if keep is not None and keep.exists() else None)
-    try:
-        yield spectra
-        if keep is not None and spectra.changed:
-            with staged(keep) as staging:
-                spectra.finish(staging / "out", tool_version())
-    finally:
-        spectra.close()
-
-
-def _extract(
-    found: Iterator[Outcome],
-    sides: Sides,
-    plan: Plan,
-    options: Options,
-    folder: Path,
-    inputs: Sequence[Input],
-    command: str,
-) -> Report:
-    from lora_tools.formats.peft_writer import PeftWriter
-
-    folder.mkdir()
-    writer = PeftWriter(folder)
-    outcomes: list[Outcome] = []
-    try:
-        for outcome in found:
-            _add(outcome, sides[1], options, writer)
-            outcome.lora = None
-            outcomes.append(outcome)
-        if not writer.ranks:
-            raise MismatchError(
-                "no module has a low-rank change, and PEFT loads no adapter without one; "
-                "are BASE and TUNED the same model, or does the rank policy leave nothing?"
-            )
-        notes = [*plan.notes, *complete_saved(outcomes, plan, sides[1], writer)]
-        notes += _unweighted(outcomes, options)
-        digests = digests_of(outcomes, sides)
-        _finish(
-            writer, plan, options, inputs[0].path, outcomes, digests, command, named_by(sides[0])
-        )
-    finally:
-        writer.close()
-    if not options.consumer.patterns:
-        from lora_tools.verbs.rescale import conform_in_place
-
-        conform_in_place(folder, options.consumer)
-    place = {pair: i for i, pair in enumerate(plan.pairs)}
-    outcomes.sort(key=lambda outcome: place[outcome.pair])
-    modules = tuple(o.result for o in outcomes if o.result is not None)
-    return Report(
-        "extract",
-        tool_version(),
-        (
-            *(dataclasses.replace(i, digest=d) for i, d in zip(inputs, digests, strict=False)),
-            *inputs[2:],
-        ),
-        "",
-        False,
-        (
-            *(Fate(o.pair.name, o.action, o.reason or o.pair.reason) for o in outcomes),
-            *plan.settled,
-        ),
-        modules,
-        totals(modules, sum(o.parameters for o in outcomes), folder),
-        tuple(notes),
-        command=command,
-    )
-
-
-def _unweighted(outcomes: Sequence[Outcome], options: Options) -> list[str]:
-    """What activations were given and do not weigh."""
-    results = [o.result for o in outcomes if o.result is not None]
-    left = [r for r in results if math.isnan(r.weighted_error)]
-    if options.activations is None or not left:
-        return []
-    kinds = ", ".join(sorted({r.layout for r in left}))
-    return [
-        f"not weighed by activations: {len(left)} of {len(results)} modules ({kinds}; "
-        f"{left[0].module}{', …' if left[1:] else ''}): the file does not know them, or their "
-        "kind has no one input"
-    ]
-
-
-def _add(outcome: Outcome, tuned: Checkpoint, options: Options, writer: PeftWriter) -> None:
-    pair = outcome.pair
-    if outcome.lora is not None:
-        lora_A, lora_B, alpha = outcome.lora
-        assert pair.layout is not None
-        form = pair.layout.written
-        if form not in options.consumer.forms:
-            raise options.consumer.refuse(
-                f"factors of a layer of kind {pair.layout.name} ({pair.name} changed)",
-                "leave it out with --exclude, or extract for peft",
-            )
-        writer.add_lora(
-            pair.module, lora_A, lora_B, alpha, form=form, parameter=pair.parameter, r=outcome.r
-        )
-        if pair.followed_by and not options.consumer.head:
-            raise options.consumer.refuse(
-                f"factors of an embedding that is the output head, too ({pair.name} changed)",
-                "leave it out with --embeddings skip, or extract for peft",
-            )
-        for module in pair.followed_by:
-            if EMBEDDING.fullmatch(module.rpartition(".")[2]):
-                writer.add_lora(module, lora_A, lora_B, alpha, form="embedding")
-            else:  # The same delta as a Linear's: its weight is stored as the embedding's is.
-                writer.add_lora(module, lora_B.T.contiguous(), lora_A.T.contiguous(), alpha)
-    elif outcome.action == "saved whole" and not options.consumer.saved:
-        raise options.consumer.refuse(
-            f"tensors saved whole ({pair.name} changed)",
-            "leave such changes out with --rest skip (and --embeddings lora or skip), or extract "
-            "for peft",
-        )
-
-
-def _finish(
-    writer: PeftWriter,
-    plan: Plan,
-    options: Options,
-    base_name: str,
-    outcomes: Sequence[Outcome],
-    digests: tuple[str, str],
-    command: str,
-    names: str,
-) -> None:
-    transposed = any(
-        o.pair.layout.transposed and o.pair.layout.written == "matrix"
-        for o in outcomes
-        if o.result is not None and o.pair.layout is not None
-    )
-    config: dict[str, Any] = {
-        "base_model_name_or_path": base_name,
-        "use_rslora": options.rslora,
-        "fan_in_fan_out": transposed,
-    }
-    if any(o.pair.followed_by and o.action in ("decomposed", "saved whole") for o in outcomes):
-        config["ensure_weight_tying"] = True
-    metadata = {
-        "loratools": tool_version(),
-        "command": command,
-        "base_digest": digests[0],
-        "tuned_digest": digests[1],
-    }
-    if names:
-        metadata["names"] = names
-    if options.activations is not None:
-        metadata["activations_digest"] = options.activations.digest
-    writer.finish(config, plan.modules, metadata)
 
 
 def _gate(report: Report, max_error: float | None) -> None:

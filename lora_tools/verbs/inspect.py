@@ -11,18 +11,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_tools.adapters import is_adapter, open_adapter
 from lora_tools.errors import UsageError
 from lora_tools.formats import digest as hashing
 from lora_tools.formats import sidecar as sidecars
 from lora_tools.formats.activations import MARK as ACTIVATIONS
-from lora_tools.formats.bitsandbytes import STATE, QuantizedTensor, config_faults, find_quantized
-from lora_tools.formats.checkpoint import Checkpoint, open_checkpoint
+from lora_tools.formats.adapters.peft import CONFIG, Adapter, LoraModule
+from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.names import is_input_embedding, tied_head
-from lora_tools.formats.peft import CONFIG, Adapter, LoraModule
+from lora_tools.formats.quantized.bitsandbytes import (
+    STATE,
+    QuantizedTensor,
+    config_faults,
+    find_quantized,
+)
 from lora_tools.formats.spectra import MARK as SPECTRA
+from lora_tools.inspecting.onnx_model import open_model
+from lora_tools.inspecting.spectrum import check_plot, save_picture, shown, summary
 from lora_tools.linalg.layouts import of_form
 from lora_tools.linalg.ranks import Spectrum
+from lora_tools.onnx.files import onnx_graphs
+from lora_tools.provenance import tool_version
 from lora_tools.records import (
     Input,
     ModuleSpectrum,
@@ -31,12 +39,11 @@ from lora_tools.records import (
     TensorFacts,
     TensorSpec,
 )
-from lora_tools.verbs.common import tool_version
-from lora_tools.verbs.inspect_onnx import onnx_graphs, open_model
-from lora_tools.verbs.spectra import check_plot, save_picture, shown, summary
+from lora_tools.sources.adapters import is_adapter, open_adapter
+from lora_tools.sources.checkpoints import open_checkpoint
 
 if TYPE_CHECKING:
-    from lora_tools.formats.checkpoint import TensorFile
+    from lora_tools.formats.tensor_file import TensorFile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,11 +215,11 @@ def _four_bits(quantized: Mapping[str, QuantizedTensor]) -> dict[str, Any]:
 
 
 def _facts(thing: _Thing, jobs: int | None, progress: ProgressCallback | None) -> list[TensorFacts]:
-    from lora_tools import engine
+    from lora_tools.engine import threads
 
     stored = [(file, spec) for file in thing.files for spec in file.specs.values()]
     return list(
-        engine.run(
+        threads.run(
             stored,
             lambda item: _look(*item),
             jobs=jobs,
@@ -255,11 +262,11 @@ def _oddities(tensors: Sequence[TensorFacts], spectra: Sequence[ModuleSpectrum])
 
 
 def _spectra(adapter: Adapter, jobs: int | None) -> tuple[ModuleSpectrum, ...]:
-    from lora_tools import engine
+    from lora_tools.engine import threads
 
     modules = list(adapter.modules.values())
     return tuple(
-        engine.run(
+        threads.run(
             modules,
             lambda module: _spectrum(adapter, module),
             jobs=jobs,

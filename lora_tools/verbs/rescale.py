@@ -4,73 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shutil
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from lora_tools.adapters import open_adapter
-from lora_tools.errors import AdapterError, NonFiniteError, UnsupportedAdapter, UsageError
-from lora_tools.formats.adapter_formats import FORMATS, Format
-from lora_tools.formats.base_names import base_names
-from lora_tools.formats.consumers import Consumer
-from lora_tools.formats.dtypes import parse_float_dtype, torch_dtype
+from lora_tools.adapting.scale import Rescaling, refuse_unread, rescale_adapter
+from lora_tools.adapting.write import write_as
+from lora_tools.errors import AdapterError, UnsupportedAdapter, UsageError
+from lora_tools.formats.adapters.base_names import BaseNames
+from lora_tools.formats.adapters.peft import Adapter, LoraModule
+from lora_tools.formats.adapters.table import FORMATS, Format
+from lora_tools.formats.dtypes import parse_float_dtype
 from lora_tools.formats.output import check_destination, check_space, staged
-from lora_tools.formats.peft import Adapter, LoraModule
-from lora_tools.formats.view import BaseNames
 from lora_tools.linalg.ranks import RankRule
-from lora_tools.records import Fate, Input, ModuleResult, ProgressCallback, Report
-from lora_tools.verbs.allot import Size
-from lora_tools.verbs.common import (
-    command_of,
-    consumer_named,
-    handed_on,
-    most_factors,
-    rank_rule,
-    refuse_shared,
-    resized_totals,
-    tool_version,
-)
-from lora_tools.verbs.convert import write_as
-from lora_tools.verbs.convert_module import module_layout, resized
-from lora_tools.verbs.merge_plan import adapter_digest
-from lora_tools.verbs.rescale_budget import shared_ranks
+from lora_tools.options import Size, consumer_named, most_factors, rank_rule, refuse_shared
+from lora_tools.provenance import command_of, tool_version
+from lora_tools.records import Fate, Input, ProgressCallback, Report
+from lora_tools.sources.adapters import open_adapter
+from lora_tools.sources.base_names import base_names
 
 if TYPE_CHECKING:
-    import torch
-
-
-@dataclasses.dataclass(frozen=True)
-class _Options:
-    scale: float
-    alpha: float | None
-    keep_effect: bool
-    rule: RankRule | None
-    rslora: bool
-    dtype: str | None
-    consumer: Consumer
-    pad_to: int | None  # the one rank of a consumer that reads no patterns
-    size: Size | None = None  # what a shared rule must not exceed
-
-    def with_rank(self, rank: int | None) -> _Options:
-        """For a module whose rank a shared rule has chosen, if it has."""
-        rule = self.rule if rank is None else RankRule("rank", rank)
-        return dataclasses.replace(self, rule=rule)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Scaled:
-    """One module's new factors; ``result`` where its rank was chosen anew."""
-
-    module: LoraModule
-    lora_A: torch.Tensor
-    lora_B: torch.Tensor
-    r: int
-    alpha: float
-    bias: torch.Tensor | None
-    magnitude: torch.Tensor | None
-    result: ModuleResult | None
+    pass
 
 
 def rescale(
@@ -172,12 +126,12 @@ def rescale(
             f"{adapter}: a DoRA adapter cannot be scaled: its magnitudes fix the norm of each "
             "output; merge it with a weight instead (ADAPTER=0.5)"
         )
-    _refuse_unread(given, target, names is not None and bool(names.tied))
+    refuse_unread(given, target, names is not None and bool(names.tied))
     pad_to = None
     if not target.patterns:
         ranks = [_ceiling(m, given, rule) for m in given.modules.values()]
         pad_to = target.rank_for(max(ranks, default=1))
-    options = _Options(
+    options = Rescaling(
         1.0 if scale is None else scale,
         alpha,
         effect == "keep",
@@ -205,7 +159,7 @@ def rescale(
         check_space(destination, 6 * given.nbytes)
         with staged(destination) as staging:
             folder = staging / ("out" if form.name == "peft" else "peft")
-            report = _rescale(report, given, options, folder, jobs, progress)
+            report = rescale_adapter(report, given, options, folder, jobs, progress)
             if form.name != "peft":
                 report = _written_as(report, form, names, given, folder, staging / "out", jobs)
     return dataclasses.replace(report, seconds=time.perf_counter() - started)
@@ -227,43 +181,6 @@ def _written_as(
     return dataclasses.replace(report, totals=totals, notes=(*report.notes, *notes))
 
 
-def conform_in_place(folder: Path, consumer: Consumer) -> None:
-    """Rewrite an adapter folder as the consumer reads it: one rank, alpha = r, scale in lora_B."""
-    given = open_adapter(folder)
-    _refuse_unread(given, consumer, False)
-    pad_to = consumer.rank_for(max(m.r for m in given.modules.values()))
-    options = _Options(1.0, None, True, None, False, None, consumer, pad_to)
-    new = folder.with_name(folder.name + "-conformed")
-    report = Report("rescale", tool_version(), (Input("adapter", ""),), "", False, ())
-    _rescale(report, given, options, new, 1, None)
-    shutil.rmtree(folder)
-    new.rename(folder)
-
-
-def _refuse_unread(given: Adapter, consumer: Consumer, tied: bool) -> None:
-    tied = tied or bool(given.config.get("ensure_weight_tying"))
-    if tied and not consumer.head and any(m.form == "embedding" for m in given.modules.values()):
-        raise consumer.refuse(
-            "factors of an embedding that is the output head, too",
-            "merge the adapter into the base instead",
-        )
-    if given.use_dora and not consumer.dora:
-        raise consumer.refuse("DoRA", "merge the adapter into the base instead")
-    if (given.whole or given.tokens) and not consumer.saved:
-        first = min([*given.whole, *given.tokens])
-        raise consumer.refuse(
-            f"tensors saved whole ({first})", "merge the adapter into the base instead"
-        )
-    for module in given.modules.values():
-        if module.form not in consumer.forms:
-            raise consumer.refuse(
-                f"factors of form {module.form} ({module.module})",
-                "merge the adapter into the base instead",
-            )
-    if any(m.bias for m in given.modules.values()) and not consumer.bias:
-        raise consumer.refuse("lora_bias", "merge the adapter into the base instead")
-
-
 def _ceiling(module: LoraModule, given: Adapter, rule: RankRule | None) -> int:
     if rule is None:
         return module.r
@@ -271,7 +188,7 @@ def _ceiling(module: LoraModule, given: Adapter, rule: RankRule | None) -> int:
     return min(rule.ceiling(rows, cols), module.r)
 
 
-def _fates(given: Adapter, options: _Options) -> tuple[Fate, ...]:
+def _fates(given: Adapter, options: Rescaling) -> tuple[Fate, ...]:
     action = "resize" if options.rule is not None else "rescale"
     return (
         *(
@@ -283,7 +200,7 @@ def _fates(given: Adapter, options: _Options) -> tuple[Fate, ...]:
     )
 
 
-def _notes(given: Adapter, options: _Options, scale: float | None, form: Format) -> list[str]:
+def _notes(given: Adapter, options: Rescaling, scale: float | None, form: Format) -> list[str]:
     notes = list(given.notes)
     if given.format != "peft":
         notes.append(
@@ -305,144 +222,3 @@ def _notes(given: Adapter, options: _Options, scale: float | None, form: Format)
             "alpha the same, zeros where it had less"
         )
     return notes
-
-
-def _rescale(
-    report: Report,
-    given: Adapter,
-    options: _Options,
-    folder: Path,
-    jobs: int | None,
-    progress: ProgressCallback | None,
-) -> Report:
-    from lora_tools import engine
-    from lora_tools.formats.peft_writer import PeftWriter
-
-    folder.mkdir()
-    ranks: Mapping[str, int] = {}
-    if options.size is not None and options.rule is not None:
-        ranks = shared_ranks(given, options.rule, options.size, options.dtype, jobs)
-    writer = PeftWriter(folder)
-    results = []
-    try:
-        for scaled in engine.run(
-            list(given.modules.values()),
-            lambda module: _scale_module(module, given, options.with_rank(ranks.get(module.name))),
-            jobs=jobs,
-            nbytes=lambda m: 8 * (math.prod(given.shape(m.A)) + math.prod(given.shape(m.B))),
-            label=lambda module: module.module,
-            progress=progress,
-        ):
-            module = scaled.module
-            writer.add_lora(
-                module.module,
-                scaled.lora_A,
-                scaled.lora_B,
-                scaled.alpha,
-                form=module.form,
-                parameter=module.parameter,
-                r=scaled.r,
-                bias=scaled.bias,
-                magnitude=scaled.magnitude,
-            )
-            if scaled.result is not None:
-                results.append(scaled.result)
-        for key in (*given.whole.values(), *(rows.key for rows in given.tokens.values())):
-            writer.add_raw(key, given.tensor(key))
-        config = {**given.config, "use_rslora": options.rslora and options.pad_to is None}
-        digest = adapter_digest(given)
-        metadata = {k: v for k, v in given.file.metadata.items() if k != "format"}
-        if report.command:  # none: this is a step of another verb, which has signed it
-            metadata |= handed_on(metadata, report.command, digest)
-        writer.finish(config, None, metadata)
-    finally:
-        writer.close()
-    nbytes = sum(path.stat().st_size for path in folder.iterdir())
-    totals: dict[str, Any] = {"modules": len(given.modules), "bytes": nbytes}
-    totals |= resized_totals(results)
-    inputs = tuple(dataclasses.replace(i, digest=digest) for i in report.inputs)
-    return dataclasses.replace(report, inputs=inputs, modules=tuple(results), totals=totals)
-
-
-def _scale_module(module: LoraModule, given: Adapter, options: _Options) -> _Scaled:
-    from lora_tools.linalg import lora
-
-    A, B = given.tensor(module.A), given.tensor(module.B)
-    bias = given.tensor(module.bias) if module.bias else None
-    before = lora.scaling(module.alpha, module.r, given.use_rslora)
-    result, r = None, module.r
-    if options.rule is not None:
-        A, B, alpha, result = _resize(module, A, B, before * options.scale, options)
-        r = result.rank
-        now = lora.scaling(alpha, r, options.rslora)
-        bias = _times(bias, before * options.scale / now)
-    else:
-        # Strength goes into alpha, which costs no rounding, unless alpha is given.
-        strength = before * options.scale
-        if options.alpha is not None:
-            alpha = options.alpha
-            if options.keep_effect:
-                ratio = strength / lora.scaling(alpha, module.r, options.rslora)
-                B, bias = _times(B, ratio), _times(bias, ratio)
-        else:
-            alpha = strength / lora.scaling(1.0, module.r, options.rslora)
-            if options.scale == 1.0 and options.rslora == given.use_rslora:
-                alpha = module.alpha
-    if options.pad_to is not None:
-        B = _times(B, lora.scaling(alpha, r, options.rslora))
-        A, B = _pad(A, B, options.pad_to)
-        r, alpha = options.pad_to, float(options.pad_to)
-    if options.dtype is not None:
-        dtype = torch_dtype(options.dtype)
-        A, B, bias = A.to(dtype), B.to(dtype), None if bias is None else bias.to(dtype)
-    magnitude = given.tensor(module.magnitude) if module.magnitude else None
-    if not all(x.isfinite().all() for x in (A, B, bias, magnitude) if x is not None):
-        raise NonFiniteError(
-            f"{module.module}: the factors hold an inf or a NaN; were they so before? Otherwise "
-            "choose a wider --dtype"
-        )
-    return _Scaled(module, A, B, r, alpha, bias, magnitude, result)
-
-
-def _times(tensor: Any, factor: float) -> Any:
-    """tensor · factor, rounded once to the tensor's dtype; None stays None."""
-    if tensor is None or factor == 1.0:
-        return tensor
-    return (tensor.double() * factor).to(tensor.dtype)
-
-
-def _pad(A: torch.Tensor, B: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Zero rows and columns up to rank r: the product stays."""
-    from torch.nn.functional import pad
-
-    missing = r - A.shape[0]
-    return pad(A, (0, 0, 0, missing)), pad(B, (0, missing))
-
-
-def _resize(
-    module: LoraModule, A: torch.Tensor, B: torch.Tensor, strength: float, options: _Options
-) -> tuple[torch.Tensor, torch.Tensor, float, ModuleResult]:
-    """The best factors of the rank the rule chooses, with the strength folded in."""
-    import torch
-
-    from lora_tools.linalg import lora
-    from lora_tools.linalg.factors import cut_factors
-
-    assert options.rule is not None
-    layout = module_layout(module, A, B)
-
-    def alpha(r: int) -> float:
-        return options.alpha if options.alpha is not None else float(r)
-
-    cut = cut_factors(
-        layout,
-        layout.split(A, B),
-        (tuple(A.shape), tuple(B.shape)),
-        strength,
-        options.rule,
-        torch.promote_types(A.dtype, B.dtype),
-        lambda r: lora.scaling(alpha(r), r, options.rslora),
-    )
-    if not math.isfinite(cut.total):
-        raise NonFiniteError(f"{module.module}: its factors hold an inf or a NaN")
-    return cut.lora_A, cut.lora_B, alpha(cut.r), resized(module, layout, cut)

@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from lora_tools.errors import QualityGateError, UsageError
-from lora_tools.formats.checkpoint import Checkpoint, open_checkpoint
+from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.onnx.files import graphs_at
+from lora_tools.provenance import tool_version
 from lora_tools.records import ProgressCallback, Report
-from lora_tools.verbs.common import tool_version
-from lora_tools.verbs.plain_view import plain_view
-from lora_tools.verbs.verify_adapter import verify_adapter
-from lora_tools.verbs.verify_merged import Findings, verify_merged
-from lora_tools.verbs.verify_nf4 import verify_nf4
-from lora_tools.verbs.verify_onnx import Run, graphs_at, verify_onnx
-from lora_tools.verbs.weighted import Weighted, open_weighted
+from lora_tools.sources.checkpoints import open_checkpoint
+from lora_tools.sources.dequantized import plain_view
+from lora_tools.sources.weighted import Weighted, open_weighted
+from lora_tools.verifying.adapter import verify_adapter
+from lora_tools.verifying.findings import Findings
+from lora_tools.verifying.merged import verify_merged
+from lora_tools.verifying.onnx_model import GraphRun, verify_onnx
+from lora_tools.verifying.quantized import verify_nf4
 
 
 def verify(
@@ -63,7 +66,7 @@ def verify(
     """
     started = time.perf_counter()
     _check_call(base, adapters, tuned, against, max_error)
-    run = None if weights_only else Run(task, atol, rtol, trust_remote_code)
+    run = None if weights_only else GraphRun(task, atol, rtol, trust_remote_code)
     shared: dict[str, Any] = {"jobs": jobs, "progress": progress}
     roles: list[tuple[str, str | Path]]
     if base is not None and tuned is not None:
@@ -141,7 +144,7 @@ def _against(
     source: Checkpoint,
     weighted: Sequence[Weighted],
     max_error: float | None,
-    run: Run | None,
+    run: GraphRun | None,
     allow_pickle: bool,
     **shared: Any,
 ) -> Findings:

@@ -1,0 +1,1 @@
+"""What rescale, combine and convert make of adapters: the same effect in another form."""

@@ -1,0 +1,239 @@
+"""An adapter of another strength, alpha, rank or form: the work of ``rescale``."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_tools.adapting.budget import shared_ranks
+from lora_tools.adapting.convert_module import module_layout, resized
+from lora_tools.adapting.totals import resized_totals
+from lora_tools.errors import NonFiniteError
+from lora_tools.formats.adapters.consumers import Consumer
+from lora_tools.formats.adapters.peft import Adapter, LoraModule
+from lora_tools.formats.dtypes import torch_dtype
+from lora_tools.linalg.ranks import RankRule
+from lora_tools.merging.plan import adapter_digest
+from lora_tools.options import Size
+from lora_tools.provenance import handed_on, tool_version
+from lora_tools.records import Input, ModuleResult, ProgressCallback, Report
+from lora_tools.sources.adapters import open_adapter
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Rescaling:
+    scale: float
+    alpha: float | None
+    keep_effect: bool
+    rule: RankRule | None
+    rslora: bool
+    dtype: str | None
+    consumer: Consumer
+    pad_to: int | None  # the one rank of a consumer that reads no patterns
+    size: Size | None = None  # what a shared rule must not exceed
+
+    def with_rank(self, rank: int | None) -> Rescaling:
+        """For a module whose rank a shared rule has chosen, if it has."""
+        rule = self.rule if rank is None else RankRule("rank", rank)
+        return dataclasses.replace(self, rule=rule)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scaled:
+    """One module's new factors; ``result`` where its rank was chosen anew."""
+
+    module: LoraModule
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+    r: int
+    alpha: float
+    bias: torch.Tensor | None
+    magnitude: torch.Tensor | None
+    result: ModuleResult | None
+
+
+def conform_in_place(folder: Path, consumer: Consumer) -> None:
+    """Rewrite an adapter folder as the consumer reads it: one rank, alpha = r, scale in lora_B."""
+    given = open_adapter(folder)
+    refuse_unread(given, consumer, False)
+    pad_to = consumer.rank_for(max(m.r for m in given.modules.values()))
+    options = Rescaling(1.0, None, True, None, False, None, consumer, pad_to)
+    new = folder.with_name(folder.name + "-conformed")
+    report = Report("rescale", tool_version(), (Input("adapter", ""),), "", False, ())
+    rescale_adapter(report, given, options, new, 1, None)
+    shutil.rmtree(folder)
+    new.rename(folder)
+
+
+def refuse_unread(given: Adapter, consumer: Consumer, tied: bool) -> None:
+    """Raises UnsupportedAdapter for what the consumer does not read."""
+    tied = tied or bool(given.config.get("ensure_weight_tying"))
+    if tied and not consumer.head and any(m.form == "embedding" for m in given.modules.values()):
+        raise consumer.refuse(
+            "factors of an embedding that is the output head, too",
+            "merge the adapter into the base instead",
+        )
+    if given.use_dora and not consumer.dora:
+        raise consumer.refuse("DoRA", "merge the adapter into the base instead")
+    if (given.whole or given.tokens) and not consumer.saved:
+        first = min([*given.whole, *given.tokens])
+        raise consumer.refuse(
+            f"tensors saved whole ({first})", "merge the adapter into the base instead"
+        )
+    for module in given.modules.values():
+        if module.form not in consumer.forms:
+            raise consumer.refuse(
+                f"factors of form {module.form} ({module.module})",
+                "merge the adapter into the base instead",
+            )
+    if any(m.bias for m in given.modules.values()) and not consumer.bias:
+        raise consumer.refuse("lora_bias", "merge the adapter into the base instead")
+
+
+def rescale_adapter(
+    report: Report,
+    given: Adapter,
+    options: Rescaling,
+    folder: Path,
+    jobs: int | None,
+    progress: ProgressCallback | None,
+) -> Report:
+    """Write the rescaled adapter to ``folder``, which must not exist; the report then has its figures."""
+    from lora_tools.engine import threads
+    from lora_tools.formats.adapters.peft_writer import PeftWriter
+
+    folder.mkdir()
+    ranks: Mapping[str, int] = {}
+    if options.size is not None and options.rule is not None:
+        ranks = shared_ranks(given, options.rule, options.size, options.dtype, jobs)
+    writer = PeftWriter(folder)
+    results = []
+    try:
+        for scaled in threads.run(
+            list(given.modules.values()),
+            lambda module: _scale_module(module, given, options.with_rank(ranks.get(module.name))),
+            jobs=jobs,
+            nbytes=lambda m: 8 * (math.prod(given.shape(m.A)) + math.prod(given.shape(m.B))),
+            label=lambda module: module.module,
+            progress=progress,
+        ):
+            module = scaled.module
+            writer.add_lora(
+                module.module,
+                scaled.lora_A,
+                scaled.lora_B,
+                scaled.alpha,
+                form=module.form,
+                parameter=module.parameter,
+                r=scaled.r,
+                bias=scaled.bias,
+                magnitude=scaled.magnitude,
+            )
+            if scaled.result is not None:
+                results.append(scaled.result)
+        for key in (*given.whole.values(), *(rows.key for rows in given.tokens.values())):
+            writer.add_raw(key, given.tensor(key))
+        config = {**given.config, "use_rslora": options.rslora and options.pad_to is None}
+        digest = adapter_digest(given)
+        metadata = {k: v for k, v in given.file.metadata.items() if k != "format"}
+        if report.command:  # none: this is a step of another verb, which has signed it
+            metadata |= handed_on(metadata, report.command, digest)
+        writer.finish(config, None, metadata)
+    finally:
+        writer.close()
+    nbytes = sum(path.stat().st_size for path in folder.iterdir())
+    totals: dict[str, Any] = {"modules": len(given.modules), "bytes": nbytes}
+    totals |= resized_totals(results)
+    inputs = tuple(dataclasses.replace(i, digest=digest) for i in report.inputs)
+    return dataclasses.replace(report, inputs=inputs, modules=tuple(results), totals=totals)
+
+
+def _scale_module(module: LoraModule, given: Adapter, options: Rescaling) -> _Scaled:
+    from lora_tools.linalg import lora
+
+    A, B = given.tensor(module.A), given.tensor(module.B)
+    bias = given.tensor(module.bias) if module.bias else None
+    before = lora.scaling(module.alpha, module.r, given.use_rslora)
+    result, r = None, module.r
+    if options.rule is not None:
+        A, B, alpha, result = _resize(module, A, B, before * options.scale, options)
+        r = result.rank
+        now = lora.scaling(alpha, r, options.rslora)
+        bias = _times(bias, before * options.scale / now)
+    else:
+        # Strength goes into alpha, which costs no rounding, unless alpha is given.
+        strength = before * options.scale
+        if options.alpha is not None:
+            alpha = options.alpha
+            if options.keep_effect:
+                ratio = strength / lora.scaling(alpha, module.r, options.rslora)
+                B, bias = _times(B, ratio), _times(bias, ratio)
+        else:
+            alpha = strength / lora.scaling(1.0, module.r, options.rslora)
+            if options.scale == 1.0 and options.rslora == given.use_rslora:
+                alpha = module.alpha
+    if options.pad_to is not None:
+        B = _times(B, lora.scaling(alpha, r, options.rslora))
+        A, B = _pad(A, B, options.pad_to)
+        r, alpha = options.pad_to, float(options.pad_to)
+    if options.dtype is not None:
+        dtype = torch_dtype(options.dtype)
+        A, B, bias = A.to(dtype), B.to(dtype), None if bias is None else bias.to(dtype)
+    magnitude = given.tensor(module.magnitude) if module.magnitude else None
+    if not all(x.isfinite().all() for x in (A, B, bias, magnitude) if x is not None):
+        raise NonFiniteError(
+            f"{module.module}: the factors hold an inf or a NaN; were they so before? Otherwise "
+            "choose a wider --dtype"
+        )
+    return _Scaled(module, A, B, r, alpha, bias, magnitude, result)
+
+
+def _times(tensor: Any, factor: float) -> Any:
+    """tensor · factor, rounded once to the tensor's dtype; None stays None."""
+    if tensor is None or factor == 1.0:
+        return tensor
+    return (tensor.double() * factor).to(tensor.dtype)
+
+
+def _pad(A: torch.Tensor, B: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Zero rows and columns up to rank r: the product stays."""
+    from torch.nn.functional import pad
+
+    missing = r - A.shape[0]
+    return pad(A, (0, 0, 0, missing)), pad(B, (0, missing))
+
+
+def _resize(
+    module: LoraModule, A: torch.Tensor, B: torch.Tensor, strength: float, options: Rescaling
+) -> tuple[torch.Tensor, torch.Tensor, float, ModuleResult]:
+    """The best factors of the rank the rule chooses, with the strength folded in."""
+    import torch
+
+    from lora_tools.linalg import lora
+    from lora_tools.linalg.factors import cut_factors
+
+    assert options.rule is not None
+    layout = module_layout(module, A, B)
+
+    def alpha(r: int) -> float:
+        return options.alpha if options.alpha is not None else float(r)
+
+    cut = cut_factors(
+        layout,
+        layout.split(A, B),
+        (tuple(A.shape), tuple(B.shape)),
+        strength,
+        options.rule,
+        torch.promote_types(A.dtype, B.dtype),
+        lambda r: lora.scaling(alpha(r), r, options.rslora),
+    )
+    if not math.isfinite(cut.total):
+        raise NonFiniteError(f"{module.module}: its factors hold an inf or a NaN")
+    return cut.lora_A, cut.lora_B, alpha(cut.r), resized(module, layout, cut)

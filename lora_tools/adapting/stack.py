@@ -1,0 +1,192 @@
+"""Several adapters made one: the work of ``combine``."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_tools.adapting.combine_module import LOW_RANK, Combination, Term, combine_module
+from lora_tools.adapting.totals import resized_totals
+from lora_tools.errors import MismatchError, UnsupportedAdapter
+from lora_tools.merging.plan import adapter_digest
+from lora_tools.provenance import tool_version
+from lora_tools.records import Input, ProgressCallback, Report
+from lora_tools.sources.weighted import Weighted, digests_and_weights
+
+if TYPE_CHECKING:
+    pass
+
+
+def bases_named(weighted: Sequence[Weighted]) -> dict[str, str]:
+    """The digests of bases that the adapters' metadata names, each with the first path to do so."""
+    found: dict[str, str] = {}
+    for each in weighted:
+        digest = each.adapter.file.metadata.get("base_digest")
+        if digest:
+            found.setdefault(digest, each.path)
+    return found
+
+
+def _made(weighted: Sequence[Weighted], digests: Sequence[str], command: str) -> dict[str, str]:
+    """Metadata. A step of another verb has no command, and is for whatever base that verb has."""
+    made = {"loratools": tool_version()}
+    if command:
+        bases = list(bases_named(weighted))
+        made |= {"command": command, "adapter_digests": digests_and_weights(digests, weighted)}
+        made |= {"base_digest": bases[0]} if len(bases) == 1 else {}
+    return made
+
+
+def stack(weighted: Sequence[Weighted], folder: Path, jobs: int | None) -> None:
+    """``cat`` in float32, into a folder to be made. Raises what ``combine`` raises."""
+    terms, copied = stackable(weighted)
+    options = Combination("cat", None, 1.0, 0, "total", None, "F32")
+    report = Report(
+        "combine",
+        tool_version(),
+        tuple(Input("adapter", w.as_given) for w in weighted),
+        "",
+        False,
+        (),
+    )
+    combine_adapters(report, weighted, terms, copied, options, folder, jobs, None)
+
+
+def stackable(
+    weighted: Sequence[Weighted],
+) -> tuple[dict[str, list[Term]], dict[str, tuple[Weighted, str]]]:
+    """What each module gets from which adapter, and tensors saved whole. Raises UnsupportedAdapter
+    or MismatchError for adapters that cannot be added to one another."""
+    for each in weighted:
+        _refuse(each)
+    return _by_module(weighted), _saved(weighted)
+
+
+def _refuse(weighted: Weighted) -> None:
+    weighted.adapter.need_lora("low-rank change to add to another's")
+    if weighted.adapter.use_dora:
+        raise UnsupportedAdapter(
+            f"{weighted.path}: a DoRA adapter cannot be combined: its magnitudes fix the norm of "
+            "each output, so that its change is no sum of changes; merge the adapters into the "
+            "base one by one instead"
+        )
+
+
+def _by_module(weighted: Sequence[Weighted]) -> dict[str, list[Term]]:
+    """Every module of any adapter with what acts on it. Raises MismatchError."""
+    terms: dict[str, list[Term]] = {}
+    for index, each in enumerate(weighted):
+        for name, module in each.adapter.modules.items():
+            term = Term(index, each, module)
+            first = terms.setdefault(name, [term])[0]
+            if first is term:
+                continue
+            terms[name].append(term)
+            (a, b), (mine, yours) = first.shapes, term.shapes
+            alike = first.module.form == module.form and first.layout == term.layout
+            if not (alike and a[1:] == mine[1:] and b[0] == yours[0]):
+                raise MismatchError(
+                    f"{name}: {first.weighted.path} has lora_A {list(a)} and lora_B {list(b)}, "
+                    f"{each.path} has {list(mine)} and {list(yours)}; were they trained on one "
+                    "base?"
+                )
+    if not terms:
+        raise UnsupportedAdapter("the adapters have no low-rank factors to combine")
+    return dict(sorted(terms.items()))
+
+
+def _saved(weighted: Sequence[Weighted]) -> dict[str, tuple[Weighted, str]]:
+    """Tensors saved whole: they replace the base's, and are copied where just one adapter, with
+    weight 1, has them. Raises UnsupportedAdapter."""
+    found: dict[str, tuple[Weighted, str]] = {}
+    for each in weighted:
+        mine = {**each.adapter.whole, **{n: t.key for n, t in each.adapter.tokens.items()}}
+        for name, key in mine.items():
+            if name in found or each.weight != 1 or (len(weighted) > 1 and each.adapter.tokens):
+                raise UnsupportedAdapter(
+                    f"{name}: {each.path} replaces it whole"
+                    + (f", and so does {found[name][0].path}" if name in found else "")
+                    + "; that is no change which could be weighted or added without the base. "
+                    "Merge the adapters into the base instead"
+                )
+            found[name] = each, key
+    return found
+
+
+def combine_adapters(
+    report: Report,
+    weighted: Sequence[Weighted],
+    terms: Mapping[str, list[Term]],
+    copied: Mapping[str, tuple[Weighted, str]],
+    options: Combination,
+    folder: Path,
+    jobs: int | None,
+    progress: ProgressCallback | None,
+) -> Report:
+    """Write the combined adapter to ``folder``, which must not exist; the report then has its figures."""
+    from lora_tools.engine import threads
+    from lora_tools.formats.adapters.peft_writer import PeftWriter
+
+    folder.mkdir()
+    writer, results = PeftWriter(folder), []
+    try:
+        for combined in threads.run(
+            list(terms.values()),
+            lambda mine: combine_module(mine, options),
+            jobs=jobs,
+            nbytes=lambda mine: _working_bytes(mine, options),
+            label=lambda mine: mine[0].module.name,
+            progress=progress,
+        ):
+            module = combined.terms[0].module
+            writer.add_lora(
+                module.module,
+                combined.lora_A,
+                combined.lora_B,
+                float(combined.r),
+                form=module.form,
+                parameter=module.parameter,
+                r=combined.r,
+                bias=combined.bias,
+            )
+            if combined.result is not None:
+                results.append(combined.result)
+        for each, key in copied.values():
+            writer.add_raw(key, each.adapter.tensor(key))
+        digests = [adapter_digest(w.adapter) for w in weighted]
+        made = _made(weighted, digests, report.command)
+        writer.finish(_config(weighted, terms), None, made)
+    finally:
+        writer.close()
+    totals: dict[str, Any] = {
+        "modules": len(terms),
+        "bytes": sum(f.stat().st_size for f in folder.iterdir()),
+        **resized_totals(results),
+    }
+    inputs = tuple(
+        dataclasses.replace(i, digest=digest)
+        for i, digest in zip(report.inputs, digests, strict=True)
+    )
+    return dataclasses.replace(report, inputs=inputs, modules=tuple(results), totals=totals)
+
+
+def _working_bytes(terms: Sequence[Term], options: Combination) -> int:
+    sizes = [(b[0], math.prod(a[1:])) for a, b in (t.shapes for t in terms)]
+    factors = 16 * sum(t.module.r * sum(size) for t, size in zip(terms, sizes, strict=True))
+    return factors + (0 if options.method in LOW_RANK else 24 * math.prod(sizes[0]))
+
+
+def _config(weighted: Sequence[Weighted], terms: Mapping[str, list[Term]]) -> dict[str, Any]:
+    """The first adapter's config, with the modules of all of them by their full names."""
+    config = {**weighted[0].adapter.config, "use_rslora": False, "init_lora_weights": True}
+    modules = [mine[0].module for mine in terms.values()]
+    config["target_modules"] = sorted(m.module for m in modules if m.form != "experts")
+    for field in ("layers_to_transform", "layers_pattern", "exclude_modules"):
+        config[field] = None
+    config["lora_bias"] = any(t.module.bias for mine in terms.values() for t in mine)
+    saved = [s for w in weighted for s in w.adapter.config.get("modules_to_save") or []]
+    config["modules_to_save"] = sorted(set(saved)) or None
+    return config

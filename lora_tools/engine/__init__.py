@@ -1,0 +1,1 @@
+"""Runs per-tensor work; the only room that knows threads, processes and devices."""

@@ -1,0 +1,1 @@
+"""What ``export`` puts into a folder: weights, graphs, adapters switched on at run time."""

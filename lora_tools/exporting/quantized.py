@@ -1,0 +1,189 @@
+"""What ``export`` does with linear layers that are quantized, and with a text to measure on."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_tools.errors import UsageError
+from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.formats.names import layout_name
+from lora_tools.formats.quantized.bitsandbytes import reason_to_keep
+from lora_tools.onnx.schemes import AFFINE, NF4, SCHEMES
+from lora_tools.onnx.tasks import DECODER, Task
+from lora_tools.options import read_text
+from lora_tools.records import Fate, Input, Report
+from lora_tools.sources.dequantized import plain_view
+
+if TYPE_CHECKING:
+    import torch
+
+    from lora_tools.onnx.graphs import Built
+
+_WINDOW = 512  # tokens of a text at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantization:
+    """What is asked for.
+
+    Attributes:
+        scheme: a name of ``onnx.schemes``, or None.
+        stored: the checkpoint's own weights are in four bits.
+        text: to measure perplexity on, or None.
+    """
+
+    scheme: str | None
+    stored: bool
+    text: str | None
+
+    @property
+    def packs(self) -> bool:
+        """Whether the checkpoint's weights are to be put into four bits."""
+        return self.scheme == NF4 and not self.stored
+
+    @property
+    def affine(self) -> bool:
+        """Whether ONNX Runtime's quantizer makes the weights, which only the graph reads."""
+        return self.scheme in AFFINE
+
+    def inputs(self, path: str | Path | None) -> tuple[Input, ...]:
+        """The text as an input of the report."""
+        if self.text is None:
+            return ()
+        digest = hashlib.sha256(self.text.encode()).hexdigest()
+        return (Input("text", str(path), f"sha256:{digest}"),)
+
+    def weights(self, asked: str | None, in_place: bool) -> str:
+        """``--weights``, or what it is if not given."""
+        return asked or ("bundled" if self.affine and not in_place else "shared")
+
+    def rows(self, source: Checkpoint) -> torch.Tensor | None:
+        """The text in windows of tokens (n, length), or None without one.
+
+        Raises:
+            UsageError: it has less than two tokens.
+        """
+        if self.text is None:
+            return None
+        import torch
+
+        from lora_tools.calibration import tokens_of
+
+        tokens = tokens_of(source.path, self.text)
+        config = source.config
+        most = config.get("max_position_embeddings") or config.get("n_positions") or _WINDOW
+        length = min(_WINDOW, int(most), len(tokens))
+        if length < 2:
+            raise UsageError(f"--eval-text: {len(tokens)} tokens, and at least 2 are needed")
+        return torch.tensor(tokens[: len(tokens) // length * length]).view(-1, length)
+
+    def planned(self, plan: Report, source: Checkpoint) -> Report:
+        """The plan with the fate of what ONNX Runtime's quantizer will make smaller."""
+        if not self.affine:
+            return plan
+        fates = tuple(self._fate(fate, source) for fate in plan.plan)
+        return dataclasses.replace(plan, plan=fates)
+
+    def _fate(self, fate: Fate, source: Checkpoint) -> Fate:
+        assert self.scheme is not None
+        spec = source.specs.get(fate.tensor)
+        if spec is None:
+            return fate
+        reason, _ = reason_to_keep(spec, source.config, head=False)
+        if reason:
+            return dataclasses.replace(fate, reason="; ".join(filter(None, (reason, fate.reason))))
+        scheme = AFFINE[self.scheme]
+        turned = layout_name(spec, source.config) == "conv1d"
+        rows, cols = spec.shape[::-1] if turned else spec.shape
+        nbytes = sum(each.nbytes for each in scheme.specs(spec.name, rows, cols))
+        bits = 8 * nbytes / spec.numel
+        said = f"{scheme.name} in blocks of {scheme.block}, {bits:.3f} bits a parameter"
+        reason = "; ".join(filter(None, (said, fate.reason)))
+        return Fate(fate.tensor, "quantize", reason, nbytes)
+
+    def measured(self, report: Report, built: Built, bundled: bool) -> Report:
+        """The report, with what the graphs showed to be otherwise than planned."""
+        if self.scheme is None:
+            return report
+        totals: dict[str, Any] = {"tensors_quantized": len(built.quantized), **report.totals}
+        if not self.affine:
+            return dataclasses.replace(report, totals=totals)
+        if bundled:
+            totals["bytes"] = built.bundle
+        fates = [self._settled(fate, built, bundled) for fate in report.plan]
+        known = {fate.tensor for fate in fates}
+        fates += [
+            Fate(name, "quantize", f"{self.scheme}, formed of the checkpoint's tensors")
+            for name in sorted(built.quantized - known)
+        ]
+        return dataclasses.replace(report, plan=tuple(fates), totals=totals)
+
+    def _settled(self, fate: Fate, built: Built, bundled: bool) -> Fate:
+        if fate.action == "graph" or fate.tensor in built.quantized:
+            return fate
+        if fate.tensor not in built.used and built.formed:
+            return Fate(fate.tensor, "form", "goes into a weight that transformers forms")
+        if fate.tensor not in built.used and bundled:
+            return Fate(fate.tensor, "leave out", "no graph uses it")
+        if fate.action == "quantize":
+            return Fate(fate.tensor, "copy", "the graph uses it in no linear layer, or not only")
+        return fate
+
+
+def plan_quantization(
+    source: Checkpoint,
+    task: Task,
+    wanted: Mapping[str, bool],
+    eval_text: str | Path | None,
+    *,
+    verify: bool,
+    merging: bool,
+    runtime: bool,
+) -> Quantization:
+    """Read the options.
+
+    Args:
+        wanted: for each scheme, whether its option was given.
+        merging: whether weights are merged or cast.
+        runtime: whether adapters are inputs of the graph.
+
+    Raises:
+        UsageError: options that exclude each other, or a text for a task without perplexity.
+        CheckpointError: the checkpoint is quantized in a way that no graph is made of.
+    """
+    chosen = [name for name in SCHEMES if wanted[name]]
+    if len(chosen) > 1:
+        raise UsageError(f"{' and '.join(f'--{name}' for name in chosen)} exclude each other")
+    scheme = chosen[0] if chosen else None
+    stored = plain_view(source) is not None
+    if stored and scheme != NF4:
+        raise UsageError(
+            f"{source.path}: its weights are in four bits; pass --nf4, or make them plain with "
+            "`loratools dequantize` first"
+        )
+    if stored and merging:
+        raise UsageError(
+            f"{source.path}: its weights are in four bits, into which nothing is merged here; use "
+            "`loratools merge --requantize`, or `loratools dequantize`, first"
+        )
+    if runtime and scheme:
+        raise UsageError(
+            f"--runtime-adapters and --{scheme} exclude each other: the branches of adapters are "
+            "put beside layers that are not quantized"
+        )
+    text = None
+    if eval_text is not None:
+        if task.kind != DECODER:
+            raise UsageError(
+                f"--eval-text: perplexity is that of a decoder (causal-lm), not of {task.name}"
+            )
+        if not verify:
+            raise UsageError("--eval-text is part of the check: leave --no-verify out")
+        if runtime:
+            raise UsageError("--eval-text does not go with --runtime-adapters")
+        text = read_text(Path(eval_text))
+    return Quantization(scheme, stored, text)

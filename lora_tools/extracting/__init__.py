@@ -1,0 +1,1 @@
+"""What ``extract`` and ``diff`` do with a pair of checkpoints."""

@@ -1,0 +1,435 @@
+"""The decomposition of one pair's delta: first its leading singular directions, then, at the rank
+that was chosen, factors fitted to the delta and measured as they will be written."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lora_tools.errors import MismatchError, NonFiniteError
+from lora_tools.extracting.pairs import Pair
+from lora_tools.formats.adapters.consumers import Consumer
+from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.formats.dtypes import torch_dtype
+from lora_tools.linalg.layouts import Region
+from lora_tools.linalg.ranks import RankRule, Rounding, Spectrum
+from lora_tools.records import ModuleResult
+
+if TYPE_CHECKING:
+    import torch
+
+    from lora_tools.engine.threads import Buffers
+    from lora_tools.formats.activations import Activations
+    from lora_tools.formats.spectra import StoredSpectrum
+    from lora_tools.linalg.delta import Delta
+    from lora_tools.linalg.svd import TruncatedSVD
+    from lora_tools.linalg.weighting import Weighting
+
+Sides = tuple[Checkpoint, Checkpoint]
+
+
+@dataclasses.dataclass(frozen=True)
+class Decomposition:
+    """How modules are decomposed, and how their factors are written."""
+
+    rule: RankRule
+    alpha: float | None
+    rslora: bool
+    dtype: str | None
+    exact: bool
+    tolerance: float
+    seed: int
+    device: str
+    consumer: Consumer
+    half: torch.dtype | None = None  # what products are several times faster in, if anything
+    activations: Activations | None = None
+    depth: int = 0  # directions to find at least, for later use
+    measured: bool = False  # whether to measure what rounding can have added
+
+    def on_device(self) -> Decomposition:
+        """With what the device can do. Raises UsageError where it is not usable."""
+        from lora_tools.engine import threads
+
+        device = threads.pick_device(self.device)
+        return dataclasses.replace(self, half=threads.half_products(device))
+
+    @property
+    def left_out(self) -> str:
+        """Why a module of rank 0 is not in the adapter."""
+        return f"--{self.rule.policy.replace('_', '-')} gives it rank 0"
+
+    def key(self, base_hash: str, tuned_hash: str) -> str:
+        """What a decomposition depends on, the depth aside."""
+        moments = self.activations.digest if self.activations is not None else "none"
+        return (
+            f"base {base_hash} tuned {tuned_hash} exact {self.exact} tolerance {self.tolerance!r} "
+            f"seed {self.seed} activations {moments}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """One region's decomposition with what is known of it: ‖Δ‖²_F and ‖W_base‖²_F; no ``svd`` where
+    nothing changed. Where activations weigh it, the decomposition's own total is that of the
+    weighted delta."""
+
+    svd: TruncatedSVD | None
+    total: float
+    base: float
+
+    @property
+    def rank(self) -> int:
+        return self.svd.rank if self.svd is not None else 0
+
+    def stored(self, key: str) -> StoredSpectrum:
+        """As the spectrum cache keeps it."""
+        from lora_tools.formats.spectra import StoredSpectrum
+
+        assert self.svd is not None
+        known = self.svd.known
+        facts: dict[str, Any] = {
+            "total": self.total,
+            "base": self.base,
+            "gain": self.svd.gain,
+            "weighted": self.svd.total,
+            "method": self.svd.method,
+            "complete": known.complete,
+            "shape": list(known.shape),
+        }
+        if known.rounding is not None:
+            facts |= {"rounding": known.rounding.energy, "edge": known.rounding.edge}
+        return StoredSpectrum(key, known.squared, self.svd.Vh.contiguous().cpu(), facts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """One module's factors as they will be written, and their measure; no factors at rank 0.
+    ``r`` is what adapters divide lora_alpha by."""
+
+    result: ModuleResult
+    lora: tuple[torch.Tensor, torch.Tensor, float] | None
+    r: int = 0
+
+
+def restore(stored: StoredSpectrum) -> Found:
+    """A decomposition out of the cache, without its left vectors, which the fit makes anew."""
+    import torch
+
+    from lora_tools.linalg.svd import TruncatedSVD
+
+    facts, depth = stored.facts, stored.right.shape[0]
+    S = stored.squared[:depth].sqrt()
+    rows, cols = facts["shape"]
+    rounding = Rounding(facts["rounding"], facts["edge"]) if "edge" in facts else None
+    known = Spectrum(stored.squared, facts["weighted"], facts["complete"], (rows, cols), rounding)
+    svd = TruncatedSVD(
+        torch.empty(rows, 0),
+        S,
+        stored.right,
+        facts["weighted"],
+        float((S * S).sum()),
+        facts["gain"],
+        facts["method"],
+        known,
+    )
+    return Found(svd, facts["total"], facts["base"])
+
+
+def regions_of(pair: Pair) -> tuple[Region, ...]:
+    """The regions of the weight that are a product each."""
+    assert pair.layout is not None
+    return pair.layout.regions(pair.spec.shape)
+
+
+def delta_of(pair: Pair, sides: Sides, at: Region) -> Delta:
+    """tuned − base in one region, giving pages back as they are read."""
+    from lora_tools.linalg.delta import Delta
+
+    assert pair.base is not None
+    assert pair.tuned is not None
+    assert pair.layout is not None
+    (base, ours), (tuned, theirs) = (sides[0], pair.base), (sides[1], pair.tuned)
+    matrix = pair.layout.matrix(pair.spec.shape)
+
+    stripes = at.stripes
+
+    def done(start: int, stop: int) -> None:
+        first, last = at.row + start, at.row + stop
+        if len(stripes) > 1:  # copied already
+            first, last = (at.row, stripes[-1][1]) if stop == at.rows else (0, 0)
+        for side, spec in ((base, ours), (tuned, theirs)):
+            row = spec.nbytes // matrix[0]
+            side.release(spec.name, first * row, last * row)
+
+    def read(side: Checkpoint, name: str) -> torch.Tensor:
+        import torch
+
+        runs = [side.rows(name, matrix, start, stop) for start, stop in stripes]
+        rows = runs[0] if len(runs) == 1 else torch.cat(runs)
+        return rows[:, at.col : at.col + at.cols]
+
+    ours_at, theirs_at = read(base, ours.name), read(tuned, theirs.name)
+    return Delta(theirs_at, ours_at, done)
+
+
+def decompose(pair: Pair, sides: Sides, options: Decomposition, buffers: Buffers) -> Fitted | None:
+    """Decompose a delta and fit its factors, by way of half precision where that is faster and
+    good enough. None where the values are the same."""
+    if _may_sketch(pair, options):
+        found = find(pair, sides, options, buffers, options.half)
+        if all(f.svd is not None or not f.total for f in found):
+            fitted = fit(pair, sides, found, [f.rank for f in found], options, sketch=True)
+            # Where what is left out is as small as the copy's rounding, half precision won't do.
+            if fitted is not None:
+                return fitted
+    found = find(pair, sides, options, buffers)
+    return fit(pair, sides, found, [f.rank for f in found], options)
+
+
+def _may_sketch(pair: Pair, options: Decomposition) -> bool:
+    """Whether half precision is faster, and may be good enough."""
+    from lora_tools.linalg.svd import HALF_LOSS, iterates
+
+    return (
+        options.half is not None
+        and "F64" not in (side.dtype for side in (pair.base, pair.tuned) if side is not None)
+        and options.tolerance > 4 * HALF_LOSS
+        and options.activations is None
+        and not options.rule.whole  # the copy's rounding would count as noise
+        and any(
+            iterates((at.rows, at.cols), options.rule, options.exact) for at in regions_of(pair)
+        )
+    )
+
+
+def spectra_of(pair: Pair, sides: Sides, options: Decomposition, buffers: Buffers) -> list[Found]:
+    """``find`` for the singular values' sake: by way of half precision where that is faster, with
+    values and energies as the delta itself has them in what was found."""
+    from lora_tools.linalg.lora import measured
+    from lora_tools.linalg.svd import HALF_LOSS
+
+    if _may_sketch(pair, options):
+        found = find(pair, sides, options, buffers, options.half)
+        if all(f.svd is not None or not f.total for f in found):
+            found = [
+                f
+                if f.svd is None
+                else dataclasses.replace(f, svd=measured(f.svd, delta_of(pair, sides, at)))
+                for f, at in zip(found, regions_of(pair), strict=True)
+            ]
+            # Where what is left is as small as the copy's rounding, half precision won't do.
+            if all(
+                f.svd is None or f.total - f.svd.captured >= 64 * HALF_LOSS * f.total for f in found
+            ):
+                return found
+    return find(pair, sides, options, buffers)
+
+
+def find(
+    pair: Pair,
+    sides: Sides,
+    options: Decomposition,
+    buffers: Buffers,
+    half: torch.dtype | None = None,
+) -> list[Found]:
+    """The leading directions of the delta in each region, as many as the rule asks for and
+    ``options.depth``. In half precision an iteration may not get there: then it has none.
+
+    Raises:
+        NonFiniteError: one side holds an inf or a NaN.
+    """
+    return [
+        _find(pair, delta_of(pair, sides, at), options, buffers, half) for at in regions_of(pair)
+    ]
+
+
+def _find(
+    pair: Pair, delta: Delta, options: Decomposition, buffers: Buffers, half: torch.dtype | None
+) -> Found:
+    from lora_tools.linalg.svd import sketched, sum_of_squares, truncated
+
+    weighting = weighting_of(pair, options)
+    with buffers.lend(delta.shape, half or delta.dtype) as buffer:
+        energies = delta.fill(buffer, options.measured)
+        total = energies.delta
+        if not math.isfinite(total):
+            side = "tuned" if math.isfinite(energies.base) else "base"
+            raise NonFiniteError(f"{pair.name}: the {side} side holds an inf or a NaN")
+        if total == 0:
+            return Found(None, 0.0, energies.base)
+        matrix = buffer.to(options.device)
+        if weighting is not None:
+            matrix = _weighted(pair, matrix, weighting)
+        if half is not None:
+            svd = sketched(
+                matrix,
+                options.rule,
+                total=total,
+                tolerance=options.tolerance,
+                noise=energies.noise,
+                rounding=energies.rounding,
+                seed=options.seed,
+            )
+        else:
+            svd = truncated(
+                matrix,
+                options.rule,
+                exact=options.exact,
+                seed=options.seed,
+                depth=options.depth,
+                total=total if weighting is None else sum_of_squares(matrix),
+                tolerance=options.tolerance,
+                noise=0.0 if weighting is not None else energies.noise,
+                rounding=energies.rounding,
+            )
+        del matrix
+    return Found(svd, total, energies.base)
+
+
+def weighting_of(pair: Pair, options: Decomposition) -> Weighting | None:
+    """How the pair's inputs weigh its columns (rows, where the layout is transposed); None where
+    that is not known."""
+    known, layout = options.activations, pair.layout
+    if known is None or layout is None or pair.module not in known:
+        return None
+    if layout.written not in ("matrix", "embedding") or len(regions_of(pair)) != 1:
+        return None  # not one product of one input
+    from lora_tools.linalg.weighting import Weighting
+
+    (_, width), _ = layout.shapes(pair.spec.shape, 1)
+    return Weighting(known.moment(pair.module, width))
+
+
+def _weighted(pair: Pair, matrix: torch.Tensor, weighting: Weighting) -> torch.Tensor:
+    assert pair.layout is not None
+    return weighting.apply(matrix.T).T if pair.layout.transposed else weighting.apply(matrix)
+
+
+def fit(
+    pair: Pair,
+    sides: Sides,
+    found: Sequence[Found],
+    ranks: Sequence[int],
+    options: Decomposition,
+    sketch: bool = False,
+) -> Fitted | None:
+    """Factors of these ranks, one a region, in the dtype they are written in, and their measured
+    error. None where the values are the same, or where a sketch's own rounding is as large as what
+    it leaves out.
+
+    Raises:
+        NonFiniteError: the factors overflow their dtype.
+        MismatchError: the only change is where the layer kind has no factors.
+    """
+    from lora_tools.linalg import lora
+    from lora_tools.linalg.svd import HALF_LOSS
+
+    layout, shape = pair.layout, pair.spec.shape
+    assert layout is not None
+    assert pair.base is not None
+    rest = [delta_of(pair, sides, at).measure() for at in layout.rest(shape)]
+    left_out = math.fsum(energies.delta for energies in rest)
+    if not math.isfinite(left_out):
+        raise NonFiniteError(f"{pair.name}: a block that --layout leaves out holds an inf or a NaN")
+    if all(f.svd is None for f in found):
+        if left_out:
+            raise MismatchError(
+                f"{pair.name}: changed, and only in blocks that --layout leaves out; name the "
+                "blocks that changed"
+            )
+        return None
+    total = left_out + math.fsum(f.total for f in found)
+    measure = _Measure(
+        pair,
+        found,
+        total,
+        math.fsum(f.base for f in found) + math.fsum(energies.base for energies in rest),
+    )
+    weighting = weighting_of(pair, options)
+    if not any(ranks):
+        whole = math.nan if weighting is None else measure.searched
+        return Fitted(measure.result(0, total, whole, 0.0), None)
+    r = layout.r(list(ranks))
+    alpha = options.alpha if options.alpha is not None else float(r)
+    scale = lora.scaling(alpha, r, options.rslora)
+    written = torch_dtype(options.dtype or pair.base.dtype)
+    # Given its right factor, the best left one is the same whatever weighs the rows.
+    columns = None if layout.transposed else weighting
+    products, error, gain, weighted = [], left_out, 0.0, math.nan
+    for at, one, rank in zip(regions_of(pair), found, ranks, strict=True):
+        delta = delta_of(pair, sides, at)
+        if one.svd is None or not rank:
+            products.append(lora.no_factors(delta.shape, written))
+            error += one.total
+            continue
+        svd = one.svd.cut(rank)
+        left, right, fitted = lora.balanced_factors(svd, delta, scale, written, columns, one.total)
+        if not math.isfinite(fitted.error):
+            raise NonFiniteError(
+                f"{pair.name}: its factors overflow {written}; choose a wider one with --dtype"
+            )
+        if sketch and one.total - fitted.captured < 64 * HALF_LOSS * one.total:
+            return None
+        error += max(fitted.error, 0.0)
+        if weighting is not None:
+            weighted = fitted.weighted
+            if layout.transposed:
+                weighted = _row_weighted(delta, left, right, scale, weighting)
+        # The fit holds what the decomposition found, and a little more or, from rounding, less.
+        exact = not sketch and weighting is None
+        gain += max(svd.captured + svd.gain - fitted.captured, 0.0) if exact else svd.gain
+        products.append((left.cpu(), right.cpu()))
+    lora_A, lora_B = layout.factors(products, shape)
+    result = measure.result(r, error, weighted, gain)
+    return Fitted(result, (lora_A, lora_B, alpha), r)
+
+
+def _row_weighted(
+    delta: Delta, left: torch.Tensor, right: torch.Tensor, scale: float, weighting: Weighting
+) -> float:
+    """‖R^½ (Δ − scale · left @ right)‖²_F."""
+    import torch
+
+    from lora_tools.linalg.svd import sum_of_squares
+
+    rest = torch.empty(delta.shape, dtype=delta.dtype, device=left.device)
+    for start, stop, run in delta.runs():
+        rest[start:stop] = run.to(left.device)
+    rest.addmm_(left.to(rest.dtype), right.to(rest.dtype), alpha=-scale)
+    return sum_of_squares(weighting.apply(rest.T))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Measure:
+    """What errors are relative to."""
+
+    pair: Pair
+    found: Sequence[Found]
+    total: float
+    base: float
+
+    @property
+    def searched(self) -> float:
+        """‖Δ‖²_F of what was decomposed, weighted where it was."""
+        return math.fsum(f.svd.total for f in self.found if f.svd is not None)
+
+    def result(self, rank: int, error: float, weighted: float, gain: float) -> ModuleResult:
+        """The figures for factors of that rank."""
+        assert self.pair.layout is not None
+        methods = {f.svd.method for f in self.found if f.svd is not None}
+        whole = self.total if math.isnan(weighted) else self.searched
+        return ModuleResult(
+            module=self.pair.target,
+            layout=self.pair.layout.name,
+            shape=self.pair.spec.shape,
+            rank=rank,
+            relative_error=math.sqrt(max(error, 0.0) / self.total),
+            energy=1 - error / self.total,
+            gain_bound=gain / whole,
+            delta_norm=math.sqrt(self.total),
+            relative_change=math.sqrt(self.total / self.base) if self.base else math.inf,
+            method="+".join(sorted(methods)),
+            weighted_error=math.sqrt(max(weighted, 0.0) / self.searched),
+        )

@@ -1,0 +1,300 @@
+"""The plan of an extraction: which tensor of the tuned side answers which of the base, and the
+fate of each. Names, shapes and dtypes decide; no tensor is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from lora_tools.errors import MismatchError, UsageError
+from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.formats.names import (
+    align,
+    is_input_embedding,
+    is_output_head,
+    layout_name,
+    split_tensor,
+    tied_head,
+)
+from lora_tools.linalg.layouts import LAYOUTS, Layout
+from lora_tools.linalg.ranks import RankRule
+from lora_tools.records import Fate, TensorSpec
+from lora_tools.sources.as_loaded import LoadedView, ties_of
+
+# What is done with a pair if its two tensors turn out to differ.
+Action = Literal["decompose", "save", "bias", "skip", "refuse"]
+_WHEN_CHANGED = {
+    "decompose": "decompose if changed",
+    "save": "save whole if changed",
+    "bias": "save whole if changed",
+    "skip": "skip",
+    "refuse": "refuse if changed",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """One tensor of either side.
+
+    Attributes:
+        name: its name in the adapter (that of ``Plan.names_of``'s side).
+        base, tuned: its spec on each side, or None where it lacks there.
+        action: what to do if the two differ.
+        layout: its layer kind, for "decompose".
+        reason: why this action.
+        followed_by: modules whose weight is tied to this one, such as the output head of an input
+            embedding: what is done to the one is done to the others.
+    """
+
+    name: str
+    base: TensorSpec | None
+    tuned: TensorSpec | None
+    action: Action
+    layout: Layout | None = None
+    reason: str = ""
+    followed_by: tuple[str, ...] = ()
+
+    @property
+    def spec(self) -> TensorSpec:
+        spec = self.tuned or self.base
+        assert spec is not None
+        return spec
+
+    @property
+    def module(self) -> str:
+        return split_tensor(self.name)[0]
+
+    @property
+    def parameter(self) -> str:
+        return split_tensor(self.name)[1]
+
+    @property
+    def target(self) -> str:
+        """What factors are for: a module, or a parameter that a module of experts holds."""
+        return self.module if self.parameter == "weight" else self.name
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All pairs, fates that need no reading, and what the user should be told."""
+
+    pairs: tuple[Pair, ...]
+    settled: tuple[Fate, ...]
+    modules: frozenset[str]
+    notes: tuple[str, ...]
+
+    def fates(self, rule: RankRule) -> tuple[Fate, ...]:
+        """Every tensor's fate as far as it is known before anything is read."""
+        return (
+            *(
+                Fate(p.name, _WHEN_CHANGED[p.action], p.reason, upper_bound(p, rule))
+                for p in self.pairs
+            ),
+            *self.settled,
+        )
+
+
+def upper_bound(pair: Pair, rule: RankRule) -> int:
+    """The most bytes this pair can take in the adapter, at two-sided rank and the base's dtype."""
+    if pair.followed_by:
+        alone = upper_bound(dataclasses.replace(pair, followed_by=()), rule)
+        return (1 + len(pair.followed_by)) * alone
+    if pair.action in ("save", "bias"):
+        return pair.spec.nbytes
+    if pair.action != "decompose":
+        return 0
+    assert pair.layout is not None
+    sides = [(at.rows, at.cols) for at in pair.layout.regions(pair.spec.shape)]
+    return one_direction(pair, None) * max(rule.ceiling(*side) for side in sides)
+
+
+def one_direction(pair: Pair, dtype: str | None, in_bytes: bool = True) -> int:
+    """Bytes, or numbers, that one more rank costs in the factors; ``dtype`` is theirs, by default
+    the base's. A tied head that follows takes bytes of its own, and no numbers of its own."""
+    assert pair.base is not None
+    assert pair.layout is not None
+    spec = dataclasses.replace(pair.base, dtype=dtype or pair.base.dtype)
+    shapes = pair.layout.shapes(spec.shape, 1)
+    numbers = sum(map(math.prod, shapes))
+    each = spec.nbytes // spec.numel * (1 + len(pair.followed_by))
+    return numbers * each if in_bytes else numbers
+
+
+def make_plan(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    *,
+    chosen: Callable[[str], bool],
+    kinds: Sequence[tuple[re.Pattern[str], Layout | None]] = (),
+    layers: Mapping[str, Layout | None] | None = None,
+    embeddings: Literal["lora", "save", "skip"],
+    rest: Literal["save", "skip", "error"],
+) -> Plan:
+    """Pair the tensors of both sides and settle what to do with each.
+
+    Args:
+        kinds: layer kinds of modules in whose names a pattern is found, instead of what name and
+            shape tell; None for no low-rank form. The last that is found counts.
+        layers: layer kinds of the base's tensors, where they are known.
+
+    Raises:
+        UsageError: a kind does not fit a weight that it is named for, or is for none.
+        MismatchError: nothing in common, ambiguous prefixes, or shapes that differ.
+    """
+    notes: list[str] = []
+    to_base, sentence = align(list(tuned.specs), list(base.specs))
+    if sentence:
+        notes.append(f"tuned names: {sentence} to match the base")
+    if not any(name in base.specs for name in to_base.values()):
+        raise MismatchError(
+            f"{base.path} and {tuned.path} have no tensor name in common "
+            f"({next(iter(base.specs), '-')}, … against {next(iter(tuned.specs), '-')}, …); "
+            "are they the same architecture?"
+        )
+    pairs: list[Pair] = []
+    settled: list[Fate] = []
+    # Both sides by the base's names; a spec keeps its own.
+    ours, theirs = dict(base.specs), {to_base[name]: spec for name, spec in tuned.specs.items()}
+    followed = _settle_ties((base, ours), (tuned, theirs), to_base, settled, notes)
+    added = [name for name in theirs if name not in ours]
+    # Tensors that only the tuned side has are saved under its own names: the model that can load
+    # them is the tuned one. Otherwise the adapter goes on the base and takes the base's names.
+    own_names = bool(added) and rest == "save"
+    if own_names and sentence:
+        notes.append(
+            "the adapter carries the tuned side's names, since some tensors are only there"
+        )
+    options = {"embeddings": embeddings, "rest": rest}
+    to_tuned = {name: own for own, name in to_base.items()}
+    for name, spec in ours.items():
+        if name not in theirs:
+            settled.append(Fate(name, "only in base", "the adapter leaves it as it is"))
+            continue
+        shown = to_tuned.get(name, name) if own_names else name
+        spec = dataclasses.replace(spec, name=shown)
+        own = (layers or {}).get(name, _by_name(spec, base.config))
+        pair = _pair(shown, ours[name], theirs[name], _kind(spec, own, kinds), chosen, options)
+        pairs.append(dataclasses.replace(pair, followed_by=followed.get(name, ())))
+    _refuse_idle(kinds, pairs)
+    pairs += [_one_sided(theirs[name], rest) for name in added]
+    modules = {m for p in pairs for m in (p.module, *p.followed_by) if m}
+    return Plan(tuple(pairs), tuple(settled), frozenset(modules), tuple(notes))
+
+
+def _settle_ties(
+    ours: tuple[Checkpoint, dict[str, TensorSpec]],
+    theirs: tuple[Checkpoint, dict[str, TensorSpec]],
+    to_base: Mapping[str, str],
+    settled: list[Fate],
+    notes: list[str],
+) -> dict[str, tuple[str, ...]]:
+    """Settle weights that are one tensor, such as an output head and the input embedding.
+
+    Where both sides tie them, the embedding speaks for the head, which follows it: returned is
+    {embedding: modules of what follows}. Where one side does and the other has a head of its own,
+    the embedding is put in the head's place, so that the two make a pair like any other.
+    """
+    mine = _ties(*ours)
+    other = {to_base.get(name, name): source for name, source in _ties(*theirs).items()}
+    followed: dict[str, tuple[str, ...]] = {}
+    for name, source in mine.items():
+        if name not in other and (name in theirs[1] or source not in other.values()):
+            continue
+        for _, specs in (ours, theirs):
+            if specs.pop(name, None):
+                settled.append(Fate(name, "tied", f"the same tensor as {source}"))
+        if source in theirs[1]:
+            notes.append(f"{name} is tied to {source}, and so are their changes")
+            followed[source] = (*followed.get(source, ()), split_tensor(name)[0])
+    for ties, (_, specs), (_, others) in ((mine, ours, theirs), (other, theirs, ours)):
+        for name, source in ties.items():
+            if split_tensor(name)[0] not in followed.get(source, ()) and name in others:
+                specs[name] = specs[source]
+                notes.append(f"{name} is tied to {source} on one side only: they are parted")
+    return followed
+
+
+def _ties(side: Checkpoint, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
+    """{weight: the one that it is}: as the model has them, and as the config says of a head."""
+    ties = ties_of(side)
+    head = tied_head(side.config, side.specs) if side.ties_embeddings else ""
+    embedding = next(filter(is_input_embedding, specs), "")
+    if head and embedding and (head in side.specs or not isinstance(side, LoadedView)):
+        ties[head] = embedding
+    return ties
+
+
+def _by_name(spec: TensorSpec, config: Mapping[str, Any]) -> Layout | None:
+    name = layout_name(spec, config)
+    return LAYOUTS[name] if name else None
+
+
+def _kind(
+    spec: TensorSpec, own: Layout | None, kinds: Sequence[tuple[re.Pattern[str], Layout | None]]
+) -> Layout | None:
+    """The layer kind of a weight: as the user says, or its own."""
+    module, parameter = split_tensor(spec.name)
+    given = [kind for pattern, kind in kinds if pattern.search(module)]
+    if not given or (parameter != "weight" and len(spec.shape) != 3):
+        return own
+    kind = given[-1]
+    if kind is not None and not kind.suits(spec.shape):
+        raise UsageError(
+            f"--layout: {spec.name} has shape {spec.shape}, which is not {kind.name}'s"
+        )
+    return kind
+
+
+def _refuse_idle(
+    kinds: Sequence[tuple[re.Pattern[str], Layout | None]], pairs: Sequence[Pair]
+) -> None:
+    for pattern, _ in kinds:
+        if not any(pattern.search(pair.module) for pair in pairs):
+            raise UsageError(f"--layout {pattern.pattern}=…: found in no module's name")
+
+
+def _pair(
+    name: str,
+    base: TensorSpec,
+    tuned: TensorSpec,
+    kind: Layout | None,
+    chosen: Callable[[str], bool],
+    options: Mapping[str, str],
+) -> Pair:
+    module, parameter = split_tensor(name)
+    embedding = kind is not None and kind.name == "embedding"
+    resizable = embedding or is_output_head(name)
+    if base.shape != tuned.shape:
+        grown = base.shape[1:] == tuned.shape[1:] and resizable
+        if not (grown and options["embeddings"] != "lora"):
+            hint = (
+                "was the vocabulary resized? --embeddings save keeps the tuned one whole, "
+                "--embeddings skip leaves it out"
+                if grown
+                else "are they the same architecture?"
+            )
+            raise MismatchError(f"{name}: base is {base.shape}, tuned is {tuned.shape}; {hint}")
+    if not chosen(module):
+        return Pair(name, base, tuned, "skip", reason="left out by --include/--exclude")
+    if (embedding and options["embeddings"] != "lora") or base.shape != tuned.shape:
+        action: Action = "save" if options["embeddings"] == "save" else "skip"
+        return Pair(name, base, tuned, action, reason=f"--embeddings {options['embeddings']}")
+    if kind is not None and base.is_float and tuned.is_float:
+        return Pair(name, base, tuned, "decompose", kind, kind.name)
+    if parameter == "bias" and options["rest"] == "save":
+        return Pair(name, base, tuned, "bias", reason="a bias has no low-rank form")
+    action = {"save": "save", "skip": "skip", "error": "refuse"}[options["rest"]]  # type: ignore[assignment]
+    return Pair(name, base, tuned, action, reason=f"no low-rank form (--rest {options['rest']})")
+
+
+def _one_sided(spec: TensorSpec, rest: str) -> Pair:
+    if rest == "error":
+        raise MismatchError(
+            f"{spec.name}: only the tuned side has it; --rest save keeps it whole, --rest skip "
+            "leaves it out"
+        )
+    reason = f"only the tuned side has it (--rest {rest})"
+    return Pair(spec.name, None, spec, "save" if rest == "save" else "skip", reason=reason)

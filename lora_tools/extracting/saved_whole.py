@@ -1,0 +1,88 @@
+"""The last part of ``extract``: tensors that are saved whole, and figures over all modules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_tools.errors import UnsupportedAdapter
+from lora_tools.extracting.pairs import Plan
+from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.formats.names import split_tensor
+from lora_tools.records import ModuleResult
+
+if TYPE_CHECKING:
+    from lora_tools.extracting.pair_work import Outcome
+    from lora_tools.formats.adapters.peft_writer import PeftWriter
+
+
+def complete_saved(
+    outcomes: Sequence[Outcome], plan: Plan, tuned: Checkpoint, writer: PeftWriter
+) -> list[str]:
+    """Write what is saved whole, whole modules at a time, as PEFT reads them.
+
+    PEFT keeps a copy of each module in modules_to_save and wants all of its tensors; and it selects
+    such modules by how their names end, which may take in others: those are saved as well.
+    """
+    targeted = set(writer.ranks)
+    saved = [o for o in outcomes if o.action == "saved whole"]
+    modules: set[str] = set()
+    bare = []
+    for outcome in saved:
+        pair, (module, parameter) = outcome.pair, split_tensor(outcome.pair.name)
+        assert pair.tuned is not None
+        tensor = tuned.tensor(pair.tuned.name)
+        if pair.action == "bias" and (module in targeted or not _is_norm(module, plan)):
+            writer.add_bias(pair.name, tensor, module in targeted)
+        elif parameter in ("weight", "bias") and module and module not in targeted:
+            modules.add(module)
+        else:
+            bare.append((module, pair.name, tensor))
+    taken_in = {m for m in plan.modules if any(m.endswith(s) for s in modules)} - modules
+    clash = taken_in & targeted
+    if clash:
+        raise UnsupportedAdapter(
+            f"{min(clash)} is decomposed, and PEFT would also save it whole, because its name ends "
+            "like that of a module saved whole; leave one out with --exclude"
+        )
+    for module, name, tensor in bare:
+        if module not in modules | taken_in:  # PEFT loads it by its name
+            writer.add_raw(f"base_model.model.{name}", tensor)
+    for outcome in outcomes:
+        pair = outcome.pair
+        if pair.module in modules | taken_in and pair.tuned is not None:
+            tensor = tuned.tensor(pair.tuned.name)
+            writer.add_saved(pair.name, tensor)
+            for follower in pair.followed_by:
+                writer.add_saved(f"{follower}.weight", tensor)
+            if outcome.action == "unchanged":
+                outcome.action = "saved whole"
+    if taken_in:
+        return [f"saved whole though unchanged, since PEFT matches endings: {sorted(taken_in)}"]
+    return []
+
+
+def _is_norm(module: str, plan: Plan) -> bool:
+    """Whether the module's weight, too, has no low-rank form: then it is saved as one."""
+    return any(p.name == f"{module}.weight" and p.action == "save" for p in plan.pairs)
+
+
+def totals(modules: Sequence[ModuleResult], parameters: int, folder: Path) -> dict[str, Any]:
+    """Figures over all modules, weighted by their energy."""
+    energy = math.fsum(m.delta_norm**2 for m in modules)
+    missing = math.fsum(m.relative_error**2 * m.delta_norm**2 for m in modules)
+    gain = math.fsum(m.gain_bound * m.delta_norm**2 for m in modules)
+    ranks = sorted(m.rank for m in modules)
+    return {
+        "modules": len(modules),
+        "relative_error": math.sqrt(missing / energy),
+        "energy": 1 - missing / energy,
+        "gain_bound": gain / energy,
+        "rank_min": ranks[0],
+        "rank_max": ranks[-1],
+        "parameters": parameters,
+        "parameters_replaced": sum(math.prod(m.shape) for m in modules),
+        "bytes": sum(path.stat().st_size for path in folder.iterdir()),
+    }

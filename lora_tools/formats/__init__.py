@@ -1,0 +1,1 @@
+"""Bytes, key names and config dicts ↔ records. No arithmetic."""

@@ -1,0 +1,1 @@
+"""Adapter formats, one file each: key names and configs ↔ PEFT's."""

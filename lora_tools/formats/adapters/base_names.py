@@ -1,0 +1,109 @@
+"""The names of a model, by which short or flattened adapter names are resolved."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_tools.errors import AdapterError
+from lora_tools.formats.checkpoint import ties_embeddings
+from lora_tools.formats.names import EMBEDDING, is_input_embedding, split_tensor, tied_head
+from lora_tools.records import TensorSpec
+
+if TYPE_CHECKING:
+    pass
+
+
+def names_of(
+    path: Path, specs: Mapping[str, TensorSpec], config: Mapping[str, Any], prefix: str = ""
+) -> BaseNames:
+    """From the tensors' names."""
+    weights = {}
+    for name, spec in specs.items():
+        module, parameter = split_tensor(name)
+        if parameter == "weight" and module:
+            weights[prefix + module] = spec
+    tied = split_tensor(tied_head(config, specs))[0] if ties_embeddings(config) else ""
+    embedding = next((spec for name, spec in specs.items() if is_input_embedding(name)), None)
+    if tied and embedding is not None:
+        weights.setdefault(tied, embedding)
+    return BaseNames(path, weights, config, tied)
+
+
+@dataclasses.dataclass(frozen=True)
+class Flattened:
+    """Module names with every dot made an underscore, and what each stands for."""
+
+    base: BaseNames
+    whole: Mapping[str, tuple[str, ...]]
+    endings: Mapping[str, tuple[str, ...]]
+
+    def resolve(self, flat: str, components: Iterable[str] = ()) -> str:
+        """The module of that flattened name: the whole name, else one that ends in it.
+
+        Args:
+            components: of a pipeline, those meant by the key; the first that has any decides.
+
+        Raises:
+            AdapterError: none is, or several are: then they are listed.
+        """
+        for component in (*components, ""):
+            prefix = component.replace(".", "_") + "_" if component else ""
+            found = self.whole.get(prefix + flat, ())
+            if not found:
+                found = tuple(
+                    m
+                    for m in self.endings.get(flat, ())
+                    if not component or m.startswith(component + ".")
+                )
+            if len(found) > 1:
+                raise AdapterError(
+                    f"{flat!r} can stand for {' or '.join(sorted(found)[:8])} of {self.base.path}; "
+                    "rename the key to PEFT's naming, with dots"
+                )
+            if found:
+                return found[0]
+        raise AdapterError(f"{flat!r} is no module of {self.base.path}; is this the right base?")
+
+
+def flattened(base: BaseNames) -> Flattened:
+    """Index a model's module names by their flattened form."""
+    whole: dict[str, list[str]] = {}
+    endings: dict[str, list[str]] = {}
+    for module in base.weights:
+        parts = module.split(".")
+        whole.setdefault("_".join(parts), []).append(module)
+        for start in range(1, len(parts)):
+            endings.setdefault("_".join(parts[start:]), []).append(module)
+    return Flattened(
+        base, {k: tuple(v) for k, v in whole.items()}, {k: tuple(v) for k, v in endings.items()}
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseNames:
+    """What a reader needs to know of the model: module names, weight shapes, config.json.
+
+    ``tied`` is the output head that is the input embedding, or "": it is among the modules, though
+    the checkpoint may not store it.
+    """
+
+    path: Path
+    weights: Mapping[str, TensorSpec]
+    config: Mapping[str, Any]
+    tied: str = ""
+
+    def is_embedding(self, module: str, in_out: tuple[int, int]) -> bool:
+        """Whether factors for (in, out) on this module are those of an Embedding, stored (in, out):
+        by the weight's shape, and where that is square by the module's name."""
+        spec = self.weights.get(module)
+        if spec is None or in_out[0] == in_out[1]:
+            return named_embedding(module)
+        return spec.shape == in_out and named_embedding(module)
+
+
+def named_embedding(module: str) -> bool:
+    """Whether the module's name is one that models give to an Embedding."""
+    return bool(EMBEDDING.fullmatch(module.rpartition(".")[2]))

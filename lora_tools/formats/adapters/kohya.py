@@ -1,0 +1,151 @@
+"""kohya's sd-scripts (0.9): ``lora_unet_<path_with_underscores>.lora_down.weight`` and the like.
+
+Each module has ``lora_down`` (r, in, *k), ``lora_up`` (out, r, *1), ``alpha`` (absent: the rank),
+perhaps ``lora_mid`` (a CP-decomposed convolution) and ``dora_scale``. Names do not invert without
+the model's own: where two modules flatten to one name, the reader shows both.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_tools.errors import AdapterError, UnsupportedAdapter
+from lora_tools.formats.adapters.base_names import BaseNames, flattened
+from lora_tools.formats.adapters.outline import (
+    Compute,
+    Context,
+    Outline,
+    group_parts,
+    pair,
+    reshaped,
+)
+from lora_tools.formats.adapters.writer import Factors, Keyed
+from lora_tools.formats.tensor_file import TensorFile
+
+# Prefix of a key → components of a diffusers pipeline it may mean, likeliest first.
+COMPONENTS: dict[str, tuple[str, ...]] = {
+    "lora_unet_": ("unet", "transformer"),
+    "lora_te_": ("text_encoder",),
+    "lora_te1_": ("text_encoder",),
+    "lora_te2_": ("text_encoder_2",),
+    "lora_te3_": ("text_encoder_3",),
+    "lora_prior_unet_": ("prior",),
+    "lycoris_": (),
+}
+LORA_PARTS = ("lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha", "dora_scale")
+_KEY = re.compile(rf"(?P<prefix>{'|'.join(COMPONENTS)})(?P<flat>\w+)\.(?P<part>[\w.]+)")
+
+
+def split(key: str) -> tuple[str, str] | None:
+    """``lora_unet_a_b.alpha`` → (``lora_unet_a_b``, ``alpha``)."""
+    match = _KEY.fullmatch(key)
+    return (match["prefix"] + match["flat"], match["part"]) if match else None
+
+
+def knows(key: str) -> bool:
+    """Whether a key is one of these."""
+    found = split(key)
+    return found is not None and found[1] in LORA_PARTS and not key.startswith("lycoris_")
+
+
+def resolve_all(outline: Outline, names: Collection[str], context: Context) -> dict[str, str]:
+    """Every flattened name → the base's module, or itself where the file's own are wanted."""
+    base = context.base_for(outline, "its names have underscores for dots")
+    if base is None:
+        return {name: name for name in names}
+    index = flattened(base)
+    result = {}
+    for name in names:
+        prefix = next(p for p in COMPONENTS if name.startswith(p))
+        try:
+            result[name] = index.resolve(name.removeprefix(prefix), COMPONENTS[prefix])
+        except AdapterError as error:
+            raise outline.fail(f"{name}: {error}") from None
+    return result
+
+
+def read(path: Path, file: TensorFile, context: Context) -> Outline:
+    """What the file holds, as PEFT would."""
+    outline = Outline(path, file, "kohya (sd-scripts)")
+    modules = group_parts(outline, LORA_PARTS, split)
+    names = resolve_all(outline, modules, context)
+    for flat, keys in modules.items():
+        add_locon(outline, names[flat], keys)
+    return outline
+
+
+def add_locon(outline: Outline, module: str, keys: Mapping[str, str]) -> None:
+    """lora_down, lora_up and what stands beside them."""
+    down, up = pair(outline, module, keys, "lora_down.weight", "lora_up.weight")
+    A, B = outline.same(down), outline.same(up)
+    if "lora_mid.weight" in keys:
+        mid = keys["lora_mid.weight"]
+        kernel = outline.shape(mid)
+        shape = (kernel[0], outline.shape(down)[1], *kernel[2:])
+        A = outline.computed(shape, (mid, down), "tucker_down")
+        B = reshaped(B, (*B.spec.shape[:2], *[1] * (len(shape) - 2)))
+    alpha = outline.scalar(keys["alpha"]) if "alpha" in keys else None
+    outline.add_lora(module, A, B, alpha, magnitude=magnitude(outline, module, keys))
+
+
+def magnitude(outline: Outline, module: str, keys: Mapping[str, str]) -> str:
+    """The key of DoRA's magnitudes, or "". LyCORIS may keep one for each *input*, which is another
+    arithmetic than PEFT's."""
+    key = keys.get("dora_scale", "")
+    if key:
+        shape = outline.shape(key)
+        if len(shape) > 1 and shape[0] == 1 and shape[1] != 1:
+            raise UnsupportedAdapter(
+                f"{outline.path}: {module}: dora_scale {list(shape)} has one magnitude for each "
+                "input; LoRA's other formats know one for each output only"
+            )
+    return key
+
+
+def flat_name(module: str, prefix: str = "") -> str:
+    """``unet.a.b`` → ``lora_unet_a_b``; a module of no component takes ``prefix``. A name that was
+    never resolved stays."""
+    if "." not in module and module.startswith(tuple(COMPONENTS)):
+        return module
+    head, _, rest = module.partition(".")
+    known = {
+        component: p for p, components in reversed(COMPONENTS.items()) for component in components
+    }
+    if not prefix and head in known and rest:
+        return known[head] + rest.replace(".", "_")
+    return (prefix or "lora_unet_") + module.replace(".", "_")
+
+
+class KohyaWriter(Keyed):
+    """Writes one file. Two text encoders are te1 and te2, one is te."""
+
+    prefix = ""
+
+    def __init__(self, out: Path, base: BaseNames | None, compute: Compute) -> None:
+        super().__init__(out, base, compute)
+        self._names: dict[str, str] = {}
+
+    def keys(self, factors: Factors) -> dict[str, Any]:
+        """The tensors of one module by key."""
+        import torch
+
+        name = flat_name(factors.module, self.prefix)
+        if name in self._names:
+            raise AdapterError(
+                f"{factors.module} and {self._names[name]} both become {name}, with underscores "
+                "for dots: this format cannot tell them apart"
+            )
+        self._names[name] = factors.module
+        result: dict[str, Any] = {
+            f"{name}.lora_down.weight": factors.lora_A,
+            f"{name}.lora_up.weight": factors.lora_B,
+            f"{name}.alpha": torch.tensor(factors.alpha, dtype=torch.float32),
+        }
+        if factors.magnitude is not None:
+            out = factors.lora_B.shape[0]
+            shape = (out, *[1] * (factors.lora_A.dim() - 1))
+            result[f"{name}.dora_scale"] = factors.magnitude.reshape(shape)
+        return result

@@ -1,0 +1,220 @@
+"""LyCORIS (lycoris-lora 4.1): LoCon, LoHa, LoKr and whole differences (``full``), read as the exact
+LoRA each of them is.
+
+Names are kohya's, or begin with ``lycoris_``. A LoHa of rank r is a LoRA of rank r² at most, a LoKr
+one of the product of its two sides' ranks, a whole difference one of the weight's smaller side;
+``linalg.recipes`` has the factors. The scaling is alpha / r with the r of the *file*; a LoKr of two
+whole sides and a whole difference have scaling 1 and ignore alpha.
+Files are written as LoCon.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from lora_tools.errors import UnsupportedAdapter
+from lora_tools.formats.adapters.kohya import (
+    LORA_PARTS,
+    KohyaWriter,
+    add_locon,
+    magnitude,
+    resolve_all,
+    split,
+)
+from lora_tools.formats.adapters.outline import Context, Made, Outline, group_parts
+from lora_tools.formats.tensor_file import TensorFile
+
+_HADA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
+_KRON = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+_FULL = ("diff", "diff_b")
+PARTS = (*LORA_PARTS, *_HADA, *_KRON, *_FULL)
+# What LyCORIS has besides, known by name and refused with a reason.
+_OTHER = {
+    "w_norm": "a difference of a norm",
+    "b_norm": "a difference of a norm's bias",
+    "oft_blocks": "a rotation (OFT)",
+    "oft_diag": "a rotation (OFT)",
+    "on_input": "a scale of activations (IA³)",
+    "a": "GLoRA",
+    "glora": "GLoRA",
+    "scalar": "a trained scalar; save it with lycoris' own state_dict, which folds it in",
+}
+
+
+def knows(key: str) -> bool:
+    """Whether a key is one of these: kohya's are all of them."""
+    found = split(key)
+    return found is not None and found[1] in (*PARTS, *_OTHER)
+
+
+def read(path: Path, file: TensorFile, context: Context) -> Outline:
+    """What the file holds, as PEFT would."""
+    outline = Outline(path, file, "LyCORIS")
+    for key in file.specs:
+        last = key.rpartition(".")[2]
+        if last in _OTHER:
+            raise UnsupportedAdapter(f"{path}: {key}: holds {_OTHER[last]}, which is not read")
+    modules = group_parts(outline, PARTS, split)
+    names = resolve_all(outline, modules, context)
+    exact = []
+    for flat, keys in modules.items():
+        module = names[flat]
+        spec = context.base.weights[module].shape if context.base is not None else ()
+        if "diff_b" in keys and "diff" not in keys:
+            raise UnsupportedAdapter(
+                f"{path}: {keys['diff_b']}: holds a difference of a bias beside no whole "
+                "difference (diff), which is not read"
+            )
+        if "diff" in keys:
+            _add_full(outline, module, keys, spec)
+        elif "hada_w1_a" in keys:
+            _add_loha(outline, module, keys, spec)
+        elif "lokr_w1" in keys or "lokr_w1_a" in keys:
+            _add_lokr(outline, module, keys, spec)
+        else:
+            add_locon(outline, module, keys)
+            continue
+        exact.append(outline.ranks[module])
+    if exact:
+        ranks = f"{min(exact)} to {max(exact)}" if min(exact) < max(exact) else str(exact[0])
+        outline.notes.append(
+            f"{len(exact)} modules are LoHa, LoKr or whole differences, and are read as the exact "
+            f"LoRA that they are, of rank {ranks}; --rank or --energy makes it smaller"
+        )
+    return outline
+
+
+def _add_full(
+    outline: Outline, module: str, keys: Mapping[str, str], weight: tuple[int, ...]
+) -> None:
+    """A whole difference is a product with the identity, on its smaller side."""
+    diff = keys["diff"]
+    shape = outline.shape(diff)
+    if len(shape) < 2 or set(keys) - {*_FULL, "alpha"}:
+        raise UnsupportedAdapter(
+            f"{outline.path}: {diff}: holds a whole difference "
+            + ("of a vector" if len(shape) < 2 else f"beside {', '.join(sorted(keys))}")
+            + ", which is not read"
+        )
+    size = shape[0], math.prod(shape[1:])
+    _add_exact(
+        outline,
+        module,
+        {k: v for k, v in keys.items() if k != "alpha"},
+        weight or shape,
+        size,
+        min(size),
+        0,
+        lambda shape: outline.computed(shape, (diff,), "whole_left"),
+        lambda shape: outline.computed(shape, (diff,), "whole_right"),
+    )
+    outline.used |= set(keys.values())
+
+
+def _add_loha(
+    outline: Outline, module: str, keys: Mapping[str, str], weight: tuple[int, ...]
+) -> None:
+    missing = [part for part in _HADA[:4] if part not in keys]
+    if missing or ("hada_t1" in keys) != ("hada_t2" in keys):
+        raise outline.fail(f"{module}: has {sorted(keys)}, which is no whole LoHa")
+    w1a, w1b, w2a, w2b = (keys[part] for part in _HADA[:4])
+    tucker, lower = "", [w1b, w2b]
+    out, cols = outline.shape(w1a)[0], outline.shape(w1b)[1]
+    ranks = outline.shape(w1b)[0], outline.shape(w2b)[0]
+    if "hada_t1" in keys:
+        t1, t2 = keys["hada_t1"], keys["hada_t2"]
+        tucker, lower = "_tucker", [t1, w1b, t2, w2b]
+        out, cols = outline.shape(w1a)[1], cols * math.prod(outline.shape(t1)[2:])
+        ranks = outline.shape(t1)[0], outline.shape(t2)[0]
+    _add_exact(
+        outline,
+        module,
+        keys,
+        weight,
+        (out, cols),
+        math.prod(ranks),
+        ranks[0],
+        lambda shape: outline.computed(shape, (w1a, w2a), f"hadamard_left{tucker}"),
+        lambda shape: outline.computed(shape, lower, f"hadamard_right{tucker}"),
+    )
+
+
+def _add_lokr(
+    outline: Outline, module: str, keys: Mapping[str, str], weight: tuple[int, ...]
+) -> None:
+    sides: list[tuple[str, ...]] = []
+    inner, sizes, file_rank = 1, [1, 1], 0
+    used: tuple[str, ...]
+    for side in ("lokr_w1", "lokr_w2"):
+        whole, a, b = keys.get(side), keys.get(f"{side}_a"), keys.get(f"{side}_b")
+        t = keys.get("lokr_t2") if side == "lokr_w2" else None
+        if whole and not (a or b or t):
+            used, (rows, *rest) = (whole,), outline.shape(whole)
+            cols = math.prod(rest)
+            inner *= min(rows, cols)
+        elif a and b and not whole:
+            used = (t, a, b) if t else (a, b)
+            rank = outline.shape(b)[0]
+            rows = outline.shape(a)[1 if t else 0]
+            cols = outline.shape(b)[1] * (math.prod(outline.shape(t)[2:]) if t else 1)
+            inner *= rank
+            file_rank = file_rank or rank
+        else:
+            raise outline.fail(f"{module}: has {sorted(keys)}, which is no whole LoKr")
+        sides.append(used)
+        sizes = [sizes[0] * rows, sizes[1] * cols]
+    given = (*sides[0], *sides[1])
+    numbers = (len(sides[0]), len(sides[1]))
+    _add_exact(
+        outline,
+        module,
+        keys,
+        weight,
+        (sizes[0], sizes[1]),
+        inner,
+        file_rank,
+        lambda shape: outline.computed(shape, given, "kronecker_left", numbers),
+        lambda shape: outline.computed(shape, given, "kronecker_right", numbers),
+    )
+
+
+def _add_exact(
+    outline: Outline,
+    module: str,
+    keys: Mapping[str, str],
+    weight: tuple[int, ...],
+    size: tuple[int, int],
+    rank: int,
+    file_rank: int,
+    left: Callable[[tuple[int, ...]], Made],
+    right: Callable[[tuple[int, ...]], Made],
+) -> None:
+    """Exact factors (out, rank) and (rank, in·∏k) of a delta whose scaling is alpha / file_rank (1
+    where that is 0)."""
+    out, cols = size
+    weight = weight or (out, cols)  # where it is read as stored
+    if (weight[0], math.prod(weight[1:])) != (out, cols):
+        raise outline.fail(
+            f"{module}: its delta is {out} x {cols}, and the base's weight is {list(weight)}"
+        )
+    kernel = weight[2:]
+    alpha = outline.scalar(keys["alpha"]) if "alpha" in keys else 0.0
+    if not (file_rank and alpha):  # two whole sides; and LyCORIS takes an alpha of 0 for the rank
+        alpha, file_rank = float(rank), rank
+    outline.add_lora(
+        module,
+        right((rank, *weight[1:])),
+        left((out, rank, *[1] * len(kernel))),
+        alpha,
+        magnitude=magnitude(outline, module, keys),
+        bias=keys.get("diff_b", ""),
+        of_rank=file_rank,
+    )
+
+
+class LycorisWriter(KohyaWriter):
+    """LoCon, under the names that ``create_lycoris_from_weights`` looks for."""
+
+    prefix = "lycoris_"

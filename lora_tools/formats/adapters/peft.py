@@ -1,0 +1,411 @@
+"""Reading PEFT adapters: ``adapter_model.safetensors`` and ``adapter_config.json`` (peft 0.21).
+
+Every key of the file is classified; a key that is none of the known kinds is an error.
+``peft_writer`` writes them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_tools.errors import AdapterError, UnsafeInput, UnsupportedAdapter
+from lora_tools.formats.names import as_held, split_tensor
+from lora_tools.formats.safetensors_file import SafetensorsFile
+from lora_tools.formats.tensor_file import TensorFile
+from lora_tools.records import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+PREFIX = "base_model.model."
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+
+_FACTOR = re.compile(
+    r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B"
+    r"|lora_magnitude_vector)(?:\.default)?(?:\.(?P<leaf>weight|bias))?"
+)
+_TOKENS = ".token_adapter.trainable_tokens_delta"
+_IA3 = re.compile(r"(?P<module>.+)\.ia3_l(?:\.default)?")
+
+_NOT_LORA = {
+    "PREFIX_TUNING": "prefix tuning trains keys and values put before the sequence",
+    "PROMPT_TUNING": "prompt tuning trains input vectors put before the sequence",
+    "MULTITASK_PROMPT_TUNING": "prompt tuning trains input vectors put before the sequence",
+    "CPT": "context-aware prompt tuning trains input vectors put before the sequence",
+    "P_TUNING": "p-tuning trains an encoder of input vectors",
+    "ADAPTION_PROMPT": "LLaMA-Adapter trains prompts inside attention",
+    "ADALORA": "AdaLoRA holds three factors and its own ranks; save it as LoRA with PEFT first",
+    "LOHA": "LoHa is a Hadamard product of two low-rank deltas",
+    "LOKR": "LoKr is a Kronecker product",
+    "OFT": "OFT rotates weights",
+    "BOFT": "BOFT rotates weights",
+    "HRA": "HRA reflects weights",
+    "VERA": "VeRA shares random factors that are not in the file",
+    "LN_TUNING": "it holds whole norms and no low-rank delta",
+    "TRAINABLE_TOKENS": "it holds single embedding rows and no low-rank delta",
+}
+_CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraModule:
+    """One module's low-rank update, as keys of the file and numbers of the config.
+
+    Attributes:
+        module: its name, without PEFT's prefix.
+        form: how the factors are held: "matrix", "embedding", "conv", "merged" or "experts", as in
+            ``linalg.layouts``.
+        A, B, bias, magnitude: keys in the file; the last two may be None.
+        r, alpha: rank and lora_alpha of this module, patterns applied.
+        parameter: the module's parameter they act on.
+        enabled, sizes: of form "merged": which blocks take part, and their sizes, or () for equal
+            ones.
+        experts: of form "experts": how many.
+    """
+
+    module: str
+    form: str
+    A: str
+    B: str
+    bias: str | None
+    magnitude: str | None
+    r: int
+    alpha: float
+    parameter: str = "weight"
+    enabled: tuple[bool, ...] = ()
+    sizes: tuple[int, ...] = ()
+    experts: int = 0
+
+    @property
+    def weight(self) -> str:
+        """The tensor they act on."""
+        return f"{self.module}.{self.parameter}"
+
+    @property
+    def name(self) -> str:
+        """The module, or of several parameters that it holds the parameter."""
+        return self.module if self.parameter == "weight" else self.weight
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What the layer kind is to know, for ``layouts.of_form``."""
+        return {"enabled": self.enabled, "sizes": self.sizes, "experts": self.experts}
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenRows:
+    """Trained rows of one embedding: they replace the rows at ``indices``."""
+
+    module: str
+    key: str
+    indices: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Multiplier:
+    """IA³'s vector of one module: it multiplies the module's inputs, or its outputs."""
+
+    module: str
+    key: str
+    on_input: bool
+
+
+class Adapter:
+    """A PEFT adapter, its factors unread until asked for.
+
+    Attributes:
+        modules: low-rank updates by module name; of several parameters of one module, by theirs.
+        whole: tensors saved whole (modules_to_save, biases, resized embeddings) → key.
+        tokens: trained embedding rows by module name.
+        multipliers: IA³'s vectors by module name; an adapter has these or low-rank updates.
+        form, format, stored, notes, blocks, unresolved: see ``view.Foreign``.
+    """
+
+    form, format = "PEFT", "peft"
+    notes: tuple[str, ...] = ()
+    blocks: Mapping[str, tuple[bool, ...]] = {}
+    unresolved = ""
+
+    def __init__(self, path: Path, file: TensorFile, config: dict[str, Any]) -> None:
+        self.path, self.file, self.config = path, file, config
+        self.stored = getattr(self, "stored", file)
+        refuse_unmergeable(path, config)
+        self.use_rslora = bool(config.get("use_rslora"))
+        self.use_dora = bool(config.get("use_dora"))
+        self.fan_in_fan_out = bool(config.get("fan_in_fan_out"))
+        self.modules: dict[str, LoraModule] = {}
+        self.whole: dict[str, str] = {}
+        self.tokens: dict[str, TokenRows] = {}
+        self.multipliers: dict[str, Multiplier] = {}
+        self.is_ia3 = config.get("peft_type") == "IA3"
+        self._classify()
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """A tensor of the file. Never write to it."""
+        return self.file.tensor(key)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """A tensor's shape, without reading it."""
+        return self.file.specs[key].shape
+
+    @property
+    def transposes_experts(self) -> bool:
+        """Whether it was written by a PEFT before 0.19, which took fused experts for (E, in, out)
+        always."""
+        version = str(self.config.get("peft_version") or "")
+        return re.match(r"0\.1[0-8]\.", version) is not None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.file.specs.values())
+
+    def _fail(self, what: str) -> AdapterError:
+        return AdapterError(f"{self.path}: {what}")
+
+    def _classify(self) -> None:
+        parts: dict[str, dict[str, str]] = {}
+        for key in self.file.specs:
+            name = key.removeprefix(PREFIX)
+            if self.is_ia3 and (match := _IA3.fullmatch(name)):
+                self._add_multiplier(match["module"], key)
+            elif match := _FACTOR.fullmatch(name):
+                if self.is_ia3:
+                    raise self._fail(f"key {key!r} is none that PEFT's IA3 writes")
+                module, part = match["module"], match["part"]
+                leaf = "bias" if match["leaf"] == "bias" else part
+                if leaf in parts.setdefault(module, {}):
+                    raise self._fail(f"{key!r} repeats {parts[module][leaf]!r}")
+                parts[module][leaf] = key
+            elif name.endswith(_TOKENS):
+                module = name.removesuffix(_TOKENS)
+                self.tokens[module] = TokenRows(module, key, self._token_indices(module))
+            elif ".lora_" in name or "." not in key or not _is_kept(self.file.specs[key]):
+                raise self._fail(f"key {key!r} is none that PEFT's LoRA writes")
+            else:
+                tensor = name.replace(".modules_to_save.", ".")
+                tensor = re.sub(r"(\.base_layer)+\.", ".", tensor)
+                self.whole[tensor.replace(".default.", ".")] = key
+        for nested, keys in sorted(parts.items()):
+            module = nested.replace(".base_layer", "")
+            parameter = self._parameter(module, nested.count(".base_layer"), parts)
+            found = self._module(module, parameter, keys)
+            self.modules[found.name] = found
+        if not (self.modules or self.whole or self.tokens or self.multipliers):
+            raise self._fail("holds no tensors")
+
+    def _add_multiplier(self, module: str, key: str) -> None:
+        spec, given = self.file.specs[key], self.config.get("feedforward_modules") or []
+        if isinstance(given, str):
+            on_input = re.fullmatch(given, module) is not None
+        else:
+            on_input = any(module.endswith(str(name)) for name in given)
+        along = 1 if on_input or len(spec.shape) > 2 else 0
+        if not spec.is_float or len(spec.shape) < 2 or spec.shape[along] != spec.numel:
+            raise self._fail(
+                f"{key}: {spec.dtype} {list(spec.shape)} is no vector over the module's "
+                f"{'in' if on_input else 'out'}puts, as feedforward_modules in {CONFIG} has it"
+            )
+        self.multipliers[module] = Multiplier(module, key, on_input)
+
+    def need_lora(self, what: str) -> None:
+        """Raises UnsupportedAdapter for an IA³, which has no ``what``."""
+        if self.is_ia3:
+            raise UnsupportedAdapter(
+                f"{self.path}: an IA³ adapter: it multiplies activations by vectors and has no "
+                f"{what}; it can be merged into weights (loratools merge)"
+            )
+
+    def _parameter(self, module: str, depth: int, parts: Collection[str]) -> str:
+        """The parameter that factors under ``depth`` times ``.base_layer`` act on.
+
+        PEFT nests one wrapper in another where several parameters of one module are targeted, in
+        the order in which the module holds them, and does not say which is which.
+        """
+        named = self._parameters(module)
+        if not named:
+            if depth:
+                raise self._fail(f"{module}: .base_layer, and no target_parameters in {CONFIG}")
+            return "weight"
+        deepest = max(
+            n.count(".base_layer") for n in parts if n.replace(".base_layer", "") == module
+        )
+        if deepest + 1 != len(named):
+            raise self._fail(
+                f"{module}: target_parameters name {', '.join(named)}, and the file has factors "
+                f"for {deepest + 1}"
+            )
+        if len(named) > 2 or (len(named) == 2 and named[1] != "down_proj"):
+            raise UnsupportedAdapter(
+                f"{self.path}: {module}: target_parameters name {', '.join(named)} of one module, "
+                "and the file does not say which of its factors are for which"
+            )
+        return named[deepest - depth]
+
+    def _parameters(self, module: str) -> list[str]:
+        """The parameters of a module that target_parameters name, in the module's order."""
+        given = self.config.get("target_parameters") or []
+        if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
+            raise self._fail(f"{CONFIG}: target_parameters is no list of names")
+        split = (split_tensor(name) for name in given)
+        mine = {p for m, p in split if m == module or module.endswith("." + m) or not m}
+        return as_held(mine)
+
+    def _module(self, module: str, parameter: str, keys: dict[str, str]) -> LoraModule:
+        embedding = "lora_embedding_A" in keys or "lora_embedding_B" in keys
+        a, b = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
+        if a not in keys or b not in keys:
+            raise self._fail(f"{module}: has {sorted(keys)} and lacks one of {a}, {b}")
+        for key in keys.values():
+            if not self.file.specs[key].is_float:
+                raise self._fail(f"{key}: stored as {self.file.specs[key].dtype}, not a float")
+        A, B = self.shape(keys[a]), self.shape(keys[b])
+        # A convolution's lora_B is grouped as its layer is: each group takes its share of the rank.
+        sound = len(A) == len(B) >= 2 and 0 not in A + B and A[0] % B[1] == 0
+        sound = sound and set(B[2:]) <= {1}
+        if not sound or (len(A) == 2 and A[0] != B[1]):
+            raise self._fail(f"{module}: {a} {list(A)} and {b} {list(B)} do not multiply")
+        if self.use_dora != ("lora_magnitude_vector" in keys):
+            raise self._fail(
+                f"{module}: use_dora is {self.use_dora} in {CONFIG}, and the file "
+                f"{'has' if not self.use_dora else 'lacks'} its lora_magnitude_vector"
+            )
+        if self.use_dora and math.prod(self.shape(keys["lora_magnitude_vector"])) != B[0]:
+            raise self._fail(
+                f"{module}: {B[0]} magnitudes are wanted, one for each of {b}'s rows, and its "
+                f"lora_magnitude_vector is {list(self.shape(keys['lora_magnitude_vector']))}"
+            )
+        form = "embedding" if embedding else "matrix" if len(A) == 2 else "conv"
+        name = f"{module}.{parameter}" if self._parameters(module) else module
+        r = self.pattern("rank_pattern", name, self.config.get("r"))
+        alpha = self.pattern("alpha_pattern", name, self.config.get("lora_alpha"))
+        experts = 0
+        if name != module and type(r) is int and r > 0 and A[0] % r == 0:
+            form, experts = "experts", A[0] // r
+        if r != A[0] and not experts:
+            raise self._fail(f"{module}: {CONFIG} says rank {r}, its factors have rank {A[0]}")
+        if not _is_finite(alpha):
+            raise self._fail(f"{module}: lora_alpha is {alpha!r} in {CONFIG}")
+        return LoraModule(
+            module,
+            form,
+            keys[a],
+            keys[b],
+            keys.get("bias"),
+            keys.get("lora_magnitude_vector"),
+            r,
+            float(alpha),
+            parameter,
+            experts=experts,
+        )
+
+    def pattern(self, which: str, module: str, default: Any) -> Any:
+        """The first entry of rank_pattern or alpha_pattern that matches, else ``default``."""
+        patterns = self.config.get(which) or {}
+        if not isinstance(patterns, dict):
+            raise self._fail(f"{CONFIG}: {which} is no mapping of names to numbers")
+        for key, value in patterns.items():
+            try:
+                matches = re.match(rf"(.*\.)?({key})$", module)
+            except re.error as error:
+                raise self._fail(f"{CONFIG}: {which}: {key!r} is no pattern ({error})") from None
+            if matches:
+                return value
+        return default
+
+    def _token_indices(self, module: str) -> tuple[int, ...]:
+        given = self.config.get("trainable_token_indices")
+        if isinstance(given, Mapping):
+            given = next(
+                (v for k, v in given.items() if module == k or module.endswith("." + k)), None
+            )
+        if not isinstance(given, list) or not all(type(i) is int for i in given):
+            raise self._fail(f"{module}: {CONFIG} gives no trainable_token_indices for it")
+        return tuple(given)
+
+
+def refuse_unmergeable(path: Path, config: Mapping[str, Any]) -> None:
+    """Raises UnsupportedAdapter, with the reason, for what cannot be added to weights soundly."""
+    kind = str(config.get("peft_type", "LORA"))
+    if kind not in ("LORA", "IA3"):
+        reason = _NOT_LORA.get(kind, "its weights are not those of LoRA")
+        raise UnsupportedAdapter(f"{path}: a {kind} adapter cannot be merged here: {reason}")
+    if config.get("alora_invocation_tokens"):
+        raise UnsupportedAdapter(
+            f"{path}: an activated LoRA (aLoRA) acts only after its invocation tokens; weights "
+            "cannot tell tokens apart, so it cannot be merged"
+        )
+    for field, why in (
+        ("arrow_config", "Arrow routes every token to other experts"),
+        ("use_bdlora", "its factors are block-diagonal (BD-LoRA)"),
+        ("use_qalora", "QA-LoRA pools its inputs"),
+        ("layer_replication", "it replicates layers, so its modules are not the checkpoint's"),
+        ("kasa_config", "KaSA changed the base"),
+        ("megatron_config", "Megatron's parallel layers are not the checkpoint's"),
+    ):
+        if config.get(field):
+            raise UnsupportedAdapter(f"{path}: cannot be merged: {why}")
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_CHANGED_BASE):
+        raise UnsupportedAdapter(
+            f"{path}: initialised with {init!r}, which changed the base before training, so adding "
+            "it to the pristine base is wrong. Save it with "
+            "path_initial_model_for_weight_conversion to make it a plain LoRA, or, if BASE is the "
+            "changed base itself, set init_lora_weights to true in its adapter_config.json"
+        )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """An adapter_config.json. Raises AdapterError where it is absent or no JSON object."""
+    try:
+        config = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{path}: not JSON ({error})") from None
+    except FileNotFoundError:
+        raise AdapterError(f"{path.parent}: no {path.name} there") from None
+    if not isinstance(config, dict):
+        raise AdapterError(f"{path}: not a JSON object")
+    return config
+
+
+def open_peft(source: str | Path, folder: Path, allow_pickle: bool = False) -> Adapter:
+    """Open a PEFT adapter folder, which ``source`` stands for.
+
+    Raises:
+        AdapterError, UnsupportedAdapter, UnsafeInput, CheckpointError (a truncated file).
+    """
+    if not (folder / CONFIG).is_file():
+        raise AdapterError(f"{source}: no {CONFIG} there; is it a PEFT adapter folder?")
+    config = read_config(folder / CONFIG)
+    refuse_unmergeable(folder, config)
+    if (folder / WEIGHTS).is_file():
+        return Adapter(folder, SafetensorsFile(folder / WEIGHTS), config)
+    pickle = folder / "adapter_model.bin"
+    if not pickle.is_file():
+        raise AdapterError(f"{folder}: no {WEIGHTS} in it")
+    if not allow_pickle:
+        raise UnsafeInput(
+            f"{pickle}: a pickle, which can hold code; pass --allow-pickle to read it with "
+            "weights_only=True"
+        )
+    from lora_tools.formats.pickle_file import PickleFile
+
+    return Adapter(folder, PickleFile(pickle), config)
+
+
+def _is_kept(spec: TensorSpec) -> bool:
+    """Whether a tensor can be saved whole: a float, or a counter such as a BatchNorm's."""
+    return spec.is_float or spec.dtype in ("I16", "I32", "I64")
+
+
+def _is_finite(number: Any) -> bool:
+    try:
+        return isinstance(number, int | float) and math.isfinite(number)
+    except OverflowError:  # an integer beyond all floats
+        return False

@@ -1,0 +1,70 @@
+"""PEFT as one of the formats to convert to: ``PeftWriter`` with the face of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_tools.formats.adapters.base_names import BaseNames
+from lora_tools.formats.adapters.outline import Compute
+from lora_tools.formats.adapters.peft_writer import PeftWriter
+from lora_tools.formats.adapters.writer import Factors, Writer
+from lora_tools.formats.names import layout_name
+
+if TYPE_CHECKING:
+    import torch
+
+
+class PeftFormat(Writer):
+    """Writes an adapter folder. With a base at hand, target_modules is as short as PEFT allows, and
+    base_model_name_or_path names it."""
+
+    def __init__(self, out: Path, base: BaseNames | None, compute: Compute) -> None:
+        super().__init__(out, base, compute)
+        out.mkdir()
+        self._writer = PeftWriter(out)
+        self._modules: list[str] = []
+        self.config: Mapping[str, Any] = {}  # fields that are not derived from the factors
+        self.saves = False  # tensors saved whole: then the config says of which modules
+
+    def add(self, factors: Factors) -> None:
+        """Write one module's factors."""
+        self._modules.append(factors.module)
+        self._writer.add_lora(
+            factors.module,
+            factors.lora_A,
+            factors.lora_B,
+            factors.alpha,
+            form=factors.form,
+            parameter=factors.parameter,
+            r=factors.r,
+            bias=factors.bias,
+            magnitude=factors.magnitude,
+        )
+
+    def add_raw(self, key: str, tensor: torch.Tensor) -> None:
+        """A tensor saved whole, under its own key."""
+        self.saves = True
+        self._writer.add_raw(key, tensor)
+
+    def finish(self) -> None:
+        """Write both files."""
+        config = dict(self.config)
+        names = None
+        if self.base is not None:
+            names = None if self.saves else [*self.base.weights, *self._modules]
+            kinds = {
+                layout_name(self.base.weights[m], self.base.config)
+                for m in self._modules
+                if m in self.base.weights
+            }
+            config["fan_in_fan_out"] = "conv1d" in kinds
+            config["base_model_name_or_path"] = config.get("base_model_name_or_path") or str(
+                self.base.config.get("_name_or_path") or self.base.path.name
+            )
+        self._writer.finish(config, names, self.made)
+
+    def close(self) -> None:
+        """Drop the scratch space, whether finished or not."""
+        self._writer.close()

@@ -1,0 +1,1 @@
+"""Stored number formats, one file each: the tensors that hold a weight."""

@@ -1,0 +1,1 @@
+"""What ``inspect`` and ``diff`` find out about files."""

@@ -1,0 +1,101 @@
+"""The checkpoint that a merge writes."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_tools.errors import UsageError
+from lora_tools.formats import digest as hashing
+from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.formats.safetensors_file import encode_header
+from lora_tools.formats.sidecar import NAME as SIDECAR_NAME
+from lora_tools.merging.output_files import changed_files
+from lora_tools.merging.plan import MergePlan
+from lora_tools.merging.rewrite import Rewrite
+from lora_tools.merging.targets import Target
+from lora_tools.merging.tensor import MergedTensor, merge_tensor, survival_totals
+from lora_tools.records import Report
+from lora_tools.sources.dequantized import PlainView, plain_files
+
+if TYPE_CHECKING:
+    from lora_tools.formats.sidecar import SidecarWriter
+    from lora_tools.linalg.merge import Survival
+
+
+def refuse_resized(plan: MergePlan, base: Checkpoint) -> None:
+    """Raises UsageError for a tensor replaced by one of another shape."""
+    for target in plan.targets:
+        if target.spec.shape != base.specs[target.base_name].shape:
+            raise UsageError(
+                f"--reversible: {target.spec.name} is replaced by one of another shape, which "
+                "cannot be undone from a sidecar; keep the base instead"
+            )
+
+
+def merge_checkpoint(job: Rewrite, reversible: bool) -> Report:
+    """Write the merged checkpoint, with a sidecar where it is to be reversible."""
+    from lora_tools.formats.sidecar import SidecarWriter
+
+    base, plan, out = job.source, job.plan, job.out
+    specs = {spec.name: spec for shard in job.shards for spec in shard.specs}
+    sidecar = SidecarWriter(out.parent) if reversible else None
+    out_hashes: dict[str, str] = {}
+    survivals: list[Survival] = []
+    try:
+        with job.writer() as writer:
+
+            def work(target: Target) -> MergedTensor:
+                return merge_tensor(
+                    target,
+                    base,
+                    specs[target.spec.name],
+                    writer.write,
+                    reversible,
+                    measured=isinstance(base, PlainView),
+                )
+
+            targets = (*plan.targets, *plan.untied)
+            for target, result in job.run(targets, work, lambda target: target.spec.nbytes):
+                out_hashes[target.spec.name] = result.out_hash
+                survivals += [result.survival] if result.survival else []
+                listing = None if target in plan.untied else result.listing
+                if sidecar is not None and listing is not None:
+                    sidecar.add(target.base_name, listing)
+            changed = changed_files(base, plan, specs)
+            if isinstance(base, PlainView):
+                changed = plain_files(base, changed)
+            report = job.finish(writer, changed, (SIDECAR_NAME,))
+        totals = {
+            **report.totals,
+            "tensors_merged": sum(bool(t.parts) for t in plan.targets) + len(plan.untied),
+            "tensors_copied": sum(not t.parts for t in plan.targets),
+            "output_digest": hashing.digest(specs.values(), out_hashes),
+            **survival_totals(survivals),
+        }
+        if sidecar is not None:
+            path = out / SIDECAR_NAME if base.is_folder else out.with_name("out.sidecar")
+            _write_sidecar(sidecar, path, job, changed)
+            totals["sidecar_bytes"] = path.stat().st_size
+            totals["sidecar_share"] = path.stat().st_size / report.totals["bytes"]
+    finally:
+        if sidecar is not None:
+            sidecar.close()
+    return dataclasses.replace(report, totals=totals)
+
+
+def _write_sidecar(
+    sidecar: SidecarWriter, path: Path, job: Rewrite, changed: dict[str, bytes]
+) -> None:
+    base = job.source
+    for file in base.files:
+        header = file.header or encode_header(file.specs.values())[0][8:]
+        sidecar.add_header(file.path.with_suffix(".safetensors").name, header)
+    for name in {*changed, *([base.index_name] if base.index_name else [])}:
+        sidecar.add_file(name, (base.path / name).read_bytes())
+    digest, *others = job.digests
+    used = [
+        {"digest": other, "weight": w.weight} for other, w in zip(others, job.adapters, strict=True)
+    ]
+    sidecar.finish(path, digest, used)

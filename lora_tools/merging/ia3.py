@@ -1,0 +1,51 @@
+"""IA³ on stored weights: which dimension of a tensor its vector multiplies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lora_tools.errors import MismatchError
+from lora_tools.formats.adapters.peft import Adapter, Multiplier
+from lora_tools.formats.names import layout_name
+from lora_tools.linalg.layouts import LAYOUTS, Layout
+from lora_tools.records import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+
+def multiplier_layout(
+    adapter: Adapter, source: Multiplier, spec: TensorSpec, config: Mapping[str, Any]
+) -> Layout | None:
+    """How the weight is stored; None of a bias.
+
+    Raises:
+        MismatchError: the vector does not fit it.
+    """
+    named = layout_name(spec, config or {"model_type": "gpt2" if adapter.fan_in_fan_out else ""})
+    layout = LAYOUTS["conv1d" if named == "conv1d" else "linear"]
+    length = math.prod(adapter.shape(source.key))
+    is_bias = len(spec.shape) == 1
+    dim = 0 if is_bias else _dimension(source, layout)
+    if not (spec.is_float and spec.shape[dim] == length):
+        raise MismatchError(
+            f"{spec.name}: base is {spec.dtype} {spec.shape}, {adapter.path} multiplies {length} "
+            f"{'in' if source.on_input else 'out'}puts; is this the base it was trained on?"
+        )
+    return None if is_bias else layout
+
+
+def _dimension(source: Multiplier, layout: Layout) -> int:
+    return int(source.on_input != layout.transposed)
+
+
+def factor(
+    vector: torch.Tensor, source: Multiplier, layout: Layout | None, spec: TensorSpec
+) -> torch.Tensor:
+    """The vector as a column, or as a row, of the tensor seen as a matrix."""
+    vector = vector.reshape(-1)
+    if layout is not None and _dimension(source, layout) == 0:
+        return vector[:, None]
+    return vector.repeat_interleave(math.prod(spec.shape[2:]))[None, :]

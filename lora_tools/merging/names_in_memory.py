@@ -1,0 +1,75 @@
+"""Adapters that go by other names than the base: those in memory, and the base is a file; or the
+other way about."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from lora_tools.sources.transformers_names import loaded, rows_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from lora_tools.formats.checkpoint import Checkpoint
+    from lora_tools.linalg.merge import Replaced
+    from lora_tools.merging.targets import BaseOutline, Part, Target
+
+
+def by_own_names(
+    wanted: list[tuple[str, Part]], base: Checkpoint | BaseOutline, known: Collection[str]
+) -> list[tuple[str, Part]]:
+    """Parts of an adapter with the tensor names that it asks for, by those that the base has.
+
+    Where all are ``known``, and where transformers has no other names for them, they stay. One that
+    is made of several stored tensors becomes a part for each.
+    """
+    strange = {name for name, _ in wanted} - set(known)
+    if not strange:
+        return wanted
+    renamed = getattr(base, "renamed", None)
+    if renamed is not None:  # a live model
+        own = renamed(strange)
+        return [(own.get(name, name), part) for name, part in wanted]
+    how = loaded(base.config, base.specs)
+    if how is None or not strange & how.tensors.keys():
+        return wanted
+    result = []
+    for name, part in wanted:
+        if part.shape or name not in how.tensors:
+            result.append((name, part))
+            continue
+        tensor, row = how.tensors[name], 0
+        for piece in tensor.pieces:
+            if len(tensor.pieces) > 1 or piece.rows < rows_of(base.specs[piece.stored]):
+                part = dataclasses.replace(part, shape=tensor.spec.shape, start=row - piece.first)
+            result.append((piece.stored, part))
+            row += piece.rows
+    return result
+
+
+def tied_to(base: Checkpoint | BaseOutline, names: Collection[str]) -> dict[str, str]:
+    """Of names that the base lacks, those of weights that are stored once under another: that."""
+    if not names or getattr(base, "renamed", None) is not None:
+        return {}
+    how = loaded(base.config, base.specs)
+    if how is None:
+        return {}
+    tied, tensors = how.tied, how.tensors
+    return {name: tensors[tied[name]].pieces[0].stored for name in names if name in tied}
+
+
+def replaced(part: Part, saved: torch.Tensor, target: Target) -> Replaced:
+    """The effect of a tensor saved whole, or of what of it is in the target."""
+    from lora_tools.linalg.merge import Replaced
+
+    weight = part.weighted.weight
+    if not part.shape:
+        return Replaced(saved.reshape(target.matrix(tuple(saved.shape))), weight)
+    first = max(part.start, 0)
+    rows = saved.reshape(-1, 1 if saved.dim() == 1 else saved.shape[-1])
+    values = rows[first : max(part.start + rows_of(target.spec), 0)]
+    if saved.dim() == 1:  # worked on as one row
+        return Replaced(values.T, weight, col=first - part.start)
+    return Replaced(values, weight, row=first - part.start)

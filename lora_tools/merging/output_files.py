@@ -1,0 +1,55 @@
+"""Tensors and small files of a merged checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Any
+
+from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.formats.dtypes import torch_dtype
+from lora_tools.merging.plan import MergePlan
+from lora_tools.records import TensorSpec
+
+if TYPE_CHECKING:
+    pass
+
+
+def out_specs(plan: MergePlan, wanted: str | None) -> dict[str, TensorSpec]:
+    """The output's tensors by name, floats in the dtype wanted."""
+    specs = {}
+    for target in (*plan.targets, *plan.untied):
+        spec = target.spec
+        if wanted and spec.is_float:
+            spec = dataclasses.replace(spec, dtype=wanted)
+        specs[spec.name] = spec
+    return specs
+
+
+def changed_files(
+    base: Checkpoint, plan: MergePlan, specs: dict[str, TensorSpec]
+) -> dict[str, bytes]:
+    """Small files of the output whose contents differ from the base's."""
+    if not base.config:
+        return {}
+    config: dict[str, Any] = json.loads(json.dumps(base.config))
+    inner = config.get("text_config")
+    levels = [config, inner] if isinstance(inner, dict) else [config]
+    for level in levels:
+        if plan.unties:
+            level["tie_word_embeddings"] = False
+        for target in plan.targets:
+            before = base.specs[target.base_name].shape
+            if target.spec.shape != before and level.get("vocab_size") == before[0]:
+                level["vocab_size"] = target.spec.shape[0]
+    dtypes = {
+        spec.dtype
+        for name, spec in specs.items()
+        if spec.is_float and name in base.specs and base.specs[name].dtype != spec.dtype
+    }
+    for key in ("torch_dtype", "dtype"):
+        if dtypes and key in config:
+            config[key] = str(torch_dtype(next(iter(dtypes)))).removeprefix("torch.")
+    if config == base.config:
+        return {}
+    return {"config.json": (json.dumps(config, indent=2) + "\n").encode()}

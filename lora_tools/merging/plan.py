@@ -1,0 +1,277 @@
+"""The plan of a merge: which adapter keys act on which tensor of the base. Shared by ``merge`` and
+``unmerge``. Names and shapes decide; no tensor is read until an effect is built."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from lora_tools.errors import AdapterError, MismatchError, UnsupportedAdapter
+from lora_tools.formats import digest as hashing
+from lora_tools.formats.adapters.peft import Adapter, LoraModule, Multiplier, TokenRows
+from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.formats.names import align, split_experts, split_tensor, stores_transposed
+from lora_tools.linalg.layouts import Layout, clip, of_form
+from lora_tools.merging import ia3
+from lora_tools.merging.names_in_memory import by_own_names, replaced, tied_to
+from lora_tools.merging.targets import BaseOutline, Part, Target, blocks_of, key_of
+from lora_tools.merging.tied_weights import (
+    differ,
+    refuse_unless_untiable,
+    take_followers,
+    tied_pair,
+)
+from lora_tools.records import Fate, TensorSpec
+from lora_tools.sources.weighted import Weighted
+
+if TYPE_CHECKING:
+    from lora_tools.linalg.merge import Effect
+
+
+@dataclasses.dataclass(frozen=True)
+class MergePlan:
+    """Every tensor of the output, in file order; ``untied`` are those the base does not store.
+
+    ``unties`` says that output head and input embedding, tied in the base, come to differ.
+    """
+
+    targets: tuple[Target, ...]
+    untied: tuple[Target, ...]
+    unties: bool
+    unmatched: tuple[Fate, ...]
+    notes: tuple[str, ...]
+
+    def fates(self) -> tuple[Fate, ...]:
+        """The fate of every tensor, and of every adapter key that matched nothing."""
+        fates = []
+        for target in (*self.targets, *self.untied):
+            kinds = sorted({part.kind for part in target.parts})
+            action = "merge" if kinds else "copy"
+            reason = ", ".join(kinds)
+            if target in self.untied:
+                reason = f"untied from {target.base_name}" + (f"; {reason}" if reason else "")
+                action = "add"
+            fates.append(Fate(target.spec.name, action, reason, target.spec.nbytes))
+        return (*fates, *self.unmatched)
+
+
+def adapter_digest(adapter: Adapter) -> str:
+    """Content digest of an adapter's tensors."""
+    hashes = {name: hashing.tensor_hash(adapter.file.raw(name)) for name in adapter.file.specs}
+    return hashing.digest(adapter.file.specs.values(), hashes)
+
+
+def plan_merge(
+    base: Checkpoint | BaseOutline, adapters: Sequence[Weighted], allow_unmatched: bool = False
+) -> MergePlan:
+    """Match every key of every adapter to a tensor.
+
+    Raises:
+        AdapterError: a key matches nothing (unless allowed), or two adapters replace one tensor.
+        MismatchError: shapes that do not fit.
+    """
+    parts: dict[str, list[Part]] = {}
+    unmatched: list[Fate] = []
+    notes: list[str] = []
+    asked = {name for w in adapters for name, _ in _wanted(w, base.specs)}
+    head, embedding = tied_pair(base, asked)
+    ties = {head: embedding} if head else {}
+    followers = tied_to(base, asked - ties.keys() - base.specs.keys())
+    ties = {**followers, **ties}
+    for weighted in adapters:
+        known = [*base.specs, *(name for name in ties if name not in base.specs)]
+        wanted = by_own_names(_wanted(weighted, base.specs), base, known)
+        mapping, sentence = align([name for name, _ in wanted], known)
+        if sentence:
+            notes.append(f"{weighted.path}: {sentence} to match the base")
+        for name, part in wanted:
+            target = mapping[name]
+            if part.kind == "ia3" and target not in base.specs and target.endswith(".bias"):
+                continue  # IA³ multiplies a module's output; not every module adds a bias to it
+            if target in known:
+                spec = base.specs.get(target) or base.specs[ties[target]]
+                parts.setdefault(target, []).append(_fit(part, target, spec, base))
+            elif allow_unmatched:
+                unmatched.append(Fate(name, "unmatched", f"{weighted.path}: no such tensor"))
+            else:
+                raise AdapterError(
+                    f"{weighted.path}: {name} matches no tensor of {base.path}; is this the right "
+                    "base? --allow-unmatched leaves such keys out"
+                )
+    if adapters and not parts:
+        raise AdapterError(f"no key of {', '.join(w.path for w in adapters)} matches {base.path}")
+    take_followers(parts, followers, notes)
+    _refuse_two_replacements(parts)
+    unties = bool(head) and differ(parts, head, embedding)
+    untied: tuple[Target, ...] = ()
+    if unties:
+        refuse_unless_untiable(head, embedding)
+        notes.append(
+            f"{head} and {embedding} were one tensor and are two now, since the adapters do not "
+            "act on both alike; tie_word_embeddings is set to false in config.json"
+        )
+    if head and head not in base.specs:
+        if unties:
+            spec = dataclasses.replace(base.specs[embedding], name=head)
+            acting = parts.get(head, [])
+            untied = (Target(_shape_after(spec, acting), embedding, tuple(acting)),)
+        elif parts.pop(head, None):
+            notes.append(f"{head} stays tied to {embedding}: the adapters act on both alike")
+    targets = tuple(
+        Target(_shape_after(spec, parts.get(name, [])), name, tuple(parts.get(name, ())))
+        for name, spec in base.specs.items()
+    )
+    return MergePlan(targets, untied, unties, tuple(unmatched), tuple(notes))
+
+
+def _wanted(weighted: Weighted, base: Mapping[str, TensorSpec]) -> list[tuple[str, Part]]:
+    """Every part of an adapter with the tensor name it asks for."""
+    adapter = weighted.adapter
+    wanted: list[tuple[str, Part]] = []
+    for name, key in sorted(adapter.whole.items()):
+        wanted.append((name, Part(weighted, key, "saved")))
+    for module in (adapter.modules[name] for name in sorted(adapter.modules)):
+        part = Part(weighted, module, "dora" if module.magnitude else "lora")
+        if module.experts and module.weight not in base:
+            shape, rows = split_experts(module.weight, base)
+            wanted += [
+                (name, dataclasses.replace(part, shape=shape, start=start))
+                for name, start in rows.items()
+            ] or [(module.weight, part)]
+        else:
+            wanted.append((module.weight, part))
+        if module.bias:
+            wanted.append((f"{module.module}.bias", Part(weighted, module, "bias")))
+    for name, multiplier in sorted(adapter.multipliers.items()):
+        wanted.append((f"{name}.weight", Part(weighted, multiplier, "ia3")))
+        if not multiplier.on_input:
+            wanted.append((f"{name}.bias", Part(weighted, multiplier, "ia3")))
+    for name, tokens in sorted(adapter.tokens.items()):
+        wanted.append((f"{name}.weight", Part(weighted, tokens, "rows")))
+    return wanted
+
+
+def _fit(part: Part, name: str, spec: TensorSpec, base: Checkpoint | BaseOutline) -> Part:
+    """Check shapes and choose the layout."""
+    adapter = part.weighted.adapter
+    if part.shape and (part.kind not in ("lora", "saved") or len(spec.shape) > 2):
+        raise UnsupportedAdapter(
+            f"{part.weighted.path}: has {part.kind} for a tensor of {part.shape} that {base.path} "
+            f"stores in parts or in one with others ({name}); that is not merged"
+        )
+    if isinstance(part.source, LoraModule) and part.kind != "bias":
+        whole = dataclasses.replace(spec, shape=part.shape or spec.shape)
+        layout = _layout(part.source, whole, base, adapter)
+        if not spec.is_float:
+            raise MismatchError(f"{name}: the base stores it as {spec.dtype}, which is not a float")
+        if part.source.magnitude:
+            found, wanted = adapter.shape(part.source.magnitude), layout.magnitudes(whole.shape)
+            if math.prod(found) != wanted:
+                raise MismatchError(
+                    f"{name}: {wanted} magnitudes are wanted for {whole.shape}, "
+                    f"{part.weighted.path} brings {found}"
+                )
+        return dataclasses.replace(part, layout=layout, shape=whole.shape)
+    if isinstance(part.source, Multiplier):
+        stored = ia3.multiplier_layout(adapter, part.source, spec, base.config)
+        return dataclasses.replace(part, layout=stored, shape=spec.shape)
+    key = key_of(part)
+    shape = adapter.shape(key)
+    if isinstance(part.source, TokenRows):
+        rows = part.source.indices
+        fits = shape == (len(rows), *spec.shape[1:]) and all(0 <= i < spec.shape[0] for i in rows)
+    else:
+        # Other rows are another vocabulary, or other labels.
+        resizable = len(spec.shape) == 2 or split_tensor(name)[1] == "bias"
+        resized = resizable and part.kind == "saved" and shape[1:] == spec.shape[1:]
+        fits = shape == (part.shape or spec.shape) or (
+            resized and part.weighted.weight == 1 and not part.shape
+        )
+    if not fits:
+        raise MismatchError(
+            f"{name}: base is {spec.shape}, {part.weighted.path} brings {shape} ({part.kind})"
+        )
+    return part
+
+
+def _layout(
+    module: LoraModule, spec: TensorSpec, base: Checkpoint | BaseOutline, adapter: Adapter
+) -> Layout:
+    """The layer kind under which the factors have the stored shape. Square weights fit both
+    orientations: then the architecture says how it stores such layers (of a bare file, the adapter
+    says)."""
+    a, b = adapter.shape(module.A), adapter.shape(module.B)
+    kinds = (kind.fits(spec.shape, a, b) for kind in of_form(module.form, **module.parameters))
+    found = [kind for kind in kinds if kind is not None]
+    if not found:
+        factors = f"(out, in) = {(b[0], a[1])}" if len(a) == 2 else f"lora_A {a}, lora_B {b}"
+        raise MismatchError(
+            f"{module.module}: base is {spec.shape}, the factors are for {factors}; is this the "
+            "base the adapter was trained on?"
+        )
+    if len(found) > 1:
+        config = base.config or {"model_type": "gpt2" if adapter.fan_in_fan_out else ""}
+        if module.experts:
+            transposed = adapter.transposes_experts or stores_transposed(spec, config)
+        else:
+            transposed = stores_transposed(spec, config)
+        found = [kind for kind in found if kind.transposed == transposed]
+    return found[0]
+
+
+def _shape_after(spec: TensorSpec, parts: Sequence[Part]) -> TensorSpec:
+    """A tensor saved whole may bring another shape: a resized vocabulary."""
+    for part in parts:
+        if part.kind == "saved" and not part.shape:
+            shape = part.weighted.adapter.shape(key_of(part))
+            return dataclasses.replace(spec, shape=shape)
+    return spec
+
+
+def _refuse_two_replacements(parts: dict[str, list[Part]]) -> None:
+    for name, acting in parts.items():
+        saved = sorted({p.weighted.path for p in acting if p.kind == "saved"})
+        if len(saved) > 1:
+            paths = " and ".join(saved)
+            raise AdapterError(f"{name}: {paths} each replace it whole; merge one of them only")
+
+
+def build_effects(target: Target) -> list[Effect]:
+    """Read the factors that act on a tensor."""
+    import torch
+
+    from lora_tools.linalg.lora import scaling
+    from lora_tools.linalg.merge import Added, LowRank, Multiplied, RowsReplaced, dense
+
+    effects: list[Effect] = []
+    for part in target.parts:
+        adapter, weight, source = part.weighted.adapter, part.weighted.weight, part.source
+        if isinstance(source, TokenRows):
+            indices = torch.tensor(source.indices)
+            effects.append(RowsReplaced(indices, adapter.tensor(source.key), weight))
+        elif isinstance(source, Multiplier):
+            factor = ia3.factor(adapter.tensor(source.key), source, part.layout, target.spec)
+            effects.append(Multiplied(factor, weight))
+        elif isinstance(source, str):
+            effects.append(replaced(part, adapter.tensor(source), target))
+        else:
+            scale = scaling(source.alpha, source.r, adapter.use_rslora)
+            if part.kind == "bias":
+                assert source.bias is not None
+                bias = adapter.tensor(source.bias)
+                effects.append(Added(bias.reshape(1, -1), weight * scale))
+                continue
+            assert part.layout is not None
+            blocks, shape = blocks_of(part), target.matrix(target.spec.shape)
+            magnitude = adapter.tensor(source.magnitude) if source.magnitude else None
+            if part.shape != target.spec.shape:
+                blocks = clip(blocks, part.start, part.start + shape[0])
+            elif part.layout.matrix(part.shape) != shape:
+                # Another adapter sees the tensor as another matrix.
+                values = dense(blocks, part.layout.matrix(part.shape)).reshape(shape)
+                effects.append(Added(values, weight * scale))
+                continue
+            effects.append(LowRank(part.layout, blocks, scale, weight, magnitude))
+    return effects

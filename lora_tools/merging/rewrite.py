@@ -1,0 +1,132 @@
+"""A checkpoint written out of another: what merge, quantize and dequantize have in common."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from lora_tools.engine import threads
+from lora_tools.formats import digest as hashing
+from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.formats.checkpoint_writer import CheckpointWriter, Shard
+from lora_tools.merging.plan import MergePlan, adapter_digest
+from lora_tools.provenance import check_bases, tool_version
+from lora_tools.records import ProgressCallback, Report, TensorSpec
+from lora_tools.sources.dequantized import PlainView, source_digest
+from lora_tools.sources.weighted import Weighted, digests_and_weights
+
+
+class Planned(Protocol):
+    """A tensor of the output."""
+
+    @property
+    def spec(self) -> TensorSpec: ...
+
+
+class Hashed(Protocol):
+    """What the work on one came to: at least the hash of the tensor it was made of."""
+
+    @property
+    def base_hash(self) -> str: ...
+
+
+P = TypeVar("P", bound=Planned)
+D = TypeVar("D", bound=Hashed)
+
+
+def signed(shards: Sequence[Shard], command: str, adapters: Sequence[Weighted]) -> list[Shard]:
+    """The files with metadata that says what made them; digests are left blank for now."""
+    made = {
+        "loratools": tool_version(),
+        "command": command,
+        **_digests([hashing.BLANK] * (1 + len(adapters)), adapters),
+    }
+    return [dataclasses.replace(s, metadata={**s.metadata, **made}) for s in shards]
+
+
+def _digests(digests: Sequence[str], adapters: Sequence[Weighted]) -> dict[str, str]:
+    base, *others = digests
+    if not adapters:
+        return {"base_digest": base}
+    return {"base_digest": base, "adapter_digests": digests_and_weights(others, adapters)}
+
+
+@dataclasses.dataclass
+class Rewrite:
+    """One checkpoint to be written, once its plan stands.
+
+    Attributes:
+        report: its inputs are the source and the adapters, in this order.
+        shards: ``signed``.
+        allow_other_base: do not look at which base the adapters were made for.
+        hashes: of the source's tensors by name, once ``run`` is through.
+        digests: of the source and of each adapter, once ``finish`` is.
+    """
+
+    report: Report
+    source: Checkpoint
+    adapters: Sequence[Weighted]
+    plan: MergePlan
+    shards: Sequence[Shard]
+    out: Path
+    jobs: int | None
+    progress: ProgressCallback | None
+    allow_other_base: bool = False
+    hashes: dict[str, str] = dataclasses.field(default_factory=dict)
+    digests: list[str] = dataclasses.field(default_factory=list)
+
+    def writer(self) -> CheckpointWriter:
+        """Makes the files and reserves their space."""
+        return CheckpointWriter(self.out, self.shards, self.source.is_folder)
+
+    def run(
+        self, items: Sequence[P], work: Callable[[P], D], nbytes: Callable[[P], int]
+    ) -> Iterator[tuple[P, D]]:
+        """``threads.run`` over the items, which stand for the plan's targets in their order."""
+        done = threads.run(
+            items,
+            work,
+            jobs=self.jobs,
+            nbytes=nbytes,
+            label=lambda item: item.spec.name,
+            progress=self.progress,
+        )
+        stored = len(self.plan.targets)  # those untied come after them
+        for i, (item, result) in enumerate(zip(items, done, strict=True)):
+            if i < stored:
+                self.hashes[self.plan.targets[i].base_name] = result.base_hash
+            yield item, result
+
+    def finish(
+        self, writer: CheckpointWriter, changed: Mapping[str, bytes], leave: Sequence[str] = ()
+    ) -> Report:
+        """Fill in the digests, sync, and write the small files; the report then has its digests.
+
+        Raises:
+            MismatchError: an adapter was made for another base.
+        """
+        own = source_digest(self.source, self.hashes)
+        self.digests = [own, *(adapter_digest(w.adapter) for w in self.adapters)]
+        if not self.allow_other_base:
+            self._check_bases(own)
+        writer.seal(_digests(self.digests, self.adapters))
+        index = self.source.index_name if len(self.shards) > 1 else None
+        left = writer.finish(self.source, index, changed, leave)
+        notes = list(self.report.notes)
+        if left:
+            notes.append(f"left behind, since they hold other weights: {', '.join(map(str, left))}")
+        pairs = zip(self.report.inputs, self.digests, strict=True)
+        inputs = tuple(dataclasses.replace(given, digest=digest) for given, digest in pairs)
+        return dataclasses.replace(self.report, inputs=inputs, notes=tuple(notes))
+
+    def _check_bases(self, own: str) -> None:
+        made_of = ""
+        if isinstance(self.source, PlainView):
+            # An adapter made for the base that was put into four bits is at home here; which one
+            # that was, only this tool's own four-bit checkpoints say.
+            made_of = self.source.files[0].metadata.get("base_digest", "")
+            if not made_of:
+                return
+        check_bases(((w.path, w.adapter.file.metadata) for w in self.adapters), own, made_of)

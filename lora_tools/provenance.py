@@ -1,0 +1,94 @@
+"""What made an artifact: command, version and digests in its metadata."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from lora_tools.errors import MismatchError
+
+
+def tool_version() -> str:
+    """The installed version of loratools."""
+    try:
+        return version("loratools")
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        return "0+unknown"
+
+
+# Options that do not decide what is written, or that stand in the metadata by a digest.
+_NOT_RECORDED = {
+    "out",
+    "adapters",
+    "base",
+    "graph",
+    "jobs",
+    "force",
+    "dry_run",
+    "progress",
+    "allow_pickle",
+    "max_error",
+    "spectrum_cache",
+    "activations",
+    "reversible",
+    "atol",
+    "rtol",
+    "no_verify",
+    "keep_failed",
+    "eval_text",
+}
+
+
+def command_of(verb: Callable[..., object], given: Mapping[str, Any]) -> str:
+    """The call as artifacts record it: the verb, and the options that are not as by default, but no
+    paths, so that the same input gives the same bytes wherever it lies.
+
+    Args:
+        given: the verb's parameters by name, as ``locals()`` has them at its start.
+    """
+    parameters = inspect.signature(verb).parameters.values()
+    parts = [
+        f"{p.name}={given[p.name]!r}"
+        for p in parameters
+        if p.kind is p.KEYWORD_ONLY and p.name not in _NOT_RECORDED and given[p.name] != p.default
+    ]
+    return " ".join([verb.__name__.replace("_", "-"), *parts])
+
+
+def handed_on(metadata: Mapping[str, str], command: str, digest: str) -> dict[str, str]:
+    """The metadata of an adapter made of another: it is for the same base, and the command comes
+    after those that made the other.
+
+    Args:
+        metadata, digest: of the other.
+    """
+    before = metadata.get("command", "")
+    return {
+        **{key: metadata[key] for key in ("base_digest", "tuned_digest") if key in metadata},
+        "loratools": tool_version(),
+        "adapter_digests": digest,
+        "command": " | ".join(each for each in (before, command) if each),
+    }
+
+
+def check_bases(
+    adapters: Iterable[tuple[str, Mapping[str, str]]], base_digest: str, made_of: str = ""
+) -> None:
+    """Refuse an adapter whose metadata names another base than the one with this digest.
+
+    Args:
+        adapters: each one's path, and the metadata of its file.
+        made_of: the digest of what the base is another form of, which will do as well.
+
+    Raises:
+        MismatchError: naming it.
+    """
+    for path, metadata in adapters:
+        recorded = metadata.get("base_digest", base_digest)
+        if recorded not in (base_digest, made_of):
+            raise MismatchError(
+                f"{path}: was made for another base: its digest is {recorded}, and that of the one "
+                f"given is {base_digest}; give that base, or pass --allow-other-base"
+            )

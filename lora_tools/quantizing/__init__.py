@@ -1,0 +1,1 @@
+"""Checkpoints put into four bits, and made plain again."""

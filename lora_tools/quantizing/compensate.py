@@ -1,0 +1,192 @@
+"""The adapter that makes up for a quantization: LoftQ's alternation (arXiv 2310.08659).
+
+For each weight W that is quantized, Q = quant(W − B·A) and B·A = SVD_r(W − dequant(Q)) in turn,
+beginning with B·A = 0, so that with one iteration Q is the plain quantization of W. The factors lie
+in a folder of the output, under the name that LoftQ's own checkpoints have it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_tools.adapting.stack import stack, stackable
+from lora_tools.errors import MismatchError, NonFiniteError, UsageError
+from lora_tools.formats.adapters.peft import open_peft
+from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.formats.dtypes import torch_dtype
+from lora_tools.formats.names import split_tensor, tied_head
+from lora_tools.linalg.ranks import RankRule
+from lora_tools.merging.plan import plan_merge
+from lora_tools.merging.targets import Part
+from lora_tools.provenance import tool_version
+from lora_tools.quantizing.plan import Item, QuantizePlan
+from lora_tools.records import DTYPE_BITS, Fate, TensorResult
+from lora_tools.sources.weighted import Weighted
+
+if TYPE_CHECKING:
+    import torch
+
+    from lora_tools.engine.threads import Buffers
+    from lora_tools.formats.adapters.peft_writer import PeftWriter
+    from lora_tools.formats.checkpoint_writer import Sink
+
+FOLDER = "loftq_init"
+# The error of rounding has a flat spectrum: its leading directions are close to one another, and to
+# find them to more than this share of their energy takes many times as long and gains nothing.
+_TOLERANCE = 1e-2
+
+
+@dataclasses.dataclass(frozen=True)
+class Compensation:
+    """How to compensate, and adapters to stack on top, which are not merged then."""
+
+    rank: int
+    iterations: int
+    adapters: tuple[Weighted, ...]
+
+    def fates(self, plan: QuantizePlan) -> tuple[Fate, ...]:
+        """The adapter's, with the most bytes that it can have."""
+        items = [item for item in plan.items if item.packed]
+        bits = sum(
+            self.rank
+            * sum(item.spec.shape)
+            * (32 if self.adapters else DTYPE_BITS[item.spec.dtype])
+            for item in items
+        )
+        more = "".join(f" + {w.path}" for w in self.adapters)
+        reason = f"rank {self.rank} for the error of {len(items)} weights{more}"
+        nbytes = bits // 8 + 2 * sum(w.adapter.nbytes for w in self.adapters)
+        return (Fate(FOLDER, "add", reason, nbytes),)
+
+
+def plan_compensation(
+    base: Checkpoint, rank: int | None, iterations: int | None, adapters: Sequence[Weighted]
+) -> Compensation | None:
+    """Check what was asked for; None without a rank.
+
+    Raises:
+        UsageError: numbers out of range, or a bare file, which has no room for a folder.
+        AdapterError, MismatchError: an adapter does not fit the base.
+        UnsupportedAdapter: an adapter that cannot be added to another.
+    """
+    if rank is None:
+        if iterations is not None:
+            raise UsageError("--compensate-iterations goes with --compensate")
+        return None
+    iterations = 1 if iterations is None else iterations
+    if rank < 1:
+        raise UsageError(f"--compensate {rank}: a rank of at least 1 is needed")
+    if iterations < 1:
+        raise UsageError(f"--compensate-iterations {iterations}: at least 1 is needed")
+    if not base.is_folder:
+        raise UsageError("--compensate needs a folder: a bare file has no room for an adapter")
+    if adapters:
+        stackable(adapters)
+        for target in plan_merge(base, adapters).targets:
+            for part in target.parts:
+                _refuse_other_names(part, target.spec.name)
+    return Compensation(rank, iterations, tuple(adapters))
+
+
+def _refuse_other_names(part: Part, name: str) -> None:
+    """One adapter has one set of names: the base's, which its factors for the error go by."""
+    theirs = getattr(part.source, "module", None)
+    if theirs is not None and theirs != split_tensor(name)[0]:
+        raise MismatchError(
+            f"{part.weighted.path}: calls {theirs} what the base calls {name}, so that both cannot "
+            "go into one adapter; leave --adapter out and load the two adapters one by one"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ErrorFactors:
+    """One weight's lora_A (r, in) and lora_B (out, r)."""
+
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+
+
+def compensate(
+    item: Item, x: torch.Tensor, how: Compensation, writer: Sink, buffers: Buffers
+) -> tuple[TensorResult, ErrorFactors]:
+    """Quantize ``x`` (out, in), write it, and factorise what is lost."""
+    import torch
+
+    from lora_tools.linalg.delta import Delta
+    from lora_tools.linalg.lora import balanced_factors, no_factors
+    from lora_tools.linalg.svd import truncated
+    from lora_tools.quantizing.pack import pack
+
+    rule = RankRule("rank", how.rank)
+    wide = torch_dtype("F32") if how.adapters else x.dtype
+    left, right = no_factors((x.shape[0], x.shape[1]), wide)
+    with (
+        buffers.lend(tuple(x.shape), x.dtype) as back,
+        buffers.lend(tuple(x.shape), torch.float32) as room,
+    ):
+        for i in range(1, how.iterations + 1):
+            rest = x
+            if left.shape[1]:
+                rest = room.copy_(x).addmm_(left.float(), right.float(), alpha=-1)
+            last = i == how.iterations
+            result = pack(
+                item, rest.reshape(-1), writer if last else None, buffers, back=back.reshape(-1)
+            )
+            delta = Delta(x, back)
+            energies = delta.fill(room)
+            svd = truncated(room, rule, total=energies.delta, tolerance=_TOLERANCE)
+            left, right = no_factors((x.shape[0], x.shape[1]), wide)
+            error = 0.0
+            if svd.rank:
+                left, right, fit = balanced_factors(svd, delta, 1.0, wide)
+                error = max(fit.error, 0.0)
+    if not math.isfinite(error):
+        raise NonFiniteError(f"{item.name}: the factors of its error overflow {wide}")
+    norm = math.sqrt(_energy(x))
+    result = dataclasses.replace(
+        result,
+        norm=norm,
+        relative_error=math.sqrt(energies.delta) / norm if norm else 0.0,
+        compensated_error=math.sqrt(error) / norm if norm else 0.0,
+    )
+    return result, ErrorFactors(right, left)
+
+
+def _energy(x: torch.Tensor) -> float:
+    from lora_tools.linalg.lora import Whole
+    from lora_tools.linalg.svd import sum_of_squares
+
+    return math.fsum(sum_of_squares(run.float()) for _, _, run in Whole(x).runs())
+
+
+def finish(
+    writer: PeftWriter,
+    folder: Path,
+    base: Checkpoint,
+    how: Compensation,
+    out: Path,
+    jobs: int | None,
+) -> int:
+    """Write the adapter that ``writer`` collected in ``folder``, with the others stacked on it,
+    into ``out``; returns its bytes. Raises MismatchError where there is nothing to write."""
+    if not writer.ranks:
+        raise MismatchError(
+            "four bits hold every weight exactly, so that there is nothing to compensate; leave "
+            "--compensate out"
+        )
+    task = next((w.adapter.config.get("task_type") for w in how.adapters), None)
+    config: dict[str, Any] = {"task_type": task}
+    modules = {split_tensor(name)[0] for name in base.specs}
+    if base.ties_embeddings:
+        modules |= {split_tensor(tied_head(base.config, base.specs))[0]} - {""}
+    writer.finish(config, modules, {"loratools": tool_version()})
+    if how.adapters:
+        mine = Weighted(open_peft(folder, folder), 1.0, FOLDER)
+        stack([mine, *how.adapters], out, jobs)
+    else:
+        folder.rename(out)
+    return sum(path.stat().st_size for path in out.iterdir())

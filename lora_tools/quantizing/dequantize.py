@@ -1,0 +1,35 @@
+"""The plain checkpoint that ``dequantize`` writes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from lora_tools.formats import digest as hashing
+from lora_tools.merging.output_files import changed_files
+from lora_tools.merging.rewrite import Rewrite
+from lora_tools.merging.targets import Target
+from lora_tools.merging.tensor import MergedTensor, merge_tensor
+from lora_tools.records import Report
+from lora_tools.sources.dequantized import PlainView, plain_files
+
+
+def dequantize_checkpoint(job: Rewrite, view: PlainView) -> Report:
+    """Write the plain checkpoint."""
+    specs = {spec.name: spec for shard in job.shards for spec in shard.specs}
+    with job.writer() as writer:
+
+        def work(target: Target) -> MergedTensor:
+            return merge_tensor(target, view, specs[target.spec.name], writer.write)
+
+        done = job.run(job.plan.targets, work, lambda target: 4 * target.spec.numel)
+        hashes = {target.spec.name: result.out_hash for target, result in done}
+        changed = plain_files(view, changed_files(view, job.plan, specs))
+        report = job.finish(writer, changed)
+    totals: dict[str, Any] = {
+        **report.totals,
+        "tensors_dequantized": len(view.quantized),
+        "tensors_copied": len(specs) - len(view.quantized),
+        "output_digest": hashing.digest(specs.values(), hashes),
+    }
+    return dataclasses.replace(report, totals=totals)

@@ -1,0 +1,205 @@
+"""The plan of a quantization: which tensors become four bits, which stay and why, in which file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+from lora_tools.errors import CheckpointError, MismatchError, UsageError
+from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.formats.checkpoint_writer import Shard, lay_out
+from lora_tools.formats.names import layout_name, split_tensor, tied_head
+from lora_tools.formats.quantized.bitsandbytes import (
+    ADDED_HEADS,
+    STATE,
+    QuantizedTensor,
+    QuantState,
+    find_quantized,
+    loader_skips,
+    quantized_tensor,
+    reason_to_keep,
+    skip_entry,
+)
+from lora_tools.merging.plan import MergePlan
+from lora_tools.merging.targets import Target
+from lora_tools.records import DTYPE_BITS, Fate, TensorSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """How tensors are quantized: see ``formats.bitsandbytes`` and ``linalg.nf4``."""
+
+    quant_type: str
+    blocksize: int
+    double: bool
+    storage: str
+    search: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One tensor of the plain checkpoint, ``spec``, and what becomes of it.
+
+    Attributes:
+        packed: its quantized form, or None where it stays.
+        transposed: it is stored as (in, out) and quantized as (out, in).
+        reason: why it stays.
+        searched: its scales are searched for (``linalg.nf4_search``).
+    """
+
+    target: Target
+    spec: TensorSpec
+    packed: QuantizedTensor | None
+    transposed: bool
+    reason: str
+    searched: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """What is stored of it."""
+        return (self.spec,) if self.packed is None else tuple(self.packed.specs.values())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.specs)
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizePlan:
+    """Every tensor of the output in file order; ``skip`` names linear layers that stay."""
+
+    items: tuple[Item, ...]
+    skip: tuple[str, ...]
+    merge: MergePlan
+
+    def fates(self) -> tuple[Fate, ...]:
+        """The fate of every tensor, and of every adapter key that matched nothing."""
+        fates = []
+        for item, merged in zip(self.items, self.merge.fates(), strict=False):
+            if item.packed is not None:
+                bits = 8 * item.nbytes / item.spec.numel
+                reason = f"{item.packed.state.quant_type}, {bits:.3f} bits a parameter"
+                action = "quantize"
+            else:
+                bits = DTYPE_BITS[item.spec.dtype]
+                reason, action = f"{item.reason}, {bits} bits a parameter", merged.action
+            if merged.reason:
+                reason += f"; {merged.reason}"
+            fates.append(Fate(item.name, action, reason, item.nbytes))
+        return (*fates, *self.merge.unmatched)
+
+    def shards(self, source: Checkpoint, shard_size: int | None) -> list[Shard]:
+        """Files for the output. What belongs to one weight shares a file; in each file wider
+        dtypes come first, so that all is aligned, and the JSONs, whose sizes may shrink, last."""
+        beside = {spec.name: item.target.base_name for item in self.items for spec in item.specs}
+        specs = {spec.name: spec for item in self.items for spec in item.specs}
+        return [
+            dataclasses.replace(
+                shard,
+                specs=tuple(
+                    sorted(shard.specs, key=lambda s: (STATE in s.name, -DTYPE_BITS[s.dtype]))
+                ),
+            )
+            for shard in lay_out(source, specs, shard_size, beside)
+        ]
+
+
+def refuse_quantized(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError for weights that are quantized already."""
+    method = checkpoint.config.get("quantization_config")
+    if find_quantized(checkpoint.specs, checkpoint.raw):
+        raise CheckpointError(
+            f"{checkpoint.path}: quantized already; make it plain with `loratools dequantize` first"
+        )
+    if method:
+        kind = method.get("quant_method") if isinstance(method, dict) else method
+        raise CheckpointError(
+            f"{checkpoint.path}: its config.json says that it is quantized ({kind}); a plain "
+            "checkpoint is wanted here"
+        )
+
+
+def plan_quantize(
+    base: Checkpoint,
+    merge: MergePlan,
+    specs: Mapping[str, TensorSpec],
+    scheme: Scheme,
+    chosen: Callable[[str], bool],
+    head: bool,
+) -> QuantizePlan:
+    """Choose what to quantize.
+
+    Args:
+        specs: the plain checkpoint's tensors by name, as they would be written.
+        chosen: whether a module is wanted.
+        head: quantize the output head as well, where it has weights of its own.
+
+    Raises:
+        MismatchError: nothing is left to quantize.
+        UsageError: a weight is float64, which bitsandbytes does not have.
+    """
+    targets = (*merge.targets, *merge.untied)
+    tied = base.ties_embeddings and not merge.unties
+    reasons: dict[str, str] = {}
+    skip: set[str] = set()
+    for target in targets:
+        spec = specs[target.spec.name]
+        module = split_tensor(spec.name)[0]
+        reason, linear = reason_to_keep(spec, base.config, head and not tied)
+        if not reason and not chosen(module):
+            reason = "left out by --include or --exclude"
+        reasons[spec.name] = reason
+        if reason and linear:
+            skip.add(skip_entry(module))
+    _follow_the_loader(reasons, skip)
+    quantized = [split_tensor(name)[0] for name, reason in reasons.items() if not reason]
+    absent = {split_tensor(tied_head(base.config, base.specs))[0]} if tied else set()
+    for module in absent.union(ADDED_HEADS) - {""}:
+        if not any(loader_skips(name, {module}) for name in quantized):
+            skip.add(module)
+    items = tuple(
+        _item(target, specs[target.spec.name], reasons, scheme, base.config) for target in targets
+    )
+    if not any(item.packed for item in items):
+        raise MismatchError(
+            f"{base.path}: holds no linear layer to quantize, or none that --include and --exclude "
+            "leave"
+        )
+    return QuantizePlan(items, tuple(sorted(skip)), merge)
+
+
+def _follow_the_loader(reasons: dict[str, str], skip: set[str]) -> None:
+    """A loader takes a name in its list for every layer whose name ends or begins alike; those
+    cannot be quantized either."""
+    again = True
+    while again:
+        again = False
+        for name, reason in reasons.items():
+            module = split_tensor(name)[0]
+            if not reason and loader_skips(module, skip):
+                reasons[name] = "its name is like that of a layer that stays"
+                skip.add(skip_entry(module))
+                again = True
+
+
+def _item(
+    target: Target, spec: TensorSpec, reasons: Mapping[str, str], scheme: Scheme, config: object
+) -> Item:
+    reason = reasons[spec.name]
+    if reason:
+        return Item(target, spec, None, False, reason)
+    if spec.dtype == "F64":
+        raise UsageError(
+            f"{spec.name}: float64, which bitsandbytes does not quantize; pass --dtype float32"
+        )
+    assert isinstance(config, dict)
+    transposed = layout_name(spec, config) == "conv1d"
+    shape = spec.shape[::-1] if transposed else spec.shape
+    offset = 0.0 if scheme.double else None
+    state = QuantState(scheme.quant_type, scheme.blocksize, spec.dtype, shape, offset)
+    packed = quantized_tensor(spec.name, state, scheme.storage)
+    return Item(target, spec, packed, transposed, "", scheme.search)

@@ -1,0 +1,1 @@
+"""What lies at a path, opened: checkpoints, adapters of any format, names."""

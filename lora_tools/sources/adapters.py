@@ -1,0 +1,161 @@
+"""The door that every verb takes to an adapter: recognises its format, and opens it as PEFT's.
+
+Readers in ``formats`` say what each factor is made of; ``linalg.recipes`` makes it. This is where
+the two meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_tools.errors import AdapterError
+from lora_tools.formats import hub
+from lora_tools.formats.adapters import peft
+from lora_tools.formats.adapters.base_names import BaseNames
+from lora_tools.formats.adapters.not_lora import refuse_by_config, refuse_by_keys
+from lora_tools.formats.adapters.outline import Context, Foreign, Outline
+from lora_tools.formats.adapters.peft import Adapter
+from lora_tools.formats.adapters.table import (
+    FORMATS,
+    Format,
+    by_bytes,
+    by_keys,
+    format_named,
+    title_of,
+)
+from lora_tools.formats.checkpoint import Checkpoint, open_weights
+from lora_tools.sources.base_names import base_names
+
+_NAMES = ("adapter_model.safetensors", "adapters.safetensors", "pytorch_lora_weights.safetensors")
+_SUFFIXES = (".safetensors", ".gguf", ".onnx_adapter", ".bin", ".pt", ".pth")
+
+
+def open_adapter(
+    source: str | Path,
+    allow_pickle: bool = False,
+    *,
+    base: BaseNames | Checkpoint | str | Path | None = None,
+    source_format: str | None = None,
+    alpha: float | None = None,
+    enable_lora: Sequence[bool] = (),
+    as_stored: bool = False,
+    guess: bool = False,
+) -> Adapter:
+    """Open an adapter folder, file or hub id of any format that is read.
+
+    Args:
+        base: the model it was trained on: a checkpoint, or a diffusers pipeline. Some formats do
+            not say enough without it; none is read but its headers.
+        source_format: a row of ``FORMATS``; by default the content tells.
+        alpha, enable_lora: what formats leave to their user's code (loralib, torchtune).
+        as_stored: where no base is at hand that a format needs, keep the names and the order of
+            rows of the file; ``unresolved`` then says why.
+        guess: what the file does not say, too, to look at it only.
+
+    Raises:
+        AdapterError, UnsupportedAdapter, UnsafeInput, CheckpointError (a truncated file),
+        UsageError (no such format).
+    """
+    form = format_named(source_format, "--from") if source_format else None
+    path = Path(source)
+    if not path.exists() and hub.looks_like_hub_id(str(source)):
+        path = hub.fetch(str(source), allow_pickle)
+    if path.is_file() and (path.parent / peft.CONFIG).is_file() and _is_named_as_one(path):
+        path = path.parent
+    config = path / peft.CONFIG
+    if form is FORMATS["peft"] or (form is None and _is_peft(source, config)):
+        return peft.open_peft(source, path, allow_pickle)
+    file_path = _weights(source, path)
+    form = form or by_bytes(file_path)
+    if form is not None and form.open_file is not None:
+        file = form.open_file(file_path)
+    else:
+        file = open_weights(file_path, allow_pickle)
+        refuse_by_keys(path, file.specs)
+        form = form or by_keys(path, file.specs)
+    names = base_names(base, allow_pickle) if base is not None else None
+    context = Context(names, alpha, tuple(enable_lora), as_stored, guess)
+    return _opened(path, file, form, context)
+
+
+def _opened(path: Path, file: Any, form: Format, context: Context) -> Adapter:
+    from lora_tools.linalg import recipes
+
+    assert form.read is not None
+    if not file.specs:
+        raise AdapterError(f"{path}: holds no tensors")
+    outline = form.read(path, file, context)
+    adapter = Foreign(path, outline, _alphas(outline), recipes.compute)
+    adapter.format = form.name
+    return adapter
+
+
+def is_adapter(source: str | Path, allow_pickle: bool = False) -> bool:
+    """Whether a file or folder is an adapter, by its config, its first bytes or all its names."""
+    path = Path(source)
+    if path.is_dir():
+        if (path / peft.CONFIG).is_file():
+            return True
+        weights = [p for p in path.iterdir() if p.suffix in _SUFFIXES]
+        if len(weights) != 1:
+            return False
+        [path] = weights
+    if not path.is_file():
+        return False
+    if (path.parent / peft.CONFIG).is_file() and _is_named_as_one(path):
+        return True
+    if by_bytes(path) is not None:
+        return True
+    if path.suffix in (".bin", ".pt", ".pth") and not allow_pickle:
+        return False
+    return bool(title_of(open_weights(path, allow_pickle).specs))
+
+
+def _alphas(outline: Outline) -> Mapping[str, float]:
+    """lora_alpha at the rank of the factors as they are read."""
+    alphas = {}
+    for module, (alpha, of_rank, rslora) in outline.strengths.items():
+        rank = outline.ranks[module]
+        if of_rank != rank or rslora:
+            from lora_tools.linalg.lora import scaling
+
+            alpha = scaling(alpha * rank, of_rank, rslora)  # exact where the quotient is
+        alphas[module] = alpha
+    return alphas
+
+
+def _is_named_as_one(path: Path) -> bool:
+    """Whether a file beside an adapter_config.json is that config's weights."""
+    return path.name in (peft.CONFIG, *_NAMES, "adapter_model.bin")
+
+
+def _is_peft(source: str | Path, config_path: Path) -> bool:
+    """Whether the config there is PEFT's. Raises AdapterError for one that is none."""
+    if not config_path.is_file():
+        return False
+    config = peft.read_config(config_path)
+    refuse_by_config(config_path.parent, config)
+    return not ("fine_tune_type" in config or "lora_parameters" in config)
+
+
+def _weights(source: str | Path, path: Path) -> Path:
+    """The one file of tensors at a path."""
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise AdapterError(f"{source}: no such adapter; neither a file nor a folder is there")
+    named = [path / name for name in _NAMES if (path / name).is_file()]
+    found = named or [p for p in sorted(path.iterdir()) if p.suffix in _SUFFIXES and p.is_file()]
+    safe = [p for p in found if p.suffix not in (".bin", ".pt", ".pth")] or found
+    if not safe:
+        raise AdapterError(
+            f"{source}: no {peft.CONFIG} there, and no file of tensors; is it an adapter folder?"
+        )
+    if len(safe) > 1:
+        raise AdapterError(
+            f"{source}: no {peft.CONFIG} there, and several files: "
+            f"{', '.join(p.name for p in safe[:5])}; pass one of them"
+        )
+    return safe[0]

@@ -1,0 +1,217 @@
+"""A checkpoint seen as transformers holds it in memory: by those names, with experts fused and
+blocks parted where it does so."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import xxhash
+
+from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.formats.names import layout_name
+from lora_tools.linalg.layouts import LAYOUTS, Conv, Layout
+from lora_tools.sources.transformers_names import (
+    Loaded,
+    LoadedTensor,
+    Piece,
+    loaded,
+    rows_of,
+    why_unknown,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+# In models whose experts transformers 5 fuses, PEFT 0.21 takes target_modules of these names for
+# the experts', though they be other layers; as target_parameters they are what they are.
+_OF_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+
+
+class LoadedView(Checkpoint):
+    """``stored`` by names in memory. What is not loaded, or changed in ways that are not followed,
+    keeps its name.
+
+    Attributes:
+        stored: the checkpoint as it lies there.
+        how: what becomes of it.
+        others: tensors of other names than those stored.
+    """
+
+    def __init__(self, stored: Checkpoint, how: Loaded) -> None:
+        self.stored, self.how = stored, how
+        self.others = [t for t in how.tensors.values() if t.pieces[0].stored != t.spec.name]
+        self._view = _LoadedFile(stored, how)
+        super().__init__(stored.path, [self._view], stored.is_folder, stored.index_name)
+
+    def rows(self, name: str, matrix: tuple[int, int], start: int, stop: int) -> torch.Tensor:
+        """Only what these rows are made of is read."""
+        return self._view.rows(name, matrix, start, stop)
+
+    def hash(self, name: str) -> str:
+        """Piece by piece, and those of several given back as they are read."""
+        state, pieces = xxhash.xxh3_128(), self._view.pieces(name)
+        for piece, part in zip(pieces, self._view.parts(name), strict=True):
+            state.update(part)
+            if len(pieces) > 1:
+                self.stored.release(piece.stored)
+        return state.hexdigest()
+
+    def digest(self, known: Mapping[str, str]) -> str:
+        """That of the stored checkpoint."""
+        mine = {}
+        for name, value in known.items():
+            pieces = self._view.pieces(name)
+            if len(pieces) == 1 and self.stored.specs[pieces[0].stored].shape == (
+                self.specs[name].shape
+            ):
+                mine[pieces[0].stored] = value
+        return self.stored.digest(mine)
+
+
+def loaded_view(stored: Checkpoint) -> Checkpoint:
+    """The view; ``stored`` itself where nothing is known of how it is loaded."""
+    how = loaded(stored.config, stored.specs)
+    return stored if how is None else LoadedView(stored, how)
+
+
+def layers_of(side: Checkpoint) -> dict[str, Layout | None]:
+    """The layer kinds of a view's weights, as the model has them; none of a plain checkpoint's."""
+    if not isinstance(side, LoadedView):
+        return {}
+    tensors = side.how.tensors
+    fuses = any(len(t.pieces) > 1 and len(t.spec.shape) == 3 for t in tensors.values())
+    kinds: dict[str, Layout | None] = {}
+    for name, tensor in tensors.items():
+        found = layout_name(tensor.spec, side.config) if tensor.layer == "" else tensor.layer
+        if found == "linear" and fuses and name.split(".")[-2] in _OF_EXPERTS:
+            found = "experts"
+        kinds[name] = _grouped(tensor) if found == "conv" else LAYOUTS[found] if found else None
+    return kinds
+
+
+def ties_of(side: Checkpoint) -> dict[str, str]:
+    """Weights that a view does not have, and those of it that are the same; none of a plain
+    checkpoint's, whose config tells."""
+    return dict(side.how.tied) if isinstance(side, LoadedView) else {}
+
+
+def named_by(side: Checkpoint) -> str:
+    """What gave a view's tensors other names than the files have, or ""."""
+    return side.how.by if isinstance(side, LoadedView) and side.others else ""
+
+
+def notes_on_names(side: Checkpoint) -> list[str]:
+    """Sentences on what has other names, and on what PEFT will not find."""
+    notes = []
+    if not isinstance(side, LoadedView):
+        reason = why_unknown(side.config, side.specs)
+        if reason:
+            notes.append(
+                "modules have the names that the files give them, which need not be those in "
+                f"memory that PEFT goes by: {reason}"
+            )
+    if isinstance(side, LoadedView) and side.others:
+        first = side.others[0]
+        notes.append(
+            f"{len(side.others)} tensors have the names that {side.how.by} gives them on loading, "
+            f"such as {first.spec.name} for {first.pieces[0].stored}; --names stored keeps those "
+            "of the files"
+        )
+    if isinstance(side, LoadedView) and side.how.other:
+        notes.append(
+            f"{side.how.by} does not load {len(side.how.other)} tensors as they are, such as "
+            f"{side.how.other[0]}: what changed in them is not loaded by PEFT either"
+        )
+    return notes
+
+
+def _grouped(tensor: LoadedTensor) -> Layout | None:
+    """A convolution; None where even factors of rank 1 hold more numbers than the weight, as those
+    of a depthwise one do: PEFT's lora_A reads all channels."""
+    kind, spec = Conv("conv", "conv", groups=tensor.groups), tensor.spec
+    if tensor.groups == 1:
+        return kind
+    a, b = kind.shapes(spec.shape, 1)
+    return kind if math.prod(a) + math.prod(b) < spec.numel else None
+
+
+class _LoadedFile:
+    """All of the view's tensors."""
+
+    header = b""
+
+    def __init__(self, stored: Checkpoint, how: Loaded) -> None:
+        self.path: Path = stored.path
+        self.metadata: dict[str, str] = {}
+        self._stored, self._tensors = stored, how.tensors
+        self.specs = {name: t.spec for name, t in how.tensors.items()}
+        self.specs |= {name: stored.specs[name] for name in how.other}
+
+    def pieces(self, name: str) -> tuple[Piece, ...]:
+        if name in self._tensors:
+            return self._tensors[name].pieces
+        return (Piece(name, 0, rows_of(self._stored.specs[name])),)
+
+    def _taken(self, name: str, start: int, stop: int) -> Iterator[tuple[Piece, int, int]]:
+        """Pieces, and which of their rows are among rows [start, stop) of the tensor."""
+        row = 0
+        for piece in self.pieces(name):
+            first, last = max(start - row, 0), min(stop - row, piece.rows)
+            if first < last:
+                yield piece, piece.first + first, piece.first + last
+            row += piece.rows
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor; one that is a stored one is mapped, others are put together."""
+        import torch
+
+        pieces, shape = self.pieces(name), self.specs[name].shape
+        if len(pieces) == 1 and pieces[0].rows == rows_of(self._stored.specs[pieces[0].stored]):
+            return self._stored.tensor(pieces[0].stored).reshape(shape)
+        return torch.cat([self._rows(p, p.first, p.first + p.rows) for p in pieces]).reshape(shape)
+
+    def _rows(self, piece: Piece, first: int, last: int) -> torch.Tensor:
+        tensor = self._stored.tensor(piece.stored)
+        shape = (-1, tensor.shape[-1]) if tensor.dim() > 1 else (-1,)
+        return tensor.reshape(shape)[first:last]
+
+    def rows(self, name: str, matrix: tuple[int, int], start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of the tensor as that matrix."""
+        import torch
+
+        each = rows_of(self.specs[name])
+        if len(self.pieces(name)) == 1 or matrix[0] != each:
+            return self.tensor(name).reshape(matrix)[start:stop]
+        taken = [self._rows(*part) for part in self._taken(name, start, stop)]
+        return taken[0] if len(taken) == 1 else torch.cat(taken)
+
+    def parts(self, name: str) -> Iterable[memoryview]:
+        """Its bytes in row-major order, piece by piece."""
+        for piece in self.pieces(name):
+            row = self._row_bytes(piece)
+            start, stop = piece.first * row, (piece.first + piece.rows) * row
+            yield self._stored.raw(piece.stored)[start:stop]
+
+    def raw(self, name: str) -> memoryview:
+        """Its bytes; put together where they lie apart."""
+        parts = list(self.parts(name))
+        return parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
+
+    def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
+        """Give the pages of its bytes [start, stop) back."""
+        at = 0
+        for piece in self.pieces(name):
+            row = self._row_bytes(piece)
+            first, last = max(start - at, 0), piece.rows * row
+            last = last if stop is None else min(stop - at, last)
+            if first < last:
+                offset = piece.first * row
+                self._stored.release(piece.stored, offset + first, offset + last)
+            at += piece.rows * row
+
+    def _row_bytes(self, piece: Piece) -> int:
+        spec = self._stored.specs[piece.stored]
+        return spec.nbytes // max(rows_of(spec), 1)

@@ -1,0 +1,43 @@
+"""The names of a model at a path: a checkpoint, or a diffusers pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lora_tools.errors import AdapterError
+from lora_tools.formats.adapters.base_names import BaseNames, names_of
+from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.records import TensorSpec
+from lora_tools.sources.checkpoints import open_checkpoint
+
+PIPELINE = "model_index.json"
+
+
+def base_names(
+    source: BaseNames | Checkpoint | str | Path, allow_pickle: bool = False
+) -> BaseNames:
+    """Names of a checkpoint, or of a diffusers pipeline: then ``component.module``.
+
+    Headers only are read.
+    """
+    if isinstance(source, BaseNames):
+        return source
+    if isinstance(source, Checkpoint):
+        return names_of(source.path, source.specs, source.config)
+    folder = Path(source)
+    if (folder / PIPELINE).is_file():
+        return _pipeline(folder, allow_pickle)
+    checkpoint = open_checkpoint(source, allow_pickle)
+    return names_of(checkpoint.path, checkpoint.specs, checkpoint.config)
+
+
+def _pipeline(folder: Path, allow_pickle: bool) -> BaseNames:
+    weights: dict[str, TensorSpec] = {}
+    for part in sorted(folder.iterdir()):
+        if part.is_dir() and any(part.glob("*.safetensors")):
+            checkpoint = open_checkpoint(part, allow_pickle)
+            mine = names_of(part, checkpoint.specs, {}, f"{part.name}.")
+            weights.update(mine.weights)
+    if not weights:
+        raise AdapterError(f"{folder}: a diffusers pipeline without a .safetensors file in it")
+    return BaseNames(folder, weights, {})

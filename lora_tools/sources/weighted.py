@@ -1,0 +1,63 @@
+"""Adapters as they are named on the command line, each with its weight."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from lora_tools.errors import UsageError
+from lora_tools.formats.adapters.base_names import BaseNames
+from lora_tools.formats.adapters.peft import Adapter
+from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.sources.adapters import open_adapter
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighted:
+    """An adapter and the weight it is merged with."""
+
+    adapter: Adapter
+    weight: float
+    path: str
+
+    @property
+    def as_given(self) -> str:
+        """As the command line has it: the path, and the weight where it is not 1."""
+        return self.path if self.weight == 1 else f"{self.path}={self.weight:g}"
+
+
+def digests_and_weights(digests: Sequence[str], weighted: Sequence[Weighted]) -> str:
+    """As metadata has them: ``digest=weight digest=weight``."""
+    return " ".join(f"{d}={w.weight:g}" for d, w in zip(digests, weighted, strict=True))
+
+
+def open_weighted(
+    adapters: Sequence[str | Path | tuple[str | Path, float]],
+    allow_pickle: bool,
+    base: BaseNames | Checkpoint | str | Path | None = None,
+) -> list[Weighted]:
+    """``PATH``, ``PATH=WEIGHT`` or (path, weight) → open adapters. Raises UsageError.
+
+    ``base`` has the names that some formats are resolved by.
+    """
+    if not adapters:
+        raise UsageError("at least one adapter is needed")
+    result = []
+    for given in adapters:
+        path, weight = given if isinstance(given, tuple) else _split_weight(str(given))
+        if not math.isfinite(weight):
+            raise UsageError(f"{path}: its weight is {weight}; a finite number is needed")
+        result.append(Weighted(open_adapter(path, allow_pickle, base=base), weight, str(path)))
+    return result
+
+
+def _split_weight(given: str) -> tuple[str, float]:
+    path, equals, number = given.rpartition("=")
+    if not equals or Path(given).exists():
+        return given, 1.0
+    try:
+        return path, float(number)
+    except ValueError:
+        raise UsageError(f"{given!r}: {number!r} is not a number (ADAPTER=WEIGHT)") from None

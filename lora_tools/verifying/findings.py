@@ -1,0 +1,39 @@
+"""What a comparison of two checkpoints found."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from lora_tools.records import Fate, Input, ModuleResult, TensorResult
+
+if TYPE_CHECKING:
+    pass
+
+
+NEAR = 0.05  # a coefficient this near to a number is that number; so little may be unexplained
+
+
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    """What a verification came to; ``offence`` is empty where all is well."""
+
+    inputs: tuple[Input, ...]
+    fates: tuple[Fate, ...]
+    verdict: str
+    offence: str
+    totals: dict[str, Any]
+    notes: tuple[str, ...] = ()
+    modules: tuple[ModuleResult, ...] = ()
+    tensors: tuple[TensorResult, ...] = ()
+
+
+FINE = ("same", "rounded", "copied")
+
+
+def times(coefficient: float) -> str:
+    """By which factor an adapter was applied, in words."""
+    for number, word in ((2, "twice"), (-1, "with the wrong sign"), (0, "not at all")):
+        if abs(coefficient - number) < NEAR:
+            return word
+    return f"at {coefficient:.4g} times its scale"

@@ -1,0 +1,262 @@
+"""Does a checkpoint hold base + adapter? Tensor by tensor, with a diagnosis where it does not."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import operator
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lora_tools.formats import digest as hashing
+from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.formats.names import is_input_embedding, tied_head
+from lora_tools.merging.plan import MergePlan, adapter_digest, build_effects, plan_merge
+from lora_tools.merging.targets import Target
+from lora_tools.merging.tensor import as_matrix, working_dtype
+from lora_tools.records import Fate, Input, ProgressCallback
+from lora_tools.sources.dequantized import source_digest
+from lora_tools.sources.weighted import Weighted
+from lora_tools.verifying.findings import FINE, NEAR, Findings, times
+
+if TYPE_CHECKING:
+    import torch
+
+    from lora_tools.linalg.compare import Match
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """One tensor compared; ``hashes`` are those of the base's and of the one compared with it."""
+
+    target: Target
+    fate: Fate
+    hashes: tuple[str, str]
+    match: Match | None = None
+
+
+def verify_merged(
+    merged: Checkpoint,
+    base: Checkpoint,
+    weighted: Sequence[Weighted],
+    jobs: int | None,
+    progress: ProgressCallback | None,
+) -> Findings:
+    """Compare every tensor of ``merged`` with what the merge should have made of it."""
+    from lora_tools.engine import threads
+
+    plan = plan_merge(base, weighted)
+    targets = (*plan.targets, *plan.untied)
+    checked = list(
+        threads.run(
+            targets,
+            lambda target: check_tensor(target, merged, base),
+            jobs=jobs,
+            nbytes=lambda target: target.spec.nbytes,
+            label=lambda target: target.spec.name,
+            progress=progress,
+        )
+    )
+    fates = [c.fate for c in checked]
+    fates += left_over(merged, targets)
+    fates += tied_astray(merged, plan)
+    base_hashes = {c.target.base_name: c.hashes[0] for c in checked}
+    merged_hashes = {c.target.spec.name: c.hashes[1] for c in checked if c.hashes[1]}
+    for name in merged.specs.keys() - merged_hashes.keys():
+        merged_hashes[name] = hashing.tensor_hash(merged.raw(name))
+    inputs = (
+        Input("merged", "", hashing.digest(merged.specs.values(), merged_hashes)),
+        Input("base", "", source_digest(base, base_hashes)),
+        *(Input("adapter", "", adapter_digest(w.adapter)) for w in weighted),
+    )
+    totals = merge_totals(checked)
+    wrong = [fate for fate in fates if fate.action not in FINE]
+    name = "base + adapter"
+    offence = diagnosis(checked, wrong, f"not {name}") if wrong else ""
+    return Findings(
+        inputs,
+        tuple(fates),
+        verdict_of(totals, name) if not wrong else f"not {name}",
+        offence,
+        totals,
+        plan.notes,
+    )
+
+
+def merge_totals(checked: Sequence[Checked]) -> dict[str, Any]:
+    """Figures over the tensors that an adapter acts on, or that are in another dtype."""
+    matches = [c.match for c in checked if c.match is not None and c.fate.action != "changed"]
+    return {
+        "tensors_acted_on": len(matches),
+        "bit_for_bit_once": sum(m.once == m.numel for m in matches),
+        "bit_for_bit_twice": sum(m.twice == m.numel for m in matches),
+        "share_once": sum(m.once for m in matches) / max(sum(m.numel for m in matches), 1),
+        "share_twice": sum(m.twice for m in matches) / max(sum(m.numel for m in matches), 1),
+    }
+
+
+def check_tensor(target: Target, merged: Checkpoint, base: Checkpoint) -> Checked:
+    """Compare one tensor of ``merged`` with what the merge makes of the base's."""
+    try:
+        return _compared(target, merged, base)
+    finally:
+        base.release(target.base_name)
+        if target.spec.name in merged.specs:
+            merged.release(target.spec.name)
+
+
+def _compared(target: Target, merged: Checkpoint, base: Checkpoint) -> Checked:
+    name, stored = target.spec.name, merged.specs.get(target.spec.name)
+    base_hash = hashing.tensor_hash(base.raw(target.base_name))
+    if stored is None:
+        return Checked(target, Fate(name, "missing", "the base has it"), (base_hash, ""))
+    hashes = base_hash, hashing.tensor_hash(merged.raw(name))
+    if stored.shape != target.spec.shape:
+        why = f"is {list(stored.shape)}, and should be {list(target.spec.shape)}"
+        return Checked(target, Fate(name, "different", why), hashes)
+    if not target.parts and stored.dtype == base.specs[target.base_name].dtype:
+        if hashes[0] == hashes[1]:
+            return Checked(target, Fate(name, "copied"), hashes)
+        why = "no adapter acts on it, and it is not the base's"
+        match = _match(target, merged, base) if stored.is_float else None
+        if match is not None:
+            why += f" in {match.outside:,} of its {match.numel:,} numbers"
+        return Checked(target, Fate(name, "changed", why), hashes, match)
+    if not (stored.is_float and target.spec.is_float):
+        return Checked(target, _count(target, merged, base), hashes)
+    match = _match(target, merged, base)
+    return Checked(target, _judge(name, match), hashes, match)
+
+
+def _match(target: Target, merged: Checkpoint, base: Checkpoint) -> Match:
+    """Formed as ``merge`` forms it, run by run."""
+    from lora_tools.linalg.compare import Match
+    from lora_tools.linalg.lora import rows_per_run
+    from lora_tools.linalg.merge import TensorMerge
+
+    S = as_matrix(merged.tensor(target.spec.name), target)
+    W = as_matrix(base.tensor(target.base_name), target)
+    if target.spec.shape != base.specs[target.base_name].shape:  # saved with another vocabulary
+        W = as_matrix(target.parts[0].weighted.adapter.tensor(str(target.parts[0].source)), target)
+    working = working_dtype(W.dtype)
+
+    def read(start: int, stop: int) -> torch.Tensor:
+        return W[start:stop].to(working, copy=True)
+
+    shape = (W.shape[0], W.shape[1])
+    work = TensorMerge(build_effects(target), shape, read, working)
+    match = Match()
+    step = rows_per_run(shape)
+    for start in range(0, shape[0], step):
+        stop = min(start + step, shape[0])
+        exact = work.forward(read(start, stop), start, stop)
+        match.add(S[start:stop], read(start, stop), exact, work.slack(exact, start, stop))
+    return match
+
+
+def _count(target: Target, merged: Checkpoint, base: Checkpoint) -> Fate:
+    """Of a tensor of integers, such as a BatchNorm's counter."""
+    from lora_tools.linalg.merge import merged_whole
+
+    name = target.spec.name
+    before, found = base.tensor(target.base_name), merged.tensor(name)
+    if found.dtype != before.dtype:
+        return Fate(name, "different", f"is stored as {merged.specs[name].dtype}")
+    matrix = target.matrix(target.spec.shape)
+    if merged_whole(before, build_effects(target), matrix).equal(found):
+        return Fate(name, "same", "the adapter's")
+    return Fate(name, "different", "is not the adapter's")
+
+
+def _judge(name: str, match: Match) -> Fate:
+    if match.once == match.numel:
+        return Fate(name, "same", "bit for bit, rounded once")
+    if match.twice == match.numel:
+        return Fate(name, "same", "bit for bit, rounded twice as PEFT's safe_merge does")
+    if not match.outside:
+        share = max(match.once, match.twice) / match.numel
+        return Fate(name, "rounded", f"{share:.2%} of it bit for bit, the rest within rounding")
+    return Fate(
+        name,
+        "different",
+        _reason(match) + f"; {match.outside:,} of {match.numel:,} "
+        "elements are further off than rounding",
+    )
+
+
+def _reason(match: Match) -> str:
+    if not match.moved:
+        return "the base's, without the adapter"
+    if match.unexplained > NEAR:
+        share = f"{match.unexplained:.0%} of the change is not the adapter's"
+        return f"another base or adapter: {share}"
+    return f"the adapter applied {times(match.coefficient)}"
+
+
+def left_over(merged: Checkpoint, targets: Sequence[Target]) -> list[Fate]:
+    """Tensors that the base lacks."""
+    known = {target.spec.name for target in targets}
+    return [Fate(name, "extra", "the base lacks it") for name in merged.specs if name not in known]
+
+
+def tied_astray(merged: Checkpoint, plan: MergePlan) -> list[Fate]:
+    """An output head that should be the embedding and is not, or the other way round."""
+    head = tied_head(merged.config, merged.specs) if merged.ties_embeddings else ""
+    embedding = next(filter(is_input_embedding, merged.specs), "")
+    if not (head and embedding):
+        return []
+    if plan.unties:
+        return [
+            Fate(
+                head,
+                "tied",
+                "the adapter acts on one of the two only, and config.json still "
+                f"ties it to {embedding}: a loader drops one",
+            )
+        ]
+    if head in merged.specs and bytes(merged.raw(head)) != bytes(merged.raw(embedding)):
+        return [Fate(head, "tied", f"differs from {embedding}, and config.json ties the two")]
+    return []
+
+
+def diagnosis(checked: Sequence[Checked], wrong: Sequence[Fate], said: str) -> str:
+    """One sentence: what is wrong of all, and the worst offender."""
+    from lora_tools.linalg.compare import Match
+
+    counts = Counter(fate.action for fate in wrong)
+    many = ", ".join(f"{n} {action}" for action, n in counts.most_common())
+    kinds = {c.target.spec.name: {p.kind for p in c.target.parts} for c in checked}
+    low_rank = {name for name, acting in kinds.items() if acting & {"lora", "dora"}}
+    low_rank = low_rank or {name for name, acting in kinds.items() if acting}
+    off = [(c.fate, c.match) for c in checked if c.match is not None and c.match.outside]
+    if not off:
+        return f"{said} ({many}): {wrong[0].tensor}: {wrong[0].reason}"
+    worst, _ = max(off, key=lambda pair: pair[1].outside / pair[1].numel)
+    acted = [match for fate, match in off if fate.action != "changed"]
+    whole = functools.reduce(operator.add, acted, Match())
+    one = max((abs(match.coefficient - whole.coefficient) for match in acted), default=math.inf)
+    every = bool(low_rank) and low_rank <= {fate.tensor for fate, _ in off}
+    if every and counts.get("changed"):
+        first = next(fate for fate in wrong if fate.action == "changed")
+        what = f"another base: {first.tensor} is not the base's, though no adapter acts on it"
+    elif every and whole.unexplained > NEAR:
+        what = "another base, or another adapter"
+    elif every and one <= NEAR * max(abs(whole.coefficient), 1):
+        what = f"the adapter is applied {times(whole.coefficient)}"
+    else:
+        what = "some tensors are not what the merge makes of them"
+    return f"{said} ({many}): {what}; worst is {worst.tensor}: {worst.reason}"
+
+
+def verdict_of(totals: dict[str, Any], name: str) -> str:
+    """One sentence where nothing is wrong."""
+    n = totals["tensors_acted_on"]
+    if totals["bit_for_bit_once"] == n:
+        return f"{name}, bit for bit, rounded once (as merge does, and PEFT in float32)"
+    if totals["bit_for_bit_twice"] == n:
+        return f"{name}, bit for bit, rounded twice (PEFT's safe_merge)"
+    near = "twice" if totals["share_twice"] > totals["share_once"] else "once"
+    share = max(totals["share_twice"], totals["share_once"])
+    return f"{name}, to rounding: {share:.4%} of the elements are those rounded {near}"

@@ -1,0 +1,371 @@
+"""Is an ONNX model a checkpoint, or base + adapter? First by its weights, one by one; then by what
+it computes, in ONNX Runtime against torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_tools.errors import MismatchError, UsageError
+from lora_tools.formats import digest as hashing
+from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.formats.dtypes import torch_dtype
+from lora_tools.formats.names import align, is_input_embedding, tied_head
+from lora_tools.merging.plan import MergePlan, adapter_digest, plan_merge
+from lora_tools.merging.targets import Target
+from lora_tools.options import need
+from lora_tools.records import Fate, Input, ProgressCallback, TensorSpec
+from lora_tools.sources.dequantized import PlainView, source_digest
+from lora_tools.sources.weighted import Weighted
+from lora_tools.verifying.findings import FINE, Findings
+from lora_tools.verifying.merged import Checked, check_tensor, diagnosis, merge_totals
+from lora_tools.verifying.onnx_quantized import Packed, check_packed, merged_in
+
+if TYPE_CHECKING:
+    import torch
+
+    from lora_tools.onnx.check import Check
+    from lora_tools.onnx.initializers import GraphWeights
+
+_TO_RUN = ("onnx", "onnxruntime", "transformers")
+_NO_FAULT = (*FINE, "constant", "left out", "unnamed")
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphRun:
+    """How a model is run: see ``export``."""
+
+    task: str
+    atol: float
+    rtol: float
+    trust_remote_code: bool
+
+
+def verify_onnx(
+    paths: Sequence[Path],
+    source: Checkpoint,
+    weighted: Sequence[Weighted],
+    run: GraphRun | None,
+    allow_pickle: bool,
+    jobs: int | None,
+    progress: ProgressCallback | None,
+) -> Findings:
+    """Compare every initializer with the tensor that it is named after, and then the outputs.
+
+    Args:
+        run: None: the weights only.
+
+    Raises:
+        MismatchError: with the weights only, some of them have no names to be compared by.
+    """
+    need("onnx", *(_TO_RUN if run else ()))
+    from lora_tools.engine import threads
+    from lora_tools.onnx.initializers import GraphWeights, large
+
+    weights = GraphWeights(paths)
+    plan = plan_merge(source, weighted)
+    every = (*plan.targets, *plan.untied)
+    packed: list[Packed] = []
+    parts: set[str] = set()
+    if not weights.problems:
+        packed, parts = check_packed(weights, {t.spec.name: t for t in every}, source)
+    targets, there, sentence = _named(weights, parts, plan, source)
+    there |= {p.target.spec.name for p in packed}
+    checked = list(
+        threads.run(
+            targets,
+            lambda target: check_tensor(target, weights, source),
+            jobs=jobs,
+            nbytes=lambda target: 4 * target.spec.numel,
+            label=lambda target: target.spec.name,
+            progress=progress,
+        )
+    )
+    fates = [p.fate for p in sorted(packed, key=lambda p: -p.relative_error)]
+    fates += [c.fate for c in checked]
+    fates += [Fate(name, "broken", said) for name, said in weights.problems.items()]
+    named = {target.spec.name for target in targets}
+    rest = {n: s for n, s in weights.specs.items() if n not in named | parts}
+    unnamed = {name: spec for name, spec in rest.items() if large(spec)}
+    fates += [Fate(name, "constant") for name in rest.keys() - unnamed.keys()]
+    by_content = _by_content(weights, unnamed, every, source)
+    fates += [
+        Fate(name, "same", f"{target.spec.name}{how}") for name, (target, how) in by_content.items()
+    ]
+    strangers = [name for name in unnamed if name not in by_content]
+    fates += [
+        Fate(name, "unnamed", "no tensor of the checkpoint has its name or its numbers")
+        for name in strangers
+    ]
+    there |= {target.spec.name for target, _ in by_content.values()}
+    fates += _absent([t for t in every if t.spec.name not in there], there, bool(strangers), source)
+    totals: dict[str, Any] = {
+        **merge_totals(checked),
+        "weights_compared": len(checked) + len(by_content) + len(packed),
+        "weights_unnamed": len(strangers),
+        **_packed_totals(packed),
+        "dtypes": dict(Counter(weights.specs[c.target.spec.name].dtype for c in checked)),
+    }
+    name = "base + adapter" if weighted else "the checkpoint"
+    wrong = [fate for fate in fates if fate.action not in _NO_FAULT]
+    inputs = _inputs(checked, weights, source, weighted)
+    notes = [*plan.notes, *([f"its names: {sentence}"] if sentence else [])]
+    notes += _left_out(fates)
+    if wrong:
+        offence = diagnosis(checked, wrong, f"its weights are not those of {name}")
+        return Findings(inputs, tuple(fates), f"not {name}", offence, totals, tuple(notes))
+    if strangers and run is None:
+        raise MismatchError(
+            f"{paths[0]}: {len(strangers)} weights, such as {strangers[0]} "
+            f"{weights.specs[strangers[0]].dtype}, have neither the name nor the numbers of a "
+            "tensor of the checkpoint (are they quantized, or formed of several?): only running "
+            "the model can compare them; leave --weights-only out"
+        )
+    offence = ""
+    verdict = _verdict(checked, packed, weights, source, name)
+    if strangers:
+        verdict += f", as far as they have names ({len(strangers)} have not)"
+    if run is not None:
+        check = _compare(
+            paths,
+            source,
+            weighted,
+            run,
+            _cast(checked, weights, source),
+            bool(packed),
+            allow_pickle,
+        )
+        totals |= check.totals()
+        if check.failed:
+            offence = f"not {name}: {_said(check, run)}"
+            verdict = f"not {name}"
+        else:
+            verdict += f"; its outputs are torch's, to {check.absolute:.2g}"
+    else:
+        notes.append("the model was not run")
+    return Findings(inputs, tuple(fates), verdict, offence, totals, tuple(notes))
+
+
+def _named(
+    weights: GraphWeights, parts: set[str], plan: MergePlan, source: Checkpoint
+) -> tuple[list[Target], set[str], str]:
+    """For each initializer named after a tensor that tensor under the initializer's name, the names
+    of these tensors, and a sentence on prefixes."""
+    known = {target.spec.name: target for target in (*plan.targets, *plan.untied)}
+    head = tied_head(source.config, source.specs) if source.ties_embeddings else ""
+    embedding = next(filter(is_input_embedding, known), "")
+    if head and embedding:
+        known.setdefault(head, known[embedding])
+    inside = {n: weights.renamed.get(n, n) for n in weights.specs if n not in parts}
+    mapping, sentence = align(list(dict.fromkeys(inside.values())), list(known))
+    targets, found = [], set()
+    for name, inner in inside.items():
+        target = known.get(mapping[inner])
+        if target is not None:
+            found.add(target.spec.name)
+            spec = dataclasses.replace(target.spec, name=name)
+            targets.append(dataclasses.replace(target, spec=spec))
+    return targets, found, sentence
+
+
+def _by_content(
+    weights: GraphWeights,
+    unnamed: Mapping[str, TensorSpec],
+    targets: Sequence[Target],
+    source: Checkpoint,
+) -> dict[str, tuple[Target, str]]:
+    """Initializers that have a tensor's numbers under another name, as other exporters write the
+    weights of linear layers, transposed."""
+    shapes = {(spec.dtype, spec.shape) for spec in unnamed.values()}
+    known: dict[tuple[str, tuple[int, ...], str], tuple[Target, str]] = {}
+    for target in targets:
+        ways = (("", target.spec.shape), (", transposed", target.spec.shape[::-1]))
+        for dtype in sorted({dtype for dtype, wanted in shapes if wanted in dict(ways).values()}):
+            merged, _ = merged_in(target, source, dtype)
+            for how, shape in ways:
+                if (dtype, shape) in shapes:
+                    value = _hash_of(merged, bool(how))
+                    known.setdefault((dtype, shape, value), (target, how))
+    if not known:
+        return {}
+    keys = {
+        name: (spec.dtype, spec.shape, hashing.tensor_hash(weights.raw(name)))
+        for name, spec in unnamed.items()
+    }
+    return {name: known[key] for name, key in keys.items() if key in known}
+
+
+def _hash_of(tensor: torch.Tensor, transposed: bool) -> str:
+    from lora_tools.formats.tensors import as_bytes
+
+    return hashing.tensor_hash(as_bytes(tensor.T if transposed else tensor))
+
+
+def _packed_totals(packed: Sequence[Packed]) -> dict[str, Any]:
+    energy = math.fsum(p.energy for p in packed)
+    error = math.fsum(p.error for p in packed)
+    return {"quantization_error": math.sqrt(error / energy)} if energy else {}
+
+
+def _absent(
+    targets: Sequence[Target], present: Collection[str], strangers: bool, source: Checkpoint
+) -> Iterator[Fate]:
+    """The checkpoint's tensors that no initializer is named after. A graph leaves out what it does
+    not compute with, such as a pooler; but not in one layer what it has in others."""
+    kinds = {_kind(name) for name in present}
+    depth = source.config.get("num_hidden_layers")
+    for target in targets:
+        name = target.spec.name
+        layer = re.search(r"\blayers?\.(\d+)\.", name)
+        beyond = layer is not None and isinstance(depth, int) and int(layer[1]) >= depth
+        if strangers:
+            yield Fate(name, "left out", "no initializer has its name")
+        elif _kind(name) in kinds and not beyond:
+            yield Fate(name, "missing", "the graph has others of its kind")
+        else:
+            yield Fate(name, "left out", "the graph has none of its kind")
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
+
+
+def _left_out(fates: Sequence[Fate]) -> list[str]:
+    names = [fate.tensor for fate in fates if fate.action == "left out"]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return [f"not in the graph: {', '.join(names[:3])}{more}"] if names else []
+
+
+def _verdict(
+    checked: Sequence[Checked],
+    packed: Sequence[Packed],
+    weights: GraphWeights,
+    source: Checkpoint,
+    name: str,
+) -> str:
+    exact = all(c.fate.action in ("same", "copied") for c in checked)
+    pairs = {
+        (source.specs[c.target.base_name].dtype, weights.specs[c.target.spec.name].dtype)
+        for c in checked
+    }
+    casts = [f"{before} stored as {after}" for before, after in sorted(pairs) if before != after]
+    said = [f"its weights are those of {name}", *casts]
+    if packed:
+        same = sum(p.fate.action == "same" for p in packed)
+        said.append(f"{same} of {len(packed)} quantized ones byte for byte as export writes them")
+    others = " the others" if packed else ""
+    return ", ".join([*said, ("bit for bit" if exact else "to rounding") + others])
+
+
+def _inputs(
+    checked: Sequence[Checked],
+    weights: GraphWeights,
+    source: Checkpoint,
+    weighted: Sequence[Weighted],
+) -> tuple[Input, ...]:
+    stored = {c.target.spec.name: c.hashes[1] for c in checked}
+    hashes = {c.target.base_name: c.hashes[0] for c in checked}
+    for side, known in ((weights, stored), (source, hashes)):
+        for name in side.specs.keys() - known.keys():
+            known[name] = hashing.tensor_hash(side.raw(name))
+    return (
+        Input("onnx", "", hashing.digest(weights.specs.values(), stored)),
+        Input("against", "", source_digest(source, hashes)),
+        *(Input("adapter", "", adapter_digest(w.adapter)) for w in weighted),
+    )
+
+
+def _cast(checked: Sequence[Checked], weights: GraphWeights, source: Checkpoint) -> str | None:
+    """The dtype that the graph's weights were rounded to, for torch to start from the same."""
+    there = {weights.specs[c.target.spec.name].dtype for c in checked if c.target.spec.is_float}
+    before = {source.specs[c.target.base_name].dtype for c in checked if c.target.spec.is_float}
+    return there.pop() if len(there) == 1 and before != there else None
+
+
+def _compare(
+    paths: Sequence[Path],
+    source: Checkpoint,
+    weighted: Sequence[Weighted],
+    run: GraphRun,
+    dtype: str | None,
+    quantized: bool,
+    allow_pickle: bool,
+) -> Check:
+    """Run it against torch; base + adapter lies in a temporary folder meanwhile."""
+    from lora_tools.engine.threads import one_torch_thread
+    from lora_tools.onnx.check import compare
+    from lora_tools.onnx.tasks import task_of
+    from lora_tools.verbs.merge import merge
+
+    if not (source.is_folder and source.config):
+        raise UsageError(
+            f"{source.path}: a folder with a config.json is needed to run it; --weights-only does "
+            "without"
+        )
+    task = task_of(source.config, run.task)
+    if len(paths) != len(task.files()):
+        raise UsageError(
+            f"{paths[0].parent}: {', '.join(task.files())} are needed for --task {task.name}"
+        )
+    if dtype is None and isinstance(source, PlainView):
+        dtype = next(iter(source.quantized.values())).state.dtype
+    with tempfile.TemporaryDirectory(prefix="loratools-") as scratch, one_torch_thread():
+        folder = source.path
+        if weighted or dtype:
+            folder = Path(scratch) / "merged"
+            merge(
+                source.path,
+                [(w.path, w.weight) for w in weighted],
+                folder,
+                dtype=str(torch_dtype(dtype)).removeprefix("torch.") if dtype else None,
+                allow_other_base=True,
+                allow_pickle=allow_pickle,
+            )
+        if quantized:
+            from lora_tools.onnx.quality import examine
+
+            return examine(
+                paths[0].parent,
+                task,
+                _has_cache(paths),
+                plain=folder,
+                quantized=True,
+                original=False,
+                rows=None,
+                atol=run.atol,
+                rtol=run.rtol,
+                trust_remote_code=run.trust_remote_code,
+            )[0]
+        return compare(
+            folder,
+            task,
+            cache=_has_cache(paths),
+            atol=run.atol,
+            rtol=run.rtol,
+            graphs=paths,
+            trust_remote_code=run.trust_remote_code,
+        )
+
+
+def _has_cache(paths: Sequence[Path]) -> bool:
+    from lora_tools.onnx.initializers import load
+
+    return len(paths) > 1 or any(
+        value.name.startswith("past_key_values.") for value in load(paths[0]).graph.input
+    )
+
+
+def _said(check: Check, run: GraphRun) -> str:
+    tokens = ""
+    if check.same_tokens != check.tokens:
+        tokens = f", and {check.same_tokens} of {check.tokens} generated tokens are the same"
+    return (
+        f"{check.worst} differs from torch by {check.absolute:.3g} (relative {check.relative:.3g}; "
+        f"allowed: {run.atol:g} + {run.rtol:g} of the largest element){tokens}"
+    )

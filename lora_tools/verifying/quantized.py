@@ -1,0 +1,417 @@
+"""Is a four-bit checkpoint what quantizing a plain one, or base + adapter, gives? Tensor by tensor,
+by quantizing again into a writer that compares; and where it is not, how far off it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import operator
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lora_tools.formats import digest as hashing
+from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.formats.dtypes import torch_dtype
+from lora_tools.formats.names import align
+from lora_tools.formats.quantized.bitsandbytes import ABSMAX, QuantizedTensor, config_faults
+from lora_tools.merging.plan import MergePlan, adapter_digest, plan_merge
+from lora_tools.merging.targets import Target
+from lora_tools.merging.tensor import merge_tensor
+from lora_tools.quantizing.pack import pack, totals_of
+from lora_tools.quantizing.plan import Item, QuantizePlan
+from lora_tools.quantizing.tensor import work_on
+from lora_tools.records import Fate, Input, ProgressCallback, TensorResult
+from lora_tools.sources.dequantized import PlainView, nested_of, source_digest
+from lora_tools.sources.weighted import Weighted
+from lora_tools.verifying.findings import FINE, NEAR, Findings, times
+from lora_tools.verifying.merged import check_tensor, left_over, tied_astray
+
+if TYPE_CHECKING:
+    import torch
+
+    from lora_tools.engine.threads import Buffers
+    from lora_tools.linalg.compare import Coded
+
+_LITTLE_MORE = 1.2  # quantizing other numbers of the like costs as much, to a fifth
+_PLAIN, _SEARCHED = "byte for byte", "byte for byte, with --scale-search"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Checked:
+    """One tensor of the plain checkpoint.
+
+    Attributes:
+        hashes: of the tensors that store it, by name.
+        result, coded: of a quantized one; ``coded`` where it is not byte for byte as expected.
+    """
+
+    item: Item
+    fate: Fate
+    source_hash: str
+    hashes: dict[str, str]
+    result: TensorResult | None = None
+    coded: Coded | None = None
+
+
+class _Comparison:
+    """Takes a tensor's bytes as a writer does, and compares them with those that are stored."""
+
+    def __init__(self, stored: Checkpoint) -> None:
+        self._stored = stored
+        self.differing: set[str] = set()
+
+    def write(self, name: str, data: memoryview, offset: int = 0) -> None:
+        """Some bytes of a tensor."""
+        there = self._stored.raw(name)[offset : offset + data.nbytes]
+        if there != data.cast("B"):
+            self.differing.add(name)
+        self._stored.release(name, offset, offset + data.nbytes)
+
+    def write_last(self, name: str, data: bytes) -> None:
+        """The whole of a tensor."""
+        if bytes(self._stored.raw(name)) != data:
+            self.differing.add(name)
+
+
+def verify_nf4(
+    view: PlainView,
+    source: Checkpoint,
+    weighted: Sequence[Weighted],
+    max_error: float | None,
+    jobs: int | None,
+    progress: ProgressCallback | None,
+) -> Findings:
+    """Compare every tensor with what ``quantize`` makes of ``source`` and the adapters.
+
+    Args:
+        max_error: take any codes whose relative error is no greater, instead of those only that
+            are as near as quantizing gets.
+    """
+    from lora_tools.engine import threads
+
+    mapping, sentence = align(list(view.specs), list(source.specs))
+    theirs = {there: own for own, there in mapping.items()}
+    plan = plan_merge(source, weighted)
+    targets = [_named(t, theirs.get(t.spec.name)) for t in (*plan.targets, *plan.untied)]
+    buffers = threads.Buffers()
+    checked = list(
+        threads.run(
+            [_item(target, view) for target in targets],
+            lambda item: _check(item, view, source, max_error, buffers),
+            jobs=jobs,
+            nbytes=lambda item: (12 if item.packed else 4) * item.spec.numel,
+            label=lambda item: item.name,
+            progress=progress,
+        )
+    )
+    fates = [c.fate for c in checked] + left_over(view, targets) + tied_astray(view, plan)
+    if view.stored.config:
+        faults = config_faults(view.stored.config, view.stored.specs, view.quantized)
+        fates += [Fate("config.json", "different", said) for said in faults]
+    totals = _totals(view, checked, plan)
+    wrong = [fate for fate in fates if fate.action not in FINE]
+    name = "base + adapter" if weighted else "the checkpoint"
+    offence = _diagnosis(checked, wrong, totals, name) if wrong else ""
+    verdict = f"not {name} in four bits" if wrong else _verdict(checked, name, max_error)
+    notes = [*plan.notes, *([f"its names: {sentence}"] if sentence else [])]
+    inputs = _inputs(checked, view, source, weighted)
+    notes += _provenance(view, inputs, weighted)
+    return Findings(
+        inputs,
+        tuple(fates),
+        verdict,
+        offence,
+        totals,
+        tuple(notes),
+        tensors=tuple(c.result for c in checked if c.result is not None),
+    )
+
+
+def _named(target: Target, own: str | None) -> Target:
+    """The target under the name that the four-bit checkpoint has for it."""
+    spec = dataclasses.replace(target.spec, name=own) if own else target.spec
+    return dataclasses.replace(target, spec=spec)
+
+
+def _item(target: Target, view: PlainView) -> Item:
+    """The tensor as the four-bit checkpoint has it: its scheme, dtype and orientation."""
+    spec = view.specs.get(target.spec.name, target.spec)
+    packed = view.quantized.get(spec.name)
+    return Item(target, spec, packed, spec.name in view.transposed, "")
+
+
+def _check(
+    item: Item, view: PlainView, source: Checkpoint, max_error: float | None, buffers: Buffers
+) -> _Checked:
+    target, packed = item.target, item.packed
+    stored = [item.spec] if packed is None else list(packed.specs.values())
+    there = [spec.name for spec in stored if spec.name in view.stored.specs]
+    hashes = {}
+    for name in there:
+        hashes[name] = hashing.tensor_hash(view.stored.raw(name))
+        view.stored.release(name)
+    if packed is None:
+        plain = check_tensor(target, view, source)
+        return _Checked(item, plain.fate, plain.hashes[0], hashes)
+    if item.spec.shape != target.spec.shape or not target.spec.is_float:
+        why = f"is of {item.spec}, and should be of {target.spec}"
+        source_hash = hashing.tensor_hash(source.raw(target.base_name))
+        return _Checked(item, Fate(item.name, "different", why), source_hash, hashes)
+    if isinstance(source, PlainView) and not target.parts:
+        return _untouched(item, packed, view, source, hashes, max_error, buffers)
+    return _quantized(item, packed, view, source, hashes, max_error, buffers)
+
+
+def _untouched(
+    item: Item,
+    packed: QuantizedTensor,
+    view: PlainView,
+    source: PlainView,
+    hashes: dict[str, str],
+    max_error: float | None,
+    buffers: Buffers,
+) -> _Checked:
+    """Of a four-bit base: codes that no adapter acts on stay as they are."""
+    theirs = source.quantized.get(item.target.base_name)
+    same = (
+        theirs is not None
+        and theirs.state == packed.state
+        and all(
+            source.stored.raw(theirs.specs[end].name) == view.stored.raw(packed.specs[end].name)
+            for end in packed.specs
+        )
+    )
+    if not same:
+        return _quantized(item, packed, view, source, hashes, max_error, buffers)
+    source_hash = hashing.tensor_hash(source.raw(item.target.base_name))
+    return _Checked(item, Fate(item.name, "copied", "its codes and scales"), source_hash, hashes)
+
+
+def _quantized(
+    item: Item,
+    packed: QuantizedTensor,
+    view: PlainView,
+    source: Checkpoint,
+    hashes: dict[str, str],
+    max_error: float | None,
+    buffers: Buffers,
+) -> _Checked:
+    """Only scales that were searched for can be negative: then that is tried first."""
+    bits = 8 * packed.nbytes / item.spec.numel
+    searched_first = _has_negative_scales(packed, view)
+    tried: list[tuple[set[str], Coded]] = []
+    for searched in sorted((False, True), key=lambda s: s != searched_first):
+        comparison = _Comparison(view.stored)
+        again = dataclasses.replace(item, searched=searched)
+        done = work_on(again, source, comparison, buffers)
+        if not comparison.differing:
+            why = _SEARCHED if searched else _PLAIN
+            fate = Fate(item.name, "same", why)
+            assert done.result is not None
+            result = dataclasses.replace(done.result, bits_per_parameter=bits)
+            return _Checked(item, fate, done.base_hash, hashes, result)
+        coded = _measure(again, packed, view, source, buffers)
+        tried.append((comparison.differing, coded))
+        if not coded.off:
+            break
+    differing, coded = min(tried, key=lambda each: each[1].off)
+    result = TensorResult(
+        item.name, item.spec.shape, bits, coded.relative_error, math.sqrt(coded.energy)
+    )
+    fate = _judge(item, packed, differing, coded, max_error)
+    return _Checked(item, fate, done.base_hash, hashes, result, coded)
+
+
+def _has_negative_scales(packed: QuantizedTensor, view: PlainView) -> bool:
+    from lora_tools.linalg import nf4
+
+    part = {end: view.stored.tensor(spec.name) for end, spec in packed.specs.items()}
+    return bool((nf4.stored_scales(part[ABSMAX], nested_of(packed.state, part)) < 0).any())
+
+
+def _measure(
+    item: Item, packed: QuantizedTensor, view: PlainView, source: Checkpoint, buffers: Buffers
+) -> Coded:
+    """The numbers read back, against those that should have been quantized, and what quantizing
+    makes of those."""
+    import torch
+
+    from lora_tools.linalg import nf4
+    from lora_tools.linalg.compare import Coded
+
+    target, dtype = item.target, torch_dtype(item.spec.dtype)
+    with (
+        buffers.lend(item.spec.shape, dtype) as merged,
+        buffers.lend((item.spec.numel,), torch.float32) as back,
+    ):
+        into = merged.view(torch.uint8).reshape(-1).numpy().data
+
+        def keep(name: str, data: memoryview, offset: int) -> None:
+            into[offset : offset + data.nbytes] = data
+
+        merge_tensor(target, source, item.spec, keep)
+
+        def flat(tensor: torch.Tensor) -> torch.Tensor:
+            return (tensor.T if item.transposed else tensor).reshape(-1)
+
+        wanted, stored = flat(merged), flat(view.tensor(item.name))
+        base = flat(source.tensor(target.base_name)) if target.parts else None
+        pack(item, wanted, None, buffers, back=back)
+        coded = Coded()
+        for start, stop in nf4.runs(item.spec.numel):
+            coded.add(
+                wanted[start:stop].float(),
+                stored[start:stop].to(dtype).float(),
+                back[start:stop].to(dtype).float(),
+                packed.state.blocksize,
+                base[start:stop].float() if base is not None else None,
+            )
+    return coded
+
+
+def _judge(
+    item: Item, packed: QuantizedTensor, differing: set[str], coded: Coded, max_error: float | None
+) -> Fate:
+    errors = f"relative error {coded.relative_error:.4g}, {coded.own_error:.4g} from quantizing"
+    if max_error is not None and coded.relative_error <= max_error:
+        return Fate(item.name, "rounded", errors)
+    if not coded.off and max_error is None:
+        why = "not byte for byte, and no number further off than quantizing takes it"
+        return Fate(item.name, "rounded", f"{why}; {errors}")
+    if _is_scaled(coded):
+        return Fate(
+            item.name, "different", f"the adapter applied {times(coded.coefficient)}; {errors}"
+        )
+    ends = ", ".join(
+        sorted(end or "codes" for end, spec in packed.specs.items() if spec.name in differing)
+    )
+    return Fate(
+        item.name,
+        "different",
+        f"{coded.off:,} of {coded.numel:,} numbers are further off "
+        f"than quantizing takes them; {errors} (differ: {ends})",
+    )
+
+
+def _is_scaled(coded: Coded) -> bool:
+    """Whether it is what quantizing makes of W₀ + c·Δ, for a c that is not 1: then that leaves
+    little more than the error of quantizing that."""
+    explained = coded.unexplained <= (_LITTLE_MORE * coded.own_error) ** 2 * coded.held
+    return bool(coded.change) and explained and abs(coded.coefficient - 1) > NEAR
+
+
+def _is_exact(checked: _Checked) -> bool:
+    return checked.item.packed is not None and checked.fate.action in ("same", "copied")
+
+
+def _own_error(checked: _Checked) -> float:
+    """‖P − W‖² of what quantizing makes of it."""
+    assert checked.result is not None
+    if checked.coded is not None:
+        return checked.coded.own
+    return (checked.result.relative_error * checked.result.norm) ** 2
+
+
+def _totals(view: PlainView, checked: Sequence[_Checked], merge: MergePlan) -> dict[str, Any]:
+    """Those of ``quantize``, of what is stored."""
+    results = [c.result for c in checked if c.result is not None]
+    items = tuple(c.item for c in checked if c.fate.action != "missing")
+    nbytes = sum(file.path.stat().st_size for file in view.stored.files)
+    energy = math.fsum(r.norm**2 for r in results)
+    own = math.fsum(_own_error(c) for c in checked if c.result is not None)
+    return {
+        **(totals_of(QuantizePlan(items, (), merge), results, nbytes) if results else {}),
+        "tensors_quantized": sum(item.packed is not None for item in items),
+        "tensors_kept": sum(item.packed is None for item in items),
+        "expected_error": math.sqrt(own / energy) if energy else 0.0,
+        "bit_for_bit": sum(_is_exact(c) for c in checked),
+    }
+
+
+def _verdict(checked: Sequence[_Checked], name: str, max_error: float | None) -> str:
+    quantized = [c for c in checked if c.item.packed is not None]
+    scheme = ", ".join(
+        dict.fromkeys(c.item.packed.state.scheme for c in quantized if c.item.packed is not None)
+    )
+    inexact = [c for c in quantized if not _is_exact(c)]
+    if not inexact:
+        how = {c.fate.reason for c in quantized}
+        ways = "byte for byte as quantize writes it"
+        if _SEARCHED in how:
+            ways += " with --scale-search" + (" (and some without)" if _PLAIN in how else "")
+        return f"{name} in four bits ({scheme}), {ways}"
+    if max_error is not None:
+        return f"{name} in four bits ({scheme}), no error above {max_error:g}"
+    return (
+        f"{name} in four bits ({scheme}), to rounding: {len(quantized) - len(inexact)} of "
+        f"{len(quantized)} weights byte for byte as quantize writes them"
+    )
+
+
+def _diagnosis(
+    checked: Sequence[_Checked], wrong: Sequence[Fate], totals: dict[str, Any], name: str
+) -> str:
+    """One sentence: what is wrong of all, and the worst offender."""
+    counts = Counter(fate.action for fate in wrong)
+    many = ", ".join(f"{n} {action}" for action, n in counts.most_common())
+    bad = {fate.tensor for fate in wrong}
+    off = [c for c in checked if c.coded is not None and c.fate.tensor in bad]
+    said = f"not {name} in four bits ({many})"
+    if not off:
+        return f"{said}: {wrong[0].tensor}: {wrong[0].reason}"
+    worst = max(off, key=lambda c: _excess(c.coded)).fate
+    every = len(off) == sum(c.item.packed is not None for c in checked)
+    acted = [c for c in checked if c.item.packed is not None and c.item.target.parts]
+    whole = functools.reduce(operator.add, (c.coded for c in off if c.coded is not None))
+    what = "some weights are not what quantizing makes of them"
+    if acted and all(
+        c.item.name in bad and c.coded is not None and _is_scaled(c.coded) for c in acted
+    ):
+        what = f"the adapter is applied {times(whole.coefficient)}"
+    elif every and (
+        counts["changed"] or totals["quantization_error"] > 1.5 * totals["expected_error"]
+    ):
+        what = "another checkpoint, or another adapter merged in or left out"
+    elif every:
+        what = (
+            f"quantized otherwise: relative error {totals['quantization_error']:.4g} in all, "
+            f"{totals['expected_error']:.4g} from quantizing; --max-error X allows one of X"
+        )
+    return f"{said}: {what}; worst is {worst.tensor}: {worst.reason}"
+
+
+def _excess(coded: Coded | None) -> float:
+    """Of a tensor with the worst share of numbers that are off."""
+    return coded.off / coded.numel if coded is not None else 0.0
+
+
+def _inputs(
+    checked: Sequence[_Checked], view: PlainView, source: Checkpoint, weighted: Sequence[Weighted]
+) -> tuple[Input, ...]:
+    stored = {name: h for c in checked for name, h in c.hashes.items()}
+    for name in view.stored.specs.keys() - stored.keys():
+        stored[name] = hashing.tensor_hash(view.stored.raw(name))
+    hashes = {c.item.target.base_name: c.source_hash for c in checked}
+    return (
+        Input("checkpoint", "", hashing.digest(view.stored.specs.values(), stored)),
+        Input("against", "", source_digest(source, hashes)),
+        *(Input("adapter", "", adapter_digest(w.adapter)) for w in weighted),
+    )
+
+
+def _provenance(
+    view: PlainView, inputs: Sequence[Input], weighted: Sequence[Weighted]
+) -> list[str]:
+    """What its metadata says it was made of, where that is something else."""
+    said = view.stored.files[0].metadata
+    notes: list[str] = []
+    if inputs[0].digest == inputs[1].digest:  # it is compared with itself
+        return notes
+    if said.get("base_digest", inputs[1].digest) != inputs[1].digest:
+        notes.append(f"its metadata names another checkpoint: {said['base_digest']}")
+    made_with = len(said.get("adapter_digests", "").split())
+    if "base_digest" in said and made_with != len(weighted):
+        notes.append(f"its metadata says that {made_with} adapters were merged")
+    return notes
