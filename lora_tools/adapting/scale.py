@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Rescaling:
+    """What is asked of every module."""
+
     scale: float
     alpha: float | None
     keep_effect: bool
@@ -105,7 +107,7 @@ def rescale_adapter(
     jobs: int | None,
     progress: ProgressCallback | None,
 ) -> Report:
-    """Write the rescaled adapter to ``folder``, which must not exist; the report then has its figures."""
+    """Write it to ``folder``, which must not exist; the report then has its figures."""
     from lora_tools.engine import threads
     from lora_tools.formats.adapters.peft_writer import PeftWriter
 

@@ -126,7 +126,7 @@ def combine_adapters(
     jobs: int | None,
     progress: ProgressCallback | None,
 ) -> Report:
-    """Write the combined adapter to ``folder``, which must not exist; the report then has its figures."""
+    """Write it to ``folder``, which must not exist; the report then has its figures."""
     from lora_tools.engine import threads
     from lora_tools.formats.adapters.peft_writer import PeftWriter
 

@@ -169,7 +169,7 @@ def write_factors(
     progress: ProgressCallback | None,
     saved: Collection[str] | None = None,
 ) -> list[ModuleResult]:
-    """Write the modules kept, and what else the format holds, to ``out``; results where ranks changed."""
+    """Write what is kept, and what else the format holds; results where ranks changed."""
     from lora_tools.engine import threads
     from lora_tools.formats.adapters.peft_format import PeftFormat
     from lora_tools.linalg.recipes import compute
