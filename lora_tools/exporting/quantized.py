@@ -16,7 +16,7 @@ from lora_tools.onnx.schemes import AFFINE, NF4, SCHEMES
 from lora_tools.onnx.tasks import DECODER, Task
 from lora_tools.options import read_text
 from lora_tools.records import Fate, Input, Report
-from lora_tools.sources.dequantized import plain_view
+from lora_tools.sources.schemes import BITSANDBYTES
 
 if TYPE_CHECKING:
     import torch
@@ -153,13 +153,17 @@ def plan_quantization(
 
     Raises:
         UsageError: options that exclude each other, or a text for a task without perplexity.
-        CheckpointError: the checkpoint is quantized in a way that no graph is made of.
     """
     chosen = [name for name in SCHEMES if wanted[name]]
     if len(chosen) > 1:
         raise UsageError(f"{' and '.join(f'--{name}' for name in chosen)} exclude each other")
     scheme = chosen[0] if chosen else None
-    stored = plain_view(source) is not None
+    stored = source.scheme is BITSANDBYTES
+    if source.scheme is not None and not stored:
+        raise UsageError(
+            f"{source.path}: its weights are in {source.scheme.title}; make them plain with "
+            "`loratools dequantize` first"
+        )
     if stored and scheme != NF4:
         raise UsageError(
             f"{source.path}: its weights are in four bits; pass --nf4, or make them plain with "

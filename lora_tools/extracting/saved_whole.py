@@ -33,7 +33,7 @@ def complete_saved(
     for outcome in saved:
         pair, (module, parameter) = outcome.pair, split_tensor(outcome.pair.name)
         assert pair.tuned is not None
-        tensor = tuned.tensor(pair.tuned.name)
+        tensor = tuned.rounded(pair.tuned.name)
         if pair.action == "bias" and (module in targeted or not _is_norm(module, plan)):
             writer.add_bias(pair.name, tensor, module in targeted)
         elif parameter in ("weight", "bias") and module and module not in targeted:
@@ -53,7 +53,7 @@ def complete_saved(
     for outcome in outcomes:
         pair = outcome.pair
         if pair.module in modules | taken_in and pair.tuned is not None:
-            tensor = tuned.tensor(pair.tuned.name)
+            tensor = tuned.rounded(pair.tuned.name)
             writer.add_saved(pair.name, tensor)
             for follower in pair.followed_by:
                 writer.add_saved(f"{follower}.weight", tensor)

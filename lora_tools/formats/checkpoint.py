@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import CheckpointError, TensorNotFound, UnsafeInput
 from lora_tools.formats import digest as hashing
+from lora_tools.formats.dtypes import torch_dtype
+from lora_tools.formats.quantized.packed import StoredFormat
 from lora_tools.formats.safetensors_file import SafetensorsFile
 from lora_tools.formats.tensor_file import TensorFile
 from lora_tools.records import TensorSpec
@@ -81,6 +83,16 @@ class Checkpoint:
         return config
 
     @property
+    def scheme(self) -> StoredFormat | None:
+        """The number format that weights were decoded from, or None where they are as stored."""
+        return None
+
+    @property
+    def stored(self) -> Checkpoint:
+        """The checkpoint as it lies there: itself where nothing was decoded."""
+        return self
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(spec.nbytes for spec in self.specs.values())
@@ -101,8 +113,18 @@ class Checkpoint:
         return self._file(name).tensor(name)
 
     def raw(self, name: str) -> memoryview:
-        """The tensor's bytes."""
+        """The tensor's bytes, in the dtype that its spec names."""
         return self._file(name).raw(name)
+
+    def rounded(self, name: str) -> torch.Tensor:
+        """The tensor in the dtype that its spec names, where ``tensor`` may be wider: to be written
+        as it is. Never write to it."""
+        tensor, dtype = self.tensor(name), torch_dtype(self.specs[name].dtype)
+        if tensor.dtype == dtype or not tensor.numel():
+            return tensor.to(dtype)
+        import torch
+
+        return torch.frombuffer(self.raw(name), dtype=dtype).reshape(tensor.shape)
 
     def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
         """Give the pages of a tensor's bytes [start, stop) back to the system."""

@@ -338,15 +338,21 @@ def dequantize(
 
 def dequantize_stored(
     packed: torch.Tensor,
-    absmax: torch.Tensor,
+    scales: Array,
     quant_map: torch.Tensor,
-    nested: tuple[torch.Tensor, torch.Tensor, float] | None,
     blocksize: int,
     out: torch.Tensor,
+    first: int = 0,
 ) -> None:
-    """``dequantize`` of tensors as a checkpoint holds them, by the maps that lie with them."""
+    """``dequantize`` numbers [first, first + n) of tensors as a checkpoint holds them into ``out``
+    (n,), by the map that lies with them."""
     book = Codebook("stored", tuple(quant_map.tolist()))
-    dequantize(packed.numpy(), stored_scales(absmax, nested), book, blocksize, out)
+    lead = first % blocksize
+    into = torch.empty(lead + out.numel(), dtype=out.dtype) if lead else out
+    codes, blocks = packed.numpy()[(first - lead) // 2 :], scales[first // blocksize :]
+    dequantize(codes, blocks, book, blocksize, into)
+    if lead:
+        out.copy_(into[lead:])
 
 
 def stored_scales(

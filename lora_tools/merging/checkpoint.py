@@ -17,7 +17,6 @@ from lora_tools.merging.rewrite import Rewrite
 from lora_tools.merging.targets import Target
 from lora_tools.merging.tensor import MergedTensor, merge_tensor, survival_totals
 from lora_tools.records import Report
-from lora_tools.sources.dequantized import PlainView, plain_files
 
 if TYPE_CHECKING:
     from lora_tools.formats.sidecar import SidecarWriter
@@ -53,7 +52,7 @@ def merge_checkpoint(job: Rewrite, reversible: bool) -> Report:
                     specs[target.spec.name],
                     writer.write,
                     reversible,
-                    measured=isinstance(base, PlainView),
+                    measured=base.scheme is not None,
                 )
 
             targets = (*plan.targets, *plan.untied)
@@ -64,8 +63,6 @@ def merge_checkpoint(job: Rewrite, reversible: bool) -> Report:
                 if sidecar is not None and listing is not None:
                     sidecar.add(target.base_name, listing)
             changed = changed_files(base, plan, specs)
-            if isinstance(base, PlainView):
-                changed = plain_files(base, changed)
             report = job.finish(writer, changed, (SIDECAR_NAME,))
         totals = {
             **report.totals,

@@ -30,7 +30,7 @@ def changed_files(
     base: Checkpoint, plan: MergePlan, specs: dict[str, TensorSpec]
 ) -> dict[str, bytes]:
     """Small files of the output whose contents differ from the base's."""
-    if not base.config:
+    if not base.stored.config:
         return {}
     config: dict[str, Any] = json.loads(json.dumps(base.config))
     inner = config.get("text_config")
@@ -50,6 +50,6 @@ def changed_files(
     for key in ("torch_dtype", "dtype"):
         if dtypes and key in config:
             config[key] = str(torch_dtype(next(iter(dtypes)))).removeprefix("torch.")
-    if config == base.config:
+    if config == base.stored.config:  # of a decoded one that says how it was stored
         return {}
     return {"config.json": (json.dumps(config, indent=2) + "\n").encode()}

@@ -14,7 +14,6 @@ from lora_tools.formats.checkpoint_writer import CheckpointWriter, Shard
 from lora_tools.merging.plan import MergePlan, adapter_digest
 from lora_tools.provenance import check_bases, tool_version
 from lora_tools.records import ProgressCallback, Report, TensorSpec
-from lora_tools.sources.dequantized import PlainView, source_digest
 from lora_tools.sources.weighted import Weighted, digests_and_weights
 
 
@@ -107,7 +106,7 @@ class Rewrite:
         Raises:
             MismatchError: an adapter was made for another base.
         """
-        own = source_digest(self.source, self.hashes)
+        own = self.source.digest(self.hashes)
         self.digests = [own, *(adapter_digest(w.adapter) for w in self.adapters)]
         if not self.allow_other_base:
             self._check_bases(own)
@@ -123,7 +122,7 @@ class Rewrite:
 
     def _check_bases(self, own: str) -> None:
         made_of = ""
-        if isinstance(self.source, PlainView):
+        if self.source.scheme is not None:
             # An adapter made for the base that was put into four bits is at home here; which one
             # that was, only this tool's own four-bit checkpoints say.
             made_of = self.source.files[0].metadata.get("base_digest", "")

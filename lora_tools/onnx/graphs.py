@@ -164,7 +164,7 @@ def _places(
     """Where each weight lies, and which are quantized, for which the graphs are changed; writes the
     file of those that no file of the folder holds."""
     names = {name for model in models.values() for name in weights_of(model)}
-    stored = checkpoint if folder == checkpoint.path else open_checkpoint(folder)
+    stored = open_checkpoint(folder, decoded=False)
     state: dict[str, Any] = {}
     if converted:
         from lora_tools.onnx.model import loaded

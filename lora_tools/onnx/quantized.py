@@ -21,8 +21,6 @@ from lora_tools.errors import MismatchError, NonFiniteError
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.quantized.bitsandbytes import (
     ABSMAX,
-    NESTED_ABSMAX,
-    NESTED_MAP,
     QUANT_MAP,
     find_quantized,
     reason_to_keep,
@@ -33,6 +31,7 @@ from lora_tools.onnx.linears import DOMAIN, Linear, linears
 from lora_tools.onnx.schemes import AFFINE, NF4, Affine
 from lora_tools.onnx.weights import Place, places
 from lora_tools.records import TensorSpec
+from lora_tools.sources.schemes import four_bit_scales
 
 BNB4_TYPES = {"fp4": 0, "nf4": 1}
 _BNB4_BLOCKS = (16, 32, 64, 128, 256)
@@ -66,7 +65,7 @@ class Bnb4:
 
     def __init__(self, stored: Checkpoint) -> None:
         self._stored = stored
-        self._quantized = find_quantized(stored.specs, stored.raw)
+        self._quantized = find_quantized(stored.specs, stored.raw, stored.config)
         for name, tensor in self._quantized.items():
             state = tensor.state
             if state.blocksize not in _BNB4_BLOCKS:
@@ -115,13 +114,9 @@ class Bnb4:
         weight = name.removesuffix(ABSMAX)
         if name == weight or not self._quantized[weight].state.nested:
             return self._stored.raw(name)
-        offset = self._quantized[weight].state.nested_offset
-        assert offset is not None
-        codes, inner, table = (
-            self._stored.tensor(weight + end).numpy() for end in (ABSMAX, NESTED_ABSMAX, NESTED_MAP)
-        )
-        scales = nf4.restore_absmax(nf4.Nested(codes, inner, np.float32(offset)), table)
-        return as_bytes(torch.from_numpy(scales))
+        quantized = self._quantized[weight]
+        parts = {end: self._stored.tensor(spec.name) for end, spec in quantized.specs.items()}
+        return as_bytes(torch.from_numpy(four_bit_scales(quantized, parts)))
 
 
 class NBits:

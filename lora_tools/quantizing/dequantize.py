@@ -11,10 +11,10 @@ from lora_tools.merging.rewrite import Rewrite
 from lora_tools.merging.targets import Target
 from lora_tools.merging.tensor import MergedTensor, merge_tensor
 from lora_tools.records import Report
-from lora_tools.sources.dequantized import PlainView, plain_files
+from lora_tools.sources.dequantized import Dequantized
 
 
-def dequantize_checkpoint(job: Rewrite, view: PlainView) -> Report:
+def dequantize_checkpoint(job: Rewrite, view: Dequantized[Any]) -> Report:
     """Write the plain checkpoint."""
     specs = {spec.name: spec for shard in job.shards for spec in shard.specs}
     with job.writer() as writer:
@@ -24,7 +24,7 @@ def dequantize_checkpoint(job: Rewrite, view: PlainView) -> Report:
 
         done = job.run(job.plan.targets, work, lambda target: 4 * target.spec.numel)
         hashes = {target.spec.name: result.out_hash for target, result in done}
-        changed = plain_files(view, changed_files(view, job.plan, specs))
+        changed = changed_files(view, job.plan, specs)
         report = job.finish(writer, changed)
     totals: dict[str, Any] = {
         **report.totals,

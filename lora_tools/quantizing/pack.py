@@ -36,7 +36,7 @@ def torch_name(dtype: str) -> str:
 
 def config_with(base: Checkpoint, changed: dict[str, bytes], settings: Any) -> None:
     """Put ``quantization_config`` into the changed small files."""
-    if base.config:
+    if base.stored.config:
         config = json.loads(changed.get("config.json", b"null")) or dict(base.config)
         config["quantization_config"] = settings
         changed["config.json"] = (json.dumps(config, indent=2) + "\n").encode()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 
-from lora_tools.errors import CheckpointError, MismatchError, UsageError
+from lora_tools.errors import MismatchError, UsageError
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.checkpoint_writer import Shard, lay_out
 from lora_tools.formats.names import layout_name, split_tensor, tied_head
@@ -14,7 +14,6 @@ from lora_tools.formats.quantized.bitsandbytes import (
     STATE,
     QuantizedTensor,
     QuantState,
-    find_quantized,
     loader_skips,
     quantized_tensor,
     reason_to_keep,
@@ -26,7 +25,7 @@ from lora_tools.records import DTYPE_BITS, Fate, TensorSpec
 
 
 @dataclasses.dataclass(frozen=True)
-class Scheme:
+class FourBitForm:
     """How tensors are quantized: see ``formats.bitsandbytes`` and ``linalg.nf4``."""
 
     quant_type: str
@@ -108,26 +107,11 @@ class QuantizePlan:
         ]
 
 
-def refuse_quantized(checkpoint: Checkpoint) -> None:
-    """Raises CheckpointError for weights that are quantized already."""
-    method = checkpoint.config.get("quantization_config")
-    if find_quantized(checkpoint.specs, checkpoint.raw):
-        raise CheckpointError(
-            f"{checkpoint.path}: quantized already; make it plain with `loratools dequantize` first"
-        )
-    if method:
-        kind = method.get("quant_method") if isinstance(method, dict) else method
-        raise CheckpointError(
-            f"{checkpoint.path}: its config.json says that it is quantized ({kind}); a plain "
-            "checkpoint is wanted here"
-        )
-
-
 def plan_quantize(
     base: Checkpoint,
     merge: MergePlan,
     specs: Mapping[str, TensorSpec],
-    scheme: Scheme,
+    scheme: FourBitForm,
     chosen: Callable[[str], bool],
     head: bool,
 ) -> QuantizePlan:
@@ -187,7 +171,11 @@ def _follow_the_loader(reasons: dict[str, str], skip: set[str]) -> None:
 
 
 def _item(
-    target: Target, spec: TensorSpec, reasons: Mapping[str, str], scheme: Scheme, config: object
+    target: Target,
+    spec: TensorSpec,
+    reasons: Mapping[str, str],
+    scheme: FourBitForm,
+    config: object,
 ) -> Item:
     reason = reasons[spec.name]
     if reason:

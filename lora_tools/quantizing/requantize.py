@@ -17,7 +17,7 @@ from lora_tools.merging.tensor import copy_tensor, merge_tensor, survival_totals
 from lora_tools.quantizing.pack import config_with, pack
 from lora_tools.quantizing.plan import Item, QuantizePlan
 from lora_tools.records import Fate, Report, TensorResult, TensorSpec
-from lora_tools.sources.dequantized import PlainView
+from lora_tools.sources.dequantized import FourBits
 
 if TYPE_CHECKING:
     from lora_tools.engine.threads import Buffers
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 
 def plan_requantize(
-    view: PlainView, merge: MergePlan, specs: Mapping[str, TensorSpec]
+    view: FourBits, merge: MergePlan, specs: Mapping[str, TensorSpec]
 ) -> QuantizePlan:
     """Every tensor: one in four bits stays so, with new codes where an adapter acts on it."""
     items = []
     for target in (*merge.targets, *merge.untied):
         spec = specs[target.spec.name]
         packed = view.quantized.get(spec.name)
-        transposed = spec.name in view.transposed
+        transposed = packed is not None and packed.transposed
         if packed is not None and target.parts:
             state = dataclasses.replace(packed.state, dtype=spec.dtype)
             packed = quantized_tensor(spec.name, state, packed.specs[""].dtype)
@@ -47,7 +47,7 @@ class _Requantized:
     survival: Survival | None = None
 
 
-def requantized(job: Rewrite, view: PlainView, plan: QuantizePlan) -> Report:
+def requantized(job: Rewrite, view: FourBits, plan: QuantizePlan) -> Report:
     """Write it; the report's ``tensors`` hold the error of each weight that has new codes."""
     from lora_tools.engine import threads
 
@@ -78,14 +78,14 @@ def requantized(job: Rewrite, view: PlainView, plan: QuantizePlan) -> Report:
     )
 
 
-def _fate(fate: Fate, view: PlainView) -> Fate:
+def _fate(fate: Fate, view: FourBits) -> Fate:
     if fate.action == "merge" and fate.tensor in view.quantized:
         return dataclasses.replace(fate, action="requantize")
     return fate
 
 
 def _work_on(
-    item: Item, view: PlainView, writer: CheckpointWriter, buffers: Buffers
+    item: Item, view: FourBits, writer: CheckpointWriter, buffers: Buffers
 ) -> _Requantized:
     import torch
 

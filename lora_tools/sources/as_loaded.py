@@ -12,6 +12,7 @@ import xxhash
 
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.names import layout_name
+from lora_tools.formats.quantized.packed import StoredFormat
 from lora_tools.linalg.layouts import LAYOUTS, Conv, Layout
 from lora_tools.sources.transformers_names import (
     Loaded,
@@ -31,20 +32,30 @@ _OF_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
 class LoadedView(Checkpoint):
-    """``stored`` by names in memory. What is not loaded, or changed in ways that are not followed,
+    """``source`` by names in memory. What is not loaded, or changed in ways that are not followed,
     keeps its name.
 
     Attributes:
-        stored: the checkpoint as it lies there.
         how: what becomes of it.
         others: tensors of other names than those stored.
     """
 
-    def __init__(self, stored: Checkpoint, how: Loaded) -> None:
-        self.stored, self.how = stored, how
+    def __init__(self, source: Checkpoint, how: Loaded) -> None:
+        self._source, self.how = source, how
         self.others = [t for t in how.tensors.values() if t.pieces[0].stored != t.spec.name]
-        self._view = _LoadedFile(stored, how)
-        super().__init__(stored.path, [self._view], stored.is_folder, stored.index_name)
+        self._view = _LoadedFile(source, how)
+        super().__init__(source.path, [self._view], source.is_folder, source.index_name)
+        self.config = source.config
+
+    @property
+    def scheme(self) -> StoredFormat | None:
+        """That of what is loaded."""
+        return self._source.scheme
+
+    @property
+    def stored(self) -> Checkpoint:
+        """What is loaded, as it lies there."""
+        return self._source.stored
 
     def rows(self, name: str, matrix: tuple[int, int], start: int, stop: int) -> torch.Tensor:
         """Only what these rows are made of is read."""
@@ -56,25 +67,25 @@ class LoadedView(Checkpoint):
         for piece, part in zip(pieces, self._view.parts(name), strict=True):
             state.update(part)
             if len(pieces) > 1:
-                self.stored.release(piece.stored)
+                self._source.release(piece.stored)
         return state.hexdigest()
 
     def digest(self, known: Mapping[str, str]) -> str:
-        """That of the stored checkpoint."""
+        """That of what is loaded."""
         mine = {}
         for name, value in known.items():
             pieces = self._view.pieces(name)
-            if len(pieces) == 1 and self.stored.specs[pieces[0].stored].shape == (
+            if len(pieces) == 1 and self._source.specs[pieces[0].stored].shape == (
                 self.specs[name].shape
             ):
                 mine[pieces[0].stored] = value
-        return self.stored.digest(mine)
+        return self._source.digest(mine)
 
 
-def loaded_view(stored: Checkpoint) -> Checkpoint:
-    """The view; ``stored`` itself where nothing is known of how it is loaded."""
-    how = loaded(stored.config, stored.specs)
-    return stored if how is None else LoadedView(stored, how)
+def loaded_view(source: Checkpoint) -> Checkpoint:
+    """The view; ``source`` itself where nothing is known of how it is loaded."""
+    how = loaded(source.config, source.specs)
+    return source if how is None else LoadedView(source, how)
 
 
 def layers_of(side: Checkpoint) -> dict[str, Layout | None]:
@@ -143,17 +154,17 @@ class _LoadedFile:
 
     header = b""
 
-    def __init__(self, stored: Checkpoint, how: Loaded) -> None:
-        self.path: Path = stored.path
+    def __init__(self, source: Checkpoint, how: Loaded) -> None:
+        self.path: Path = source.path
         self.metadata: dict[str, str] = {}
-        self._stored, self._tensors = stored, how.tensors
+        self._source, self._tensors = source, how.tensors
         self.specs = {name: t.spec for name, t in how.tensors.items()}
-        self.specs |= {name: stored.specs[name] for name in how.other}
+        self.specs |= {name: source.specs[name] for name in how.other}
 
     def pieces(self, name: str) -> tuple[Piece, ...]:
         if name in self._tensors:
             return self._tensors[name].pieces
-        return (Piece(name, 0, rows_of(self._stored.specs[name])),)
+        return (Piece(name, 0, rows_of(self._source.specs[name])),)
 
     def _taken(self, name: str, start: int, stop: int) -> Iterator[tuple[Piece, int, int]]:
         """Pieces, and which of their rows are among rows [start, stop) of the tensor."""
@@ -169,12 +180,12 @@ class _LoadedFile:
         import torch
 
         pieces, shape = self.pieces(name), self.specs[name].shape
-        if len(pieces) == 1 and pieces[0].rows == rows_of(self._stored.specs[pieces[0].stored]):
-            return self._stored.tensor(pieces[0].stored).reshape(shape)
+        if len(pieces) == 1 and pieces[0].rows == rows_of(self._source.specs[pieces[0].stored]):
+            return self._source.tensor(pieces[0].stored).reshape(shape)
         return torch.cat([self._rows(p, p.first, p.first + p.rows) for p in pieces]).reshape(shape)
 
     def _rows(self, piece: Piece, first: int, last: int) -> torch.Tensor:
-        tensor = self._stored.tensor(piece.stored)
+        tensor = self._source.tensor(piece.stored)
         shape = (-1, tensor.shape[-1]) if tensor.dim() > 1 else (-1,)
         return tensor.reshape(shape)[first:last]
 
@@ -193,7 +204,7 @@ class _LoadedFile:
         for piece in self.pieces(name):
             row = self._row_bytes(piece)
             start, stop = piece.first * row, (piece.first + piece.rows) * row
-            yield self._stored.raw(piece.stored)[start:stop]
+            yield self._source.raw(piece.stored)[start:stop]
 
     def raw(self, name: str) -> memoryview:
         """Its bytes; put together where they lie apart."""
@@ -209,9 +220,9 @@ class _LoadedFile:
             last = last if stop is None else min(stop - at, last)
             if first < last:
                 offset = piece.first * row
-                self._stored.release(piece.stored, offset + first, offset + last)
+                self._source.release(piece.stored, offset + first, offset + last)
             at += piece.rows * row
 
     def _row_bytes(self, piece: Piece) -> int:
-        spec = self._stored.specs[piece.stored]
+        spec = self._source.specs[piece.stored]
         return spec.nbytes // max(rows_of(spec), 1)

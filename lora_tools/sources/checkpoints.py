@@ -1,11 +1,10 @@
-"""The door to checkpoints: a folder, a bare file or a hub id."""
+"""The door to checkpoints: a folder, a bare file or a hub id, as plain numbers by their names."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lora_tools.errors import CheckpointError, UnsafeInput
 from lora_tools.formats import hub
@@ -16,20 +15,57 @@ from lora_tools.formats.checkpoint import (
     is_plain_name,
     open_weights,
 )
+from lora_tools.formats.quantized.signs import FILES, Found, sign_of
 from lora_tools.formats.safetensors_file import strict_json
+from lora_tools.sources.dequantized import Dequantized
+from lora_tools.sources.schemes import scheme_of
 
-if TYPE_CHECKING:
-    pass
 
-
-def open_checkpoint(source: str | Path, allow_pickle: bool = False) -> Checkpoint:
+def open_checkpoint(
+    source: str | Path, allow_pickle: bool = False, *, decoded: bool = True
+) -> Checkpoint:
     """Open a folder, a bare file, or a hub id ``org/name[@revision]``.
+
+    Args:
+        decoded: see a quantized one as the plain one that it stands for: ``scheme`` says what was
+            decoded, and ``stored`` is what lies there. Else it is opened as it is stored, to be
+            looked at or to have its bytes passed on.
 
     Raises:
         UnsafeInput: the weights are pickles and ``allow_pickle`` is false, or an index names a
             file outside the folder.
-        CheckpointError: anything else that keeps it from being read as a checkpoint.
+        CheckpointError: anything else that keeps it from being read as a checkpoint; with
+            ``decoded``, also numbers in a scheme that ``sources.schemes`` has no row for.
     """
+    stored = _open(source, allow_pickle)
+    return _decoded(stored) if decoded else stored
+
+
+def shown_sign(checkpoint: Checkpoint) -> Found | None:
+    """The scheme in which a checkpoint is quantized, as far as it shows and was not decoded."""
+    known = checkpoint.scheme.files if checkpoint.scheme is not None else ()
+    files = [
+        name
+        for name in FILES
+        if checkpoint.is_folder and name not in known and (checkpoint.path / name).is_file()
+    ]
+    return sign_of(checkpoint.specs, checkpoint.config, files)
+
+
+def _decoded(stored: Checkpoint) -> Checkpoint:
+    """``stored`` as plain numbers. Raises CheckpointError where they cannot be told."""
+    found = scheme_of(stored)
+    checkpoint = Dequantized(stored, *found) if found else stored
+    sign = shown_sign(checkpoint)
+    if sign is not None:
+        raise CheckpointError(
+            f"{stored.path}: quantized as {sign.title} (by {sign.where}), which is not read here: "
+            f"{sign.advice}"
+        )
+    return checkpoint
+
+
+def _open(source: str | Path, allow_pickle: bool) -> Checkpoint:
     path = Path(source)
     if not os.path.exists(path):  # noqa: PTH110 - Path.exists raises on an overlong name
         if not hub.looks_like_hub_id(str(source)):

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora_tools.errors import CheckpointError, UsageError
-from lora_tools.formats import digest as hashing
 from lora_tools.formats.activations import MARK, VERSION
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.names import layout_name, split_tensor
@@ -133,11 +132,7 @@ def _collect(
     with threads.torch_threads(threads.default_jobs() if jobs is None else jobs):
         found = calibration.moments(checkpoint.path, rows, kind, device, allow_pickle, done)
     specs = [TensorSpec(name, "F32", tuple(found[name].shape)) for name in sorted(found)]
-    hashes = {name: hashing.tensor_hash(checkpoint.raw(name)) for name in checkpoint.specs}
-    digests = (
-        hashing.digest(checkpoint.specs.values(), hashes),
-        "sha256:" + hashlib.sha256(content.encode()).hexdigest(),
-    )
+    digests = (checkpoint.digest({}), "sha256:" + hashlib.sha256(content.encode()).hexdigest())
     metadata = {
         "loratools": report.version,
         "command": report.command,

@@ -17,7 +17,7 @@ from lora_tools.provenance import command_of, tool_version
 from lora_tools.quantizing.dequantize import dequantize_checkpoint
 from lora_tools.records import Fate, Input, ProgressCallback, Report
 from lora_tools.sources.checkpoints import open_checkpoint
-from lora_tools.sources.dequantized import plain_view
+from lora_tools.sources.dequantized import Dequantized
 
 
 def dequantize(
@@ -48,16 +48,15 @@ def dequantize(
     started = time.perf_counter()
     wanted = parse_float_dtype(dtype) if dtype else None
     limit = parse_size(shard_size) if shard_size else None
-    stored = open_checkpoint(checkpoint, allow_pickle)
-    view = plain_view(stored)
-    if view is None:
-        raise MismatchError(f"{stored.path}: holds no four-bit weights of bitsandbytes")
+    view = open_checkpoint(checkpoint, allow_pickle)
+    if not isinstance(view, Dequantized):
+        raise MismatchError(f"{view.path}: its numbers are plain already: no four-bit weights")
     plan = plan_merge(view, [])
     specs = out_specs(plan, wanted)
     shards = signed(lay_out(view, specs, limit), command, [])
     nbytes = sum(shard.nbytes for shard in shards)
     fates = tuple(
-        Fate(name, "dequantize", view.quantized[name].state.quant_type, spec.nbytes)
+        Fate(name, "dequantize", view.quantized[name].label, spec.nbytes)
         if name in view.quantized
         else Fate(name, "copy", "", spec.nbytes)
         for name, spec in specs.items()
@@ -74,7 +73,7 @@ def dequantize(
     )
     if not dry_run:
         destination = Path(out)
-        check_destination(destination, [stored.path], force)
+        check_destination(destination, [view.path], force)
         check_space(destination, nbytes)
         with staged(destination) as staging:
             report = dequantize_checkpoint(

@@ -28,7 +28,6 @@ from lora_tools.options import name_filter
 from lora_tools.provenance import tool_version
 from lora_tools.records import Fate, Input, ModuleSpectrum, ProgressCallback, Report
 from lora_tools.sources.checkpoints import open_checkpoint
-from lora_tools.sources.dequantized import PlainView, plain_view
 
 if TYPE_CHECKING:
     from lora_tools.engine.threads import Buffers
@@ -77,9 +76,8 @@ def diff(
     started = time.perf_counter()
     chosen = name_filter(include, exclude)
     target = check_plot(plot, [base, tuned])
-    stored = open_checkpoint(base, allow_pickle), open_checkpoint(tuned, allow_pickle)
-    sides = _plain(stored[0]), _plain(stored[1])
-    quantized = [side for side in sides if isinstance(side, PlainView)]
+    sides = open_checkpoint(base, allow_pickle), open_checkpoint(tuned, allow_pickle)
+    quantized = [side for side in sides if side.scheme is not None]
     plan = make_plan(
         *sides, chosen=chosen, embeddings="skip" if _resized(*sides) else "lora", rest="skip"
     )
@@ -138,11 +136,6 @@ def diff(
         save_picture(report, f"{shown(base)} → {shown(tuned)}, {moved}", target)
         report = dataclasses.replace(report, notes=(*report.notes, f"drew {plot}"))
     return dataclasses.replace(report, seconds=time.perf_counter() - started)
-
-
-def _plain(side: Checkpoint) -> Checkpoint:
-    """What a quantized checkpoint dequantizes to; a plain one as it is."""
-    return plain_view(side) or side
 
 
 def _resized(base: Checkpoint, tuned: Checkpoint) -> bool:
@@ -247,5 +240,5 @@ def _digests(seen: Sequence[_Seen], sides: Sides) -> tuple[str, str]:
             spec = (s.pair.base, s.pair.tuned)[i]
             if spec is not None:
                 known[spec.name] = s.hashes[i]
-        result.append(side.stored.digest({}) if isinstance(side, PlainView) else side.digest(known))
+        result.append(side.digest(known))
     return result[0], result[1]

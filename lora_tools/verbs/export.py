@@ -316,7 +316,7 @@ def _copying(source: Checkpoint, given: str | Path, out: str | Path, in_place: b
         (Input("base", str(given)),),
         str(out),
         True,
-        tuple(Fate(s.name, action, "", s.nbytes) for s in source.specs.values()),
+        tuple(Fate(s.name, action, "", s.nbytes) for s in source.stored.specs.values()),
         totals={"bytes": 0 if in_place else sum(f.path.stat().st_size for f in source.files)},
     )
 
@@ -359,7 +359,9 @@ def _with_digest(report: Report, source: Checkpoint) -> Report:
 
 def _made(report: Report, folder: Path) -> dict[str, str]:
     """How the graphs were made; the merged weights say the same of the adapters."""
-    said = open_checkpoint(folder, allow_pickle=True).files[0].metadata if report.inputs[1:] else {}
+    said = {}
+    if report.inputs[1:]:
+        said = open_checkpoint(folder, allow_pickle=True, decoded=False).files[0].metadata
     adapters = {key: said[key] for key in ("adapter_digests",) if key in said}
     return {
         "loratools": report.version,
@@ -409,7 +411,7 @@ def _gate(report: Report, atol: float, rtol: float) -> None:
 def _copy(source: Checkpoint, folder: Path) -> None:
     """The checkpoint's files into a new folder."""
     folder.mkdir()
-    travel, _ = source.companions()
+    travel, _ = source.stored.companions()
     names = [file.path.relative_to(source.path) for file in source.files] + travel
     if source.index_name:
         names.append(Path(source.index_name))
@@ -428,7 +430,7 @@ def _name_theta(path: Path) -> None:
 
 def _drop_weights(folder: Path) -> None:
     """The safetensors files that a bundle took the place of."""
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(folder, decoded=False)
     for file in checkpoint.files:
         file.path.unlink()
     if checkpoint.index_name:

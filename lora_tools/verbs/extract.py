@@ -155,6 +155,12 @@ def extract(
     chosen, kinds = name_filter(include, exclude), layer_kinds(layout)
     destination = Path(out)
     sides = open_checkpoint(base, allow_pickle), open_checkpoint(tuned, allow_pickle)
+    quantized = [side for side in sides if side.scheme is not None]
+    if quantized and (noise_floor or gavish_donoho):
+        raise UsageError(
+            f"{quantized[0].path}: quantized, and --noise-floor and --gavish-donoho know the noise "
+            "of rounding only: choose ranks by --rank, --energy or --budget"
+        )
     said: list[str] = []
     if names == "loaded" and target.loads:
         sides = loaded_view(sides[0]), loaded_view(sides[1])
@@ -171,6 +177,7 @@ def extract(
         embeddings=embeddings,
         rest=rest,
     )
+    said += [f"{side.path}: quantized; seen as what it dequantizes to" for side in quantized]
     plan = dataclasses.replace(plan, notes=(*said, *plan.notes))
     fates = plan.fates(rule)
     expected = sum(fate.nbytes for fate in fates)

@@ -18,12 +18,6 @@ from lora_tools.formats.activations import MARK as ACTIVATIONS
 from lora_tools.formats.adapters.peft import CONFIG, Adapter, LoraModule
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.names import is_input_embedding, tied_head
-from lora_tools.formats.quantized.bitsandbytes import (
-    STATE,
-    QuantizedTensor,
-    config_faults,
-    find_quantized,
-)
 from lora_tools.formats.spectra import MARK as SPECTRA
 from lora_tools.inspecting.onnx_model import open_model
 from lora_tools.inspecting.spectrum import check_plot, save_picture, shown, summary
@@ -40,7 +34,8 @@ from lora_tools.records import (
     TensorSpec,
 )
 from lora_tools.sources.adapters import is_adapter, open_adapter
-from lora_tools.sources.checkpoints import open_checkpoint
+from lora_tools.sources.checkpoints import open_checkpoint, shown_sign
+from lora_tools.sources.schemes import scheme_of
 
 if TYPE_CHECKING:
     from lora_tools.formats.tensor_file import TensorFile
@@ -131,7 +126,7 @@ def _open(path: str | Path, allow_pickle: bool) -> _Thing:
         sidecar = sidecars.Sidecar(given)
         facts = {"base_digest": sidecar.base_digest, "adapters": len(sidecar.adapters)}
         return _Thing("sidecar of a reversible merge", (sidecar.file,), facts)
-    checkpoint = open_checkpoint(path, allow_pickle)
+    checkpoint = open_checkpoint(path, allow_pickle, decoded=False)
     marks = checkpoint.files[0].metadata
     for mark, kind in ((SPECTRA, "spectrum cache"), (ACTIVATIONS, "activation statistics")):
         if mark in marks:
@@ -184,34 +179,23 @@ def _open_weights(checkpoint: Checkpoint) -> _Thing:
         "model_type": config.get("model_type"),
         "files": [file.path.name for file in checkpoint.files],
     }
-    kind = "checkpoint"
-    if any(STATE in name for name in checkpoint.specs):
-        kind = "checkpoint in four bits (bitsandbytes)"
-        quantized = find_quantized(checkpoint.specs, checkpoint.raw)
-        facts["quantized"] = _four_bits(quantized)
+    kind, found, sign = "checkpoint", scheme_of(checkpoint), shown_sign(checkpoint)
+    if found is not None:
+        scheme, quantized = found
+        kind = f"checkpoint in {scheme.title}"
+        facts["quantized"] = scheme.facts(quantized)
         if config:
-            faults = config_faults(config, checkpoint.specs, quantized)
+            faults = scheme.faults(config, checkpoint.specs, quantized)
             notes += [f"config.json {said}" for said in faults]
+    elif sign is not None:
+        kind = f"quantized checkpoint ({sign.title})"
+        notes.append(f"quantized (by {sign.where}), which no other verb reads: {sign.advice}")
     head = tied_head(config, checkpoint.specs) if checkpoint.ties_embeddings else ""
     embedding = next(filter(is_input_embedding, checkpoint.specs), "")
     if head and embedding:
         stored = "stored all the same" if head in checkpoint.specs else "not stored"
         notes.append(f"{head} is tied to {embedding}, and {stored}")
     return _Thing(kind, checkpoint.files, facts, tuple(notes))
-
-
-def _four_bits(quantized: Mapping[str, QuantizedTensor]) -> dict[str, Any]:
-    """How many weights, in which schemes, made of and read back in which dtypes, and their size."""
-    numbers = sum(q.state.numel for q in quantized.values())
-    states = [q.state for q in quantized.values()]
-    return {
-        "weights": len(quantized),
-        "schemes": dict(Counter(s.scheme for s in states)),
-        "dtypes": dict(Counter(s.dtype for s in states)),
-        "storage": sorted({q.specs[""].dtype for q in quantized.values()}),
-        "numbers": numbers,
-        "bits_per_parameter": 8 * sum(q.nbytes for q in quantized.values()) / max(numbers, 1),
-    }
 
 
 def _facts(thing: _Thing, jobs: int | None, progress: ProgressCallback | None) -> list[TensorFacts]:

@@ -19,7 +19,8 @@ from lora_tools.merging.rewrite import Rewrite, signed
 from lora_tools.provenance import command_of, tool_version
 from lora_tools.records import Input, ProgressCallback, Report
 from lora_tools.sources.checkpoints import open_checkpoint
-from lora_tools.sources.dequantized import plain_view
+from lora_tools.sources.dequantized import Dequantized
+from lora_tools.sources.schemes import BITSANDBYTES
 from lora_tools.sources.weighted import open_weighted
 
 if TYPE_CHECKING:
@@ -69,12 +70,10 @@ def merge(
     wanted = parse_float_dtype(dtype) if dtype else None
     limit = parse_size(shard_size) if shard_size else None
     checkpoint = open_checkpoint(base, allow_pickle)
-    view = plain_view(checkpoint)
-    if view is not None and reversible:
-        raise UsageError("--reversible cannot give back a four-bit BASE")
-    if view is None and requantize:
+    if checkpoint.scheme is not None and reversible:
+        raise UsageError(f"--reversible cannot give back a BASE in {checkpoint.scheme.title}")
+    if requantize and checkpoint.scheme is not BITSANDBYTES:
         raise UsageError("--requantize needs a BASE in four bits (bitsandbytes)")
-    checkpoint = view or checkpoint
     weighted = []
     if adapters or not dtype:
         weighted = open_weighted(adapters, allow_pickle, checkpoint)
@@ -90,11 +89,12 @@ def merge(
     plan = plan_merge(checkpoint, weighted, allow_unmatched)
     if reversible:
         refuse_resized(plan, checkpoint)
-    if view is not None and requantize:
+    if requantize:
         from lora_tools.quantizing.requantize import plan_requantize, requantized
 
-        work = plan_requantize(view, plan, out_specs(plan, wanted))
-        shards = work.shards(view, limit)
+        assert isinstance(checkpoint, Dequantized)
+        work = plan_requantize(checkpoint, plan, out_specs(plan, wanted))
+        shards = work.shards(checkpoint, limit)
     else:
         shards = lay_out(checkpoint, out_specs(plan, wanted), limit)
     shards = signed(shards, command, weighted)
@@ -130,8 +130,9 @@ def merge(
                 progress,
                 allow_other_base,
             )
-            if view is not None and requantize:
-                report = requantized(job, view, work)
+            if requantize:
+                assert isinstance(checkpoint, Dequantized)
+                report = requantized(job, checkpoint, work)
             else:
                 report = merge_checkpoint(job, reversible)
         if force and not checkpoint.is_folder and not reversible:

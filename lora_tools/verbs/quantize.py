@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from lora_tools.errors import QualityGateError, UsageError
+from lora_tools.errors import CheckpointError, QualityGateError, UsageError
 from lora_tools.formats.checkpoint_writer import parse_size
 from lora_tools.formats.dtypes import parse_float_dtype
 from lora_tools.formats.output import check_destination, check_space, staged
@@ -22,7 +22,7 @@ from lora_tools.provenance import command_of, tool_version
 from lora_tools.quantizing.checkpoint import quantize_checkpoint
 from lora_tools.quantizing.compensate import plan_compensation
 from lora_tools.quantizing.pack import torch_name
-from lora_tools.quantizing.plan import Scheme, plan_quantize, refuse_quantized
+from lora_tools.quantizing.plan import FourBitForm, plan_quantize
 from lora_tools.records import Input, ProgressCallback, Report, TensorResult
 from lora_tools.sources.checkpoints import open_checkpoint
 from lora_tools.sources.weighted import open_weighted
@@ -96,13 +96,17 @@ def quantize(
     if blocksize not in BLOCKSIZES:
         raise UsageError(f"--blocksize {blocksize}: one of {', '.join(map(str, BLOCKSIZES))}")
     base = open_checkpoint(checkpoint, allow_pickle)
-    refuse_quantized(base)
+    if base.scheme is not None:
+        raise CheckpointError(
+            f"{base.path}: quantized already, in {base.scheme.title}; make it plain with "
+            "`loratools dequantize` first"
+        )
     if limit is not None and not base.is_folder:
         raise UsageError("--shard-size needs a folder: a bare file stays one file")
     weighted = open_weighted(adapters, allow_pickle, base) if adapters else []
     how = plan_compensation(base, compensate, compensate_iterations, weighted)
     merge = plan_merge(base, [] if how else weighted, allow_unmatched)
-    scheme = Scheme(quant_type, blocksize, double_quant, STORAGES[quant_storage], scale_search)
+    scheme = FourBitForm(quant_type, blocksize, double_quant, STORAGES[quant_storage], scale_search)
     plan = plan_quantize(base, merge, out_specs(merge, wanted), scheme, chosen, lm_head)
     shards = signed(plan.shards(base, limit), command, weighted)
     fates = plan.fates() + (how.fates(plan) if how else ())

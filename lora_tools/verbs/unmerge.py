@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_tools.errors import MismatchError
+from lora_tools.errors import CheckpointError, MismatchError
 from lora_tools.formats.checkpoint_writer import lay_out
 from lora_tools.formats.output import check_destination, check_space, staged
 from lora_tools.formats.sidecar import Sidecar, sidecar_path
@@ -62,6 +62,12 @@ def unmerge(
     command = command_of(unmerge, locals())
     started = time.perf_counter()
     checkpoint = open_checkpoint(merged, allow_pickle)
+    if checkpoint.scheme is not None:
+        raise CheckpointError(
+            f"{checkpoint.path}: in {checkpoint.scheme.title}, whose rounding cannot be undone; "
+            "unmerge the checkpoint that it was quantized from, or what `loratools dequantize` "
+            "makes of it"
+        )
     weighted = open_weighted(adapters, allow_pickle, checkpoint)
     destination = Path(out)
     lies_at = sidecar_path(checkpoint.path)

@@ -14,7 +14,8 @@ from lora_tools.onnx.files import graphs_at
 from lora_tools.provenance import tool_version
 from lora_tools.records import ProgressCallback, Report
 from lora_tools.sources.checkpoints import open_checkpoint
-from lora_tools.sources.dequantized import plain_view
+from lora_tools.sources.dequantized import Dequantized
+from lora_tools.sources.schemes import BITSANDBYTES
 from lora_tools.sources.weighted import Weighted, open_weighted
 from lora_tools.verifying.adapter import verify_adapter
 from lora_tools.verifying.findings import Findings
@@ -77,12 +78,14 @@ def verify(
         )
         roles = [("adapter", path), ("base", base), ("tuned", tuned)]
     else:
-        source = _plain(against or base or "", allow_pickle)
+        source = open_checkpoint(against or base or "", allow_pickle)
         weighted = open_weighted(adapters, allow_pickle, source) if adapters else []
         if base is not None:
             merged = open_checkpoint(path, allow_pickle)
-            if plain_view(merged) is not None:
-                raise UsageError(f"{path}: is in four bits; give --against instead of --base")
+            if merged.scheme is not None:
+                raise UsageError(
+                    f"{path}: is in {merged.scheme.title}; give --against instead of --base"
+                )
             found = verify_merged(merged, source, weighted, **shared)
             roles = [("merged", path), ("base", base)]
         else:
@@ -134,11 +137,6 @@ def _check_call(
         raise UsageError("--max-error goes with --tuned, or with --against")
 
 
-def _plain(given: str | Path, allow_pickle: bool) -> Checkpoint:
-    checkpoint = open_checkpoint(given, allow_pickle)
-    return plain_view(checkpoint) or checkpoint
-
-
 def _against(
     path: str | Path,
     source: Checkpoint,
@@ -153,8 +151,8 @@ def _against(
         if max_error is not None:
             raise UsageError("--max-error is for four bits; an ONNX model has --atol and --rtol")
         return verify_onnx(graphs, source, weighted, run, allow_pickle, **shared)
-    view = plain_view(open_checkpoint(path, allow_pickle))
-    if view is None:
+    view = open_checkpoint(path, allow_pickle)
+    if not (isinstance(view, Dequantized) and view.scheme is BITSANDBYTES):
         raise UsageError(
             f"{path}: is neither in four bits nor an ONNX model; give --base and --adapter for a "
             "merged checkpoint"

@@ -174,9 +174,4 @@ def _digests(
     for target, d in zip(targets, distances, strict=True):
         known[0][target.base_name] = d.hashes[0]
         known[1][theirs[target.spec.name]] = d.hashes[1]
-    result = []
-    for side, hashes in zip((base, tuned), known, strict=True):
-        for name in side.specs.keys() - hashes.keys():
-            hashes[name] = hashing.tensor_hash(side.raw(name))
-        result.append(hashing.digest(side.specs.values(), hashes))
-    return result[0], result[1]
+    return base.digest(known[0]), tuned.digest(known[1])

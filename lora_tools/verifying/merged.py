@@ -17,7 +17,6 @@ from lora_tools.merging.plan import MergePlan, adapter_digest, build_effects, pl
 from lora_tools.merging.targets import Target
 from lora_tools.merging.tensor import as_matrix, working_dtype
 from lora_tools.records import Fate, Input, ProgressCallback
-from lora_tools.sources.dequantized import source_digest
 from lora_tools.sources.weighted import Weighted
 from lora_tools.verifying.findings import FINE, NEAR, Findings, times
 
@@ -68,7 +67,7 @@ def verify_merged(
         merged_hashes[name] = hashing.tensor_hash(merged.raw(name))
     inputs = (
         Input("merged", "", hashing.digest(merged.specs.values(), merged_hashes)),
-        Input("base", "", source_digest(base, base_hashes)),
+        Input("base", "", base.digest(base_hashes)),
         *(Input("adapter", "", adapter_digest(w.adapter)) for w in weighted),
     )
     totals = merge_totals(checked)

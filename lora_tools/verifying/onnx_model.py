@@ -21,7 +21,7 @@ from lora_tools.merging.plan import MergePlan, adapter_digest, plan_merge
 from lora_tools.merging.targets import Target
 from lora_tools.options import need
 from lora_tools.records import Fate, Input, ProgressCallback, TensorSpec
-from lora_tools.sources.dequantized import PlainView, source_digest
+from lora_tools.sources.dequantized import Dequantized
 from lora_tools.sources.weighted import Weighted
 from lora_tools.verifying.findings import FINE, Findings
 from lora_tools.verifying.merged import Checked, check_tensor, diagnosis, merge_totals
@@ -271,12 +271,9 @@ def _inputs(
 ) -> tuple[Input, ...]:
     stored = {c.target.spec.name: c.hashes[1] for c in checked}
     hashes = {c.target.base_name: c.hashes[0] for c in checked}
-    for side, known in ((weights, stored), (source, hashes)):
-        for name in side.specs.keys() - known.keys():
-            known[name] = hashing.tensor_hash(side.raw(name))
     return (
-        Input("onnx", "", hashing.digest(weights.specs.values(), stored)),
-        Input("against", "", source_digest(source, hashes)),
+        Input("onnx", "", weights.digest(stored)),
+        Input("against", "", source.digest(hashes)),
         *(Input("adapter", "", adapter_digest(w.adapter)) for w in weighted),
     )
 
@@ -313,8 +310,8 @@ def _compare(
         raise UsageError(
             f"{paths[0].parent}: {', '.join(task.files())} are needed for --task {task.name}"
         )
-    if dtype is None and isinstance(source, PlainView):
-        dtype = next(iter(source.quantized.values())).state.dtype
+    if dtype is None and isinstance(source, Dequantized):
+        dtype = next(iter(source.quantized.values())).plain.dtype
     with tempfile.TemporaryDirectory(prefix="loratools-") as scratch, one_torch_thread():
         folder = source.path
         if weighted or dtype:

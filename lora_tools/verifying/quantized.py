@@ -15,7 +15,7 @@ from lora_tools.formats import digest as hashing
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.formats.names import align
-from lora_tools.formats.quantized.bitsandbytes import ABSMAX, QuantizedTensor, config_faults
+from lora_tools.formats.quantized.bitsandbytes import QuantizedTensor, config_faults
 from lora_tools.merging.plan import MergePlan, adapter_digest, plan_merge
 from lora_tools.merging.targets import Target
 from lora_tools.merging.tensor import merge_tensor
@@ -23,7 +23,8 @@ from lora_tools.quantizing.pack import pack, totals_of
 from lora_tools.quantizing.plan import Item, QuantizePlan
 from lora_tools.quantizing.tensor import work_on
 from lora_tools.records import Fate, Input, ProgressCallback, TensorResult
-from lora_tools.sources.dequantized import PlainView, nested_of, source_digest
+from lora_tools.sources.dequantized import Dequantized, FourBits
+from lora_tools.sources.schemes import four_bit_scales
 from lora_tools.sources.weighted import Weighted
 from lora_tools.verifying.findings import FINE, NEAR, Findings, times
 from lora_tools.verifying.merged import check_tensor, left_over, tied_astray
@@ -76,7 +77,7 @@ class _Comparison:
 
 
 def verify_nf4(
-    view: PlainView,
+    view: FourBits,
     source: Checkpoint,
     weighted: Sequence[Weighted],
     max_error: float | None,
@@ -135,15 +136,15 @@ def _named(target: Target, own: str | None) -> Target:
     return dataclasses.replace(target, spec=spec)
 
 
-def _item(target: Target, view: PlainView) -> Item:
+def _item(target: Target, view: FourBits) -> Item:
     """The tensor as the four-bit checkpoint has it: its scheme, dtype and orientation."""
     spec = view.specs.get(target.spec.name, target.spec)
     packed = view.quantized.get(spec.name)
-    return Item(target, spec, packed, spec.name in view.transposed, "")
+    return Item(target, spec, packed, packed is not None and packed.transposed, "")
 
 
 def _check(
-    item: Item, view: PlainView, source: Checkpoint, max_error: float | None, buffers: Buffers
+    item: Item, view: FourBits, source: Checkpoint, max_error: float | None, buffers: Buffers
 ) -> _Checked:
     target, packed = item.target, item.packed
     stored = [item.spec] if packed is None else list(packed.specs.values())
@@ -159,7 +160,7 @@ def _check(
         why = f"is of {item.spec}, and should be of {target.spec}"
         source_hash = hashing.tensor_hash(source.raw(target.base_name))
         return _Checked(item, Fate(item.name, "different", why), source_hash, hashes)
-    if isinstance(source, PlainView) and not target.parts:
+    if isinstance(source, Dequantized) and not target.parts:
         return _untouched(item, packed, view, source, hashes, max_error, buffers)
     return _quantized(item, packed, view, source, hashes, max_error, buffers)
 
@@ -167,8 +168,8 @@ def _check(
 def _untouched(
     item: Item,
     packed: QuantizedTensor,
-    view: PlainView,
-    source: PlainView,
+    view: FourBits,
+    source: FourBits,
     hashes: dict[str, str],
     max_error: float | None,
     buffers: Buffers,
@@ -192,7 +193,7 @@ def _untouched(
 def _quantized(
     item: Item,
     packed: QuantizedTensor,
-    view: PlainView,
+    view: FourBits,
     source: Checkpoint,
     hashes: dict[str, str],
     max_error: float | None,
@@ -224,15 +225,13 @@ def _quantized(
     return _Checked(item, fate, done.base_hash, hashes, result, coded)
 
 
-def _has_negative_scales(packed: QuantizedTensor, view: PlainView) -> bool:
-    from lora_tools.linalg import nf4
-
-    part = {end: view.stored.tensor(spec.name) for end, spec in packed.specs.items()}
-    return bool((nf4.stored_scales(part[ABSMAX], nested_of(packed.state, part)) < 0).any())
+def _has_negative_scales(packed: QuantizedTensor, view: FourBits) -> bool:
+    parts = {end: view.stored.tensor(spec.name) for end, spec in packed.specs.items()}
+    return bool((four_bit_scales(packed, parts) < 0).any())
 
 
 def _measure(
-    item: Item, packed: QuantizedTensor, view: PlainView, source: Checkpoint, buffers: Buffers
+    item: Item, packed: QuantizedTensor, view: FourBits, source: Checkpoint, buffers: Buffers
 ) -> Coded:
     """The numbers read back, against those that should have been quantized, and what quantizing
     makes of those."""
@@ -314,7 +313,7 @@ def _own_error(checked: _Checked) -> float:
     return (checked.result.relative_error * checked.result.norm) ** 2
 
 
-def _totals(view: PlainView, checked: Sequence[_Checked], merge: MergePlan) -> dict[str, Any]:
+def _totals(view: FourBits, checked: Sequence[_Checked], merge: MergePlan) -> dict[str, Any]:
     """Those of ``quantize``, of what is stored."""
     results = [c.result for c in checked if c.result is not None]
     items = tuple(c.item for c in checked if c.fate.action != "missing")
@@ -388,7 +387,7 @@ def _excess(coded: Coded | None) -> float:
 
 
 def _inputs(
-    checked: Sequence[_Checked], view: PlainView, source: Checkpoint, weighted: Sequence[Weighted]
+    checked: Sequence[_Checked], view: FourBits, source: Checkpoint, weighted: Sequence[Weighted]
 ) -> tuple[Input, ...]:
     stored = {name: h for c in checked for name, h in c.hashes.items()}
     for name in view.stored.specs.keys() - stored.keys():
@@ -396,14 +395,12 @@ def _inputs(
     hashes = {c.item.target.base_name: c.source_hash for c in checked}
     return (
         Input("checkpoint", "", hashing.digest(view.stored.specs.values(), stored)),
-        Input("against", "", source_digest(source, hashes)),
+        Input("against", "", source.digest(hashes)),
         *(Input("adapter", "", adapter_digest(w.adapter)) for w in weighted),
     )
 
 
-def _provenance(
-    view: PlainView, inputs: Sequence[Input], weighted: Sequence[Weighted]
-) -> list[str]:
+def _provenance(view: FourBits, inputs: Sequence[Input], weighted: Sequence[Weighted]) -> list[str]:
     """What its metadata says it was made of, where that is something else."""
     said = view.stored.files[0].metadata
     notes: list[str] = []

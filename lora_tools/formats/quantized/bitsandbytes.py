@@ -20,6 +20,7 @@ import dataclasses
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -132,20 +133,30 @@ class QuantState:
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedTensor:
-    """One quantized weight: its tensors by the ending of their names ("" is the weight itself)."""
+    """One quantized weight: its tensors by the ending of their names ("" is the weight itself).
+
+    ``transposed`` says that a plain checkpoint stores it as (in, out).
+    """
 
     name: str
     state: QuantState
     specs: dict[str, TensorSpec]
+    transposed: bool = False
 
     @property
     def nbytes(self) -> int:
         return sum(spec.nbytes for spec in self.specs.values())
 
     @property
-    def dequantized(self) -> TensorSpec:
-        """The weight as (out, in) in its own dtype."""
-        return TensorSpec(self.name, self.state.dtype, self.state.shape)
+    def plain(self) -> TensorSpec:
+        """The weight as a plain checkpoint stores it."""
+        shape = self.state.shape[::-1] if self.transposed else self.state.shape
+        return TensorSpec(self.name, self.state.dtype, shape)
+
+    @property
+    def label(self) -> str:
+        """Its codebook's name."""
+        return self.state.quant_type
 
 
 def quantized_tensor(name: str, state: QuantState, storage: str = "U8") -> QuantizedTensor:
@@ -174,12 +185,13 @@ def quantized_tensor(name: str, state: QuantState, storage: str = "U8") -> Quant
 
 
 def find_quantized(
-    specs: Mapping[str, TensorSpec], read: Callable[[str], memoryview]
+    specs: Mapping[str, TensorSpec], read: Callable[[str], memoryview], config: Mapping[str, Any]
 ) -> dict[str, QuantizedTensor]:
     """Every quantized weight of a checkpoint by name, its tensors checked against its JSON.
 
     Args:
         read: a tensor's bytes; asked for the JSON only.
+        config: its config.json, which tells of a Conv1D.
 
     Raises:
         CheckpointError: a tensor is missing, left over, or not what the JSON says.
@@ -197,13 +209,29 @@ def find_quantized(
             raise CheckpointError(f"{key}: {error}") from None
         if state.quant_type != quant_type or name in found:
             raise CheckpointError(f"{key}: says {state.quant_type}, or repeats another quant_state")
-        found[name] = _checked(name, state, specs, key)
+        weight = _checked(name, state, specs, key)
+        turned = len(state.shape) == 2 and layout_name(weight.plain, config) == "conv1d"
+        found[name] = dataclasses.replace(weight, transposed=turned)
     taken = {spec.name for tensor in found.values() for spec in tensor.specs.values()}
     ends = (ABSMAX, QUANT_MAP, NESTED_ABSMAX, NESTED_MAP)
     for key in specs:
         if key.endswith(ends) and key.rpartition(".")[0] in specs and key not in taken:
             raise CheckpointError(f"{key}: belongs to no quantized weight; is its state missing?")
     return found
+
+
+def facts(quantized: Mapping[str, QuantizedTensor]) -> dict[str, Any]:
+    """How many weights, in which schemes, made of and read back in which dtypes, and their size."""
+    numbers = sum(q.state.numel for q in quantized.values())
+    states = [q.state for q in quantized.values()]
+    return {
+        "weights": len(quantized),
+        "schemes": dict(Counter(s.scheme for s in states)),
+        "dtypes": dict(Counter(s.dtype for s in states)),
+        "storage": sorted({q.specs[""].dtype for q in quantized.values()}),
+        "numbers": numbers,
+        "bits_per_parameter": 8 * sum(q.nbytes for q in quantized.values()) / max(numbers, 1),
+    }
 
 
 def _checked(

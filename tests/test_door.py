@@ -1,0 +1,391 @@
+"""The one door to checkpoints: what every verb reads as plain numbers, and what every verb refuses.
+
+Each way of storing numbers is made by hand, small, as the library that writes it does; each is
+given to every verb in every place that takes a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import lora_tools
+from lora_tools.errors import CheckpointError, UsageError
+from lora_tools.sources.checkpoints import open_checkpoint
+from tests.iotools import checkpoint, moved, tree, weights
+
+F8 = torch.float8_e4m3fn
+Q = "model.layers.0.q_proj.weight"
+Tensors = dict[str, torch.Tensor]
+
+
+def packed(shape: tuple[int, ...], dtype: torch.dtype = torch.uint8) -> torch.Tensor:
+    """Codes of some kind."""
+    noise = torch.Generator().manual_seed(0)
+    return torch.randint(1, 100, shape, generator=noise).to(dtype)
+
+
+def gptq(module: str, w: torch.Tensor) -> Tensors:
+    out, width = w.shape
+    return {
+        f"{module}.qweight": packed((width // 8, out), torch.int32),
+        f"{module}.qzeros": packed((1, out // 8), torch.int32),
+        f"{module}.scales": torch.rand(1, out).half(),
+        f"{module}.g_idx": torch.zeros(width, dtype=torch.int32),
+    }
+
+
+def awq(module: str, w: torch.Tensor) -> Tensors:
+    out, width = w.shape
+    return {
+        f"{module}.qweight": packed((width, out // 8), torch.int32),
+        f"{module}.qzeros": packed((1, out // 8), torch.int32),
+        f"{module}.scales": torch.rand(1, out).half(),
+    }
+
+
+def int8(module: str, w: torch.Tensor) -> Tensors:
+    scale = w.float().abs().amax(1)
+    return {
+        f"{module}.weight": (w.float() / scale[:, None] * 127).round().to(torch.int8),
+        f"{module}.SCB": scale,
+        f"{module}.weight_format": torch.tensor(0, dtype=torch.uint8),
+    }
+
+
+def four_bits_without_states(module: str, w: torch.Tensor) -> Tensors:
+    return {f"{module}.weight": packed((w.numel() // 2, 1))}
+
+
+# How one linear layer is stored: tensors by name.
+LAYERS: dict[str, Callable[[str, torch.Tensor], Tensors]] = {
+    "fp8": lambda m, w: {f"{m}.weight": w.to(F8)},
+    "fp8 e5m2": lambda m, w: {f"{m}.weight": w.to(torch.float8_e5m2)},
+    "fp8 in blocks": lambda m, w: {
+        f"{m}.weight": w.to(F8),
+        f"{m}.weight_scale_inv": torch.ones(1, 1),
+    },
+    "fp8 by channels": lambda m, w: {
+        f"{m}.weight": w.to(F8),
+        f"{m}.weight_scale": torch.ones(len(w), 1),
+        f"{m}.input_scale": torch.ones(1),
+    },
+    "codes of fp8 in bfloat16": lambda m, w: {
+        f"{m}.weight": w.bfloat16(),
+        f"{m}.weight_scale_inv": torch.ones(1, 1),
+    },
+    "comfy": lambda m, w: {f"{m}.weight": w.to(F8), f"{m}.scale_weight": torch.tensor(1.0)},
+    "comfy quant": lambda m, w: {
+        f"{m}.weight": w.to(F8),
+        f"{m}.weight_scale": torch.tensor(1.0),
+        f"{m}.comfy_quant": torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8),
+    },
+    "gptq": gptq,
+    "awq": awq,
+    "int8": int8,
+    "int8 alone": lambda m, w: {f"{m}.weight": packed(tuple(w.shape), torch.int8)},
+    "four bits without states": four_bits_without_states,
+    "packed": lambda m, w: {
+        f"{m}.weight_packed": packed((len(w), w.shape[1] // 8), torch.int32),
+        f"{m}.weight_scale": torch.rand(len(w), 1).bfloat16(),
+        f"{m}.weight_shape": torch.tensor(w.shape),
+    },
+    "nvfp4": lambda m, w: {
+        f"{m}.weight": packed((len(w), w.shape[1] // 2)),
+        f"{m}.weight_scale": torch.ones(len(w), 1).to(F8),
+        f"{m}.weight_scale_2": torch.tensor(1.0),
+    },
+    "mxfp4": lambda m, w: {
+        f"{m}_blocks": packed((1, len(w), 1, w.shape[1] // 2)),
+        f"{m}_scales": packed((1, len(w), 1)),
+    },
+    "mlx": lambda m, w: {
+        f"{m}.weight": packed((len(w), w.shape[1] // 8), torch.uint32),
+        f"{m}.scales": torch.rand(len(w), 1),
+        f"{m}.biases": torch.rand(len(w), 1),
+    },
+    "hqq": lambda m, w: {f"{m}.W_q": packed((len(w), w.shape[1] // 2)), f"{m}.scale": w[:, :1]},
+    "fused experts": lambda m, w: {
+        f"{m}.experts.up_proj": packed((2, len(w), w.shape[1])),
+        f"{m}.experts.up_proj_scale": torch.ones(2, len(w), 1),
+    },
+}
+# Config entries and files that say so whatever the tensors are.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "config": {"quantization_config": {"quant_method": "fp8"}},
+    "config of the text": {"text_config": {"quantization_config": {"quant_method": "awq"}}},
+    "config of two levels": {"a": {"text_config": {"quantization_config": {"bits": 4}}}},
+    "older config": {"compression_config": {"format": "pack-quantized"}},
+    "config of mlx": {"quantization": {"group_size": 32, "bits": 4}},
+    "four bits to come": {"quantization_config": {"quant_method": "bitsandbytes"}},
+}
+FILES = {
+    "modelopt": "hf_quant_config.json",
+    "autogptq": "quantize_config.json",
+    "autoawq": "quant_config.json",
+}
+KINDS = [*LAYERS, *CONFIGS, *FILES]
+
+
+def make(kind: str, folder: Path, tensors: Tensors) -> Path:
+    """A checkpoint that stores its linear layers in that way."""
+    stored: Tensors = {}
+    for name, tensor in tensors.items():
+        if kind in LAYERS and tensor.dim() == 2 and "embed" not in name:
+            stored |= LAYERS[kind](name.removesuffix(".weight"), tensor)
+        else:
+            stored[name] = tensor
+    if kind == "comfy":
+        stored["scaled_fp8"] = torch.empty(2, dtype=F8)
+    checkpoint(folder, {name: tensor.contiguous() for name, tensor in stored.items()})
+    if kind in CONFIGS:
+        (folder / "config.json").write_text(json.dumps({"model_type": "llama", **CONFIGS[kind]}))
+    if kind in FILES:
+        (folder / FILES[kind]).write_text('{"bits": 4}')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``base`` and ``tuned``, plain; ``adapter``, extracted of them; ``text``."""
+    folder = tmp_path_factory.mktemp("plain")
+    base = weights(layers=1)
+    checkpoint(folder / "base", base)
+    checkpoint(folder / "tuned", moved(base))
+    lora_tools.extract(folder / "base", folder / "tuned", folder / "adapter", rank=1)
+    (folder / "text").write_text("some words")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stored(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A checkpoint of each kind."""
+    folder = tmp_path_factory.mktemp("stored")
+    base = weights(layers=1)
+
+    def made(kind: str) -> Path:
+        path = folder / kind.replace(" ", "-")
+        return path if path.exists() else make(kind, path, base)
+
+    return made
+
+
+Run = Callable[[Path, Path, Path], Any]
+# Every place of every verb that takes a checkpoint: run on (the checkpoint, plain things, out).
+PLACES: dict[str, Run] = {
+    "extract BASE": lambda q, p, o: lora_tools.extract(q, p / "tuned", o, rank=1),
+    "extract TUNED": lambda q, p, o: lora_tools.extract(p / "base", q, o, rank=1),
+    "merge": lambda q, p, o: lora_tools.merge(q, [p / "adapter"], o),
+    "merge --dtype": lambda q, p, o: lora_tools.merge(q, [], o, dtype="bfloat16"),
+    "unmerge": lambda q, p, o: lora_tools.unmerge(q, [p / "adapter"], o),
+    "quantize": lambda q, p, o: lora_tools.quantize(q, o),
+    "dequantize": lambda q, p, o: lora_tools.dequantize(q, o),
+    "diff BASE": lambda q, p, o: lora_tools.diff(q, p / "tuned"),
+    "diff TUNED": lambda q, p, o: lora_tools.diff(p / "base", q),
+    "verify": lambda q, p, o: lora_tools.verify(q, base=p / "base", adapters=[p / "adapter"]),
+    "verify --base": lambda q, p, o: lora_tools.verify(
+        p / "tuned", base=q, adapters=[p / "adapter"]
+    ),
+    "verify --tuned": lambda q, p, o: lora_tools.verify(p / "adapter", base=p / "base", tuned=q),
+    "verify --against": lambda q, p, o: lora_tools.verify(p / "base", against=q),
+    "verify, against": lambda q, p, o: lora_tools.verify(q, against=p / "base"),
+    "export": lambda q, p, o: lora_tools.export(q, o, no_verify=True),
+    "collect-stats": lambda q, p, o: lora_tools.collect_stats(q, p / "text", o),
+    "convert --base": lambda q, p, o: lora_tools.convert(p / "adapter", o, to="kohya", base=q),
+    "rescale --base": lambda q, p, o: lora_tools.rescale(p / "adapter", o, scale=2, base=q),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_verb_takes_codes_for_numbers(
+    kind: str, place: str, stored: Callable[[str], Path], plain: Path, tmp_path: Path
+) -> None:
+    """By name, with what is seen and what to do; and nothing is written."""
+    path = stored(kind)
+    with pytest.raises(CheckpointError) as caught:
+        PLACES[place](path, plain, tmp_path / "out")
+    said = str(caught.value)
+    assert said.startswith(f"{path}: quantized as ")
+    assert any(word in said for word in ("bfloat16", "quantized from", "mlx_lm"))
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_bare_file_has_no_config_and_is_known(
+    kind: str, stored: Callable[[str], Path], plain: Path
+) -> None:
+    with pytest.raises(CheckpointError, match="quantized as"):
+        lora_tools.diff(plain / "base", stored(kind) / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("kind", "title", "where"),
+    [
+        ("fp8", "eight-bit floats (FP8)", f"{Q} (F8_E4M3)"),
+        ("fp8 in blocks", "FP8 with block scales", f"{Q}_scale_inv (F32)"),
+        ("fp8 by channels", "FP8 with scales", f"{Q} (F8_E4M3)"),
+        ("comfy", "scaled FP8 of ComfyUI", "scaled_fp8 (F8_E4M3)"),
+        ("gptq", "GPTQ", "q_proj.qweight (I32)"),
+        ("awq", "AWQ", "q_proj.qweight (I32)"),
+        ("int8", "bitsandbytes int8", "q_proj.SCB (F32)"),
+        ("packed", "compressed-tensors", "q_proj.weight_packed (I32)"),
+        ("nvfp4", "NVFP4", "q_proj.weight_scale_2 (F32)"),
+        ("mxfp4", "MXFP4", "q_proj_blocks (U8)"),
+        ("mlx", "MLX", f"{Q} (U32)"),
+        ("config", "FP8 with block scales", "quantization_config in config.json (fp8)"),
+        ("config of the text", "AWQ", "text_config.quantization_config in config.json (awq)"),
+        ("modelopt", "ModelOpt", "hf_quant_config.json"),
+    ],
+)
+def test_it_is_called_what_people_call_it(
+    kind: str, title: str, where: str, stored: Callable[[str], Path]
+) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(stored(kind))
+    assert title in str(caught.value)
+    assert where in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inspect_says_that_it_is_quantized(kind: str, stored: Callable[[str], Path]) -> None:
+    report = lora_tools.inspect(stored(kind))
+    assert report.totals["kind"].startswith("quantized checkpoint (")
+    assert any(note.startswith("quantized (by ") for note in report.notes)
+    specs = open_checkpoint(stored(kind), decoded=False).specs
+    assert {t.tensor for t in report.stored} == set(specs)
+
+
+def test_buffers_of_whole_numbers_are_no_sign(plain: Path, tmp_path: Path) -> None:
+    """A mask, positions, counters, a tokenizer's bytes, scales: none is a weight's code."""
+    buffers = {
+        "model.position_ids": torch.arange(8)[None],
+        "model.norm.num_batches_tracked": torch.tensor(3),
+        "model.layers.0.attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.uint8),
+        "model.layers.0.attn.masked": torch.ones(8, 8, dtype=torch.bool),
+        "model.relative_position_index": torch.zeros(4, 4, dtype=torch.int64),
+        "spiece_model": torch.zeros(9, dtype=torch.uint8),
+        "model.logit_scale": torch.ones(()),
+        "model.layers.0.q_norm.scale": torch.ones(4),
+        "model.layers.0.layer_scale.weight": torch.ones(4),
+    }
+    base = checkpoint(tmp_path / "base", weights(layers=1) | buffers)
+    (base / "config.json").write_text('{"quantization_config": null, "quantization": {}}')
+    assert open_checkpoint(base).scheme is None
+    lora_tools.merge(base, [plain / "adapter"], tmp_path / "out", allow_other_base=True)
+    for name, tensor in buffers.items():
+        assert torch.equal(load_file(tmp_path / "out/model.safetensors")[name], tensor)
+
+
+# ------------------------------------------------------------------------------- four bits: read
+
+
+@pytest.fixture(scope="module")
+def four(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``base`` and ``tuned`` in four bits, and what each dequantizes to as ``plain-…``."""
+    folder = tmp_path_factory.mktemp("four")
+    for side in ("base", "tuned"):
+        lora_tools.quantize(plain / side, folder / side, blocksize=32)
+        lora_tools.dequantize(folder / side, folder / f"plain-{side}")
+    return folder
+
+
+def factors(adapter: Path) -> dict[str, torch.Tensor]:
+    return dict(load_file(adapter / "adapter_model.safetensors"))
+
+
+@pytest.mark.parametrize("sides", ["base", "tuned", "base and tuned"])
+def test_four_bits_on_either_side_of_extract(
+    sides: str, four: Path, plain: Path, tmp_path: Path
+) -> None:
+    """The factors are those of what they dequantize to; the digests name what is stored."""
+    given, same = ({s: root / f"{pre}{s}" for s in ("base", "tuned")} for root, pre in
+                   ((four, ""), (four, "plain-")))  # fmt: skip
+    for side in {"base", "tuned"} - set(sides.split(" and ")):
+        given[side] = same[side] = plain / side
+    done = lora_tools.extract(given["base"], given["tuned"], tmp_path / "a", rank=2)
+    lora_tools.extract(same["base"], same["tuned"], tmp_path / "b", rank=2)
+    mine, wanted = factors(tmp_path / "a"), factors(tmp_path / "b")
+    assert mine.keys() == wanted.keys()
+    assert any("lora_A" in key for key in mine)
+    for key, tensor in wanted.items():
+        assert mine[key].dtype == tensor.dtype
+        torch.testing.assert_close(mine[key], tensor, atol=1e-5, rtol=1e-4)
+    stored = [open_checkpoint(path, decoded=False).digest({}) for path in given.values()]
+    assert [i.digest for i in done.inputs[:2]] == stored
+    notes = [note for note in done.notes if note.endswith("seen as what it dequantizes to")]
+    assert len(notes) == len(sides.split(" and "))
+
+
+def test_the_noise_of_four_bits_is_not_that_of_rounding(
+    four: Path, plain: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="quantized, and --noise-floor"):
+        lora_tools.extract(four / "base", plain / "tuned", tmp_path / "a", noise_floor=True)
+
+
+def test_a_quantized_tensor_saved_whole_is_rounded(four: Path, plain: Path, tmp_path: Path) -> None:
+    """It is decoded in float32, and saved in the dtype that it was quantized from."""
+    base = {n: t.bfloat16() for n, t in weights(layers=1).items()}
+    small, tuned = dict(base), checkpoint(tmp_path / "tuned", moved(base))
+    del small["model.layers.0.up_proj.weight"]
+    checkpoint(tmp_path / "base", small)
+    lora_tools.quantize(tuned, tmp_path / "four")
+    lora_tools.extract(tmp_path / "base", tmp_path / "four", tmp_path / "a", rank=1)
+    [saved] = [t for name, t in factors(tmp_path / "a").items() if "up_proj" in name]
+    lora_tools.dequantize(tmp_path / "four", tmp_path / "plain")
+    wanted = load_file(tmp_path / "plain/model.safetensors")["model.layers.0.up_proj.weight"]
+    assert saved.dtype == torch.bfloat16
+    assert torch.equal(saved, wanted)
+
+
+def test_four_bits_as_the_base_of_others(four: Path, plain: Path, tmp_path: Path) -> None:
+    """``verify`` of an adapter, ``diff``, and the names and shapes for ``convert --base``."""
+    base, same = four / "base", four / "plain-base"
+    lora_tools.extract(base, plain / "tuned", tmp_path / "a", rank=16)
+    found = lora_tools.verify(tmp_path / "a", base=base, tuned=plain / "tuned", max_error=1e-4)
+    assert found.inputs[1].digest == open_checkpoint(base, decoded=False).digest({})
+    pairs = [(base, plain / "tuned"), (same, plain / "tuned")]
+    mine, wanted = (lora_tools.diff(*pair).totals["relative_change"] for pair in pairs)
+    assert mine == pytest.approx(wanted)
+    for given in (base, same):
+        lora_tools.convert(plain / "adapter", tmp_path / given.name, to="loralib", base=given)
+    assert tree(tmp_path / "base").keys() == tree(tmp_path / "plain-base").keys()
+
+
+@pytest.mark.parametrize("verb", ["quantize", "unmerge"])
+def test_what_cannot_be_done_to_four_bits(
+    verb: str, four: Path, plain: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match="loratools dequantize"):
+        PLACES[verb](four / "base", plain, tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+
+
+def test_rows_are_decoded_alone(four: Path) -> None:
+    """Whatever rows of a weight are asked for, also from within a block."""
+    view = open_checkpoint(four / "base")
+    whole = view.tensor(Q)
+    for start, stop in ((0, 16), (0, 1), (3, 7), (15, 16), (5, 5)):
+        rows = view.rows(Q, (16, 16), start, stop)
+        assert torch.equal(rows, whole[start:stop])
+    assert view.scheme is not None
+    assert view.stored.specs[Q].dtype == "U8"
+    assert view.specs[Q].dtype == "F32"
+
+
+def test_codes_of_two_kinds(four: Path, tmp_path: Path) -> None:
+    """What a row decodes is not all: what is left and shows a sign is refused."""
+    shutil.copytree(four / "base", tmp_path / "mixed")
+    file = tmp_path / "mixed/model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"other.weight": torch.ones(4, 4).to(F8)}, file)
+    with pytest.raises(CheckpointError, match=r"other.weight \(F8_E4M3\)"):
+        open_checkpoint(tmp_path / "mixed")
