@@ -184,13 +184,22 @@ class FormatContract:
                 assert "drop" in {fate.action for fate in report.plan}
 
     def test_it_reopens_by_its_path(self, root: Path, tmp_path: Path) -> None:
-        """Another process gets no tensors, but where they are; and refuses others in their place."""
+        """Another process gets the path, no tensors, and refuses what is there by then instead."""
         for kind in self.kinds:
             self.convert(root, kind, tmp_path / kind)
             given = open_adapter(tmp_path / kind, base=root / "base")
             sent = pickle.dumps(given)
             again = pickle.loads(sent)
-            for what in ("path", "format", "form", "config", "modules", "whole", "tokens", "blocks"):
+            for what in (
+                "path",
+                "format",
+                "form",
+                "config",
+                "modules",
+                "whole",
+                "tokens",
+                "blocks",
+            ):
                 assert getattr(again, what) == getattr(given, what), what
             assert again.file.specs == given.file.specs
             for key in given.file.specs:

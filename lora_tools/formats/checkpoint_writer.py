@@ -116,10 +116,15 @@ def _passed_on(metadata: Mapping[str, str]) -> dict[str, str]:
     return {key: value for key, value in metadata.items() if key not in PROVENANCE}
 
 
-class Sink(Protocol):
-    """Takes the tensors of a checkpoint: a writer, or what compares them with others."""
+class TensorSink(Protocol):
+    """Takes tensors, in pieces: a writer, memory, or what compares them with others."""
 
     def write(self, name: str, data: memoryview, offset: int = 0) -> None: ...
+
+
+class Sink(TensorSink, Protocol):
+    """Takes those, too, whose size is known only once they are made."""
+
     def write_last(self, name: str, data: bytes) -> None: ...
 
 
