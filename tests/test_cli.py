@@ -154,12 +154,11 @@ def test_3_when_the_gate_is_exceeded(pair: Path, tmp_path: Path) -> None:
 def test_130_and_143_leave_no_trace(pair: Path, tmp_path: Path) -> None:
     """A signal in the middle: the staging folder goes, and the message says so."""
     code = (
-        "import os, sys\n"
-        "from lora_tools.engine import threads\n"
+        "import os, sys, lora_tools.engine.threads as threads\n"
         "from lora_tools.cli import run\n"
         "real = threads.run\n"
-        "def slow(items, work, **options):\n"
-        "    for i, result in enumerate(real(items, work, **options)):\n"
+        "def slow(*args, **options):\n"
+        "    for i, result in enumerate(real(*args, **options)):\n"
         "        if i == 3:\n"
         "            print('now', flush=True); import time; time.sleep(60)\n"
         "        yield result\n"

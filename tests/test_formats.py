@@ -6,6 +6,8 @@ The effect of an adapter is what PEFT says it adds to each weight; merging is co
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import re
 import shutil
 import sys
@@ -180,6 +182,33 @@ class FormatContract:
             assert any("left out" in note for note in report.notes)
             if feature in ("embedding", "saved", "tokens"):
                 assert "drop" in {fate.action for fate in report.plan}
+
+    def test_it_reopens_by_its_path(self, root: Path, tmp_path: Path) -> None:
+        """Another process gets the path, no tensors, and refuses what is there by then instead."""
+        for kind in self.kinds:
+            self.convert(root, kind, tmp_path / kind)
+            given = open_adapter(tmp_path / kind, base=root / "base")
+            sent = pickle.dumps(given)
+            again = pickle.loads(sent)
+            for what in (
+                "path",
+                "format",
+                "form",
+                "config",
+                "modules",
+                "whole",
+                "tokens",
+                "blocks",
+            ):
+                assert getattr(again, what) == getattr(given, what), what
+            assert again.file.specs == given.file.specs
+            for key in given.file.specs:
+                data = bytes(given.file.raw(key))
+                assert bytes(again.file.raw(key)) == data
+                assert data not in sent
+            os.utime(given.stored.path, ns=(0, 0))
+            with pytest.raises(CheckpointError, match="changed since it was opened"):
+                pickle.loads(sent)
 
     def test_an_unknown_key(self, root: Path, tmp_path: Path) -> None:
         self.convert(root, "even", tmp_path / "a")

@@ -9,7 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_tools.engine.threads import Buffers, run
+from lora_tools.engine.buffers import Buffers
+from lora_tools.engine.tasks import Call
+from lora_tools.engine.threads import run
 from lora_tools.errors import UsageError
 from lora_tools.linalg.delta import Delta
 from lora_tools.linalg.lora import (
@@ -122,8 +124,19 @@ def test_the_noise_edge_lies_just_above_the_rounding_of_a_float32_merge():
     assert truncated(out, RankRule("rank", 32), noise=energies.noise).rank == 4
 
 
+def tasks(work, items):
+    """A task for each number, which takes as many bytes."""
+    return [Call(work, (i,), str(i), i) for i in items]
+
+
 def test_the_engine_keeps_order_and_stops_at_the_first_error():
-    assert list(run(range(50), lambda i: i * i, jobs=3)) == [i * i for i in range(50)]
+    squares = tasks(lambda i, power: i**power, range(50))
+    seen = []
+    assert list(run(squares, (2,), None, jobs=3, progress=seen.append)) == [
+        i * i for i in range(50)
+    ]
+    assert [p.label for p in seen] == [str(i) for i in range(50)]
+    assert seen[-1].done == seen[-1].total
     done = []
 
     def work(i):
@@ -132,10 +145,10 @@ def test_the_engine_keeps_order_and_stops_at_the_first_error():
         done.append(i)
 
     with pytest.raises(ValueError, match="three"):
-        list(run(range(1000), work, jobs=2))
+        list(run(tasks(work, range(1000)), (), None, jobs=2))
     assert len(done) < 100
     with pytest.raises(UsageError, match="--jobs"):
-        list(run([1], work, jobs=0))
+        list(run(tasks(work, [1]), (), None, jobs=0))
 
 
 def test_the_engine_keeps_large_items_apart():
@@ -152,7 +165,7 @@ def test_the_engine_keeps_large_items_apart():
         with lock:
             inside -= size
 
-    list(run([100, 100, 10, 20, 100, 5, 100], work, jobs=4, nbytes=lambda size: size))
+    list(run(tasks(work, [100, 100, 10, 20, 100, 5, 100]), (), None, jobs=4))
     assert most <= 125
 
 

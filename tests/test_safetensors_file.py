@@ -18,15 +18,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from lora_tools.errors import CheckpointError, OutputError, TensorNotFound
-from lora_tools.formats import safetensors_file
+from lora_tools.formats import spool as spool_module
 from lora_tools.formats.dtypes import dtype_name, torch_dtype
 from lora_tools.formats.safetensors_file import (
     SafetensorsFile,
-    SafetensorsSpool,
     SafetensorsWriter,
     encode_header,
     parse_header,
 )
+from lora_tools.formats.spool import SafetensorsSpool
 from lora_tools.formats.tensors import as_bytes
 from lora_tools.records import DTYPE_BITS, TensorSpec
 
@@ -201,7 +201,7 @@ def test_a_spool_writes_the_same_whatever_the_order(tensors, shuffler):
 
 
 def test_a_spool_copies_in_steps(tmp_path, monkeypatch):
-    monkeypatch.setattr(safetensors_file, "_WRITEBACK", 1000)
+    monkeypatch.setattr(spool_module, "WRITEBACK", 1000)
     tensor = sample("U8", (2500,))
     spool = SafetensorsSpool(tmp_path)
     spool.add(spec_of("x", tensor), as_bytes(tensor))

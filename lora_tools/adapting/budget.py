@@ -23,16 +23,12 @@ def shared_ranks(
         NonFiniteError: factors that hold an inf or a NaN.
     """
     from lora_tools.engine import threads
+    from lora_tools.engine.tasks import Call
 
     modules = list(given.modules.values())
-    found = list(
-        threads.run(
-            modules,
-            lambda module: _spectrum(module, given, dtype if size.in_bytes else None),
-            jobs=jobs,
-            label=lambda module: module.module,
-        )
-    )
+    tasks = [Call(_spectrum, (module,), module.module) for module in modules]
+    sources = given, dtype if size.in_bytes else None
+    found = list(threads.run(tasks, sources, None, jobs=jobs))
     spectra = [rule.capped(spectrum) for spectrum, _, _ in found]
     costs = [each * (width if size.in_bytes else 1) for _, each, width in found]
     factors = {key for module in modules for key in (module.A, module.B)}

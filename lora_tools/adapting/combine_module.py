@@ -62,7 +62,6 @@ class Term:
 class Combined:
     """One module of the output; ``result`` where its rank was chosen."""
 
-    terms: Sequence[Term]
     lora_A: torch.Tensor
     lora_B: torch.Tensor
     r: int
@@ -133,11 +132,11 @@ def _sum(
     if wide is dtype and options.rule is None and options.method == "cat":
         lora_A, lora_B = layout.join(stacked, *shapes)
         r = layout.r([left.shape[1] for left, _ in stacked])
-        return Combined(terms, lora_A, lora_B, r, None, None)
+        return Combined(lora_A, lora_B, r, None, None)
     ceiling = max(left.shape[1] for left, _ in stacked)
     rule = options.rule or RankRule("rank", ceiling)
     new = cut_factors(layout, stacked, shapes, 1.0, rule, dtype)
-    return Combined(terms, new.lora_A, new.lora_B, new.r, None, _result(terms, layout, new))
+    return Combined(new.lora_A, new.lora_B, new.r, None, _result(terms, layout, new))
 
 
 def _result(terms: Sequence[Term], layout: Layout, new: Any, **more: Any) -> ModuleResult:
@@ -207,7 +206,7 @@ def _pruned(
     lora_A, lora_B = layout.join(padded, *shapes)
     new = Resized(lora_A, lora_B, layout.r(ranks), total, error)
     result = _result(terms, layout, new, gain_bound=gain / total if total else 0.0, method=method)
-    return Combined(terms, lora_A, lora_B, new.r, None, result)
+    return Combined(lora_A, lora_B, new.r, None, result)
 
 
 def _add_biases(terms: Sequence[Term], strengths: Sequence[float]) -> torch.Tensor | None:

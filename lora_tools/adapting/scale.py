@@ -51,7 +51,6 @@ class Rescaling:
 class _Scaled:
     """One module's new factors; ``result`` where its rank was chosen anew."""
 
-    module: LoraModule
     lora_A: torch.Tensor
     lora_B: torch.Tensor
     r: int
@@ -109,24 +108,25 @@ def rescale_adapter(
 ) -> Report:
     """Write it to ``folder``, which must not exist; the report then has its figures."""
     from lora_tools.engine import threads
+    from lora_tools.engine.tasks import Call
     from lora_tools.formats.adapters.peft_writer import PeftWriter
 
     folder.mkdir()
     ranks: Mapping[str, int] = {}
     if options.size is not None and options.rule is not None:
         ranks = shared_ranks(given, options.rule, options.size, options.dtype, jobs)
+    tasks = []
+    for m in given.modules.values():
+        nbytes = 8 * (math.prod(given.shape(m.A)) + math.prod(given.shape(m.B)))
+        tasks.append(Call(_scale_module, (m, ranks.get(m.name)), m.module, nbytes))
     writer = PeftWriter(folder)
     results = []
     try:
-        for scaled in threads.run(
-            list(given.modules.values()),
-            lambda module: _scale_module(module, given, options.with_rank(ranks.get(module.name))),
-            jobs=jobs,
-            nbytes=lambda m: 8 * (math.prod(given.shape(m.A)) + math.prod(given.shape(m.B))),
-            label=lambda module: module.module,
-            progress=progress,
+        for module, scaled in zip(
+            given.modules.values(),
+            threads.run(tasks, (given, options), None, jobs=jobs, progress=progress),
+            strict=True,
         ):
-            module = scaled.module
             writer.add_lora(
                 module.module,
                 scaled.lora_A,
@@ -157,9 +157,13 @@ def rescale_adapter(
     return dataclasses.replace(report, inputs=inputs, modules=tuple(results), totals=totals)
 
 
-def _scale_module(module: LoraModule, given: Adapter, options: Rescaling) -> _Scaled:
+def _scale_module(
+    module: LoraModule, rank: int | None, given: Adapter, options: Rescaling
+) -> _Scaled:
+    """One module, of the rank that a shared rule has chosen for it, if one has."""
     from lora_tools.linalg import lora
 
+    options = options.with_rank(rank)
     A, B = given.tensor(module.A), given.tensor(module.B)
     bias = given.tensor(module.bias) if module.bias else None
     before = lora.scaling(module.alpha, module.r, given.use_rslora)
@@ -194,7 +198,7 @@ def _scale_module(module: LoraModule, given: Adapter, options: Rescaling) -> _Sc
             f"{module.module}: the factors hold an inf or a NaN; were they so before? Otherwise "
             "choose a wider --dtype"
         )
-    return _Scaled(module, A, B, r, alpha, bias, magnitude, result)
+    return _Scaled(A, B, r, alpha, bias, magnitude, result)
 
 
 def _times(tensor: Any, factor: float) -> Any:

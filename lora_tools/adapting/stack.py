@@ -128,20 +128,22 @@ def combine_adapters(
 ) -> Report:
     """Write it to ``folder``, which must not exist; the report then has its figures."""
     from lora_tools.engine import threads
+    from lora_tools.engine.tasks import Call
     from lora_tools.formats.adapters.peft_writer import PeftWriter
 
     folder.mkdir()
+    tasks = [
+        Call(combine_module, (mine,), name, _working_bytes(mine, options))
+        for name, mine in terms.items()
+    ]
     writer, results = PeftWriter(folder), []
     try:
-        for combined in threads.run(
-            list(terms.values()),
-            lambda mine: combine_module(mine, options),
-            jobs=jobs,
-            nbytes=lambda mine: _working_bytes(mine, options),
-            label=lambda mine: mine[0].module.name,
-            progress=progress,
+        for mine, combined in zip(
+            terms.values(),
+            threads.run(tasks, (options,), None, jobs=jobs, progress=progress),
+            strict=True,
         ):
-            module = combined.terms[0].module
+            module = mine[0].module
             writer.add_lora(
                 module.module,
                 combined.lora_A,

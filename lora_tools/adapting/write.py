@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_tools.adapting.convert_module import Conversion, convert_module, fold_of, writes_rslora
+from lora_tools.engine.tasks import Call
 from lora_tools.errors import NonFiniteError, UnsupportedAdapter
 from lora_tools.formats.adapters.base_names import BaseNames
 from lora_tools.formats.adapters.peft import Adapter, LoraModule
@@ -18,7 +19,7 @@ from lora_tools.linalg.ranks import RankRule
 from lora_tools.records import ModuleResult, ProgressCallback
 
 if TYPE_CHECKING:
-    pass
+    from lora_tools.formats.adapters.writer import Factors
 
 
 def write_as(
@@ -42,7 +43,7 @@ def write_as(
     options = dataclasses.replace(options, blocks=blocks)
     kept = kept_modules(given, options, found)
     made = {k: v for k, v in given.file.metadata.items() if k in PROVENANCE}
-    write_factors(given, kept, names, options, made, out, jobs, None)
+    write_factors(ConvertJob(given, kept, names, options, made, out), jobs, None)
     return tuple(conversion_notes(given, kept, options, found))
 
 
@@ -155,35 +156,52 @@ def write_modules(
     )
     kept = {name: given.modules[name] for name in modules}
     options = dataclasses.replace(options, weight=weight)
-    write_factors(given, kept, names, options, {}, out, jobs, None, saved)
+    write_factors(ConvertJob(given, kept, names, options, {}, out, saved), jobs, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertJob:
+    """An adapter to be written in another format.
+
+    Attributes:
+        kept: the modules that are written.
+        names: of the base, where it is at hand.
+        made: metadata that says how it was made.
+        out: a path that does not exist.
+        saved: which of the tensors saved whole are written; None: all.
+    """
+
+    given: Adapter
+    kept: Mapping[str, LoraModule]
+    names: BaseNames | None
+    options: Conversion
+    made: Mapping[str, str]
+    out: Path
+    saved: Collection[str] | None = None
+
+    def tasks(self) -> list[Call[tuple[Factors, ModuleResult | None]]]:
+        """One for each module."""
+        given, tasks = self.given, []
+        for m in self.kept.values():
+            numbers = m.r * (math.prod(given.shape(m.A)[1:]) + given.shape(m.B)[0])
+            tasks.append(Call(convert_module, (m,), m.module, 16 * numbers))
+        return tasks
 
 
 def write_factors(
-    given: Adapter,
-    kept: Mapping[str, LoraModule],
-    names: BaseNames | None,
-    options: Conversion,
-    made: Mapping[str, str],
-    out: Path,
-    jobs: int | None,
-    progress: ProgressCallback | None,
-    saved: Collection[str] | None = None,
+    job: ConvertJob, jobs: int | None, progress: ProgressCallback | None
 ) -> list[ModuleResult]:
     """Write what is kept, and what else the format holds; results where ranks changed."""
     from lora_tools.engine import threads
     from lora_tools.formats.adapters.peft_format import PeftFormat
     from lora_tools.linalg.recipes import compute
 
-    writer = (options.to.writer or PeftFormat)(out, names, compute)
+    given, options = job.given, job.options
+    writer = (options.to.writer or PeftFormat)(job.out, job.names, compute)
     results = []
     try:
         for factors, result in threads.run(
-            list(kept.values()),
-            lambda module: convert_module(module, given, options),
-            jobs=jobs,
-            nbytes=lambda m: 16 * m.r * (math.prod(given.shape(m.A)[1:]) + given.shape(m.B)[0]),
-            label=lambda module: module.module,
-            progress=progress,
+            job.tasks(), (given, options), None, jobs=jobs, progress=progress
         ):
             writer.add(factors)
             if result is not None:
@@ -191,9 +209,9 @@ def write_factors(
         if isinstance(writer, PeftFormat):
             _add_peft(writer, given, options)
         elif "saved" in options.to.keeps - options.dropped:
-            for name in given.whole if saved is None else saved:
+            for name in given.whole if job.saved is None else job.saved:
                 writer.add_saved(name, _saved(given, name))
-        writer.made = made
+        writer.made = job.made
         writer.finish()
     finally:
         writer.close()

@@ -1,6 +1,6 @@
-"""Runs a function over independent items: the only room that knows threads and devices.
+"""Runs independent tasks on threads.
 
-torch runs one thread per operation here and Python threads run the items: small operations on
+torch runs one thread per operation here and Python threads run the tasks: small operations on
 several OpenMP threads cost tens of times their work on a busy machine, and torch releases the
 interpreter lock while it computes.
 """
@@ -8,23 +8,21 @@ interpreter lock while it computes.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
+from lora_tools.engine.buffers import Buffers
+from lora_tools.engine.tasks import K, R, S, Task
 from lora_tools.errors import UsageError
 from lora_tools.records import Progress, ProgressCallback
 
 if TYPE_CHECKING:
     import torch
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 class Interrupted(Exception):
@@ -61,7 +59,7 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 class _MemoryGate:
-    """Admits items while the bytes in flight stay within a budget; one item always passes."""
+    """Admits tasks while the bytes in flight stay within a budget; one always passes."""
 
     def __init__(self, budget: int) -> None:
         self._budget, self._used = budget, 0
@@ -89,85 +87,55 @@ class _MemoryGate:
             self._changed.notify_all()
 
 
-class Buffers:
-    """Work space that is used again: fresh memory costs the system more time to hand out than it
-    takes to fill. Holds no more buffers than were ever in use at once."""
-
-    def __init__(self) -> None:
-        self._free: list[torch.Tensor] = []
-        self._lock = threading.Lock()
-
-    @contextlib.contextmanager
-    def lend(self, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        """A tensor of that shape and dtype, its contents undefined."""
-        import torch
-
-        nbytes = math.prod(shape) * dtype.itemsize
-        with self._lock:
-            self._free.sort(key=torch.numel)
-            fitting = [i for i, b in enumerate(self._free) if b.numel() >= nbytes]
-            # The smallest that fits; else the largest is given up for a larger one.
-            buffer = self._free.pop(fitting[0] if fitting else -1) if self._free else None
-        if buffer is None or buffer.numel() < nbytes:
-            buffer = None
-            buffer = torch.empty(nbytes, dtype=torch.uint8)
-        try:
-            yield buffer[:nbytes].view(dtype).view(shape)
-        finally:
-            with self._lock:
-                self._free.append(buffer)
-
-
 def run(
-    items: Sequence[T],
-    work: Callable[[T], R],
+    tasks: Sequence[Task[S, K, R]],
+    sources: S,
+    sink: K,
     *,
     jobs: int | None = None,
-    nbytes: Callable[[T], int] = lambda item: 0,
-    label: Callable[[T], str] = str,
     progress: ProgressCallback | None = None,
 ) -> Iterator[R]:
-    """Yield ``work(item)`` for every item, in the order of the items.
+    """Yield the result of every task, in their order.
 
     Args:
+        sources, sink: what the tasks share, see ``engine.tasks``.
         jobs: threads; by default the processors at hand.
-        nbytes: working memory of an item. Together the items in flight take no more than the
-            largest one, and a quarter of it over, so memory follows the largest tensor.
-        label: what ``progress`` calls an item.
 
-    An exception in one item, or a caller that stops iterating, ends the rest.
+    The tasks in flight take no more working memory together than the largest one does, and a
+    quarter of that over, so memory follows the largest tensor. An exception in one, or a caller
+    that stops iterating, ends the rest.
     """
     jobs = default_jobs() if jobs is None else jobs
     if jobs < 1:
         raise UsageError(f"--jobs {jobs}: at least 1 is needed")
-    sizes = [max(nbytes(item), 1) for item in items]
+    sizes = [max(task.nbytes, 1) for task in tasks]
     total, done = sum(sizes), 0
-    gate = _MemoryGate(int(1.25 * max(sizes, default=0)))
+    gate, buffers = _MemoryGate(int(1.25 * max(sizes, default=0))), Buffers()
 
-    def task(item: T, size: int) -> R:
+    def work(task: Task[S, K, R], size: int) -> R:
         with gate.hold(size), one_torch_thread_here():
-            return work(item)
+            return task.run(sources, sink, buffers)
 
     with one_torch_thread():
         pool = ThreadPoolExecutor(jobs, thread_name_prefix="loratools")
         pending: deque[Future[R]] = deque()
-        queue = iter(zip(items, sizes, strict=True))
-        finished = iter(zip(items, sizes, strict=True))
+        queue = iter(zip(tasks, sizes, strict=True))
+        finished = iter(zip(tasks, sizes, strict=True))
         try:
-            # A few items ahead keep every thread busy without holding many results.
-            for item, size in queue:
-                pending.append(pool.submit(task, item, size))
+            # A few tasks ahead keep every thread busy without holding many results.
+            for task, size in queue:
+                pending.append(pool.submit(work, task, size))
                 if len(pending) > 2 * jobs:
                     break
             while pending:
                 result = pending.popleft().result()
-                for item, size in queue:
-                    pending.append(pool.submit(task, item, size))
+                for task, size in queue:
+                    pending.append(pool.submit(work, task, size))
                     break
-                item, size = next(finished)
+                task, size = next(finished)
                 done += size
                 if progress is not None:
-                    progress(Progress(done, total, label(item)))
+                    progress(Progress(done, total, task.label))
                 yield result
         finally:
             gate.close()

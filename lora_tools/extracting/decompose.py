@@ -20,7 +20,7 @@ from lora_tools.records import ModuleResult
 if TYPE_CHECKING:
     import torch
 
-    from lora_tools.engine.threads import Buffers
+    from lora_tools.engine.buffers import Buffers
     from lora_tools.formats.activations import Activations
     from lora_tools.formats.spectra import StoredSpectrum
     from lora_tools.linalg.delta import Delta

@@ -4,9 +4,10 @@ where a shared policy chooses ranks for all modules at once, in two with spectra
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
+from lora_tools.engine.tasks import Task
 from lora_tools.errors import CheckpointError, MismatchError
 from lora_tools.extracting.decompose import (
     Decomposition,
@@ -34,6 +35,7 @@ from lora_tools.records import ModuleResult, ProgressCallback
 if TYPE_CHECKING:
     import torch
 
+    from lora_tools.engine.buffers import Buffers
     from lora_tools.formats.spectra import Spectra, StoredSpectrum
 
 T = TypeVar("T")
@@ -57,6 +59,146 @@ class Outcome:
     stored: dict[str, StoredSpectrum] = dataclasses.field(default_factory=dict)
     unchanged: dict[str, Found] = dataclasses.field(default_factory=dict)
 
+    def take(self, fitted: Fitted, options: Decomposition) -> None:
+        """Have the factors, or the reason why there are none."""
+        self.result, self.lora, self.r = fitted.result, fitted.lora, fitted.r
+        if fitted.lora is not None:
+            self.parameters = fitted.lora[0].numel() + fitted.lora[1].numel()
+        self.action = "decomposed" if fitted.lora is not None else "skipped"
+        self.reason = "" if fitted.lora is not None else options.left_out
+
+
+@dataclasses.dataclass(frozen=True)
+class Extraction:
+    """What all pairs are worked on with; ``spectra`` keeps decompositions, where they are to be
+    kept."""
+
+    sides: Sides
+    options: Decomposition
+    spectra: Spectra | None
+
+
+def working_memory(pair: Pair) -> int:
+    """Bytes: that of a delta in float32."""
+    return 4 * pair.spec.numel if pair.action == "decompose" else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _PairTask:
+    pair: Pair
+
+    @property
+    def label(self) -> str:
+        return self.pair.name
+
+    @property
+    def nbytes(self) -> int:
+        return working_memory(self.pair)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExtractPair(_PairTask):
+    """A task: read one pair and, if it changed and is to be decomposed, decompose it. Where ranks
+    are chosen for all pairs at once, its factors come later."""
+
+    def run(self, using: Extraction, _: None, buffers: Buffers) -> Outcome:
+        """What the pair came to. Raises MismatchError where it may not change."""
+        pair, (base, tuned) = self.pair, using.sides
+        assert pair.tuned is not None
+        tuned_hash = hash_of(tuned, pair.tuned.name)
+        if pair.base is None:
+            action = "saved whole" if pair.action == "save" else "skipped"
+            return Outcome(pair, action, "", tuned_hash)
+        outcome = Outcome(pair, "unchanged", hash_of(base, pair.base.name), tuned_hash)
+        if outcome.base_hash == tuned_hash and dataclasses.replace(pair.base, name="") == (
+            dataclasses.replace(pair.spec, name="")
+        ):
+            let_go(pair, using.sides)
+            return outcome
+        if pair.action == "refuse":
+            raise MismatchError(
+                f"{pair.name}: changed, and it has no low-rank form; --rest save keeps it whole, "
+                "--rest skip leaves it out"
+            )
+        if pair.action == "decompose":
+            self._decompose(outcome, using, buffers)
+        else:
+            let_go(pair, using.sides)
+            outcome.action = "skipped" if pair.action == "skip" else "saved whole"
+        return outcome
+
+    def _decompose(self, outcome: Outcome, using: Extraction, buffers: Buffers) -> None:
+        pair, sides, options = self.pair, using.sides, using.options
+        if using.spectra is None:
+            fitted = decompose(pair, sides, options, buffers)
+            if fitted is not None:
+                outcome.take(fitted, options)
+            return
+        key = options.key(outcome.base_hash, outcome.tuned_hash)
+        names = region_names(pair)
+        for name in names:
+            _refuse_other(using.spectra, name, key)
+        kept = [cached(using.spectra, name, key, options) for name in names]
+        known = [entry for entry in kept if entry is not None]
+        if len(known) < len(names):
+            found = find(pair, sides, options, buffers)
+            for name, one in zip(names, found, strict=True):
+                if one.svd is not None:
+                    outcome.stored[name] = one.stored(key)
+                else:
+                    outcome.unchanged[name] = one
+            if not outcome.stored:
+                return
+            known = [(one, _rank(one, options)) for one in found]
+        if options.rule.shared:
+            let_go(pair, sides)
+            outcome.action = "decomposed"
+        else:
+            regions, ranks = zip(*known, strict=True)
+            outcome.take(_fit(pair, sides, regions, ranks, options), options)
+
+
+@dataclasses.dataclass(frozen=True)
+class FindDeeper(_PairTask):
+    """A task: decompose a pair to a greater depth, under the key of its spectrum."""
+
+    key: str
+    depth: int
+
+    def run(self, using: Extraction, _: None, buffers: Buffers) -> dict[str, StoredSpectrum]:
+        """The decompositions of its regions; none of those where nothing changed."""
+        options = dataclasses.replace(using.options, depth=self.depth)
+        found = find(self.pair, using.sides, options, buffers)
+        return {
+            name: one.stored(self.key)
+            for name, one in zip(region_names(self.pair), found, strict=True)
+            if one.svd is not None
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class FitPair(_PairTask):
+    """A task: the factors of one pair at the rank that was chosen for it.
+
+    Attributes:
+        key: of its decompositions among the kept ones.
+        unchanged: those of its regions that have none, since nothing changed there.
+    """
+
+    key: str
+    rank: int
+    unchanged: Mapping[str, Found]
+
+    def run(self, using: Extraction, *_: object) -> Fitted:
+        """The factors and their measure."""
+        assert using.spectra is not None
+        found = []
+        for name in region_names(self.pair):
+            stored = using.spectra.get(name, self.key)
+            found.append(self.unchanged[name] if stored is None else restore(stored))
+        ranks = [min(self.rank, one.rank) for one in found]
+        return _fit(self.pair, using.sides, found, ranks, using.options)
+
 
 class PairWork:
     """Works on pairs; ``spectra`` keeps decompositions, where they are to be kept."""
@@ -69,154 +211,59 @@ class PairWork:
         jobs: int | None,
         progress: ProgressCallback | None,
     ) -> None:
-        from lora_tools.engine import threads
-
-        self._sides, self._options, self._spectra = sides, options, spectra
+        self._using = Extraction(sides, options, spectra)
         self._jobs, self._progress = jobs, progress
-        self._buffers = threads.Buffers()
 
     def outcomes(self, pairs: Sequence[Pair], size: Size | None) -> Iterator[Outcome]:
         """What each pair came to; what may be refused goes first, so that it is refused at once."""
         pairs = sorted(pairs, key=lambda pair: pair.action == "decompose")
-        if size is None:
-            yield from self._keep(self._run(pairs, self._outcome))
-            return
-        whole = [pair for pair in pairs if pair.action == "decompose"]
-        self._options = dataclasses.replace(
-            self._options, depth=max(first_depth(whole, size, self._options), self._options.depth)
-        )
+        if size is not None:
+            self._look_deep(pairs, size)
         waiting: list[Outcome] = []
         saved: list[Pair] = []
-        for outcome in self._keep(self._run(pairs, self._outcome)):
-            if outcome.action == "decomposed":
+        for outcome in self._run([ExtractPair(pair) for pair in pairs]):
+            self._keep(outcome.stored)
+            outcome.stored = {}
+            if size is not None and outcome.action == "decomposed":
                 waiting.append(outcome)
                 continue
             if outcome.action == "saved whole":
                 saved.append(outcome.pair)
             yield outcome
-        yield from self._second(waiting, saved, size)
+        if size is not None:
+            yield from self._fitted(waiting, saved, size)
 
-    def _run(self, pairs: Sequence[Pair], work: Callable[[Pair], T]) -> Iterator[T]:
+    def _run(self, tasks: Sequence[Task[Extraction, None, T]]) -> Iterator[T]:
         from lora_tools.engine import threads
 
-        return threads.run(
-            pairs,
-            work,
-            jobs=self._jobs,
-            nbytes=lambda pair: 4 * pair.spec.numel if pair.action == "decompose" else 0,
-            label=lambda pair: pair.name,
-            progress=self._progress,
-        )
+        return threads.run(tasks, self._using, None, jobs=self._jobs, progress=self._progress)
 
-    def _keep(self, outcomes: Iterator[Outcome]) -> Iterator[Outcome]:
-        for outcome in outcomes:
-            for name, stored in outcome.stored.items():
-                assert self._spectra is not None
-                self._spectra.put(name, stored)
-            outcome.stored = {}
-            yield outcome
+    def _keep(self, found: Mapping[str, StoredSpectrum]) -> None:
+        for name, stored in found.items():
+            assert self._using.spectra is not None
+            self._using.spectra.put(name, stored)
 
-    def _outcome(self, pair: Pair) -> Outcome:
-        """Read one pair and, if it changed and is to be decomposed, decompose it."""
-        base, tuned = self._sides
-        assert pair.tuned is not None
-        tuned_hash = hash_of(tuned, pair.tuned.name)
-        if pair.base is None:
-            action = "saved whole" if pair.action == "save" else "skipped"
-            return Outcome(pair, action, "", tuned_hash)
-        outcome = Outcome(pair, "unchanged", hash_of(base, pair.base.name), tuned_hash)
-        if outcome.base_hash == tuned_hash and dataclasses.replace(pair.base, name="") == (
-            dataclasses.replace(pair.spec, name="")
-        ):
-            let_go(pair, self._sides)
-            return outcome
-        if pair.action == "refuse":
-            raise MismatchError(
-                f"{pair.name}: changed, and it has no low-rank form; --rest save keeps it whole, "
-                "--rest skip leaves it out"
-            )
-        if pair.action == "decompose":
-            self._decompose(outcome)
-        else:
-            let_go(pair, self._sides)
-            outcome.action = "skipped" if pair.action == "skip" else "saved whole"
-        return outcome
+    def _look_deep(self, pairs: Sequence[Pair], size: Size) -> None:
+        """Find as many directions at first as a size is likely to have room for."""
+        options = self._using.options
+        whole = [pair for pair in pairs if pair.action == "decompose"]
+        depth = max(first_depth(whole, size, options), options.depth)
+        options = dataclasses.replace(options, depth=depth)
+        self._using = dataclasses.replace(self._using, options=options)
 
-    def _decompose(self, outcome: Outcome) -> None:
-        pair, options = outcome.pair, self._options
-        if self._spectra is None:
-            fitted = decompose(pair, self._sides, options, self._buffers)
-            if fitted is not None:
-                self._take(outcome, fitted)
-            return
-        key = options.key(outcome.base_hash, outcome.tuned_hash)
-        names = region_names(pair)
-        for name in names:
-            self._refuse_other(name, key)
-        kept = [cached(self._spectra, name, key, options) for name in names]
-        known = [entry for entry in kept if entry is not None]
-        if len(known) < len(names):
-            found = find(pair, self._sides, options, self._buffers)
-            for name, one in zip(names, found, strict=True):
-                if one.svd is not None:
-                    outcome.stored[name] = one.stored(key)
-                else:
-                    outcome.unchanged[name] = one
-            if not outcome.stored:
-                return
-            known = [(one, _rank(one, options)) for one in found]
-        if options.rule.shared:
-            let_go(pair, self._sides)
-            outcome.action = "decomposed"
-        else:
-            self._take(outcome, self._fit(pair, *zip(*known, strict=True)))
-
-    def _refuse_other(self, name: str, key: str) -> None:
-        """A file of another pair's decompositions is not to be overwritten unasked."""
-        assert self._spectra is not None
-        other = self._spectra.key(name)
-        if other is not None and _weights_of(other) != _weights_of(key):
-            raise CheckpointError(
-                f"{self._spectra.earlier}: {name} was decomposed from other weights than these; "
-                "give --spectrum-cache another file, or remove this one"
-            )
-
-    def _fit(self, pair: Pair, found: Sequence[Found], ranks: Sequence[int]) -> Fitted:
-        fitted = fit(pair, self._sides, found, ranks, self._options)
-        assert fitted is not None
-        return fitted
-
-    def _take(self, outcome: Outcome, fitted: Fitted) -> None:
-        outcome.result, outcome.lora, outcome.r = fitted.result, fitted.lora, fitted.r
-        if fitted.lora is not None:
-            outcome.parameters = fitted.lora[0].numel() + fitted.lora[1].numel()
-        outcome.action = "decomposed" if fitted.lora is not None else "skipped"
-        outcome.reason = "" if fitted.lora is not None else self._options.left_out
-
-    def _second(
+    def _fitted(
         self, waiting: Sequence[Outcome], saved: Sequence[Pair], size: Size
     ) -> Iterator[Outcome]:
         """Ranks for all at once, and the factors."""
-        options, spectra = self._options, self._spectra
+        options, spectra = self._using.options, self._using.spectra
         assert spectra is not None
         pairs = [outcome.pair for outcome in waiting]
         keys = {o.pair: options.key(o.base_hash, o.tuned_hash) for o in waiting}
 
         def deepen(short: Sequence[Pair], depths: Sequence[int]) -> None:
-            deeper = dict(zip(short, depths, strict=True))
-
-            def look(pair: Pair) -> dict[str, StoredSpectrum]:
-                wanted = dataclasses.replace(options, depth=deeper[pair])
-                found = find(pair, self._sides, wanted, self._buffers)
-                return {
-                    name: one.stored(keys[pair])
-                    for name, one in zip(region_names(pair), found, strict=True)
-                    if one.svd is not None
-                }
-
-            for stored in self._run(short, look):
-                for name, one in stored.items():
-                    spectra.put(name, one)
+            deeper = zip(short, depths, strict=True)
+            for found in self._run([FindDeeper(p, keys[p], depth) for p, depth in deeper]):
+                self._keep(found)
 
         ranks = allot(
             pairs,
@@ -227,18 +274,31 @@ class PairWork:
             for_factors(size, pairs, saved),
             deepen,
         )
-        chosen = {o.pair: (o, rank) for o, rank in zip(waiting, ranks, strict=True)}
+        tasks = [
+            FitPair(o.pair, keys[o.pair], rank, o.unchanged)
+            for o, rank in zip(waiting, ranks, strict=True)
+        ]
+        for outcome, fitted in zip(waiting, self._run(tasks), strict=True):
+            outcome.take(fitted, options)
+            yield outcome
 
-        def work(pair: Pair) -> Outcome:
-            outcome, rank = chosen[pair]
-            found = []
-            for name in region_names(pair):
-                stored = spectra.get(name, keys[pair])
-                found.append(outcome.unchanged[name] if stored is None else restore(stored))
-            self._take(outcome, self._fit(pair, found, [min(rank, one.rank) for one in found]))
-            return outcome
 
-        yield from self._run(pairs, work)
+def _fit(
+    pair: Pair, sides: Sides, found: Sequence[Found], ranks: Sequence[int], options: Decomposition
+) -> Fitted:
+    fitted = fit(pair, sides, found, ranks, options)
+    assert fitted is not None
+    return fitted
+
+
+def _refuse_other(spectra: Spectra, name: str, key: str) -> None:
+    """A file of another pair's decompositions is not to be overwritten unasked."""
+    other = spectra.key(name)
+    if other is not None and _weights_of(other) != _weights_of(key):
+        raise CheckpointError(
+            f"{spectra.earlier}: {name} was decomposed from other weights than these; "
+            "give --spectrum-cache another file, or remove this one"
+        )
 
 
 def _rank(found: Found, options: Decomposition) -> int:

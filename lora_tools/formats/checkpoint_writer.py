@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -15,7 +16,7 @@ from lora_tools.errors import UnsafeInput, UsageError
 from lora_tools.formats.checkpoint import Checkpoint, is_plain_name
 from lora_tools.formats.digest import PROVENANCE
 from lora_tools.formats.output import copy_synced, write_synced
-from lora_tools.formats.safetensors_file import SafetensorsWriter, encode_header
+from lora_tools.formats.safetensors_file import SafetensorsWriter, Written, encode_header
 from lora_tools.records import TensorSpec
 
 _UNITS = {
@@ -115,36 +116,51 @@ def _passed_on(metadata: Mapping[str, str]) -> dict[str, str]:
     return {key: value for key, value in metadata.items() if key not in PROVENANCE}
 
 
-class Sink(Protocol):
-    """Takes the tensors of a checkpoint: a writer, or what compares them with others."""
+class TensorSink(Protocol):
+    """Takes tensors, in pieces: a writer, memory, or what compares them with others."""
 
     def write(self, name: str, data: memoryview, offset: int = 0) -> None: ...
+
+
+class Sink(TensorSink, Protocol):
+    """Takes those, too, whose size is known only once they are made."""
+
     def write_last(self, name: str, data: bytes) -> None: ...
 
 
 class CheckpointWriter:
     """Opens every shard at once, so that all space is reserved before any work.
 
+    It is pickled as ``SafetensorsWriter`` is, with the same parts for the owner and for others.
+
     Args:
         out: the folder to make, or for a bare file its path.
     """
 
-    def __init__(self, out: Path, shards: Sequence[Shard], is_folder: bool) -> None:
+    def __init__(
+        self, out: Path, shards: Sequence[Shard], is_folder: bool, *, is_owner: bool = True
+    ) -> None:
         self._out, self._shards, self._is_folder = out, shards, is_folder
         _refuse_paths(shard.name for shard in shards)
         self._home: dict[str, SafetensorsWriter] = {}
         self._writers: list[SafetensorsWriter] = []
-        if is_folder:
+        if is_folder and is_owner:
             out.mkdir()
         try:
             for shard in shards:
                 path = out / shard.name if is_folder else out
-                writer = SafetensorsWriter(path, shard.specs, shard.metadata, shard.header)
+                writer = SafetensorsWriter(
+                    path, shard.specs, shard.metadata, shard.header, is_owner=is_owner
+                )
                 self._writers.append(writer)
                 self._home.update((spec.name, writer) for spec in shard.specs)
         except BaseException:
             self._abandon()
             raise
+
+    def __reduce__(self) -> tuple[Callable[..., CheckpointWriter], tuple[Any, ...]]:
+        again = functools.partial(CheckpointWriter, is_owner=False)
+        return again, (self._out.absolute(), self._shards, self._is_folder)
 
     def write(self, name: str, data: memoryview, offset: int = 0) -> None:
         """Bytes of one tensor from ``offset`` on; from any thread."""
@@ -153,6 +169,19 @@ class CheckpointWriter:
     def write_last(self, name: str, data: bytes) -> None:
         """A tensor of bytes whose size is known only now (see ``SafetensorsWriter``)."""
         self._home[name].write_last(name, data)
+
+    def hand_over(self) -> Written:
+        """What was written here since the last call, for the owner to know of."""
+        parts = [writer.hand_over() for writer in self._writers]
+        nbytes = {name: n for part in parts for name, n in part.nbytes.items()}
+        return Written(nbytes, {name: data for part in parts for name, data in part.last.items()})
+
+    def credit(self, written: Written) -> None:
+        """Take what another writer of these files has done for done."""
+        for name, nbytes in written.nbytes.items():
+            self._home[name].credit(Written({name: nbytes}, {}))
+        for name, data in written.last.items():
+            self._home[name].credit(Written({}, {name: data}))
 
     @property
     def nbytes(self) -> int:

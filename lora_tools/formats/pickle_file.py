@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from lora_tools.errors import CheckpointError, TensorNotFound
 from lora_tools.formats.dtypes import dtype_name
+from lora_tools.formats.reopen import Reopened, Stamp
 from lora_tools.formats.tensors import as_bytes
 from lora_tools.records import TensorSpec
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class PickleFile:
+class PickleFile(Reopened):
     """Tensors of one pickle. Raises CheckpointError where it holds anything but tensors."""
 
     def __init__(self, path: Path) -> None:
@@ -28,6 +29,7 @@ class PickleFile:
         self.header = b""
         self.metadata: dict[str, str] = {}
         try:
+            self.stamp = Stamp.of(path)
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             except RuntimeError:  # a legacy, non-zip file cannot be mapped

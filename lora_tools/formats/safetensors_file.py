@@ -14,10 +14,13 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -25,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from lora_tools.errors import CheckpointError, OutputError, TensorNotFound
 from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.formats.mapped import MappedFile
+from lora_tools.formats.reopen import Reopened, Stamp
 from lora_tools.records import DTYPE_BITS, TensorSpec
 
 if TYPE_CHECKING:
@@ -33,7 +37,7 @@ if TYPE_CHECKING:
 _MAX_HEADER = 100_000_000  # the safetensors package's own limit
 _MAX_DIMS = 64  # numpy's limit
 _MAX_SIZE = 2**63 - 1  # torch's limit
-_WRITEBACK = 64 << 20  # start writing to disk in steps of this size
+WRITEBACK = 64 << 20  # start writing to disk in steps of this size
 
 
 def _pairs_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -123,7 +127,7 @@ def parse_header(
     return specs, offsets, metadata
 
 
-class SafetensorsFile:
+class SafetensorsFile(Reopened):
     """A memory-mapped safetensors file. Nothing is read but the header until a tensor is asked for.
 
     Raises:
@@ -134,7 +138,8 @@ class SafetensorsFile:
         self.path = path
         try:
             with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
+                self.stamp = Stamp.of(file.fileno())
+                size = self.stamp.nbytes
                 length = int.from_bytes(file.read(8), "little")
                 if size < 8 or length > min(size - 8, _MAX_HEADER):
                     raise CheckpointError(
@@ -215,11 +220,24 @@ def encode_header(
     return header, {k: v + len(header) for k, v in starts.items()}, len(header) + position
 
 
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """What a writer that was reopened elsewhere has done: bytes by tensor, and what came by
+    ``write_last``."""
+
+    nbytes: Mapping[str, int]
+    last: Mapping[str, bytes]
+
+
 class SafetensorsWriter:
     """Writes a planned file in any order and from any thread; the header goes first.
 
     Space for the whole file is reserved at once, so a full disk is met before any work. ``close``
     raises if a planned tensor was not written whole, then syncs the file to disk.
+
+    ``pickle`` sends the path and the plan; what is unpickled writes into the same file. Only the
+    owner, which made the file, completes it, once it was told of what others wrote: ``credit`` of
+    their ``hand_over``.
     """
 
     def __init__(
@@ -228,29 +246,40 @@ class SafetensorsWriter:
         specs: Iterable[TensorSpec],
         metadata: Mapping[str, str] | None = None,
         body: bytes | None = None,
+        *,
+        is_owner: bool = True,
     ) -> None:
         self.specs = list(specs)
-        self.path, self._metadata = path, metadata
+        self.path, self._metadata, self._body, self._is_owner = path, metadata, body, is_owner
         header, self._offsets, self.size = encode_header(self.specs, metadata, body)
         self._header_size = len(header)
-        self._missing = {spec.name: spec.nbytes for spec in self.specs if spec.nbytes}
+        self._written: Counter[str] = Counter()
         self._last: dict[str, bytes] = {}
         self._unsynced = 0
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        new = os.O_CREAT | os.O_EXCL if is_owner else 0
+        self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | new, 0o666)
+        self._finalizer = weakref.finalize(self, os.close, self._fd)
         try:
-            reserve(self._fd, self.size, path)
-            _write_all(self._fd, header, 0)
+            if is_owner:
+                reserve(self._fd, self.size, path)
+                write_all(self._fd, header, 0)
+            elif os.pread(self._fd, len(header), 0) != header:
+                raise OutputError(f"{path}: changed while it was written; write it anew")
         except BaseException:
-            os.close(self._fd)
+            self.abandon()
             raise
+
+    def __reduce__(self) -> tuple[Callable[..., SafetensorsWriter], tuple[Any, ...]]:
+        again = functools.partial(SafetensorsWriter, is_owner=False)
+        return again, (self.path.absolute(), self.specs, self._metadata, self._body)
 
     def write(self, name: str, data: memoryview, offset: int = 0) -> None:
         """Write ``data`` at byte ``offset`` of the tensor."""
         start = self._offsets[name] + offset
-        _write_all(self._fd, data, start)
-        self._missing[name] = self._missing.get(name, 0) - data.nbytes
+        write_all(self._fd, data, start)
+        self._written[name] += data.nbytes
         self._unsynced += data.nbytes
-        if self._unsynced >= _WRITEBACK and hasattr(os, "posix_fadvise"):
+        if self._unsynced >= WRITEBACK and hasattr(os, "posix_fadvise"):
             # Starts the disk working now, so that the sync at the end finds little left to do.
             self._unsynced = 0
             os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -258,16 +287,27 @@ class SafetensorsWriter:
     def seal(self, metadata: Mapping[str, str]) -> None:
         """Write the header anew, with metadata that was not known at the start and takes the same
         room."""
+        assert self._is_owner
         header, offsets, _ = encode_header(self.specs, metadata)
         assert offsets == self._offsets, "the data lies where it lies"
-        _write_all(self._fd, header, 0)
+        write_all(self._fd, header, 0)
         self._metadata = metadata
 
     def write_last(self, name: str, data: bytes) -> None:
         """A tensor of bytes whose size is known only now: it was planned with the most it can have,
         as one of the last of the file. From any thread."""
         self._last[name] = data
-        self._missing.pop(name, None)
+
+    def hand_over(self) -> Written:
+        """What was written here since the last call, for the owner to know of."""
+        written = Written(dict(self._written), self._last)
+        self._written, self._last = Counter(), {}
+        return written
+
+    def credit(self, written: Written) -> None:
+        """Take what another writer of this file has done for done."""
+        self._written.update(written.nbytes)
+        self._last |= written.last
 
     def _settle(self) -> None:
         """Write what came by ``write_last`` at its true size, and the header anew, in the room it
@@ -283,16 +323,17 @@ class SafetensorsWriter:
         header, offsets, self.size = encode_header(self.specs, self._metadata, body)
         assert len(header) == self._header_size
         for name, data in self._last.items():
-            _write_all(self._fd, data, offsets[name])
-        _write_all(self._fd, header, 0)
+            write_all(self._fd, data, offsets[name])
+        write_all(self._fd, header, 0)
         os.ftruncate(self._fd, self.size)
 
     def close(self) -> None:
         """Sync and close. Raises OutputError naming a tensor that was not written whole."""
+        assert self._is_owner, "who reopened a file does not know of all that is in it"
         try:
-            short = [name for name, left in self._missing.items() if left]
-            if short:
-                raise OutputError(f"{self.path}: tensor {short[0]!r} was not written whole")
+            for spec in self.specs:
+                if self._written[spec.name] != spec.nbytes and spec.name not in self._last:
+                    raise OutputError(f"{self.path}: tensor {spec.name!r} was not written whole")
             if self._last:
                 self._settle()
             os.fsync(self._fd)
@@ -301,9 +342,8 @@ class SafetensorsWriter:
 
     def abandon(self) -> None:
         """Close without a check: for a file that is about to be deleted."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._fd = -1
+        self._finalizer()
 
     def __enter__(self) -> SafetensorsWriter:
         return self
@@ -320,74 +360,6 @@ class SafetensorsWriter:
             self.abandon()
 
 
-class SafetensorsSpool:
-    """Collects tensors whose shapes are known only once computed, then writes them sorted by name.
-
-    What is added goes to an unlinked scratch file in the destination's folder, never to memory, and
-    ``finish`` copies it behind a header. The result depends on the tensors alone, not on the order
-    in which they were added.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        path = folder / ".spool"
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        path.unlink()
-        self._end = 0
-        self._at: dict[str, tuple[TensorSpec, int]] = {}
-
-    def add(self, spec: TensorSpec, data: memoryview, replace: bool = False) -> None:
-        """Append one tensor's bytes. Not for use from several threads."""
-        assert data.nbytes == spec.nbytes
-        assert replace or spec.name not in self._at
-        _write_all(self._fd, data, self._end)
-        self._at[spec.name] = (spec, self._end)
-        self._end += data.nbytes
-
-    def rename(self, name: str, new: str) -> None:
-        """Give what was added under one name another."""
-        assert new not in self._at
-        spec, position = self._at.pop(name)
-        self._at[new] = (dataclasses.replace(spec, name=new), position)
-
-    @property
-    def specs(self) -> tuple[TensorSpec, ...]:
-        """What was added, sorted by name."""
-        return tuple(self._at[name][0] for name in sorted(self._at))
-
-    def read(self, name: str) -> tuple[TensorSpec, bytearray]:
-        """A tensor that was added, and its bytes; from any thread."""
-        spec, start = self._at[name]
-        data = bytearray(spec.nbytes)
-        view, position = memoryview(data), 0
-        while position < spec.nbytes:
-            position += os.preadv(self._fd, [view[position:]], start + position)
-        return spec, data
-
-    def spec(self, name: str) -> TensorSpec:
-        """Dtype and shape of a tensor that was added."""
-        return self._at[name][0]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._at
-
-    def finish(self, path: Path, metadata: Mapping[str, str] | None = None) -> None:
-        """Write the file, synced, and drop the scratch space."""
-        with SafetensorsWriter(path, self.specs, metadata) as writer:
-            for spec in self.specs:
-                position = self._at[spec.name][1]
-                for step in range(0, spec.nbytes, _WRITEBACK):
-                    size = min(_WRITEBACK, spec.nbytes - step)
-                    chunk = os.pread(self._fd, size, position + step)
-                    writer.write(spec.name, memoryview(chunk), step)
-        self.close()
-
-    def close(self) -> None:
-        """Drop the scratch space."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-
 def reserve(fd: int, size: int, path: Path) -> None:
     """Reserve ``size`` bytes for an open file. Raises OSError on a full disk."""
     try:
@@ -399,7 +371,8 @@ def reserve(fd: int, size: int, path: Path) -> None:
         raise OSError(error.errno, f"no room for {size:,} bytes ({error.strerror})", path) from None
 
 
-def _write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
+def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of ``data`` at ``offset`` of an open file. Raises OSError."""
     view = memoryview(data).cast("B")
     while view.nbytes:
         written = os.pwrite(fd, view, offset)

@@ -19,7 +19,8 @@ import zstandard
 
 from lora_tools.errors import CheckpointError
 from lora_tools.formats import digest as hashing
-from lora_tools.formats.safetensors_file import SafetensorsFile, SafetensorsSpool
+from lora_tools.formats.safetensors_file import SafetensorsFile
+from lora_tools.formats.spool import SafetensorsSpool
 from lora_tools.records import TensorSpec
 
 if TYPE_CHECKING:

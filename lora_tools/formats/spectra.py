@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import CheckpointError
 from lora_tools.formats.dtypes import dtype_name, torch_dtype
-from lora_tools.formats.safetensors_file import SafetensorsFile, SafetensorsSpool, strict_json
+from lora_tools.formats.safetensors_file import SafetensorsFile, strict_json
+from lora_tools.formats.spool import SafetensorsSpool
 from lora_tools.formats.tensors import as_bytes
 from lora_tools.records import TensorSpec
 
@@ -45,15 +46,16 @@ class StoredSpectrum:
 
 
 class Spectra:
-    """Decompositions by module, on disk while they are collected.
+    """Decompositions by module, on disk while they are collected. ``pickle`` sends what is there
+    at the time, to be read.
 
     Args:
-        folder: where an unlinked scratch file may lie.
+        folder: where a scratch file may lie.
         earlier: a file written before; its entries are found too.
     """
 
     def __init__(self, folder: Path, earlier: Path | None = None) -> None:
-        self._spool = SafetensorsSpool(folder)
+        self._spool = SafetensorsSpool(folder, shared=True)
         self._facts: dict[str, dict[str, Any]] = {}
         self._earlier: SafetensorsFile | None = None
         self.changed = False

@@ -33,7 +33,7 @@ NESTED_BLOCKSIZE = 256
 RUN = 1 << 19  # elements at a time, a multiple of every block size: smaller runs stay in a nearer
 # cache, and lose more to two threads handing the interpreter to each other at every step
 SCRATCH_BYTES = RUN * 10
-_TINY = np.float32(1e-38)
+TINY = np.float32(1e-38)
 _SMALL = np.float32(2.0**-117)  # a scale from which on a value may be denormal
 
 
@@ -197,9 +197,16 @@ def quantize_whole(
     room = packed.numpy()
     with np.errstate(all="ignore"):  # what is not finite is for the caller to refuse
         quantize_into(x, codebook, blocksize, room, absmax, scratch)
-        nested = double_quantize(absmax) if double else None
-        scales = absmax if nested is None else restore_absmax(nested)
-    return Quantized(room, scales, nested)
+        return Quantized(room, *as_read(absmax, double))
+
+
+def as_read(scales: Array, double: bool) -> tuple[Array, Nested | None]:
+    """Scales (blocks,) as a reader works with them, and as they are stored where that is in eight
+    bits."""
+    if not double:
+        return scales, None
+    nested = double_quantize(scales)
+    return restore_absmax(nested), nested
 
 
 def quantize_into(
@@ -245,10 +252,10 @@ def quantize_run(
     wide.copy_(x)
     _absmax(wide, blocksize, absmax, scratch)
     scaled = scratch.other[: full * blocksize].view(full, blocksize)
-    inverse = torch.from_numpy(np.float32(1) / np.maximum(absmax[:full], _TINY))
+    inverse = torch.from_numpy(np.float32(1) / np.maximum(absmax[:full], TINY))
     torch.mul(wide[: full * blocksize].view(full, blocksize), inverse[:, None], out=scaled)
     if full < len(absmax):
-        absmax[full] = max(absmax[full], _TINY)
+        absmax[full] = max(absmax[full], TINY)
         tail = scratch.other[full * blocksize : n]
         torch.div(wide[full * blocksize :], float(absmax[full]), out=tail)
     encode(scratch.other[:n].numpy(), codebook, packed, scratch)

@@ -13,22 +13,21 @@ import numpy as np
 import torch
 
 from lora_tools.linalg.nf4 import (
+    TINY,
     Array,
     Codebook,
     Quantized,
     Scratch,
+    as_read,
     blocks_of,
-    double_quantize,
     encode,
     packed_size,
-    restore_absmax,
     runs,
 )
 
 # Multiples of a block's largest magnitude. Others, and more of them, were tried on normal, Laplace
 # and Student-t numbers: a fourth of each sign gains a thousandth.
 GRID = (1.05, 0.97, 0.9, -1.05, -0.97, -0.9)
-_TINY = np.float32(1e-38)
 
 
 def quantize_searched(
@@ -46,8 +45,7 @@ def quantize_searched(
         for start, stop in runs(n):
             into = scales[start // blocksize : blocks_of(stop, blocksize)]
             into[:] = _search(x[start:stop], codebook, blocksize, scratch)
-        nested = double_quantize(scales) if double else None
-        scales = scales if nested is None else restore_absmax(nested)
+        scales, nested = as_read(scales, double)
         for start, stop in runs(n):
             blocks = _blocks(x[start:stop], blocksize, scratch)
             here = scales[start // blocksize : blocks_of(stop, blocksize)]
@@ -72,7 +70,7 @@ def _blocks(x: torch.Tensor, blocksize: int, scratch: Scratch) -> torch.Tensor:
 
 def _scaled(blocks: torch.Tensor, scales: torch.Tensor, scratch: Scratch) -> torch.Tensor:
     """blocks / scales; a scale of next to nothing divides as one of 1e-38 does."""
-    inverse = 1 / torch.where(scales.abs() < float(_TINY), float(_TINY), scales)
+    inverse = 1 / torch.where(scales.abs() < float(TINY), float(TINY), scales)
     out = scratch.other[: blocks.numel()].view(blocks.shape)
     return torch.mul(blocks, inverse[:, None], out=out)
 

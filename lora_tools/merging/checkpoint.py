@@ -14,8 +14,7 @@ from lora_tools.formats.sidecar import NAME as SIDECAR_NAME
 from lora_tools.merging.output_files import changed_files
 from lora_tools.merging.plan import MergePlan
 from lora_tools.merging.rewrite import Rewrite
-from lora_tools.merging.targets import Target
-from lora_tools.merging.tensor import MergedTensor, merge_tensor, survival_totals
+from lora_tools.merging.tensor import MergeTensor, survival_totals
 from lora_tools.records import Report
 
 if TYPE_CHECKING:
@@ -44,19 +43,13 @@ def merge_checkpoint(job: Rewrite, reversible: bool) -> Report:
     survivals: list[Survival] = []
     try:
         with job.writer() as writer:
-
-            def work(target: Target) -> MergedTensor:
-                return merge_tensor(
-                    target,
-                    base,
-                    specs[target.spec.name],
-                    writer.write,
-                    reversible,
-                    measured=base.scheme is not None,
-                )
-
             targets = (*plan.targets, *plan.untied)
-            for target, result in job.run(targets, work, lambda target: target.spec.nbytes):
+            measured = base.scheme is not None
+            tasks = [
+                MergeTensor(t, specs[t.spec.name], t.spec.nbytes, reversible, measured)
+                for t in targets
+            ]
+            for target, result in zip(targets, job.run(tasks, writer), strict=True):
                 out_hashes[target.spec.name] = result.out_hash
                 survivals += [result.survival] if result.survival else []
                 listing = None if target in plan.untied else result.listing

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from lora_tools.engine import threads
+from lora_tools.engine.tasks import Task
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.checkpoint_writer import CheckpointWriter, Shard
 from lora_tools.merging.plan import MergePlan, adapter_digest
 from lora_tools.provenance import check_bases, tool_version
-from lora_tools.records import ProgressCallback, Report, TensorSpec
+from lora_tools.records import ProgressCallback, Report
 from lora_tools.sources.weighted import Weighted, digests_and_weights
-
-
-class Planned(Protocol):
-    """A tensor of the output."""
-
-    @property
-    def spec(self) -> TensorSpec: ...
 
 
 class Hashed(Protocol):
@@ -31,8 +25,7 @@ class Hashed(Protocol):
     def base_hash(self) -> str: ...
 
 
-P = TypeVar("P", bound=Planned)
-D = TypeVar("D", bound=Hashed)
+H = TypeVar("H", bound=Hashed)
 
 
 def signed(shards: Sequence[Shard], command: str, adapters: Sequence[Weighted]) -> list[Shard]:
@@ -81,22 +74,15 @@ class Rewrite:
         return CheckpointWriter(self.out, self.shards, self.source.is_folder)
 
     def run(
-        self, items: Sequence[P], work: Callable[[P], D], nbytes: Callable[[P], int]
-    ) -> Iterator[tuple[P, D]]:
-        """``threads.run`` over the items, which stand for the plan's targets in their order."""
-        done = threads.run(
-            items,
-            work,
-            jobs=self.jobs,
-            nbytes=nbytes,
-            label=lambda item: item.spec.name,
-            progress=self.progress,
-        )
+        self, tasks: Sequence[Task[Checkpoint, CheckpointWriter, H]], writer: CheckpointWriter
+    ) -> Iterator[H]:
+        """The results of the tasks, which stand for the plan's targets in their order."""
         stored = len(self.plan.targets)  # those untied come after them
-        for i, (item, result) in enumerate(zip(items, done, strict=True)):
+        done = threads.run(tasks, self.source, writer, jobs=self.jobs, progress=self.progress)
+        for i, result in enumerate(done):
             if i < stored:
                 self.hashes[self.plan.targets[i].base_name] = result.base_hash
-            yield item, result
+            yield result
 
     def finish(
         self, writer: CheckpointWriter, changed: Mapping[str, bytes], leave: Sequence[str] = ()

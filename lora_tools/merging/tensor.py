@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import xxhash
@@ -12,6 +12,7 @@ import xxhash
 from lora_tools.errors import NonFiniteError
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.formats.checkpoint_writer import TensorSink
 from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.merging.plan import build_effects
 from lora_tools.merging.targets import Target
@@ -36,16 +37,71 @@ class MergedTensor:
     survival: Survival | None = None
 
 
-Write = Callable[[str, memoryview, int], None]
+@dataclasses.dataclass(frozen=True)
+class MergeTensor:
+    """A task: merge one tensor of a checkpoint, writing it run by run, or copy it where nothing
+    acts on it.
+
+    Attributes:
+        spec: of the output.
+        nbytes: working memory.
+        reversible: list what undoes the change.
+        measured: find out how much of the change is left after rounding.
+    """
+
+    target: Target
+    spec: TensorSpec
+    nbytes: int = 0
+    reversible: bool = False
+    measured: bool = False
+
+    @property
+    def label(self) -> str:
+        return self.spec.name
+
+    def run(self, base: Checkpoint, sink: TensorSink, *_: object) -> MergedTensor:
+        """Write the tensor. Raises NonFiniteError."""
+        if is_copied(self.target, base, self.spec):
+            digest = copy_tensor(base, self.spec.name, sink)
+            return MergedTensor(digest, digest)
+        base_hash = hashing.tensor_hash(base.raw(self.target.base_name))
+        out_hash, listing, survival = self._write(MergedRuns(self.target, base, self.spec), sink)
+        base.release(self.target.base_name)
+        return MergedTensor(base_hash, out_hash, listing, survival)
+
+    def _write(
+        self, runs: MergedRuns, sink: TensorSink
+    ) -> tuple[str, Listing | None, Survival | None]:
+        from lora_tools.formats.tensors import as_bytes
+
+        state, offset = xxhash.xxh3_128(), 0
+        lister = _Lister(runs) if self.reversible else None
+        survival = runs.survival() if self.measured else None
+        for run in runs:
+            data = as_bytes(run.merged)
+            sink.write(self.spec.name, data, offset)
+            state.update(data)
+            offset += data.nbytes
+            if survival is not None:
+                survival.add(runs.read(run.start, run.stop), run.exact, run.merged)
+            if lister is not None:
+                lister.add(run)
+        return state.hexdigest(), lister.listing() if lister is not None else None, survival
 
 
-def copy_tensor(source: Checkpoint, name: str, write: Write) -> str:
+def is_copied(target: Target, base: Checkpoint, spec: TensorSpec) -> bool:
+    """Whether the tensor ``spec`` of the output is the base's as it is."""
+    dtype = base.specs[target.base_name].dtype
+    return not target.parts and spec.dtype == dtype and spec.name == target.base_name
+
+
+def copy_tensor(source: Checkpoint, name: str, sink: TensorSink) -> str:
     """Copy a tensor's bytes through; returns their hash."""
     raw, state = source.raw(name), xxhash.xxh3_128()
     for offset in range(0, raw.nbytes, _COPY_STEP):
         chunk = raw[offset : offset + _COPY_STEP]
         state.update(chunk)
-        write(name, chunk, offset)
+        sink.write(name, chunk, offset)
         source.release(name, offset, offset + chunk.nbytes)
     return state.hexdigest()
 
@@ -62,74 +118,81 @@ def as_matrix(tensor: torch.Tensor, target: Target) -> torch.Tensor:
     return tensor.reshape(target.matrix(tuple(tensor.shape)))
 
 
-def merge_tensor(
-    target: Target,
-    base: Checkpoint,
-    spec: TensorSpec,
-    write: Write,
-    reversible: bool = False,
-    measured: bool = False,
-    stand_in: torch.Tensor | None = None,
-) -> MergedTensor:
-    """Merge one tensor, writing it run by run, or copy it where nothing acts on it.
+@dataclasses.dataclass(frozen=True)
+class MergedRun:
+    """Rows [start, stop) of a merged tensor: the sum, and what it is rounded to."""
 
-    Args:
-        measured: find out how much of the change is left after rounding; ``stand_in`` (rows, cols)
-            is what was written, where that is not the rounded sum.
-    """
-    from lora_tools.formats.tensors import as_bytes
-    from lora_tools.linalg import reversible as codec
-    from lora_tools.linalg.lora import rows_per_run
-    from lora_tools.linalg.merge import Survival, TensorMerge
+    start: int
+    stop: int
+    exact: torch.Tensor
+    merged: torch.Tensor
 
-    stored = base.specs[target.base_name]
-    if not target.parts and spec.dtype == stored.dtype and spec.name == target.base_name:
-        digest = copy_tensor(base, target.base_name, write)
-        return MergedTensor(digest, digest)
-    base_hash = hashing.tensor_hash(base.raw(target.base_name))
-    dtype = torch_dtype(spec.dtype)
-    source = as_matrix(base.tensor(target.base_name), target)
-    working = working_dtype(source.dtype)
 
-    def read(start: int, stop: int) -> torch.Tensor:
-        return source[start:stop].to(working, copy=True)
+class MergedRuns:
+    """A tensor seen as a matrix, with the effects on it: run of rows by run of rows, and formed
+    anew whenever it is gone through."""
 
-    effects = build_effects(target)
-    if spec.shape != stored.shape:  # saved whole with another vocabulary
-        source = as_matrix(
-            target.parts[0].weighted.adapter.tensor(str(target.parts[0].source)), target
-        )
-    shape = (source.shape[0], source.shape[1])
-    work = TensorMerge(effects, shape, read, working)
-    # An estimate in float64 keeps the listing of a float32 base short.
-    wide = (
-        work
-        if dtype.itemsize < 4
-        else TensorMerge(effects, shape, None, torch_dtype("F64"), work.norms)
-    )
-    state, runs, offset = xxhash.xxh3_128(), [], 0
-    survival = Survival() if measured and effects and spec.shape == stored.shape else None
-    step = rows_per_run(shape)
-    for start in range(0, shape[0], step):
-        stop = min(start + step, shape[0])
-        exact = work.forward(read(start, stop), start, stop)
-        merged = exact.to(dtype)
-        _check_finite(exact, merged, spec.name)
-        data = as_bytes(merged)
-        write(spec.name, data, offset)
-        state.update(data)
-        if survival is not None:
-            written = merged if stand_in is None else stand_in[start:stop]
-            survival.add(read(start, stop), exact, written)
-        if reversible:
-            slack = wide.slack(merged.to(wide.dtype), start, stop)
-            estimate = wide.estimate(merged.to(wide.dtype, copy=True), start, stop)
-            where = codec.listed(source[start:stop], estimate, slack)
-            runs.append(codec.encode(source[start:stop], merged, where))
-        offset += data.nbytes
-    base.release(target.base_name)
-    listing = _listing(runs, work.norms) if reversible else None
-    return MergedTensor(base_hash, state.hexdigest(), listing, survival)
+    def __init__(self, target: Target, base: Checkpoint, spec: TensorSpec) -> None:
+        from lora_tools.linalg.merge import TensorMerge
+
+        self.spec, self.dtype = spec, torch_dtype(spec.dtype)
+        self.source = as_matrix(base.tensor(target.base_name), target)
+        self._working = working_dtype(self.source.dtype)
+        self._is_resized = spec.shape != base.specs[target.base_name].shape
+        if self._is_resized:  # saved whole with another vocabulary
+            saved = target.parts[0]
+            self.source = as_matrix(saved.weighted.adapter.tensor(str(saved.source)), target)
+        self.shape = (self.source.shape[0], self.source.shape[1])
+        self.effects = build_effects(target)
+        self.work = TensorMerge(self.effects, self.shape, self.read, self._working)
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of the base in the working dtype, a copy."""
+        return self.source[start:stop].to(self._working, copy=True)
+
+    def __iter__(self) -> Iterator[MergedRun]:
+        from lora_tools.linalg.lora import rows_per_run
+
+        step = rows_per_run(self.shape)
+        for start in range(0, self.shape[0], step):
+            stop = min(start + step, self.shape[0])
+            exact = self.work.forward(self.read(start, stop), start, stop)
+            merged = exact.to(self.dtype)
+            _check_finite(exact, merged, self.spec.name)
+            yield MergedRun(start, stop, exact, merged)
+
+    def survival(self) -> Survival | None:
+        """To measure with how much of a change is left; None where there is none to measure."""
+        from lora_tools.linalg.merge import Survival
+
+        return Survival() if self.effects and not self._is_resized else None
+
+
+class _Lister:
+    """Lists, run by run, what turns a merged tensor back into the base's."""
+
+    def __init__(self, runs: MergedRuns) -> None:
+        from lora_tools.linalg.merge import TensorMerge
+
+        self._runs, self._listed = runs, list[tuple[bytes, bytes]]()
+        # An estimate in float64 keeps the listing of a float32 base short.
+        self._wide = runs.work
+        if runs.dtype.itemsize >= 4:
+            wide = torch_dtype("F64")
+            self._wide = TensorMerge(runs.effects, runs.shape, None, wide, runs.work.norms)
+
+    def add(self, run: MergedRun) -> None:
+        from lora_tools.linalg import reversible as codec
+
+        wide, base = self._wide, self._runs.source[run.start : run.stop]
+        slack = wide.slack(run.merged.to(wide.dtype), run.start, run.stop)
+        estimate = wide.estimate(run.merged.to(wide.dtype, copy=True), run.start, run.stop)
+        self._listed.append(codec.encode(base, run.merged, codec.listed(base, estimate, slack)))
+
+    def listing(self) -> Listing:
+        from lora_tools.formats.sidecar import Listing
+
+        return Listing(tuple(self._listed), tuple(self._runs.work.norms))
 
 
 def survival_totals(survivals: Sequence[Survival]) -> dict[str, float]:
@@ -141,12 +204,6 @@ def survival_totals(survivals: Sequence[Survival]) -> dict[str, float]:
         "delta_kept": math.fsum(s.moved for s in survivals) / wanted,
         "delta_error": math.sqrt(math.fsum(s.error for s in survivals) / wanted),
     }
-
-
-def _listing(runs: list[tuple[bytes, bytes]], norms: Sequence[torch.Tensor]) -> Listing:
-    from lora_tools.formats.sidecar import Listing
-
-    return Listing(tuple(runs), tuple(norms))
 
 
 def _check_finite(exact: torch.Tensor, rounded: torch.Tensor, name: str) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import xxhash
@@ -13,23 +12,24 @@ import xxhash
 from lora_tools.errors import MismatchError, NonFiniteError, UnsupportedAdapter
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.checkpoint import Checkpoint
-from lora_tools.formats.checkpoint_writer import CheckpointWriter, Shard
+from lora_tools.formats.checkpoint_writer import Shard, TensorSink
 from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.formats.safetensors_file import parse_header, strict_json
 from lora_tools.formats.sidecar import NAME as SIDECAR_NAME
 from lora_tools.formats.sidecar import Sidecar
 from lora_tools.merging.plan import MergePlan, build_effects
+from lora_tools.merging.rewrite import Rewrite
 from lora_tools.merging.targets import BaseOutline, Target
-from lora_tools.merging.tensor import Write, as_matrix, copy_tensor, working_dtype
-from lora_tools.records import ProgressCallback, Report, TensorSpec
+from lora_tools.merging.tensor import as_matrix, copy_tensor, working_dtype
+from lora_tools.records import Report, TensorSpec
 from lora_tools.sources.weighted import Weighted, digests_and_weights
 
 if TYPE_CHECKING:
-    pass
+    import torch
 
 
 @dataclasses.dataclass(frozen=True)
-class _Restored:
+class Restored:
     """Hash of a restored tensor, and of an inexact one ‖·‖² of the bound on its error."""
 
     hash: str
@@ -116,38 +116,22 @@ def refuse_lossy(plan: MergePlan) -> None:
             )
 
 
-def unmerge_checkpoint(
-    report: Report,
-    merged: Checkpoint,
-    plan: MergePlan,
-    shards: Sequence[Shard],
-    memory: Sidecar | None,
-    out: Path,
-    jobs: int | None,
-    progress: ProgressCallback | None,
-) -> Report:
-    """Write the base; with a sidecar its digest proves it."""
+def unmerge_checkpoint(job: Rewrite, memory: Sidecar | None) -> Report:
+    """Write the base out of ``job.source``, which was merged; with a sidecar its digest proves it.
+
+    Raises:
+        MismatchError: what comes out is not the base that the sidecar names.
+    """
     from lora_tools.engine import threads
 
-    hashes: dict[str, str] = {}
-    energy = bound = 0.0
-    with CheckpointWriter(out, shards, merged.is_folder) as writer:
-        for target, outcome in zip(
-            plan.targets,
-            threads.run(
-                plan.targets,
-                lambda target: _restore(target, merged, memory, writer.write),
-                jobs=jobs,
-                nbytes=lambda target: target.spec.nbytes,
-                label=lambda target: target.spec.name,
-                progress=progress,
-            ),
-            strict=True,
-        ):
-            hashes[target.spec.name] = outcome.hash
-            energy, bound = energy + outcome.energy, bound + outcome.bound
-        specs = {target.spec.name: target.spec for target in plan.targets}
-        digest = hashing.digest(specs.values(), hashes)
+    merged, targets = job.source, job.plan.targets
+    with job.writer() as writer:
+        tasks = [RestoreTensor(target) for target in targets]
+        done = list(
+            threads.run(tasks, (merged, memory), writer, jobs=job.jobs, progress=job.progress)
+        )
+        hashes = {t.spec.name: each.hash for t, each in zip(targets, done, strict=True)}
+        digest = hashing.digest((target.spec for target in targets), hashes)
         if memory is not None and digest != memory.base_digest:
             raise MismatchError(
                 f"the result is not the base ({digest} against {memory.base_digest}): the merged "
@@ -161,59 +145,107 @@ def unmerge_checkpoint(
             files,
             leave=(SIDECAR_NAME,),
         )
-    totals: dict[str, Any] = {**report.totals, "exact": memory is not None, "base_digest": digest}
+    totals: dict[str, Any] = {
+        **job.report.totals,
+        "exact": memory is not None,
+        "base_digest": digest,
+    }
     if memory is None:
+        energy = bound = 0.0
+        for each in done:
+            energy, bound = energy + each.energy, bound + each.bound
         totals["error_bound"] = math.sqrt(bound / energy) if energy else 0.0
-    return dataclasses.replace(report, totals=totals)
+    return dataclasses.replace(job.report, totals=totals)
 
 
-def _restore(target: Target, merged: Checkpoint, memory: Sidecar | None, write: Write) -> _Restored:
-    """Restore one tensor, run by run."""
-    import torch
+@dataclasses.dataclass(frozen=True)
+class RestoreTensor:
+    """A task: restore one tensor of the base, run by run, out of a merged checkpoint and the
+    sidecar, where there is one."""
 
-    from lora_tools.formats.tensors import as_bytes
-    from lora_tools.linalg import reversible as codec
-    from lora_tools.linalg.lora import rows_per_run
-    from lora_tools.linalg.merge import TensorMerge
-    from lora_tools.linalg.svd import sum_of_squares
+    target: Target
 
-    name = target.spec.name
-    if not target.parts:
-        return _Restored(copy_tensor(merged, name, write))
-    source = as_matrix(merged.tensor(name), target)
-    listing = memory.listing(name) if memory is not None else None
-    dtype = torch_dtype("F64") if source.element_size() >= 4 else working_dtype(source.dtype)
-    norms = listing.norms if listing is not None else ()
-    work = TensorMerge(
-        build_effects(target), (source.shape[0], source.shape[1]), None, dtype, norms
-    )
-    state, offset, energy, bound = xxhash.xxh3_128(), 0, 0.0, 0.0
-    step = rows_per_run(source.shape)
-    unit = torch.finfo(source.dtype).eps / 2 if source.is_floating_point() else 0.0
-    coarser = torch.finfo(working_dtype(source.dtype)).eps / torch.finfo(dtype).eps
-    for i, start in enumerate(range(0, source.shape[0], step)):
-        stop = min(start + step, source.shape[0])
-        rows = source[start:stop]
-        estimate = work.estimate(rows.to(dtype, copy=True), start, stop)
-        if listing is not None:
-            base = codec.decode(estimate, rows, *listing.runs[i])
-        else:
-            base = estimate.to(source.dtype)
-            here = sum_of_squares(base.to(dtype))
-            if not math.isfinite(here):
-                raise NonFiniteError(
-                    f"{name}: holds an inf or a NaN once the adapters are subtracted; check the "
-                    "merged checkpoint and the adapters"
-                )
-            energy += here
-            # Both roundings, of the merge and of this, are within half a unit in the last place;
-            # the merge's sums were formed in its own working dtype.
-            wide = rows.to(dtype)
-            summed = math.sqrt(sum_of_squares(work.slack(wide, start, stop))) * coarser
-            bound += (unit * (math.sqrt(sum_of_squares(wide)) + math.sqrt(here)) + summed) ** 2
-        data = as_bytes(base)
-        write(name, data, offset)
-        state.update(data)
-        offset += data.nbytes
-    merged.release(name)
-    return _Restored(state.hexdigest(), energy, bound)
+    @property
+    def label(self) -> str:
+        return self.target.spec.name
+
+    @property
+    def nbytes(self) -> int:
+        return self.target.spec.nbytes
+
+    def run(
+        self, sources: tuple[Checkpoint, Sidecar | None], sink: TensorSink, *_: object
+    ) -> Restored:
+        """Write the tensor. Raises NonFiniteError, CheckpointError (a damaged sidecar)."""
+        from lora_tools.formats.tensors import as_bytes
+
+        merged, memory = sources
+        name = self.target.spec.name
+        if not self.target.parts:
+            return Restored(copy_tensor(merged, name, sink))
+        runs = _RestoredRuns(self.target, merged, memory)
+        state, offset = xxhash.xxh3_128(), 0
+        for rows in runs:
+            data = as_bytes(rows)
+            sink.write(name, data, offset)
+            state.update(data)
+            offset += data.nbytes
+        merged.release(name)
+        return Restored(state.hexdigest(), runs.energy, runs.bound)
+
+
+class _RestoredRuns:
+    """The rows of a restored tensor seen as a matrix, run by run. Without a listing of the sidecar
+    they are estimates: once they were gone through, ``energy`` is ‖·‖² and ``bound`` that of the
+    bound on their error."""
+
+    def __init__(self, target: Target, merged: Checkpoint, memory: Sidecar | None) -> None:
+        from lora_tools.linalg.merge import TensorMerge
+
+        self._name = target.spec.name
+        self._source = as_matrix(merged.tensor(self._name), target)
+        self._listing = memory.listing(self._name) if memory is not None else None
+        stored = self._source.dtype
+        self._dtype = torch_dtype("F64") if stored.itemsize >= 4 else working_dtype(stored)
+        norms = self._listing.norms if self._listing is not None else ()
+        self._shape = (self._source.shape[0], self._source.shape[1])
+        self._work = TensorMerge(build_effects(target), self._shape, None, self._dtype, norms)
+        self.energy = self.bound = 0.0
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        from lora_tools.linalg import reversible as codec
+        from lora_tools.linalg.lora import rows_per_run
+
+        step = rows_per_run(self._shape)
+        for i, start in enumerate(range(0, self._shape[0], step)):
+            stop = min(start + step, self._shape[0])
+            rows = self._source[start:stop]
+            estimate = self._work.estimate(rows.to(self._dtype, copy=True), start, stop)
+            if self._listing is not None:
+                yield codec.decode(estimate, rows, *self._listing.runs[i])
+            else:
+                yield self._estimated(estimate.to(rows.dtype), rows, start, stop)
+
+    def _estimated(
+        self, base: torch.Tensor, rows: torch.Tensor, start: int, stop: int
+    ) -> torch.Tensor:
+        """Those rows, and how far off they can be."""
+        import torch
+
+        from lora_tools.linalg.svd import sum_of_squares
+
+        here = sum_of_squares(base.to(self._dtype))
+        if not math.isfinite(here):
+            raise NonFiniteError(
+                f"{self._name}: holds an inf or a NaN once the adapters are subtracted; check the "
+                "merged checkpoint and the adapters"
+            )
+        # Both roundings, of the merge and of this, are within half a unit in the last place;
+        # the merge's sums were formed in its own working dtype.
+        unit = torch.finfo(rows.dtype).eps / 2 if rows.is_floating_point() else 0.0
+        coarser = torch.finfo(working_dtype(rows.dtype)).eps / torch.finfo(self._dtype).eps
+        wide = rows.to(self._dtype)
+        summed = math.sqrt(sum_of_squares(self._work.slack(wide, start, stop))) * coarser
+        self.energy += here
+        self.bound += (unit * (math.sqrt(sum_of_squares(wide)) + math.sqrt(here)) + summed) ** 2
+        return base

@@ -4,54 +4,77 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from lora_tools.engine.tasks import Task
+from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.formats.checkpoint_writer import CheckpointWriter
 from lora_tools.formats.names import split_tensor
 from lora_tools.merging.output_files import changed_files
 from lora_tools.merging.rewrite import Rewrite
 from lora_tools.quantizing.compensate import FOLDER, Compensation, finish
 from lora_tools.quantizing.pack import config_with, totals_of
 from lora_tools.quantizing.plan import QuantizePlan
-from lora_tools.quantizing.tensor import work_on, working_memory
-from lora_tools.records import Report, TensorResult
+from lora_tools.quantizing.tensor import QuantizedItem, QuantizeItem
+from lora_tools.records import Report
 
 if TYPE_CHECKING:
-    pass
+    from lora_tools.formats.adapters.peft_writer import PeftWriter
+
+Packing = Task[Checkpoint, CheckpointWriter, QuantizedItem]
 
 
 def quantize_checkpoint(
     job: Rewrite, plan: QuantizePlan, how: Compensation | None, settings: dict[str, Any]
 ) -> Report:
     """Write the quantized checkpoint, and the adapter for its error where one is wanted."""
-    from lora_tools.engine import threads
+    if how is None:
+        tasks = [QuantizeItem(item) for item in plan.items]
+        report, nbytes, _ = write_packed(job, plan, tasks, settings)
+    else:
+        report, nbytes = _compensated(job, plan, how, settings)
+    return dataclasses.replace(report, totals=totals_of(plan, report.tensors, nbytes))
+
+
+def _compensated(
+    job: Rewrite, plan: QuantizePlan, how: Compensation, settings: dict[str, Any]
+) -> tuple[Report, int]:
     from lora_tools.formats.adapters.peft_writer import PeftWriter
 
-    base, out = job.source, job.out
-    buffers = threads.Buffers()
-    results: list[TensorResult] = []
-    with contextlib.ExitStack() as stack:
-        writer = stack.enter_context(job.writer())
-        beside = out.with_name("compensation")
-        if how:
-            beside.mkdir()
-            peft = PeftWriter(beside)
-            stack.callback(peft.close)
-        for item, done in job.run(
-            plan.items,
-            lambda item: work_on(item, base, writer, buffers, how),
-            lambda item: working_memory(item, how),
-        ):
-            if done.result is not None:
-                results.append(done.result)
-            if done.factors is not None and done.factors.lora_A.shape[0]:
-                A, B = done.factors.lora_A, done.factors.lora_B
+    beside = job.out.with_name("compensation")
+    beside.mkdir()
+    with contextlib.closing(PeftWriter(beside)) as peft:
+        tasks = [QuantizeItem(item, how.fit) for item in plan.items]
+        report, nbytes, _ = write_packed(job, plan, tasks, settings, peft)
+        return report, nbytes + finish(peft, beside, job.source, how, job.out / FOLDER, job.jobs)
+
+
+def write_packed(
+    job: Rewrite,
+    plan: QuantizePlan,
+    tasks: Sequence[Packing],
+    settings: Any,
+    peft: PeftWriter | None = None,
+) -> tuple[Report, int, list[QuantizedItem]]:
+    """Write what the tasks make of the plan's items, with ``settings`` as quantization_config.
+
+    Args:
+        peft: takes the factors for what was lost.
+
+    Returns:
+        The report with its ``tensors``, the files' bytes, and what each item came to.
+    """
+    done = []
+    with job.writer() as writer:
+        for item, each in zip(plan.items, job.run(tasks, writer), strict=True):
+            if peft is not None and each.factors is not None and each.factors.lora_A.shape[0]:
+                A, B = each.factors.lora_A, each.factors.lora_B
                 peft.add_lora(split_tensor(item.name)[0], A, B, float(A.shape[0]))
-                done.factors = None
-        changed = changed_files(base, plan.merge, {item.name: item.spec for item in plan.items})
-        config_with(base, changed, settings)
+            done.append(dataclasses.replace(each, factors=None))
+        specs = {item.name: item.spec for item in plan.items}
+        changed = changed_files(job.source, plan.merge, specs)
+        config_with(job.source, changed, settings)
         report = job.finish(writer, changed)
-        nbytes = writer.nbytes
-        added = finish(peft, beside, base, how, out / FOLDER, job.jobs) if how else 0
-    return dataclasses.replace(
-        report, tensors=tuple(results), totals=totals_of(plan, results, nbytes + added)
-    )
+    results = tuple(each.result for each in done if each.result is not None)
+    return dataclasses.replace(report, tensors=results), writer.nbytes, done

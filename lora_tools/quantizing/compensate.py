@@ -30,7 +30,7 @@ from lora_tools.sources.weighted import Weighted
 if TYPE_CHECKING:
     import torch
 
-    from lora_tools.engine.threads import Buffers
+    from lora_tools.engine.buffers import Buffers
     from lora_tools.formats.adapters.peft_writer import PeftWriter
     from lora_tools.formats.checkpoint_writer import Sink
 
@@ -47,6 +47,11 @@ class Compensation:
     rank: int
     iterations: int
     adapters: tuple[Weighted, ...]
+
+    @property
+    def fit(self) -> ErrorFit:
+        """What of it concerns one weight: what others are stacked on is float32, as they are."""
+        return ErrorFit(self.rank, self.iterations, bool(self.adapters))
 
     def fates(self, plan: QuantizePlan) -> tuple[Fate, ...]:
         """The adapter's, with the most bytes that it can have."""
@@ -110,50 +115,60 @@ class ErrorFactors:
     lora_B: torch.Tensor
 
 
-def compensate(
-    item: Item, x: torch.Tensor, how: Compensation, writer: Sink, buffers: Buffers
-) -> tuple[TensorResult, ErrorFactors]:
-    """Quantize ``x`` (out, in), write it, and factorise what is lost."""
-    import torch
+@dataclasses.dataclass(frozen=True)
+class ErrorFit:
+    """How to factorise what quantizing loses.
 
-    from lora_tools.linalg.delta import Delta
-    from lora_tools.linalg.lora import balanced_factors, no_factors
-    from lora_tools.linalg.svd import truncated
-    from lora_tools.quantizing.pack import pack
+    Attributes:
+        wide: whether the factors are float32, instead of the weight's own dtype.
+    """
 
-    rule = RankRule("rank", how.rank)
-    wide = torch_dtype("F32") if how.adapters else x.dtype
-    left, right = no_factors((x.shape[0], x.shape[1]), wide)
-    with (
-        buffers.lend(tuple(x.shape), x.dtype) as back,
-        buffers.lend(tuple(x.shape), torch.float32) as room,
-    ):
-        for i in range(1, how.iterations + 1):
-            rest = x
-            if left.shape[1]:
-                rest = room.copy_(x).addmm_(left.float(), right.float(), alpha=-1)
-            last = i == how.iterations
-            result = pack(
-                item, rest.reshape(-1), writer if last else None, buffers, back=back.reshape(-1)
-            )
-            delta = Delta(x, back)
-            energies = delta.fill(room)
-            svd = truncated(room, rule, total=energies.delta, tolerance=_TOLERANCE)
-            left, right = no_factors((x.shape[0], x.shape[1]), wide)
-            error = 0.0
-            if svd.rank:
-                left, right, fit = balanced_factors(svd, delta, 1.0, wide)
-                error = max(fit.error, 0.0)
-    if not math.isfinite(error):
-        raise NonFiniteError(f"{item.name}: the factors of its error overflow {wide}")
-    norm = math.sqrt(_energy(x))
-    result = dataclasses.replace(
-        result,
-        norm=norm,
-        relative_error=math.sqrt(energies.delta) / norm if norm else 0.0,
-        compensated_error=math.sqrt(error) / norm if norm else 0.0,
-    )
-    return result, ErrorFactors(right, left)
+    rank: int
+    iterations: int
+    wide: bool
+
+    def compensate(
+        self, item: Item, x: torch.Tensor, sink: Sink, buffers: Buffers
+    ) -> tuple[TensorResult, ErrorFactors]:
+        """Quantize ``x`` (out, in), write it, and factorise what is lost. Raises NonFiniteError."""
+        import torch
+
+        from lora_tools.linalg.delta import Delta
+        from lora_tools.linalg.lora import balanced_factors, no_factors
+        from lora_tools.linalg.svd import truncated
+        from lora_tools.quantizing.pack import pack
+
+        rule = RankRule("rank", self.rank)
+        dtype = torch_dtype("F32") if self.wide else x.dtype
+        left, right = no_factors((x.shape[0], x.shape[1]), dtype)
+        with (
+            buffers.lend(tuple(x.shape), x.dtype) as back,
+            buffers.lend(tuple(x.shape), torch.float32) as room,
+        ):
+            for i in range(1, self.iterations + 1):
+                rest = x
+                if left.shape[1]:
+                    rest = room.copy_(x).addmm_(left.float(), right.float(), alpha=-1)
+                into = sink if i == self.iterations else None
+                result = pack(item, rest.reshape(-1), into, buffers, back=back.reshape(-1))
+                delta = Delta(x, back)
+                energies = delta.fill(room)
+                svd = truncated(room, rule, total=energies.delta, tolerance=_TOLERANCE)
+                left, right = no_factors((x.shape[0], x.shape[1]), dtype)
+                error = 0.0
+                if svd.rank:
+                    left, right, fit = balanced_factors(svd, delta, 1.0, dtype)
+                    error = max(fit.error, 0.0)
+        if not math.isfinite(error):
+            raise NonFiniteError(f"{item.name}: the factors of its error overflow {dtype}")
+        norm = math.sqrt(_energy(x))
+        result = dataclasses.replace(
+            result,
+            norm=norm,
+            relative_error=math.sqrt(energies.delta) / norm if norm else 0.0,
+            compensated_error=math.sqrt(error) / norm if norm else 0.0,
+        )
+        return result, ErrorFactors(right, left)
 
 
 def _energy(x: torch.Tensor) -> float:

@@ -8,8 +8,7 @@ from typing import Any
 from lora_tools.formats import digest as hashing
 from lora_tools.merging.output_files import changed_files
 from lora_tools.merging.rewrite import Rewrite
-from lora_tools.merging.targets import Target
-from lora_tools.merging.tensor import MergedTensor, merge_tensor
+from lora_tools.merging.tensor import MergeTensor
 from lora_tools.records import Report
 from lora_tools.sources.dequantized import Dequantized
 
@@ -18,11 +17,9 @@ def dequantize_checkpoint(job: Rewrite, view: Dequantized[Any]) -> Report:
     """Write the plain checkpoint."""
     specs = {spec.name: spec for shard in job.shards for spec in shard.specs}
     with job.writer() as writer:
-
-        def work(target: Target) -> MergedTensor:
-            return merge_tensor(target, view, specs[target.spec.name], writer.write)
-
-        done = job.run(job.plan.targets, work, lambda target: 4 * target.spec.numel)
+        targets = job.plan.targets
+        tasks = [MergeTensor(t, specs[t.spec.name], 4 * t.spec.numel) for t in targets]
+        done = zip(targets, job.run(tasks, writer), strict=True)
         hashes = {target.spec.name: result.out_hash for target, result in done}
         changed = changed_files(view, job.plan, specs)
         report = job.finish(writer, changed)

@@ -25,7 +25,7 @@ from lora_tools.records import TensorResult
 if TYPE_CHECKING:
     import torch
 
-    from lora_tools.engine.threads import Buffers
+    from lora_tools.engine.buffers import Buffers
 
 
 def torch_name(dtype: str) -> str:

@@ -7,21 +7,22 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from lora_tools.formats import digest as hashing
-from lora_tools.formats.checkpoint_writer import CheckpointWriter
-from lora_tools.formats.dtypes import torch_dtype
-from lora_tools.formats.quantized.bitsandbytes import STATE, quantized_tensor
-from lora_tools.merging.output_files import changed_files
+from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.formats.checkpoint_writer import Sink
+from lora_tools.formats.quantized.bitsandbytes import STATE, QuantizedTensor, quantized_tensor
+from lora_tools.merging.in_memory import survival_of
 from lora_tools.merging.plan import MergePlan
 from lora_tools.merging.rewrite import Rewrite
-from lora_tools.merging.tensor import copy_tensor, merge_tensor, survival_totals
-from lora_tools.quantizing.pack import config_with, pack
+from lora_tools.merging.tensor import MergeTensor, copy_tensor, survival_totals
+from lora_tools.quantizing.checkpoint import write_packed
+from lora_tools.quantizing.pack import pack
 from lora_tools.quantizing.plan import Item, QuantizePlan
-from lora_tools.records import Fate, Report, TensorResult, TensorSpec
-from lora_tools.sources.dequantized import FourBits
+from lora_tools.quantizing.tensor import QuantizedItem, merged_for
+from lora_tools.records import Fate, Report, TensorSpec
+from lora_tools.sources.dequantized import Dequantized, FourBits
 
 if TYPE_CHECKING:
-    from lora_tools.engine.threads import Buffers
-    from lora_tools.linalg.merge import Survival
+    from lora_tools.engine.buffers import Buffers
 
 
 def plan_requantize(
@@ -40,42 +41,20 @@ def plan_requantize(
     return QuantizePlan(tuple(items), (), merge)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Requantized:
-    base_hash: str
-    result: TensorResult | None = None
-    survival: Survival | None = None
-
-
 def requantized(job: Rewrite, view: FourBits, plan: QuantizePlan) -> Report:
     """Write it; the report's ``tensors`` hold the error of each weight that has new codes."""
-    from lora_tools.engine import threads
-
-    buffers = threads.Buffers()
-    outcomes: list[_Requantized] = []
-    with job.writer() as writer:
-
-        def work(item: Item) -> _Requantized:
-            return _work_on(item, view, writer, buffers)
-
-        outcomes += [done for _, done in job.run(plan.items, work, lambda i: 12 * i.spec.numel)]
-        changed = changed_files(view, plan.merge, {i.name: i.spec for i in plan.items})
-        config_with(view, changed, view.stored.config.get("quantization_config"))
-        report = job.finish(writer, changed)
-        nbytes = writer.nbytes
+    tasks = [RequantizeItem(item) for item in plan.items]
+    settings = view.stored.config.get("quantization_config")
+    report, nbytes, done = write_packed(job, plan, tasks, settings)
     merged = sum(bool(i.target.parts) for i in plan.items)
     totals = {
         "bytes": nbytes,
         "tensors_merged": merged,
         "tensors_copied": len(plan.items) - merged,
-        **survival_totals([d.survival for d in outcomes if d.survival is not None]),
+        **survival_totals([d.survival for d in done if d.survival is not None]),
     }
-    return dataclasses.replace(
-        report,
-        plan=tuple(_fate(fate, view) for fate in report.plan),
-        totals=totals,
-        tensors=tuple(d.result for d in outcomes if d.result is not None),
-    )
+    fates = tuple(_fate(fate, view) for fate in report.plan)
+    return dataclasses.replace(report, plan=fates, totals=totals)
 
 
 def _fate(fate: Fate, view: FourBits) -> Fate:
@@ -84,37 +63,46 @@ def _fate(fate: Fate, view: FourBits) -> Fate:
     return fate
 
 
-def _work_on(
-    item: Item, view: FourBits, writer: CheckpointWriter, buffers: Buffers
-) -> _Requantized:
-    import torch
+@dataclasses.dataclass(frozen=True)
+class RequantizeItem:
+    """A task: merge one tensor of a four-bit checkpoint and quantize it again, or copy its codes
+    where nothing acts on it."""
 
-    target, packed = item.target, item.packed
-    if packed is None:
-        done = merge_tensor(target, view, item.spec, writer.write, measured=True)
-        return _Requantized(done.base_hash, None, done.survival)
-    if not target.parts:
-        for spec in packed.specs.values():
-            if STATE in spec.name:
-                writer.write_last(spec.name, bytes(view.stored.raw(spec.name)))
-            else:
-                copy_tensor(view.stored, spec.name, writer.write)
-        return _Requantized(hashing.tensor_hash(view.raw(item.name)))
-    with (
-        buffers.lend(item.spec.shape, torch_dtype(item.spec.dtype)) as merged,
-        buffers.lend(packed.state.shape, torch.float32) as back,
-    ):
-        into = merged.view(torch.uint8).reshape(-1).numpy().data
+    item: Item
 
-        def keep(name: str, data: memoryview, offset: int) -> None:
-            into[offset : offset + data.nbytes] = data
+    @property
+    def label(self) -> str:
+        return self.item.name
 
-        def drop(name: str, data: memoryview, offset: int) -> None:
-            pass
+    @property
+    def nbytes(self) -> int:
+        return 12 * self.item.spec.numel
 
-        merge_tensor(target, view, item.spec, keep)
-        turned = merged.T.contiguous() if item.transposed else merged
-        result = pack(item, turned.reshape(-1), writer, buffers, back=back.reshape(-1))
-        stored = back.T.contiguous() if item.transposed else back
-        done = merge_tensor(target, view, item.spec, drop, measured=True, stand_in=stored)
-    return _Requantized(done.base_hash, result, done.survival)
+    def run(self, source: Checkpoint, sink: Sink, buffers: Buffers) -> QuantizedItem:
+        """Write all that is stored of the tensor. Raises NonFiniteError."""
+        assert isinstance(source, Dequantized)
+        item, packed = self.item, self.item.packed
+        if packed is None:
+            done = MergeTensor(item.target, item.spec, measured=True).run(source, sink)
+            return QuantizedItem(done.base_hash, survival=done.survival)
+        if not item.target.parts:
+            for spec in packed.specs.values():
+                if STATE in spec.name:
+                    sink.write_last(spec.name, bytes(source.stored.raw(spec.name)))
+                else:
+                    copy_tensor(source.stored, spec.name, sink)
+            return QuantizedItem(hashing.tensor_hash(source.raw(item.name)))
+        return self._again(packed, source, sink, buffers)
+
+    def _again(
+        self, packed: QuantizedTensor, source: FourBits, sink: Sink, buffers: Buffers
+    ) -> QuantizedItem:
+        import torch
+
+        item = self.item
+        with buffers.lend(packed.state.shape, torch.float32) as back:
+            with merged_for(item, source, buffers) as (x, base_hash):
+                result = pack(item, x.reshape(-1), sink, buffers, back=back.reshape(-1))
+            written = back.T.contiguous() if item.transposed else back
+            survival = survival_of(written, item.target, source, item.spec)
+        return QuantizedItem(base_hash, result, survival=survival)

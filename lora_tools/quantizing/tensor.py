@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import xxhash
@@ -11,75 +12,103 @@ import xxhash
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.checkpoint_writer import Sink
 from lora_tools.formats.dtypes import torch_dtype
-from lora_tools.merging.tensor import merge_tensor
-from lora_tools.quantizing.compensate import Compensation, ErrorFactors
-from lora_tools.quantizing.compensate import compensate as compensated
+from lora_tools.merging.in_memory import merge_into
+from lora_tools.merging.tensor import MergeTensor
+from lora_tools.quantizing.compensate import ErrorFactors, ErrorFit
 from lora_tools.quantizing.pack import pack
 from lora_tools.quantizing.plan import Item
 from lora_tools.records import TensorResult
 
 if TYPE_CHECKING:
-    from lora_tools.engine.threads import Buffers
+    import torch
+
+    from lora_tools.engine.buffers import Buffers
+    from lora_tools.linalg.merge import Survival
+
+_HASH_STEP = 8 << 20
 
 
-def working_memory(item: Item, how: Compensation | None) -> int:
-    """A merged or transposed tensor is held whole, and so are its codes; its error, and what is
-    read back of it, too."""
-    codes = item.spec.numel // 2 if item.packed else 0
-    if how and item.packed:
-        codes += 4 * item.spec.numel + item.spec.nbytes
-    whole = item.spec.nbytes * (2 if item.transposed else bool(item.target.parts))
-    return max(whole + codes, item.target.spec.nbytes)
-
-
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class QuantizedItem:
-    """The hash of a base tensor, what quantizing it came to, and factors for what it lost."""
+    """The hash of a base tensor, what quantizing it came to, factors for what it lost, and how much
+    of a merge is left in it."""
 
     base_hash: str
     result: TensorResult | None = None
     factors: ErrorFactors | None = None
+    survival: Survival | None = None
 
 
-def work_on(
-    item: Item, base: Checkpoint, writer: Sink, buffers: Buffers, how: Compensation | None = None
-) -> QuantizedItem:
-    """Merge one tensor, quantize it where it is to be, and write it."""
-    if item.packed is None:
-        done = merge_tensor(item.target, base, item.spec, writer.write)
-        return QuantizedItem(done.base_hash)
-    import torch
+@dataclasses.dataclass(frozen=True)
+class QuantizeItem:
+    """A task: merge one tensor of a checkpoint, quantize it where it is to be, and write it.
 
-    stored = base.specs[item.target.base_name]
-    plain = not (item.target.parts or item.transposed or stored.dtype != item.spec.dtype)
-    if plain and item.name == item.target.base_name:
-        x, name = base.tensor(item.name), item.name
-        state = xxhash.xxh3_128()
-        raw, width = base.raw(name), x.element_size()
+    Attributes:
+        fit: how to factorise what quantizing loses, where that is wanted.
+    """
+
+    item: Item
+    fit: ErrorFit | None = None
+
+    @property
+    def label(self) -> str:
+        return self.item.name
+
+    @property
+    def nbytes(self) -> int:
+        """A merged or transposed tensor is held whole, and so are its codes; its error, and what is
+        read back of it, too."""
+        item = self.item
+        codes = item.spec.numel // 2 if item.packed else 0
+        if self.fit and item.packed:
+            codes += 4 * item.spec.numel + item.spec.nbytes
+        whole = item.spec.nbytes * (2 if item.transposed else bool(item.target.parts))
+        return max(whole + codes, item.target.spec.nbytes)
+
+    def run(self, base: Checkpoint, sink: Sink, buffers: Buffers) -> QuantizedItem:
+        """Write all that is stored of the tensor. Raises NonFiniteError."""
+        item, stored = self.item, base.specs[self.item.target.base_name]
+        if item.packed is None:
+            done = MergeTensor(item.target, item.spec).run(base, sink)
+            return QuantizedItem(done.base_hash)
+        same = item.name == item.target.base_name and stored.dtype == item.spec.dtype
+        if same and not (item.target.parts or item.transposed):
+            return self._as_it_lies(base, sink, buffers)
+        with merged_for(item, base, buffers) as (x, base_hash):
+            if self.fit is not None:
+                return QuantizedItem(base_hash, *self.fit.compensate(item, x, sink, buffers))
+            return QuantizedItem(base_hash, pack(item, x.reshape(-1), sink, buffers))
+
+    def _as_it_lies(self, base: Checkpoint, sink: Sink, buffers: Buffers) -> QuantizedItem:
+        """A tensor that nothing is done to beforehand, giving pages back as they are read."""
+        item, name = self.item, self.item.name
+        x, raw, state = base.tensor(name), base.raw(name), xxhash.xxh3_128()
+        width = x.element_size()
+        for start in range(0, raw.nbytes, _HASH_STEP):
+            state.update(raw[start : start + _HASH_STEP])
+        if self.fit is not None:
+            made = self.fit.compensate(item, x, sink, buffers)
+            base.release(name)
+            return QuantizedItem(state.hexdigest(), *made)
 
         def read(start: int, stop: int) -> None:
             base.release(name, start * width, stop * width)
 
-        for start in range(0, raw.nbytes, 1 << 23):
-            state.update(raw[start : start + (1 << 23)])
-        if how:
-            made = compensated(item, x, how, writer, buffers)
-            base.release(name)
-            return QuantizedItem(state.hexdigest(), *made)
-        return QuantizedItem(state.hexdigest(), pack(item, x.reshape(-1), writer, buffers, read))
+        result = pack(item, x.reshape(-1), sink, buffers, read)
+        return QuantizedItem(state.hexdigest(), result)
+
+
+@contextlib.contextmanager
+def merged_for(
+    item: Item, source: Checkpoint, buffers: Buffers
+) -> Iterator[tuple[torch.Tensor, str]]:
+    """The merged tensor as it is quantized, contiguous and (out, in) where it is a matrix, and the
+    hash of the one it was made of. Raises NonFiniteError."""
     dtype = torch_dtype(item.spec.dtype)
-    with buffers.lend(item.spec.shape, dtype) as merged:
-        into = merged.view(torch.uint8).reshape(-1).numpy().data
-
-        def keep(name: str, data: memoryview, offset: int) -> None:
-            into[offset : offset + data.nbytes] = data
-
-        base_hash = merge_tensor(item.target, base, item.spec, keep).base_hash
-        with contextlib.ExitStack() as stack:
-            ready = merged
-            if item.transposed:
-                ready = stack.enter_context(buffers.lend(item.spec.shape[::-1], dtype))
-                ready.copy_(merged.T)
-            if how:
-                return QuantizedItem(base_hash, *compensated(item, ready, how, writer, buffers))
-            return QuantizedItem(base_hash, pack(item, ready.reshape(-1), writer, buffers))
+    with contextlib.ExitStack() as stack:
+        x = stack.enter_context(buffers.lend(item.spec.shape, dtype))
+        source_hash = merge_into(x, item.target, source, item.spec)
+        if item.transposed:
+            turned = stack.enter_context(buffers.lend(item.spec.shape[::-1], dtype))
+            x = turned.copy_(x.T)
+        yield x, source_hash

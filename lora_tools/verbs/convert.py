@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lora_tools.adapting.convert_module import Conversion
 from lora_tools.adapting.totals import resized_totals
 from lora_tools.adapting.write import (
+    ConvertJob,
     choose_conversion,
     conversion_notes,
     features,
@@ -190,7 +191,8 @@ def _convert(
 ) -> Report:
     digest = adapter_digest(given)
     made = handed_on(given.file.metadata, report.command, digest)
-    results = write_factors(given, kept, names, options, made, out, jobs, progress)
+    job = ConvertJob(given, kept, names, options, made, out)
+    results = write_factors(job, jobs, progress)
     files = list(out.iterdir()) if out.is_dir() else [out]
     totals: dict[str, Any] = {
         "modules": len(kept),

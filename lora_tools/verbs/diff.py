@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lora_tools.errors import NonFiniteError
 from lora_tools.extracting.decompose import Decomposition, Sides, spectra_of
-from lora_tools.extracting.pair_work import hash_of, let_go
+from lora_tools.extracting.pair_work import hash_of, let_go, working_memory
 from lora_tools.extracting.pairs import Pair, Plan, make_plan
 from lora_tools.formats.adapters.consumers import CONSUMERS
 from lora_tools.formats.checkpoint import Checkpoint
@@ -30,7 +30,7 @@ from lora_tools.records import Fate, Input, ModuleSpectrum, ProgressCallback, Re
 from lora_tools.sources.checkpoints import open_checkpoint
 
 if TYPE_CHECKING:
-    from lora_tools.engine.threads import Buffers
+    from lora_tools.engine.buffers import Buffers
 
 _ORDERS = {"change": lambda s: -s.relative_change, "norm": lambda s: -s.norm, "name": lambda s: 0}
 
@@ -154,18 +154,28 @@ def _look(
 ) -> list[_Seen]:
     from lora_tools.engine import threads
 
-    options = options.on_device()
-    buffers = threads.Buffers()
-    return list(
-        threads.run(
-            plan.pairs,
-            lambda pair: _see(pair, sides, options, buffers),
-            jobs=jobs,
-            nbytes=lambda pair: 4 * pair.spec.numel if pair.action == "decompose" else 0,
-            label=lambda pair: pair.name,
-            progress=progress,
-        )
-    )
+    sources = sides, options.on_device()
+    tasks = [_SeePair(pair) for pair in plan.pairs]
+    return list(threads.run(tasks, sources, None, jobs=jobs, progress=progress))
+
+
+@dataclasses.dataclass(frozen=True)
+class _SeePair:
+    """A task: see what changed in one pair."""
+
+    pair: Pair
+
+    @property
+    def label(self) -> str:
+        return self.pair.name
+
+    @property
+    def nbytes(self) -> int:
+        return working_memory(self.pair)
+
+    def run(self, sources: tuple[Sides, Decomposition], _: None, buffers: Buffers) -> _Seen:
+        """The pair's fate and, where it has one, its spectrum."""
+        return _see(self.pair, *sources, buffers)
 
 
 def _see(pair: Pair, sides: Sides, options: Decomposition, buffers: Buffers) -> _Seen:

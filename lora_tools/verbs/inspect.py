@@ -200,22 +200,19 @@ def _open_weights(checkpoint: Checkpoint) -> _Thing:
 
 def _facts(thing: _Thing, jobs: int | None, progress: ProgressCallback | None) -> list[TensorFacts]:
     from lora_tools.engine import threads
+    from lora_tools.engine.tasks import Call
 
-    stored = [(file, spec) for file in thing.files for spec in file.specs.values()]
-    return list(
-        threads.run(
-            stored,
-            lambda item: _look(*item),
-            jobs=jobs,
-            nbytes=lambda item: item[1].nbytes,
-            label=lambda item: item[1].name,
-            progress=progress,
-        )
-    )
+    tasks = [
+        Call(_look, (i, spec), spec.name, spec.nbytes)
+        for i, file in enumerate(thing.files)
+        for spec in file.specs.values()
+    ]
+    return list(threads.run(tasks, (thing.files,), None, jobs=jobs, progress=progress))
 
 
-def _look(file: TensorFile, spec: TensorSpec) -> TensorFacts:
-    odd = []
+def _look(place: int, spec: TensorSpec, files: Sequence[TensorFile]) -> TensorFacts:
+    """One tensor of one of the files."""
+    file, odd = files[place], []
     value = hashing.tensor_hash(file.raw(spec.name))
     if not spec.numel:
         odd.append("empty")
@@ -247,19 +244,13 @@ def _oddities(tensors: Sequence[TensorFacts], spectra: Sequence[ModuleSpectrum])
 
 def _spectra(adapter: Adapter, jobs: int | None) -> tuple[ModuleSpectrum, ...]:
     from lora_tools.engine import threads
+    from lora_tools.engine.tasks import Call
 
-    modules = list(adapter.modules.values())
-    return tuple(
-        threads.run(
-            modules,
-            lambda module: _spectrum(adapter, module),
-            jobs=jobs,
-            label=lambda module: module.module,
-        )
-    )
+    tasks = [Call(_spectrum, (m,), m.module) for m in adapter.modules.values()]
+    return tuple(threads.run(tasks, (adapter,), None, jobs=jobs))
 
 
-def _spectrum(adapter: Adapter, module: LoraModule) -> ModuleSpectrum:
+def _spectrum(module: LoraModule, adapter: Adapter) -> ModuleSpectrum:
     """Of s·B·A, from the factors."""
     from lora_tools.linalg import lora
 

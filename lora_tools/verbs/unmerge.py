@@ -13,6 +13,7 @@ from lora_tools.formats.checkpoint_writer import lay_out
 from lora_tools.formats.output import check_destination, check_space, staged
 from lora_tools.formats.sidecar import Sidecar, sidecar_path
 from lora_tools.merging.plan import MergePlan, adapter_digest, plan_merge
+from lora_tools.merging.rewrite import Rewrite
 from lora_tools.merging.undo import (
     base_outline,
     check_adapters,
@@ -110,9 +111,10 @@ def unmerge(
         check_destination(destination, paths, force)
         check_space(destination, nbytes)
         with staged(destination) as staging:
-            report = unmerge_checkpoint(
-                report, checkpoint, plan, shards, memory, staging / "out", jobs, progress
+            job = Rewrite(
+                report, checkpoint, weighted, plan, shards, staging / "out", jobs, progress
             )
+            report = unmerge_checkpoint(job, memory)
     return dataclasses.replace(report, seconds=time.perf_counter() - started)
 
 

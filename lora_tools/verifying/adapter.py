@@ -48,6 +48,7 @@ def verify_adapter(
 ) -> Findings:
     """The true error of an extraction, module by module, and of whatever the adapter leaves out."""
     from lora_tools.engine import threads
+    from lora_tools.engine.tasks import Call
 
     to_base, sentence = align(list(tuned.specs), list(base.specs))
     theirs = {ours: own for own, ours in to_base.items()}
@@ -55,16 +56,8 @@ def verify_adapter(
     targets = [t for t in plan.targets if t.spec.name in theirs and t.spec.is_float]
     if not targets:
         raise MismatchError(f"{base.path} and {tuned.path} have no tensor in common")
-    distances = list(
-        threads.run(
-            targets,
-            lambda target: _distance(target, base, tuned, theirs[target.spec.name]),
-            jobs=jobs,
-            nbytes=lambda target: target.spec.nbytes,
-            label=lambda target: target.spec.name,
-            progress=progress,
-        )
-    )
+    tasks = [Call(_distance, (t, theirs[t.spec.name]), t.spec.name, t.spec.nbytes) for t in targets]
+    distances = list(threads.run(tasks, (base, tuned), None, jobs=jobs, progress=progress))
     fates, modules = [], []
     for target, d in zip(targets, distances, strict=True):
         ranks = [p.source.r for p in target.parts if p.kind in ("lora", "dora")]  # type: ignore[union-attr]
@@ -109,7 +102,7 @@ def verify_adapter(
     return Findings(inputs, tuple(fates), verdict, offence, totals, tuple(notes), tuple(modules))
 
 
-def _distance(target: Target, base: Checkpoint, tuned: Checkpoint, own: str) -> _Distance:
+def _distance(target: Target, own: str, base: Checkpoint, tuned: Checkpoint) -> _Distance:
     import torch
 
     from lora_tools.linalg.lora import rows_per_run

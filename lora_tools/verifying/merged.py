@@ -45,19 +45,12 @@ def verify_merged(
 ) -> Findings:
     """Compare every tensor of ``merged`` with what the merge should have made of it."""
     from lora_tools.engine import threads
+    from lora_tools.engine.tasks import Call
 
     plan = plan_merge(base, weighted)
     targets = (*plan.targets, *plan.untied)
-    checked = list(
-        threads.run(
-            targets,
-            lambda target: check_tensor(target, merged, base),
-            jobs=jobs,
-            nbytes=lambda target: target.spec.nbytes,
-            label=lambda target: target.spec.name,
-            progress=progress,
-        )
-    )
+    tasks = [Call(check_tensor, (t,), t.spec.name, t.spec.nbytes) for t in targets]
+    checked = list(threads.run(tasks, (merged, base), None, jobs=jobs, progress=progress))
     fates = [c.fate for c in checked]
     fates += left_over(merged, targets)
     fates += tied_astray(merged, plan)

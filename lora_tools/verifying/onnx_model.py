@@ -17,6 +17,7 @@ from lora_tools.formats import digest as hashing
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.formats.names import align, is_input_embedding, tied_head
+from lora_tools.merging.in_memory import merged_in
 from lora_tools.merging.plan import MergePlan, adapter_digest, plan_merge
 from lora_tools.merging.targets import Target
 from lora_tools.options import need
@@ -25,7 +26,7 @@ from lora_tools.sources.dequantized import Dequantized
 from lora_tools.sources.weighted import Weighted
 from lora_tools.verifying.findings import FINE, Findings
 from lora_tools.verifying.merged import Checked, check_tensor, diagnosis, merge_totals
-from lora_tools.verifying.onnx_quantized import Packed, check_packed, merged_in
+from lora_tools.verifying.onnx_quantized import Packed, check_packed
 
 if TYPE_CHECKING:
     import torch
@@ -66,6 +67,7 @@ def verify_onnx(
     """
     need("onnx", *(_TO_RUN if run else ()))
     from lora_tools.engine import threads
+    from lora_tools.engine.tasks import Call
     from lora_tools.onnx.initializers import GraphWeights, large
 
     weights = GraphWeights(paths)
@@ -77,16 +79,8 @@ def verify_onnx(
         packed, parts = check_packed(weights, {t.spec.name: t for t in every}, source)
     targets, there, sentence = _named(weights, parts, plan, source)
     there |= {p.target.spec.name for p in packed}
-    checked = list(
-        threads.run(
-            targets,
-            lambda target: check_tensor(target, weights, source),
-            jobs=jobs,
-            nbytes=lambda target: 4 * target.spec.numel,
-            label=lambda target: target.spec.name,
-            progress=progress,
-        )
-    )
+    tasks = [Call(check_tensor, (t,), t.spec.name, 4 * t.spec.numel) for t in targets]
+    checked = list(threads.run(tasks, (weights, source), None, jobs=jobs, progress=progress))
     fates = [p.fate for p in sorted(packed, key=lambda p: -p.relative_error)]
     fates += [c.fate for c in checked]
     fates += [Fate(name, "broken", said) for name, said in weights.problems.items()]

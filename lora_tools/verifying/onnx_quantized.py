@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_tools.formats.checkpoint import Checkpoint
-from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.formats.names import layout_name
+from lora_tools.merging.in_memory import merged_in
 from lora_tools.merging.targets import Target
-from lora_tools.merging.tensor import merge_tensor
 from lora_tools.records import Fate
 from lora_tools.verifying.findings import NEAR, times
 
@@ -57,22 +56,6 @@ def check_packed(
                 checked.append(_check(stored, graph.path.parent, known[stored.name], source))
                 parts.update(stored.names)
     return checked, parts
-
-
-def merged_in(target: Target, source: Checkpoint, dtype: str) -> tuple[torch.Tensor, str]:
-    """A tensor with the adapters added, in that dtype, and the hash of the one it was made of."""
-    import torch
-
-    from lora_tools.formats.tensors import as_bytes
-
-    spec = dataclasses.replace(target.spec, dtype=dtype)
-    merged = torch.empty(spec.shape, dtype=torch_dtype(dtype))
-    into = as_bytes(merged)
-
-    def keep(name: str, data: memoryview, offset: int) -> None:
-        into[offset : offset + data.nbytes] = data
-
-    return merged, merge_tensor(target, source, spec, keep).base_hash
 
 
 def _check(stored: StoredWeight, folder: Path, target: Target, source: Checkpoint) -> Packed:

@@ -18,10 +18,9 @@ from lora_tools.formats.names import align
 from lora_tools.formats.quantized.bitsandbytes import QuantizedTensor, config_faults
 from lora_tools.merging.plan import MergePlan, adapter_digest, plan_merge
 from lora_tools.merging.targets import Target
-from lora_tools.merging.tensor import merge_tensor
 from lora_tools.quantizing.pack import pack, totals_of
 from lora_tools.quantizing.plan import Item, QuantizePlan
-from lora_tools.quantizing.tensor import work_on
+from lora_tools.quantizing.tensor import QuantizeItem, merged_for
 from lora_tools.records import Fate, Input, ProgressCallback, TensorResult
 from lora_tools.sources.dequantized import Dequantized, FourBits
 from lora_tools.sources.schemes import four_bit_scales
@@ -32,7 +31,7 @@ from lora_tools.verifying.merged import check_tensor, left_over, tied_astray
 if TYPE_CHECKING:
     import torch
 
-    from lora_tools.engine.threads import Buffers
+    from lora_tools.engine.buffers import Buffers
     from lora_tools.linalg.compare import Coded
 
 _LITTLE_MORE = 1.2  # quantizing other numbers of the like costs as much, to a fifth
@@ -56,7 +55,7 @@ class _Checked:
     coded: Coded | None = None
 
 
-class _Comparison:
+class _Stored:
     """Takes a tensor's bytes as a writer does, and compares them with those that are stored."""
 
     def __init__(self, stored: Checkpoint) -> None:
@@ -96,17 +95,8 @@ def verify_nf4(
     theirs = {there: own for own, there in mapping.items()}
     plan = plan_merge(source, weighted)
     targets = [_named(t, theirs.get(t.spec.name)) for t in (*plan.targets, *plan.untied)]
-    buffers = threads.Buffers()
-    checked = list(
-        threads.run(
-            [_item(target, view) for target in targets],
-            lambda item: _check(item, view, source, max_error, buffers),
-            jobs=jobs,
-            nbytes=lambda item: (12 if item.packed else 4) * item.spec.numel,
-            label=lambda item: item.name,
-            progress=progress,
-        )
-    )
+    tasks = [_CheckItem(_item(target, view), max_error) for target in targets]
+    checked = list(threads.run(tasks, (view, source), None, jobs=jobs, progress=progress))
     fates = [c.fate for c in checked] + left_over(view, targets) + tied_astray(view, plan)
     if view.stored.config:
         faults = config_faults(view.stored.config, view.stored.specs, view.quantized)
@@ -143,131 +133,138 @@ def _item(target: Target, view: FourBits) -> Item:
     return Item(target, spec, packed, packed is not None and packed.transposed, "")
 
 
-def _check(
-    item: Item, view: FourBits, source: Checkpoint, max_error: float | None, buffers: Buffers
-) -> _Checked:
-    target, packed = item.target, item.packed
-    stored = [item.spec] if packed is None else list(packed.specs.values())
-    there = [spec.name for spec in stored if spec.name in view.stored.specs]
-    hashes = {}
-    for name in there:
-        hashes[name] = hashing.tensor_hash(view.stored.raw(name))
-        view.stored.release(name)
-    if packed is None:
-        plain = check_tensor(target, view, source)
-        return _Checked(item, plain.fate, plain.hashes[0], hashes)
-    if item.spec.shape != target.spec.shape or not target.spec.is_float:
-        why = f"is of {item.spec}, and should be of {target.spec}"
-        source_hash = hashing.tensor_hash(source.raw(target.base_name))
-        return _Checked(item, Fate(item.name, "different", why), source_hash, hashes)
-    if isinstance(source, Dequantized) and not target.parts:
-        return _untouched(item, packed, view, source, hashes, max_error, buffers)
-    return _quantized(item, packed, view, source, hashes, max_error, buffers)
+@dataclasses.dataclass(frozen=True)
+class _CheckItem:
+    """A task: compare what is stored of one tensor with what quantizing the source's gives."""
+
+    item: Item
+    max_error: float | None
+
+    @property
+    def label(self) -> str:
+        return self.item.name
+
+    @property
+    def nbytes(self) -> int:
+        return (12 if self.item.packed else 4) * self.item.spec.numel
+
+    def run(self, sources: tuple[FourBits, Checkpoint], _: None, buffers: Buffers) -> _Checked:
+        """What it comes to."""
+        return _Comparison(self.item, self.max_error, *sources, buffers).checked()
 
 
-def _untouched(
-    item: Item,
-    packed: QuantizedTensor,
-    view: FourBits,
-    source: FourBits,
-    hashes: dict[str, str],
-    max_error: float | None,
-    buffers: Buffers,
-) -> _Checked:
-    """Of a four-bit base: codes that no adapter acts on stay as they are."""
-    theirs = source.quantized.get(item.target.base_name)
-    same = (
-        theirs is not None
-        and theirs.state == packed.state
-        and all(
-            source.stored.raw(theirs.specs[end].name) == view.stored.raw(packed.specs[end].name)
-            for end in packed.specs
+@dataclasses.dataclass(frozen=True)
+class _Comparison:
+    """One tensor of ``view`` with that of ``source``."""
+
+    item: Item
+    max_error: float | None
+    view: FourBits
+    source: Checkpoint
+    buffers: Buffers
+
+    def checked(self) -> _Checked:
+        item, target, packed = self.item, self.item.target, self.item.packed
+        hashes = self._hashes()
+        if packed is None:
+            plain = check_tensor(target, self.view, self.source)
+            return _Checked(item, plain.fate, plain.hashes[0], hashes)
+        if item.spec.shape != target.spec.shape or not target.spec.is_float:
+            why = f"is of {item.spec}, and should be of {target.spec}"
+            return self._said(Fate(item.name, "different", why), hashes)
+        if self._is_untouched(packed):
+            return self._said(Fate(item.name, "copied", "its codes and scales"), hashes)
+        return self._quantized(packed, hashes)
+
+    def _hashes(self) -> dict[str, str]:
+        stored = self.view.stored
+        packed = self.item.packed
+        specs = [self.item.spec] if packed is None else list(packed.specs.values())
+        hashes = {}
+        for name in (spec.name for spec in specs if spec.name in stored.specs):
+            hashes[name] = hashing.tensor_hash(stored.raw(name))
+            stored.release(name)
+        return hashes
+
+    def _said(self, fate: Fate, hashes: dict[str, str]) -> _Checked:
+        source_hash = hashing.tensor_hash(self.source.raw(self.item.target.base_name))
+        return _Checked(self.item, fate, source_hash, hashes)
+
+    def _is_untouched(self, packed: QuantizedTensor) -> bool:
+        """Of a four-bit base: codes that no adapter acts on stay as they are."""
+        if not isinstance(self.source, Dequantized) or self.item.target.parts:
+            return False
+        theirs = self.source.quantized.get(self.item.target.base_name)
+        mine, other = self.view.stored, self.source.stored
+        return (
+            theirs is not None
+            and theirs.state == packed.state
+            and all(
+                other.raw(theirs.specs[end].name) == mine.raw(packed.specs[end].name)
+                for end in packed.specs
+            )
         )
-    )
-    if not same:
-        return _quantized(item, packed, view, source, hashes, max_error, buffers)
-    source_hash = hashing.tensor_hash(source.raw(item.target.base_name))
-    return _Checked(item, Fate(item.name, "copied", "its codes and scales"), source_hash, hashes)
 
+    def _quantized(self, packed: QuantizedTensor, hashes: dict[str, str]) -> _Checked:
+        """Only scales that were searched for can be negative: then that is tried first."""
+        item, name = self.item, self.item.name
+        bits = 8 * packed.nbytes / item.spec.numel
+        searched_first = _has_negative_scales(packed, self.view)
+        tried: list[tuple[set[str], Coded]] = []
+        for searched in sorted((False, True), key=lambda s: s != searched_first):
+            stored = _Stored(self.view.stored)
+            again = dataclasses.replace(item, searched=searched)
+            done = QuantizeItem(again).run(self.source, stored, self.buffers)
+            if not stored.differing:
+                assert done.result is not None
+                fate = Fate(name, "same", _SEARCHED if searched else _PLAIN)
+                result = dataclasses.replace(done.result, bits_per_parameter=bits)
+                return _Checked(item, fate, done.base_hash, hashes, result)
+            coded = self._measure(again, packed)
+            tried.append((stored.differing, coded))
+            if not coded.off:
+                break
+        differing, coded = min(tried, key=lambda each: each[1].off)
+        error, norm = coded.relative_error, math.sqrt(coded.energy)
+        result = TensorResult(name, item.spec.shape, bits, error, norm)
+        fate = _judge(item, packed, differing, coded, self.max_error)
+        return _Checked(item, fate, done.base_hash, hashes, result, coded)
 
-def _quantized(
-    item: Item,
-    packed: QuantizedTensor,
-    view: FourBits,
-    source: Checkpoint,
-    hashes: dict[str, str],
-    max_error: float | None,
-    buffers: Buffers,
-) -> _Checked:
-    """Only scales that were searched for can be negative: then that is tried first."""
-    bits = 8 * packed.nbytes / item.spec.numel
-    searched_first = _has_negative_scales(packed, view)
-    tried: list[tuple[set[str], Coded]] = []
-    for searched in sorted((False, True), key=lambda s: s != searched_first):
-        comparison = _Comparison(view.stored)
-        again = dataclasses.replace(item, searched=searched)
-        done = work_on(again, source, comparison, buffers)
-        if not comparison.differing:
-            why = _SEARCHED if searched else _PLAIN
-            fate = Fate(item.name, "same", why)
-            assert done.result is not None
-            result = dataclasses.replace(done.result, bits_per_parameter=bits)
-            return _Checked(item, fate, done.base_hash, hashes, result)
-        coded = _measure(again, packed, view, source, buffers)
-        tried.append((comparison.differing, coded))
-        if not coded.off:
-            break
-    differing, coded = min(tried, key=lambda each: each[1].off)
-    result = TensorResult(
-        item.name, item.spec.shape, bits, coded.relative_error, math.sqrt(coded.energy)
-    )
-    fate = _judge(item, packed, differing, coded, max_error)
-    return _Checked(item, fate, done.base_hash, hashes, result, coded)
+    def _measure(self, item: Item, packed: QuantizedTensor) -> Coded:
+        """The numbers read back, against those that should have been quantized, and what quantizing
+        makes of those."""
+        import torch
+
+        from lora_tools.linalg import nf4
+        from lora_tools.linalg.compare import Coded
+
+        target, dtype = item.target, torch_dtype(item.spec.dtype)
+
+        def flat(tensor: torch.Tensor) -> torch.Tensor:
+            return (tensor.T if item.transposed else tensor).reshape(-1)
+
+        with (
+            merged_for(item, self.source, self.buffers) as (x, _),
+            self.buffers.lend((item.spec.numel,), torch.float32) as back,
+        ):
+            wanted, stored = x.reshape(-1), flat(self.view.tensor(item.name))
+            base = flat(self.source.tensor(target.base_name)) if target.parts else None
+            pack(item, wanted, None, self.buffers, back=back)
+            coded = Coded()
+            for start, stop in nf4.runs(item.spec.numel):
+                coded.add(
+                    wanted[start:stop].float(),
+                    stored[start:stop].to(dtype).float(),
+                    back[start:stop].to(dtype).float(),
+                    packed.state.blocksize,
+                    base[start:stop].float() if base is not None else None,
+                )
+        return coded
 
 
 def _has_negative_scales(packed: QuantizedTensor, view: FourBits) -> bool:
     parts = {end: view.stored.tensor(spec.name) for end, spec in packed.specs.items()}
     return bool((four_bit_scales(packed, parts) < 0).any())
-
-
-def _measure(
-    item: Item, packed: QuantizedTensor, view: FourBits, source: Checkpoint, buffers: Buffers
-) -> Coded:
-    """The numbers read back, against those that should have been quantized, and what quantizing
-    makes of those."""
-    import torch
-
-    from lora_tools.linalg import nf4
-    from lora_tools.linalg.compare import Coded
-
-    target, dtype = item.target, torch_dtype(item.spec.dtype)
-    with (
-        buffers.lend(item.spec.shape, dtype) as merged,
-        buffers.lend((item.spec.numel,), torch.float32) as back,
-    ):
-        into = merged.view(torch.uint8).reshape(-1).numpy().data
-
-        def keep(name: str, data: memoryview, offset: int) -> None:
-            into[offset : offset + data.nbytes] = data
-
-        merge_tensor(target, source, item.spec, keep)
-
-        def flat(tensor: torch.Tensor) -> torch.Tensor:
-            return (tensor.T if item.transposed else tensor).reshape(-1)
-
-        wanted, stored = flat(merged), flat(view.tensor(item.name))
-        base = flat(source.tensor(target.base_name)) if target.parts else None
-        pack(item, wanted, None, buffers, back=back)
-        coded = Coded()
-        for start, stop in nf4.runs(item.spec.numel):
-            coded.add(
-                wanted[start:stop].float(),
-                stored[start:stop].to(dtype).float(),
-                back[start:stop].to(dtype).float(),
-                packed.state.blocksize,
-                base[start:stop].float() if base is not None else None,
-            )
-    return coded
 
 
 def _judge(

@@ -19,6 +19,7 @@ from lora_tools.formats.adapters.base_names import BaseNames
 from lora_tools.formats.adapters.outline import Compute, Context, Outline, group_parts, pair
 from lora_tools.formats.adapters.writer import Factors, Writer
 from lora_tools.formats.output import sync_file
+from lora_tools.formats.reopen import Reopened, Stamp
 from lora_tools.formats.tensors import as_bytes
 from lora_tools.records import TensorSpec
 
@@ -44,13 +45,14 @@ def _package() -> Any:
 _MADE = "loratools."  # before the fields that say how an adapter was made
 
 
-class GgufFile:
+class GgufFile(Reopened):
     """The tensors and fields of a GGUF file, with the face of a ``TensorFile``."""
 
     def __init__(self, path: Path) -> None:
         gguf = _package()
         self.path, self.header = path, b""
         try:
+            self.stamp = Stamp.of(path)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # numpy's, of a file that lies of its sizes
                 reader = gguf.GGUFReader(path)

@@ -20,6 +20,7 @@ from lora_tools.formats.adapters.outline import Compute, Context, Outline, group
 from lora_tools.formats.adapters.writer import Factors, Writer
 from lora_tools.formats.names import align
 from lora_tools.formats.output import sync_file
+from lora_tools.formats.reopen import Reopened, Stamp
 from lora_tools.formats.tensors import as_bytes
 from lora_tools.records import TensorSpec
 
@@ -43,7 +44,7 @@ def _package() -> Any:
     return onnxruntime
 
 
-class OrtFile:
+class OrtFile(Reopened):
     """The parameters of an adapter file, with the face of a ``TensorFile``."""
 
     def __init__(self, path: Path) -> None:
@@ -51,6 +52,7 @@ class OrtFile:
         self.path, self.header = path, b""
         self.metadata: dict[str, str] = {}
         try:
+            self.stamp = Stamp.of(path)
             self._adapter = package.AdapterFormat.read_adapter(str(path))
             self._values = dict(self._adapter.get_parameters())
             arrays = {name: value.numpy() for name, value in self._values.items()}

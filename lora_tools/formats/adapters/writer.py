@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from lora_tools.formats.adapters.base_names import BaseNames
 from lora_tools.formats.adapters.outline import ALPHA_METADATA, Compute
 from lora_tools.formats.dtypes import dtype_name
-from lora_tools.formats.safetensors_file import SafetensorsSpool
+from lora_tools.formats.spool import SafetensorsSpool
 from lora_tools.formats.tensors import as_bytes
 from lora_tools.records import TensorSpec
 
