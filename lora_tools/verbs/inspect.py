@@ -17,7 +17,6 @@ from lora_tools.formats import sidecar as sidecars
 from lora_tools.formats.activations import MARK as ACTIVATIONS
 from lora_tools.formats.adapters.peft import CONFIG, Adapter, LoraModule
 from lora_tools.formats.checkpoint import Checkpoint
-from lora_tools.formats.names import is_input_embedding, tied_head
 from lora_tools.formats.spectra import MARK as SPECTRA
 from lora_tools.inspecting.onnx_model import open_model
 from lora_tools.inspecting.spectrum import check_plot, save_picture, shown, summary
@@ -190,9 +189,8 @@ def _open_weights(checkpoint: Checkpoint) -> _Thing:
     elif sign is not None:
         kind = f"quantized checkpoint ({sign.title})"
         notes.append(f"quantized (by {sign.where}), which no other verb reads: {sign.advice}")
-    head = tied_head(config, checkpoint.specs) if checkpoint.ties_embeddings else ""
-    embedding = next(filter(is_input_embedding, checkpoint.specs), "")
-    if head and embedding:
+    head, embedding = checkpoint.weights.tied_pair
+    if head:
         stored = "stored all the same" if head in checkpoint.specs else "not stored"
         notes.append(f"{head} is tied to {embedding}, and {stored}")
     return _Thing(kind, checkpoint.files, facts, tuple(notes))
