@@ -1,4 +1,4 @@
-"""What each tensor is to its model, said once: by names and config.json, and by the model's class."""
+"""What each tensor is to its model, said once: by names and config, or by the model's class."""
 
 from __future__ import annotations
 
