@@ -134,7 +134,7 @@ class Checkpoint:
             return tensor.to(dtype)
         import torch
 
-        return torch.frombuffer(self.raw(name), dtype=dtype).reshape(tensor.shape)
+        return torch.frombuffer(bytearray(self.raw(name)), dtype=dtype).reshape(tensor.shape)
 
     def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
         """Give the pages of a tensor's bytes [start, stop) back to the system."""

@@ -160,9 +160,10 @@ class _LoadedFile:
         return torch.cat([self._rows(p, p.first, p.first + p.rows) for p in pieces]).reshape(shape)
 
     def _rows(self, piece: Piece, first: int, last: int) -> torch.Tensor:
-        tensor = self._source.tensor(piece.stored)
-        shape = (-1, tensor.shape[-1]) if tensor.dim() > 1 else (-1,)
-        return tensor.reshape(shape)[first:last]
+        spec = self._source.specs[piece.stored]
+        if len(spec.shape) < 2:
+            return self._source.tensor(piece.stored).reshape(-1)[first:last]
+        return self._source.rows(piece.stored, (rows_of(spec), spec.shape[-1]), first, last)
 
     def rows(self, name: str, matrix: tuple[int, int], start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of the tensor as that matrix."""

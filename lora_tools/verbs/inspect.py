@@ -33,8 +33,8 @@ from lora_tools.records import (
     TensorSpec,
 )
 from lora_tools.sources.adapters import is_adapter, open_adapter
-from lora_tools.sources.checkpoints import open_checkpoint, shown_sign
-from lora_tools.sources.schemes import scheme_of
+from lora_tools.sources.checkpoints import as_plain, open_checkpoint
+from lora_tools.sources.dequantized import Dequantized
 
 if TYPE_CHECKING:
     from lora_tools.formats.tensor_file import TensorFile
@@ -178,16 +178,16 @@ def _open_weights(checkpoint: Checkpoint) -> _Thing:
         "model_type": config.get("model_type"),
         "files": [file.path.name for file in checkpoint.files],
     }
-    kind, found, sign = "checkpoint", scheme_of(checkpoint), shown_sign(checkpoint)
-    if found is not None:
-        scheme, quantized = found
-        kind = f"checkpoint in {scheme.title}"
-        facts["quantized"] = scheme.facts(quantized)
+    kind, (view, sign) = "checkpoint", as_plain(checkpoint)
+    if isinstance(view, Dequantized):
+        kind = f"checkpoint in {view.scheme.title}"
+        facts["quantized"] = view.scheme.facts(view.quantized)
         if config:
-            faults = scheme.faults(config, checkpoint.specs, quantized)
+            faults = view.scheme.faults(config, checkpoint.specs, view.quantized)
             notes += [f"config.json {said}" for said in faults]
     elif sign is not None:
         kind = f"quantized checkpoint ({sign.title})"
+    if sign is not None:
         notes.append(f"quantized (by {sign.where}), which no other verb reads: {sign.advice}")
     head, embedding = checkpoint.weights.tied_pair
     if head:
