@@ -6,9 +6,10 @@ given to every verb in every place that takes a checkpoint.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,14 @@ from safetensors.torch import load_file, save_file
 
 import lora_tools
 from lora_tools.errors import CheckpointError, UsageError
+from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.records import TensorSpec
+from lora_tools.sources import schemes
+from lora_tools.sources.as_loaded import LoadedView
 from lora_tools.sources.checkpoints import open_checkpoint
-from tests.iotools import checkpoint, moved, tree, weights
+from lora_tools.sources.schemes import Scheme
+from lora_tools.sources.transformers_names import Loaded, LoadedTensor, Piece
+from tests.iotools import adapter, checkpoint, linear_shapes, moved, tree, weights
 
 F8 = torch.float8_e4m3fn
 Q = "model.layers.0.q_proj.weight"
@@ -389,3 +396,122 @@ def test_codes_of_two_kinds(four: Path, tmp_path: Path) -> None:
     save_file(tensors | {"other.weight": torch.ones(4, 4).to(F8)}, file)
     with pytest.raises(CheckpointError, match=r"other.weight \(F8_E4M3\)"):
         open_checkpoint(tmp_path / "mixed")
+
+
+# ----------------------------------------------------------------------- a row is all that it takes
+
+
+@dataclasses.dataclass(frozen=True)
+class Stepped:
+    """``P.weight`` as whole numbers ``P_blocks`` and a step for each row, ``P_scales``."""
+
+    name: str
+    specs: dict[str, TensorSpec]
+
+    @property
+    def plain(self) -> TensorSpec:
+        return TensorSpec(self.name, "BF16", self.specs["codes"].shape)
+
+    @property
+    def label(self) -> str:
+        return "stepped"
+
+
+def find_stepped(stored: Checkpoint) -> dict[str, Stepped]:
+    found = {}
+    for name, spec in stored.specs.items():
+        if name.endswith("_blocks"):
+            module = name.removesuffix("_blocks")
+            parts = {"codes": spec, "steps": stored.specs[f"{module}_scales"]}
+            found[f"{module}.weight"] = Stepped(f"{module}.weight", parts)
+    return found
+
+
+def decode_stepped(
+    weight: Stepped, parts: Mapping[str, torch.Tensor], out: torch.Tensor, first: int
+) -> None:
+    rows = slice(first, first + len(out))
+    out.copy_(parts["codes"][rows].float() * parts["steps"][rows])
+
+
+@pytest.fixture
+def stepped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Path]:
+    """A base and its tuned copy in a scheme of our own, and in plain numbers; an adapter."""
+    row = Scheme("stepped", "steps of rows", find_stepped, decode_stepped, files=("steps.json",))
+    monkeypatch.setattr(schemes, "SCHEMES", (*schemes.SCHEMES, row))
+    made = {}
+    base = {n: t.bfloat16() for n, t in weights(layers=2).items()}
+    for side, tensors in (("base", base), ("tuned", moved(base))):
+        stored, plain = dict(tensors), dict(tensors)
+        for name in (n for n in tensors if n.endswith("_proj.weight")):
+            module, values = name.removesuffix(".weight"), stored.pop(name).float()
+            steps = values.abs().amax(1, keepdim=True) / 127
+            stored[f"{module}_blocks"] = (values / steps).round().abs().to(torch.uint8)
+            stored[f"{module}_scales"] = steps
+            plain[name] = (stored[f"{module}_blocks"].float() * steps).bfloat16()
+        made[side] = checkpoint(tmp_path / side, stored, shards=3)
+        made[f"plain {side}"] = checkpoint(tmp_path / f"plain-{side}", plain, shards=3)
+        config = {"model_type": "llama", "quantization_config": {"quant_method": "steps"}}
+        (made[side] / "config.json").write_text(json.dumps(config))
+        (made[side] / "steps.json").write_text("{}")
+    made["adapter"] = adapter(tmp_path / "adapter", linear_shapes(base))
+    return made
+
+
+def numbers(folder: Path) -> Tensors:
+    return {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
+
+
+def test_every_verb_reads_a_new_row(stepped: dict[str, Path], tmp_path: Path) -> None:
+    """Parts in other shards than each other, names that are not the weight's, a file that says so:
+    what is made of it is what is made of the plain numbers."""
+    given = ("base", "tuned"), ("plain base", "plain tuned")
+    for i, (base, tuned) in enumerate(given):
+        out = tmp_path / f"out{i}"
+        out.mkdir()
+        lora_tools.merge(stepped[base], [stepped["adapter"]], out / "merged")
+        lora_tools.merge(stepped[base], [], out / "cast", dtype="bfloat16")
+        lora_tools.extract(stepped[base], stepped[tuned], out / "extracted", rank=2)
+        found = lora_tools.diff(stepped[base], stepped[tuned])
+        (out / "diff").write_text(json.dumps([(s.module, s.norm) for s in found.spectra]))
+        merged = lora_tools.verify(
+            out / "merged", base=stepped[base], adapters=[stepped["adapter"]]
+        )
+        assert merged.totals["same"]
+    same = [numbers(tmp_path / f"out{i}/cast") for i in (0, 1)]
+    assert same[0].keys() == same[1].keys()
+    for name, tensor in same[1].items():
+        assert torch.equal(same[0][name], tensor)
+    assert not (tmp_path / "out0/cast/steps.json").exists()
+    assert "quantization_config" not in (tmp_path / "out0/cast/config.json").read_text()
+    theirs, wanted = (numbers(tmp_path / f"out{i}/merged") for i in (0, 1))
+    for name, tensor in wanted.items():  # the plain base is rounded twice
+        torch.testing.assert_close(theirs[name], tensor, atol=0.05, rtol=0.02)
+    lora_tools.dequantize(stepped["base"], tmp_path / "plain")
+    for name, tensor in numbers(stepped["plain base"]).items():
+        assert torch.equal(numbers(tmp_path / "plain")[name], tensor)
+    assert lora_tools.inspect(stepped["base"]).totals["quantized"] == {
+        "weights": 4,
+        "schemes": {"stepped": 4},
+    }
+    with pytest.raises(CheckpointError, match="quantized already, in steps of rows"):
+        lora_tools.quantize(stepped["base"], tmp_path / "four")
+    with pytest.raises(UsageError, match="--requantize needs a BASE in four bits"):
+        lora_tools.merge(stepped["base"], [stepped["adapter"]], tmp_path / "x", requantize=True)
+    with pytest.raises(UsageError, match="--reversible cannot give back a BASE in steps"):
+        lora_tools.merge(stepped["base"], [stepped["adapter"]], tmp_path / "x", reversible=True)
+
+
+def test_rows_of_a_weight_in_memory(stepped: dict[str, Path]) -> None:
+    """A view by names in memory of a decoded checkpoint decodes no more than it is asked for."""
+    side = open_checkpoint(stepped["base"])
+    name, shape = Q, (16, 16)
+    piece = Piece(name, 4, 8)
+    spec = TensorSpec("half.weight", "BF16", (8, 16))
+    how = Loaded("by hand", {spec.name: LoadedTensor(spec, (piece,))}, {}, ())
+    view = LoadedView(side, how)
+    assert view.scheme is side.scheme
+    assert view.stored is side.stored
+    assert torch.equal(view.tensor(spec.name), side.rows(name, shape, 4, 12))
+    assert view.rounded(spec.name).dtype == torch.bfloat16
+    assert view.digest({}) == side.stored.digest({})

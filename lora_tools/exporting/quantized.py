@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import UsageError
 from lora_tools.formats.checkpoint import Checkpoint
-from lora_tools.formats.names import layout_name
 from lora_tools.formats.quantized.bitsandbytes import reason_to_keep
 from lora_tools.onnx.schemes import AFFINE, NF4, SCHEMES
 from lora_tools.onnx.tasks import DECODER, Task
@@ -90,14 +89,14 @@ class Quantization:
 
     def _fate(self, fate: Fate, source: Checkpoint) -> Fate:
         assert self.scheme is not None
-        spec = source.specs.get(fate.tensor)
-        if spec is None:
+        weight = source.weights.get(fate.tensor)
+        if weight is None or not weight.stored:
             return fate
-        reason, _ = reason_to_keep(spec, source.config, head=False)
+        spec, (reason, _) = weight.spec, reason_to_keep(weight, source.config, head=False)
         if reason:
             return dataclasses.replace(fate, reason="; ".join(filter(None, (reason, fate.reason))))
         scheme = AFFINE[self.scheme]
-        turned = layout_name(spec, source.config) == "conv1d"
+        turned = weight.layout == "conv1d"
         rows, cols = spec.shape[::-1] if turned else spec.shape
         nbytes = sum(each.nbytes for each in scheme.specs(spec.name, rows, cols))
         bits = 8 * nbytes / spec.numel

@@ -12,7 +12,7 @@ from lora_tools.adapting.write import features, write_modules
 from lora_tools.errors import UnsupportedAdapter, UsageError
 from lora_tools.formats.adapters.table import FEATURES, FORMATS
 from lora_tools.formats.checkpoint import Checkpoint
-from lora_tools.formats.names import align, is_input_embedding, is_output_head
+from lora_tools.formats.names import align
 from lora_tools.merging.plan import adapter_digest, plan_merge
 from lora_tools.onnx.tasks import Task
 from lora_tools.provenance import check_bases
@@ -266,7 +266,8 @@ def _refuse_saved(weighted: Weighted, saved: Mapping[str, str], base: Checkpoint
     adapter, path = weighted.adapter, weighted.path
     for name, tensor in saved.items():
         found, spec = adapter.shape(adapter.whole[name]), base.specs.get(tensor)
-        if is_output_head(tensor) or is_input_embedding(tensor):
+        weight = base.weights.get(tensor)
+        if weight is not None and (weight.is_head or weight.is_embedding):
             why = "a whole vocabulary"
         elif len(found) > 2:
             why = "of no linear layer"

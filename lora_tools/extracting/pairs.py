@@ -7,22 +7,15 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from lora_tools.errors import MismatchError, UsageError
 from lora_tools.formats.checkpoint import Checkpoint
-from lora_tools.formats.names import (
-    align,
-    is_input_embedding,
-    is_output_head,
-    layout_name,
-    split_tensor,
-    tied_head,
-)
-from lora_tools.linalg.layouts import LAYOUTS, Layout
+from lora_tools.formats.names import align, split_tensor
+from lora_tools.linalg.layouts import Layout
 from lora_tools.linalg.ranks import RankRule
 from lora_tools.records import Fate, TensorSpec
-from lora_tools.sources.as_loaded import LoadedView, ties_of
+from lora_tools.sources.weights import kind_of
 
 # What is done with a pair if its two tensors turn out to differ.
 Action = Literal["decompose", "save", "bias", "skip", "refuse"]
@@ -129,7 +122,6 @@ def make_plan(
     *,
     chosen: Callable[[str], bool],
     kinds: Sequence[tuple[re.Pattern[str], Layout | None]] = (),
-    layers: Mapping[str, Layout | None] | None = None,
     embeddings: Literal["lora", "save", "skip"],
     rest: Literal["save", "skip", "error"],
 ) -> Plan:
@@ -138,7 +130,6 @@ def make_plan(
     Args:
         kinds: layer kinds of modules in whose names a pattern is found, instead of what name and
             shape tell; None for no low-rank form. The last that is found counts.
-        layers: layer kinds of the base's tensors, where they are known.
 
     Raises:
         UsageError: a kind does not fit a weight that it is named for, or is for none.
@@ -175,8 +166,9 @@ def make_plan(
             continue
         shown = to_tuned.get(name, name) if own_names else name
         spec = dataclasses.replace(spec, name=shown)
-        own = (layers or {}).get(name, _by_name(spec, base.config))
-        pair = _pair(shown, ours[name], theirs[name], _kind(spec, own, kinds), chosen, options)
+        weight = base.weights[name]
+        kind = _kind(spec, kind_of(weight), kinds)
+        pair = _pair(shown, (ours[name], theirs[name]), weight.is_head, kind, chosen, options)
         pairs.append(dataclasses.replace(pair, followed_by=followed.get(name, ())))
     _refuse_idle(kinds, pairs)
     pairs += [_one_sided(theirs[name], rest) for name in added]
@@ -197,8 +189,11 @@ def _settle_ties(
     {embedding: modules of what follows}. Where one side does and the other has a head of its own,
     the embedding is put in the head's place, so that the two make a pair like any other.
     """
-    mine = _ties(*ours)
-    other = {to_base.get(name, name): source for name, source in _ties(*theirs).items()}
+    mine = ours[0].weights.ties
+    other = {
+        to_base.get(name, name): to_base.get(source, source)
+        for name, source in theirs[0].weights.ties.items()
+    }
     followed: dict[str, tuple[str, ...]] = {}
     for name, source in mine.items():
         if name not in other and (name in theirs[1] or source not in other.values()):
@@ -215,21 +210,6 @@ def _settle_ties(
                 specs[name] = specs[source]
                 notes.append(f"{name} is tied to {source} on one side only: they are parted")
     return followed
-
-
-def _ties(side: Checkpoint, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """{weight: the one that it is}: as the model has them, and as the config says of a head."""
-    ties = ties_of(side)
-    head = tied_head(side.config, side.specs) if side.ties_embeddings else ""
-    embedding = next(filter(is_input_embedding, specs), "")
-    if head and embedding and (head in side.specs or not isinstance(side, LoadedView)):
-        ties[head] = embedding
-    return ties
-
-
-def _by_name(spec: TensorSpec, config: Mapping[str, Any]) -> Layout | None:
-    name = layout_name(spec, config)
-    return LAYOUTS[name] if name else None
 
 
 def _kind(
@@ -258,15 +238,15 @@ def _refuse_idle(
 
 def _pair(
     name: str,
-    base: TensorSpec,
-    tuned: TensorSpec,
+    sides: tuple[TensorSpec, TensorSpec],
+    is_head: bool,
     kind: Layout | None,
     chosen: Callable[[str], bool],
     options: Mapping[str, str],
 ) -> Pair:
-    module, parameter = split_tensor(name)
+    (base, tuned), (module, parameter) = sides, split_tensor(name)
     embedding = kind is not None and kind.name == "embedding"
-    resizable = embedding or is_output_head(name)
+    resizable = embedding or is_head
     if base.shape != tuned.shape:
         grown = base.shape[1:] == tuned.shape[1:] and resizable
         if not (grown and options["embeddings"] != "lora"):

@@ -6,6 +6,7 @@ travel along with what is made of the weights.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
@@ -17,6 +18,7 @@ from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.formats.quantized.packed import StoredFormat
 from lora_tools.formats.safetensors_file import SafetensorsFile
 from lora_tools.formats.tensor_file import TensorFile
+from lora_tools.formats.weights import ModelSays, Weights, ties_embeddings
 from lora_tools.records import TensorSpec
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ class Checkpoint:
     """Named tensors over one or more files.
 
     Attributes:
+        says: what the model's class says of the tensors, where somebody asked it.
         path: the folder or file, as resolved.
         is_folder: whether it is a folder (then ``companions`` travel with the weights).
         files: the weight files, in the order of their names.
@@ -52,6 +55,8 @@ class Checkpoint:
         config: ``config.json``, or an empty dict.
         index_name: name of the shard index, or None.
     """
+
+    says: ModelSays | None = None
 
     def __init__(
         self, path: Path, files: Iterable[TensorFile], is_folder: bool, index_name: str | None
@@ -92,6 +97,11 @@ class Checkpoint:
         """The checkpoint as it lies there: itself where nothing was decoded."""
         return self
 
+    @functools.cached_property
+    def weights(self) -> Weights:
+        """What each tensor is to its model, by name."""
+        return Weights(self.specs, self.config, self.says)
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
@@ -124,7 +134,7 @@ class Checkpoint:
             return tensor.to(dtype)
         import torch
 
-        return torch.frombuffer(self.raw(name), dtype=dtype).reshape(tensor.shape)
+        return torch.frombuffer(bytearray(self.raw(name)), dtype=dtype).reshape(tensor.shape)
 
     def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
         """Give the pages of a tensor's bytes [start, stop) back to the system."""
@@ -184,13 +194,6 @@ class Checkpoint:
             return {PurePosixPath(m["path"]).parts[0] for m in modules if m.get("path")}
         except (ValueError, RecursionError, TypeError, AttributeError, LookupError):
             return set()  # whatever it is, it names no folders
-
-
-def ties_embeddings(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json says that the output head is the input embedding."""
-    text = config.get("text_config")
-    inner = text if isinstance(text, dict) else {}
-    return bool(config.get("tie_word_embeddings", inner.get("tie_word_embeddings", False)))
 
 
 def with_theta(config: Mapping[str, Any]) -> dict[str, Any]:

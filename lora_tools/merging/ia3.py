@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_tools.errors import MismatchError
 from lora_tools.formats.adapters.peft import Adapter, Multiplier
-from lora_tools.formats.names import layout_name
+from lora_tools.formats.weights import weight_of
 from lora_tools.linalg.layouts import LAYOUTS, Layout
 from lora_tools.records import TensorSpec
 
 if TYPE_CHECKING:
     import torch
 
+    from lora_tools.formats.checkpoint import Checkpoint
+    from lora_tools.merging.targets import BaseOutline
+
 
 def multiplier_layout(
-    adapter: Adapter, source: Multiplier, spec: TensorSpec, config: Mapping[str, Any]
+    adapter: Adapter, source: Multiplier, spec: TensorSpec, base: Checkpoint | BaseOutline
 ) -> Layout | None:
     """How the weight is stored; None of a bias.
 
     Raises:
         MismatchError: the vector does not fit it.
     """
-    named = layout_name(spec, config or {"model_type": "gpt2" if adapter.fan_in_fan_out else ""})
-    layout = LAYOUTS["conv1d" if named == "conv1d" else "linear"]
+    weight = base.weights.of(spec)
+    if not base.config and adapter.fan_in_fan_out:  # then the adapter says how it is stored
+        weight = weight_of(spec, {"model_type": "gpt2"})
+    layout = LAYOUTS["conv1d" if weight.layout == "conv1d" else "linear"]
     length = math.prod(adapter.shape(source.key))
     is_bias = len(spec.shape) == 1
     dim = 0 if is_bias else _dimension(source, layout)

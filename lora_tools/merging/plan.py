@@ -175,7 +175,7 @@ def _fit(part: Part, name: str, spec: TensorSpec, base: Checkpoint | BaseOutline
                 )
         return dataclasses.replace(part, layout=layout, shape=whole.shape)
     if isinstance(part.source, Multiplier):
-        stored = ia3.multiplier_layout(adapter, part.source, spec, base.config)
+        stored = ia3.multiplier_layout(adapter, part.source, spec, base)
         return dataclasses.replace(part, layout=stored, shape=spec.shape)
     key = key_of(part)
     shape = adapter.shape(key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from lora_tools.errors import UnsupportedAdapter
 from lora_tools.formats.adapters.peft import LoraModule, Multiplier, TokenRows
-from lora_tools.formats.checkpoint import ties_embeddings
+from lora_tools.formats.weights import Weights
 from lora_tools.linalg.layouts import Block, Layout
 from lora_tools.records import TensorSpec
 from lora_tools.sources.weighted import Weighted
@@ -29,9 +30,10 @@ class BaseOutline:
     config: Mapping[str, Any]
     renamed: Callable[[Collection[str]], Mapping[str, str]] | None = None
 
-    @property
-    def ties_embeddings(self) -> bool:
-        return ties_embeddings(self.config)
+    @functools.cached_property
+    def weights(self) -> Weights:
+        """What each tensor is to its model, by name."""
+        return Weights(self.specs, self.config)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lora_tools.errors import UnsupportedAdapter
 from lora_tools.formats.adapters.peft import LoraModule, TokenRows
 from lora_tools.formats.checkpoint import Checkpoint
-from lora_tools.formats.names import is_input_embedding, is_output_head, tied_head
+from lora_tools.formats.names import is_output_head
 from lora_tools.merging.targets import BaseOutline, Part, blocks_of, key_of
 
 if TYPE_CHECKING:
@@ -18,9 +18,8 @@ if TYPE_CHECKING:
 def tied_pair(base: Checkpoint | BaseOutline, wanted: Collection[str]) -> tuple[str, str]:
     """(output head, input embedding) where the base ties them, the head by the name that is wanted
     of one that is not stored; else two ""."""
-    head = tied_head(base.config, base.specs) if base.ties_embeddings else ""
-    embedding = next((n for n in base.specs if is_input_embedding(n)), "")
-    if not (head and embedding):
+    head, embedding = base.weights.tied_pair
+    if not head:
         return "", ""
     asked = {name for name in wanted if is_output_head(name) and name.endswith(".weight")}
     return (min(asked) if asked and head not in base.specs else head), embedding

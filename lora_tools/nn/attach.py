@@ -100,7 +100,7 @@ def _put_on(
     given = [adapters] if isinstance(adapters, str | Path) else list(adapters)
     state = model.state_dict(keep_vars=True)
     outline = _outline(model, state)
-    names = names_of(outline.path, outline.specs, outline.config)
+    names = names_of(outline.path, outline.weights, outline.config)
     plan = plan_merge(outline, open_weighted(given, allow_pickle, names), allow_unmatched)
     record = _Record()
     try:

@@ -26,6 +26,7 @@ from lora_tools.formats.quantized.bitsandbytes import (
     reason_to_keep,
 )
 from lora_tools.formats.tensors import as_bytes
+from lora_tools.formats.weights import weight_of
 from lora_tools.linalg import nf4
 from lora_tools.onnx.linears import DOMAIN, Linear, linears
 from lora_tools.onnx.schemes import AFFINE, NF4, Affine
@@ -141,7 +142,7 @@ class NBits:
         sizes = (linear.out_features, linear.in_features)
         stored = sizes if linear.out_first else sizes[::-1]
         spec = TensorSpec(linear.weight, "F32", stored)
-        return not reason_to_keep(spec, self._config, head=False)[0]
+        return not reason_to_keep(weight_of(spec, self._config), self._config, head=False)[0]
 
     def attributes(self, linear: Linear) -> dict[str, int]:
         """Bits and blocks, and how it multiplies."""

@@ -18,7 +18,7 @@ from lora_tools.errors import MismatchError, NonFiniteError, UsageError
 from lora_tools.formats.adapters.peft import open_peft
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.dtypes import torch_dtype
-from lora_tools.formats.names import split_tensor, tied_head
+from lora_tools.formats.names import split_tensor
 from lora_tools.linalg.ranks import RankRule
 from lora_tools.merging.plan import plan_merge
 from lora_tools.merging.targets import Part
@@ -196,8 +196,7 @@ def finish(
     task = next((w.adapter.config.get("task_type") for w in how.adapters), None)
     config: dict[str, Any] = {"task_type": task}
     modules = {split_tensor(name)[0] for name in base.specs}
-    if base.ties_embeddings:
-        modules |= {split_tensor(tied_head(base.config, base.specs))[0]} - {""}
+    modules |= {split_tensor(base.weights.head)[0]} - {""}
     writer.finish(config, modules, {"loratools": tool_version()})
     if how.adapters:
         mine = Weighted(open_peft(folder, folder), 1.0, FOLDER)

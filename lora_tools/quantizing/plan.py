@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from lora_tools.errors import MismatchError, UsageError
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.checkpoint_writer import Shard, lay_out
-from lora_tools.formats.names import layout_name, split_tensor, tied_head
+from lora_tools.formats.names import split_tensor
 from lora_tools.formats.quantized.bitsandbytes import (
     ADDED_HEADS,
     STATE,
@@ -19,6 +19,7 @@ from lora_tools.formats.quantized.bitsandbytes import (
     reason_to_keep,
     skip_entry,
 )
+from lora_tools.formats.weights import Weight
 from lora_tools.merging.plan import MergePlan
 from lora_tools.merging.targets import Target
 from lora_tools.records import DTYPE_BITS, Fate, TensorSpec
@@ -130,23 +131,23 @@ def plan_quantize(
     tied = base.ties_embeddings and not merge.unties
     reasons: dict[str, str] = {}
     skip: set[str] = set()
-    for target in targets:
-        spec = specs[target.spec.name]
-        module = split_tensor(spec.name)[0]
-        reason, linear = reason_to_keep(spec, base.config, head and not tied)
-        if not reason and not chosen(module):
+    weights = [base.weights.of(specs[target.spec.name]) for target in targets]
+    for weight in weights:
+        reason, linear = reason_to_keep(weight, base.config, head and not tied)
+        if not reason and not chosen(weight.module):
             reason = "left out by --include or --exclude"
-        reasons[spec.name] = reason
+        reasons[weight.spec.name] = reason
         if reason and linear:
-            skip.add(skip_entry(module))
+            skip.add(skip_entry(weight.module))
     _follow_the_loader(reasons, skip)
     quantized = [split_tensor(name)[0] for name, reason in reasons.items() if not reason]
-    absent = {split_tensor(tied_head(base.config, base.specs))[0]} if tied else set()
+    absent = {split_tensor(base.weights.head)[0]} if tied else set()
     for module in absent.union(ADDED_HEADS) - {""}:
         if not any(loader_skips(name, {module}) for name in quantized):
             skip.add(module)
     items = tuple(
-        _item(target, specs[target.spec.name], reasons, scheme, base.config) for target in targets
+        _item(target, weight, reasons, scheme)
+        for target, weight in zip(targets, weights, strict=True)
     )
     if not any(item.packed for item in items):
         raise MismatchError(
@@ -170,22 +171,15 @@ def _follow_the_loader(reasons: dict[str, str], skip: set[str]) -> None:
                 again = True
 
 
-def _item(
-    target: Target,
-    spec: TensorSpec,
-    reasons: Mapping[str, str],
-    scheme: FourBitForm,
-    config: object,
-) -> Item:
-    reason = reasons[spec.name]
+def _item(target: Target, weight: Weight, reasons: Mapping[str, str], scheme: FourBitForm) -> Item:
+    spec, reason = weight.spec, reasons[weight.spec.name]
     if reason:
         return Item(target, spec, None, False, reason)
     if spec.dtype == "F64":
         raise UsageError(
             f"{spec.name}: float64, which bitsandbytes does not quantize; pass --dtype float32"
         )
-    assert isinstance(config, dict)
-    transposed = layout_name(spec, config) == "conv1d"
+    transposed = weight.layout == "conv1d"
     shape = spec.shape[::-1] if transposed else spec.shape
     offset = 0.0 if scheme.double else None
     state = QuantState(scheme.quant_type, scheme.blocksize, spec.dtype, shape, offset)

@@ -3,25 +3,17 @@ blocks parted where it does so."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.names import layout_name
 from lora_tools.formats.quantized.packed import StoredFormat
-from lora_tools.linalg.layouts import LAYOUTS, Conv, Layout
-from lora_tools.sources.transformers_names import (
-    Loaded,
-    LoadedTensor,
-    Piece,
-    loaded,
-    rows_of,
-    why_unknown,
-)
+from lora_tools.formats.weights import ModelSays
+from lora_tools.sources.transformers_names import Loaded, Piece, loaded, rows_of, why_unknown
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +38,7 @@ class LoadedView(Checkpoint):
         self._view = _LoadedFile(source, how)
         super().__init__(source.path, [self._view], source.is_folder, source.index_name)
         self.config = source.config
+        self.says = ModelSays(_layouts(how, source.config), how.tied)
 
     @property
     def scheme(self) -> StoredFormat | None:
@@ -88,25 +81,17 @@ def loaded_view(source: Checkpoint) -> Checkpoint:
     return source if how is None else LoadedView(source, how)
 
 
-def layers_of(side: Checkpoint) -> dict[str, Layout | None]:
-    """The layer kinds of a view's weights, as the model has them; none of a plain checkpoint's."""
-    if not isinstance(side, LoadedView):
-        return {}
-    tensors = side.how.tensors
+def _layouts(how: Loaded, config: Mapping[str, Any]) -> dict[str, tuple[str | None, int]]:
+    """The kinds of layer of a view's weights, and their groups, as the model has them."""
+    tensors = how.tensors
     fuses = any(len(t.pieces) > 1 and len(t.spec.shape) == 3 for t in tensors.values())
-    kinds: dict[str, Layout | None] = {}
+    kinds: dict[str, tuple[str | None, int]] = {}
     for name, tensor in tensors.items():
-        found = layout_name(tensor.spec, side.config) if tensor.layer == "" else tensor.layer
+        found = layout_name(tensor.spec, config) if tensor.layer == "" else tensor.layer
         if found == "linear" and fuses and name.split(".")[-2] in _OF_EXPERTS:
             found = "experts"
-        kinds[name] = _grouped(tensor) if found == "conv" else LAYOUTS[found] if found else None
+        kinds[name] = found, tensor.groups
     return kinds
-
-
-def ties_of(side: Checkpoint) -> dict[str, str]:
-    """Weights that a view does not have, and those of it that are the same; none of a plain
-    checkpoint's, whose config tells."""
-    return dict(side.how.tied) if isinstance(side, LoadedView) else {}
 
 
 def named_by(side: Checkpoint) -> str:
@@ -137,16 +122,6 @@ def notes_on_names(side: Checkpoint) -> list[str]:
             f"{side.how.other[0]}: what changed in them is not loaded by PEFT either"
         )
     return notes
-
-
-def _grouped(tensor: LoadedTensor) -> Layout | None:
-    """A convolution; None where even factors of rank 1 hold more numbers than the weight, as those
-    of a depthwise one do: PEFT's lora_A reads all channels."""
-    kind, spec = Conv("conv", "conv", groups=tensor.groups), tensor.spec
-    if tensor.groups == 1:
-        return kind
-    a, b = kind.shapes(spec.shape, 1)
-    return kind if math.prod(a) + math.prod(b) < spec.numel else None
 
 
 class _LoadedFile:
@@ -185,9 +160,10 @@ class _LoadedFile:
         return torch.cat([self._rows(p, p.first, p.first + p.rows) for p in pieces]).reshape(shape)
 
     def _rows(self, piece: Piece, first: int, last: int) -> torch.Tensor:
-        tensor = self._source.tensor(piece.stored)
-        shape = (-1, tensor.shape[-1]) if tensor.dim() > 1 else (-1,)
-        return tensor.reshape(shape)[first:last]
+        spec = self._source.specs[piece.stored]
+        if len(spec.shape) < 2:
+            return self._source.tensor(piece.stored).reshape(-1)[first:last]
+        return self._source.rows(piece.stored, (rows_of(spec), spec.shape[-1]), first, last)
 
     def rows(self, name: str, matrix: tuple[int, int], start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of the tensor as that matrix."""

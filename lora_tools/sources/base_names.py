@@ -7,6 +7,7 @@ from pathlib import Path
 from lora_tools.errors import AdapterError
 from lora_tools.formats.adapters.base_names import BaseNames, names_of
 from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.formats.weights import Weights
 from lora_tools.records import TensorSpec
 from lora_tools.sources.checkpoints import open_checkpoint
 
@@ -23,21 +24,24 @@ def base_names(
     if isinstance(source, BaseNames):
         return source
     if isinstance(source, Checkpoint):
-        return names_of(source.path, source.specs, source.config)
+        return names_of(source.path, source.weights, source.config)
     folder = Path(source)
     if (folder / PIPELINE).is_file():
         return _pipeline(folder, allow_pickle)
     checkpoint = open_checkpoint(source, allow_pickle)
-    return names_of(checkpoint.path, checkpoint.specs, checkpoint.config)
+    return names_of(checkpoint.path, checkpoint.weights, checkpoint.config)
 
 
 def _pipeline(folder: Path, allow_pickle: bool) -> BaseNames:
     weights: dict[str, TensorSpec] = {}
+    layouts: dict[str, str | None] = {}
     for part in sorted(folder.iterdir()):
         if part.is_dir() and any(part.glob("*.safetensors")):
             checkpoint = open_checkpoint(part, allow_pickle)
-            mine = names_of(part, checkpoint.specs, {}, f"{part.name}.")
+            # A component's config.json is not the pipeline's: its names alone tell.
+            mine = names_of(part, Weights(checkpoint.specs, {}), {}, f"{part.name}.")
             weights.update(mine.weights)
+            layouts.update(mine.layouts)
     if not weights:
         raise AdapterError(f"{folder}: a diffusers pipeline without a .safetensors file in it")
-    return BaseNames(folder, weights, {})
+    return BaseNames(folder, weights, {}, layouts=layouts)

@@ -38,31 +38,29 @@ def open_checkpoint(
             ``decoded``, also numbers in a scheme that ``sources.schemes`` has no row for.
     """
     stored = _open(source, allow_pickle)
-    return _decoded(stored) if decoded else stored
-
-
-def shown_sign(checkpoint: Checkpoint) -> Found | None:
-    """The scheme in which a checkpoint is quantized, as far as it shows and was not decoded."""
-    known = checkpoint.scheme.files if checkpoint.scheme is not None else ()
-    files = [
-        name
-        for name in FILES
-        if checkpoint.is_folder and name not in known and (checkpoint.path / name).is_file()
-    ]
-    return sign_of(checkpoint.specs, checkpoint.config, files)
-
-
-def _decoded(stored: Checkpoint) -> Checkpoint:
-    """``stored`` as plain numbers. Raises CheckpointError where they cannot be told."""
-    found = scheme_of(stored)
-    checkpoint = Dequantized(stored, *found) if found else stored
-    sign = shown_sign(checkpoint)
+    if not decoded:
+        return stored
+    checkpoint, sign = as_plain(stored)
     if sign is not None:
         raise CheckpointError(
             f"{stored.path}: quantized as {sign.title} (by {sign.where}), which is not read here: "
             f"{sign.advice}"
         )
     return checkpoint
+
+
+def as_plain(stored: Checkpoint) -> tuple[Checkpoint, Found | None]:
+    """A checkpoint as plain numbers, as far as a row of ``SCHEMES`` tells; and the sign by which
+    some of them are not even so."""
+    found = scheme_of(stored)
+    checkpoint = Dequantized(stored, *found) if found else stored
+    known = checkpoint.scheme.files if checkpoint.scheme is not None else ()
+    files = [
+        name
+        for name in FILES
+        if stored.is_folder and name not in known and (stored.path / name).is_file()
+    ]
+    return checkpoint, sign_of(checkpoint.specs, checkpoint.config, files)
 
 
 def _open(source: str | Path, allow_pickle: bool) -> Checkpoint:

@@ -8,6 +8,7 @@ arithmetic in ``linalg``, and a row here: then every verb reads it. What no row 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -15,6 +16,7 @@ from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.quantized import bitsandbytes
 from lora_tools.formats.quantized.packed import PackedWeight
 from lora_tools.formats.quantized.signs import without_entries
+from lora_tools.records import TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +25,18 @@ if TYPE_CHECKING:
 
 P = TypeVar("P", bound=PackedWeight)
 Parts = Mapping[str, "torch.Tensor"]
+
+
+def _facts(weights: Mapping[str, PackedWeight]) -> dict[str, Any]:
+    """How many weights, and how many of each kind."""
+    kinds = Counter(weight.label for weight in weights.values())
+    return {"weights": len(weights), "schemes": dict(kinds)}
+
+
+def _no_faults(
+    config: Mapping[str, Any], specs: Mapping[str, TensorSpec], weights: Mapping[str, PackedWeight]
+) -> Sequence[str]:
+    return ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +63,15 @@ class Scheme(Generic[P]):
     title: str
     find: Callable[[Checkpoint], Mapping[str, P]]
     decode: Callable[[P, Parts, torch.Tensor, int], None]
-    facts: Callable[[Mapping[str, P]], dict[str, Any]]
-    faults: Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, P]], Sequence[str]]
+    facts: Callable[[Mapping[str, P]], dict[str, Any]] = _facts
+    faults: Callable[
+        [Mapping[str, Any], Mapping[str, TensorSpec], Mapping[str, P]], Sequence[str]
+    ] = _no_faults
     plain_config: Callable[[Mapping[str, Any]], dict[str, Any]] = without_entries
     files: tuple[str, ...] = ()
+
+    def __reduce__(self) -> tuple[Callable[[str], Scheme[Any]], tuple[str]]:
+        return scheme_named, (self.name,)
 
 
 def four_bit_scales(weight: bitsandbytes.QuantizedTensor, parts: Parts) -> Array:
@@ -105,3 +124,8 @@ def scheme_of(stored: Checkpoint) -> tuple[Scheme[Any], Mapping[str, PackedWeigh
         if weights:
             return scheme, weights
     return None
+
+
+def scheme_named(name: str) -> Scheme[Any]:
+    """A row of the table."""
+    return next(scheme for scheme in SCHEMES if scheme.name == name)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from lora_tools.errors import CheckpointError, UsageError
 from lora_tools.formats.activations import MARK, VERSION
 from lora_tools.formats.checkpoint import Checkpoint
-from lora_tools.formats.names import layout_name, split_tensor
+from lora_tools.formats.names import split_tensor
 from lora_tools.formats.output import check_destination, check_space, staged
 from lora_tools.formats.safetensors_file import SafetensorsWriter
 from lora_tools.formats.tensors import as_bytes
@@ -97,7 +97,7 @@ def collect_stats(
 def _plan(checkpoint: Checkpoint, kind: str) -> tuple[Fate, ...]:
     fates = []
     for spec in checkpoint.specs.values():
-        layout = layout_name(spec, checkpoint.config)
+        layout = checkpoint.weights[spec.name].layout
         if layout in ("linear", "conv1d", "embedding"):
             (_, width), _ = LAYOUTS[layout].shapes(spec.shape, 1)
             whole = kind == "full" and layout != "embedding"

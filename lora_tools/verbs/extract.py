@@ -29,7 +29,7 @@ from lora_tools.options import (
 )
 from lora_tools.provenance import command_of, tool_version
 from lora_tools.records import Input, ProgressCallback, Report
-from lora_tools.sources.as_loaded import layers_of, loaded_view, notes_on_names
+from lora_tools.sources.as_loaded import loaded_view, notes_on_names
 from lora_tools.sources.checkpoints import open_checkpoint
 
 if TYPE_CHECKING:
@@ -169,14 +169,7 @@ def extract(
         check_destination(destination, [side.path for side in sides], force)
         if keep is not None:
             check_destination(keep, [side.path for side in sides], force=True)
-    plan = make_plan(
-        *sides,
-        chosen=chosen,
-        kinds=kinds,
-        layers=layers_of(sides[0]),
-        embeddings=embeddings,
-        rest=rest,
-    )
+    plan = make_plan(*sides, chosen=chosen, kinds=kinds, embeddings=embeddings, rest=rest)
     said += [f"{side.path}: quantized; seen as what it dequantizes to" for side in quantized]
     plan = dataclasses.replace(plan, notes=(*said, *plan.notes))
     fates = plan.fates(rule)

@@ -17,7 +17,6 @@ from lora_tools.formats import sidecar as sidecars
 from lora_tools.formats.activations import MARK as ACTIVATIONS
 from lora_tools.formats.adapters.peft import CONFIG, Adapter, LoraModule
 from lora_tools.formats.checkpoint import Checkpoint
-from lora_tools.formats.names import is_input_embedding, tied_head
 from lora_tools.formats.spectra import MARK as SPECTRA
 from lora_tools.inspecting.onnx_model import open_model
 from lora_tools.inspecting.spectrum import check_plot, save_picture, shown, summary
@@ -34,8 +33,8 @@ from lora_tools.records import (
     TensorSpec,
 )
 from lora_tools.sources.adapters import is_adapter, open_adapter
-from lora_tools.sources.checkpoints import open_checkpoint, shown_sign
-from lora_tools.sources.schemes import scheme_of
+from lora_tools.sources.checkpoints import as_plain, open_checkpoint
+from lora_tools.sources.dequantized import Dequantized
 
 if TYPE_CHECKING:
     from lora_tools.formats.tensor_file import TensorFile
@@ -179,20 +178,19 @@ def _open_weights(checkpoint: Checkpoint) -> _Thing:
         "model_type": config.get("model_type"),
         "files": [file.path.name for file in checkpoint.files],
     }
-    kind, found, sign = "checkpoint", scheme_of(checkpoint), shown_sign(checkpoint)
-    if found is not None:
-        scheme, quantized = found
-        kind = f"checkpoint in {scheme.title}"
-        facts["quantized"] = scheme.facts(quantized)
+    kind, (view, sign) = "checkpoint", as_plain(checkpoint)
+    if isinstance(view, Dequantized):
+        kind = f"checkpoint in {view.scheme.title}"
+        facts["quantized"] = view.scheme.facts(view.quantized)
         if config:
-            faults = scheme.faults(config, checkpoint.specs, quantized)
+            faults = view.scheme.faults(config, checkpoint.specs, view.quantized)
             notes += [f"config.json {said}" for said in faults]
     elif sign is not None:
         kind = f"quantized checkpoint ({sign.title})"
+    if sign is not None:
         notes.append(f"quantized (by {sign.where}), which no other verb reads: {sign.advice}")
-    head = tied_head(config, checkpoint.specs) if checkpoint.ties_embeddings else ""
-    embedding = next(filter(is_input_embedding, checkpoint.specs), "")
-    if head and embedding:
+    head, embedding = checkpoint.weights.tied_pair
+    if head:
         stored = "stored all the same" if head in checkpoint.specs else "not stored"
         notes.append(f"{head} is tied to {embedding}, and {stored}")
     return _Thing(kind, checkpoint.files, facts, tuple(notes))

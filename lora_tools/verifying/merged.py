@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.checkpoint import Checkpoint
-from lora_tools.formats.names import is_input_embedding, tied_head
 from lora_tools.merging.plan import MergePlan, adapter_digest, build_effects, plan_merge
 from lora_tools.merging.targets import Target
 from lora_tools.merging.tensor import as_matrix, working_dtype
@@ -195,9 +194,8 @@ def left_over(merged: Checkpoint, targets: Sequence[Target]) -> list[Fate]:
 
 def tied_astray(merged: Checkpoint, plan: MergePlan) -> list[Fate]:
     """An output head that should be the embedding and is not, or the other way round."""
-    head = tied_head(merged.config, merged.specs) if merged.ties_embeddings else ""
-    embedding = next(filter(is_input_embedding, merged.specs), "")
-    if not (head and embedding):
+    head, embedding = merged.weights.tied_pair
+    if not head:
         return []
     if plan.unties:
         return [

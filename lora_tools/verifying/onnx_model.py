@@ -16,7 +16,7 @@ from lora_tools.errors import MismatchError, UsageError
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.dtypes import torch_dtype
-from lora_tools.formats.names import align, is_input_embedding, tied_head
+from lora_tools.formats.names import align
 from lora_tools.merging.in_memory import merged_in
 from lora_tools.merging.plan import MergePlan, adapter_digest, plan_merge
 from lora_tools.merging.targets import Target
@@ -152,9 +152,8 @@ def _named(
     """For each initializer named after a tensor that tensor under the initializer's name, the names
     of these tensors, and a sentence on prefixes."""
     known = {target.spec.name: target for target in (*plan.targets, *plan.untied)}
-    head = tied_head(source.config, source.specs) if source.ties_embeddings else ""
-    embedding = next(filter(is_input_embedding, known), "")
-    if head and embedding:
+    head, embedding = source.weights.tied_pair
+    if head:
         known.setdefault(head, known[embedding])
     inside = {n: weights.renamed.get(n, n) for n in weights.specs if n not in parts}
     mapping, sentence = align(list(dict.fromkeys(inside.values())), list(known))

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_tools.formats.checkpoint import Checkpoint
-from lora_tools.formats.names import layout_name
 from lora_tools.merging.in_memory import merged_in
 from lora_tools.merging.targets import Target
 from lora_tools.records import Fate
@@ -63,7 +62,7 @@ def _check(stored: StoredWeight, folder: Path, target: Target, source: Checkpoin
 
     values = stored.values(folder)  # (out, in)
     wanted, source_hash = merged_in(target, source, target.spec.dtype)
-    turned = layout_name(target.spec, source.config) == "conv1d"
+    turned = source.weights.of(target.spec).layout == "conv1d"
     W = (wanted.T if turned else wanted).float()
     if values.shape != W.shape:
         why = f"is of {list(values.shape)}, and should be of {list(W.shape)}"

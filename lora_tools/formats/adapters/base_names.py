@@ -5,31 +5,26 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lora_tools.errors import AdapterError
-from lora_tools.formats.checkpoint import ties_embeddings
-from lora_tools.formats.names import EMBEDDING, is_input_embedding, split_tensor, tied_head
+from lora_tools.formats.names import EMBEDDING, split_tensor
+from lora_tools.formats.weights import Weights
 from lora_tools.records import TensorSpec
-
-if TYPE_CHECKING:
-    pass
 
 
 def names_of(
-    path: Path, specs: Mapping[str, TensorSpec], config: Mapping[str, Any], prefix: str = ""
+    path: Path, weights: Weights, config: Mapping[str, Any], prefix: str = ""
 ) -> BaseNames:
-    """From the tensors' names."""
-    weights = {}
-    for name, spec in specs.items():
-        module, parameter = split_tensor(name)
-        if parameter == "weight" and module:
-            weights[prefix + module] = spec
-    tied = split_tensor(tied_head(config, specs))[0] if ties_embeddings(config) else ""
-    embedding = next((spec for name, spec in specs.items() if is_input_embedding(name)), None)
-    if tied and embedding is not None:
-        weights.setdefault(tied, embedding)
-    return BaseNames(path, weights, config, tied)
+    """From what is known of a model's tensors, with a prefix put before its modules' names."""
+    specs: dict[str, TensorSpec] = {}
+    layouts: dict[str, str | None] = {}
+    for weight in weights.values():
+        if weight.parameter == "weight" and weight.module:
+            module = prefix + weight.module
+            there = weight if weight.stored else weights[weight.tied_to]
+            specs[module], layouts[module] = there.spec, weight.layout
+    return BaseNames(path, specs, config, split_tensor(weights.head)[0], layouts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,13 +82,14 @@ class BaseNames:
     """What a reader needs to know of the model: module names, weight shapes, config.json.
 
     ``tied`` is the output head that is the input embedding, or "": it is among the modules, though
-    the checkpoint may not store it.
+    the checkpoint may not store it. ``layouts`` are the weights' kinds of layer.
     """
 
     path: Path
     weights: Mapping[str, TensorSpec]
     config: Mapping[str, Any]
     tied: str = ""
+    layouts: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
 
     def is_embedding(self, module: str, in_out: tuple[int, int]) -> bool:
         """Whether factors for (in, out) on this module are those of an Embedding, stored (in, out):

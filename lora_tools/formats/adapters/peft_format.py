@@ -10,7 +10,6 @@ from lora_tools.formats.adapters.base_names import BaseNames
 from lora_tools.formats.adapters.outline import Compute
 from lora_tools.formats.adapters.peft_writer import PeftWriter
 from lora_tools.formats.adapters.writer import Factors, Writer
-from lora_tools.formats.names import layout_name
 
 if TYPE_CHECKING:
     import torch
@@ -54,11 +53,7 @@ class PeftFormat(Writer):
         names = None
         if self.base is not None:
             names = None if self.saves else [*self.base.weights, *self._modules]
-            kinds = {
-                layout_name(self.base.weights[m], self.base.config)
-                for m in self._modules
-                if m in self.base.weights
-            }
+            kinds = {self.base.layouts.get(module) for module in self._modules}
             config["fan_in_fan_out"] = "conv1d" in kinds
             config["base_model_name_or_path"] = config.get("base_model_name_or_path") or str(
                 self.base.config.get("_name_or_path") or self.base.path.name

@@ -26,8 +26,9 @@ from typing import Any
 
 from lora_tools.errors import CheckpointError
 from lora_tools.formats.dtypes import FLOAT_NAMES, parse_float_dtype
-from lora_tools.formats.names import is_output_head, layout_name, split_tensor
+from lora_tools.formats.names import layout_name, split_tensor
 from lora_tools.formats.safetensors_file import strict_json
+from lora_tools.formats.weights import Weight, weight_of
 from lora_tools.records import DTYPE_BITS, TensorSpec
 
 QUANT_TYPES = ("nf4", "fp4")
@@ -286,21 +287,20 @@ _KEPT = re.compile(r"(.*\.)?(qformer|compressor)\..*|(.*\.)?weights_proj")
 _KEPT_WO = ("t5", "mt5", "umt5", "udop", "pop2piano")
 
 
-def reason_to_keep(spec: TensorSpec, config: Mapping[str, Any], head: bool) -> tuple[str, bool]:
+def reason_to_keep(weight: Weight, config: Mapping[str, Any], head: bool) -> tuple[str, bool]:
     """Why a weight is not quantized ("" if it is to be), and whether it is a linear layer's.
 
     The rules follow transformers: linear layers only, without output heads (unless ``head``),
     classification heads, and what its models keep in full precision. Experts and their routers
     stay as they are: transformers 5 fuses experts into one tensor, which it does not quantize.
     """
-    module = split_tensor(spec.name)[0]
-    layout = layout_name(spec, config)
-    if layout == "embedding":
+    module = weight.module
+    if weight.layout == "embedding":
         return "embedding", False
-    if layout not in ("linear", "conv1d"):
+    if weight.layout not in ("linear", "conv1d"):
         return "no weight of a linear layer", False
     last = module.rpartition(".")[2]
-    if is_output_head(spec.name) or module == "cls.predictions.decoder":
+    if weight.is_head or module == "cls.predictions.decoder":
         return ("" if head else "output head"), True
     if _CLASSIFIERS.fullmatch(last):
         return "classification head", True
@@ -310,7 +310,7 @@ def reason_to_keep(spec: TensorSpec, config: Mapping[str, Any], head: bool) -> t
         return "router", True
     if _KEPT.fullmatch(module) or (last == "wo" and config.get("model_type") in _KEPT_WO):
         return "kept in full precision by transformers", True
-    if not spec.numel:
+    if not weight.spec.numel:
         return "empty", True
     return "", True
 
@@ -363,7 +363,7 @@ def config_faults(
             if loader_skips(module, skip):
                 faults.append(f"leaves {module} out of the four-bit layers, and it is one")
             continue
-        reason, linear = reason_to_keep(spec, config, False)
+        reason, linear = reason_to_keep(weight_of(spec, config), config, False)
         if linear and reason in _NAMED_IF_KEPT and not loader_skips(module, skip):
             faults.append(f"does not list {module}, which is not in four bits, as one to skip")
     return faults
