@@ -69,8 +69,8 @@ class Stackable:
 
 
 def stackable(weighted: Sequence[Weighted]) -> Stackable:
-    """Raises UnsupportedAdapter or MismatchError for adapters that cannot be added to one
-    another."""
+    """What of which adapter goes into which module. Raises UnsupportedAdapter or MismatchError for
+    adapters that cannot be added to one another."""
     for each in weighted:
         _refuse(each)
     return Stackable(weighted, _by_module(weighted), _saved(weighted))
