@@ -42,7 +42,6 @@ def _made(weighted: Sequence[Weighted], digests: Sequence[str], command: str) ->
 
 def stack(weighted: Sequence[Weighted], folder: Path, jobs: int | None) -> None:
     """``cat`` in float32, into a folder to be made. Raises what ``combine`` raises."""
-    terms, copied = stackable(weighted)
     options = Combination("cat", None, 1.0, 0, "total", None, "F32")
     report = Report(
         "combine",
@@ -52,17 +51,29 @@ def stack(weighted: Sequence[Weighted], folder: Path, jobs: int | None) -> None:
         False,
         (),
     )
-    combine_adapters(report, weighted, terms, copied, options, folder, jobs, None)
+    combine_adapters(report, stackable(weighted), options, folder, jobs, None)
 
 
-def stackable(
-    weighted: Sequence[Weighted],
-) -> tuple[dict[str, list[Term]], dict[str, tuple[Weighted, str]]]:
-    """What each module gets from which adapter, and tensors saved whole. Raises UnsupportedAdapter
-    or MismatchError for adapters that cannot be added to one another."""
+@dataclasses.dataclass(frozen=True)
+class Stackable:
+    """Adapters that can be added to one another.
+
+    Attributes:
+        terms: what each module gets from which of them.
+        copied: tensors saved whole, by name: whose, and the key.
+    """
+
+    weighted: Sequence[Weighted]
+    terms: Mapping[str, list[Term]]
+    copied: Mapping[str, tuple[Weighted, str]]
+
+
+def stackable(weighted: Sequence[Weighted]) -> Stackable:
+    """What of which adapter goes into which module. Raises UnsupportedAdapter or MismatchError for
+    adapters that cannot be added to one another."""
     for each in weighted:
         _refuse(each)
-    return _by_module(weighted), _saved(weighted)
+    return Stackable(weighted, _by_module(weighted), _saved(weighted))
 
 
 def _refuse(weighted: Weighted) -> None:
@@ -118,9 +129,7 @@ def _saved(weighted: Sequence[Weighted]) -> dict[str, tuple[Weighted, str]]:
 
 def combine_adapters(
     report: Report,
-    weighted: Sequence[Weighted],
-    terms: Mapping[str, list[Term]],
-    copied: Mapping[str, tuple[Weighted, str]],
+    given: Stackable,
     options: Combination,
     folder: Path,
     jobs: int | None,
@@ -131,6 +140,7 @@ def combine_adapters(
     from lora_tools.engine.tasks import Call
     from lora_tools.formats.adapters.peft_writer import PeftWriter
 
+    weighted, terms = given.weighted, given.terms
     folder.mkdir()
     tasks = [
         Call(combine_module, (mine,), name, _working_bytes(mine, options))
@@ -156,7 +166,7 @@ def combine_adapters(
             )
             if combined.result is not None:
                 results.append(combined.result)
-        for each, key in copied.values():
+        for each, key in given.copied.values():
             writer.add_raw(key, each.adapter.tensor(key))
         digests = [adapter_digest(w.adapter) for w in weighted]
         made = _made(weighted, digests, report.command)

@@ -61,7 +61,7 @@ class MergeTensor:
 
     def run(self, base: Checkpoint, sink: TensorSink, *_: object) -> MergedTensor:
         """Write the tensor. Raises NonFiniteError."""
-        if is_copied(self.target, base, self.spec):
+        if _is_copied(self.target, base, self.spec):
             digest = copy_tensor(base, self.spec.name, sink)
             return MergedTensor(digest, digest)
         base_hash = hashing.tensor_hash(base.raw(self.target.base_name))
@@ -74,22 +74,24 @@ class MergeTensor:
     ) -> tuple[str, Listing | None, Survival | None]:
         from lora_tools.formats.tensors import as_bytes
 
-        state, offset = xxhash.xxh3_128(), 0
-        lister = _Lister(runs) if self.reversible else None
+        dtype, state, offset = torch_dtype(self.spec.dtype), xxhash.xxh3_128(), 0
+        lister = _Lister(runs, dtype) if self.reversible else None
         survival = runs.survival() if self.measured else None
         for run in runs:
-            data = as_bytes(run.merged)
+            merged = run.exact.to(dtype)
+            _check_finite(run.exact, merged, self.spec.name)
+            data = as_bytes(merged)
             sink.write(self.spec.name, data, offset)
             state.update(data)
             offset += data.nbytes
             if survival is not None:
-                survival.add(runs.read(run.start, run.stop), run.exact, run.merged)
+                survival.add(runs.read(run.start, run.stop), run.exact, merged)
             if lister is not None:
-                lister.add(run)
+                lister.add(run, merged)
         return state.hexdigest(), lister.listing() if lister is not None else None, survival
 
 
-def is_copied(target: Target, base: Checkpoint, spec: TensorSpec) -> bool:
+def _is_copied(target: Target, base: Checkpoint, spec: TensorSpec) -> bool:
     """Whether the tensor ``spec`` of the output is the base's as it is."""
     dtype = base.specs[target.base_name].dtype
     return not target.parts and spec.dtype == dtype and spec.name == target.base_name
@@ -120,12 +122,11 @@ def as_matrix(tensor: torch.Tensor, target: Target) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class MergedRun:
-    """Rows [start, stop) of a merged tensor: the sum, and what it is rounded to."""
+    """Rows [start, stop) of a merged tensor before they are rounded."""
 
     start: int
     stop: int
     exact: torch.Tensor
-    merged: torch.Tensor
 
 
 class MergedRuns:
@@ -135,7 +136,6 @@ class MergedRuns:
     def __init__(self, target: Target, base: Checkpoint, spec: TensorSpec) -> None:
         from lora_tools.linalg.merge import TensorMerge
 
-        self.spec, self.dtype = spec, torch_dtype(spec.dtype)
         self.source = as_matrix(base.tensor(target.base_name), target)
         self._working = working_dtype(self.source.dtype)
         self._is_resized = spec.shape != base.specs[target.base_name].shape
@@ -156,10 +156,7 @@ class MergedRuns:
         step = rows_per_run(self.shape)
         for start in range(0, self.shape[0], step):
             stop = min(start + step, self.shape[0])
-            exact = self.work.forward(self.read(start, stop), start, stop)
-            merged = exact.to(self.dtype)
-            _check_finite(exact, merged, self.spec.name)
-            yield MergedRun(start, stop, exact, merged)
+            yield MergedRun(start, stop, self.work.forward(self.read(start, stop), start, stop))
 
     def survival(self) -> Survival | None:
         """To measure with how much of a change is left; None where there is none to measure."""
@@ -171,23 +168,23 @@ class MergedRuns:
 class _Lister:
     """Lists, run by run, what turns a merged tensor back into the base's."""
 
-    def __init__(self, runs: MergedRuns) -> None:
+    def __init__(self, runs: MergedRuns, dtype: torch.dtype) -> None:
         from lora_tools.linalg.merge import TensorMerge
 
         self._runs, self._listed = runs, list[tuple[bytes, bytes]]()
         # An estimate in float64 keeps the listing of a float32 base short.
         self._wide = runs.work
-        if runs.dtype.itemsize >= 4:
+        if dtype.itemsize >= 4:
             wide = torch_dtype("F64")
             self._wide = TensorMerge(runs.effects, runs.shape, None, wide, runs.work.norms)
 
-    def add(self, run: MergedRun) -> None:
+    def add(self, run: MergedRun, merged: torch.Tensor) -> None:
         from lora_tools.linalg import reversible as codec
 
         wide, base = self._wide, self._runs.source[run.start : run.stop]
-        slack = wide.slack(run.merged.to(wide.dtype), run.start, run.stop)
-        estimate = wide.estimate(run.merged.to(wide.dtype, copy=True), run.start, run.stop)
-        self._listed.append(codec.encode(base, run.merged, codec.listed(base, estimate, slack)))
+        slack = wide.slack(merged.to(wide.dtype), run.start, run.stop)
+        estimate = wide.estimate(merged.to(wide.dtype, copy=True), run.start, run.stop)
+        self._listed.append(codec.encode(base, merged, codec.listed(base, estimate, slack)))
 
     def listing(self) -> Listing:
         from lora_tools.formats.sidecar import Listing

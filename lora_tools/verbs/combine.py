@@ -88,10 +88,11 @@ def combine(
             f"{first} was made for the base with the digest {one}, and {second} for {other}: their "
             "changes do not add up on either; pass --allow-other-base to add them all the same"
         )
-    terms, copied = stackable(weighted)
-    options = _with_default_rank(options, terms)
-    fates = [_fate(name, mine) for name, mine in terms.items()]
-    fates += [Fate(name, "copy", f"saved whole by {w.path}") for name, (w, _) in copied.items()]
+    given = stackable(weighted)
+    options = _with_default_rank(options, given.terms)
+    fates = [_fate(name, mine) for name, mine in given.terms.items()]
+    saved = given.copied.items()
+    fates += [Fate(name, "copy", f"saved whole by {w.path}") for name, (w, _) in saved]
     report = Report(
         "combine",
         tool_version(),
@@ -107,9 +108,7 @@ def combine(
         check_destination(destination, [w.adapter.path for w in weighted], force)
         check_space(destination, 3 * sum(w.adapter.nbytes for w in weighted))
         with staged(destination) as staging:
-            report = combine_adapters(
-                report, weighted, terms, copied, options, staging / "out", jobs, progress
-            )
+            report = combine_adapters(report, given, options, staging / "out", jobs, progress)
     return dataclasses.replace(report, seconds=time.perf_counter() - started)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import MismatchError, NonFiniteError
@@ -68,27 +69,8 @@ def verify_adapter(
         fates.append(Fate(target.spec.name, "compared", f"relative error {d.relative:.4g}"))
         if ranks:
             modules.append(_result(target, d, max(ranks)))
-    error = math.fsum(d.error for d in distances)
-    change = math.fsum(d.change for d in distances)
-    held = [d for t, d in zip(targets, distances, strict=True) if t.parts]
-    inside = math.fsum(d.error for d in held), math.fsum(d.change for d in held)
-    totals: dict[str, Any] = {
-        "modules": len(modules),
-        "rank_min": min((m.rank for m in modules), default=0),
-        "rank_max": max((m.rank for m in modules), default=0),
-        "relative_error": math.sqrt(inside[0] / inside[1]) if inside[1] else 0.0,
-        "energy": 1 - inside[0] / inside[1] if inside[1] else 1.0,
-        "relative_error_of_all": math.sqrt(error / change) if change else 0.0,
-    }
-    worst = max(modules, key=lambda m: m.relative_error, default=None)
-    offence = ""
-    if max_error is not None and worst is not None:
-        total = totals["relative_error"]
-        if worst.relative_error > max_error or total > max_error:
-            offence = (
-                f"relative error above --max-error {max_error:g}: worst is {worst.module} with "
-                f"{worst.relative_error:.4g} at rank {worst.rank}, total is {total:.4g}"
-            )
+    totals = _totals(targets, distances, modules)
+    offence = _offence(totals, modules, max_error)
     verdict = (
         f"relative error {totals['relative_error']:.4g} over what the adapter acts on, "
         f"{totals['relative_error_of_all']:.4g} over all that changed"
@@ -100,6 +82,37 @@ def verify_adapter(
         *(Input("", "", digest) for digest in _digests(targets, distances, base, tuned, theirs)),
     )
     return Findings(inputs, tuple(fates), verdict, offence, totals, tuple(notes), tuple(modules))
+
+
+def _totals(
+    targets: Sequence[Target], distances: Sequence[_Distance], modules: Sequence[ModuleResult]
+) -> dict[str, Any]:
+    error = math.fsum(d.error for d in distances)
+    change = math.fsum(d.change for d in distances)
+    held = [d for t, d in zip(targets, distances, strict=True) if t.parts]
+    inside = math.fsum(d.error for d in held), math.fsum(d.change for d in held)
+    return {
+        "modules": len(modules),
+        "rank_min": min((m.rank for m in modules), default=0),
+        "rank_max": max((m.rank for m in modules), default=0),
+        "relative_error": math.sqrt(inside[0] / inside[1]) if inside[1] else 0.0,
+        "energy": 1 - inside[0] / inside[1] if inside[1] else 1.0,
+        "relative_error_of_all": math.sqrt(error / change) if change else 0.0,
+    }
+
+
+def _offence(
+    totals: dict[str, Any], modules: Sequence[ModuleResult], max_error: float | None
+) -> str:
+    """What is above ``max_error``; "" where nothing is."""
+    worst = max(modules, key=lambda m: m.relative_error, default=None)
+    total = totals["relative_error"]
+    if max_error is None or worst is None or max(worst.relative_error, total) <= max_error:
+        return ""
+    return (
+        f"relative error above --max-error {max_error:g}: worst is {worst.module} with "
+        f"{worst.relative_error:.4g} at rank {worst.rank}, total is {total:.4g}"
+    )
 
 
 def _distance(target: Target, own: str, base: Checkpoint, tuned: Checkpoint) -> _Distance:

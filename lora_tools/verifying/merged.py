@@ -14,14 +14,12 @@ from lora_tools.formats import digest as hashing
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.merging.plan import MergePlan, adapter_digest, build_effects, plan_merge
 from lora_tools.merging.targets import Target
-from lora_tools.merging.tensor import as_matrix, working_dtype
+from lora_tools.merging.tensor import MergedRuns, as_matrix
 from lora_tools.records import Fate, Input, ProgressCallback
 from lora_tools.sources.weighted import Weighted
 from lora_tools.verifying.findings import FINE, NEAR, Findings, times
 
 if TYPE_CHECKING:
-    import torch
-
     from lora_tools.linalg.compare import Match
 
 
@@ -124,26 +122,13 @@ def _compared(target: Target, merged: Checkpoint, base: Checkpoint) -> Checked:
 def _match(target: Target, merged: Checkpoint, base: Checkpoint) -> Match:
     """Formed as ``merge`` forms it, run by run."""
     from lora_tools.linalg.compare import Match
-    from lora_tools.linalg.lora import rows_per_run
-    from lora_tools.linalg.merge import TensorMerge
 
     S = as_matrix(merged.tensor(target.spec.name), target)
-    W = as_matrix(base.tensor(target.base_name), target)
-    if target.spec.shape != base.specs[target.base_name].shape:  # saved with another vocabulary
-        W = as_matrix(target.parts[0].weighted.adapter.tensor(str(target.parts[0].source)), target)
-    working = working_dtype(W.dtype)
-
-    def read(start: int, stop: int) -> torch.Tensor:
-        return W[start:stop].to(working, copy=True)
-
-    shape = (W.shape[0], W.shape[1])
-    work = TensorMerge(build_effects(target), shape, read, working)
-    match = Match()
-    step = rows_per_run(shape)
-    for start in range(0, shape[0], step):
-        stop = min(start + step, shape[0])
-        exact = work.forward(read(start, stop), start, stop)
-        match.add(S[start:stop], read(start, stop), exact, work.slack(exact, start, stop))
+    runs, match = MergedRuns(target, base, target.spec), Match()
+    for run in runs:
+        rows = slice(run.start, run.stop)
+        slack = runs.work.slack(run.exact, run.start, run.stop)
+        match.add(S[rows], runs.read(run.start, run.stop), run.exact, slack)
     return match
 
 

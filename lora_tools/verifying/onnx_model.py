@@ -66,12 +66,82 @@ def verify_onnx(
         MismatchError: with the weights only, some of them have no names to be compared by.
     """
     need("onnx", *(_TO_RUN if run else ()))
+    from lora_tools.onnx.initializers import GraphWeights
+
+    plan = plan_merge(source, weighted)
+    found = _compare_weights(GraphWeights(paths), plan, source, jobs, progress)
+    name = "base + adapter" if weighted else "the checkpoint"
+    inputs = _inputs(found.checked, found.weights, source, weighted)
+    wrong = [fate for fate in found.fates if fate.action not in _NO_FAULT]
+    if wrong:
+        offence = diagnosis(found.checked, wrong, f"its weights are not those of {name}")
+        return Findings(inputs, found.fates, f"not {name}", offence, found.totals(), found.notes)
+    if found.strangers and run is None:
+        raise MismatchError(
+            f"{paths[0]}: {len(found.strangers)} weights, such as {found.strangers[0]} "
+            f"{found.weights.specs[found.strangers[0]].dtype}, have neither the name nor the "
+            "numbers of a tensor of the checkpoint (are they quantized, or formed of several?): "
+            "only running the model can compare them; leave --weights-only out"
+        )
+    verdict = _verdict(found.checked, found.packed, found.weights, source, name)
+    if found.strangers:
+        verdict += f", as far as they have names ({len(found.strangers)} have not)"
+    if run is None:
+        notes = (*found.notes, "the model was not run")
+        return Findings(inputs, found.fates, verdict, "", found.totals(), notes)
+    dtype = _cast(found.checked, found.weights, source)
+    check = _compare(paths, source, weighted, run, dtype, bool(found.packed), allow_pickle)
+    offence = f"not {name}: {_said(check, run)}" if check.failed else ""
+    if check.failed:
+        verdict = f"not {name}"
+    else:
+        verdict += f"; its outputs are torch's, to {check.absolute:.2g}"
+    totals = found.totals() | check.totals()
+    return Findings(inputs, found.fates, verdict, offence, totals, found.notes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Compared:
+    """What the weights of a model came to.
+
+    Attributes:
+        checked, packed: those named after a tensor, plain and quantized.
+        by_content: how many have a tensor's numbers under another name.
+        strangers: those that are no tensor's.
+    """
+
+    weights: GraphWeights
+    checked: Sequence[Checked]
+    packed: Sequence[Packed]
+    by_content: int
+    strangers: Sequence[str]
+    fates: tuple[Fate, ...]
+    notes: tuple[str, ...]
+
+    def totals(self) -> dict[str, Any]:
+        """Figures over all of them."""
+        specs = self.weights.specs
+        return {
+            **merge_totals(self.checked),
+            "weights_compared": len(self.checked) + self.by_content + len(self.packed),
+            "weights_unnamed": len(self.strangers),
+            **_packed_totals(self.packed),
+            "dtypes": dict(Counter(specs[c.target.spec.name].dtype for c in self.checked)),
+        }
+
+
+def _compare_weights(
+    weights: GraphWeights,
+    plan: MergePlan,
+    source: Checkpoint,
+    jobs: int | None,
+    progress: ProgressCallback | None,
+) -> _Compared:
+    """Find the tensor of each initializer, by its name or its numbers, and compare the two."""
     from lora_tools.engine import threads
     from lora_tools.engine.tasks import Call
-    from lora_tools.onnx.initializers import GraphWeights, large
+    from lora_tools.onnx.initializers import large
 
-    weights = GraphWeights(paths)
-    plan = plan_merge(source, weighted)
     every = (*plan.targets, *plan.untied)
     packed: list[Packed] = []
     parts: set[str] = set()
@@ -99,51 +169,10 @@ def verify_onnx(
     ]
     there |= {target.spec.name for target, _ in by_content.values()}
     fates += _absent([t for t in every if t.spec.name not in there], there, bool(strangers), source)
-    totals: dict[str, Any] = {
-        **merge_totals(checked),
-        "weights_compared": len(checked) + len(by_content) + len(packed),
-        "weights_unnamed": len(strangers),
-        **_packed_totals(packed),
-        "dtypes": dict(Counter(weights.specs[c.target.spec.name].dtype for c in checked)),
-    }
-    name = "base + adapter" if weighted else "the checkpoint"
-    wrong = [fate for fate in fates if fate.action not in _NO_FAULT]
-    inputs = _inputs(checked, weights, source, weighted)
-    notes = [*plan.notes, *([f"its names: {sentence}"] if sentence else [])]
-    notes += _left_out(fates)
-    if wrong:
-        offence = diagnosis(checked, wrong, f"its weights are not those of {name}")
-        return Findings(inputs, tuple(fates), f"not {name}", offence, totals, tuple(notes))
-    if strangers and run is None:
-        raise MismatchError(
-            f"{paths[0]}: {len(strangers)} weights, such as {strangers[0]} "
-            f"{weights.specs[strangers[0]].dtype}, have neither the name nor the numbers of a "
-            "tensor of the checkpoint (are they quantized, or formed of several?): only running "
-            "the model can compare them; leave --weights-only out"
-        )
-    offence = ""
-    verdict = _verdict(checked, packed, weights, source, name)
-    if strangers:
-        verdict += f", as far as they have names ({len(strangers)} have not)"
-    if run is not None:
-        check = _compare(
-            paths,
-            source,
-            weighted,
-            run,
-            _cast(checked, weights, source),
-            bool(packed),
-            allow_pickle,
-        )
-        totals |= check.totals()
-        if check.failed:
-            offence = f"not {name}: {_said(check, run)}"
-            verdict = f"not {name}"
-        else:
-            verdict += f"; its outputs are torch's, to {check.absolute:.2g}"
-    else:
-        notes.append("the model was not run")
-    return Findings(inputs, tuple(fates), verdict, offence, totals, tuple(notes))
+    notes = [*plan.notes, *([f"its names: {sentence}"] if sentence else []), *_left_out(fates)]
+    return _Compared(
+        weights, checked, packed, len(by_content), strangers, tuple(fates), tuple(notes)
+    )
 
 
 def _named(
