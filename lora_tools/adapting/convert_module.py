@@ -185,6 +185,19 @@ def resized(module: LoraModule, layout: Layout, new: Resized) -> ModuleResult:
     )
 
 
+def product_energy(module: LoraModule, given: Adapter) -> float:
+    """‖s·B·A‖²_F, without forming it. Raises NonFiniteError."""
+    from lora_tools.linalg import lora
+
+    A, B = given.tensor(module.A), given.tensor(module.B)
+    _check_finite(module, A, B)
+    scale = lora.scaling(module.alpha, module.r, given.use_rslora)
+    return math.fsum(
+        float((lora.resize(*product)[1] * scale).square().sum())
+        for product in module_layout(module, A, B).split(A, B)
+    )
+
+
 def _check_finite(module: LoraModule, *tensors: torch.Tensor) -> None:
     if not all(x.isfinite().all() for x in tensors):
         raise NonFiniteError(

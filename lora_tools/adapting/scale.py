@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from lora_tools.adapting.budget import shared_ranks
 from lora_tools.adapting.convert_module import module_layout, resized
-from lora_tools.adapting.totals import resized_totals
 from lora_tools.errors import NonFiniteError
+from lora_tools.figures import resized_totals
 from lora_tools.formats.adapters.consumers import Consumer
 from lora_tools.formats.adapters.peft import Adapter, LoraModule
 from lora_tools.formats.dtypes import torch_dtype

@@ -132,9 +132,21 @@ def conversion_notes(
             f"{options.to.title} has {place}: the scale went into lora_B of {folded} of "
             f"{len(kept)} modules, rounded once"
         )
+    if options.rule is not None:
+        notes += uncovered([*given.whole, *given.tokens])
     if options.pad_to is not None and any(m.r != options.pad_to for m in kept.values()):
         notes.append(f"every module has rank {options.pad_to}, with zeros where it had less")
     return notes
+
+
+def uncovered(names: Collection[str]) -> list[str]:
+    """A note, where ranks are chosen anew, on tensors that replace the base's: without the base
+    their change is not known."""
+    if not names:
+        return []
+    return [
+        f"in no figure: {len(names)} tensors saved whole or trained tokens, such as {min(names)}"
+    ]
 
 
 def write_modules(

@@ -4,10 +4,12 @@ where a shared policy chooses ranks for all modules at once, in two with spectra
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from lora_tools.errors import CheckpointError, MismatchError
+from lora_tools.errors import CheckpointError, MismatchError, NonFiniteError
+from lora_tools.extracting.change import measured
 from lora_tools.extracting.decompose import (
     Decomposition,
     Fitted,
@@ -42,7 +44,8 @@ _LARGE = 32 << 20
 
 @dataclasses.dataclass
 class Outcome:
-    """What one pair came to: its fate, and what of it goes into the adapter."""
+    """What one pair came to: its fate, and what of it goes into the adapter. ``change`` is ‖Δ‖²_F
+    of what is not decomposed (``change.measured``); a module's ``result`` has its own."""
 
     pair: Pair
     action: str
@@ -51,6 +54,7 @@ class Outcome:
     result: ModuleResult | None = None
     lora: tuple[torch.Tensor, torch.Tensor, float] | None = None
     r: int = 0
+    change: float = 0.0
     parameters: int = 0
     reason: str = ""
     # Decompositions that are to be kept, by region; where nothing changed there is none.
@@ -121,26 +125,46 @@ class PairWork:
         base, tuned = self._sides
         assert pair.tuned is not None
         tuned_hash = hash_of(tuned, pair.tuned.name)
+        base_hash = hash_of(base, pair.base.name) if pair.base is not None else ""
+        outcome = Outcome(pair, "unchanged", base_hash, tuned_hash)
         if pair.base is None:
-            action = "saved whole" if pair.action == "save" else "skipped"
-            return Outcome(pair, action, "", tuned_hash)
-        outcome = Outcome(pair, "unchanged", hash_of(base, pair.base.name), tuned_hash)
+            self._leave_whole(outcome)
+            return outcome
         if outcome.base_hash == tuned_hash and dataclasses.replace(pair.base, name="") == (
             dataclasses.replace(pair.spec, name="")
         ):
             let_go(pair, self._sides)
             return outcome
+        if pair.action == "decompose":
+            self._decompose(outcome)
+        else:
+            self._leave_whole(outcome)
+        return outcome
+
+    def _leave_whole(self, outcome: Outcome) -> None:
+        """Of a tensor that is not decomposed, how much it changed, and what becomes of it.
+
+        Raises:
+            MismatchError: it may neither be saved whole nor left out.
+            NonFiniteError: it is to be saved whole, and its change holds an inf or a NaN.
+        """
+        pair = outcome.pair
+        base, tuned = self._sides
+        outcome.change, _ = measured((base, pair.base), (tuned, pair.tuned))
+        let_go(pair, self._sides)
+        if not outcome.change and pair.base is not None:  # the same values in another dtype
+            return
         if pair.action == "refuse":
             raise MismatchError(
                 f"{pair.name}: changed, and it has no low-rank form; --rest save keeps it whole, "
                 "--rest skip leaves it out"
             )
-        if pair.action == "decompose":
-            self._decompose(outcome)
-        else:
-            let_go(pair, self._sides)
-            outcome.action = "skipped" if pair.action == "skip" else "saved whole"
-        return outcome
+        outcome.action = "skipped" if pair.action == "skip" else "saved whole"
+        if outcome.action == "saved whole" and math.isinf(outcome.change):
+            raise NonFiniteError(
+                f"{pair.name}: is to be saved whole, and one side holds an inf or a NaN; "
+                "--exclude leaves it out"
+            )
 
     def _decompose(self, outcome: Outcome) -> None:
         pair, options = outcome.pair, self._options

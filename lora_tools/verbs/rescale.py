@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lora_tools.adapting.scale import Rescaling, refuse_unread, rescale_adapter
-from lora_tools.adapting.write import write_as
+from lora_tools.adapting.write import uncovered, write_as
 from lora_tools.errors import AdapterError, UnsupportedAdapter, UsageError
 from lora_tools.formats.adapters.base_names import BaseNames
 from lora_tools.formats.adapters.peft import Adapter, LoraModule
@@ -216,6 +216,8 @@ def _notes(given: Adapter, options: Rescaling, scale: float | None, form: Format
         notes.append("the effect changes in proportion to lora_alpha")
     elif options.rule is None:
         notes.append("the effect is kept")
+    if options.rule is not None:
+        notes += uncovered([*given.whole, *given.tokens])
     if options.pad_to is not None:
         notes.append(
             f"for {options.consumer.name}: every module has rank {options.pad_to}, "
