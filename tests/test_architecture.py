@@ -48,6 +48,7 @@ ROOMS = (
     "linalg",
     "calibration",
     "plots",
+    "figures",
     "errors",
     "records",
 )
@@ -63,6 +64,7 @@ ONLY = {
     "linalg": {"errors", "records"},
     "calibration": {"errors", "records"},
     "plots": {"errors", "records"},
+    "figures": {"records"},
 }
 # Rooms that may import what stands above them, too.
 ALSO = {"nn": {"merging"}, "exporting": {"verbs"}, "verifying": {"verbs"}}

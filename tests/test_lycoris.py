@@ -14,12 +14,13 @@ import torch
 from safetensors.torch import save_file
 
 import lora_tools
-from lora_tools.errors import AdapterError, MismatchError
+from lora_tools.errors import AdapterError, MismatchError, UnsupportedAdapter
 
 from . import iotools, models
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
+    from lycoris import LycorisNetwork, create_lycoris
     from lycoris.modules.full import FullModule
     from lycoris.modules.locon import LoConModule
     from lycoris.modules.loha import LohaModule
@@ -278,3 +279,72 @@ def test_dora_of_outputs(base: Path, tmp_path: Path) -> None:
     wanted = m * moved / moved.norm(dim=1, keepdim=True)
     found = models.tensors(tmp_path / "m")["net.linear.weight"]
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+# Of each kind that is no low-rank change: the keys that lycoris 4.1 writes, and what it is called.
+OTHERS: dict[str, tuple[dict[str, Any], str, set[str]]] = {
+    "glora": ({"algo": "glora"}, "GLoRA", {"a1.weight", "a2.weight", "b1.weight", "b2.weight"}),
+    "ia3": ({"algo": "ia3"}, "IA³", {"weight", "on_input"}),
+    "oft": ({"algo": "diag-oft"}, "OFT", {"oft_blocks"}),
+    "oft-rescaled": ({"algo": "diag-oft", "rescaled": True}, "OFT", {"oft_blocks", "rescale"}),
+    "boft": ({"algo": "boft"}, "BOFT", {"oft_blocks"}),
+    "tlora": ({"algo": "tlora"}, "T-LoRA", {"q_layer.weight", "p_layer.weight", "lambda_layer"}),
+    "norms": ({"algo": "locon", "train_norm": True}, "norm", {"w_norm", "b_norm"}),
+}
+
+
+@pytest.mark.parametrize("prefix", ["lycoris", "lora_unet", "lora_te"])
+@pytest.mark.parametrize("case", OTHERS)
+def test_what_is_no_low_rank_change_is_refused_by_its_name(
+    case: str, prefix: str, base: Path, tmp_path: Path
+) -> None:
+    """Whole files of each kind, and one key of it among those of a LoCon."""
+    options, called, parts = OTHERS[case]
+    state = network(prefix, **options)
+    found = {key.partition(".")[2] for key in state}
+    assert parts <= found, "the library writes it under other names"
+    plain = network(prefix, algo="locon")
+    save_file(state, tmp_path / "a.safetensors")
+    for part in sorted(parts):
+        key = next(key for key in state if key.endswith("." + part))
+        save_file({**plain, key: state[key]}, tmp_path / f"{part}.safetensors")
+    for path in tmp_path.glob("*.safetensors"):
+        with pytest.raises(UnsupportedAdapter, match=f"holds .*{called}.*, which is not read"):
+            lora_tools.merge(base, [path], tmp_path / "m")
+
+
+def network(prefix: str, **options: Any) -> dict[str, torch.Tensor]:
+    """A file that lycoris writes of a model with a linear layer, a convolution and a norm."""
+    parts = {"lin": torch.nn.Linear(24, 64), "conv": torch.nn.Conv2d(12, 16, 3)}
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = torch.nn.ModuleDict({**parts, "norm": torch.nn.LayerNorm(24)})
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        LycorisNetwork.apply_preset({"enable_conv": True, "target_module": ["Net"]})
+        made = create_lycoris(Net(), 1.0, linear_dim=4, conv_dim=4, **options)
+        made.apply_to()
+    return {
+        key.replace("lycoris", prefix, 1): value.detach().clone().contiguous()
+        for key, value in made.state_dict().items()
+    }
+
+
+def test_dylora_is_read_as_the_locon_that_it_is(tmp_path: Path) -> None:
+    """Of a convolution it writes lora_up without a kernel."""
+    state = network("lycoris", algo="dylora")
+    noise = torch.Generator().manual_seed(5)
+    state = {k: torch.randn(v.shape, generator=noise) if v.dim() else v for k, v in state.items()}
+    weights = {"net.lin.weight": torch.zeros(64, 24), "net.conv.weight": torch.zeros(16, 12, 3, 3)}
+    base = iotools.checkpoint(tmp_path / "zeros", weights)
+    save_file(state, tmp_path / "a.safetensors")
+    lora_tools.merge(base, [tmp_path / "a.safetensors"], tmp_path / "m")
+    for name, found in models.tensors(tmp_path / "m").items():
+        flat = "lycoris_" + name.removesuffix(".weight").replace(".", "_")
+        down, up = state[f"{flat}.lora_down.weight"], state[f"{flat}.lora_up.weight"]
+        scale = float(state[f"{flat}.alpha"]) / 4
+        wanted = scale * (up.double() @ down.reshape(4, -1).double()).reshape(found.shape)
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)

@@ -5,16 +5,19 @@ from __future__ import annotations
 
 import json
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
 import hypothesis
+import peft
 import pytest
 import torch
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import lora_tools
+from lora_tools.adapting.convert_module import factor_bytes, rank_ceiling
 from lora_tools.errors import (
     AdapterError,
     NonFiniteError,
@@ -22,6 +25,9 @@ from lora_tools.errors import (
     UnsupportedAdapter,
     UsageError,
 )
+from lora_tools.linalg import factors
+from lora_tools.linalg.ranks import RankRule
+from lora_tools.sources.adapters import open_adapter
 
 from . import models
 
@@ -386,3 +392,87 @@ def test_magnitudes_are_checked(verb: str, tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match="w: "):
         run(nan)
     assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------ convolutions
+
+
+@pytest.fixture
+def convolutions(tmp_path: Path) -> Path:
+    """Of an adapter by PEFT: a 2-D, a 3-D and a grouped convolution, and a linear layer."""
+    net = torch.nn.ModuleDict(
+        {
+            "image": torch.nn.Conv2d(3, 40, 5),
+            "video": torch.nn.Conv3d(2, 12, 3),
+            "grouped": torch.nn.Conv2d(8, 12, 3, groups=4),
+            "head": torch.nn.Linear(6, 9),
+        }
+    )
+    torch.manual_seed(1)
+    config = peft.LoraConfig(target_modules=list(net), r=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # PEFT itself merges no groups
+        model = peft.get_peft_model(net, config)
+    models.perturb(model, 0.3, seed=1)
+    model.save_pretrained(tmp_path / "given")
+    return tmp_path / "given"
+
+
+def sizes(adapter: Path) -> dict[str, tuple[int, int]]:
+    """Of each module: its rank, and the numbers in its factors."""
+    given = open_adapter(adapter)
+    numbers = {
+        name: given.tensor(m.A).numel() + given.tensor(m.B).numel()
+        for name, m in given.modules.items()
+    }
+    return {name: (given.modules[name].r, numbers[name]) for name in numbers}
+
+
+@pytest.mark.parametrize("budget", [600, 900, 1400])
+def test_a_budget_counts_the_kernels(budget: int, convolutions: Path, tmp_path: Path) -> None:
+    """What is written is no larger, and one more direction of no module would fit."""
+    before = sizes(convolutions)
+    lora_tools.rescale(convolutions, tmp_path / "r", budget=str(budget))
+    after = sizes(tmp_path / "r")
+    taken = sum(numbers for _, numbers in after.values())
+    assert taken <= budget
+    for name, (r, numbers) in after.items():
+        if r < before[name][0]:
+            step = 4 if name == "grouped" else 1  # a direction of each group
+            assert taken + numbers // (r // step) > budget, name
+    given = convolutions / "adapter_model.safetensors"
+    most = given.stat().st_size * 2 // 3
+    lora_tools.rescale(convolutions, tmp_path / "b", budget=f"{most}B")
+    assert (tmp_path / "b" / "adapter_model.safetensors").stat().st_size <= most
+
+
+def test_a_convolution_can_have_a_rank_above_its_channels(convolutions: Path) -> None:
+    """Its kernel multiplies them: 3 · 5 · 5 columns, and not 3."""
+    given = open_adapter(convolutions)
+    ceilings = {
+        name: rank_ceiling(module, given, RankRule("rank", 7))
+        for name, module in given.modules.items()
+    }
+    assert ceilings["image"] == ceilings["video"] == 7
+    assert ceilings["head"] == 6
+    assert rank_ceiling(given.modules["image"], given, None) == 8
+
+
+def test_memory_is_that_of_all_numbers_of_the_factors(convolutions: Path) -> None:
+    given = open_adapter(convolutions)
+    for name, (_, numbers) in sizes(convolutions).items():
+        assert factor_bytes(given.modules[name], given) == 8 * numbers
+
+
+def test_zeros_for_a_higher_rank_keep_a_convolution(convolutions: Path) -> None:
+    given = open_adapter(convolutions)
+    for module in given.modules.values():
+        if module.name == "grouped":
+            continue  # its rank is shared among its groups
+        A, B = given.tensor(module.A), given.tensor(module.B)
+        wide_A, wide_B = factors.padded(A, B, 11)
+        assert wide_A.shape == (11, *A.shape[1:])
+        assert wide_B.shape == (B.shape[0], 11, *B.shape[2:])
+        torch.testing.assert_close(
+            wide_B.flatten(1) @ wide_A.flatten(1), B.flatten(1) @ A.flatten(1)
+        )

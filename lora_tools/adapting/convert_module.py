@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from lora_tools.errors import NonFiniteError, UnsupportedAdapter
@@ -38,27 +38,34 @@ class Conversion:
     weight: float = 1.0
 
 
+def strength_of(module: LoraModule, given: Adapter) -> float:
+    """The factor on B·A."""
+    from lora_tools.linalg.lora import scaling
+
+    return scaling(module.alpha, module.r, given.use_rslora)
+
+
 def _alpha(module: LoraModule, r: int, given: Adapter, options: Conversion) -> float:
-    """lora_alpha as the format will have it."""
+    """lora_alpha as the format will have it; 0, for no effect, in PEFT only: other readers take it
+    for the rank, or for a scaling of 1."""
     if options.to.alpha == "folded":
         return float(r)
     if options.alpha is not None:
         return options.alpha
-    if r != module.r:
+    kept = r == module.r and (module.alpha or (options.to.name == "peft" and options.rule is None))
+    if not kept:
         return float(r)
     if given.use_rslora and options.to.name != "peft":
-        from lora_tools.linalg.lora import scaling
-
-        return scaling(module.alpha, module.r, True) * r
+        return strength_of(module, given) * r
     return module.alpha
 
 
 def fold_of(module: LoraModule, r: int, given: Adapter, options: Conversion) -> float:
     """What lora_B is multiplied by, its rank becoming ``r``."""
-    from lora_tools.linalg.lora import scaling
-
-    strength = options.weight * scaling(module.alpha, module.r, given.use_rslora)
-    return strength / _scale(module, r, given, options)
+    strength, scale = strength_of(module, given), _scale(module, r, given, options)
+    if not scale:  # as the strength is: PEFT's alpha of 0 stays
+        return options.weight
+    return options.weight * strength / scale
 
 
 def _scale(module: LoraModule, r: int, given: Adapter, options: Conversion) -> float:
@@ -80,7 +87,6 @@ def convert_module(
     """One module's factors as the format has them."""
     from lora_tools.formats.adapters.writer import Factors
     from lora_tools.linalg import factors as algebra
-    from lora_tools.linalg.lora import scaling
 
     A, B = given.tensor(module.A), given.tensor(module.B)
     bias = given.tensor(module.bias) if module.bias and "bias" not in options.dropped else None
@@ -90,42 +96,32 @@ def convert_module(
         else None
     )
     written = torch_dtype(options.dtype) if options.dtype else None
-    result = None
+    result, rank = None, module.r
     if options.rule is not None:
-        strength = scaling(module.alpha, module.r, given.use_rslora)
-        layout = module_layout(module, A, B)
-        cut = algebra.cut_factors(
-            layout,
-            layout.split(A, B),
-            (tuple(A.shape), tuple(B.shape)),
+        strength = strength_of(module, given) * options.weight
+        cut, result = cut_module(
+            module,
+            (A, B),
             strength,
             options.rule,
             written or B.dtype,
+            lambda r: _scale(module, r, given, options),
         )
-        _check_finite(module, cut.lora_A, cut.lora_B)
         A, B, rank = cut.lora_A, cut.lora_B, cut.r
-        fold = 1 / _scale(module, rank, given, options)
-        bias = None if bias is None else algebra.scaled(bias, strength * fold)
-        result = resized(module, layout, cut)
+        bias = algebra.scaled(bias, strength / _scale(module, rank, given, options), written)
     else:
-        rank, fold = module.r, fold_of(module, module.r, given, options)
-        bias = None if bias is None else algebra.scaled(bias, fold)
-        if written is not None:
-            A, bias = A.to(written), None if bias is None else bias.to(written)
-            B = B.to(written) if fold == 1 else (B.double() * fold).to(written)
-            fold = 1.0
-    B = algebra.scaled(B, fold)
+        fold = fold_of(module, rank, given, options)
+        A, B = algebra.scaled(A, 1.0, written), algebra.scaled(B, fold, written)
+        bias = algebra.scaled(bias, fold, written)
     if options.pad_to is not None:
         A, B = algebra.padded(A, B, options.pad_to)
-    _check_finite(module, A, B, *(x for x in (bias, magnitude) if x is not None))
-    alpha = _alpha(module, rank, given, options)
-    scale = scaling(alpha, options.pad_to or rank, writes_rslora(given, options))
+    check_finite(module, A, B, bias, magnitude)
     factors = Factors(
         module.module,
         A,
         B,
-        alpha,
-        scale,
+        _alpha(module, rank, given, options),
+        _scale(module, rank, given, options),
         options.pad_to or rank,
         form=module.form,
         parameter=module.parameter,
@@ -167,6 +163,43 @@ def module_layout(module: LoraModule, A: torch.Tensor, B: torch.Tensor) -> Layou
     return layout.of_factors(tuple(A.shape), tuple(B.shape))
 
 
+def rank_ceiling(module: LoraModule, given: Adapter, rule: RankRule | None) -> int:
+    """The largest rank that its factors can come to have."""
+    if rule is None:
+        return module.r
+    rows, cols = given.shape(module.B)[0], math.prod(given.shape(module.A)[1:])
+    return min(rule.ceiling(rows, cols), module.r)
+
+
+def factor_bytes(module: LoraModule, given: Adapter) -> int:
+    """Memory for its factors in float64, once."""
+    return 8 * (math.prod(given.shape(module.A)) + math.prod(given.shape(module.B)))
+
+
+def cut_module(
+    module: LoraModule,
+    factors: tuple[torch.Tensor, torch.Tensor],
+    strength: float,
+    rule: RankRule,
+    dtype: torch.dtype,
+    scaling: Callable[[int], float],
+) -> tuple[Resized, ModuleResult]:
+    """The best lora_A and lora_B, in ``dtype``, of the rank that the rule chooses, for the change
+    strength · B·A at the ``scaling`` that a rank will have; and their figures.
+
+    Raises:
+        NonFiniteError: the factors given hold an inf or a NaN, or those made overflow.
+    """
+    from lora_tools.linalg.factors import cut_factors
+
+    A, B = factors
+    layout = module_layout(module, A, B)
+    shapes = tuple(A.shape), tuple(B.shape)
+    cut = cut_factors(layout, layout.split(A, B), shapes, strength, rule, dtype, scaling)
+    check_finite(module, cut.lora_A, cut.lora_B)
+    return cut, resized(module, layout, cut)
+
+
 def resized(module: LoraModule, layout: Layout, new: Resized) -> ModuleResult:
     """The figures of one module whose rank was chosen anew."""
     lost = new.error / new.total if new.total else 0.0
@@ -185,8 +218,22 @@ def resized(module: LoraModule, layout: Layout, new: Resized) -> ModuleResult:
     )
 
 
-def _check_finite(module: LoraModule, *tensors: torch.Tensor) -> None:
-    if not all(x.isfinite().all() for x in tensors):
+def product_energy(module: LoraModule, given: Adapter) -> float:
+    """‖s·B·A‖²_F, without forming it. Raises NonFiniteError."""
+    from lora_tools.linalg import lora
+
+    A, B = given.tensor(module.A), given.tensor(module.B)
+    check_finite(module, A, B)
+    scale = strength_of(module, given)
+    return math.fsum(
+        float((lora.resize(*product)[1] * scale).square().sum())
+        for product in module_layout(module, A, B).split(A, B)
+    )
+
+
+def check_finite(module: LoraModule, *tensors: torch.Tensor | None) -> None:
+    """Raises NonFiniteError for an inf or a NaN."""
+    if not all(x.isfinite().all() for x in tensors if x is not None):
         raise NonFiniteError(
             f"{module.module}: the factors hold an inf or a NaN; were they so before? Otherwise "
             "choose a wider --dtype"

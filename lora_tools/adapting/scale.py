@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_tools.adapting.budget import shared_ranks
-from lora_tools.adapting.convert_module import module_layout, resized
-from lora_tools.adapting.totals import resized_totals
-from lora_tools.errors import NonFiniteError
+from lora_tools.adapting.convert_module import check_finite, cut_module, factor_bytes, strength_of
+from lora_tools.figures import resized_totals
 from lora_tools.formats.adapters.consumers import Consumer
 from lora_tools.formats.adapters.peft import Adapter, LoraModule
 from lora_tools.formats.dtypes import torch_dtype
@@ -117,8 +115,8 @@ def rescale_adapter(
         ranks = shared_ranks(given, options.rule, options.size, options.dtype, jobs)
     tasks = []
     for m in given.modules.values():
-        nbytes = 8 * (math.prod(given.shape(m.A)) + math.prod(given.shape(m.B)))
-        tasks.append(Call(_scale_module, (m, ranks.get(m.name)), m.module, nbytes))
+        rank = ranks.get(m.name)
+        tasks.append(Call(_scale_module, (m, rank), m.module, factor_bytes(m, given)))
     writer = PeftWriter(folder)
     results = []
     try:
@@ -161,85 +159,57 @@ def _scale_module(
     module: LoraModule, rank: int | None, given: Adapter, options: Rescaling
 ) -> _Scaled:
     """One module, of the rank that a shared rule has chosen for it, if one has."""
-    from lora_tools.linalg import lora
+    import torch
+
+    from lora_tools.linalg import factors, lora
 
     options = options.with_rank(rank)
     A, B = given.tensor(module.A), given.tensor(module.B)
     bias = given.tensor(module.bias) if module.bias else None
-    before = lora.scaling(module.alpha, module.r, given.use_rslora)
-    result, r = None, module.r
-    if options.rule is not None:
-        A, B, alpha, result = _resize(module, A, B, before * options.scale, options)
-        r = result.rank
-        now = lora.scaling(alpha, r, options.rslora)
-        bias = _times(bias, before * options.scale / now)
-    else:
-        # Strength goes into alpha, which costs no rounding, unless alpha is given.
-        strength = before * options.scale
-        if options.alpha is not None:
-            alpha = options.alpha
-            if options.keep_effect:
-                ratio = strength / lora.scaling(alpha, module.r, options.rslora)
-                B, bias = _times(B, ratio), _times(bias, ratio)
-        else:
-            alpha = strength / lora.scaling(1.0, module.r, options.rslora)
-            if options.scale == 1.0 and options.rslora == given.use_rslora:
-                alpha = module.alpha
-    if options.pad_to is not None:
-        B = _times(B, lora.scaling(alpha, r, options.rslora))
-        A, B = _pad(A, B, options.pad_to)
-        r, alpha = options.pad_to, float(options.pad_to)
-    if options.dtype is not None:
-        dtype = torch_dtype(options.dtype)
-        A, B, bias = A.to(dtype), B.to(dtype), None if bias is None else bias.to(dtype)
     magnitude = given.tensor(module.magnitude) if module.magnitude else None
-    if not all(x.isfinite().all() for x in (A, B, bias, magnitude) if x is not None):
-        raise NonFiniteError(
-            f"{module.module}: the factors hold an inf or a NaN; were they so before? Otherwise "
-            "choose a wider --dtype"
-        )
+    strength = strength_of(module, given) * options.scale
+    written = torch_dtype(options.dtype) if options.dtype is not None else None
+
+    def scaling(r: int) -> float:
+        """What the new factors will be multiplied by."""
+        alpha = options.alpha if options.alpha is not None else float(r)
+        return 1.0 if options.pad_to else lora.scaling(alpha, r, options.rslora)
+
+    if options.rule is not None:
+        dtype = written or torch.promote_types(A.dtype, B.dtype)
+        cut, result = cut_module(module, (A, B), strength, options.rule, dtype, scaling)
+        A, B, r = cut.lora_A, cut.lora_B, cut.r
+        alpha = options.alpha if options.alpha is not None else float(r)
+        bias = factors.scaled(bias, strength / scaling(r), written)
+    else:
+        result, r = None, module.r
+        alpha, fold = _alpha_and_fold(module, strength, given, options)
+        A, B = factors.scaled(A, 1.0, written), factors.scaled(B, fold, written)
+        bias = factors.scaled(bias, fold, written)
+    if options.pad_to is not None:
+        A, B = factors.padded(A, B, options.pad_to)
+        r, alpha = options.pad_to, float(options.pad_to)
+    check_finite(module, A, B, bias, magnitude)
     return _Scaled(A, B, r, alpha, bias, magnitude, result)
 
 
-def _times(tensor: Any, factor: float) -> Any:
-    """tensor · factor, rounded once to the tensor's dtype; None stays None."""
-    if tensor is None or factor == 1.0:
-        return tensor
-    return (tensor.double() * factor).to(tensor.dtype)
+def _alpha_and_fold(
+    module: LoraModule, strength: float, given: Adapter, options: Rescaling
+) -> tuple[float, float]:
+    """lora_alpha at the rank that stays, and what lora_B is multiplied by.
 
+    Strength goes into alpha, which costs no rounding, unless alpha is given, or is the rank that a
+    consumer has for all.
+    """
+    from lora_tools.linalg.lora import scaling
 
-def _pad(A: torch.Tensor, B: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Zero rows and columns up to rank r: the product stays."""
-    from torch.nn.functional import pad
-
-    missing = r - A.shape[0]
-    return pad(A, (0, 0, 0, missing)), pad(B, (0, missing))
-
-
-def _resize(
-    module: LoraModule, A: torch.Tensor, B: torch.Tensor, strength: float, options: Rescaling
-) -> tuple[torch.Tensor, torch.Tensor, float, ModuleResult]:
-    """The best factors of the rank the rule chooses, with the strength folded in."""
-    import torch
-
-    from lora_tools.linalg import lora
-    from lora_tools.linalg.factors import cut_factors
-
-    assert options.rule is not None
-    layout = module_layout(module, A, B)
-
-    def alpha(r: int) -> float:
-        return options.alpha if options.alpha is not None else float(r)
-
-    cut = cut_factors(
-        layout,
-        layout.split(A, B),
-        (tuple(A.shape), tuple(B.shape)),
-        strength,
-        options.rule,
-        torch.promote_types(A.dtype, B.dtype),
-        lambda r: lora.scaling(alpha(r), r, options.rslora),
-    )
-    if not math.isfinite(cut.total):
-        raise NonFiniteError(f"{module.module}: its factors hold an inf or a NaN")
-    return cut.lora_A, cut.lora_B, alpha(cut.r), resized(module, layout, cut)
+    alpha, fold = strength / scaling(1.0, module.r, options.rslora), 1.0
+    if options.alpha is not None:
+        alpha = options.alpha
+        if options.keep_effect:
+            fold = strength / scaling(alpha, module.r, options.rslora)
+    elif options.scale == 1.0 and options.rslora == given.use_rslora:
+        alpha = module.alpha
+    if options.pad_to is not None:
+        fold *= scaling(alpha, module.r, options.rslora)
+    return alpha, fold

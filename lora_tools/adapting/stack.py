@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_tools.adapting.combine_module import LOW_RANK, Combination, Term, combine_module
-from lora_tools.adapting.totals import resized_totals
+from lora_tools.adapting.convert_module import factor_bytes
 from lora_tools.errors import MismatchError, UnsupportedAdapter
+from lora_tools.figures import resized_totals
 from lora_tools.merging.plan import adapter_digest
 from lora_tools.provenance import tool_version
 from lora_tools.records import Input, ProgressCallback, Report
@@ -186,9 +187,9 @@ def combine_adapters(
 
 
 def _working_bytes(terms: Sequence[Term], options: Combination) -> int:
-    sizes = [(b[0], math.prod(a[1:])) for a, b in (t.shapes for t in terms)]
-    factors = 16 * sum(t.module.r * sum(size) for t, size in zip(terms, sizes, strict=True))
-    return factors + (0 if options.method in LOW_RANK else 24 * math.prod(sizes[0]))
+    factors = 2 * sum(factor_bytes(t.module, t.weighted.adapter) for t in terms)
+    a, b = terms[0].shapes
+    return factors + (0 if options.method in LOW_RANK else 24 * b[0] * math.prod(a[1:]))
 
 
 def _config(weighted: Sequence[Weighted], terms: Mapping[str, list[Term]]) -> dict[str, Any]:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_tools.adapting.convert_module import Conversion, convert_module, fold_of, writes_rslora
+from lora_tools.adapting.convert_module import (
+    Conversion,
+    convert_module,
+    factor_bytes,
+    fold_of,
+    rank_ceiling,
+    strength_of,
+    writes_rslora,
+)
 from lora_tools.engine.tasks import Call
 from lora_tools.errors import NonFiniteError, UnsupportedAdapter
 from lora_tools.formats.adapters.base_names import BaseNames
@@ -87,20 +94,13 @@ def choose_conversion(
     alpha, pad_to = None, None
     if target.alpha == "one":
         modules = given.modules.values()
-        top = max((_ceiling(m, given, rule) for m in modules), default=1)
+        top = max((rank_ceiling(m, given, rule) for m in modules), default=1)
         alphas, ranks = {m.alpha for m in modules}, {m.r for m in modules}
-        plain = rule is None and not given.use_rslora and len(alphas) == 1
+        plain = rule is None and not given.use_rslora and len(alphas - {0.0}) == len(alphas) == 1
         if target.one_rank:
             plain, pad_to = plain and len(ranks) == 1, top
         alpha = alphas.pop() if plain else float(top)
     return Conversion(target, drop, rule, dtype, alpha, pad_to, {})
-
-
-def _ceiling(module: LoraModule, given: Adapter, rule: RankRule | None) -> int:
-    if rule is None:
-        return module.r
-    rows, cols = given.shape(module.B)[0], math.prod(given.shape(module.A)[1:])
-    return min(rule.ceiling(rows, cols), module.r)
 
 
 def kept_modules(
@@ -126,16 +126,41 @@ def conversion_notes(
     if lost:
         what = " and ".join(FEATURES[f] for f in lost)
         notes.append(f"left out: {what}; the effect is not that of the adapter given")
-    folded = sum(fold_of(m, m.r, given, options) != 1 for m in kept.values())
+    idle = [m for m in kept.values() if not strength_of(m, given)]
+    if idle:
+        notes.append(no_effect(idle, given))
+        if options.rule is not None or options.to.name != "peft":
+            notes[-1] += "; lora_B is written as zeros, since readers differ on an alpha of 0"
+    folded = sum(fold_of(m, m.r, given, options) != 1 for m in kept.values() if m not in idle)
     if options.rule is None and folded:
         place = "no place for lora_alpha" if options.to.alpha == "folded" else "one alpha for all"
         notes.append(
             f"{options.to.title} has {place}: the scale went into lora_B of {folded} of "
             f"{len(kept)} modules, rounded once"
         )
+    if options.rule is not None:
+        notes += uncovered([*given.whole, *given.tokens])
     if options.pad_to is not None and any(m.r != options.pad_to for m in kept.values()):
         notes.append(f"every module has rank {options.pad_to}, with zeros where it had less")
     return notes
+
+
+def no_effect(idle: Sequence[LoraModule], given: Adapter) -> str:
+    """A note on modules whose scaling is 0, before and after."""
+    return (
+        f"{len(idle)} of {len(given.modules)} modules have lora_alpha 0, and so no effect, before "
+        f"and after: {idle[0].name}{', …' if idle[1:] else ''}"
+    )
+
+
+def uncovered(names: Collection[str]) -> list[str]:
+    """A note, where ranks are chosen anew, on tensors that replace the base's: without the base
+    their change is not known."""
+    if not names:
+        return []
+    return [
+        f"in no figure: {len(names)} tensors saved whole or trained tokens, such as {min(names)}"
+    ]
 
 
 def write_modules(
@@ -181,11 +206,10 @@ class ConvertJob:
 
     def tasks(self) -> list[Call[tuple[Factors, ModuleResult | None]]]:
         """One for each module."""
-        given, tasks = self.given, []
-        for m in self.kept.values():
-            numbers = m.r * (math.prod(given.shape(m.A)[1:]) + given.shape(m.B)[0])
-            tasks.append(Call(convert_module, (m,), m.module, 16 * numbers))
-        return tasks
+        return [
+            Call(convert_module, (m,), m.module, 2 * factor_bytes(m, self.given))
+            for m in self.kept.values()
+        ]
 
 
 def write_factors(

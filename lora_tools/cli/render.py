@@ -182,9 +182,15 @@ def _totals(report: Report) -> Iterator[str]:
     if "relative_error" in t:
         ranks = f"{t['rank_min']}" + (f"-{t['rank_max']}" if t["rank_max"] != t["rank_min"] else "")
         line = f"total: relative error {t['relative_error']:.4g}, energy {t['energy']:.2%}"
+        line += " of all that changed" if "left_out" in t else ""
         if "gain_bound" in t:
             line += f" (at most {t['gain_bound']:.1e} below the best possible at these ranks)"
         yield f"{line}, {t['modules']} modules, rank {ranks}"
+    if t.get("left_out"):
+        yield (
+            f"left out: {t['left_out']} changed tensors, which hold {t['left_out_energy']:.2%} of "
+            "the energy of all that changed"
+        )
     if "parameters_replaced" in t:
         yield f"{t['parameters_replaced']:,} parameters become {t['parameters']:,}"
     if "quantization_error" in t:
@@ -192,6 +198,8 @@ def _totals(report: Report) -> Iterator[str]:
         if "compensated_error" in t:
             error += f", {t['compensated_error']:.4g} with the adapter"
         line = f"total: relative error {error}"
+        if "tensors_kept" in t:
+            line += f" over {t['tensors_quantized']} quantized tensors, {t['tensors_kept']} kept"
         if "bits_per_parameter" in t:
             line += (
                 f"; {t['bits_per_quantized_parameter']:.3f} bits a quantized parameter, "

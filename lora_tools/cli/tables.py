@@ -125,5 +125,7 @@ def totals(t: Mapping[str, Any]) -> Iterator[str]:
             f"{t['changed']} tensors changed, {t['unchanged']} did not; relative change "
             f"{t['relative_change']:.3%}"
         )
+        if t["one_sided"]:
+            yield f"on one side only, and in no figure: {t['one_sided']} tensors"
     if "verdict" in t:
         yield str(t["verdict"])

@@ -13,7 +13,8 @@ from lora_tools.errors import MismatchError
 from lora_tools.extracting.decompose import Decomposition, Sides
 from lora_tools.extracting.pair_work import Outcome, digests_of
 from lora_tools.extracting.pairs import Plan
-from lora_tools.extracting.saved_whole import complete_saved, totals
+from lora_tools.extracting.saved_whole import complete_saved
+from lora_tools.extracting.totals import extract_totals, uncovered
 from lora_tools.formats.adapters.consumers import Consumer
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.names import EMBEDDING
@@ -72,7 +73,7 @@ def extract_adapter(
                 "are BASE and TUNED the same model, or does the rank policy leave nothing?"
             )
         notes = [*plan.notes, *complete_saved(outcomes, plan, sides[1], writer)]
-        notes += _unweighted(outcomes, options)
+        notes += [*_unweighted(outcomes, options), *uncovered(outcomes)]
         digests = digests_of(outcomes, sides)
         _finish(
             writer, plan, options, inputs[0].path, outcomes, digests, command, named_by(sides[0])
@@ -98,7 +99,7 @@ def extract_adapter(
             *plan.settled,
         ),
         modules,
-        totals(modules, sum(o.parameters for o in outcomes), folder),
+        extract_totals(outcomes, folder),
         tuple(notes),
         command=command,
     )

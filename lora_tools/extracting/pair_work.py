@@ -4,11 +4,13 @@ where a shared policy chooses ranks for all modules at once, in two with spectra
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from lora_tools.engine.tasks import Task
-from lora_tools.errors import CheckpointError, MismatchError
+from lora_tools.errors import CheckpointError, MismatchError, NonFiniteError
+from lora_tools.extracting.change import measured
 from lora_tools.extracting.decompose import (
     Decomposition,
     Fitted,
@@ -44,7 +46,8 @@ _LARGE = 32 << 20
 
 @dataclasses.dataclass
 class Outcome:
-    """What one pair came to: its fate, and what of it goes into the adapter."""
+    """What one pair came to: its fate, and what of it goes into the adapter. ``change`` is ‖Δ‖²_F
+    of what is not decomposed (``change.measured``); a module's ``result`` has its own."""
 
     pair: Pair
     action: str
@@ -53,6 +56,7 @@ class Outcome:
     result: ModuleResult | None = None
     lora: tuple[torch.Tensor, torch.Tensor, float] | None = None
     r: int = 0
+    change: float = 0.0
     parameters: int = 0
     reason: str = ""
     # Decompositions that are to be kept, by region; where nothing changed there is none.
@@ -102,30 +106,49 @@ class ExtractPair(_PairTask):
     are chosen for all pairs at once, its factors come later."""
 
     def run(self, using: Extraction, _: None, buffers: Buffers) -> Outcome:
-        """What the pair came to. Raises MismatchError where it may not change."""
+        """What the pair came to. Raises MismatchError, NonFiniteError."""
         pair, (base, tuned) = self.pair, using.sides
         assert pair.tuned is not None
         tuned_hash = hash_of(tuned, pair.tuned.name)
+        base_hash = hash_of(base, pair.base.name) if pair.base is not None else ""
+        outcome = Outcome(pair, "unchanged", base_hash, tuned_hash)
         if pair.base is None:
-            action = "saved whole" if pair.action == "save" else "skipped"
-            return Outcome(pair, action, "", tuned_hash)
-        outcome = Outcome(pair, "unchanged", hash_of(base, pair.base.name), tuned_hash)
+            self._leave_whole(outcome, using.sides)
+            return outcome
         if outcome.base_hash == tuned_hash and dataclasses.replace(pair.base, name="") == (
             dataclasses.replace(pair.spec, name="")
         ):
             let_go(pair, using.sides)
             return outcome
+        if pair.action == "decompose":
+            self._decompose(outcome, using, buffers)
+        else:
+            self._leave_whole(outcome, using.sides)
+        return outcome
+
+    def _leave_whole(self, outcome: Outcome, sides: Sides) -> None:
+        """Of a tensor that is not decomposed, how much it changed, and what becomes of it.
+
+        Raises:
+            MismatchError: it may neither be saved whole nor left out.
+            NonFiniteError: it is to be saved whole, and its change holds an inf or a NaN.
+        """
+        pair, (base, tuned) = self.pair, sides
+        outcome.change, _ = measured((base, pair.base), (tuned, pair.tuned))
+        let_go(pair, sides)
+        if not outcome.change and pair.base is not None:  # the same values in another dtype
+            return
         if pair.action == "refuse":
             raise MismatchError(
                 f"{pair.name}: changed, and it has no low-rank form; --rest save keeps it whole, "
                 "--rest skip leaves it out"
             )
-        if pair.action == "decompose":
-            self._decompose(outcome, using, buffers)
-        else:
-            let_go(pair, using.sides)
-            outcome.action = "skipped" if pair.action == "skip" else "saved whole"
-        return outcome
+        outcome.action = "skipped" if pair.action == "skip" else "saved whole"
+        if outcome.action == "saved whole" and math.isinf(outcome.change):
+            raise NonFiniteError(
+                f"{pair.name}: is to be saved whole, and one side holds an inf or a NaN; "
+                "--exclude leaves it out"
+            )
 
     def _decompose(self, outcome: Outcome, using: Extraction, buffers: Buffers) -> None:
         pair, sides, options = self.pair, using.sides, using.options

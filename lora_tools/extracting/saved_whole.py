@@ -1,17 +1,14 @@
-"""The last part of ``extract``: tensors that are saved whole, and figures over all modules."""
+"""The last part of ``extract``: tensors that are saved whole."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_tools.errors import UnsupportedAdapter
 from lora_tools.extracting.pairs import Plan
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.names import split_tensor
-from lora_tools.records import ModuleResult
 
 if TYPE_CHECKING:
     from lora_tools.extracting.pair_work import Outcome
@@ -67,22 +64,3 @@ def complete_saved(
 def _is_norm(module: str, plan: Plan) -> bool:
     """Whether the module's weight, too, has no low-rank form: then it is saved as one."""
     return any(p.name == f"{module}.weight" and p.action == "save" for p in plan.pairs)
-
-
-def totals(modules: Sequence[ModuleResult], parameters: int, folder: Path) -> dict[str, Any]:
-    """Figures over all modules, weighted by their energy."""
-    energy = math.fsum(m.delta_norm**2 for m in modules)
-    missing = math.fsum(m.relative_error**2 * m.delta_norm**2 for m in modules)
-    gain = math.fsum(m.gain_bound * m.delta_norm**2 for m in modules)
-    ranks = sorted(m.rank for m in modules)
-    return {
-        "modules": len(modules),
-        "relative_error": math.sqrt(missing / energy),
-        "energy": 1 - missing / energy,
-        "gain_bound": gain / energy,
-        "rank_min": ranks[0],
-        "rank_max": ranks[-1],
-        "parameters": parameters,
-        "parameters_replaced": sum(math.prod(m.shape) for m in modules),
-        "bytes": sum(path.stat().st_size for path in folder.iterdir()),
-    }

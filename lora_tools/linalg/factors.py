@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import overload
 
 import torch
 
@@ -14,9 +15,20 @@ from lora_tools.linalg.ranks import RankRule
 from lora_tools.linalg.svd import top_directions
 
 
-def scaled(tensor: torch.Tensor, factor: float) -> torch.Tensor:
-    """tensor · factor, rounded once to the tensor's dtype."""
-    return tensor if factor == 1.0 else (tensor.double() * factor).to(tensor.dtype)
+@overload
+def scaled(
+    tensor: torch.Tensor, factor: float, dtype: torch.dtype | None = ...
+) -> torch.Tensor: ...
+@overload
+def scaled(tensor: None, factor: float, dtype: torch.dtype | None = ...) -> None: ...
+def scaled(
+    tensor: torch.Tensor | None, factor: float, dtype: torch.dtype | None = None
+) -> torch.Tensor | None:
+    """tensor · factor, rounded once to ``dtype``, by default the tensor's; of None, None."""
+    if tensor is None:
+        return None
+    wide = tensor if factor == 1.0 else tensor.double() * factor
+    return wide.to(dtype or tensor.dtype)
 
 
 def padded(A: torch.Tensor, B: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import xxhash
 
 from lora_tools.errors import NonFiniteError
+from lora_tools.figures import Total
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.checkpoint_writer import TensorSink
@@ -194,12 +195,12 @@ class _Lister:
 
 def survival_totals(survivals: Sequence[Survival]) -> dict[str, float]:
     """What all of them come to: the share of the change that was kept, and the error beside it."""
-    wanted = math.fsum(s.wanted for s in survivals)
-    if not wanted:
+    total = Total.of((s.wanted, s.error) for s in survivals)
+    if not total.energy:
         return {}
     return {
-        "delta_kept": math.fsum(s.moved for s in survivals) / wanted,
-        "delta_error": math.sqrt(math.fsum(s.error for s in survivals) / wanted),
+        "delta_kept": math.fsum(s.moved for s in survivals) / total.energy,
+        "delta_error": total.relative_error,
     }
 
 

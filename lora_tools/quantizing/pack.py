@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import NonFiniteError
+from lora_tools.figures import Total
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.checkpoint_writer import Sink
 from lora_tools.formats.dtypes import FLOAT_NAMES, parse_float_dtype
@@ -98,16 +99,15 @@ def pack(
 
 def totals_of(plan: QuantizePlan, results: Sequence[TensorResult], nbytes: int) -> dict[str, Any]:
     """Figures over all tensors, errors weighted by their energy."""
-    energy = math.fsum(r.norm**2 for r in results)
-    error = math.fsum((r.relative_error * r.norm) ** 2 for r in results)
-    left = [(r.compensated_error * r.norm) ** 2 for r in results if r.compensated_error is not None]
-    more = {"compensated_error": math.sqrt(math.fsum(left) / energy)} if left and energy else {}
+    error = Total.of_errors((r.norm, r.relative_error) for r in results)
+    left = [(r.norm, r.compensated_error) for r in results if r.compensated_error is not None]
+    more = {"compensated_error": Total.of_errors(left).relative_error} if left else {}
     sizes = [math.prod(r.shape) for r in results]
     bits = math.fsum(r.bits_per_parameter * n for r, n in zip(results, sizes, strict=True))
     return {
         "tensors_quantized": len(results),
         "tensors_kept": len(plan.items) - len(results),
-        "quantization_error": math.sqrt(error / energy) if energy else 0.0,
+        "quantization_error": error.relative_error,
         **more,
         "parameters": sum(item.spec.numel for item in plan.items),
         "parameters_quantized": sum(sizes),

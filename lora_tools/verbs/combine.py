@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from lora_tools.adapting.combine_module import LOW_RANK, Combination, Term
 from lora_tools.adapting.stack import bases_named, combine_adapters, stackable
+from lora_tools.adapting.write import uncovered
 from lora_tools.errors import MismatchError, UsageError
 from lora_tools.formats.dtypes import parse_float_dtype
 from lora_tools.formats.output import check_destination, check_space, staged
@@ -100,7 +101,7 @@ def combine(
         str(out),
         dry_run,
         tuple(fates),
-        notes=tuple(_notes(options, weighted)),
+        notes=(*_notes(options, weighted), *(uncovered(given.copied) if options.rule else [])),
         command=command,
     )
     if not dry_run:

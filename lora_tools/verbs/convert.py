@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_tools.adapting.convert_module import Conversion
-from lora_tools.adapting.totals import resized_totals
+from lora_tools.adapting.convert_module import Conversion, product_energy
 from lora_tools.adapting.write import (
     ConvertJob,
     choose_conversion,
@@ -21,6 +20,7 @@ from lora_tools.adapting.write import (
     write_factors,
 )
 from lora_tools.errors import UnsupportedAdapter, UsageError
+from lora_tools.figures import resized_totals
 from lora_tools.formats.adapters.base_names import BaseNames
 from lora_tools.formats.adapters.outline import parse_enable_lora
 from lora_tools.formats.adapters.peft import Adapter, LoraModule
@@ -179,6 +179,12 @@ def _fates(given: Adapter, kept: Mapping[str, LoraModule], options: Conversion) 
     return tuple(fates)
 
 
+def _dropped(given: Adapter, kept: Mapping[str, LoraModule]) -> list[tuple[str, float]]:
+    """The modules that are left out, and the energy of their changes."""
+    gone = (module for name, module in given.modules.items() if name not in kept)
+    return [(module.name, product_energy(module, given)) for module in gone]
+
+
 def _convert(
     report: Report,
     given: Adapter,
@@ -197,7 +203,7 @@ def _convert(
     totals: dict[str, Any] = {
         "modules": len(kept),
         "bytes": sum(f.stat().st_size for f in files),
-        **resized_totals(results),
+        **resized_totals(results, _dropped(given, kept) if options.rule is not None else ()),
     }
     inputs = tuple(dataclasses.replace(i, digest=digest) for i in report.inputs)
     return dataclasses.replace(report, inputs=inputs, modules=tuple(results), totals=totals)

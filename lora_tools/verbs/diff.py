@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lora_tools.errors import NonFiniteError
+from lora_tools.extracting.change import measured
 from lora_tools.extracting.decompose import Decomposition, Sides, spectra_of
 from lora_tools.extracting.pair_work import hash_of, let_go, working_memory
 from lora_tools.extracting.pairs import Pair, Plan, make_plan
+from lora_tools.figures import Total, left_out_totals
 from lora_tools.formats.adapters.consumers import CONSUMERS
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.inspecting.spectrum import (
@@ -41,7 +43,7 @@ class _Seen:
     fate: Fate
     spectrum: ModuleSpectrum | None = None
     hashes: tuple[str, str] = ("", "")
-    change: float = 0.0  # ‖Δ‖²
+    change: float = 0.0  # ‖Δ‖²; NaN of what is no float
     base: float = 0.0  # ‖W_base‖²
 
 
@@ -106,7 +108,8 @@ def diff(
             ("base", "tuned"), (base, tuned), _digests(seen, sides), strict=True
         )
     ]
-    change, whole = (math.fsum(getattr(s, part) for s in seen) for part in ("change", "base"))
+    total = Total.of((s.base, s.change) for s in seen if not math.isnan(s.change))
+    left = [(s.pair.name, s.change) for s in seen if s.fate.action == "skipped"]
     counts = [fate.action for fate in (*(s.fate for s in seen), *plan.settled)]
     report = Report(
         "diff",
@@ -125,10 +128,11 @@ def diff(
             ),
         ),
         totals={
-            "relative_change": math.sqrt(change / whole) if whole else 0.0,
+            "relative_change": total.relative_error,
             "changed": counts.count("changed"),
             "unchanged": counts.count("unchanged"),
             "one_sided": counts.count("only in base") + counts.count("only in tuned"),
+            **left_out_totals(left, Total(total.missing, 0.0)),
         },
     )
     if target is not None and report.spectra:
@@ -214,11 +218,6 @@ def _see(pair: Pair, sides: Sides, options: Decomposition, buffers: Buffers) -> 
         )
         fate = Fate(pair.name, "changed", f"by {relative:.3%}")
         return _Seen(pair, fate, spectrum, hashes, total, energy)
-    if pair.reason.startswith("left out"):
-        return _Seen(pair, Fate(pair.name, "skipped", pair.reason), hashes=hashes)
-    if pair.base.shape != pair.tuned.shape:
-        shapes = f"{list(pair.base.shape)} → {list(pair.tuned.shape)}"
-        return _Seen(pair, Fate(pair.name, "changed", f"resized: {shapes}"), hashes=hashes)
     return _moved(pair, sides, hashes)
 
 
@@ -226,20 +225,23 @@ def _moved(pair: Pair, sides: Sides, hashes: tuple[str, str]) -> _Seen:
     """A changed tensor without a spectrum: how far it moved."""
     assert pair.base is not None
     assert pair.tuned is not None
-    if not (pair.base.is_float and pair.tuned.is_float):
-        return _Seen(
-            pair, Fate(pair.name, "changed", f"{pair.base.dtype}, not a float"), hashes=hashes
-        )
-    old = sides[0].tensor(pair.base.name).double()
-    change = float((sides[1].tensor(pair.tuned.name).double() - old).square().sum())
-    energy = float(old.square().sum())
-    if not math.isfinite(change):
+    change, energy = measured((sides[0], pair.base), (sides[1], pair.tuned))
+    left_out = pair.reason.startswith("left out")
+    if math.isinf(change) and not left_out:
         side = "tuned" if math.isfinite(energy) else "base"
         raise NonFiniteError(f"{pair.name}: the {side} side holds an inf or a NaN")
     if change == 0:
         return _Seen(pair, Fate(pair.name, "unchanged", "the same values"), hashes=hashes)
-    by = f"by {math.sqrt(change / energy):.3%}" if energy else "from zero"
-    return _Seen(pair, Fate(pair.name, "changed", by), None, hashes, change, energy)
+    if left_out:
+        fate = Fate(pair.name, "skipped", pair.reason)
+    elif math.isnan(change):
+        fate = Fate(pair.name, "changed", f"{pair.base.dtype}, not a float")
+    else:
+        by = f"by {math.sqrt(change / energy):.3%}" if energy else "from zero"
+        if pair.base.shape != pair.tuned.shape:
+            by += f", resized: {list(pair.base.shape)} → {list(pair.tuned.shape)}"
+        fate = Fate(pair.name, "changed", by)
+    return _Seen(pair, fate, None, hashes, change, energy)
 
 
 def _digests(seen: Sequence[_Seen], sides: Sides) -> tuple[str, str]:

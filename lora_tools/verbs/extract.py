@@ -15,6 +15,7 @@ from lora_tools.extracting.adapter import extract_adapter, kept_spectra
 from lora_tools.extracting.decompose import Decomposition
 from lora_tools.extracting.pair_work import PairWork
 from lora_tools.extracting.pairs import make_plan
+from lora_tools.figures import above
 from lora_tools.formats.activations import Activations
 from lora_tools.formats.dtypes import parse_float_dtype
 from lora_tools.formats.output import check_destination, check_space, staged
@@ -212,14 +213,8 @@ def extract(
 
 
 def _gate(report: Report, max_error: float | None) -> None:
-    if max_error is None:
-        return
-    worst = max(report.modules, key=lambda m: m.relative_error)
-    total = report.totals["relative_error"]
-    if worst.relative_error > max_error or total > max_error:
+    said = "" if max_error is None else above(max_error, report.modules, report.totals)
+    if said:
         raise QualityGateError(
-            f"relative error above --max-error {max_error:g}: worst is {worst.module} with "
-            f"{worst.relative_error:.4g} at rank {worst.rank}, total is {total:.4g}; nothing was "
-            "written. Allow more with --rank or --energy",
-            report,
+            f"{said}; nothing was written. Allow more with --rank or --energy", report
         )

@@ -8,15 +8,15 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from lora_tools.adapting.convert_module import rank_ceiling, strength_of
 from lora_tools.adapting.scale import Rescaling, refuse_unread, rescale_adapter
-from lora_tools.adapting.write import write_as
+from lora_tools.adapting.write import no_effect, uncovered, write_as
 from lora_tools.errors import AdapterError, UnsupportedAdapter, UsageError
 from lora_tools.formats.adapters.base_names import BaseNames
-from lora_tools.formats.adapters.peft import Adapter, LoraModule
+from lora_tools.formats.adapters.peft import Adapter
 from lora_tools.formats.adapters.table import FORMATS, Format
 from lora_tools.formats.dtypes import parse_float_dtype
 from lora_tools.formats.output import check_destination, check_space, staged
-from lora_tools.linalg.ranks import RankRule
 from lora_tools.options import Size, consumer_named, most_factors, rank_rule, refuse_shared
 from lora_tools.provenance import command_of, tool_version
 from lora_tools.records import Fate, Input, ProgressCallback, Report
@@ -129,7 +129,7 @@ def rescale(
     refuse_unread(given, target, names is not None and bool(names.tied))
     pad_to = None
     if not target.patterns:
-        ranks = [_ceiling(m, given, rule) for m in given.modules.values()]
+        ranks = [rank_ceiling(m, given, rule) for m in given.modules.values()]
         pad_to = target.rank_for(max(ranks, default=1))
     options = Rescaling(
         1.0 if scale is None else scale,
@@ -181,13 +181,6 @@ def _written_as(
     return dataclasses.replace(report, totals=totals, notes=(*report.notes, *notes))
 
 
-def _ceiling(module: LoraModule, given: Adapter, rule: RankRule | None) -> int:
-    if rule is None:
-        return module.r
-    rows, cols = given.shape(module.B)[0], given.shape(module.A)[1]
-    return min(rule.ceiling(rows, cols), module.r)
-
-
 def _fates(given: Adapter, options: Rescaling) -> tuple[Fate, ...]:
     action = "resize" if options.rule is not None else "rescale"
     return (
@@ -208,14 +201,26 @@ def _notes(given: Adapter, options: Rescaling, scale: float | None, form: Format
             if form.name == given.format
             else "written in PEFT's format"
         )
+    idle = [m for m in given.modules.values() if not strength_of(m, given)]
     if scale is not None:
         notes.append(f"the effect is {scale:g} times what it was")
         if given.whole or given.tokens:
             notes.append("tensors saved whole are not scaled")
     elif not options.keep_effect:
         notes.append("the effect changes in proportion to lora_alpha")
-    elif options.rule is None:
+    elif options.rule is None and len(idle) < len(given.modules):
         notes.append("the effect is kept")
+    if idle and options.keep_effect:
+        notes.append(no_effect(idle, given))
+        if options.alpha is not None:
+            notes[-1] += "; lora_B is zero now, since lora_alpha no longer is"
+    elif idle:
+        notes.append(
+            f"{len(idle)} modules had lora_alpha 0 and no effect, and have one now, such as "
+            f"{idle[0].name}"
+        )
+    if options.rule is not None:
+        notes += uncovered([*given.whole, *given.tokens])
     if options.pad_to is not None:
         notes.append(
             f"for {options.consumer.name}: every module has rank {options.pad_to}, "

@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import MismatchError, NonFiniteError
+from lora_tools.extracting.change import measured
+from lora_tools.figures import Total, above, left_out_totals
 from lora_tools.formats import digest as hashing
+from lora_tools.formats.adapters.peft import Adapter, LoraModule
 from lora_tools.formats.checkpoint import Checkpoint
-from lora_tools.formats.names import align, split_tensor
-from lora_tools.merging.plan import adapter_digest, build_effects, plan_merge
+from lora_tools.formats.names import align, split_tensor, tied_head
+from lora_tools.merging.plan import MergePlan, adapter_digest, build_effects, plan_merge
 from lora_tools.merging.targets import Target
 from lora_tools.merging.tensor import as_matrix
 from lora_tools.records import Fate, Input, ModuleResult, ProgressCallback
@@ -25,7 +28,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class _Distance:
-    """‖merged − tuned‖², ‖tuned − base‖² and ‖base‖² of one tensor."""
+    """‖merged − tuned‖², ‖tuned − base‖² and ‖base‖² of one tensor. What is no float has no such
+    figures: 0 where the two are the same, else NaN."""
 
     error: float
     change: float
@@ -33,10 +37,23 @@ class _Distance:
     hashes: tuple[str, str]
 
     @property
+    def known(self) -> bool:
+        return not math.isnan(self.error + self.change)
+
+    @property
     def relative(self) -> float:
-        if self.change:
-            return math.sqrt(self.error / self.change)
-        return math.inf if self.error else 0.0
+        return Total(self.change, self.error).relative_error
+
+
+@dataclasses.dataclass(frozen=True)
+class _Compared:
+    """One tensor of the tuned side by the base's ``name``, and by its ``own``; ``target`` is what
+    the adapter makes of the base's, or None where the base lacks it."""
+
+    name: str
+    own: str
+    target: Target | None
+    brings: bool  # whether the adapter acts on it, or has it whole
 
 
 def verify_adapter(
@@ -52,86 +69,161 @@ def verify_adapter(
     from lora_tools.engine.tasks import Call
 
     to_base, sentence = align(list(tuned.specs), list(base.specs))
-    theirs = {ours: own for own, ours in to_base.items()}
     plan = plan_merge(base, [weighted], allow_unmatched=True)
-    targets = [t for t in plan.targets if t.spec.name in theirs and t.spec.is_float]
-    if not targets:
+    pairs = _paired(plan, to_base, weighted.adapter, tuned)
+    if not any(pair.target for pair in pairs):
         raise MismatchError(f"{base.path} and {tuned.path} have no tensor in common")
-    tasks = [Call(_distance, (t, theirs[t.spec.name]), t.spec.name, t.spec.nbytes) for t in targets]
-    distances = list(threads.run(tasks, (base, tuned), None, jobs=jobs, progress=progress))
-    fates, modules = [], []
-    for target, d in zip(targets, distances, strict=True):
-        ranks = [p.source.r for p in target.parts if p.kind in ("lora", "dora")]  # type: ignore[union-attr]
-        if not target.parts:
-            left = "left out" if d.change else "unchanged"
-            fates.append(Fate(target.spec.name, left, "the adapter does not act on it"))
-            continue
-        fates.append(Fate(target.spec.name, "compared", f"relative error {d.relative:.4g}"))
-        if ranks:
-            modules.append(_result(target, d, max(ranks)))
-    totals = _totals(targets, distances, modules)
-    offence = _offence(totals, modules, max_error)
+    tasks = [Call(_distance, (p,), p.name, tuned.specs[p.own].nbytes) for p in pairs]
+    sources = (weighted.adapter, base, tuned)
+    distances = list(threads.run(tasks, sources, None, jobs=jobs, progress=progress))
+    both = list(zip(pairs, distances, strict=True))
+    modules = [_result(p.target, d) for p, d in both if p.target and _ranks(p.target)]
+    totals = _totals(both, modules)
     verdict = (
-        f"relative error {totals['relative_error']:.4g} over what the adapter acts on, "
-        f"{totals['relative_error_of_all']:.4g} over all that changed"
+        f"relative error {totals['relative_error']:.4g} over all that changed, "
+        f"{totals['relative_error_acted_on']:.4g} over what the adapter acts on"
     )
     notes = [*plan.notes, *([f"tuned names: {sentence}"] if sentence else [])]
-    notes += [f"{fate.tensor}: matches nothing in the base" for fate in plan.unmatched]
+    there = {pair.own for pair in pairs if pair.target is None} | {p.name for p in pairs}
+    notes += [
+        f"{fate.tensor}: matches nothing in the base"
+        for fate in plan.unmatched
+        if fate.tensor not in there
+    ]
     inputs = (
         Input("adapter", "", adapter_digest(weighted.adapter)),
-        *(Input("", "", digest) for digest in _digests(targets, distances, base, tuned, theirs)),
+        *(Input("", "", digest) for digest in _digests(both, base, tuned)),
     )
-    return Findings(inputs, tuple(fates), verdict, offence, totals, tuple(notes), tuple(modules))
+    return Findings(
+        inputs,
+        tuple(_fate(p, d) for p, d in both),
+        verdict,
+        "" if max_error is None else above(max_error, modules, totals),
+        totals,
+        tuple(notes),
+        tuple(modules),
+    )
+
+
+def _paired(
+    plan: MergePlan, to_base: Mapping[str, str], adapter: Adapter, tuned: Checkpoint
+) -> list[_Compared]:
+    """Every tensor of the tuned side, but an output head that is its embedding and that the base
+    does not store."""
+    theirs = {name: own for own, name in to_base.items()}
+    targets = [t for t in (*plan.targets, *plan.untied) if t.spec.name in theirs]
+    found = [_Compared(t.spec.name, theirs[t.spec.name], t, bool(t.parts)) for t in targets]
+    met = {pair.own for pair in found}
+    if tuned.ties_embeddings:
+        met.add(tied_head(tuned.config, tuned.specs))
+    alone = ((name, own) for own, name in to_base.items() if own not in met)
+    return found + [_Compared(name, own, None, own in adapter.whole) for name, own in alone]
 
 
 def _totals(
-    targets: Sequence[Target], distances: Sequence[_Distance], modules: Sequence[ModuleResult]
+    both: Sequence[tuple[_Compared, _Distance]], modules: Sequence[ModuleResult]
 ) -> dict[str, Any]:
-    error = math.fsum(d.error for d in distances)
-    change = math.fsum(d.change for d in distances)
-    held = [d for t, d in zip(targets, distances, strict=True) if t.parts]
-    inside = math.fsum(d.error for d in held), math.fsum(d.change for d in held)
+    """Figures over all that changed, and beside them what of it the adapter leaves out."""
+    counted = [(p, d) for p, d in both if d.known]
+    total = Total.of((d.change, d.error) for _, d in counted)
+    acted_on = Total.of((d.change, d.error) for p, d in counted if p.brings)
+    left = [(p.name, d.change) for p, d in both if not p.brings and d.change]
     return {
         "modules": len(modules),
         "rank_min": min((m.rank for m in modules), default=0),
         "rank_max": max((m.rank for m in modules), default=0),
-        "relative_error": math.sqrt(inside[0] / inside[1]) if inside[1] else 0.0,
-        "energy": 1 - inside[0] / inside[1] if inside[1] else 1.0,
-        "relative_error_of_all": math.sqrt(error / change) if change else 0.0,
+        "relative_error": total.relative_error,
+        "energy": 1 - total.missing_share,
+        "relative_error_acted_on": acted_on.relative_error,
+        "relative_error_of_all": total.relative_error,
+        **left_out_totals(left, total),
     }
 
 
-def _offence(
-    totals: dict[str, Any], modules: Sequence[ModuleResult], max_error: float | None
-) -> str:
-    """What is above ``max_error``; "" where nothing is."""
-    worst = max(modules, key=lambda m: m.relative_error, default=None)
-    total = totals["relative_error"]
-    if max_error is None or worst is None or max(worst.relative_error, total) <= max_error:
-        return ""
-    return (
-        f"relative error above --max-error {max_error:g}: worst is {worst.module} with "
-        f"{worst.relative_error:.4g} at rank {worst.rank}, total is {total:.4g}"
+def _fate(pair: _Compared, d: _Distance) -> Fate:
+    if pair.brings:
+        said = f"relative error {d.relative:.4g}" if d.known else "no float, and another"
+        return Fate(pair.name, "compared", said)
+    if not d.change:
+        return Fate(pair.name, "unchanged", "the adapter does not act on it")
+    why = "the adapter does not act on it" if pair.target else "only the tuned side has it"
+    return Fate(pair.name, "left out", why)
+
+
+def _distance(pair: _Compared, adapter: Adapter, base: Checkpoint, tuned: Checkpoint) -> _Distance:
+    specs = [tuned.specs[pair.own]]
+    if pair.target is None:
+        found = _alone(pair, adapter, tuned)
+    else:
+        found = _from_base(pair.target, base, tuned, pair.own)
+        specs.append(base.specs[pair.target.base_name])
+        base.release(pair.target.base_name)
+    tuned.release(pair.own)
+    floats = all(spec.is_float for spec in specs)
+    if floats and not math.isfinite(found.error + found.change):
+        raise NonFiniteError(f"{pair.name}: base, tuned or adapter holds an inf or a NaN")
+    return found
+
+
+def _alone(pair: _Compared, adapter: Adapter, tuned: Checkpoint) -> _Distance:
+    """A tensor that the base lacks: all of it changed, and all of it is left out, unless the
+    adapter has it whole."""
+    theirs, hashes = tuned.tensor(pair.own), ("", tuned.hash(pair.own))
+    ours = adapter.tensor(adapter.whole[pair.own]) if pair.brings else None
+    if ours is not None and ours.shape != theirs.shape:
+        raise MismatchError(
+            f"{pair.name}: the adapter's is {list(ours.shape)}, tuned {list(theirs.shape)}"
+        )
+    if not tuned.specs[pair.own].is_float:
+        unlike = 0.0 if ours is not None and ours.equal(theirs) else math.nan
+        return _Distance(unlike, unlike, 0.0, hashes)
+    return _Distance(_apart(theirs, ours), _apart(theirs, None), 0.0, hashes)
+
+
+def _from_base(target: Target, base: Checkpoint, tuned: Checkpoint, own: str) -> _Distance:
+    """A tensor of both, with what the adapter makes of the base's."""
+    hashes = hashing.tensor_hash(base.raw(target.base_name)), hashing.tensor_hash(tuned.raw(own))
+    old, new = base.specs[target.base_name], tuned.specs[own]
+    if not (old.is_float and new.is_float):
+        return _uncounted(target, base, tuned.tensor(own), hashes)
+    if target.spec.shape == old.shape == new.shape:
+        return _Distance(*_merged(target, base, tuned.tensor(own)), hashes)
+    name, saved = target.spec.name, target.parts[0] if target.parts else None
+    resized = old.shape[1:] == new.shape[1:]
+    if saved is not None and saved.kind == "saved" and target.spec.shape == new.shape:
+        ours = saved.weighted.adapter.tensor(str(saved.source))
+        change, energy = measured((base, old), (tuned, new))
+        return _Distance(_apart(tuned.tensor(own), ours), change, energy, hashes)
+    if saved is None and resized:
+        change, energy = measured((base, old), (tuned, new))
+        return _Distance(change, change, energy, hashes)
+    raise MismatchError(
+        f"{name}: base is {list(old.shape)}, tuned {list(new.shape)}, and with the adapter it is "
+        f"{list(target.spec.shape)}"
     )
 
 
-def _distance(target: Target, own: str, base: Checkpoint, tuned: Checkpoint) -> _Distance:
+def _uncounted(
+    target: Target, base: Checkpoint, theirs: torch.Tensor, hashes: tuple[str, str]
+) -> _Distance:
+    """A tensor that is no float, such as a BatchNorm's counter."""
+    from lora_tools.linalg.merge import merged_whole
+
+    found = base.tensor(target.base_name)
+    if target.parts:
+        found = merged_whole(found, build_effects(target), target.matrix(target.spec.shape))
+    unlike = 0.0 if found.dtype == theirs.dtype and found.equal(theirs) else math.nan
+    return _Distance(unlike, unlike, 0.0, hashes)
+
+
+def _merged(target: Target, base: Checkpoint, theirs: torch.Tensor) -> tuple[float, float, float]:
+    """‖merged − tuned‖², ‖tuned − base‖² and ‖base‖², in float64."""
     import torch
 
     from lora_tools.linalg.lora import rows_per_run
     from lora_tools.linalg.merge import TensorMerge
 
-    hashes = hashing.tensor_hash(base.raw(target.base_name)), hashing.tensor_hash(tuned.raw(own))
-    W, T = as_matrix(base.tensor(target.base_name), target), as_matrix(tuned.tensor(own), target)
-    if target.spec.shape != base.specs[target.base_name].shape or W.shape != T.shape:
-        saved = target.parts[0] if target.parts else None
-        if saved is None or saved.kind != "saved":
-            raise MismatchError(
-                f"{target.spec.name}: base is {list(W.shape)}, tuned {list(T.shape)}"
-            )
-        S = as_matrix(saved.weighted.adapter.tensor(str(saved.source)), target)
-        energy = float(T.double().square().sum())
-        return _Distance(float((S.double() - T.double()).square().sum()), energy, energy, hashes)
+    W, T = as_matrix(base.tensor(target.base_name), target), as_matrix(theirs, target)
 
     def read(start: int, stop: int) -> torch.Tensor:
         return W[start:stop].to(torch.float64, copy=True)
@@ -145,23 +237,38 @@ def _distance(target: Target, own: str, base: Checkpoint, tuned: Checkpoint) -> 
         energy += float(ours.square().sum())
         change += float((wide - ours).square().sum())
         error += float((wide - work.forward(ours, start, stop)).square().sum())
-    base.release(target.base_name)
-    tuned.release(own)
-    if not math.isfinite(error + change):
-        raise NonFiniteError(f"{target.spec.name}: base, tuned or adapter holds an inf or a NaN")
-    return _Distance(error, change, energy, hashes)
+    return error, change, energy
 
 
-def _result(target: Target, d: _Distance, rank: int) -> ModuleResult:
+def _apart(one: torch.Tensor, other: torch.Tensor | None) -> float:
+    """‖one − other‖²_F, or ‖one‖²_F, in float64, run by run."""
+    from lora_tools.linalg.lora import RUN_ELEMENTS
+
+    flat = one.reshape(-1)
+    total = 0.0
+    for start in range(0, flat.numel(), RUN_ELEMENTS):
+        run = flat[start : start + RUN_ELEMENTS].double()
+        if other is not None:
+            run = run - other.reshape(-1)[start : start + RUN_ELEMENTS].double()
+        total += float(run.square().sum())
+    return total
+
+
+def _ranks(target: Target) -> list[int]:
+    """Of the factors that act on it."""
+    sources = (p.source for p in target.parts if p.kind in ("lora", "dora"))
+    return [source.r for source in sources if isinstance(source, LoraModule)]
+
+
+def _result(target: Target, d: _Distance) -> ModuleResult:
     [layout, *_] = [p.layout.name for p in target.parts if p.layout is not None]
-    energy = 1 - d.error / d.change if d.change else 0.0
     return ModuleResult(
         module=split_tensor(target.spec.name)[0],
         layout=layout,
         shape=target.spec.shape,
-        rank=rank,
+        rank=max(_ranks(target)),
         relative_error=d.relative,
-        energy=energy,
+        energy=1 - Total(d.change, d.error).missing_share,
         gain_bound=math.nan,
         delta_norm=math.sqrt(d.change),
         relative_change=math.sqrt(d.change / d.base) if d.base else math.inf,
@@ -170,14 +277,7 @@ def _result(target: Target, d: _Distance, rank: int) -> ModuleResult:
 
 
 def _digests(
-    targets: list[Target],
-    distances: list[_Distance],
-    base: Checkpoint,
-    tuned: Checkpoint,
-    theirs: dict[str, str],
+    both: Sequence[tuple[_Compared, _Distance]], base: Checkpoint, tuned: Checkpoint
 ) -> tuple[str, str]:
-    known: tuple[dict[str, str], dict[str, str]] = ({}, {})
-    for target, d in zip(targets, distances, strict=True):
-        known[0][target.base_name] = d.hashes[0]
-        known[1][theirs[target.spec.name]] = d.hashes[1]
-    return base.digest(known[0]), tuned.digest(known[1])
+    ours = {p.target.base_name: d.hashes[0] for p, d in both if p.target}
+    return base.digest(ours), tuned.digest({p.own: d.hashes[1] for p, d in both})

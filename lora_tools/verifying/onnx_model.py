@@ -4,7 +4,6 @@ it computes, in ONNX Runtime against torch."""
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 import tempfile
 from collections import Counter
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import MismatchError, UsageError
+from lora_tools.figures import Total
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.dtypes import torch_dtype
@@ -230,9 +230,8 @@ def _hash_of(tensor: torch.Tensor, transposed: bool) -> str:
 
 
 def _packed_totals(packed: Sequence[Packed]) -> dict[str, Any]:
-    energy = math.fsum(p.energy for p in packed)
-    error = math.fsum(p.error for p in packed)
-    return {"quantization_error": math.sqrt(error / energy)} if energy else {}
+    total = Total.of((p.energy, p.error) for p in packed)
+    return {"quantization_error": total.relative_error} if total.energy else {}
 
 
 def _absent(

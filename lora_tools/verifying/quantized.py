@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from lora_tools.figures import Total
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.dtypes import torch_dtype
@@ -315,13 +316,12 @@ def _totals(view: FourBits, checked: Sequence[_Checked], merge: MergePlan) -> di
     results = [c.result for c in checked if c.result is not None]
     items = tuple(c.item for c in checked if c.fate.action != "missing")
     nbytes = sum(file.path.stat().st_size for file in view.stored.files)
-    energy = math.fsum(r.norm**2 for r in results)
-    own = math.fsum(_own_error(c) for c in checked if c.result is not None)
+    own = Total.of((c.result.norm**2, _own_error(c)) for c in checked if c.result is not None)
     return {
         **(totals_of(QuantizePlan(items, (), merge), results, nbytes) if results else {}),
         "tensors_quantized": sum(item.packed is not None for item in items),
         "tensors_kept": sum(item.packed is None for item in items),
-        "expected_error": math.sqrt(own / energy) if energy else 0.0,
+        "expected_error": own.relative_error,
         "bit_for_bit": sum(_is_exact(c) for c in checked),
     }
 

@@ -73,12 +73,22 @@ def read(path: Path, file: TensorFile, context: Context) -> Outline:
     modules = group_parts(outline, LORA_PARTS, split)
     names = resolve_all(outline, modules, context)
     for flat, keys in modules.items():
+        _refuse_zero(outline, keys)
         add_locon(outline, names[flat], keys)
     return outline
 
 
+def _refuse_zero(outline: Outline, keys: Mapping[str, str]) -> None:
+    """Raises AdapterError for an alpha whose meaning depends on who reads it."""
+    if "alpha" in keys and outline.scalar(keys["alpha"]) == 0:
+        raise outline.fail(
+            f"{keys['alpha']}: is 0, which sd-scripts takes for the rank where it loads the file, "
+            "and for no effect where it merges it; write the alpha that is meant"
+        )
+
+
 def add_locon(outline: Outline, module: str, keys: Mapping[str, str]) -> None:
-    """lora_down, lora_up and what stands beside them."""
+    """lora_down, lora_up and what stands beside them; an alpha of 0 is the rank, as for LyCORIS."""
     down, up = pair(outline, module, keys, "lora_down.weight", "lora_up.weight")
     A, B = outline.same(down), outline.same(up)
     if "lora_mid.weight" in keys:
@@ -86,8 +96,9 @@ def add_locon(outline: Outline, module: str, keys: Mapping[str, str]) -> None:
         kernel = outline.shape(mid)
         shape = (kernel[0], outline.shape(down)[1], *kernel[2:])
         A = outline.computed(shape, (mid, down), "tucker_down")
-        B = reshaped(B, (*B.spec.shape[:2], *[1] * (len(shape) - 2)))
-    alpha = outline.scalar(keys["alpha"]) if "alpha" in keys else None
+    if len(B.spec.shape) == 2 or "lora_mid.weight" in keys:  # DyLoRA keeps no kernel of 1 for it
+        B = reshaped(B, (*B.spec.shape[:2], *[1] * (len(A.spec.shape) - 2)))
+    alpha = outline.scalar(keys["alpha"]) or None if "alpha" in keys else None
     outline.add_lora(module, A, B, alpha, magnitude=magnitude(outline, module, keys))
 
 

@@ -30,15 +30,18 @@ _HADA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2
 _KRON = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 _FULL = ("diff", "diff_b")
 PARTS = (*LORA_PARTS, *_HADA, *_KRON, *_FULL)
-# What LyCORIS has besides, known by name and refused with a reason.
+_GLORA = "GLoRA, whose change of a weight is a product with that weight"
+_IA3 = "a scale of activations (IA³)"
+_ROTATION = "a rotation of the weight (OFT or BOFT)"
+_TLORA = "T-LoRA, which adds to directions of the base's own weight"
+# What LyCORIS has besides: parts of a key, and what they are refused as.
 _OTHER = {
     "w_norm": "a difference of a norm",
     "b_norm": "a difference of a norm's bias",
-    "oft_blocks": "a rotation (OFT)",
-    "oft_diag": "a rotation (OFT)",
-    "on_input": "a scale of activations (IA³)",
-    "a": "GLoRA",
-    "glora": "GLoRA",
+    **dict.fromkeys(("oft_blocks", "oft_diag", "rescale"), _ROTATION),
+    **dict.fromkeys(("weight", "on_input"), _IA3),
+    **dict.fromkeys((f"{part}.weight" for part in ("a1", "a2", "b1", "b2", "bm")), _GLORA),
+    **dict.fromkeys(("q_layer.weight", "p_layer.weight", "lambda_layer"), _TLORA),
     "scalar": "a trained scalar; save it with lycoris' own state_dict, which folds it in",
 }
 
@@ -53,9 +56,9 @@ def read(path: Path, file: TensorFile, context: Context) -> Outline:
     """What the file holds, as PEFT would."""
     outline = Outline(path, file, "LyCORIS")
     for key in file.specs:
-        last = key.rpartition(".")[2]
-        if last in _OTHER:
-            raise UnsupportedAdapter(f"{path}: {key}: holds {_OTHER[last]}, which is not read")
+        found = split(key)
+        if found is not None and found[1] in _OTHER:
+            raise UnsupportedAdapter(f"{path}: {key}: holds {_OTHER[found[1]]}, which is not read")
     modules = group_parts(outline, PARTS, split)
     names = resolve_all(outline, modules, context)
     exact = []

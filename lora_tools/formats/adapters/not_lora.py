@@ -26,6 +26,9 @@ _KEYS = {
         "a bottleneck adapter: layers of its own with a nonlinearity between, put into the model; "
         "no change of weights does the same"
     ),
+    r"oft_unet_\w+\.(oft_blocks|alpha)": (
+        "OFT of sd-scripts: rotations of weights, which are no low-rank change"
+    ),
     r"emb_params|string_to_param|clip_[lg]|<[^>]+>|t5": (
         "textual inversion: vectors for new tokens of a text encoder"
     ),

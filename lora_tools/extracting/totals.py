@@ -1,0 +1,63 @@
+"""Figures of an extraction: over all that changed, in the adapter or not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_tools.figures import Total, left_out_totals, module_total
+
+if TYPE_CHECKING:
+    from lora_tools.extracting.pair_work import Outcome
+
+
+def extract_totals(outcomes: Sequence[Outcome], folder: Path) -> dict[str, Any]:
+    """Errors weighted by energy: what is saved whole has none, what is left out has nothing else.
+
+    A module of rank 0 is left out; its figures stand among the modules' all the same. What is no
+    float has no energy, and is in no figure but a number of tensors (``uncovered`` says which).
+    """
+    modules = [o.result for o in outcomes if o.result is not None]
+    held = [m for m in modules if m.rank]
+    whole = Total.of((o.change, 0.0) for o in outcomes if o.action == "saved whole" and _known(o))
+    left = Total.of((_change(o), _change(o)) for o in left_out(outcomes) if _known(o))
+    total = module_total(held) + whole + left
+    gain = math.fsum(m.gain_bound * m.delta_norm**2 for m in held)
+    ranks = sorted(m.rank for m in modules)
+    return {
+        "modules": len(held),
+        "relative_error": total.relative_error,
+        "energy": 1 - total.missing_share,
+        "gain_bound": gain / total.energy,
+        **left_out_totals([(o.pair.name, _change(o)) for o in left_out(outcomes)], total),
+        "saved_whole_energy": whole.share_of(total),
+        "rank_min": ranks[0],
+        "rank_max": ranks[-1],
+        "parameters": sum(o.parameters for o in outcomes),
+        "parameters_replaced": sum(math.prod(m.shape) for m in held),
+        "bytes": sum(path.stat().st_size for path in folder.iterdir()),
+    }
+
+
+def left_out(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """What changed and is not in the adapter."""
+    return [o for o in outcomes if o.action == "skipped"]
+
+
+def uncovered(outcomes: Sequence[Outcome]) -> list[str]:
+    """A note on what is left out and has no energy to be counted."""
+    names = [o.pair.name for o in left_out(outcomes) if not _known(o)]
+    if not names:
+        return []
+    more = f" and {len(names) - 1} more" if names[1:] else ""
+    return [f"changed, left out, and in no figure, being no floats: {names[0]}{more}"]
+
+
+def _change(outcome: Outcome) -> float:
+    return outcome.change if outcome.result is None else outcome.result.delta_norm**2
+
+
+def _known(outcome: Outcome) -> bool:
+    return not math.isnan(outcome.change)

@@ -1,0 +1,107 @@
+"""Figures over many tensors: each weighs by its energy ‖·‖²_F, and a total covers everything."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from lora_tools.records import ModuleResult
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Total:
+    """What several tensors come to.
+
+    Attributes:
+        energy: Σ‖X‖²_F of what was to be held.
+        missing: Σ‖X − X̂‖²_F, X̂ what is held instead.
+    """
+
+    energy: float
+    missing: float
+
+    @classmethod
+    def of(cls, parts: Iterable[tuple[float, float]]) -> Total:
+        """Of (‖X‖², ‖X − X̂‖²) of each tensor."""
+        both = list(parts)
+        return cls(math.fsum(energy for energy, _ in both), math.fsum(lost for _, lost in both))
+
+    @classmethod
+    def of_errors(cls, parts: Iterable[tuple[float, float]]) -> Total:
+        """Of (‖X‖, ‖X − X̂‖ / ‖X‖) of each tensor."""
+        return cls.of((norm**2, (error * norm) ** 2) for norm, error in parts)
+
+    def __add__(self, other: Total) -> Total:
+        return Total(self.energy + other.energy, self.missing + other.missing)
+
+    @property
+    def missing_share(self) -> float:
+        """missing / energy. 0 where nothing was to be held and infinite where something is held all
+        the same; 1 where what is missing is infinite, as is the energy then."""
+        if math.isinf(self.missing) and math.isinf(self.energy):
+            return 1.0
+        if not self.energy:
+            return math.inf if self.missing else 0.0
+        return self.missing / self.energy
+
+    @property
+    def relative_error(self) -> float:
+        """√(missing / energy)."""
+        return math.sqrt(max(self.missing_share, 0.0))
+
+    def share_of(self, whole: Total) -> float:
+        """The part of another's energy that this one's is."""
+        return Total(whole.energy, self.energy).missing_share
+
+
+def module_total(modules: Iterable[ModuleResult]) -> Total:
+    """Of the changes of modules, and of what their factors lack of them."""
+    return Total.of_errors((m.delta_norm, m.relative_error) for m in modules)
+
+
+def resized_totals(
+    results: Sequence[ModuleResult], dropped: Sequence[tuple[str, float]] = ()
+) -> dict[str, Any]:
+    """The report's figures over modules whose rank was chosen anew, and over those that were
+    ``dropped``, of which all is missing: their names and ‖Δ‖². None where nothing has energy."""
+    total = module_total(results) + Total.of((energy, energy) for _, energy in dropped)
+    if not (results and total.energy):
+        return {}
+    return {
+        "relative_error": total.relative_error,
+        "energy": 1 - total.missing_share,
+        **(left_out_totals(dropped, total) if dropped else {}),
+        "rank_min": min(m.rank for m in results),
+        "rank_max": max(m.rank for m in results),
+    }
+
+
+def left_out_totals(changes: Sequence[tuple[str, float]], total: Total) -> dict[str, Any]:
+    """The report's figures on tensors that changed and are left out, ``changes`` being their names
+    and ‖Δ‖² (NaN: not known), ``total`` that of all that changed."""
+    known = [(change, name) for name, change in changes if not math.isnan(change)]
+    share = Total.of((change, 0.0) for change, _ in known).share_of(total)
+    most = {"left_out_most": max(known)[1]} if known else {}
+    return {"left_out": len(changes), "left_out_energy": share, **most}
+
+
+def above(max_error: float, modules: Sequence[ModuleResult], totals: Mapping[str, Any]) -> str:
+    """Which error exceeds ``max_error``, a module's or that of all that changed, as a sentence that
+    names the worst; "" where none does."""
+    worst = max(modules, key=lambda m: m.relative_error, default=None)
+    total = totals["relative_error"]
+    if not (total > max_error or (worst is not None and worst.relative_error > max_error)):
+        return ""
+    said = []
+    if worst is not None:
+        said.append(f"worst is {worst.module} with {worst.relative_error:.4g} at rank {worst.rank}")
+    said.append(f"total is {total:.4g}")
+    if totals.get("left_out_most"):
+        said.append(
+            f"changed and left out: {totals['left_out']} tensors with "
+            f"{totals['left_out_energy']:.2%} of the energy, most of it in "
+            f"{totals['left_out_most']}"
+        )
+    return f"relative error above --max-error {max_error:g}: {', '.join(said)}"
