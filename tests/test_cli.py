@@ -154,7 +154,7 @@ def test_3_when_the_gate_is_exceeded(pair: Path, tmp_path: Path) -> None:
 def test_130_and_143_leave_no_trace(pair: Path, tmp_path: Path) -> None:
     """A signal in the middle: the staging folder goes, and the message says so."""
     code = (
-        "import os, sys, lora_tools.engine.threads as engine\n"
+        "import os, sys, lora_tools.engine.threads as threads\n"
         "from lora_tools.cli import run\n"
         "real = threads.run\n"
         "def slow(items, work, **options):\n"

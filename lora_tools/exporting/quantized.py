@@ -14,7 +14,7 @@ from lora_tools.formats.names import layout_name
 from lora_tools.formats.quantized.bitsandbytes import reason_to_keep
 from lora_tools.onnx.schemes import AFFINE, NF4, SCHEMES
 from lora_tools.onnx.tasks import DECODER, Task
-from lora_tools.options import read_text
+from lora_tools.options.parse import read_text
 from lora_tools.records import Fate, Input, Report
 from lora_tools.sources.dequantized import plain_view
 

@@ -6,14 +6,18 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from lora_tools.errors import UsageError
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.checkpoint_writer import CheckpointWriter
 from lora_tools.formats.dtypes import torch_dtype
+from lora_tools.formats.output import Prepared
 from lora_tools.formats.quantized.bitsandbytes import STATE, quantized_tensor
-from lora_tools.merging.output_files import changed_files
+from lora_tools.merging.output_files import changed_files, out_specs
 from lora_tools.merging.plan import MergePlan
-from lora_tools.merging.rewrite import Rewrite
+from lora_tools.merging.prepare import SIDECAR, Planned, dtype_of, limit_of
+from lora_tools.merging.rewrite import Rewrite, signed
 from lora_tools.merging.tensor import copy_tensor, merge_tensor, survival_totals
+from lora_tools.options import Running, Storage
 from lora_tools.quantizing.pack import config_with, pack
 from lora_tools.quantizing.plan import Item, QuantizePlan
 from lora_tools.records import Fate, Report, TensorResult, TensorSpec
@@ -38,6 +42,34 @@ def plan_requantize(
             packed = quantized_tensor(spec.name, state, packed.specs[""].dtype)
         items.append(Item(target, spec, packed, transposed, "" if packed else "not quantized"))
     return QuantizePlan(tuple(items), (), merge)
+
+
+def prepare_requantize(
+    planned: Planned, storage: Storage, running: Running, command: str, reversible: bool = False
+) -> Prepared:
+    """A merge into a four-bit base that stays in four bits.
+
+    Raises:
+        UsageError: the base is not in four bits, or should be given back by a sidecar.
+    """
+    view = planned.source
+    if not isinstance(view, PlainView):
+        raise UsageError("--requantize needs a BASE in four bits (bitsandbytes)")
+    if reversible:
+        raise UsageError("--reversible cannot give back a four-bit BASE")
+    limit = limit_of(storage, view)
+    work = plan_requantize(view, planned.plan, out_specs(planned.plan, dtype_of(storage)))
+    shards = signed(work.shards(view, limit), command, planned.adapters)
+    nbytes = sum(shard.nbytes for shard in shards)
+    report = planned.report("merge", planned.plan.fates(), {"bytes": nbytes}, command)
+    job = planned.rewrite(report, shards, running)
+    return Prepared(
+        report,
+        planned.paths(),
+        nbytes,
+        lambda out: requantized(job(out), view, work),
+        dropped=() if view.is_folder else (SIDECAR,),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from lora_tools.formats.names import align, split_tensor
 from lora_tools.merging.plan import adapter_digest, build_effects, plan_merge
 from lora_tools.merging.targets import Target
 from lora_tools.merging.tensor import as_matrix
+from lora_tools.options.gate import exceeded
 from lora_tools.records import Fate, Input, ModuleResult, ProgressCallback
 from lora_tools.sources.weighted import Weighted
 from lora_tools.verifying.findings import Findings
@@ -89,13 +90,14 @@ def verify_adapter(
     }
     worst = max(modules, key=lambda m: m.relative_error, default=None)
     offence = ""
-    if max_error is not None and worst is not None:
-        total = totals["relative_error"]
-        if worst.relative_error > max_error or total > max_error:
-            offence = (
-                f"relative error above --max-error {max_error:g}: worst is {worst.module} with "
-                f"{worst.relative_error:.4g} at rank {worst.rank}, total is {total:.4g}"
-            )
+    if worst is not None:
+        offence = exceeded(
+            max_error,
+            worst.module,
+            worst.relative_error,
+            totals["relative_error"],
+            f" at rank {worst.rank}",
+        )
     verdict = (
         f"relative error {totals['relative_error']:.4g} over what the adapter acts on, "
         f"{totals['relative_error_of_all']:.4g} over all that changed"
