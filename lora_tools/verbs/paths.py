@@ -54,14 +54,14 @@ class Paths:
         paths = cls([], outputs | kept, kept, report)
         for name, value in read.items():
             places = [_without_weight(v) for v in value] if name in several else [value]
-            paths.read(Path(place) for place in places)
+            paths.read(Path(place) for place in places if exists(place))
         if verb.adds_to and _same(given[verb.adds_to], given["out"]):
             paths.into = paths.outputs.pop("--out").resolve()
         return paths
 
     def read(self, inputs: Iterable[Path]) -> None:
         """Note more that is read."""
-        self.inputs += [each for path in inputs if exists(path) for each in _reached(path)]
+        self.inputs += [each for path in inputs for each in _reached(path)]
 
     def write(self, prepared: Prepared, out: Path) -> None:
         """Note all that this will write."""
