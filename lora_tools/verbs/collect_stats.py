@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import CheckpointError, UsageError
 from lora_tools.formats import digest as hashing
@@ -21,6 +21,9 @@ from lora_tools.options.parse import read_text
 from lora_tools.records import Fate, Input, Progress, Report, TensorSpec
 from lora_tools.sources.checkpoints import open_checkpoint
 from lora_tools.verbs.frame import Call, verb
+
+if TYPE_CHECKING:
+    import torch
 
 
 @verb
@@ -87,22 +90,7 @@ def _collect(
     running: Running,
     out: Path,
 ) -> Report:
-    from lora_tools import calibration
-    from lora_tools.engine import threads
-
-    device = threads.pick_device(device)
-    rows = calibration.sequences(checkpoint.path, content, sampling.length)
-    if sampling.max_tokens is not None:
-        rows = rows[: sampling.max_tokens // sampling.length]
-
-    def done(count: int) -> None:
-        if running.progress is not None:
-            running.progress(Progress(count, len(rows), "sequences"))
-
-    with threads.torch_threads(threads.default_jobs() if running.jobs is None else running.jobs):
-        found = calibration.moments(
-            checkpoint.path, rows, sampling.kind, device, running.allow_pickle, done
-        )
+    rows, found = _moments(checkpoint, content, sampling, device, running)
     specs = [TensorSpec(name, "F32", tuple(found[name].shape)) for name in sorted(found)]
     hashes = {name: hashing.tensor_hash(checkpoint.raw(name)) for name in checkpoint.specs}
     digests = (
@@ -140,3 +128,26 @@ def _collect(
             dataclasses.replace(i, digest=d) for i, d in zip(report.inputs, digests, strict=True)
         ),
     )
+
+
+def _moments(
+    checkpoint: Checkpoint, content: str, sampling: Sampling, device: str, running: Running
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The text in sequences of tokens (n, length), and the second moment of each layer's input."""
+    from lora_tools import calibration
+    from lora_tools.engine import threads
+
+    device = threads.pick_device(device)
+    rows = calibration.sequences(checkpoint.path, content, sampling.length)
+    if sampling.max_tokens is not None:
+        rows = rows[: sampling.max_tokens // sampling.length]
+
+    def done(count: int) -> None:
+        if running.progress is not None:
+            running.progress(Progress(count, len(rows), "sequences"))
+
+    with threads.torch_threads(threads.default_jobs() if running.jobs is None else running.jobs):
+        moments = calibration.moments(
+            checkpoint.path, rows, sampling.kind, device, running.allow_pickle, done
+        )
+    return rows, moments

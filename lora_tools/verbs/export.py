@@ -7,24 +7,13 @@ from pathlib import Path
 
 from lora_tools.errors import CheckpointError, UsageError
 from lora_tools.exporting.make import FAILED, Export
-from lora_tools.exporting.quantized import Quantization, plan_quantization
-from lora_tools.exporting.runtime_adapters import plan_runtime_adapters
+from lora_tools.exporting.quantized import plan_quantization
+from lora_tools.exporting.runtime_adapters import RuntimeAdapters, plan_runtime_adapters
+from lora_tools.exporting.weights import Weights
+from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.output import Prepared
-from lora_tools.merging.prepare import Adapters, plan_merging, prepare_merge
 from lora_tools.onnx.tasks import task_of
-from lora_tools.options import (
-    Adding,
-    Check,
-    FourBits,
-    Graphs,
-    Matching,
-    Quantized,
-    Running,
-    Storage,
-    Tensors,
-)
-from lora_tools.provenance import command_of
-from lora_tools.quantizing.prepare import prepare_dequantize, prepare_quantize
+from lora_tools.options import Adding, Check, Graphs, Matching, Quantized, Storage
 from lora_tools.sources.checkpoints import open_checkpoint
 from lora_tools.verbs.frame import Call, verb
 
@@ -57,11 +46,7 @@ def export(
         raise CheckpointError(f"{source.path}: a folder with a config.json is needed to export")
     task, out = task_of(source.config, graphs.task), Path(call.out)
     in_place = out.exists() and out.resolve() == source.path.resolve()
-    runtime = None
-    if adding.runtime_adapters:
-        runtime = plan_runtime_adapters(
-            adding.adapters, source, call.running.allow_pickle, matching.allow_unmatched
-        )
+    runtime = _runtime(source, adding, matching, call)
     to_merge = () if adding.runtime_adapters else adding.adapters
     quantization = plan_quantization(
         source,
@@ -72,8 +57,8 @@ def export(
         merging=bool(to_merge or storage.dtype),
         runtime=adding.runtime_adapters,
     )
-    changes = bool(to_merge or storage.dtype) or quantization.packs
-    if in_place and changes:
+    weights = Weights(checkpoint, to_merge, quantization, storage, matching, call.running)
+    if in_place and weights.change:
         raise UsageError("--adapter, --dtype and --nf4 change the weights: choose another output")
     work = Export(
         source,
@@ -84,74 +69,36 @@ def export(
         call.running,
         quantization,
         quantization.weights(graphs.weights, in_place),
-        _weights(checkpoint, to_merge, quantization, storage, matching, call.running),
-        _plain(checkpoint, to_merge, quantization, storage, matching, call.running),
+        weights.written(),
+        weights.plain(),
         runtime,
         matching.allow_other_base,
         in_place,
         call.writing.force,
         out.with_name(out.name + FAILED) if check.keep_failed else None,
     )
-    report = work.planned(call.command)
+    return _prepared(work, call)
+
+
+def _runtime(
+    source: Checkpoint, adding: Adding, matching: Matching, call: Call
+) -> RuntimeAdapters | None:
+    if not adding.runtime_adapters:
+        return None
+    return plan_runtime_adapters(
+        adding.adapters, source, call.running.allow_pickle, matching.allow_unmatched
+    )
+
+
+def _prepared(work: Export, call: Call) -> Prepared:
+    report, runtime = work.planned(call.command), work.runtime
+    read = [each.weighted.adapter.path for each in (runtime.each if runtime else ())]
+    read += work.weights.inputs if work.weights else ()
     return Prepared(
         runtime.planned(report) if runtime and call.writing.dry_run else report,
-        (source.path, *(w.weighted.adapter.path for w in (runtime.each if runtime else ()))),
+        (work.source.path, *read),
         work.space(),
         lambda path: work.write(report, path),
-        beside=(FAILED,) if work.keep and not in_place else (),
-        added=work.files() if in_place else (),
+        beside=(FAILED,) if work.keep and not work.in_place else (),
+        added=work.files() if work.in_place else (),
     )
-
-
-def _weights(
-    checkpoint: str | Path,
-    adapters: Adapters,
-    quantization: Quantization,
-    storage: Storage,
-    matching: Matching,
-    running: Running,
-) -> Prepared | None:
-    """The weights of the output, where they are not those of the checkpoint."""
-    if not quantization.packs:
-        return _merged(checkpoint, adapters, storage, matching, running)
-    return prepare_quantize(
-        checkpoint,
-        adapters,
-        FourBits(),
-        Tensors(),
-        storage,
-        matching,
-        running,
-        command_of("quantize", storage, matching),
-    )
-
-
-def _plain(
-    checkpoint: str | Path,
-    adapters: Adapters,
-    quantization: Quantization,
-    storage: Storage,
-    matching: Matching,
-    running: Running,
-) -> Prepared | None:
-    """The same with none quantized, where it lies nowhere yet."""
-    if quantization.stored:
-        return prepare_dequantize(checkpoint, Storage(), running, "")
-    if quantization.packs:
-        return _merged(checkpoint, adapters, storage, matching, running)
-    return None
-
-
-def _merged(
-    checkpoint: str | Path,
-    adapters: Adapters,
-    storage: Storage,
-    matching: Matching,
-    running: Running,
-) -> Prepared | None:
-    if not (adapters or storage.dtype):
-        return None
-    planned = plan_merging(
-        checkpoint, adapters, matching, running, needs_adapters=not storage.dtype
-    )
-    return prepare_merge(planned, storage, running, command_of("merge", storage, matching))
