@@ -87,21 +87,31 @@ def left_out_totals(changes: Sequence[tuple[str, float]], total: Total) -> dict[
     return {"left_out": len(changes), "left_out_energy": share, **most}
 
 
-def above(max_error: float, modules: Sequence[ModuleResult], totals: Mapping[str, Any]) -> str:
-    """Which error exceeds ``max_error``, a module's or that of all that changed, as a sentence that
-    names the worst; "" where none does."""
+def above(
+    max_error: float | None, modules: Sequence[ModuleResult], totals: Mapping[str, Any]
+) -> str:
+    """``exceeded`` by a module's error or that of all that changed, and by what is left out."""
     worst = max(modules, key=lambda m: m.relative_error, default=None)
-    total = totals["relative_error"]
-    if not (total > max_error or (worst is not None and worst.relative_error > max_error)):
-        return ""
-    said = []
-    if worst is not None:
-        said.append(f"worst is {worst.module} with {worst.relative_error:.4g} at rank {worst.rank}")
-    said.append(f"total is {total:.4g}")
-    if totals.get("left_out_most"):
-        said.append(
-            f"changed and left out: {totals['left_out']} tensors with "
+    of = [] if worst is None else [(worst.module, worst.relative_error, f" at rank {worst.rank}")]
+    said = exceeded(max_error, of, totals["relative_error"])
+    if said and totals.get("left_out_most"):
+        said += (
+            f", changed and left out: {totals['left_out']} tensors with "
             f"{totals['left_out_energy']:.2%} of the energy, most of it in "
             f"{totals['left_out_most']}"
         )
-    return f"relative error above --max-error {max_error:g}: {', '.join(said)}"
+    return said
+
+
+def exceeded(max_error: float | None, worst: Sequence[tuple[str, float, str]], total: float) -> str:
+    """A sentence where the error of the worst or the total is above the limit; else "". An error
+    that is not a number is above every limit.
+
+    Args:
+        worst: what has the largest error, that, and what else to say of it; empty for nothing.
+    """
+    if max_error is None or all(error <= max_error for error in (*(e for _, e, _ in worst), total)):
+        return ""
+    parts = [f"worst is {name} with {error:.4g}{more}" for name, error, more in worst]
+    parts.append(f"total is {total:.4g}")
+    return f"relative error above --max-error {max_error:g}: {', '.join(parts)}"

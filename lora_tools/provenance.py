@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -18,43 +18,25 @@ def tool_version() -> str:
         return "0+unknown"
 
 
-# Options that do not decide what is written, or that stand in the metadata by a digest.
-_NOT_RECORDED = {
-    "out",
-    "adapters",
-    "base",
-    "graph",
-    "jobs",
-    "force",
-    "dry_run",
-    "progress",
-    "allow_pickle",
-    "max_error",
-    "spectrum_cache",
-    "activations",
-    "reversible",
-    "atol",
-    "rtol",
-    "no_verify",
-    "keep_failed",
-    "eval_text",
-}
-
-
-def command_of(verb: Callable[..., object], given: Mapping[str, Any]) -> str:
+def command_of(verb: str, *records: Any, order: str = "") -> str:
     """The call as artifacts record it: the verb, and the options that are not as by default, but no
     paths, so that the same input gives the same bytes wherever it lies.
 
     Args:
-        given: the verb's parameters by name, as ``locals()`` has them at its start.
+        records: of options, whose fields say whether they are recorded.
+        order: names that come first; the others follow as the records have them.
     """
-    parameters = inspect.signature(verb).parameters.values()
-    parts = [
-        f"{p.name}={given[p.name]!r}"
-        for p in parameters
-        if p.kind is p.KEYWORD_ONLY and p.name not in _NOT_RECORDED and given[p.name] != p.default
-    ]
-    return " ".join([verb.__name__.replace("_", "-"), *parts])
+    given = {
+        field.name: getattr(record, field.name)
+        for record in records
+        for field in dataclasses.fields(record)
+        if (said := field.metadata.get("option")) is not None
+        and said.recorded
+        and getattr(record, field.name) != field.default
+    }
+    names = [name for name in dict.fromkeys((*order.split(), *given)) if name in given]
+    parts = [f"{name}={given[name]!r}" for name in names]
+    return " ".join([verb.replace("_", "-"), *parts])
 
 
 def handed_on(metadata: Mapping[str, str], command: str, digest: str) -> dict[str, str]:

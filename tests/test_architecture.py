@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import graphlib
+import importlib.util
 import inspect
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import click
 import pytest
@@ -17,6 +20,8 @@ import pytest
 import lora_tools
 from lora_tools.cli import main
 from lora_tools.cli.groups import GroupedOption
+from lora_tools.options import RECORDS, Quantized, Ranks
+from lora_tools.verbs import VERBS
 
 PACKAGE = Path(lora_tools.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -39,10 +44,10 @@ ROOMS = (
     "verbs",
     *SUBJECTS,
     "nn",
+    "options",
     "onnx",
     "sources",
     "engine",
-    "options",
     "provenance",
     "formats",
     "linalg",
@@ -55,9 +60,10 @@ ROOMS = (
 # Rooms that see less than all that lies below them.
 ONLY = {
     "__main__": {"cli"},
-    "__init__": {"verbs", "errors", "records"},
+    "__init__": {"verbs", "options", "errors", "records"},
     "cli": {"verbs", "options", "errors", "records"},
     "nn": {"sources", "formats", "linalg", "errors", "records"},
+    "options": {"onnx", "formats", "linalg", "errors", "records"},
     "engine": {"errors", "records"},
     "provenance": {"formats", "errors", "records"},
     "formats": {"errors", "records"},
@@ -67,7 +73,7 @@ ONLY = {
     "figures": {"records"},
 }
 # Rooms that may import what stands above them, too.
-ALSO = {"nn": {"merging"}, "exporting": {"verbs"}, "verifying": {"verbs"}}
+ALSO = {"nn": {"merging"}}
 LIBRARIES = {
     "cli": {"click", "rich"},
     "verbs": {"torch", "xxhash"},
@@ -127,7 +133,6 @@ NUMERIC = {
     "linalg/reversible.py",
     "linalg/svd.py",
     "linalg/ritz.py",
-    "linalg/combine.py",
     "linalg/factors.py",
     "linalg/nf4.py",
     "linalg/nf4_search.py",
@@ -150,23 +155,6 @@ NUMERIC = {
     "onnx/quantized_weights.py",
     "onnx/quality.py",
 }
-
-
-VERBS = (
-    "extract",
-    "merge",
-    "unmerge",
-    "rescale",
-    "combine",
-    "convert",
-    "quantize",
-    "dequantize",
-    "export",
-    "inspect",
-    "diff",
-    "verify",
-    "collect_stats",
-)
 
 
 def room(path: Path) -> str:
@@ -267,42 +255,67 @@ def test_files_stay_short(path: Path) -> None:
     assert lines <= LONGEST_FILE, f"{path.name} has {lines} lines: give part of it a file"
 
 
+EXPORTED = [
+    "AdapterError",
+    "AdapterForm",
+    "Adding",
+    "Check",
+    "CheckpointError",
+    "Combining",
+    "Comparison",
+    "Fate",
+    "Formats",
+    "FourBits",
+    "Graphs",
+    "Input",
+    "LoraToolsError",
+    "Matching",
+    "Merging",
+    "MismatchError",
+    "ModuleResult",
+    "ModuleSpectrum",
+    "NonFiniteError",
+    "Origin",
+    "OutputError",
+    "Progress",
+    "QualityGateError",
+    "Quantized",
+    "Ranks",
+    "Report",
+    "Running",
+    "Sampling",
+    "Search",
+    "Storage",
+    "Strength",
+    "TensorFacts",
+    "TensorNotFound",
+    "TensorResult",
+    "TensorSpec",
+    "Tensors",
+    "Undoing",
+    "UnsafeInput",
+    "UnsupportedAdapter",
+    "UsageError",
+    "View",
+    "Writing",
+    "collect_stats",
+    "combine",
+    "convert",
+    "dequantize",
+    "diff",
+    "export",
+    "extract",
+    "inspect",
+    "merge",
+    "quantize",
+    "rescale",
+    "unmerge",
+    "verify",
+]
+
+
 def test_exported_names() -> None:
-    assert lora_tools.__all__ == [
-        "AdapterError",
-        "CheckpointError",
-        "Fate",
-        "Input",
-        "LoraToolsError",
-        "MismatchError",
-        "ModuleResult",
-        "ModuleSpectrum",
-        "NonFiniteError",
-        "OutputError",
-        "Progress",
-        "QualityGateError",
-        "Report",
-        "TensorFacts",
-        "TensorNotFound",
-        "TensorResult",
-        "TensorSpec",
-        "UnsafeInput",
-        "UnsupportedAdapter",
-        "UsageError",
-        "collect_stats",
-        "combine",
-        "convert",
-        "dequantize",
-        "diff",
-        "export",
-        "extract",
-        "inspect",
-        "merge",
-        "quantize",
-        "rescale",
-        "unmerge",
-        "verify",
-    ]
+    assert lora_tools.__all__ == EXPORTED
     for name in lora_tools.__all__:
         assert getattr(lora_tools, name).__module__.startswith("lora_tools.")
     assert dir(lora_tools) == lora_tools.__all__
@@ -342,49 +355,135 @@ def test_what_is_public_has_a_docstring(path: Path) -> None:
     assert not without
 
 
-VERBS = ("extract", "merge", "unmerge", "rescale", "quantize", "dequantize")
+COMMON = {"report_file", "as_json", "quiet", "verbose", "help"}  # the command line's own
 
 
-def test_every_verb_is_a_command_with_the_same_options() -> None:
-    renamed = {"report_file", "as_json", "quiet", "verbose", "help"}  # the command line's own
-    for name in VERBS:
-        parameters = inspect.signature(getattr(lora_tools, name)).parameters
-        command = {p.name for p in main.commands[name.replace("_", "-")].params} - renamed
-        assert command == set(parameters) - {"progress"}, name
+@pytest.mark.parametrize("name", VERBS)
+def test_a_verb_is_one_row_one_file_and_one_command(name: str) -> None:
+    verb = VERBS[name]
+    assert verb.function() is getattr(lora_tools, name)
+    assert (PACKAGE / "verbs" / f"{name}.py").is_file()
+    assert verb.command in main.commands
+    assert set(verb.order.split()) <= verb.by_name.keys()
+    assert len(verb.by_name) == len(verb.keywords), "two keywords of one name"
 
 
-def test_choices_are_those_of_the_verbs() -> None:
+def test_every_verb_file_has_its_row() -> None:
+    files = {path.stem for path in (PACKAGE / "verbs").glob("*.py")}
+    assert files == {*VERBS, "__init__", "row", "frame", "paths", "report_file"}
+    assert list(main.commands) == [*(verb.command for verb in VERBS.values()), "completion"]
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_every_verb_is_a_command_with_the_same_options(name: str) -> None:
+    parameters = inspect.signature(getattr(lora_tools, name)).parameters
+    command = {p.name for p in main.commands[name.replace("_", "-")].params} - COMMON
+    assert command == set(parameters) - {"progress", *VERBS[name].records}
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_choices_are_those_of_the_verbs(name: str) -> None:
+    hints = get_type_hints(getattr(lora_tools, name))
+    for option in main.commands[name.replace("_", "-")].params:
+        if isinstance(option.type, click.Choice):
+            kinds = get_args(hints[option.name])
+            while get_origin(kinds[0]) is Literal:  # of None or it, or of several
+                kinds = get_args(kinds[0])
+            assert kinds == tuple(option.type.choices), option.name
+
+
+def test_choices_are_the_rows_of_the_tables() -> None:
     from lora_tools.formats.adapters.consumers import CONSUMERS
     from lora_tools.formats.adapters.table import FEATURES, FORMATS
+    from lora_tools.formats.quantized.bitsandbytes import QUANT_TYPES, STORAGES
+    from lora_tools.linalg.combine import METHODS
+    from lora_tools.linalg.nf4 import CODEBOOKS
+    from lora_tools.linalg.ranks import POLICIES, SHARED
+    from lora_tools.onnx.schemes import SCHEMES
 
-    for name, command in main.commands.items():
-        verb = getattr(lora_tools, name.replace("-", "_"), None)
-        for option in command.params:
-            if verb is None or not isinstance(option.type, click.Choice):
-                continue
-            tables = {"consumer": CONSUMERS, "to": FORMATS, "source": FORMATS, "drop": FEATURES}
-            if option.name in tables:
-                assert list(option.type.choices) == list(tables[option.name])
-            else:
-                kinds = get_args(get_type_hints(verb)[option.name])
-                if type(None) in kinds:  # not given, it depends on other options
-                    kinds = get_args(kinds[0])
-                assert kinds == tuple(option.type.choices)
+    def choices(verb: str, option: str) -> list[str]:
+        return list(VERBS[verb].by_name[option].choices)
+
+    for verb in ("extract", "rescale"):
+        assert choices(verb, "consumer") == list(CONSUMERS)
+    for option in ("to", "source"):
+        assert choices("convert", option) == list(FORMATS)
+    assert choices("convert", "drop") == list(FEATURES)
+    assert choices("combine", "method") == list(METHODS)
+    assert choices("quantize", "quant_type") == list(QUANT_TYPES) == list(CODEBOOKS)
+    assert choices("quantize", "quant_storage") == list(STORAGES)
+    fields = {field.name for field in dataclasses.fields(Ranks)}
+    assert fields == {*POLICIES, *SHARED, "max_rank"}
+    assert tuple(field.name for field in dataclasses.fields(Quantized)) == SCHEMES
 
 
-def test_defaults_are_those_of_the_verbs() -> None:
-    for name in VERBS:
-        command = main.commands[name.replace("_", "-")]
-        parameters = inspect.signature(getattr(lora_tools, name))
-        needed = sum(isinstance(p, click.Argument) for p in command.params)
-        writes = any(p.name == "out" for p in command.params)
-        arguments = [*["x"] * needed, *(["-o", "out"] if writes else [])]
-        arguments += ["--to", "mlx"] if name == "convert" else []
-        # With main's settings: click keeps the --help option of a command's first context for ever.
-        given = command.make_context(name, arguments, **main.context_settings).params
-        for parameter in parameters.parameters.values():
-            if parameter.default is not inspect.Parameter.empty and parameter.name in given:
-                assert given[parameter.name] == parameter.default, (name, parameter.name)
+@pytest.mark.parametrize("name", VERBS)
+def test_defaults_are_those_of_the_verbs(name: str) -> None:
+    verb, command = VERBS[name], main.commands[name.replace("_", "-")]
+    parameters = inspect.signature(getattr(lora_tools, name)).parameters
+    arguments = ["x" for p in command.params if isinstance(p, click.Argument)]
+    arguments += ["-o", "out"] if verb.writes else []
+    arguments += ["--to", "mlx"] if name == "convert" else []
+    # With main's settings: click keeps the --help option of a command's first context for ever.
+    given = command.make_context(name, arguments, **main.context_settings).params
+    checked = 0
+    for parameter in parameters.values():
+        if parameter.default is not inspect.Parameter.empty and parameter.name in given:
+            assert given[parameter.name] == parameter.default, parameter.name
+            assert given[parameter.name] == verb.by_name[parameter.name].default
+            checked += 1
+    must = {a.name for a in verb.arguments} | ({"to"} if name == "convert" else set())
+    assert checked == len(given.keys() - COMMON - must)
+
+
+def test_every_option_is_a_field_of_a_record_and_every_record_is_taken() -> None:
+    taken = {(k.record, k.name) for verb in VERBS.values() for k in verb.keywords}
+    fields = {(record, f.name) for record in RECORDS for f in dataclasses.fields(record)}
+    assert taken == fields
+    for record in RECORDS:
+        assert record.__dataclass_params__.frozen  # type: ignore[attr-defined]
+        assert getattr(lora_tools, record.__name__) is record
+
+
+def test_the_types_are_those_of_the_table() -> None:
+    written = (PACKAGE / "__init__.pyi").read_text(encoding="utf-8")
+    assert written == generated("generate_types").render(), "run docs/generate_types.py"
+    tree = ast.parse(written)
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    assert list(functions) == list(VERBS)
+    for name, node in functions.items():
+        keywords = [arg.arg for arg in node.args.kwonlyargs]
+        assert keywords == [
+            p.name
+            for p in inspect.signature(getattr(lora_tools, name)).parameters.values()
+            if p.kind is p.KEYWORD_ONLY
+        ]
+    named = {node.names[0].name for node in tree.body if isinstance(node, ast.ImportFrom)}
+    assert {*named, *functions} - {"Sequence", "Path", "Literal", "ProgressCallback"} == set(
+        lora_tools.__all__
+    )
+
+
+def generated(script: str) -> Any:
+    """A script of docs/, imported."""
+    spec = importlib.util.spec_from_file_location(script, PACKAGE.parent / "docs" / f"{script}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_a_docstring_has_every_keyword(name: str) -> None:
+    text = inspect.getdoc(getattr(lora_tools, name)) or ""
+    listed = re.findall(r"^    (\w+): ", text, re.M)
+    verb = VERBS[name]
+    assert [n for n in listed if n in verb.by_name] == [
+        n for n, k in verb.by_name.items() if k.option
+    ]
+    assert {*verb.records} <= {*listed}
+    assert text.count("Args:") == 1
 
 
 def test_every_command_and_option_is_documented() -> None:

@@ -10,7 +10,7 @@ from lora_tools.errors import NonFiniteError, UsageError
 from lora_tools.formats.adapters.peft import Adapter, LoraModule
 from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.linalg.ranks import SHARED, RankRule, Spectrum
-from lora_tools.options import Size
+from lora_tools.options.ranks import Size
 
 
 def shared_ranks(

@@ -13,6 +13,7 @@ from lora_tools.adapting.convert_module import resized
 from lora_tools.errors import NonFiniteError
 from lora_tools.formats.adapters.peft import LoraModule
 from lora_tools.formats.dtypes import dtype_name, torch_dtype, widest
+from lora_tools.linalg.combine import LOW_RANK
 from lora_tools.linalg.layouts import Layout, of_form
 from lora_tools.linalg.ranks import RankRule
 from lora_tools.records import ModuleResult
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     import torch
 
     from lora_tools.linalg.combine import Sign
-
-LOW_RANK = ("cat", "linear", "svd")  # methods that never form the change of a weight
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from lora_tools.formats.adapters.peft import Adapter, LoraModule
 from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.linalg.ranks import RankRule
 from lora_tools.merging.plan import adapter_digest
-from lora_tools.options import Size
+from lora_tools.options.ranks import Size
 from lora_tools.provenance import handed_on, tool_version
 from lora_tools.records import Input, ModuleResult, ProgressCallback, Report
 from lora_tools.sources.adapters import open_adapter

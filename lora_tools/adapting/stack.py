@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_tools.adapting.combine_module import LOW_RANK, Combination, Term, combine_module
+from lora_tools.adapting.combine_module import Combination, Term, combine_module
 from lora_tools.adapting.convert_module import factor_bytes
 from lora_tools.errors import MismatchError, UnsupportedAdapter
 from lora_tools.figures import resized_totals
+from lora_tools.linalg.combine import LOW_RANK
 from lora_tools.merging.plan import adapter_digest
 from lora_tools.provenance import tool_version
 from lora_tools.records import Input, ProgressCallback, Report

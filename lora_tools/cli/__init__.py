@@ -11,18 +11,10 @@ from typing import NoReturn
 
 import click
 
-from lora_tools.cli.convert import combine, convert
-from lora_tools.cli.dequantize import dequantize
-from lora_tools.cli.export import export
-from lora_tools.cli.extract import extract
+from lora_tools.cli.commands import VerbCommand
 from lora_tools.cli.groups import OrderedGroup
-from lora_tools.cli.merge import merge, unmerge
-from lora_tools.cli.quantize import quantize
-from lora_tools.cli.rescale import rescale
-from lora_tools.cli.see import diff, inspect
-from lora_tools.cli.stats import collect_stats
-from lora_tools.cli.verify import verify
 from lora_tools.errors import LoraToolsError
+from lora_tools.verbs import VERBS
 
 
 @click.group(
@@ -40,22 +32,8 @@ def main() -> None:
     """
 
 
-for command in (
-    extract,
-    merge,
-    unmerge,
-    rescale,
-    combine,
-    convert,
-    quantize,
-    dequantize,
-    export,
-    inspect,
-    diff,
-    verify,
-    collect_stats,
-):
-    main.add_command(command)
+for verb in VERBS.values():
+    main.add_command(VerbCommand(verb))
 
 
 @main.command(short_help="Print a shell's completion script.")

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import click
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 class GroupedOption(click.Option):
@@ -16,11 +13,6 @@ class GroupedOption(click.Option):
     def __init__(self, *args: Any, group: str = "Other", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.group = group
-
-
-def option(*names: str, group: str, **attributes: Any) -> Callable[[F], F]:
-    """``click.option`` with a heading."""
-    return click.option(*names, cls=GroupedOption, group=group, **attributes)
 
 
 def headings(command: click.Command, ctx: click.Context) -> dict[str, list[click.Parameter]]:

@@ -53,22 +53,6 @@ def progress(quiet: bool) -> Iterator[ProgressCallback | None]:
         yield advance
 
 
-def plain(report: Report) -> dict[str, Any]:
-    """The report as strict JSON: numbers that are not finite become null."""
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, float):
-            return value if math.isfinite(value) else None
-        if isinstance(value, dict):
-            return {k: clean(v) for k, v in value.items()}
-        if isinstance(value, list | tuple):
-            return [clean(v) for v in value]
-        return value
-
-    result: dict[str, Any] = clean(report.to_dict())
-    return result
-
-
 def size(nbytes: float) -> str:
     """1234567 → 1.2 MB."""
     for unit in ("bytes", "kB", "MB", "GB"):

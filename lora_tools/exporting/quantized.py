@@ -13,7 +13,7 @@ from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.quantized.bitsandbytes import reason_to_keep
 from lora_tools.onnx.schemes import AFFINE, NF4, SCHEMES
 from lora_tools.onnx.tasks import DECODER, Task
-from lora_tools.options import read_text
+from lora_tools.options.parse import read_text
 from lora_tools.records import Fate, Input, Report
 from lora_tools.sources.schemes import BITSANDBYTES
 

@@ -14,12 +14,13 @@ from lora_tools.formats.adapters.table import FEATURES, FORMATS
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.names import align
 from lora_tools.merging.plan import adapter_digest, plan_merge
+from lora_tools.merging.prepare import merge_for_now
 from lora_tools.onnx.tasks import Task
+from lora_tools.options import Running
 from lora_tools.provenance import check_bases
 from lora_tools.records import Fate, Input, Report
 from lora_tools.sources.base_names import base_names
 from lora_tools.sources.weighted import Weighted, open_weighted
-from lora_tools.verbs.merge import merge
 
 if TYPE_CHECKING:
     from lora_tools.formats.adapters.base_names import BaseNames
@@ -169,14 +170,13 @@ class RuntimeAdapters:
             if "verified" not in totals:
                 continue
             merged = folder.parent / "merged"
-            merge(
+            merge_for_now(
                 folder,
                 [(adapter.weighted.adapter.path, adapter.weighted.weight)],
                 merged,
-                dtype="float32",
+                "float32",
+                Running(jobs=jobs),
                 allow_unmatched=bool(self.unmatched),
-                allow_other_base=True,
-                jobs=jobs,
             )
             with one_torch_thread():
                 check = compare(

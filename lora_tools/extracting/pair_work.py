@@ -31,7 +31,7 @@ from lora_tools.extracting.shared_ranks import (
     region_names,
 )
 from lora_tools.formats.checkpoint import Checkpoint
-from lora_tools.options import Size
+from lora_tools.options.ranks import Size
 from lora_tools.records import ModuleResult, ProgressCallback
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from lora_tools.extracting.decompose import Decomposition, Found, regions_of, re
 from lora_tools.extracting.pairs import Pair, one_direction
 from lora_tools.formats.spectra import Spectra
 from lora_tools.linalg.ranks import SHARED, RankRule, Spectrum
-from lora_tools.options import Size
+from lora_tools.options.ranks import Size
 
 FIRST_LOOK = 16
 

@@ -8,22 +8,54 @@ recognised and removed by the next command that writes to the same place.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from lora_tools.errors import LoraToolsError, OutputError
+from lora_tools.records import Report
 
 _MARK = ".loratools-"
 _FICLONE = getattr(fcntl, "FICLONE", 0x40049409)  # named from Python 3.12 on
 
 
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """Something to be written, once its plan stands.
+
+    Attributes:
+        report: of the plan, as a dry run returns it.
+        inputs: all that is read to write it, as found on the disk.
+        nbytes: how much room it takes, at most.
+        write: makes it at a path where nothing is, and returns the report of what was made.
+        beside: suffixes of files that are written beside the output; ``dropped`` of those that
+            belong to the one replaced.
+        added: where only these files are put into the output, a folder that exists.
+    """
+
+    report: Report
+    inputs: tuple[Path, ...]
+    nbytes: int
+    write: Callable[[Path], Report]
+    beside: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
+
+
+def overlap(one: Path, other: Path) -> bool:
+    """Whether two paths are the same, or one lies inside the other, links followed."""
+    a, b = one.resolve(), other.resolve()
+    return a == b or a in b.parents or b in a.parents
+
+
 def check_destination(destination: Path, inputs: Iterable[Path], force: bool) -> None:
-    """Refuse a destination that exists (without ``force``), is an input, or lies inside one.
+    """Refuse a destination that exists (without ``force``), is an input, lies inside one, or is a
+    device or a pipe.
 
     What a killed command left beside it is cleared away first.
 
@@ -32,16 +64,16 @@ def check_destination(destination: Path, inputs: Iterable[Path], force: bool) ->
     """
     if destination.name in ("", ".."):
         raise OutputError(f"{destination} is no name for something new; choose another output")
-    target = destination.resolve()
     for path in inputs:
-        source = path.resolve()
-        if target == source or source in target.parents or target in source.parents:
+        if overlap(destination, path):
             raise OutputError(
                 f"{destination} is the input {path}, or one contains the other; "
                 "the input is never modified: choose another output"
             )
     if not destination.parent.is_dir():
         raise OutputError(f"{destination.parent} is not a folder; create it first")
+    if destination.exists() and not (destination.is_file() or destination.is_dir()):
+        raise OutputError(f"{destination} is neither a file nor a folder; choose another output")
     _remove_stale(destination)
     if os.path.lexists(destination) and not force:
         raise OutputError(f"{destination} already exists; choose another output or pass --force")

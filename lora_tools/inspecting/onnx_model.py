@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_tools.options import need
+from lora_tools.options.parse import need
 
 if TYPE_CHECKING:
     from lora_tools.onnx.initializers import GraphFile

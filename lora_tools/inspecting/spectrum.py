@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import UsageError
-from lora_tools.formats.output import check_destination, staged, write_synced
+from lora_tools.formats.output import staged, write_synced
 from lora_tools.linalg import ranks
 from lora_tools.linalg.ranks import Spectrum
 from lora_tools.records import ModuleSpectrum, Report
@@ -97,13 +98,8 @@ def places(modules: Sequence[str]) -> dict[str, tuple[int, str]]:
     return found
 
 
-def check_plot(plot: str | Path | None, inputs: Sequence[str | Path]) -> Path | None:
-    """Before the work, not after: the suffix, the folder, and the library.
-
-    Raises:
-        UsageError: a picture cannot be drawn there.
-        OutputError: it would be in an input.
-    """
+def check_plot(plot: str | Path | None) -> Path | None:
+    """Before the work, not after: the suffix, the folder, and the library. Raises UsageError."""
     if plot is None:
         return None
     path = Path(plot)
@@ -111,7 +107,6 @@ def check_plot(plot: str | Path | None, inputs: Sequence[str | Path]) -> Path | 
         raise UsageError(f"--plot {plot}: the name must end in one of {', '.join(SUFFIXES)}")
     if not path.parent.is_dir():
         raise UsageError(f"--plot {plot}: its folder does not exist")
-    check_destination(path, list(map(Path, inputs)), force=True)
     from lora_tools.plots import check_library
 
     check_library()
@@ -123,13 +118,14 @@ def shown(path: str | Path) -> str:
     return "/".join(Path(path).parts[-2:])
 
 
-def save_picture(report: Report, title: str, path: Path) -> None:
-    """Draw a report into a file, in place of what was there, whole or not at all."""
+def drawn(report: Report, title: str, path: Path) -> Report:
+    """The report, drawn into a file in place of what was there, whole or not at all."""
     from lora_tools.plots import draw
 
     content = draw(picture(report, title), path.suffix)
     with staged(path) as staging:
         write_synced(staging / "out", content)
+    return dataclasses.replace(report, notes=(*report.notes, f"drew {path}"))
 
 
 def picture(report: Report, title: str) -> Picture:

@@ -13,44 +13,52 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 # The i-th adapter's delta, without its weight, in float32 or better; a new tensor each time.
-Deltas = Callable[[int], torch.Tensor]
+Deltas = Callable[[int], "torch.Tensor"]
 Sign = Literal["total", "frequency", "weighted"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """One way to combine deltas element by element.
+    """One way to combine deltas.
 
     Attributes:
         prune: "magnitude" keeps the largest elements, "random" keeps elements by chance and divides
-            by the density, so that the expectation stays.
+            by the density, so that the expectation stays. None: it only adds up, for which factors
+            side by side will do, and never forms a delta.
         elects: elects a sign for each element and takes the mean of those that agree (TIES); else
             the weighted deltas are added up.
     """
 
     name: str
-    prune: Literal["magnitude", "random"]
-    elects: bool
+    prune: Literal["magnitude", "random"] | None = None
+    elects: bool = False
 
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
+        Method("cat"),
+        Method("linear"),
+        Method("svd"),
         Method("ties", "magnitude", elects=True),
-        Method("dare_linear", "random", elects=False),
+        Method("dare_linear", "random"),
         Method("dare_ties", "random", elects=True),
-        Method("magnitude_prune", "magnitude", elects=False),
+        Method("magnitude_prune", "magnitude"),
     )
 }
+LOW_RANK = tuple(name for name, method in METHODS.items() if method.prune is None)
 
 
 def keep_largest(delta: torch.Tensor, density: float) -> torch.Tensor:
     """The ⌊density · n⌋ elements of largest magnitude, zeros elsewhere; in place."""
+    import torch
+
     flat = delta.view(-1)
     count = int(density * flat.numel())
     if count >= flat.numel():
@@ -63,6 +71,8 @@ def keep_largest(delta: torch.Tensor, density: float) -> torch.Tensor:
 
 def keep_by_chance(delta: torch.Tensor, density: float, seed: int) -> torch.Tensor:
     """Each element with probability ``density``, divided by it; in place."""
+    import torch
+
     if density >= 1:
         return delta
     noise = torch.Generator().manual_seed(seed)
@@ -89,6 +99,7 @@ def combine_dense(
             that agree takes its place. None: the elected are divided by their number, as in the
             paper and in PEFT.
     """
+    import torch
 
     def pruned(i: int) -> torch.Tensor:
         if method.prune == "magnitude":

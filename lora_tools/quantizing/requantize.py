@@ -6,20 +6,26 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from lora_tools.errors import UsageError
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.checkpoint_writer import Sink
+from lora_tools.formats.output import Prepared
 from lora_tools.formats.quantized.bitsandbytes import STATE, QuantizedTensor, quantized_tensor
 from lora_tools.merging.in_memory import survival_of
+from lora_tools.merging.output_files import out_specs
 from lora_tools.merging.plan import MergePlan
-from lora_tools.merging.rewrite import Rewrite
+from lora_tools.merging.prepare import SIDECAR, Planned, dtype_of, limit_of, refuse_quantized_undo
+from lora_tools.merging.rewrite import Rewrite, signed
 from lora_tools.merging.tensor import MergeTensor, copy_tensor, survival_totals
+from lora_tools.options import Running, Storage
 from lora_tools.quantizing.checkpoint import write_packed
 from lora_tools.quantizing.pack import pack
 from lora_tools.quantizing.plan import Item, QuantizePlan
 from lora_tools.quantizing.tensor import QuantizedItem, merged_for
 from lora_tools.records import Fate, Report, TensorSpec
 from lora_tools.sources.dequantized import Dequantized, FourBits
+from lora_tools.sources.schemes import BITSANDBYTES
 
 if TYPE_CHECKING:
     from lora_tools.engine.buffers import Buffers
@@ -39,6 +45,34 @@ def plan_requantize(
             packed = quantized_tensor(spec.name, state, packed.specs[""].dtype)
         items.append(Item(target, spec, packed, transposed, "" if packed else "not quantized"))
     return QuantizePlan(tuple(items), (), merge)
+
+
+def prepare_requantize(
+    planned: Planned, storage: Storage, running: Running, command: str, reversible: bool = False
+) -> Prepared:
+    """A merge into a four-bit base that stays in four bits.
+
+    Raises:
+        UsageError: the base is not in four bits, or should be given back by a sidecar.
+    """
+    view = planned.source
+    if not (isinstance(view, Dequantized) and view.scheme is BITSANDBYTES):
+        raise UsageError("--requantize needs a BASE in four bits (bitsandbytes)")
+    if reversible:
+        refuse_quantized_undo(view)
+    limit = limit_of(storage, view)
+    work = plan_requantize(view, planned.plan, out_specs(planned.plan, dtype_of(storage)))
+    shards = signed(work.shards(view, limit), command, planned.adapters)
+    nbytes = sum(shard.nbytes for shard in shards)
+    report = planned.report("merge", planned.plan.fates(), {"bytes": nbytes}, command)
+    job = planned.rewrite(report, shards, running)
+    return Prepared(
+        report,
+        planned.paths(),
+        nbytes,
+        lambda out: requantized(job(out), view, work),
+        dropped=() if view.is_folder else (SIDECAR,),
+    )
 
 
 def requantized(job: Rewrite, view: FourBits, plan: QuantizePlan) -> Report:

@@ -46,14 +46,15 @@ def open_weighted(
         raise UsageError("at least one adapter is needed")
     result = []
     for given in adapters:
-        path, weight = given if isinstance(given, tuple) else _split_weight(str(given))
+        path, weight = given if isinstance(given, tuple) else split_weight(str(given))
         if not math.isfinite(weight):
             raise UsageError(f"{path}: its weight is {weight}; a finite number is needed")
         result.append(Weighted(open_adapter(path, allow_pickle, base=base), weight, str(path)))
     return result
 
 
-def _split_weight(given: str) -> tuple[str, float]:
+def split_weight(given: str) -> tuple[str, float]:
+    """``PATH=WEIGHT`` → both; the weight is 1 where there is none. Raises UsageError."""
     path, equals, number = given.rpartition("=")
     if not equals or Path(given).exists():
         return given, 1.0

@@ -4,94 +4,68 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import CheckpointError, UsageError
 from lora_tools.formats.activations import MARK, VERSION
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.names import split_tensor
-from lora_tools.formats.output import check_destination, check_space, staged
+from lora_tools.formats.output import Prepared
 from lora_tools.formats.safetensors_file import SafetensorsWriter
 from lora_tools.formats.tensors import as_bytes
 from lora_tools.linalg.layouts import LAYOUTS
-from lora_tools.options import read_text
-from lora_tools.provenance import command_of, tool_version
-from lora_tools.records import Fate, Input, Progress, ProgressCallback, Report, TensorSpec
+from lora_tools.options import Running, Sampling, Search
+from lora_tools.options.parse import read_text
+from lora_tools.records import Fate, Input, Progress, Report, TensorSpec
 from lora_tools.sources.checkpoints import open_checkpoint
+from lora_tools.verbs.frame import Call, verb
+
+if TYPE_CHECKING:
+    import torch
 
 
+@verb
 def collect_stats(
-    model: str | Path,
-    text: str | Path,
-    out: str | Path,
-    *,
-    kind: Literal["full", "diagonal"] = "full",
-    length: int = 512,
-    max_tokens: int | None = None,
-    device: str = "cpu",
-    jobs: int | None = None,
-    allow_pickle: bool = False,
-    force: bool = False,
-    dry_run: bool = False,
-    progress: ProgressCallback | None = None,
-) -> Report:
+    call: Call, model: str | Path, text: str | Path, sampling: Sampling, search: Search
+) -> Prepared:
     """Write to ``out`` the second moment E[xxᵀ] of each linear layer's input on this text, which
     ``extract(activations=...)`` weighs its errors by. Needs transformers, and memory for the model.
+
+    A diagonal is far smaller than the whole matrix, and less exact. ``jobs`` are torch's threads.
 
     Args:
         model: a folder that transformers loads, with its tokenizer, or a hub id.
         text: a UTF-8 file.
-        kind: the whole matrix, or its diagonal only (far smaller, and less exact).
-        length: tokens a sequence.
-        max_tokens: of the text, at most.
-        jobs: torch's threads.
 
     Raises:
         LoraToolsError: any of the tree, with nothing written.
     """
-    command = command_of(collect_stats, locals())
     from lora_tools import calibration
 
-    started = time.perf_counter()
-    if length < 1 or (max_tokens is not None and max_tokens < length):
+    length, most = sampling.length, sampling.max_tokens
+    if length < 1 or (most is not None and most < length):
         raise UsageError("--length: at least 1 is needed, and --max-tokens at least one sequence")
     calibration.check_library()
-    checkpoint = open_checkpoint(model, allow_pickle)
+    checkpoint = open_checkpoint(model, call.running.allow_pickle)
     if not checkpoint.is_folder:
         raise CheckpointError(f"{model}: a bare file; a folder that transformers loads is needed")
-    source, destination = Path(text), Path(out)
-    content = read_text(source)
-    fates = _plan(checkpoint, kind)
-    inputs = (Input("model", str(model)), Input("text", str(text)))
+    content = read_text(Path(text))
+    fates = _plan(checkpoint, sampling.kind)
     nbytes = sum(fate.nbytes for fate in fates)
-    report = Report(
-        "collect-stats",
-        tool_version(),
-        inputs,
-        str(out),
-        dry_run,
+    report = call.report(
+        (Input("model", str(model)), Input("text", str(text))),
         fates,
         totals={"expected_bytes": nbytes},
-        command=command,
     )
-    if not dry_run:
-        check_destination(destination, [checkpoint.path, source], force)
-        check_space(destination, nbytes)
-        report = _collect(
-            report,
-            checkpoint,
-            content,
-            kind,
-            length,
-            max_tokens,
-            device,
-            jobs,
-            allow_pickle,
-            progress,
-        )
-    return dataclasses.replace(report, seconds=time.perf_counter() - started)
+    return Prepared(
+        report,
+        (checkpoint.path,),
+        nbytes,
+        lambda out: _collect(
+            report, checkpoint, content, sampling, search.device, call.running, out
+        ),
+    )
 
 
 def _plan(checkpoint: Checkpoint, kind: str) -> tuple[Fate, ...]:
@@ -110,44 +84,25 @@ def _collect(
     report: Report,
     checkpoint: Checkpoint,
     content: str,
-    kind: Literal["full", "diagonal"],
-    length: int,
-    max_tokens: int | None,
+    sampling: Sampling,
     device: str,
-    jobs: int | None,
-    allow_pickle: bool,
-    progress: ProgressCallback | None,
+    running: Running,
+    out: Path,
 ) -> Report:
-    from lora_tools import calibration
-    from lora_tools.engine import threads
-
-    device = threads.pick_device(device)
-    rows = calibration.sequences(checkpoint.path, content, length)
-    rows = rows[: max_tokens // length] if max_tokens is not None else rows
-
-    def done(count: int) -> None:
-        if progress is not None:
-            progress(Progress(count, len(rows), "sequences"))
-
-    with threads.torch_threads(threads.default_jobs() if jobs is None else jobs):
-        found = calibration.moments(checkpoint.path, rows, kind, device, allow_pickle, done)
+    rows, found = _moments(checkpoint, content, sampling, device, running)
     specs = [TensorSpec(name, "F32", tuple(found[name].shape)) for name in sorted(found)]
     digests = (checkpoint.digest({}), "sha256:" + hashlib.sha256(content.encode()).hexdigest())
     metadata = {
         "loratools": report.version,
         "command": report.command,
         MARK: VERSION,
-        "kind": kind,
+        "kind": sampling.kind,
         "tokens": str(rows.numel()),
-        "length": str(length),
+        "length": str(sampling.length),
         "model_digest": digests[0],
         "text_digest": digests[1],
     }
-    destination = Path(report.output)
-    with (
-        staged(destination) as staging,
-        SafetensorsWriter(staging / "out", specs, metadata) as writer,
-    ):
+    with SafetensorsWriter(out, specs, metadata) as writer:
         for spec in specs:
             writer.write(spec.name, as_bytes(found[spec.name]))
     measured = set(found)
@@ -155,7 +110,7 @@ def _collect(
         "modules": len(specs),
         "tokens": rows.numel(),
         "sequences": len(rows),
-        "bytes": destination.stat().st_size,
+        "bytes": out.stat().st_size,
     }
     return dataclasses.replace(
         report,
@@ -168,3 +123,26 @@ def _collect(
             dataclasses.replace(i, digest=d) for i, d in zip(report.inputs, digests, strict=True)
         ),
     )
+
+
+def _moments(
+    checkpoint: Checkpoint, content: str, sampling: Sampling, device: str, running: Running
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The text in sequences of tokens (n, length), and the second moment of each layer's input."""
+    from lora_tools import calibration
+    from lora_tools.engine import threads
+
+    device = threads.pick_device(device)
+    rows = calibration.sequences(checkpoint.path, content, sampling.length)
+    if sampling.max_tokens is not None:
+        rows = rows[: sampling.max_tokens // sampling.length]
+
+    def done(count: int) -> None:
+        if running.progress is not None:
+            running.progress(Progress(count, len(rows), "sequences"))
+
+    with threads.torch_threads(threads.default_jobs() if running.jobs is None else running.jobs):
+        moments = calibration.moments(
+            checkpoint.path, rows, sampling.kind, device, running.allow_pickle, done
+        )
+    return rows, moments

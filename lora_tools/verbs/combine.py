@@ -3,50 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
 
-from lora_tools.adapting.combine_module import LOW_RANK, Combination, Term
+from lora_tools.adapting.combine_module import Combination, Term
 from lora_tools.adapting.stack import bases_named, combine_adapters, stackable
 from lora_tools.adapting.write import uncovered
 from lora_tools.errors import MismatchError, UsageError
 from lora_tools.formats.dtypes import parse_float_dtype
-from lora_tools.formats.output import check_destination, check_space, staged
+from lora_tools.formats.output import Prepared
+from lora_tools.linalg.combine import LOW_RANK
 from lora_tools.linalg.ranks import RankRule
-from lora_tools.options import rank_rule
-from lora_tools.provenance import command_of, tool_version
-from lora_tools.records import Fate, Input, ProgressCallback, Report
+from lora_tools.options import AdapterForm, Combining, Matching, Origin, Ranks
+from lora_tools.options.ranks import rank_rule
+from lora_tools.records import Fate, Input, Report
 from lora_tools.sources.weighted import Weighted, open_weighted
-
-if TYPE_CHECKING:
-    pass
-
-Kind = Literal["cat", "linear", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
+from lora_tools.verbs.frame import Call, verb
 
 
+@verb
 def combine(
+    call: Call,
     adapters: Sequence[str | Path | tuple[str | Path, float]],
-    out: str | Path,
-    *,
-    method: Kind = "cat",
-    rank: int | None = None,
-    energy: float | None = None,
-    max_rank: int | None = None,
-    density: float | None = None,
-    seed: int = 0,
-    majority_sign: Literal["total", "frequency", "weighted"] = "total",
-    normalize: bool = False,
-    base: str | Path | None = None,
-    allow_other_base: bool = False,
-    dtype: str | None = None,
-    jobs: int | None = None,
-    allow_pickle: bool = False,
-    force: bool = False,
-    dry_run: bool = False,
-    progress: ProgressCallback | None = None,
-) -> Report:
+    combining: Combining,
+    matching: Matching,
+    ranks: Ranks,
+    origin: Origin,
+    adapter_form: AdapterForm,
+) -> Prepared:
     """Write to ``out`` one PEFT adapter out of several, each with its weight.
 
     With Δ_i = s_i · B_i·A_i the true change that adapter i makes to a weight, s_i its scaling with
@@ -60,88 +44,70 @@ def combine(
       form the change of one weight at a time and decompose it, by default to the largest rank of
       the adapters.
 
+    Each module and adapter has its own stream of random choices.
+
     Args:
         adapters: of any format that is read: ``path``, ``"path=weight"`` or ``(path, weight)``.
-        density: the share of elements that the pruning methods keep.
-        seed: of the random choice of ``dare_*``; each module and adapter has its own stream.
-        majority_sign: how ``ties`` and ``dare_ties`` elect a sign.
-        normalize: divide by the sum of the weights.
-        base: has the names that some formats are resolved by.
-        allow_other_base: combine adapters whose metadata names different bases.
 
     Raises:
         UnsupportedAdapter: DoRA or IA³ among them, or tensors saved whole that cannot be added.
         MismatchError: two adapters change one module in different shapes, or were made for
             different bases.
     """
-    command = command_of(combine, locals())
-    started = time.perf_counter()
-    options = _options(method, rank, energy, max_rank, density, seed, majority_sign, dtype)
-    weighted = open_weighted(adapters, allow_pickle, base)
-    if normalize:
+    options = _options(combining, ranks, adapter_form.dtype)
+    weighted = open_weighted(adapters, call.running.allow_pickle, origin.base)
+    if combining.normalize:
         options = dataclasses.replace(options, normalize=sum(w.weight for w in weighted))
         if abs(options.normalize or 0) < 1e-8:
             raise UsageError("--normalize divides by the sum of the weights, which is 0")
-    bases = bases_named(weighted)
-    if len(bases) > 1 and not allow_other_base:
-        (one, first), (other, second) = list(bases.items())[:2]
-        raise MismatchError(
-            f"{first} was made for the base with the digest {one}, and {second} for {other}: their "
-            "changes do not add up on either; pass --allow-other-base to add them all the same"
-        )
+    if not matching.allow_other_base:
+        _check_bases(weighted)
     given = stackable(weighted)
     options = _with_default_rank(options, given.terms)
     fates = [_fate(name, mine) for name, mine in given.terms.items()]
     saved = given.copied.items()
     fates += [Fate(name, "copy", f"saved whole by {w.path}") for name, (w, _) in saved]
-    report = Report(
-        "combine",
-        tool_version(),
-        tuple(Input("adapter", w.as_given) for w in weighted),
-        str(out),
-        dry_run,
-        tuple(fates),
+    report = call.report(
+        [Input("adapter", w.as_given) for w in weighted],
+        fates,
         notes=(*_notes(options, weighted), *(uncovered(given.copied) if options.rule else [])),
-        command=command,
     )
-    if not dry_run:
-        destination = Path(out)
-        check_destination(destination, [w.adapter.path for w in weighted], force)
-        check_space(destination, 3 * sum(w.adapter.nbytes for w in weighted))
-        with staged(destination) as staging:
-            report = combine_adapters(report, given, options, staging / "out", jobs, progress)
-    return dataclasses.replace(report, seconds=time.perf_counter() - started)
+    jobs, progress = call.running.jobs, call.running.progress
+
+    def write(out: Path) -> Report:
+        return combine_adapters(report, given, options, out, jobs, progress)
+
+    read = tuple(w.adapter.path for w in weighted)
+    return Prepared(report, read, 3 * sum(w.adapter.nbytes for w in weighted), write)
 
 
-def _options(
-    method: str,
-    rank: int | None,
-    energy: float | None,
-    max_rank: int | None,
-    density: float | None,
-    seed: int,
-    sign: str,
-    dtype: str | None,
-) -> Combination:
-    if method not in get_args(Kind):
-        raise UsageError(f"--method {method!r}: one of {', '.join(get_args(Kind))} is needed")
-    if sign not in ("total", "frequency", "weighted"):
-        raise UsageError(f"--majority-sign {sign!r}: total, frequency or weighted is needed")
+def _options(combining: Combining, ranks: Ranks, dtype: str | None) -> Combination:
+    """How to combine. Raises UsageError for options that contradict each other."""
+    method, density = combining.method, combining.density
     if method in LOW_RANK and density is not None:
         raise UsageError(f"--density goes with a method that prunes, and {method} does not")
     if method not in LOW_RANK and density is None:
         raise UsageError(f"--method {method} needs --density, the share of elements it keeps")
-    if density is not None and not 0 < density <= 1:
-        raise UsageError(f"--density {density}: a share above 0 and up to 1 is needed")
     return Combination(
         method,
-        rank_rule({"rank": rank, "energy": energy}, max_rank),
+        rank_rule(ranks),
         density or 1.0,
-        seed,
-        sign,  # type: ignore[arg-type]
+        combining.seed,
+        combining.majority_sign,
         None,
         parse_float_dtype(dtype) if dtype else None,
     )
+
+
+def _check_bases(weighted: Sequence[Weighted]) -> None:
+    """Raises MismatchError for adapters made for different bases."""
+    bases = bases_named(weighted)
+    if len(bases) > 1:
+        (one, first), (other, second) = list(bases.items())[:2]
+        raise MismatchError(
+            f"{first} was made for the base with the digest {one}, and {second} for {other}: their "
+            "changes do not add up on either; pass --allow-other-base to add them all the same"
+        )
 
 
 def _with_default_rank(options: Combination, terms: Mapping[str, list[Term]]) -> Combination:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,104 +22,77 @@ from lora_tools.figures import resized_totals
 from lora_tools.formats.adapters.base_names import BaseNames
 from lora_tools.formats.adapters.outline import parse_enable_lora
 from lora_tools.formats.adapters.peft import Adapter, LoraModule
-from lora_tools.formats.adapters.table import FEATURES, Format, format_named
+from lora_tools.formats.adapters.table import FEATURES, FORMATS, Format
 from lora_tools.formats.dtypes import parse_float_dtype
-from lora_tools.formats.output import check_destination, check_space, staged
+from lora_tools.formats.output import Prepared
 from lora_tools.linalg.layouts import Merged
 from lora_tools.merging.plan import adapter_digest
-from lora_tools.options import layer_kinds, rank_rule
-from lora_tools.provenance import command_of, handed_on, tool_version
-from lora_tools.records import Fate, Input, ProgressCallback, Report
+from lora_tools.options import AdapterForm, Formats, Origin, Ranks, Running
+from lora_tools.options.parse import layer_kinds
+from lora_tools.options.ranks import rank_rule
+from lora_tools.provenance import handed_on
+from lora_tools.records import Fate, Input, Report
 from lora_tools.sources.adapters import open_adapter
 from lora_tools.sources.base_names import base_names
+from lora_tools.verbs.frame import Call, verb
 
 if TYPE_CHECKING:
     from lora_tools.linalg.layouts import Layout
 
 
+@verb
 def convert(
+    call: Call,
     adapter: str | Path,
-    out: str | Path,
-    *,
-    to: str,
-    base: str | Path | None = None,
-    source: str | None = None,
-    drop: Sequence[str] = (),
-    alpha: float | None = None,
-    enable_lora: str | None = None,
-    layout: Sequence[str] = (),
-    rank: int | None = None,
-    energy: float | None = None,
-    max_rank: int | None = None,
-    dtype: str | None = None,
-    jobs: int | None = None,
-    allow_pickle: bool = False,
-    force: bool = False,
-    dry_run: bool = False,
-    progress: ProgressCallback | None = None,
-) -> Report:
+    formats: Formats,
+    origin: Origin,
+    adapter_form: AdapterForm,
+    ranks: Ranks,
+) -> Prepared:
     """Write to ``out`` the adapter in the format ``to``.
 
     Factors are renamed, turned and reordered without a change to any number. Only where the format
     has no place for a module's alpha is its scale folded into lora_B, which rounds once. What the
-    format cannot hold is refused unless ``drop`` names it.
-
-    Args:
-        base: the model it was trained on, a checkpoint or a diffusers pipeline; headers are read.
-            Formats with names of their own need it (see ``FORMATS``).
-        source: the format of ``adapter``; by default its content tells.
-        drop: of ``FEATURES``, what is left out. Without DoRA's magnitudes the effect is another.
-        alpha, enable_lora: what the file does not say (loralib, torchtune); ``"1,0,1"``.
-        layout: ``REGEX=merged:BLOCKS/101``: modules that loralib is to have as MergedLinear.
-        rank, energy, max_rank: cut the rank, as in ``rescale``. LoHa and LoKr become the exact
-            LoRA that they are, which may be of a high rank; this lowers it, with the error stated.
-        dtype: of the factors; by default each keeps its own (of ONNX Runtime, float32).
+    format cannot hold is refused unless ``drop`` names it; without DoRA's magnitudes the effect is
+    another. LoHa and LoKr become the exact LoRA that they are, which may be of a high rank; a cut
+    of the rank lowers it, with the error stated.
 
     Raises:
         UnsupportedAdapter: the format cannot hold a part of the adapter.
         LoraToolsError: any other of the tree, with nothing written.
     """
-    command = command_of(convert, locals())
-    started = time.perf_counter()
-    target = format_named(to, "--to")
-    rule = rank_rule({"rank": rank, "energy": energy}, max_rank)
-    unknown = set(drop) - set(FEATURES)
-    if unknown:
-        raise UsageError(f"--drop {min(unknown)!r}: one of {', '.join(FEATURES)} is needed")
-    if alpha is not None and not (alpha > 0 and math.isfinite(alpha)):
-        raise UsageError(f"--alpha {alpha}: a number above 0 is needed")
+    target, rule = FORMATS[formats.to], rank_rule(ranks)
+    dtype = adapter_form.dtype
     written = parse_float_dtype(dtype) if dtype else target.dtype or None
-    blocks = parse_enable_lora(enable_lora)
-    kinds = layer_kinds(layout)
-    names = base_names(base, allow_pickle) if base is not None else None
+    enabled, kinds = parse_enable_lora(formats.enable_lora), layer_kinds(formats.layout)
+    allow_pickle = call.running.allow_pickle
+    names = base_names(origin.base, allow_pickle) if origin.base is not None else None
     given = open_adapter(
-        adapter, allow_pickle, base=names, source_format=source, alpha=alpha, enable_lora=blocks
+        adapter,
+        allow_pickle,
+        base=names,
+        source_format=formats.source,
+        alpha=formats.alpha,
+        enable_lora=enabled,
     )
     given.need_lora("factors to convert")
     found = features(given, names)
     if names is not None and names.tied:
-        _refuse_tied(given, target, drop, found, names)
-    options = choose_conversion(given, target, frozenset(drop), rule, written, found)
+        _refuse_tied(given, target, formats.drop, found, names)
+    options = choose_conversion(given, target, frozenset(formats.drop), rule, written, found)
     options = dataclasses.replace(options, blocks=_blocks(given, target, kinds))
     kept = kept_modules(given, options, found)
-    report = Report(
-        "convert",
-        tool_version(),
+    report = call.report(
         (Input("adapter", str(adapter)),),
-        str(out),
-        dry_run,
         _fates(given, kept, options),
         notes=tuple(conversion_notes(given, kept, options, found)),
-        command=command,
     )
-    if not dry_run:
-        destination = Path(out)
-        inputs = [given.path, *([names.path] if names is not None else [])]
-        check_destination(destination, inputs, force)
-        check_space(destination, 3 * given.nbytes)
-        with staged(destination) as staging:
-            report = _convert(report, given, kept, names, options, staging / "out", jobs, progress)
-    return dataclasses.replace(report, seconds=time.perf_counter() - started)
+
+    def write(out: Path) -> Report:
+        return _convert(report, given, kept, names, options, out, call.running)
+
+    read = (given.path, *([names.path] if names is not None else []))
+    return Prepared(report, read, 3 * given.nbytes, write)
 
 
 def _refuse_tied(
@@ -192,13 +163,12 @@ def _convert(
     names: BaseNames | None,
     options: Conversion,
     out: Path,
-    jobs: int | None,
-    progress: ProgressCallback | None,
+    running: Running,
 ) -> Report:
     digest = adapter_digest(given)
     made = handed_on(given.file.metadata, report.command, digest)
     job = ConvertJob(given, kept, names, options, made, out)
-    results = write_factors(job, jobs, progress)
+    results = write_factors(job, running.jobs, running.progress)
     files = list(out.iterdir()) if out.is_dir() else [out]
     totals: dict[str, Any] = {
         "modules": len(kept),

@@ -2,81 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
-import time
 from pathlib import Path
 
-from lora_tools.errors import MismatchError
-from lora_tools.formats.checkpoint_writer import lay_out, parse_size
-from lora_tools.formats.dtypes import parse_float_dtype
-from lora_tools.formats.output import check_destination, check_space, staged
-from lora_tools.merging.output_files import out_specs
-from lora_tools.merging.plan import plan_merge
-from lora_tools.merging.rewrite import Rewrite, signed
-from lora_tools.provenance import command_of, tool_version
-from lora_tools.quantizing.dequantize import dequantize_checkpoint
-from lora_tools.records import Fate, Input, ProgressCallback, Report
-from lora_tools.sources.checkpoints import open_checkpoint
-from lora_tools.sources.dequantized import Dequantized
+from lora_tools.formats.output import Prepared
+from lora_tools.options import Storage
+from lora_tools.quantizing.prepare import prepare_dequantize
+from lora_tools.verbs.frame import Call, verb
 
 
-def dequantize(
-    checkpoint: str | Path,
-    out: str | Path,
-    *,
-    dtype: str | None = None,
-    shard_size: str | None = None,
-    jobs: int | None = None,
-    allow_pickle: bool = False,
-    force: bool = False,
-    dry_run: bool = False,
-    progress: ProgressCallback | None = None,
-) -> Report:
+@verb
+def dequantize(call: Call, checkpoint: str | Path, storage: Storage) -> Prepared:
     """Write to ``out`` the plain checkpoint that a four-bit one of bitsandbytes stands for.
 
     Each weight is value · scale in float32, rounded once; ``quantization_config`` leaves
     config.json.
 
     Args:
-        dtype: of the output's float tensors; by default what each was quantized from.
+        checkpoint: a folder, a safetensors file or a hub id.
 
     Raises:
         MismatchError: nothing there is quantized.
         LoraToolsError: any other of the tree, with nothing written.
     """
-    command = command_of(dequantize, locals())
-    started = time.perf_counter()
-    wanted = parse_float_dtype(dtype) if dtype else None
-    limit = parse_size(shard_size) if shard_size else None
-    view = open_checkpoint(checkpoint, allow_pickle)
-    if not isinstance(view, Dequantized):
-        raise MismatchError(f"{view.path}: its numbers are plain already: no four-bit weights")
-    plan = plan_merge(view, [])
-    specs = out_specs(plan, wanted)
-    shards = signed(lay_out(view, specs, limit), command, [])
-    nbytes = sum(shard.nbytes for shard in shards)
-    fates = tuple(
-        Fate(name, "dequantize", view.quantized[name].label, spec.nbytes)
-        if name in view.quantized
-        else Fate(name, "copy", "", spec.nbytes)
-        for name, spec in specs.items()
-    )
-    report = Report(
-        "dequantize",
-        tool_version(),
-        (Input("checkpoint", str(checkpoint)),),
-        str(out),
-        dry_run,
-        fates,
-        totals={"bytes": nbytes},
-        command=command,
-    )
-    if not dry_run:
-        destination = Path(out)
-        check_destination(destination, [view.path], force)
-        check_space(destination, nbytes)
-        with staged(destination) as staging:
-            report = dequantize_checkpoint(
-                Rewrite(report, view, (), plan, shards, staging / "out", jobs, progress), view
-            )
-    return dataclasses.replace(report, seconds=time.perf_counter() - started)
+    return prepare_dequantize(checkpoint, storage, call.running, call.command)

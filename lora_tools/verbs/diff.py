@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from lora_tools.errors import NonFiniteError
 from lora_tools.extracting.change import measured
@@ -17,19 +16,13 @@ from lora_tools.extracting.pairs import Pair, Plan, make_plan
 from lora_tools.figures import Total, left_out_totals
 from lora_tools.formats.adapters.consumers import CONSUMERS
 from lora_tools.formats.checkpoint import Checkpoint
-from lora_tools.inspecting.spectrum import (
-    DEPTH,
-    check_plot,
-    recommended,
-    save_picture,
-    shown,
-    summary,
-)
+from lora_tools.inspecting.spectrum import DEPTH, check_plot, drawn, recommended, shown, summary
 from lora_tools.linalg.ranks import RankRule
-from lora_tools.options import name_filter
-from lora_tools.provenance import tool_version
+from lora_tools.options import Search, Tensors, View
+from lora_tools.options.parse import name_filter
 from lora_tools.records import Fate, Input, ModuleSpectrum, ProgressCallback, Report
 from lora_tools.sources.checkpoints import open_checkpoint
+from lora_tools.verbs.frame import Call, Look, verb
 
 if TYPE_CHECKING:
     from lora_tools.engine.buffers import Buffers
@@ -47,86 +40,84 @@ class _Seen:
     base: float = 0.0  # ‖W_base‖²
 
 
+@verb
 def diff(
-    base: str | Path,
-    tuned: str | Path,
-    *,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    sort: Literal["change", "norm", "name"] = "change",
-    plot: str | Path | None = None,
-    seed: int = 0,
-    device: str = "cpu",
-    jobs: int | None = None,
-    allow_pickle: bool = False,
-    progress: ProgressCallback | None = None,
-) -> Report:
+    call: Call, base: str | Path, tuned: str | Path, tensors: Tensors, view: View, search: Search
+) -> Look:
     """Say what changed from ``base`` to ``tuned``: in the report's ``spectra`` one entry for each
     changed module with a low-rank form, in its ``plan`` the fate of every tensor.
 
     Args:
         base, tuned: checkpoint folders, safetensors files or hub ids.
-        include, exclude: regular expressions on module names.
-        sort: by relative change, by ‖Δ‖, or as in the file.
-        plot: a .png, .svg or .html file for a picture (needs matplotlib).
-        seed: of the decomposition's random start.
 
     Raises:
         MismatchError: nothing in common, or shapes that do not fit.
         LoraToolsError: any other of the tree.
     """
-    started = time.perf_counter()
-    chosen = name_filter(include, exclude)
-    target = check_plot(plot, [base, tuned])
+    chosen = name_filter(tensors.include, tensors.exclude)
+    target = check_plot(view.plot)
+    allow_pickle = call.running.allow_pickle
     sides = open_checkpoint(base, allow_pickle), open_checkpoint(tuned, allow_pickle)
-    quantized = [side for side in sides if side.scheme is not None]
     plan = make_plan(
         *sides, chosen=chosen, embeddings="skip" if _resized(*sides) else "lora", rest="skip"
     )
-    seen = _look(
-        plan,
-        sides,
-        Decomposition(
-            RankRule("rank", DEPTH),
-            None,
-            False,
-            None,
-            False,
-            1e-3,
-            seed,
-            device,
-            CONSUMERS["peft"],
-            measured=not quantized,
-        ),
-        jobs,
-        progress,
+
+    def run() -> Report:
+        options = _options(sides, search)
+        seen = _look(plan, sides, options, call.running.jobs, call.running.progress)
+        report = _found(call, (base, tuned), sides, plan, seen, view.sort)
+        if target is None or not report.spectra:
+            return report
+        moved = f"relative change {report.totals['relative_change']:.2%}"
+        return drawn(report, f"{shown(base)} → {shown(tuned)}, {moved}", target)
+
+    return Look(tuple(side.path for side in sides), run)
+
+
+def _options(sides: Sides, search: Search) -> Decomposition:
+    plain = all(side.scheme is None for side in sides)
+    return Decomposition(
+        RankRule("rank", DEPTH),
+        None,
+        False,
+        None,
+        False,
+        1e-3,
+        search.seed,
+        search.device,
+        CONSUMERS["peft"],
+        measured=plain,
     )
-    spectra = sorted((s.spectrum for s in seen if s.spectrum is not None), key=_ORDERS[sort])
+
+
+def _found(
+    call: Call,
+    given: tuple[str | Path, str | Path],
+    sides: Sides,
+    plan: Plan,
+    seen: Sequence[_Seen],
+    order: str,
+) -> Report:
+    """The report of what was seen of each pair."""
+    spectra = sorted((s.spectrum for s in seen if s.spectrum is not None), key=_ORDERS[order])
     inputs = [
         Input(role, str(path), digest)
-        for role, path, digest in zip(
-            ("base", "tuned"), (base, tuned), _digests(seen, sides), strict=True
-        )
+        for role, path, digest in zip(("base", "tuned"), given, _digests(seen, sides), strict=True)
     ]
     total = Total.of((s.base, s.change) for s in seen if not math.isnan(s.change))
     left = [(s.pair.name, s.change) for s in seen if s.fate.action == "skipped"]
-    counts = [fate.action for fate in (*(s.fate for s in seen), *plan.settled)]
-    report = Report(
-        "diff",
-        tool_version(),
-        tuple(inputs),
-        "",
-        False,
-        (*(s.fate for s in seen), *plan.settled),
+    fates = (*(s.fate for s in seen), *plan.settled)
+    counts = [fate.action for fate in fates]
+    notes = [
+        f"{side.path}: quantized; seen as what it dequantizes to, and its noise floor is not known"
+        for side in sides
+        if side.scheme is not None
+    ]
+    return call.report(
+        inputs,
+        fates,
         spectra=tuple(spectra),
-        notes=(
-            *plan.notes,
-            *(
-                f"{side.path}: quantized; seen as what it dequantizes to, and its "
-                "noise floor is not known"
-                for side in quantized
-            ),
-        ),
+        notes=(*plan.notes, *notes),
         totals={
             "relative_change": total.relative_error,
             "changed": counts.count("changed"),
@@ -135,11 +126,6 @@ def diff(
             **left_out_totals(left, Total(total.missing, 0.0)),
         },
     )
-    if target is not None and report.spectra:
-        moved = f"relative change {report.totals['relative_change']:.2%}"
-        save_picture(report, f"{shown(base)} → {shown(tuned)}, {moved}", target)
-        report = dataclasses.replace(report, notes=(*report.notes, f"drew {plot}"))
-    return dataclasses.replace(report, seconds=time.perf_counter() - started)
 
 
 def _resized(base: Checkpoint, tuned: Checkpoint) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,11 +18,11 @@ from lora_tools.formats.adapters.peft import CONFIG, Adapter, LoraModule
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.spectra import MARK as SPECTRA
 from lora_tools.inspecting.onnx_model import open_model
-from lora_tools.inspecting.spectrum import check_plot, save_picture, shown, summary
+from lora_tools.inspecting.spectrum import check_plot, drawn, shown, summary
 from lora_tools.linalg.layouts import of_form
 from lora_tools.linalg.ranks import Spectrum
 from lora_tools.onnx.files import onnx_graphs
-from lora_tools.provenance import tool_version
+from lora_tools.options import View
 from lora_tools.records import (
     Input,
     ModuleSpectrum,
@@ -35,6 +34,7 @@ from lora_tools.records import (
 from lora_tools.sources.adapters import is_adapter, open_adapter
 from lora_tools.sources.checkpoints import as_plain, open_checkpoint
 from lora_tools.sources.dequantized import Dequantized
+from lora_tools.verbs.frame import Call, Look, verb
 
 if TYPE_CHECKING:
     from lora_tools.formats.tensor_file import TensorFile
@@ -52,38 +52,44 @@ class _Thing:
     places: Mapping[str, str] = dataclasses.field(default_factory=dict)  # where not in the file
 
 
-def inspect(
-    path: str | Path,
-    *,
-    plot: str | Path | None = None,
-    jobs: int | None = None,
-    allow_pickle: bool = False,
-    progress: ProgressCallback | None = None,
-) -> Report:
+@verb
+def inspect(call: Call, path: str | Path, view: View) -> Look:
     """Say what a file or folder is: in the report's ``stored`` each stored tensor, in ``spectra``
     an adapter's modules, in ``totals`` what kind of thing it is, and oddities in ``notes``.
 
     Args:
         path: a checkpoint, an adapter, a quantized folder, an ONNX model, a sidecar, a spectrum
             cache, a file of activation statistics, or a hub id.
-        plot: a .png, .svg or .html file for a picture of an adapter's spectra (needs matplotlib).
 
     Raises:
         UsageError: ``plot`` for something that is no adapter.
         LoraToolsError: it cannot be read, or is nothing that is known here.
     """
-    started = time.perf_counter()
-    target = check_plot(plot, [path])
-    thing = _open(path, allow_pickle)
+    target = check_plot(view.plot)
+    thing = _open(path, call.running.allow_pickle)
     if target is not None and (thing.adapter is None or not thing.adapter.modules):
         raise UsageError(f"--plot: {path} is no adapter with factors; diff draws two checkpoints")
+
+    def run() -> Report:
+        report = _described(call, path, thing)
+        if target is None:
+            return report
+        return drawn(report, f"{shown(path)}: the adapter's own change, s·B·A", target)
+
+    folder = thing.files[0].path.parent
+    data = (folder / name for name in set(thing.places.values()))
+    return Look((*(file.path for file in thing.files), *data), run)
+
+
+def _described(call: Call, path: str | Path, thing: _Thing) -> Report:
+    """Every tensor looked at, and the report."""
     tensors = [
         dataclasses.replace(t, file=thing.places.get(t.tensor, t.file))
-        for t in _facts(thing, jobs, progress)
+        for t in _facts(thing, call.running.jobs, call.running.progress)
     ]
     hashes = {t.tensor: t.hash for t in tensors}
     specs = [spec for file in thing.files for spec in file.specs.values()]
-    spectra = _spectra(thing.adapter, jobs) if thing.adapter is not None else ()
+    spectra = _spectra(thing.adapter, call.running.jobs) if thing.adapter is not None else ()
     totals: dict[str, Any] = {
         "kind": thing.kind,
         "tensors": len(tensors),
@@ -93,22 +99,13 @@ def inspect(
         "metadata": {file.path.name: dict(file.metadata) for file in thing.files},
         **thing.facts,
     }
-    report = Report(
-        "inspect",
-        tool_version(),
+    return call.report(
         (Input("path", str(path), hashing.digest(specs, hashes)),),
-        "",
-        False,
-        (),
         spectra=spectra,
         stored=tuple(tensors),
         totals=totals,
         notes=(*thing.notes, *_oddities(tensors, spectra)),
     )
-    if target is not None:
-        save_picture(report, f"{shown(path)}: the adapter's own change, s·B·A", target)
-        report = dataclasses.replace(report, notes=(*report.notes, f"drew {plot}"))
-    return dataclasses.replace(report, seconds=time.perf_counter() - started)
 
 
 def _open(path: str | Path, allow_pickle: bool) -> _Thing:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
 from lora_tools.adapting.convert_module import rank_ceiling, strength_of
 from lora_tools.adapting.scale import Rescaling, refuse_unread, rescale_adapter
@@ -16,153 +13,115 @@ from lora_tools.formats.adapters.base_names import BaseNames
 from lora_tools.formats.adapters.peft import Adapter
 from lora_tools.formats.adapters.table import FORMATS, Format
 from lora_tools.formats.dtypes import parse_float_dtype
-from lora_tools.formats.output import check_destination, check_space, staged
-from lora_tools.options import Size, consumer_named, most_factors, rank_rule, refuse_shared
-from lora_tools.provenance import command_of, tool_version
-from lora_tools.records import Fate, Input, ProgressCallback, Report
+from lora_tools.formats.output import Prepared
+from lora_tools.options import AdapterForm, Origin, Ranks, Strength
+from lora_tools.options.parse import consumer_named
+from lora_tools.options.ranks import rank_rule, refuse_shared, size_of
+from lora_tools.records import Fate, Input, Report
 from lora_tools.sources.adapters import open_adapter
 from lora_tools.sources.base_names import base_names
-
-if TYPE_CHECKING:
-    pass
+from lora_tools.verbs.frame import Call, verb
 
 
+@verb
 def rescale(
+    call: Call,
     adapter: str | Path,
-    out: str | Path,
-    *,
-    scale: float | None = None,
-    alpha: float | None = None,
-    effect: Literal["keep", "change"] = "keep",
-    rank: int | None = None,
-    energy: float | None = None,
-    error: float | None = None,
-    ratio: float | None = None,
-    cumulative: float | None = None,
-    threshold: float | None = None,
-    budget: str | None = None,
-    sv_fro: float | None = None,
-    sv_ratio: float | None = None,
-    sv_cumulative: float | None = None,
-    max_rank: int | None = None,
-    rslora: bool | None = None,
-    dtype: str | None = None,
-    consumer: str = "peft",
-    base: str | Path | None = None,
-    jobs: int | None = None,
-    allow_pickle: bool = False,
-    force: bool = False,
-    dry_run: bool = False,
-    progress: ProgressCallback | None = None,
-) -> Report:
+    strength: Strength,
+    ranks: Ranks,
+    adapter_form: AdapterForm,
+    origin: Origin,
+) -> Prepared:
     """Write to ``out`` the adapter with another scale, alpha, rank or form.
 
-    Args:
-        scale: multiply the adapter's effect; lora_alpha changes, the factors do not.
-        alpha: set lora_alpha. With ``effect="keep"`` lora_B makes up for it; with "change" the
-            factors stay and the effect changes in proportion.
-        rank, energy, error, ratio, cumulative, threshold, max_rank: resize, as in ``extract``: by
-            an exact SVD of B·A that never forms it (QR of both factors, SVD of the r x r core).
-        budget: instead, ranks for all modules at once, as in ``extract``, but each at least 1.
-        sv_fro, sv_ratio, sv_cumulative: the same by kohya's names and numbers: a share of the norm
-            (not of its square), what σ₁ is divided by, a share of Σσ.
-        rslora: write use_rslora or not, the effect kept.
-        dtype: of the factors; by default each keeps its own.
-        consumer: write what peft, vllm or llama.cpp reads.
-        base: the model it was trained on, a checkpoint or a diffusers pipeline, for formats with
-            names of their own. What came in another format than PEFT's is written in it, but for a
-            ``consumer`` that reads PEFT's; LoHa, LoKr and whole differences as LoCon.
+    Ranks are chosen as in ``extract``, but each is at least 1. What came in another format than
+    PEFT's is written in it, but for a ``consumer`` that reads PEFT's; LoHa, LoKr and whole
+    differences as LoCon.
 
     Raises:
         UsageError: nothing to do, or options that contradict each other.
         UnsupportedAdapter: DoRA with ``scale`` (its magnitude fixes the norm, so that a factor on
             the delta does not scale the effect), or a part that the consumer does not read.
     """
-    command = command_of(rescale, locals())
-    started = time.perf_counter()
-    policies = {
-        "rank": rank,
-        "energy": energy,
-        "error": error,
-        "ratio": ratio,
-        "cumulative": cumulative,
-        "threshold": threshold,
-        "sv_fro": sv_fro,
-        "sv_ratio": sv_ratio,
-        "sv_cumulative": sv_cumulative,
-        "budget": None if budget is None else 1,
-    }
-    size = Size(*most_factors(budget)) if budget is not None else None
-    rule = rank_rule(policies, max_rank)
-    target = consumer_named(consumer)
+    options = _options(strength, ranks, adapter_form)
+    target = options.consumer
+    allow_pickle, jobs = call.running.allow_pickle, call.running.jobs
+    names = base_names(origin.base, allow_pickle) if origin.base is not None else None
+    given = open_adapter(adapter, allow_pickle, base=names, as_stored=names is None)
+    given.need_lora("rank or alpha to change")
+    form = FORMATS[given.format if target.patterns else "peft"]
+    _refuse(given, form, strength, ranks)
+    refuse_unread(given, target, names is not None and bool(names.tied))
+    options = _for_adapter(options, strength, given)
+    report = call.report(
+        (Input("adapter", str(adapter)),),
+        _fates(given, options),
+        notes=tuple(_notes(given, options, strength.scale, form)),
+    )
+
+    def write(out: Path) -> Report:
+        if form.name == "peft":
+            return rescale_adapter(report, given, options, out, jobs, call.running.progress)
+        folder = out.with_name("peft")
+        done = rescale_adapter(report, given, options, folder, jobs, call.running.progress)
+        return _written_as(done, form, names, given, folder, out, jobs)
+
+    read = (given.path, *([names.path] if names is not None else []))
+    return Prepared(report, read, 6 * given.nbytes, write)
+
+
+def _options(strength: Strength, ranks: Ranks, form: AdapterForm) -> Rescaling:
+    """What is asked of every module. Raises UsageError."""
+    rule, target = rank_rule(ranks), consumer_named(form.consumer)
     refuse_shared(rule, target)
-    if scale is not None and not math.isfinite(scale):
-        raise UsageError(f"--scale {scale}: a finite number is needed")
-    if alpha is not None and not (alpha > 0 and math.isfinite(alpha)):
-        raise UsageError(f"--alpha {alpha}: a number above 0 is needed")
-    asked = (scale, alpha, rule, rslora, dtype)
+    asked = (strength.scale, strength.alpha, rule, strength.rslora, form.dtype)
     if all(option is None for option in asked) and target.patterns:
         raise UsageError(
             "nothing to do: give --scale, --alpha, --rank or another way to "
             "choose one, --rslora, --dtype or --for"
         )
-    if effect == "change" and (alpha is None or rule is not None):
+    if strength.effect == "change" and (strength.alpha is None or rule is not None):
         raise UsageError("--effect change goes with --alpha, and not with --rank or --energy")
-    names = base_names(base, allow_pickle) if base is not None else None
-    given = open_adapter(adapter, allow_pickle, base=names, as_stored=names is None)
-    given.need_lora("rank or alpha to change")
-    form = FORMATS[given.format if target.patterns else "peft"]
+    return Rescaling(
+        1.0 if strength.scale is None else strength.scale,
+        strength.alpha,
+        strength.effect == "keep",
+        rule,
+        bool(strength.rslora),
+        parse_float_dtype(form.dtype) if form.dtype else None,
+        target,
+        None,
+        size_of(ranks),
+    )
+
+
+def _for_adapter(options: Rescaling, strength: Strength, given: Adapter) -> Rescaling:
+    """With what the adapter itself decides."""
+    rslora = given.use_rslora if strength.rslora is None else strength.rslora
+    pad_to = None
+    if not options.consumer.patterns:
+        ranks = [rank_ceiling(m, given, options.rule) for m in given.modules.values()]
+        pad_to = options.consumer.rank_for(max(ranks, default=1))
+    return dataclasses.replace(options, rslora=rslora, pad_to=pad_to)
+
+
+def _refuse(given: Adapter, form: Format, strength: Strength, ranks: Ranks) -> None:
+    """What cannot be done to this adapter."""
     if given.unresolved and not form.keeps_names:
         raise AdapterError(
-            f"{adapter}: {given.unresolved}; give the model it was trained on with --base"
+            f"{given.path}: {given.unresolved}; give the model it was trained on with --base"
         )
+    size = size_of(ranks)
     if size is not None and size.in_bytes and form.name != "peft":
         raise UsageError(
-            f"--budget {budget}: a size in bytes is for PEFT's file; for {form.title} "
+            f"--budget {ranks.budget}: a size in bytes is for PEFT's file; for {form.title} "
             "give numbers, such as 10M"
         )
-    if given.use_dora and (scale is not None or effect == "change"):
+    if given.use_dora and (strength.scale is not None or strength.effect == "change"):
         raise UnsupportedAdapter(
-            f"{adapter}: a DoRA adapter cannot be scaled: its magnitudes fix the norm of each "
+            f"{given.path}: a DoRA adapter cannot be scaled: its magnitudes fix the norm of each "
             "output; merge it with a weight instead (ADAPTER=0.5)"
         )
-    refuse_unread(given, target, names is not None and bool(names.tied))
-    pad_to = None
-    if not target.patterns:
-        ranks = [rank_ceiling(m, given, rule) for m in given.modules.values()]
-        pad_to = target.rank_for(max(ranks, default=1))
-    options = Rescaling(
-        1.0 if scale is None else scale,
-        alpha,
-        effect == "keep",
-        rule,
-        given.use_rslora if rslora is None else rslora,
-        parse_float_dtype(dtype) if dtype else None,
-        target,
-        pad_to,
-        size,
-    )
-    report = Report(
-        "rescale",
-        tool_version(),
-        (Input("adapter", str(adapter)),),
-        str(out),
-        dry_run,
-        _fates(given, options),
-        notes=tuple(_notes(given, options, scale, form)),
-        command=command,
-    )
-    if not dry_run:
-        destination = Path(out)
-        inputs = [given.path, *([names.path] if names is not None else [])]
-        check_destination(destination, inputs, force)
-        check_space(destination, 6 * given.nbytes)
-        with staged(destination) as staging:
-            folder = staging / ("out" if form.name == "peft" else "peft")
-            report = rescale_adapter(report, given, options, folder, jobs, progress)
-            if form.name != "peft":
-                report = _written_as(report, form, names, given, folder, staging / "out", jobs)
-    return dataclasses.replace(report, seconds=time.perf_counter() - started)
 
 
 def _written_as(

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lora_tools.errors import CheckpointError, MismatchError
-from lora_tools.formats.checkpoint_writer import lay_out
-from lora_tools.formats.output import check_destination, check_space, staged
+from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.formats.checkpoint_writer import Shard, lay_out
+from lora_tools.formats.output import Prepared
 from lora_tools.formats.sidecar import Sidecar, sidecar_path
 from lora_tools.merging.plan import MergePlan, adapter_digest, plan_merge
+from lora_tools.merging.prepare import Adapters
 from lora_tools.merging.rewrite import Rewrite
 from lora_tools.merging.undo import (
     base_outline,
@@ -22,29 +22,18 @@ from lora_tools.merging.undo import (
     refuse_lossy,
     unmerge_checkpoint,
 )
-from lora_tools.provenance import command_of, tool_version
-from lora_tools.records import Fate, Input, ProgressCallback, Report
+from lora_tools.options import Matching, Undoing
+from lora_tools.provenance import tool_version
+from lora_tools.records import Fate, Input
 from lora_tools.sources.checkpoints import open_checkpoint
-from lora_tools.sources.weighted import open_weighted
-
-if TYPE_CHECKING:
-    pass
+from lora_tools.sources.weighted import Weighted, open_weighted
+from lora_tools.verbs.frame import Call, verb
 
 
+@verb
 def unmerge(
-    merged: str | Path,
-    adapters: Sequence[str | Path | tuple[str | Path, float]],
-    out: str | Path,
-    *,
-    sidecar: bool | None = None,
-    allow_unmatched: bool = False,
-    allow_other_base: bool = False,
-    jobs: int | None = None,
-    allow_pickle: bool = False,
-    force: bool = False,
-    dry_run: bool = False,
-    progress: ProgressCallback | None = None,
-) -> Report:
+    call: Call, merged: str | Path, adapters: Adapters, undoing: Undoing, matching: Matching
+) -> Prepared:
     """Write to ``out`` the base that ``merged`` was made of.
 
     With the sidecar that ``merge(reversible=True)`` wrote, the result is the base bit for bit, and
@@ -53,15 +42,14 @@ def unmerge(
     ‖result − base‖_F ≤ error_bound · ‖result‖_F.
 
     Args:
-        sidecar: True demands a sidecar, False ignores it; None uses it if it is there.
-        allow_other_base: subtract adapters that the metadata of ``merged`` does not name.
+        merged: a checkpoint folder, a safetensors file or a hub id.
+        adapters: those merged: ``path``, ``"path=weight"`` or ``(path, weight)``.
 
     Raises:
         MismatchError: the adapters are not those merged, or the result is not the base.
         UnsupportedAdapter: without a sidecar, where subtraction cannot undo the merge.
     """
-    command = command_of(unmerge, locals())
-    started = time.perf_counter()
+    allow_pickle = call.running.allow_pickle
     checkpoint = open_checkpoint(merged, allow_pickle)
     if checkpoint.scheme is not None:
         raise CheckpointError(
@@ -70,52 +58,57 @@ def unmerge(
             "makes of it"
         )
     weighted = open_weighted(adapters, allow_pickle, checkpoint)
-    destination = Path(out)
-    lies_at = sidecar_path(checkpoint.path)
-    if sidecar and not lies_at.is_file():
-        raise MismatchError(f"{lies_at}: no sidecar there; it is written by merge --reversible")
-    memory = Sidecar(lies_at) if lies_at.is_file() and sidecar is not False else None
+    memory = _memory(checkpoint, undoing.sidecar)
     digests = [adapter_digest(w.adapter) for w in weighted]
     if memory is not None:
         check_adapters(memory, weighted, digests)
         outline, shards = base_outline(checkpoint, memory)
-        plan = plan_merge(outline, weighted, allow_unmatched)
+        plan = plan_merge(outline, weighted, matching.allow_unmatched)
         check_merged(checkpoint, plan)
     else:
-        if not allow_other_base:
+        if not matching.allow_other_base:
             check_recorded(checkpoint, weighted, digests)
-        plan = plan_merge(checkpoint, weighted, allow_unmatched)
+        plan = plan_merge(checkpoint, weighted, matching.allow_unmatched)
         refuse_lossy(plan)
-        made = {"loratools": tool_version(), "command": command}
-        shards = [
-            dataclasses.replace(shard, metadata={**shard.metadata, **made})
-            for shard in lay_out(checkpoint, checkpoint.specs, None)
-        ]
+        shards = _shards(checkpoint, call.command)
     nbytes = sum(shard.nbytes for shard in shards)
-    report = Report(
-        "unmerge",
-        tool_version(),
-        (
-            Input("merged", str(merged)),
-            *(Input("adapter", w.path, d) for w, d in zip(weighted, digests, strict=True)),
-        ),
-        str(out),
-        dry_run,
+    report = call.report(
+        (Input("merged", str(merged)), *_inputs(weighted, digests)),
         _fates(plan, memory),
         totals={"bytes": nbytes},
         notes=plan.notes,
-        command=command,
     )
-    if not dry_run:
-        paths = [checkpoint.path, *(w.adapter.path for w in weighted)]
-        check_destination(destination, paths, force)
-        check_space(destination, nbytes)
-        with staged(destination) as staging:
-            job = Rewrite(
-                report, checkpoint, weighted, plan, shards, staging / "out", jobs, progress
-            )
-            report = unmerge_checkpoint(job, memory)
-    return dataclasses.replace(report, seconds=time.perf_counter() - started)
+    read = [checkpoint.path, *(w.adapter.path for w in weighted)]
+    read += [memory.path] if memory is not None else []
+    jobs, progress = call.running.jobs, call.running.progress
+    return Prepared(
+        report,
+        tuple(read),
+        nbytes,
+        lambda out: unmerge_checkpoint(
+            Rewrite(report, checkpoint, weighted, plan, shards, out, jobs, progress), memory
+        ),
+    )
+
+
+def _memory(merged: Checkpoint, wanted: bool | None) -> Sidecar | None:
+    """The sidecar, if it is there and not to be ignored. Raises MismatchError if it must be."""
+    lies_at = sidecar_path(merged.path)
+    if wanted and not lies_at.is_file():
+        raise MismatchError(f"{lies_at}: no sidecar there; it is written by merge --reversible")
+    return Sidecar(lies_at) if lies_at.is_file() and wanted is not False else None
+
+
+def _shards(merged: Checkpoint, command: str) -> list[Shard]:
+    made = {"loratools": tool_version(), "command": command}
+    return [
+        dataclasses.replace(shard, metadata={**shard.metadata, **made})
+        for shard in lay_out(merged, merged.specs, None)
+    ]
+
+
+def _inputs(weighted: Sequence[Weighted], digests: Sequence[str]) -> list[Input]:
+    return [Input("adapter", w.path, d) for w, d in zip(weighted, digests, strict=True)]
 
 
 def _fates(plan: MergePlan, memory: Sidecar | None) -> tuple[Fate, ...]:

@@ -98,7 +98,7 @@ def verify_adapter(
         inputs,
         tuple(_fate(p, d) for p, d in both),
         verdict,
-        "" if max_error is None else above(max_error, modules, totals),
+        above(max_error, modules, totals),
         totals,
         tuple(notes),
         tuple(modules),

@@ -19,8 +19,10 @@ from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.formats.names import align
 from lora_tools.merging.in_memory import merged_in
 from lora_tools.merging.plan import MergePlan, adapter_digest, plan_merge
+from lora_tools.merging.prepare import merge_for_now
 from lora_tools.merging.targets import Target
-from lora_tools.options import need
+from lora_tools.options import Running
+from lora_tools.options.parse import need
 from lora_tools.records import Fate, Input, ProgressCallback, TensorSpec
 from lora_tools.sources.dequantized import Dequantized
 from lora_tools.sources.weighted import Weighted
@@ -319,7 +321,6 @@ def _compare(
     from lora_tools.engine.threads import one_torch_thread
     from lora_tools.onnx.check import compare
     from lora_tools.onnx.tasks import task_of
-    from lora_tools.verbs.merge import merge
 
     if not (source.is_folder and source.config):
         raise UsageError(
@@ -337,13 +338,12 @@ def _compare(
         folder = source.path
         if weighted or dtype:
             folder = Path(scratch) / "merged"
-            merge(
+            merge_for_now(
                 source.path,
                 [(w.path, w.weight) for w in weighted],
                 folder,
-                dtype=str(torch_dtype(dtype)).removeprefix("torch.") if dtype else None,
-                allow_other_base=True,
-                allow_pickle=allow_pickle,
+                str(torch_dtype(dtype)).removeprefix("torch.") if dtype else None,
+                Running(allow_pickle=allow_pickle),
             )
         if quantized:
             from lora_tools.onnx.quality import examine

@@ -1,0 +1,339 @@
+"""What an export puts into one folder: weights, the graphs over them, and the check of both."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_tools.errors import QualityGateError, UsageError
+from lora_tools.exporting.quantized import Quantization
+from lora_tools.exporting.runtime_adapters import SUFFIX, RuntimeAdapters
+from lora_tools.formats.checkpoint import Checkpoint, with_theta
+from lora_tools.formats.output import Prepared, copy_synced, write_synced
+from lora_tools.onnx import genai
+from lora_tools.onnx.tasks import Task
+from lora_tools.options import Check, Graphs, Running
+from lora_tools.provenance import tool_version
+from lora_tools.records import Fate, Input, Report
+from lora_tools.sources.checkpoints import open_checkpoint
+
+if TYPE_CHECKING:
+    import torch
+
+    from lora_tools.onnx.check import Check as Checked
+    from lora_tools.onnx.graphs import Built
+
+_MADE = (".onnx", ".onnx_data", SUFFIX)  # what an export leaves in a folder
+_NEEDED = ("onnx", "onnxscript", "onnxruntime", "transformers", "accelerate")
+FAILED = ".failed"
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """One export, planned.
+
+    Attributes:
+        given: the checkpoint as it was named.
+        placing: "shared" or "bundled", see ``Graphs.weights``.
+        weights: where they change, what writes them; None: they are copied, or stay.
+        plain: writes the weights with none quantized, where those lie nowhere yet.
+        runtime: adapters that are inputs of the graph.
+        keep: where an output that differs too much is left.
+    """
+
+    source: Checkpoint
+    given: str
+    task: Task
+    graphs: Graphs
+    check: Check
+    running: Running
+    quantization: Quantization
+    placing: str
+    weights: Prepared | None
+    plain: Prepared | None
+    runtime: RuntimeAdapters | None
+    allow_other_base: bool
+    in_place: bool
+    force: bool
+    keep: Path | None
+
+    def files(self) -> tuple[str, ...]:
+        """What is added to the checkpoint's files, a graph first."""
+        return (*self.task.files(), *(self.runtime.files() if self.runtime else ()))
+
+    def planned(self, command: str) -> Report:
+        """The report of the plan, runtime adapters aside."""
+        plan = self.weights.report if self.weights else self._copying()
+        plan = self.quantization.planned(plan, self.source)
+        graphs = tuple(Fate(file, "graph", self.task.name) for file in self.task.files())
+        return dataclasses.replace(
+            plan,
+            verb="export",
+            plan=(*plan.plan, *graphs),
+            inputs=_as_bases(plan.inputs),
+            command=command,
+        )
+
+    def _copying(self) -> Report:
+        """The plan where no weight changes."""
+        action = "keep" if self.in_place else "copy"
+        nbytes = 0 if self.in_place else sum(f.path.stat().st_size for f in self.source.files)
+        fates = (Fate(s.name, action, "", s.nbytes) for s in self.source.stored.specs.values())
+        inputs = (Input("base", self.given),)
+        totals = {"bytes": nbytes}
+        return Report("export", tool_version(), inputs, "", False, tuple(fates), totals=totals)
+
+    def space(self) -> int:
+        """Bytes that are needed while it is made; the graphs are small."""
+        if self.in_place:
+            return 0
+        weights = self.weights.nbytes if self.weights else self._copying().totals["bytes"]
+        weights *= 2 if self.placing == "bundled" or self.quantization.affine else 1
+        beside = self.plain.nbytes if self.plain else 0
+        adapters = self.runtime.space(not self.check.no_verify) if self.runtime else 0
+        return int(weights + beside + adapters)
+
+    def write(self, report: Report, out: Path) -> Report:
+        """Make it at ``out``: the folder, or in place the first of ``files``.
+
+        Raises:
+            QualityGateError: the outputs differ by more than allowed.
+        """
+        check_installed()
+        rows = self.quantization.rows(self.source)
+        if self.weights is None:
+            report = _with_digest(report, self.source)
+        made = self._add(report, out, rows) if self.in_place else self._make(report, out, rows)
+        text = self.quantization.inputs(self.check.eval_text)
+        return dataclasses.replace(made, inputs=(*made.inputs, *text))
+
+    def _make(self, report: Report, folder: Path, rows: torch.Tensor | None) -> Report:
+        """A new folder."""
+        if self.weights:
+            report = _with_digests(report, self.weights.write(folder))
+        else:
+            _copy(self.source, folder)
+        _name_theta(folder / "config.json")
+        report = self._work(report, folder, rows)
+        if self.placing == "bundled":
+            _drop_weights(folder)
+        try:
+            gate(report, self.check)
+        except QualityGateError:
+            if self.keep is not None:
+                folder.rename(self.keep)
+            raise
+        return report
+
+    def _add(self, report: Report, main: Path, rows: torch.Tensor | None) -> Report:
+        """Files put into the checkpoint's own folder; nothing else in it changes.
+
+        They are made and checked in a hidden folder inside, where hard links stand for the weights.
+        """
+        destination, folder = main.parent.parent, main.with_name("work")
+        folder.mkdir()
+        for path in destination.iterdir():
+            made_before = path.suffix in _MADE or (self.force and path.name == genai.NAME)
+            if path.is_file() and not made_before:
+                os.link(path.resolve(), folder / path.name)
+        before = {path.name for path in folder.iterdir()}
+        report = self._work(report, folder, rows)
+        gate(report, self.check)
+        for name in before:  # onnx's checker refuses weights of which there is a second link
+            (folder / name).unlink(missing_ok=True)
+        made = {p.name for p in folder.iterdir()} - {self.files()[0]}
+        for name in sorted(made):
+            (folder / name).replace(destination / name)
+        (folder / self.files()[0]).rename(main)
+        return report
+
+    def _work(self, report: Report, folder: Path, rows: torch.Tensor | None) -> Report:
+        """The graphs over the weights in a folder, and the report of them."""
+        from lora_tools.onnx import graphs
+
+        whole = self._plain(folder)
+        if self.runtime:
+            if not self.allow_other_base:
+                self.runtime.check_base(report.inputs[0].digest)
+            self.runtime.write(folder, self.running.jobs)
+        built = graphs.build(
+            folder,
+            self.task,
+            cache=not self.graphs.no_cache,
+            weights=self.placing,
+            graph=Path(self.graphs.graph) if self.graphs.graph else None,
+            opset=self.graphs.opset,
+            trust_remote_code=self.graphs.trust_remote_code,
+            made=_made(report, folder),
+            branches=self.runtime.branches() if self.runtime else (),
+            replacements=self.runtime.replacements() if self.runtime else (),
+            scheme=self.quantization.scheme,
+            plain=whole,
+        )
+        for file in self.task.files():
+            graphs.check_model(folder / file, linked=self.in_place)
+        check, lost = self._run(folder, whole, built, rows)
+        found = _measured(report, built, check, lost)
+        found = self.quantization.measured(found, built, self.placing == "bundled")
+        if self.runtime is None:
+            return found
+        return self.runtime.measured(
+            found, folder, self.task, built, jobs=self.running.jobs, **self._allowed()
+        )
+
+    def _plain(self, folder: Path) -> Path:
+        """Where the weights lie with none quantized."""
+        if self.plain is None:
+            return self.source.path if self.quantization.packs else folder
+        self.plain.write(folder.with_name("plain"))
+        return folder.with_name("plain")
+
+    def _run(
+        self, folder: Path, whole: Path, built: Built, rows: torch.Tensor | None
+    ) -> tuple[Checked | None, dict[str, Any]]:
+        """The graphs beside torch, and what quantizing lost."""
+        if self.check.no_verify:
+            return None, {}
+        from lora_tools.engine.threads import one_torch_thread
+        from lora_tools.onnx.check import compare
+        from lora_tools.onnx.quality import examine
+
+        with one_torch_thread():
+            if not self.quantization.scheme and rows is None:
+                return compare(folder, self.task, built.cache, **self._allowed()), {}
+            return examine(
+                folder,
+                self.task,
+                built.cache,
+                plain=whole,
+                quantized=bool(self.quantization.scheme),
+                original=not self.quantization.stored,
+                rows=rows,
+                **self._allowed(),
+            )
+
+    def _allowed(self) -> dict[str, Any]:
+        return {
+            "atol": self.check.atol,
+            "rtol": self.check.rtol,
+            "trust_remote_code": self.graphs.trust_remote_code,
+        }
+
+
+def check_installed() -> None:
+    """Raises UsageError, saying what to install, where something is missing."""
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"export needs {', '.join(missing)}: install them with pip install 'loratools[onnx]'"
+        )
+
+
+def _as_bases(inputs: Sequence[Input]) -> tuple[Input, ...]:
+    """``quantize`` calls a checkpoint one; here it is the base that adapters are merged into."""
+    return tuple(
+        dataclasses.replace(i, role="base") if i.role == "checkpoint" else i for i in inputs
+    )
+
+
+def _with_digests(report: Report, merged: Report) -> Report:
+    return dataclasses.replace(
+        report,
+        inputs=_as_bases(merged.inputs),
+        notes=merged.notes,
+        totals=merged.totals,
+        tensors=merged.tensors,
+    )
+
+
+def _with_digest(report: Report, source: Checkpoint) -> Report:
+    """Of a checkpoint that is copied or kept, which is read for it."""
+    digest = source.digest({})
+    first, *rest = report.inputs
+    return dataclasses.replace(report, inputs=(dataclasses.replace(first, digest=digest), *rest))
+
+
+def _made(report: Report, folder: Path) -> dict[str, str]:
+    """How the graphs were made; the merged weights say the same of the adapters."""
+    said = {}
+    if report.inputs[1:]:
+        said = open_checkpoint(folder, allow_pickle=True, decoded=False).files[0].metadata
+    adapters = {key: said[key] for key in ("adapter_digests",) if key in said}
+    return {
+        "loratools": report.version,
+        "command": report.command,
+        "base_digest": report.inputs[0].digest,
+        **adapters,
+    }
+
+
+def _measured(report: Report, built: Built, check: Checked | None, lost: dict[str, Any]) -> Report:
+    totals: dict[str, Any] = {
+        **report.totals,
+        "graph_bytes": built.nbytes,
+        "graph_nodes": built.nodes,
+    }
+    notes = report.notes
+    if check is None:
+        notes = (*notes, "not verified: the graph was not run")
+    else:
+        totals |= check.totals() | lost
+    return dataclasses.replace(report, totals=totals, notes=notes)
+
+
+def gate(report: Report, check: Check) -> None:
+    """Raises QualityGateError where the graph does not do what torch does."""
+    t = report.totals
+    if t.get("verified", True):
+        return
+    if t.get("base_exact") is False:
+        raise QualityGateError(
+            "without an adapter the graph does not give the bits that it gives without inputs for "
+            "adapters; please report this. --keep-failed leaves the output for a look at it",
+            report,
+        )
+    tokens = ""
+    if t.get("tokens_same") != t.get("tokens_generated"):
+        tokens = (
+            f", and {t['tokens_same']} of {t['tokens_generated']} generated tokens are the same"
+        )
+    raise QualityGateError(
+        f"{t['worst_output']} differs from torch by {t['max_difference']:.3g} (relative "
+        f"{t['max_relative_difference']:.3g}; allowed: {check.atol:g} + {check.rtol:g} of the "
+        f"largest element){tokens}. --keep-failed leaves the output for a look at it",
+        report,
+    )
+
+
+def _copy(source: Checkpoint, folder: Path) -> None:
+    """The checkpoint's files into a new folder."""
+    folder.mkdir()
+    travel, _ = source.stored.companions()
+    names = [file.path.relative_to(source.path) for file in source.files] + travel
+    if source.index_name:
+        names.append(Path(source.index_name))
+    for name in names:
+        copy_synced(source.path / name, folder / name)
+
+
+def _name_theta(path: Path) -> None:
+    """Readers before transformers 5 look for rope_theta at the top, and else take 10000."""
+    config = json.loads(path.read_bytes())
+    named = with_theta(config)
+    if named != config:
+        path.unlink()
+        write_synced(path, (json.dumps(named, indent=2) + "\n").encode())
+
+
+def _drop_weights(folder: Path) -> None:
+    """The safetensors files that a bundle took the place of."""
+    checkpoint = open_checkpoint(folder, decoded=False)
+    for file in checkpoint.files:
+        file.path.unlink()
+    if checkpoint.index_name:
+        (folder / checkpoint.index_name).unlink()

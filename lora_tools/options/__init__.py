@@ -1,0 +1,60 @@
+"""What a user asks for: frozen records, whose fields describe the options of every verb.
+
+``parse`` has what the values of some options stand for, ``ranks`` of those that choose ranks,
+``gate`` whether a measured error is within what is allowed.
+"""
+
+from __future__ import annotations
+
+from lora_tools.options.own import (
+    Check,
+    Combining,
+    Comparison,
+    Formats,
+    FourBits,
+    Graphs,
+    Merging,
+    Quantized,
+    Sampling,
+    Strength,
+    Undoing,
+    View,
+)
+from lora_tools.options.shared import (
+    AdapterForm,
+    Adding,
+    Matching,
+    Origin,
+    Ranks,
+    Running,
+    Search,
+    Storage,
+    Tensors,
+    Writing,
+)
+
+__all__ = [
+    "AdapterForm",
+    "Adding",
+    "Check",
+    "Combining",
+    "Comparison",
+    "Formats",
+    "FourBits",
+    "Graphs",
+    "Matching",
+    "Merging",
+    "Origin",
+    "Quantized",
+    "Ranks",
+    "Running",
+    "Sampling",
+    "Search",
+    "Storage",
+    "Strength",
+    "Tensors",
+    "Undoing",
+    "View",
+    "Writing",
+]
+RECORDS: tuple[type, ...] = tuple(globals()[name] for name in __all__)

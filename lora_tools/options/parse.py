@@ -1,0 +1,71 @@
+"""What the values of some options stand for."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lora_tools.errors import UsageError
+from lora_tools.formats.adapters.consumers import CONSUMERS, Consumer
+from lora_tools.linalg.layouts import Layout, named
+
+
+def need(*modules: str) -> None:
+    """Raises UsageError where one of the modules that ONNX takes is not installed."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"this needs {', '.join(missing)}: install with pip install 'loratools[onnx]'"
+        )
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file that an option names. Raises UsageError."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{path}: not UTF-8 text") from None
+
+
+def name_filter(include: Sequence[str], exclude: Sequence[str]) -> Callable[[str], bool]:
+    """Whether a module name is chosen: some ``include`` is found in it and no ``exclude`` is.
+
+    Raises:
+        UsageError: a pattern is not a regular expression.
+    """
+    try:
+        wanted, unwanted = ([re.compile(p) for p in given] for given in (include, exclude))
+    except re.error as error:
+        raise UsageError(f"{error.pattern!r} is not a regular expression: {error}") from None
+
+    def chosen(name: str) -> bool:
+        return (not wanted or any(p.search(name) for p in wanted)) and not any(
+            p.search(name) for p in unwanted
+        )
+
+    return chosen
+
+
+def layer_kinds(given: Sequence[str]) -> list[tuple[re.Pattern[str], Layout | None]]:
+    """``REGEX=KIND`` → the pattern on module names, and the kind. Raises UsageError."""
+    kinds = []
+    for text in given:
+        regex, equals, kind = text.rpartition("=")
+        if not (equals and regex):
+            raise UsageError(f"--layout {text!r}: REGEX=KIND is needed")
+        try:
+            kinds.append((re.compile(regex), named(kind)))
+        except re.error as error:
+            raise UsageError(f"{regex!r} is not a regular expression: {error}") from None
+    return kinds
+
+
+def consumer_named(name: str) -> Consumer:
+    """A row of the table. Raises UsageError."""
+    if name not in CONSUMERS:
+        raise UsageError(f"--for {name!r}: one of {', '.join(CONSUMERS)} is needed")
+    return CONSUMERS[name]

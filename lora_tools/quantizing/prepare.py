@@ -1,0 +1,140 @@
+"""Into four bits and out of them, from options to something that can be written anywhere: for
+``quantize`` and ``dequantize``, and for ``export``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from lora_tools.errors import CheckpointError, MismatchError
+from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.formats.checkpoint_writer import lay_out
+from lora_tools.formats.output import Prepared
+from lora_tools.formats.quantized.bitsandbytes import STORAGES, quantization_config
+from lora_tools.merging.output_files import out_specs
+from lora_tools.merging.plan import plan_merge
+from lora_tools.merging.prepare import Adapters, Planned, dtype_of, limit_of
+from lora_tools.merging.rewrite import signed
+from lora_tools.options import FourBits, Matching, Running, Storage, Tensors
+from lora_tools.options.parse import name_filter
+from lora_tools.quantizing.checkpoint import quantize_checkpoint
+from lora_tools.quantizing.compensate import plan_compensation
+from lora_tools.quantizing.dequantize import dequantize_checkpoint
+from lora_tools.quantizing.pack import torch_name
+from lora_tools.quantizing.plan import FourBitForm, QuantizePlan, plan_quantize
+from lora_tools.records import Fate
+from lora_tools.sources.checkpoints import open_checkpoint
+from lora_tools.sources.dequantized import Dequantized
+from lora_tools.sources.weighted import open_weighted
+
+
+def prepare_quantize(
+    checkpoint: str | Path,
+    adapters: Adapters,
+    four_bits: FourBits,
+    tensors: Tensors,
+    storage: Storage,
+    matching: Matching,
+    running: Running,
+    command: str,
+) -> Prepared:
+    """The checkpoint, adapters merged, with its linear layers in four bits.
+
+    Raises:
+        LoraToolsError: it cannot be read, or not be quantized so.
+    """
+    chosen = name_filter(tensors.include, tensors.exclude)
+    base = open_checkpoint(checkpoint, running.allow_pickle)
+    if base.scheme is not None:
+        raise CheckpointError(
+            f"{base.path}: quantized already, in {base.scheme.title}; make it plain with "
+            "`loratools dequantize` first"
+        )
+    limit = limit_of(storage, base)
+    weighted = open_weighted(adapters, running.allow_pickle, base) if adapters else []
+    how = plan_compensation(base, four_bits.compensate, four_bits.compensate_iterations, weighted)
+    merge = plan_merge(base, [] if how else weighted, matching.allow_unmatched)
+    planned = Planned(
+        str(checkpoint), "checkpoint", base, weighted, merge, matching.allow_other_base
+    )
+    specs = out_specs(merge, dtype_of(storage))
+    plan = plan_quantize(base, merge, specs, _form(four_bits), chosen, tensors.lm_head)
+    shards = signed(plan.shards(base, limit), command, weighted)
+    fates = plan.fates() + (how.fates(plan) if how else ())
+    nbytes = sum(shard.nbytes for shard in shards) + (fates[-1].nbytes if how else 0)
+    settings = _settings(four_bits, plan)
+    report = planned.report("quantize", fates, {"expected_bytes_at_most": nbytes}, command)
+    notes = _notes(base, plan, tensors, settings)
+    report = dataclasses.replace(report, notes=(*report.notes, *notes))
+    job = planned.rewrite(report, shards, running)
+    return Prepared(
+        report,
+        planned.paths(),
+        nbytes,
+        lambda out: quantize_checkpoint(job(out), plan, how, settings),
+    )
+
+
+def prepare_dequantize(
+    checkpoint: str | Path, storage: Storage, running: Running, command: str
+) -> Prepared:
+    """The plain checkpoint that one in four bits stands for.
+
+    Raises:
+        MismatchError: nothing there is quantized.
+    """
+    view = open_checkpoint(checkpoint, running.allow_pickle)
+    if not isinstance(view, Dequantized):
+        raise MismatchError(f"{view.path}: its numbers are plain already: no four-bit weights")
+    planned = Planned(str(checkpoint), "checkpoint", view, (), plan_merge(view, []))
+    specs = out_specs(planned.plan, dtype_of(storage))
+    shards = signed(lay_out(view, specs, limit_of(storage, view)), command, [])
+    nbytes = sum(shard.nbytes for shard in shards)
+    fates = [
+        Fate(name, "dequantize", view.quantized[name].label, spec.nbytes)
+        if name in view.quantized
+        else Fate(name, "copy", "", spec.nbytes)
+        for name, spec in specs.items()
+    ]
+    report = planned.report("dequantize", fates, {"bytes": nbytes}, command)
+    report = dataclasses.replace(report, notes=())
+    job = planned.rewrite(report, shards, running)
+    return Prepared(
+        report, planned.paths(), nbytes, lambda out: dequantize_checkpoint(job(out), view)
+    )
+
+
+def _form(four_bits: FourBits) -> FourBitForm:
+    return FourBitForm(
+        four_bits.quant_type,
+        four_bits.blocksize,
+        four_bits.double_quant,
+        STORAGES[four_bits.quant_storage],
+        four_bits.scale_search,
+    )
+
+
+def _settings(four_bits: FourBits, plan: QuantizePlan) -> dict[str, Any]:
+    return quantization_config(
+        four_bits.quant_type,
+        four_bits.double_quant,
+        torch_name(four_bits.compute_dtype),
+        four_bits.quant_storage,
+        plan.skip,
+    )
+
+
+def _notes(
+    base: Checkpoint, plan: QuantizePlan, tensors: Tensors, settings: dict[str, Any]
+) -> list[str]:
+    notes = []
+    if tensors.lm_head and base.ties_embeddings and not plan.merge.unties:
+        notes.append("the output head is the input embedding and stays: --lm-head has no effect")
+    if not base.config:
+        notes.append(
+            "no config.json to write quantization_config into; a loader needs "
+            + json.dumps(settings)
+        )
+    return notes

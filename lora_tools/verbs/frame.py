@@ -1,0 +1,175 @@
+"""The frame that every verb runs in.
+
+A verb is a function from options to something prepared. What comes before and after is the same
+for all and stands here: records out of keywords, the list of all paths and what must not be
+written over, room on the disk, staging, the time, the report.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from lora_tools.errors import QualityGateError
+from lora_tools.formats.output import Prepared, check_destination, check_space, staged
+from lora_tools.options import RECORDS, Running, Writing
+from lora_tools.provenance import command_of, tool_version
+from lora_tools.records import Fate, Input, ProgressCallback, Report
+from lora_tools.verbs import VERBS
+from lora_tools.verbs.paths import Paths
+from lora_tools.verbs.report_file import check_report_file, write_report
+from lora_tools.verbs.row import Verb
+
+# What the types of keywords are written by.
+_NAMES = {
+    **{record.__name__: record for record in RECORDS},
+    "Literal": Literal,
+    "Path": Path,
+    "ProgressCallback": ProgressCallback,
+    "Sequence": Sequence,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What a verb is told besides its own arguments and records.
+
+    Attributes:
+        out: the output as given; "" for a verb that looks.
+        command: what artifacts record.
+    """
+
+    verb: str
+    out: str
+    command: str
+    writing: Writing
+    running: Running
+
+    def report(self, inputs: Sequence[Input], fates: Sequence[Fate] = (), **more: Any) -> Report:
+        """A report of this call, its end aside."""
+        return Report(
+            self.verb,
+            tool_version(),
+            tuple(inputs),
+            self.out,
+            False,
+            tuple(fates),
+            command=self.command,
+            **more,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """What a verb that writes nothing prepares: all that it reads, and the work."""
+
+    inputs: tuple[Path, ...]
+    run: Callable[[], Report]
+
+
+Prepare = Callable[..., "Prepared | Look"]
+
+
+def verb(prepare: Prepare) -> Callable[..., Report]:
+    """The public function of the verb of that name, whose row says how it is called.
+
+    Args:
+        prepare: takes a ``Call``, the positional arguments but ``out``, and the records, all by
+            their names; ``writing`` and ``running`` are the call's.
+    """
+    row = VERBS[prepare.__name__]
+
+    @functools.wraps(prepare)
+    def function(*args: Any, **keywords: Any) -> Report:
+        return carry_out(row, row.bind(args, keywords))
+
+    signature = row.signature(_NAMES)
+    hints = {p.name: p.annotation for p in signature.parameters.values()}
+    function.__annotations__ = {**hints, "return": Report}
+    function.__signature__ = signature  # type: ignore[attr-defined]
+    function.__doc__ = row.documented(prepare.__doc__ or "")
+    return function
+
+
+def carry_out(row: Verb, given: Mapping[str, Any], report_file: Path | None = None) -> Report:
+    """Run a verb.
+
+    Args:
+        given: its arguments by name, records or their fields.
+        report_file: where the report is written, too, also that of a failed quality gate.
+
+    Raises:
+        QualityGateError: what was measured is worse than allowed; its report is written.
+        LoraToolsError: any other of the tree, with nothing written.
+    """
+    started = time.perf_counter()
+    asked = row.ask(given)
+    call, paths = _call(row, given, asked), Paths.of(row, given, asked, report_file)
+    paths.check(call.writing.dry_run)
+    if report_file is not None:
+        check_report_file(report_file)
+    failure = None
+    try:
+        report = _work(row, call, given, asked, paths)
+    except QualityGateError as error:
+        if error.report is None:
+            raise
+        report, failure = error.report, error
+    report = dataclasses.replace(
+        report, output=call.out, dry_run=call.writing.dry_run, seconds=time.perf_counter() - started
+    )
+    if report_file is not None:
+        write_report(report, report_file)
+    if failure is not None:
+        failure.report = report
+        raise failure
+    return report
+
+
+def _call(row: Verb, given: Mapping[str, Any], asked: Mapping[str, Any]) -> Call:
+    command = command_of(row.name, *asked.values(), order=row.order) if row.writes else ""
+    return Call(
+        row.command,
+        str(given.get("out", "")),
+        command,
+        asked.get("writing", Writing()),
+        asked["running"],
+    )
+
+
+def _work(
+    row: Verb, call: Call, given: Mapping[str, Any], asked: Mapping[str, Any], paths: Paths
+) -> Report:
+    prepare: Prepare = row.function().__wrapped__  # type: ignore[attr-defined]
+    arguments = {a.name: given[a.name] for a in row.arguments if a.name != "out"}
+    records = {k: v for k, v in asked.items() if k not in ("writing", "running")}
+    prepared = prepare(call, **arguments, **records)
+    paths.read(prepared.inputs)
+    if isinstance(prepared, Look):
+        paths.check(dry_run=False)
+        paths.check_kept()
+        return prepared.run()
+    paths.write(prepared, Path(call.out))
+    paths.check(call.writing.dry_run)
+    if call.writing.dry_run:
+        return prepared.report
+    paths.check_kept()
+    return _write(prepared, Path(call.out), call.writing.force)
+
+
+def _write(prepared: Prepared, out: Path, force: bool) -> Report:
+    """Make the output beside its place, and put it there once it is complete."""
+    made = [out / name for name in prepared.added] or [out]
+    made += [out.with_name(out.name + suffix) for suffix in prepared.beside]
+    for path in made:
+        check_destination(path, (), force)
+    check_space(out, prepared.nbytes)
+    with staged(made[0]) as staging:
+        report = prepared.write(staging / "out")
+    for suffix in prepared.dropped if force else ():
+        out.with_name(out.name + suffix).unlink(missing_ok=True)
+    return report

@@ -1,0 +1,288 @@
+"""One row of the table of verbs: what a verb is called with, and what is said of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import inspect
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from lora_tools.errors import UsageError
+from lora_tools.options.fields import KEY, Option
+from lora_tools.records import Report
+
+_PARAMETER = inspect.Parameter
+
+
+@dataclasses.dataclass(frozen=True)
+class Argument:
+    """A positional argument of the public function; all are paths, ``out`` is ``-o`` on the command
+    line, and ``adapters`` are several."""
+
+    name: str
+
+    @property
+    def several(self) -> bool:
+        return self.name == "adapters"
+
+    @property
+    def type(self) -> str:
+        return "Sequence[str | Path | tuple[str | Path, float]]" if self.several else "str | Path"
+
+
+@dataclasses.dataclass(frozen=True)
+class Keyword:
+    """A keyword of the public function: one field of a record.
+
+    Attributes:
+        record: the field's.
+        option: what the command line makes of it; None: nothing.
+        default: ``dataclasses.MISSING`` where it must be given.
+        written: its type, as the record has it.
+    """
+
+    name: str
+    record: type[Any]
+    option: Option | None
+    default: Any
+    written: str
+
+    @property
+    def flag(self) -> str:
+        """Its long option, as errors name it."""
+        flags = self.option.flags if self.option is not None else ()
+        long = next((flag for flag in flags if flag.startswith("--")), "")
+        return long.partition("/")[0] or "--" + self.name.replace("_", "-")
+
+    @property
+    def required(self) -> bool:
+        return self.default is dataclasses.MISSING
+
+    @functools.cached_property
+    def type(self) -> Any:
+        """Its type, None aside."""
+        hint = get_type_hints(self.record)[self.name]
+        rest = [each for each in get_args(hint) if each is not type(None)]
+        return rest[0] if type(None) in get_args(hint) and len(rest) == 1 else hint
+
+    @functools.cached_property
+    def choices(self) -> tuple[Any, ...]:
+        """What its value can be, or what each of its values can be; () where that is open."""
+        if get_origin(self.type) is Literal:
+            return get_args(self.type)
+        table = self.option.choices if self.option is not None else None
+        return () if table is None else tuple(table())
+
+    @property
+    def listed(self) -> bool:
+        """Whether the choices stand for the value in the help, and in the type."""
+        return bool(self.choices) and self.option is not None and self.option.metavar is None
+
+    @property
+    def several(self) -> bool:
+        return get_origin(self.type) is Sequence
+
+    @property
+    def annotation(self) -> str:
+        """Its type in the function's signature: a Literal where choices are listed."""
+        if not self.listed or "Literal" in self.written:
+            return self.written
+        return self.written.replace("str", f"Literal[{', '.join(map(repr, self.choices))}]")
+
+    def check(self, value: Any) -> None:
+        """Raises UsageError for a value that is none of the choices, not in the range, or means
+        nothing."""
+        if value is None or self.option is None:
+            return
+        for each in value if self.several else (value,):
+            if self.choices and each not in self.choices:
+                names = ", ".join(map(str, self.choices))
+                shown = repr(each) if isinstance(each, str) else each
+                raise UsageError(f"{self.flag} {shown}: one of {names} is needed")
+        if self.option.parse is not None:
+            self.option.parse(value)
+        if self.option.allowed is not None and not self.option.allowed[0](value):
+            raise UsageError(f"{self.flag} {value}: {self.option.allowed[1]}")
+
+
+def take(record: type[Any], *names: str, **said: Mapping[str, Any]) -> tuple[Keyword, ...]:
+    """Fields of a record that a verb takes, all where none is named, with what this verb says
+    otherwise of one: attributes of ``Option``."""
+    fields = {field.name: field for field in dataclasses.fields(record)}
+    result = []
+    for name in names or fields:
+        field = fields[name]
+        option: Option | None = field.metadata.get(KEY)
+        if option is not None and name in said:
+            option = dataclasses.replace(option, **said[name])
+        result.append(Keyword(name, record, option, field.default, str(field.type)))
+    return tuple(result)
+
+
+def called(record: type[Any]) -> str:
+    """The keyword by which a function takes a record: ``AdapterForm`` → ``adapter_form``."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", record.__name__).lower()
+
+
+@dataclasses.dataclass(frozen=True)
+class Verb:
+    """One verb.
+
+    Attributes:
+        name: of the function in the file of the same name; the command has hyphens.
+        arguments: positional.
+        keywords: in the order of the command line's help.
+        short, text, example: of ``--help``.
+        order: names of the keywords that come first in the signature, and in the command that
+            artifacts record; the others follow as in ``keywords``.
+        usage: the options that must be given, for the first line of ``--help``.
+        adds_to: the argument whose folder may be the output, where the verb only adds files to it.
+    """
+
+    name: str
+    arguments: tuple[Argument, ...]
+    keywords: tuple[Keyword, ...]
+    short: str
+    text: str
+    example: str
+    order: str = ""
+    usage: str = ""
+    adds_to: str = ""
+
+    @property
+    def command(self) -> str:
+        """What it is called on the command line."""
+        return self.name.replace("_", "-")
+
+    @property
+    def writes(self) -> bool:
+        """Whether it makes something; else it looks, and reports."""
+        return any(argument.name == "out" for argument in self.arguments)
+
+    @functools.cached_property
+    def by_name(self) -> dict[str, Keyword]:
+        """The keywords, in the order of the signature."""
+        known = {keyword.name: keyword for keyword in self.keywords}
+        return {name: known[name] for name in (*self.order.split(), *known)}
+
+    @functools.cached_property
+    def records(self) -> dict[str, type[Any]]:
+        """The records that their fields belong to, by the keyword for the whole record."""
+        return {called(keyword.record): keyword.record for keyword in self.keywords}
+
+    def function(self) -> Callable[..., Report]:
+        """The public function, which is imported for it."""
+        module = importlib.import_module(f"lora_tools.verbs.{self.name}")
+        function: Callable[..., Report] = getattr(module, self.name)
+        return function
+
+    def bind(self, args: Sequence[Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments by name. Raises TypeError, as Python does for a call that does not fit."""
+        names = [argument.name for argument in self.arguments]
+        if len(args) > len(names):
+            raise TypeError(
+                f"{self.name}() takes {len(names)} positional arguments but {len(args)} were given"
+            )
+        bound = dict(zip(names, args, strict=False))
+        for name in given:
+            if name in bound:
+                raise TypeError(f"{self.name}() got multiple values for argument {name!r}")
+            if name not in (*names, *self.by_name, *self.records):
+                raise TypeError(f"{self.name}() got an unexpected keyword argument {name!r}")
+        bound |= given
+        missing = [name for name in names if name not in bound]
+        if missing:
+            raise TypeError(f"{self.name}() misses the argument {missing[0]!r}")
+        return bound
+
+    def ask(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The records of a call, out of records and of their fields.
+
+        Raises:
+            UsageError: a record and one of its fields, a field that this verb does not take, or a
+                value that none can be.
+            TypeError: a keyword that must be given is not.
+        """
+        asked = {name: self._record(name, given) for name in self.records}
+        for keyword in self.keywords:
+            keyword.check(getattr(asked[called(keyword.record)], keyword.name))
+        return asked
+
+    def _record(self, name: str, given: Mapping[str, Any]) -> Any:
+        record = self.records[name]
+        mine = [keyword.name for keyword in self.keywords if keyword.record is record]
+        single = {field: given[field] for field in mine if field in given}
+        whole = given.get(name)
+        if whole is None:
+            for field in mine:
+                if self.by_name[field].required and field not in single:
+                    raise TypeError(f"{self.name}() misses the keyword argument {field!r}")
+            return record(**single)
+        if not isinstance(whole, record):
+            raise TypeError(f"{self.name}() wants {name} to be of {record.__name__}: {whole!r}")
+        if single:
+            raise UsageError(f"{name} holds {', '.join(single)}: give the record or its fields")
+        for other in dataclasses.fields(record):
+            if other.name not in mine and getattr(whole, other.name) != other.default:
+                raise UsageError(f"{self.command} does not take {other.name} ({name})")
+        return whole
+
+    def parameters(self) -> list[tuple[str, str, str]]:
+        """(name, type, default) of all keywords of the function, as Python code; the default is ""
+        where one must be given."""
+        rows = [
+            (k.name, k.annotation, "" if k.required else repr(k.default))
+            for k in self.by_name.values()
+        ]
+        records = [(name, f"{r.__name__} | None", "None") for name, r in self.records.items()]
+        return [*rows, *records]
+
+    def signature(self, names: Mapping[str, Any]) -> inspect.Signature:
+        """Of the public function. ``names`` are those that types are written by."""
+
+        def parameter(name: str, kind: Any, written: str, default: Any) -> inspect.Parameter:
+            hint = _evaluated(written, names)
+            return _PARAMETER(name, kind, annotation=hint, default=default)
+
+        either = _PARAMETER.POSITIONAL_OR_KEYWORD
+        found = [parameter(a.name, either, a.type, _PARAMETER.empty) for a in self.arguments]
+        defaults = {name: k.default for name, k in self.by_name.items()}
+        for name, written, default in self.parameters():
+            value = defaults.get(name) if default else _PARAMETER.empty
+            found.append(parameter(name, _PARAMETER.KEYWORD_ONLY, written, value))
+        return inspect.Signature(found, return_annotation=Report)
+
+    def documented(self, text: str) -> str:
+        """A docstring with the keywords at the end of its ``Args``."""
+        body, mark, rest = _split(inspect.cleandoc(text), ("Returns:", "Raises:"))
+        lines = [f"{k.name}: {k.option.text}" for k in self.by_name.values() if k.option]
+        lines += [f"{name}: those of ``{r.__name__}`` in one" for name, r in self.records.items()]
+        wrapped = "\n".join(_wrapped(line) for line in lines)
+        head = "" if "\nArgs:\n" in body else "\n\nArgs:"
+        return f"{body.rstrip()}{head}\n{wrapped}\n\n{mark}{rest}"
+
+
+def _evaluated(written: str, names: Mapping[str, Any]) -> Any:
+    def holder() -> None:
+        """Carries one annotation."""
+
+    holder.__annotations__ = {"value": written}
+    return get_type_hints(holder, dict(names))["value"]
+
+
+def _split(text: str, marks: Iterable[str]) -> tuple[str, str, str]:
+    for mark in marks:
+        body, found, rest = text.partition(f"\n{mark}")
+        if found:
+            return body, mark, rest
+    return text, "", ""
+
+
+def _wrapped(line: str) -> str:
+    return textwrap.fill(
+        " ".join(line.split()), 96, initial_indent="    ", subsequent_indent="        "
+    )

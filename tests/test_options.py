@@ -1,0 +1,196 @@
+"""Options as keywords and as records: the same call, checked the same way, for every verb."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lora_tools
+from lora_tools import AdapterForm, Formats, Matching, Ranks, Running, Storage, Tensors, Writing
+from lora_tools.errors import UsageError
+from lora_tools.options import RECORDS
+from lora_tools.provenance import command_of
+from lora_tools.verbs import VERBS
+from lora_tools.verbs.row import Keyword, Verb, called
+
+from . import iotools
+
+
+@pytest.fixture(scope="module")
+def sides(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """base, tuned and an adapter, not to be written to."""
+    top = tmp_path_factory.mktemp("sides")
+    tensors = iotools.weights()
+    iotools.checkpoint(top / "base", tensors)
+    iotools.checkpoint(top / "tuned", iotools.moved(tensors))
+    iotools.adapter(top / "adapter", iotools.linear_shapes(tensors))
+    return top
+
+
+def arguments(verb: Verb) -> list[Any]:
+    """Positional ones, of which nothing is there."""
+    return [["nowhere"] if a.several else "nowhere" for a in verb.arguments]
+
+
+def needed(verb: Verb) -> dict[str, Any]:
+    """Keywords that must be given."""
+    return {name: "mlx" for name, keyword in verb.by_name.items() if keyword.required}
+
+
+def same(one: Path, other: Path) -> bool:
+    return iotools.tree(one) == iotools.tree(other)
+
+
+def test_records_and_their_fields_are_the_same_call(sides: Path, tmp_path: Path) -> None:
+    base, tuned = sides / "base", sides / "tuned"
+    flat = lora_tools.extract(
+        base,
+        tuned,
+        tmp_path / "flat",
+        energy=0.9,
+        max_rank=4,
+        include=["q_proj"],
+        alpha=8,
+        dtype="bfloat16",
+        jobs=1,
+    )
+    whole = lora_tools.extract(
+        base,
+        tuned,
+        tmp_path / "whole",
+        ranks=Ranks(energy=0.9, max_rank=4),
+        tensors=Tensors(include=["q_proj"]),
+        adapter_form=AdapterForm(alpha=8, dtype="bfloat16"),
+        running=Running(jobs=1),
+    )
+    assert flat.command == whole.command != "extract"
+    assert same(tmp_path / "flat", tmp_path / "whole")
+    mixed = lora_tools.merge(
+        base, [sides / "adapter"], tmp_path / "m", storage=Storage(dtype="float16"), jobs=1
+    )
+    assert mixed.command == "merge dtype='float16'"
+
+
+def test_a_record_can_be_all_that_is_given(sides: Path, tmp_path: Path) -> None:
+    """Also where one of its fields must be."""
+    report = lora_tools.convert(
+        sides / "adapter", tmp_path / "out", formats=Formats(to="diffusers")
+    )
+    assert report.command == "convert to='diffusers'"
+    with pytest.raises(TypeError, match="'to'"):
+        lora_tools.convert(sides / "adapter", tmp_path / "other")  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_a_record_and_one_of_its_fields_are_refused(name: str) -> None:
+    verb = VERBS[name]
+    function = getattr(lora_tools, name)
+    for keyword in verb.keywords:
+        record = called(keyword.record)
+        known = {**needed(verb), keyword.name: keyword.default if not keyword.required else "mlx"}
+        whole = keyword.record(
+            **{
+                k: v
+                for k, v in needed(verb).items()
+                if k in known and verb.by_name[k].record is keyword.record
+            }
+        )
+        given = {k: v for k, v in known.items() if verb.by_name[k].record is keyword.record}
+        with pytest.raises(UsageError, match=f"{record} holds .*{keyword.name}"):
+            function(*arguments(verb), **{**needed(verb), **given, record: whole})
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_a_field_that_a_verb_does_not_take_is_refused(name: str) -> None:
+    verb = VERBS[name]
+    odd = {"str": "x", "bool": True, "int": 3, "float": 0.5}
+    for key, record in verb.records.items():
+        mine = {k.name for k in verb.keywords if k.record is record}
+        required = {k: v for k, v in needed(verb).items() if k in mine}
+        for field in dataclasses.fields(record):
+            if field.name in mine:
+                continue
+            kind = next((v for t, v in odd.items() if t in str(field.type)), "x")
+            whole = record(**{**required, field.name: kind})
+            given = {k: v for k, v in needed(verb).items() if k not in mine}
+            with pytest.raises(UsageError, match=f"does not take {field.name}"):
+                getattr(lora_tools, name)(*arguments(verb), **given, **{key: whole})
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_a_call_that_does_not_fit_is_a_type_error(name: str) -> None:
+    verb, function = VERBS[name], getattr(lora_tools, name)
+    given = needed(verb)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'rnk'"):
+        function(*arguments(verb), **given, rnk=3)
+    with pytest.raises(TypeError, match="positional arguments"):
+        function(*arguments(verb), "more", **given)
+    with pytest.raises(TypeError, match=f"argument '{verb.arguments[-1].name}'"):
+        function(*arguments(verb)[:-1], **given)
+    with pytest.raises(TypeError, match="multiple values"):
+        function(*arguments(verb), **given, **{verb.arguments[0].name: "x"})
+    with pytest.raises(TypeError, match="Running"):
+        function(*arguments(verb), **given, running=3)
+
+
+CHOSEN = [
+    (verb.name, keyword.name)
+    for verb in VERBS.values()
+    for keyword in verb.keywords
+    if keyword.option is not None
+    and (keyword.option.choices or "Literal" in keyword.written or keyword.option.allowed)
+]
+
+
+@pytest.mark.parametrize(("name", "option"), CHOSEN)
+def test_python_is_told_what_the_command_line_is_told(name: str, option: str) -> None:
+    """A value that is none of the choices, or out of range, is refused before anything is read."""
+    verb = VERBS[name]
+    keyword = verb.by_name[option]
+    for wrong in _wrong(keyword):
+        given = {**needed(verb), option: [wrong] if keyword.several else wrong}
+        with pytest.raises(UsageError, match=f"^{keyword.flag} .* is needed$"):
+            getattr(lora_tools, name)(*arguments(verb), **given)
+
+
+def _wrong(keyword: Keyword) -> list[Any]:
+    if keyword.choices:
+        return [-7 if keyword.type is int else "nonsense"]
+    return [float("nan"), -1] if keyword.flag != "--scale" else [float("inf")]
+
+
+def test_texts_that_mean_nothing_are_refused_before_anything_is_read() -> None:
+    for name, given in (("merge", {"dtype": "int3"}), ("dequantize", {"shard_size": "huge"})):
+        with pytest.raises(UsageError, match=r"int3|not a size"):
+            getattr(lora_tools, name)(*arguments(VERBS[name]), **given)
+
+
+def test_the_signature_is_as_before_the_records() -> None:
+    parameters = inspect.signature(lora_tools.merge).parameters
+    assert list(parameters)[:5] == ["base", "adapters", "out", "dtype", "shard_size"]
+    assert str(parameters["dtype"]) == "dtype: str | None = None"
+    assert list(parameters)[-5:] == ["matching", "storage", "merging", "writing", "running"]
+
+
+def test_what_is_recorded_is_a_property_of_the_field() -> None:
+    given = Ranks(energy=0.5), Running(jobs=3, allow_pickle=True), Writing(force=True)
+    assert command_of("collect_stats", *given) == "collect-stats energy=0.5"
+    assert command_of("x", Matching(allow_unmatched=True), Ranks(rank=2), order="rank") == (
+        "x rank=2 allow_unmatched=True"
+    )
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.__name__)
+def test_records_are_values(record: Any) -> None:
+    required = {"to": "peft"} if record is Formats else {}
+    one = record(**required)
+    assert one == record(**required) == pickle.loads(pickle.dumps(one))
+    assert hash(one) == hash(record(**required))
+    name = dataclasses.fields(record)[0].name
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(one, name, None)
