@@ -313,8 +313,8 @@ def test_four_bits_on_either_side_of_extract(
     sides: str, four: Path, plain: Path, tmp_path: Path
 ) -> None:
     """The factors are those of what they dequantize to; the digests name what is stored."""
-    given, same = ({s: root / f"{pre}{s}" for s in ("base", "tuned")} for root, pre in
-                   ((four, ""), (four, "plain-")))  # fmt: skip
+    given = {side: four / side for side in ("base", "tuned")}
+    same = {side: four / f"plain-{side}" for side in given}
     for side in {"base", "tuned"} - set(sides.split(" and ")):
         given[side] = same[side] = plain / side
     done = lora_tools.extract(given["base"], given["tuned"], tmp_path / "a", rank=2)

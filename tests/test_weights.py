@@ -19,6 +19,7 @@ from lora_tools.sources.weights import kind_of
 from tests.iotools import checkpoint
 
 TIED = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
+SIZES = {"layers": 1, "ffn_dim": 16, "attention_heads": 2}
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -97,11 +98,8 @@ def test_kinds_of_convolutions(groups: int, shape: tuple[int, ...], name: str) -
 
 def test_a_checkpoint_in_memory_has_what_its_model_has(tmp_path: Path) -> None:
     """BART ties four tensors, whose names only its class tells."""
-    config = transformers.BartConfig(
-        vocab_size=24, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16,
-        decoder_ffn_dim=16, encoder_attention_heads=2, decoder_attention_heads=2,
-        max_position_embeddings=16,
-    )  # fmt: skip
+    sizes = {f"{side}_{of}": n for side in ("encoder", "decoder") for of, n in SIZES.items()}
+    config = transformers.BartConfig(vocab_size=24, d_model=16, max_position_embeddings=16, **sizes)
     transformers.BartForConditionalGeneration(config).save_pretrained(tmp_path / "bart")
     view = loaded_view(open_checkpoint(tmp_path / "bart"))
     tied = {name: w.tied_to for name, w in view.weights.items() if w.tied_to}

@@ -81,8 +81,9 @@ class Weights(Mapping[str, Weight]):
         config: Mapping[str, Any],
         model: ModelSays | None = None,
     ) -> None:
-        self._config = config
+        self._specs, self._config = specs, config
         self._layouts = model.layouts if model is not None else {}
+        self._seen: dict[str, Weight] = {}
         self.head = tied_head(config, specs) if ties_embeddings(config) else ""
         if model is not None and self.head not in specs:
             self.head = ""  # the model has it, or says what it is tied to
@@ -90,20 +91,19 @@ class Weights(Mapping[str, Weight]):
         self.ties: dict[str, str] = dict(model.ties) if model is not None else {}
         if self.head and self.embedding:
             self.ties[self.head] = self.embedding
-        self._all = {name: self.of(spec) for name, spec in specs.items()}
-        for name, source in self.ties.items():
-            if name not in specs:
-                there = self.of(dataclasses.replace(specs[source], name=name))
-                self._all[name] = dataclasses.replace(there, stored=False)
 
     def __getitem__(self, name: str) -> Weight:
-        return self._all[name]
+        if name not in self._seen:
+            spec = self._specs.get(name) or self._specs[self.ties[name]]
+            self._seen[name] = self.of(dataclasses.replace(spec, name=name))
+        return self._seen[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._all)
+        yield from self._specs
+        yield from (name for name in self.ties if name not in self._specs)
 
     def __len__(self) -> int:
-        return len(self._all)
+        return sum(1 for _ in self)
 
     @property
     def tied_pair(self) -> tuple[str, str]:
@@ -112,10 +112,18 @@ class Weights(Mapping[str, Weight]):
 
     def of(self, spec: TensorSpec) -> Weight:
         """What a tensor of that name is, in whatever dtype and under a name of any kind."""
-        by_name = weight_of(spec, self._config)
-        layout, groups = self._layouts.get(spec.name, (by_name.layout, 1))
-        tied_to = self.ties.get(spec.name, "")
-        return dataclasses.replace(by_name, layout=layout, groups=groups, tied_to=tied_to)
+        name = spec.name
+        own = self._layouts.get(name)
+        layout, groups = own if own is not None else (layout_name(spec, self._config), 1)
+        return Weight(
+            spec,
+            layout,
+            is_output_head(name),
+            is_input_embedding(name),
+            self.ties.get(name, ""),
+            groups,
+            name in self._specs,
+        )
 
 
 def weight_of(spec: TensorSpec, config: Mapping[str, Any]) -> Weight:
