@@ -10,6 +10,7 @@ from lora_tools.errors import NonFiniteError, UsageError
 from lora_tools.formats.adapters.peft import Adapter, LoraModule
 from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.linalg.ranks import SHARED, RankRule, Spectrum
+from lora_tools.linalg.scaling import scaling
 from lora_tools.options.ranks import Size
 
 
@@ -56,7 +57,7 @@ def _spectrum(module: LoraModule, given: Adapter, dtype: str | None) -> tuple[Sp
     if not (A.isfinite().all() and B.isfinite().all()):
         raise NonFiniteError(f"{module.module}: its factors hold an inf or a NaN")
     products = module_layout(module, A, B).split(A, B)
-    strength = lora.scaling(module.alpha, module.r, given.use_rslora)
+    strength = scaling(module.alpha, module.r, given.use_rslora)
     values = [(lora.resize(*product)[1] * strength).square() for product in products]
     r = products[0][1].shape[0]
     squared = torch.zeros(r, dtype=torch.float64)

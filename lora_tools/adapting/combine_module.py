@@ -16,6 +16,7 @@ from lora_tools.formats.dtypes import dtype_name, torch_dtype, widest
 from lora_tools.linalg.combine import LOW_RANK
 from lora_tools.linalg.layouts import Layout, of_form
 from lora_tools.linalg.ranks import RankRule
+from lora_tools.linalg.scaling import scaling
 from lora_tools.records import ModuleResult
 from lora_tools.sources.weighted import Weighted
 
@@ -71,8 +72,6 @@ class Combined:
 def combine_module(terms: Sequence[Term], options: Combination) -> Combined:
     """Σ or whatever the method makes of the terms. Raises NonFiniteError."""
     import torch
-
-    from lora_tools.linalg.lora import scaling
 
     factors = [
         (t.weighted.adapter.tensor(t.module.A), t.weighted.adapter.tensor(t.module.B))

@@ -13,6 +13,7 @@ from lora_tools.formats.adapters.table import Format
 from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.linalg.layouts import Layout, of_form
 from lora_tools.linalg.ranks import RankRule
+from lora_tools.linalg.scaling import scaling
 from lora_tools.records import ModuleResult
 
 if TYPE_CHECKING:
@@ -40,8 +41,6 @@ class Conversion:
 
 def strength_of(module: LoraModule, given: Adapter) -> float:
     """The factor on B·A."""
-    from lora_tools.linalg.lora import scaling
-
     return scaling(module.alpha, module.r, given.use_rslora)
 
 
@@ -70,8 +69,6 @@ def fold_of(module: LoraModule, r: int, given: Adapter, options: Conversion) -> 
 
 def _scale(module: LoraModule, r: int, given: Adapter, options: Conversion) -> float:
     """The scaling that readers of the format will apply."""
-    from lora_tools.linalg.lora import scaling
-
     rank = options.pad_to or r
     return scaling(_alpha(module, r, given, options), rank, writes_rslora(given, options))
 

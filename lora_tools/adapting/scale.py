@@ -161,7 +161,7 @@ def _scale_module(
     """One module, of the rank that a shared rule has chosen for it, if one has."""
     import torch
 
-    from lora_tools.linalg import factors, lora
+    from lora_tools.linalg import factors
 
     options = options.with_rank(rank)
     A, B = given.tensor(module.A), given.tensor(module.B)
@@ -170,17 +170,17 @@ def _scale_module(
     strength = strength_of(module, given) * options.scale
     written = torch_dtype(options.dtype) if options.dtype is not None else None
 
-    def scaling(r: int) -> float:
+    def new_scaling(r: int) -> float:
         """What the new factors will be multiplied by."""
         alpha = options.alpha if options.alpha is not None else float(r)
-        return 1.0 if options.pad_to else lora.scaling(alpha, r, options.rslora)
+        return 1.0 if options.pad_to else scaling(alpha, r, options.rslora)
 
     if options.rule is not None:
         dtype = written or torch.promote_types(A.dtype, B.dtype)
-        cut, result = cut_module(module, (A, B), strength, options.rule, dtype, scaling)
+        cut, result = cut_module(module, (A, B), strength, options.rule, dtype, new_scaling)
         A, B, r = cut.lora_A, cut.lora_B, cut.r
         alpha = options.alpha if options.alpha is not None else float(r)
-        bias = factors.scaled(bias, strength / scaling(r), written)
+        bias = factors.scaled(bias, strength / new_scaling(r), written)
     else:
         result, r = None, module.r
         alpha, fold = _alpha_and_fold(module, strength, given, options)
@@ -201,8 +201,6 @@ def _alpha_and_fold(
     Strength goes into alpha, which costs no rounding, unless alpha is given, or is the rank that a
     consumer has for all.
     """
-    from lora_tools.linalg.lora import scaling
-
     alpha, fold = strength / scaling(1.0, module.r, options.rslora), 1.0
     if options.alpha is not None:
         alpha = options.alpha

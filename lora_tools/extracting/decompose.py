@@ -15,6 +15,7 @@ from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.linalg.layouts import Region
 from lora_tools.linalg.ranks import RankRule, Rounding, Spectrum
+from lora_tools.linalg.scaling import scaling
 from lora_tools.records import ModuleResult
 
 if TYPE_CHECKING:
@@ -353,7 +354,7 @@ def fit(
         return Fitted(measure.result(0, total, whole, 0.0), None)
     r = layout.r(list(ranks))
     alpha = options.alpha if options.alpha is not None else float(r)
-    scale = lora.scaling(alpha, r, options.rslora)
+    scale = scaling(alpha, r, options.rslora)
     written = torch_dtype(options.dtype or pair.base.dtype)
     # Given its right factor, the best left one is the same whatever weighs the rows.
     columns = None if layout.transposed else weighting

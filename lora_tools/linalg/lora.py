@@ -32,11 +32,6 @@ class Fit:
     weighted: float
 
 
-def scaling(lora_alpha: float, r: int, use_rslora: bool) -> float:
-    """The factor on B·A: alpha / r (LoRA, arXiv 2106.09685), alpha / √r (rsLoRA, 2312.03732)."""
-    return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
-
-
 class Rows(Protocol):
     """A matrix that is read in runs of rows, as often as needed."""
 

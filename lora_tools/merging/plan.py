@@ -14,6 +14,7 @@ from lora_tools.formats.adapters.peft import Adapter, LoraModule, Multiplier, To
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.names import align, split_experts, split_tensor, stores_transposed
 from lora_tools.linalg.layouts import Layout, clip, of_form
+from lora_tools.linalg.scaling import scaling
 from lora_tools.merging import ia3
 from lora_tools.merging.names_in_memory import by_own_names, replaced, tied_to
 from lora_tools.merging.targets import BaseOutline, Part, Target, blocks_of, key_of
@@ -242,7 +243,6 @@ def build_effects(target: Target) -> list[Effect]:
     """Read the factors that act on a tensor."""
     import torch
 
-    from lora_tools.linalg.lora import scaling
     from lora_tools.linalg.merge import Added, LowRank, Multiplied, RowsReplaced, dense
 
     effects: list[Effect] = []

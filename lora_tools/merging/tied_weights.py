@@ -9,6 +9,7 @@ from lora_tools.errors import UnsupportedAdapter
 from lora_tools.formats.adapters.peft import LoraModule, TokenRows
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.names import is_output_head
+from lora_tools.linalg.scaling import scaling
 from lora_tools.merging.targets import BaseOutline, Part, blocks_of, key_of
 
 if TYPE_CHECKING:
@@ -69,8 +70,6 @@ def _alike(one: Part, other: Part) -> bool:
 
 def _scaled_factors(part: Part) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Of a head or an embedding, which are one product."""
-    from lora_tools.linalg.lora import scaling
-
     assert isinstance(part.source, LoraModule)
     (block,) = blocks_of(part)
     scale = scaling(part.source.alpha, part.source.r, part.weighted.adapter.use_rslora)

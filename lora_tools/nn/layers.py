@@ -20,8 +20,8 @@ from torch.nn import functional
 
 from lora_tools.errors import UsageError
 from lora_tools.linalg.layouts import LAYOUTS, Layout
-from lora_tools.linalg.lora import scaling
 from lora_tools.linalg.merge import LowRank, merged_whole
+from lora_tools.linalg.scaling import scaling
 
 Bias = Literal["none", "all", "lora_only"]
 

@@ -26,6 +26,7 @@ from lora_tools.formats.adapters.table import (
     title_of,
 )
 from lora_tools.formats.checkpoint import Checkpoint, open_weights
+from lora_tools.linalg.scaling import scaling
 from lora_tools.sources.base_names import base_names
 
 _NAMES = ("adapter_model.safetensors", "adapters.safetensors", "pytorch_lora_weights.safetensors")
@@ -119,8 +120,6 @@ def _alphas(outline: Outline) -> Mapping[str, float]:
     for module, (alpha, of_rank, rslora) in outline.strengths.items():
         rank = outline.ranks[module]
         if of_rank != rank or rslora:
-            from lora_tools.linalg.lora import scaling
-
             alpha = scaling(alpha * rank, of_rank, rslora)  # exact where the quotient is
         alphas[module] = alpha
     return alphas

@@ -21,6 +21,7 @@ from lora_tools.inspecting.onnx_model import open_model
 from lora_tools.inspecting.spectrum import check_plot, drawn, shown, summary
 from lora_tools.linalg.layouts import of_form
 from lora_tools.linalg.ranks import Spectrum
+from lora_tools.linalg.scaling import scaling
 from lora_tools.onnx.files import onnx_graphs
 from lora_tools.options import View
 from lora_tools.records import (
@@ -250,7 +251,7 @@ def _spectrum(module: LoraModule, adapter: Adapter) -> ModuleSpectrum:
     from lora_tools.linalg import lora
 
     A, B = adapter.tensor(module.A), adapter.tensor(module.B)
-    scale = lora.scaling(module.alpha, module.r, adapter.use_rslora)
+    scale = scaling(module.alpha, module.r, adapter.use_rslora)
     layout = of_form(module.form, **module.parameters)[0].of_factors(tuple(A.shape), tuple(B.shape))
     shape = (*((module.experts,) if module.experts else ()), B.shape[0], *A.shape[1:])
     named: dict[str, Any] = {

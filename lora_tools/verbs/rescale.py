@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from lora_tools.adapting.convert_module import rank_ceiling, strength_of
+from lora_tools.adapting.convert_module import rank_ceiling
 from lora_tools.adapting.scale import Rescaling, refuse_unread, rescale_adapter
 from lora_tools.adapting.write import no_effect, uncovered, write_as
 from lora_tools.errors import AdapterError, UnsupportedAdapter, UsageError
@@ -160,7 +160,7 @@ def _notes(given: Adapter, options: Rescaling, scale: float | None, form: Format
             if form.name == given.format
             else "written in PEFT's format"
         )
-    idle = [m for m in given.modules.values() if not strength_of(m, given)]
+    idle = [m for m in given.modules.values() if not m.alpha]
     if scale is not None:
         notes.append(f"the effect is {scale:g} times what it was")
         if given.whole or given.tokens:
