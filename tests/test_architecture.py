@@ -355,7 +355,8 @@ def test_every_verb_is_a_command_with_the_same_options() -> None:
 
 def test_choices_are_those_of_the_verbs() -> None:
     from lora_tools.formats.adapters.consumers import CONSUMERS
-    from lora_tools.formats.adapters.table import FEATURES, FORMATS
+    from lora_tools.formats.adapters.format import FEATURES
+    from lora_tools.formats.adapters.table import FORMATS
 
     for name, command in main.commands.items():
         verb = getattr(lora_tools, name.replace("-", "_"), None)
