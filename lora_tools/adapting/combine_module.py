@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from lora_tools.adapting.convert_module import resized
+from lora_tools.adapting.convert_module import resized, strength_of
 from lora_tools.errors import NonFiniteError
 from lora_tools.formats.adapters.peft import LoraModule
 from lora_tools.formats.dtypes import dtype_name, torch_dtype, widest
@@ -74,8 +74,6 @@ def combine_module(terms: Sequence[Term], options: Combination) -> Combined:
     """Σ or whatever the method makes of the terms. Raises NonFiniteError."""
     import torch
 
-    from lora_tools.linalg.lora import scaling
-
     factors = [
         (t.weighted.adapter.tensor(t.module.A), t.weighted.adapter.tensor(t.module.B))
         for t in terms
@@ -85,7 +83,7 @@ def combine_module(terms: Sequence[Term], options: Combination) -> Combined:
             raise NonFiniteError(
                 f"{term.module.name}: the factors in {term.weighted.path} hold an inf or a NaN"
             )
-    strengths = [scaling(t.module.alpha, t.module.r, t.weighted.adapter.use_rslora) for t in terms]
+    strengths = [strength_of(t.module, t.weighted.adapter) for t in terms]
     weights = [t.weighted.weight for t in terms]
     names = [dtype_name(x.dtype) for pair in factors for x in pair]
     dtype = torch_dtype(options.dtype or widest(*names))
