@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lora_tools.formats.adapters.table import FEATURES, FORMATS, Format
+from lora_tools.formats.adapters.format import FEATURES, Format
+from lora_tools.formats.adapters.table import FORMATS
 
 START, END = "<!-- formats -->\n", "<!-- /formats -->\n"
 _ALPHA = {"module": "each module's", "one": "one", "folded": "in lora_B"}

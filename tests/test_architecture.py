@@ -394,7 +394,8 @@ def test_choices_are_those_of_the_verbs(name: str) -> None:
 
 def test_choices_are_the_rows_of_the_tables() -> None:
     from lora_tools.formats.adapters.consumers import CONSUMERS
-    from lora_tools.formats.adapters.table import FEATURES, FORMATS
+    from lora_tools.formats.adapters.format import FEATURES
+    from lora_tools.formats.adapters.table import FORMATS
     from lora_tools.formats.quantized.bitsandbytes import QUANT_TYPES, STORAGES
     from lora_tools.linalg.combine import METHODS
     from lora_tools.linalg.nf4 import CODEBOOKS

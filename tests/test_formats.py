@@ -26,8 +26,9 @@ from safetensors.torch import load_file, save_file
 import lora_tools
 import lora_tools.nn
 from lora_tools.errors import AdapterError, CheckpointError, UnsupportedAdapter
+from lora_tools.formats.adapters.format import FEATURES
 from lora_tools.formats.adapters.gguf import GgufFile
-from lora_tools.formats.adapters.table import FEATURES, FORMATS
+from lora_tools.formats.adapters.table import FORMATS
 from lora_tools.formats.digest import PROVENANCE
 from lora_tools.sources.adapters import open_adapter
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from lora_tools.adapting.convert_module import module_layout
-from lora_tools.errors import NonFiniteError, UsageError
+from lora_tools.adapting.convert_module import check_finite, module_layout, strength_of
+from lora_tools.errors import UsageError
 from lora_tools.formats.adapters.peft import Adapter, LoraModule
 from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.linalg.ranks import SHARED, RankRule, Spectrum
-from lora_tools.linalg.scaling import scaling
 from lora_tools.options.ranks import Size
 
 
@@ -54,10 +53,9 @@ def _spectrum(module: LoraModule, given: Adapter, dtype: str | None) -> tuple[Sp
     from lora_tools.linalg import lora
 
     A, B = given.tensor(module.A), given.tensor(module.B)
-    if not (A.isfinite().all() and B.isfinite().all()):
-        raise NonFiniteError(f"{module.module}: its factors hold an inf or a NaN")
+    check_finite(module, A, B)
     products = module_layout(module, A, B).split(A, B)
-    strength = scaling(module.alpha, module.r, given.use_rslora)
+    strength = strength_of(module, given)
     values = [(lora.resize(*product)[1] * strength).square() for product in products]
     r = products[0][1].shape[0]
     squared = torch.zeros(r, dtype=torch.float64)

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from lora_tools.adapting.convert_module import resized
+from lora_tools.adapting.convert_module import resized, strength_of
 from lora_tools.errors import NonFiniteError
 from lora_tools.formats.adapters.peft import LoraModule
 from lora_tools.formats.dtypes import dtype_name, torch_dtype, widest
 from lora_tools.linalg.combine import LOW_RANK
 from lora_tools.linalg.layouts import Layout, of_form
 from lora_tools.linalg.ranks import RankRule
-from lora_tools.linalg.scaling import scaling
 from lora_tools.records import ModuleResult
 from lora_tools.sources.weighted import Weighted
 
@@ -82,7 +81,7 @@ def combine_module(terms: Sequence[Term], options: Combination) -> Combined:
             raise NonFiniteError(
                 f"{term.module.name}: the factors in {term.weighted.path} hold an inf or a NaN"
             )
-    strengths = [scaling(t.module.alpha, t.module.r, t.weighted.adapter.use_rslora) for t in terms]
+    strengths = [strength_of(t.module, t.weighted.adapter) for t in terms]
     weights = [t.weighted.weight for t in terms]
     names = [dtype_name(x.dtype) for pair in factors for x in pair]
     dtype = torch_dtype(options.dtype or widest(*names))

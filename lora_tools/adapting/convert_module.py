@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from lora_tools.errors import NonFiniteError, UnsupportedAdapter
+from lora_tools.formats.adapters.format import Format
 from lora_tools.formats.adapters.peft import Adapter, LoraModule
-from lora_tools.formats.adapters.table import Format
 from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.linalg.layouts import Layout, of_form
 from lora_tools.linalg.ranks import RankRule

@@ -15,6 +15,7 @@ from lora_tools.formats.adapters.consumers import Consumer
 from lora_tools.formats.adapters.peft import Adapter, LoraModule
 from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.linalg.ranks import RankRule
+from lora_tools.linalg.scaling import scaling
 from lora_tools.merging.plan import adapter_digest
 from lora_tools.options.ranks import Size
 from lora_tools.provenance import handed_on, tool_version

@@ -19,8 +19,8 @@ from lora_tools.adapting.convert_module import (
 from lora_tools.engine.tasks import Call
 from lora_tools.errors import NonFiniteError, UnsupportedAdapter
 from lora_tools.formats.adapters.base_names import BaseNames
+from lora_tools.formats.adapters.format import FEATURES, Format
 from lora_tools.formats.adapters.peft import Adapter, LoraModule
-from lora_tools.formats.adapters.table import FEATURES, Format
 from lora_tools.formats.digest import PROVENANCE
 from lora_tools.linalg.ranks import RankRule
 from lora_tools.records import ModuleResult, ProgressCallback
@@ -221,7 +221,7 @@ def write_factors(
     from lora_tools.linalg.recipes import compute
 
     given, options = job.given, job.options
-    writer = (options.to.writer or PeftFormat)(job.out, job.names, compute)
+    writer = options.to.writer(job.out, job.names, compute)
     results = []
     try:
         for factors, result in threads.run(

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from lora_tools.adapting.write import features, write_modules
 from lora_tools.errors import UnsupportedAdapter, UsageError
-from lora_tools.formats.adapters.table import FEATURES, FORMATS
+from lora_tools.formats.adapters.format import FEATURES
+from lora_tools.formats.adapters.table import FORMATS
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.names import align
 from lora_tools.merging.plan import adapter_digest, plan_merge

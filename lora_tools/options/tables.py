@@ -39,7 +39,7 @@ def formats() -> Iterable[str]:
 
 def features() -> Iterable[str]:
     """What an adapter can hold besides the factors of linear layers."""
-    from lora_tools.formats.adapters.table import FEATURES
+    from lora_tools.formats.adapters.format import FEATURES
 
     return FEATURES
 

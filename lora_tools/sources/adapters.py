@@ -14,23 +14,18 @@ from lora_tools.errors import AdapterError
 from lora_tools.formats import hub
 from lora_tools.formats.adapters import peft
 from lora_tools.formats.adapters.base_names import BaseNames
+from lora_tools.formats.adapters.format import Format
 from lora_tools.formats.adapters.not_lora import refuse_by_config, refuse_by_keys
 from lora_tools.formats.adapters.outline import Context, Foreign, Outline
 from lora_tools.formats.adapters.peft import Adapter
-from lora_tools.formats.adapters.table import (
-    FORMATS,
-    Format,
-    by_bytes,
-    by_keys,
-    format_named,
-    title_of,
-)
+from lora_tools.formats.adapters.table import FORMATS, by_bytes, by_keys, format_named, title_of
 from lora_tools.formats.checkpoint import Checkpoint, open_weights
 from lora_tools.linalg.scaling import scaling
 from lora_tools.sources.base_names import base_names
 
-_NAMES = ("adapter_model.safetensors", "adapters.safetensors", "pytorch_lora_weights.safetensors")
-_SUFFIXES = (".safetensors", ".gguf", ".onnx_adapter", ".bin", ".pt", ".pth")
+_NAMES = tuple(form.file_name for form in FORMATS.values() if form.file_name)
+_PICKLES = (".bin", ".pt", ".pth")
+_SUFFIXES = (*{form.suffix for form in FORMATS.values()}, *_PICKLES)
 
 
 def open_adapter(
@@ -109,7 +104,7 @@ def is_adapter(source: str | Path, allow_pickle: bool = False) -> bool:
         return True
     if by_bytes(path) is not None:
         return True
-    if path.suffix in (".bin", ".pt", ".pth") and not allow_pickle:
+    if path.suffix in _PICKLES and not allow_pickle:
         return False
     return bool(title_of(open_weights(path, allow_pickle).specs))
 
@@ -147,7 +142,7 @@ def _weights(source: str | Path, path: Path) -> Path:
         raise AdapterError(f"{source}: no such adapter; neither a file nor a folder is there")
     named = [path / name for name in _NAMES if (path / name).is_file()]
     found = named or [p for p in sorted(path.iterdir()) if p.suffix in _SUFFIXES and p.is_file()]
-    safe = [p for p in found if p.suffix not in (".bin", ".pt", ".pth")] or found
+    safe = [p for p in found if p.suffix not in _PICKLES] or found
     if not safe:
         raise AdapterError(
             f"{source}: no {peft.CONFIG} there, and no file of tensors; is it an adapter folder?"

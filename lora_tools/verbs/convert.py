@@ -20,9 +20,10 @@ from lora_tools.adapting.write import (
 from lora_tools.errors import UnsupportedAdapter, UsageError
 from lora_tools.figures import resized_totals
 from lora_tools.formats.adapters.base_names import BaseNames
+from lora_tools.formats.adapters.format import FEATURES, Format
 from lora_tools.formats.adapters.outline import parse_enable_lora
 from lora_tools.formats.adapters.peft import Adapter, LoraModule
-from lora_tools.formats.adapters.table import FEATURES, FORMATS, Format
+from lora_tools.formats.adapters.table import FORMATS
 from lora_tools.formats.dtypes import parse_float_dtype
 from lora_tools.formats.output import Prepared
 from lora_tools.linalg.layouts import Merged

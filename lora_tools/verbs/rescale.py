@@ -10,8 +10,9 @@ from lora_tools.adapting.scale import Rescaling, refuse_unread, rescale_adapter
 from lora_tools.adapting.write import no_effect, uncovered, write_as
 from lora_tools.errors import AdapterError, UnsupportedAdapter, UsageError
 from lora_tools.formats.adapters.base_names import BaseNames
+from lora_tools.formats.adapters.format import Format
 from lora_tools.formats.adapters.peft import Adapter
-from lora_tools.formats.adapters.table import FORMATS, Format
+from lora_tools.formats.adapters.table import FORMATS
 from lora_tools.formats.dtypes import parse_float_dtype
 from lora_tools.formats.output import Prepared
 from lora_tools.options import AdapterForm, Origin, Ranks, Strength

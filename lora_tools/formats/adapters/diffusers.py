@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_tools.errors import CheckpointError
+from lora_tools.formats.adapters.format import Format
 from lora_tools.formats.adapters.outline import Context, Outline, group_parts, pair
 from lora_tools.formats.adapters.writer import Factors, Keyed
 from lora_tools.formats.safetensors_file import strict_json
@@ -159,3 +160,18 @@ class DiffusersWriter(Keyed):
         """What a model by itself is in a pipeline, by the class in its config."""
         name = str(self.base.config.get("_class_name", "")) if self.base is not None else ""
         return "transformer" if "Transformer" in name else "unet"
+
+
+FORMAT = Format(
+    "diffusers",
+    "diffusers",
+    frozenset({"conv", "dora", "bias", "head"}),
+    "folded",
+    "diffusers 0.42",
+    is_folder=True,
+    reads_besides="its older key names",
+    knows=knows,
+    read=read,
+    writer=DiffusersWriter,
+    file_name=DiffusersWriter.file_name,
+)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lora_tools.errors import AdapterError, CheckpointError, TensorNotFound, UnsupportedAdapter
 from lora_tools.formats.adapters.architectures import architecture, heads, is_rotated, layers
 from lora_tools.formats.adapters.base_names import BaseNames
+from lora_tools.formats.adapters.format import READ_AND_WRITTEN, Format
 from lora_tools.formats.adapters.outline import Compute, Context, Outline, group_parts, pair
 from lora_tools.formats.adapters.writer import Factors, Writer
 from lora_tools.formats.output import sync_file
@@ -200,3 +201,19 @@ def _is_half(tensor: torch.Tensor) -> bool:
     import torch
 
     return tensor.dtype == torch.float16
+
+
+FORMAT = Format(
+    "gguf",
+    "GGUF",
+    frozenset({"embedding"}),
+    "one",
+    "gguf 0.17, llama.cpp",
+    base=READ_AND_WRITTEN,
+    tied_embedding=False,
+    open_file=open_file,
+    read=read,
+    writer=GgufWriter,
+    suffix=".gguf",
+    magic=(0, MAGIC),
+)

@@ -14,6 +14,7 @@ from typing import Any
 
 from lora_tools.errors import AdapterError, UnsupportedAdapter
 from lora_tools.formats.adapters.base_names import BaseNames, flattened
+from lora_tools.formats.adapters.format import READ, Format
 from lora_tools.formats.adapters.outline import (
     Compute,
     Context,
@@ -160,3 +161,17 @@ class KohyaWriter(Keyed):
             shape = (out, *[1] * (factors.lora_A.dim() - 1))
             result[f"{name}.dora_scale"] = factors.magnitude.reshape(shape)
         return result
+
+
+FORMAT = Format(
+    "kohya",
+    "kohya (sd-scripts)",
+    frozenset({"conv", "dora", "head"}),
+    "module",
+    "sd-scripts",
+    base=READ,
+    keeps_names=True,
+    knows=knows,
+    read=read,
+    writer=KohyaWriter,
+)

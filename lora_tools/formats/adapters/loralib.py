@@ -19,6 +19,7 @@ from typing import Any
 
 from lora_tools.errors import CheckpointError
 from lora_tools.formats.adapters.base_names import BaseNames, named_embedding
+from lora_tools.formats.adapters.format import Format
 from lora_tools.formats.adapters.outline import (
     Compute,
     Context,
@@ -204,3 +205,17 @@ class LoralibWriter(Keyed):
         """With what loralib keeps in its user's code."""
         said = {LAYERS_METADATA: json.dumps(self._layers, sort_keys=True)} if self._layers else {}
         return {**super().metadata(), **said}
+
+
+FORMAT = Format(
+    "loralib",
+    "loralib",
+    frozenset({"embedding", "conv", "head"}),
+    "module",
+    "loralib 0.1.2",
+    reads_besides="MergedLinear",
+    own_forms=True,
+    knows=knows,
+    read=read,
+    writer=LoralibWriter,
+)

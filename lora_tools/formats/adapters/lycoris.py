@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from lora_tools.errors import UnsupportedAdapter
+from lora_tools.formats.adapters.format import READ, Format
 from lora_tools.formats.adapters.kohya import (
     LORA_PARTS,
     KohyaWriter,
@@ -221,3 +222,17 @@ class LycorisWriter(KohyaWriter):
     """LoCon, under the names that ``create_lycoris_from_weights`` looks for."""
 
     prefix = "lycoris_"
+
+
+FORMAT = Format(
+    "lycoris",
+    "LyCORIS",
+    frozenset({"conv", "dora", "head"}),
+    "module",
+    "lycoris-lora 4.1",
+    base=READ,
+    reads_besides="LoHa, LoKr, whole differences, CP-decomposed LoCon",
+    knows=knows,
+    read=read,
+    writer=LycorisWriter,
+)

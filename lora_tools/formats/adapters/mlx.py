@@ -14,6 +14,7 @@ from typing import Any
 
 from lora_tools.errors import UnsupportedAdapter
 from lora_tools.formats.adapters.base_names import BaseNames, named_embedding
+from lora_tools.formats.adapters.format import Format
 from lora_tools.formats.adapters.outline import Compute, Context, Outline, group_parts, pair
 from lora_tools.formats.adapters.peft import CONFIG, read_config
 from lora_tools.formats.adapters.writer import Factors, Keyed
@@ -109,3 +110,18 @@ class MlxWriter(Keyed):
             },
         }
         write_synced(self.out / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+
+
+FORMAT = Format(
+    "mlx",
+    "MLX",
+    frozenset({"embedding", "dora"}),
+    "one",
+    "mlx-lm 0.32",
+    one_rank=True,
+    is_folder=True,
+    knows=knows,
+    read=read,
+    writer=MlxWriter,
+    file_name=MlxWriter.file_name,
+)

@@ -5,62 +5,87 @@ Those of PEFT name themselves in ``peft_type``; others are known by their config
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from lora_tools.errors import UnsupportedAdapter
 
-# A pattern that a key matches → what the file is.
-_KEYS = {
-    r"prompt_embeddings|prompt_encoder\..*|base_model\.prompt_encoder\..*": (
+
+@dataclasses.dataclass(frozen=True)
+class NotLora:
+    """One kind: what it is and why, and what it is told by.
+
+    Attributes:
+        what: with {kind} for what the config calls it.
+        keys: a pattern that at least half of a file's keys match.
+        config: whether a config of AdapterHub's ``adapters`` library, its own part and the whole of
+            it, is of this kind.
+    """
+
+    what: str
+    keys: str = ""
+    config: Callable[[Mapping[str, Any], Mapping[str, Any]], bool] | None = None
+
+
+_BOTTLENECK = {"reduction_factor", "mh_adapter", "output_adapter", "bottleneck_size"}
+# The first that matches is meant.
+KINDS = (
+    NotLora(
         "soft prompts (prompt tuning, prefix tuning or p-tuning): vectors put before the sequence "
-        "or its keys and values; no weight of the model changes"
+        "or its keys and values; no weight of the model changes",
+        r"prompt_embeddings|prompt_encoder\..*|base_model\.prompt_encoder\..*",
     ),
-    r".*\.adaption_(prompt|gate)": (
-        "LLaMA-Adapter: prompts inside attention; no weight of the model changes"
+    NotLora(
+        "LLaMA-Adapter: prompts inside attention; no weight of the model changes",
+        r".*\.adaption_(prompt|gate)",
     ),
-    r".*\.(adapters?|parallel_mlp)\.(.*\.)?(adapter_down|adapter_up|down_proj|up_proj)\..*"
-    r"|.*\.(adapter_down|adapter_up)\..*": (
+    NotLora(
         "a bottleneck adapter: layers of its own with a nonlinearity between, put into the model; "
-        "no change of weights does the same"
+        "no change of weights does the same",
+        r".*\.(adapters?|parallel_mlp)\.(.*\.)?(adapter_down|adapter_up|down_proj|up_proj)\..*"
+        r"|.*\.(adapter_down|adapter_up)\..*",
     ),
-    r"oft_unet_\w+\.(oft_blocks|alpha)": (
-        "OFT of sd-scripts: rotations of weights, which are no low-rank change"
+    NotLora(
+        "OFT of sd-scripts: rotations of weights, which are no low-rank change",
+        r"oft_unet_\w+\.(oft_blocks|alpha)",
     ),
-    r"emb_params|string_to_param|clip_[lg]|<[^>]+>|t5": (
-        "textual inversion: vectors for new tokens of a text encoder"
+    NotLora(
+        "textual inversion: vectors for new tokens of a text encoder",
+        r"emb_params|string_to_param|clip_[lg]|<[^>]+>|t5",
     ),
-}
-_BOTTLENECK = ("reduction_factor", "mh_adapter", "output_adapter", "bottleneck_size")
+    NotLora(
+        "a bottleneck adapter of AdapterHub: layers of its own with a nonlinearity between, put "
+        "into the model; no change of weights does the same",
+        config=lambda own, _: bool(own.keys() & _BOTTLENECK) and own.get("architecture") != "lora",
+    ),
+    NotLora(
+        "{kind} of AdapterHub: vectors put before the sequence; no weight of the model changes",
+        config=lambda own, _: own.get("architecture") in ("prefix_tuning", "prompt_tuning"),
+    ),
+    NotLora(
+        "an adapter of AdapterHub ({kind}), whose names are not PEFT's; save it with PEFT",
+        config=lambda own, whole: bool(own.get("architecture")) and "version" in whole,
+    ),
+)
 
 
 def refuse_by_keys(path: Path, keys: Collection[str]) -> None:
     """Raises UnsupportedAdapter where the keys are those of such an adapter."""
-    for pattern, what in _KEYS.items():
-        found = [key for key in keys if re.fullmatch(pattern, key)]
+    for kind in KINDS:
+        found = [key for key in keys if kind.keys and re.fullmatch(kind.keys, key)]
         if found and len(found) * 2 >= len(keys):
-            raise UnsupportedAdapter(f"{path}: {what} (it holds {min(found)!r})")
+            raise UnsupportedAdapter(f"{path}: {kind.what} (it holds {min(found)!r})")
 
 
 def refuse_by_config(path: Path, config: Mapping[str, Any]) -> None:
     """The same by a config of AdapterHub's ``adapters`` library."""
-    inner = config.get("config")
-    inner = inner if isinstance(inner, dict) else {}
-    kind = str(inner.get("architecture") or "")
-    if any(key in inner for key in _BOTTLENECK) and kind != "lora":
-        raise UnsupportedAdapter(
-            f"{path}: a bottleneck adapter of AdapterHub: layers of its own with a nonlinearity "
-            "between, put into the model; no change of weights does the same"
-        )
-    if kind in ("prefix_tuning", "prompt_tuning"):
-        raise UnsupportedAdapter(
-            f"{path}: {kind.replace('_', ' ')} of AdapterHub: vectors put before the sequence; no "
-            "weight of the model changes"
-        )
-    if kind and "version" in config:
-        raise UnsupportedAdapter(
-            f"{path}: an adapter of AdapterHub ({kind}), whose names are not PEFT's; save it with "
-            "PEFT"
-        )
+    own = config.get("config")
+    if not isinstance(own, dict):
+        return
+    for kind in KINDS:
+        if kind.config is not None and kind.config(own, config):
+            called = str(own.get("architecture")).replace("_", " ")
+            raise UnsupportedAdapter(f"{path}: {kind.what.replace('{kind}', called)}")

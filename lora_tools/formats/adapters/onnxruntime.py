@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import AdapterError, CheckpointError, TensorNotFound
 from lora_tools.formats.adapters.base_names import BaseNames
+from lora_tools.formats.adapters.format import Format
 from lora_tools.formats.adapters.outline import Compute, Context, Outline, group_parts, pair
 from lora_tools.formats.adapters.writer import Factors, Writer
 from lora_tools.formats.names import align
@@ -182,3 +183,18 @@ def _array(tensor: torch.Tensor) -> Any:
 
     plain = tensor if tensor.dtype == torch.float16 else tensor.float()
     return plain.contiguous().numpy()
+
+
+FORMAT = Format(
+    "onnxruntime",
+    "ONNX Runtime",
+    frozenset({"embedding", "saved", "head"}),
+    "folded",
+    "onnxruntime 1.20",
+    dtype="F32",
+    open_file=OrtFile,
+    read=read,
+    writer=OrtWriter,
+    suffix=".onnx_adapter",
+    magic=(4, MAGIC),
+)

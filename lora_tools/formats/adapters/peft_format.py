@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_tools.formats.adapters.base_names import BaseNames
+from lora_tools.formats.adapters.format import FEATURES, Format
 from lora_tools.formats.adapters.outline import Compute
+from lora_tools.formats.adapters.peft import WEIGHTS
 from lora_tools.formats.adapters.peft_writer import PeftWriter
 from lora_tools.formats.adapters.writer import Factors, Writer
 
@@ -63,3 +65,16 @@ class PeftFormat(Writer):
     def close(self) -> None:
         """Drop the scratch space, whether finished or not."""
         self._writer.close()
+
+
+FORMAT = Format(
+    "peft",
+    "PEFT",
+    frozenset(FEATURES),
+    "module",
+    "peft 0.21",
+    is_folder=True,
+    reads_besides="IA³ (merge only)",
+    writer=PeftFormat,
+    file_name=WEIGHTS,
+)

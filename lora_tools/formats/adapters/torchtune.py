@@ -13,6 +13,7 @@ from typing import Any
 
 from lora_tools.errors import AdapterError, UnsupportedAdapter
 from lora_tools.formats.adapters.architectures import architecture, heads, is_rotated
+from lora_tools.formats.adapters.format import READ_AND_WRITTEN, Format
 from lora_tools.formats.adapters.outline import Context, Outline, group_parts, pair, stored_alphas
 from lora_tools.formats.adapters.writer import Factors, Keyed
 from lora_tools.formats.tensor_file import TensorFile
@@ -115,3 +116,17 @@ class TorchtuneWriter(Keyed):
             result[f"{name}.magnitude"] = magnitude
         self.named_alphas[name] = factors.alpha
         return result
+
+
+FORMAT = Format(
+    "torchtune",
+    "torchtune",
+    frozenset({"dora"}),
+    "one",
+    "torchtune 0.6",
+    one_rank=True,
+    base=READ_AND_WRITTEN,
+    knows=knows,
+    read=read,
+    writer=TorchtuneWriter,
+)

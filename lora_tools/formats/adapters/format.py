@@ -1,0 +1,76 @@
+"""What an adapter format is: the row that each format's own file declares, as ``FORMAT``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from lora_tools.formats.adapters.base_names import BaseNames
+from lora_tools.formats.adapters.outline import Compute, Context, Outline
+from lora_tools.formats.adapters.writer import Writer
+
+# What an adapter can hold besides the factors of linear layers, and how a person calls it.
+FEATURES = {
+    "embedding": "factors of embeddings",
+    "conv": "factors of convolutions",
+    "experts": "factors of fused experts",
+    "dora": "DoRA's magnitudes",
+    "bias": "lora_bias",
+    "saved": "tensors saved whole",
+    "tokens": "trained tokens",
+    # llama.cpp, MLX and torchtune have one module for it and the embedding.
+    "head": "factors of an output head that is the embedding",
+}
+READ, READ_AND_WRITTEN = "to read", "to read and write"  # when a base is needed
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """One adapter format.
+
+    Attributes:
+        name: what ``--from`` and ``--to`` call it; title: what people call it.
+        keeps: which of ``FEATURES`` it has a place for.
+        alpha: "module" (each its own), "one" (of the whole file, divided by each module's rank) or
+            "folded" (none: the scale goes into lora_B).
+        one_rank: all modules have the same rank; smaller ones are padded with zeros.
+        dtype: of the factors where none is asked for; "": each keeps its own.
+        base: when the base checkpoint is needed: "", ``READ`` or ``READ_AND_WRITTEN``.
+        library: whose format it is, and what reads it.
+        own_forms: holds MergedLinears (``--layout``) and convolutions as ``linalg.loralib`` has it.
+        keeps_names: its writer writes names that were never resolved as they are.
+        tied_embedding: whether its reader takes factors of an embedding that is the output head,
+            too.
+        is_folder: whether it is a folder, else a file.
+        file_name: of the file of tensors in such a folder, where it is always the same; suffix: how
+            files of its own end.
+        reads_besides: what it reads besides LoRA, for the documentation.
+        magic: the bytes that a file begins with, and at which place.
+        knows: whether a key of a safetensors file or pickle is one of its own; None where the bytes
+            of the file tell.
+        open_file: opens a file that is neither safetensors nor a pickle.
+        read: None for PEFT, which the others are read as.
+    """
+
+    name: str
+    title: str
+    keeps: frozenset[str]
+    alpha: Literal["module", "one", "folded"]
+    library: str
+    writer: Callable[[Path, BaseNames | None, Compute], Writer]
+    one_rank: bool = False
+    dtype: str = ""
+    base: str = ""
+    own_forms: bool = False
+    keeps_names: bool = False
+    tied_embedding: bool = True
+    is_folder: bool = False
+    file_name: str = ""
+    suffix: str = ".safetensors"
+    reads_besides: str = ""
+    magic: tuple[int, bytes] | None = None
+    knows: Callable[[str], bool] | None = None
+    open_file: Callable[[Path], Any] | None = None
+    read: Callable[[Path, Any, Context], Outline] | None = None
