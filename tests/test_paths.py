@@ -246,6 +246,10 @@ FAULTS = {
     ],
     "a dry run's report over an input": [*EXTRACT, "--dry-run", "--report", "base/config.json"],
     "where a link in an input leads": [*EXTRACT, "--report", "elsewhere.json"],
+    "where a link in a pipeline's part leads": [
+        *("rescale", "adapter", "-o", "out", "--scale", "2", "--base", "pipe"),
+        *("--report", "elsewhere.json"),
+    ],
     "an output where a link in an input leads": [*EXTRACT[:3], "-o", "elsewhere.json", "--force"],
     "a device": ["merge", "base", "adapter", "-o", "/dev/null", "--force"],
     "a cache that is a folder": [*EXTRACT, "--spectrum-cache", "graph"],
@@ -257,6 +261,8 @@ def test_what_is_read_stays(what: str, work: Path, said: Any) -> None:
     shutil.copytree("adapter", "x.sidecar")
     Path("elsewhere.json").write_text("{}")
     Path("base/generation_config.json").symlink_to("../elsewhere.json")
+    Path("pipe/unet").mkdir(parents=True)
+    Path("pipe/unet/config.json").symlink_to("../../elsewhere.json")
     if "own graph" in what:
         shutil.copy("graph/model.onnx", "base/model.onnx")
     code, error = said(FAULTS[what])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -133,6 +134,15 @@ def _reached(path: Path) -> Iterator[Path]:
     file and belongs to it."""
     yield path
     if path.is_dir():
-        yield from (each for each in path.iterdir() if each.is_symlink())
+        yield from _links(path, 1)  # a pipeline has its models one folder deep
     else:
         yield from (p for s in _BESIDE if exists(p := path.with_name(path.name + s)))
+
+
+def _links(folder: str | Path, depth: int) -> Iterator[Path]:
+    with contextlib.suppress(OSError):  # what cannot be listed is not read either
+        for entry in os.scandir(folder):
+            if entry.is_symlink():
+                yield Path(entry.path)
+            elif depth and entry.is_dir():
+                yield from _links(entry.path, depth - 1)
