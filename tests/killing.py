@@ -8,6 +8,7 @@ import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from . import forks
 
@@ -71,18 +72,19 @@ def stopped(
     step: int,
     number: signal.Signals = signal.SIGKILL,
     log: Path | None = None,
-    imports: Sequence[str] = (),
+    **options: Any,
 ) -> subprocess.CompletedProcess[str]:
     """Run a command until that many-th step below ``top``, counted from 1, and send it a signal
-    there; at step 0 it is left alone."""
+    there; at step 0 it is left alone. The options: ``imports`` of ``forks.run``, and a ``prelude``
+    of code."""
     given = json.dumps([str(top), step, int(number), log and str(log)])
-    return forks.run(given, *command, code=_CODE, imports=imports)
+    return forks.run(given, *command, code=options.pop("prelude", "") + _CODE, **options)
 
 
-def steps(command: Sequence[str], top: Path, log: Path, imports: Sequence[str] = ()) -> list[str]:
+def steps(command: Sequence[str], top: Path, log: Path, **options: Any) -> list[str]:
     """Run a command to its end, which must be well. Returns the kind of each of its steps below
     ``top``: what is done, and to which file, without what differs from run to run."""
-    done = stopped(command, top, 0, log=log, imports=imports)
+    done = stopped(command, top, 0, log=log, **options)
     assert done.returncode == 0, done.stderr
     lines = log.read_text().splitlines()
     log.unlink()
