@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import os
 import signal
@@ -10,7 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -48,6 +49,14 @@ def _stop(server: subprocess.Popen[bytes]) -> None:
 def path() -> str:
     """A PATH on which ``loratools`` is such a run, and ``python`` is ours."""
     return os.pathsep.join([str(_server()), str(Path(sys.executable).parent), os.environ["PATH"]])
+
+
+@contextlib.contextmanager
+def pipe() -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """Both ends of a pipe. The second is to be closed once a run has it."""
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb") as reader, os.fdopen(writing, "wb") as writer:
+        yield reader, writer
 
 
 class Run:
@@ -103,3 +112,8 @@ def run(
             stream.seek(0)
             said.append(stream.read().decode())
     return subprocess.CompletedProcess([str(arg) for arg in args], status, *said)
+
+
+def preload(*names: str) -> None:
+    """Have these modules imported in the runs to come, where what is tested is not their import."""
+    run(code="", imports=names)

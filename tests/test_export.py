@@ -422,7 +422,8 @@ def test_a_dry_run_imports_nothing_heavy(base: Path, tmp_path: Path) -> None:
 
 def test_the_same_graph_from_the_command_line(base: Path, exported: Any, tmp_path: Path) -> None:
     """In another process, traced anew: the same bytes."""
-    done = iotools.cli("export", base, "-o", tmp_path / "out", "--json", "--no-verify")
+    line = [sys.executable, "-m", "lora_tools", "export", base, "-o", tmp_path / "out"]
+    done = subprocess.run([*line, "--json", "--no-verify"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["verb"] == "export"

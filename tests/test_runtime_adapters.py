@@ -28,7 +28,7 @@ from lora_tools.errors import (
     UsageError,
 )
 
-from . import export_models, iotools, models
+from . import export_models, forks, iotools, models
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -558,7 +558,7 @@ def test_a_base_that_is_not_exact_is_found(made: Made, tmp_path: Path, monkeypat
 
 
 def test_a_dry_run_from_the_command_line(made: Made, tmp_path: Path) -> None:
-    done = iotools.cli(
+    done = forks.run(
         "export",
         made.base,
         "--adapter",
