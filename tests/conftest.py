@@ -1,4 +1,4 @@
-"""What the tests share: no network, one torch thread, and tiny models made from their configs."""
+"""What the tests share: no network, one torch thread, and graphs that take long to trace."""
 
 from __future__ import annotations
 
@@ -8,10 +8,31 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # some hundred processes would compile the package
 
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from .traced import Traced
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def traced(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Traced]:
+    """By an architecture's name: its checkpoint and graph, traced once in the whole session."""
+    from .traced import traced
+
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # which the workers share
+    folder = root / "traced"
+    folder.mkdir(exist_ok=True)
+    return functools.cache(functools.partial(traced, root=Path(folder)))

@@ -1,11 +1,9 @@
-"""Helpers of the tests of files: hostile safetensors bytes, small checkpoints, runs of the CLI."""
+"""Helpers of the tests of files: hostile safetensors bytes, small checkpoints."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,6 @@ import torch
 from safetensors.torch import save_file
 
 from lora_tools.formats.digest import file_sha256
-
-COMMAND = [sys.executable, "-c", "from lora_tools.cli import entry; entry()"]
 
 # Options of an export of the checkpoints below that starts neither transformers nor ONNX Runtime.
 EXPORT = ["--graph", "graph", "--task", "features", "--no-verify"]
@@ -139,18 +135,6 @@ def linear_shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, .
         for name, tensor in tensors.items()
         if name.endswith("_proj.weight")
     }
-
-
-def cli(*args: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run the command line as a user does, in a process of its own."""
-    return subprocess.run(
-        [*COMMAND, *map(str, args)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        **options,
-    )
 
 
 def tree(folder: Path) -> dict[str, str]:

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from packaging.requirements import Requirement
 
 import lora_tools
 
-from . import iotools, models
+from . import forks, iotools, models
+from .traced import Traced
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -49,6 +51,18 @@ FENCE = re.compile(
 )
 
 
+# What the snippets import beside what is imported for every run.
+HEAVY = (
+    "transformers.models.llama.modeling_llama",
+    "transformers.generation",
+    "peft",
+    "torch.export",
+    "torch.onnx",
+    "torch._dynamo",
+    "torch._inductor",
+    "onnxscript",
+    "onnxruntime",
+)
 LABELS = r"module |total:|\d.*become|\d+ tensors|size:|sidecar:|the base,|note:"
 
 
@@ -89,15 +103,13 @@ def desk(pair: Path, tmp_path: Path) -> Path:
 
 def shell(text: str, folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
     """Run shell commands as a person would, with this environment's loratools."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
         ["bash", "-euo", "pipefail", "-c", text],
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=200,
         check=False,
-        env={**os.environ, "PATH": path, **env},
+        env={**os.environ, "PATH": forks.path(), **env},
     )
 
 
@@ -107,6 +119,7 @@ def shell(text: str, folder: Path, **env: str) -> subprocess.CompletedProcess[st
 @pytest.mark.parametrize("page", [p for p in PAGES if "```bash" in read(p)])
 def test_snippets_run(page: str, desk: Path, pair: Path) -> None:
     """In order, in one folder, as a reader would type them."""
+    forks.preload(*HEAVY)
     if page in ("docs/merge.md", "docs/formats.md", "docs/combine.md", "docs/export.md"):
         for name in ("adapter", "other", "attention"):
             shutil.copytree(pair / name, desk / name)
@@ -120,9 +133,7 @@ def test_snippets_run(page: str, desk: Path, pair: Path) -> None:
             assert mark == "run", f"neither run nor ci: {text}"
             done = shell(text, desk)
         elif kind == "python":
-            done = subprocess.run(
-                [sys.executable, "-c", text], cwd=desk, capture_output=True, text=True, check=False
-            )
+            done = forks.run(code=text, cwd=desk)
         else:
             continue
         assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
@@ -277,7 +288,9 @@ VERBS = (
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.export
-def test_every_total_and_action_is_documented(pair: Path, tmp_path: Path) -> None:
+def test_every_total_and_action_is_documented(
+    pair: Path, traced: Callable[[str], Traced], tmp_path: Path
+) -> None:
     base, tuned, out = pair / "base", pair / "tuned", tmp_path
     options: list[dict[str, Any]] = [
         {},
@@ -305,7 +318,7 @@ def test_every_total_and_action_is_documented(pair: Path, tmp_path: Path) -> Non
         lora_tools.dequantize(out / "q", out / "d"),
         lora_tools.merge(out / "q", [pair / "adapter"], out / "mq"),
         lora_tools.merge(out / "q", [pair / "adapter"], out / "rq", requantize=True),
-        lora_tools.export(base, out / "e"),
+        lora_tools.export(base, out / "e", graph=traced("llama").graph),
         lora_tools.export(base, out / "f", adapters=[pair / "other"], graph=out / "e"),
         lora_tools.export(
             base, out / "i", adapters=[pair / "other"], runtime_adapters=True, graph=out / "e"

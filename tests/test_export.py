@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +29,22 @@ from lora_tools.errors import (
 from lora_tools.formats import output
 
 from . import export_models, iotools, models
+from .traced import Traced
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_models.make("Llama", tmp_path_factory.mktemp("base") / "base")
+def base(traced: Callable[[str], Traced]) -> Path:
+    return traced("Llama").base
 
 
 @pytest.fixture(scope="module")
-def exported(base: Path) -> tuple[Path, lora_tools.Report]:
-    out = base.parent / "exported"
-    return out, lora_tools.export(base, out)
+def exported(traced: Callable[[str], Traced]) -> tuple[Path, dict[str, Any]]:
+    """A folder with a graph, and the report of making it."""
+    made = traced("Llama")
+    return made.graph, made.report
 
 
 def runtime(folder: Path) -> Any:
@@ -104,8 +107,8 @@ def test_the_graph_points_into_the_checkpoint(base: Path, exported: Any) -> None
             assert data[start : start + size] == stored[initializer.name].numpy().tobytes()
             seen.add(initializer.name)
     assert seen == set(stored)  # the tied head among them: stored once, named once
-    assert report.totals["verified"]
-    assert report.totals["tokens_same"] == report.totals["tokens_generated"] == 16
+    assert report["totals"]["verified"]
+    assert report["totals"]["tokens_same"] == report["totals"]["tokens_generated"] == 16
 
 
 def test_nothing_of_this_machine_is_in_the_graph(exported: Any) -> None:
@@ -278,9 +281,11 @@ def test_an_adapter_that_unties_the_head(base: Path, exported: Any, tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("no_cache", [False, True], ids=["cache", "no cache"])
-def test_a_sliding_window_past_its_length(no_cache: bool, tmp_path: Path) -> None:
+def test_a_sliding_window_past_its_length(
+    no_cache: bool, traced: Callable[[str], Traced], tmp_path: Path
+) -> None:
     """The window is 8: the prompt is twice as long, the steps go further."""
-    base = export_models.make("Mistral, sliding window", tmp_path / "base")
+    base, graph = traced("Mistral, sliding window").base, traced("Mistral, sliding window").graph
     ids = np.arange(2 * 21).reshape(2, 21) * 7 % 96
     model = models.load(base)
     with torch.no_grad():
@@ -288,13 +293,13 @@ def test_a_sliding_window_past_its_length(no_cache: bool, tmp_path: Path) -> Non
         model.config.sliding_window = None
         endless = model(input_ids=torch.from_numpy(ids)).logits.numpy()
     assert np.abs(endless - wanted).max() > 1e-3  # so that the window shows
-    lora_tools.export(base, tmp_path / "out", no_cache=no_cache, no_verify=True)
     if no_cache:
+        lora_tools.export(base, tmp_path / "out", no_cache=True, no_verify=True)
         given = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
         given["position_ids"] = np.arange(21)[None].repeat(2, 0)
         [found] = runtime(tmp_path / "out").run(None, given)
     else:
-        found = decode(tmp_path / "out", ids)
+        found = decode(graph, ids)
     assert np.abs(found - wanted).max() < 1e-5
 
 
@@ -422,7 +427,8 @@ def test_a_dry_run_imports_nothing_heavy(base: Path, tmp_path: Path) -> None:
 
 def test_the_same_graph_from_the_command_line(base: Path, exported: Any, tmp_path: Path) -> None:
     """In another process, traced anew: the same bytes."""
-    done = iotools.cli("export", base, "-o", tmp_path / "out", "--json", "--no-verify")
+    line = [sys.executable, "-m", "lora_tools", "export", base, "-o", tmp_path / "out"]
+    done = subprocess.run([*line, "--json", "--no-verify"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["verb"] == "export"

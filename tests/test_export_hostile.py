@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
+import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,7 @@ import lora_tools
 from lora_tools.cli import run
 from lora_tools.errors import CheckpointError
 
-from . import export_models, iotools, models, test_kill
+from . import export_models, forks, iotools, killing, models
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -38,55 +35,66 @@ def test_killed_in_place_before_every_step(weights: str, tmp_path: Path) -> None
     tensors = iotools.weights()
     here = iotools.checkpoint(tmp_path / "here", tensors, shards=2)
     graph = iotools.graph(tmp_path / "graph", here, tensors)
-    before = iotools.tree(here)
+    before = iotools.tree(shutil.copytree(here, tmp_path / "sound"))
     options = [str(graph) if word == "graph" else word for word in iotools.EXPORT]
     command = ["export", str(here), "-o", str(here), "-q", "--weights", weights, *options]
-    server = [sys.executable, "-c", test_kill._SERVER, str(here), *command]
+    kinds = killing.steps(command, here, tmp_path / "log")
+    assert len(kinds) > 5
     seen = set()
-    with subprocess.Popen(
-        server, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        for step in itertools.count(1):
-            print(step, file=process.stdin)
-            status = int(process.stdout.readline())
-            seen.add((here / "model.onnx").exists())
-            after = iotools.tree(here)
-            assert {name: after[name] for name in before} == before, step
-            done = "model.onnx" in after
-            if done:
-                assert graph_of(here) == sorted(tensors), step
-            if status == 0:
-                break
-            assert status == signal.SIGKILL, step
-            print(0, file=process.stdin)
-            assert int(process.stdout.readline()) == (256 if done else 0), step
+    for i, step in enumerate(killing.telling(kinds)):
+        shutil.rmtree(here)
+        shutil.copytree(tmp_path / "sound", here)
+        status = killing.stopped(command, here, step).returncode
+        seen.add((here / "model.onnx").exists())
+        after = iotools.tree(here)
+        assert {name: after[name] for name in before} == before, step
+        done = "model.onnx" in after
+        if done:
+            assert graph_of(here) == sorted(tensors), step
+        assert status == -signal.SIGKILL, step
+        if done or i % 3 == 0:
+            assert forks.run(*command).returncode == int(done), step
             assert graph_of(here) == sorted(tensors), step
             assert not [p.name for p in here.iterdir() if p.name.startswith(".")], step
-            for name in set(iotools.tree(here)) - set(before):
-                (here / name).unlink()
-    assert step > 5
     assert seen == {False, True}
 
 
+# Sends itself a signal that many calls of functions after torch.export begins, or has ended.
+_WHILE_IT_TRACES = """
+import os, sys
+import torch
+number, after, left = int(sys.argv.pop(1)), sys.argv.pop(1), 20_000
+def count(frame, event, value):
+    global left
+    left -= event == "call"
+    if left == 0:
+        sys.setprofile(None)
+        os.kill(os.getpid(), number)
+def export(*args, **options):
+    if after == "begin":
+        sys.setprofile(count)
+    program = real(*args, **options)
+    sys.setprofile(count)
+    return program
+real, torch.export.export = torch.export.export, export
+from lora_tools.cli import entry
+entry()
+"""
+
+
 @pytest.mark.slow
-def test_interrupted_while_it_traces(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "after"), [(signal.SIGINT, "begin"), (signal.SIGTERM, "end")])
+def test_interrupted_while_it_traces(number: signal.Signals, after: str, tmp_path: Path) -> None:
     base = export_models.make("Qwen2", tmp_path / "base")
     before = iotools.tree(tmp_path)
-    line = [*iotools.COMMAND, "export", str(base), "-o", str(tmp_path / "out"), "-q"]
-    for number, wait in ((signal.SIGINT, 1.5), (signal.SIGTERM, 4.0)):
-        with subprocess.Popen(line, stderr=subprocess.PIPE, text=True) as process:
-            deadline = time.monotonic() + 60
-            while time.monotonic() < deadline and iotools.tree(tmp_path) == before:
-                time.sleep(0.01)
-            time.sleep(wait)
-            process.send_signal(number)
-            said = process.communicate()[1].strip()
-        assert process.returncode == 128 + number, said
-        assert "Traceback" not in said
-        assert said.count("\n") == 0, said
-        assert iotools.tree(tmp_path) == before
+    args = [int(number), after, "export", base, "-o", tmp_path / "out", "-q"]
+    imports = ["transformers.models.qwen2.modeling_qwen2"]
+    done = forks.run(*args, code=_WHILE_IT_TRACES, imports=imports)
+    said = done.stderr.strip()
+    assert done.returncode == 128 + number, said
+    assert "Traceback" not in said
+    assert said.count("\n") == 0, said
+    assert iotools.tree(tmp_path) == before
 
 
 def _no_onnx(x: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ import math
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from lora_tools.formats import output
 from lora_tools.onnx.schemes import AFFINE, SCHEMES
 
 from . import iotools, models
+from .traced import Traced
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -40,13 +42,15 @@ LAYERS = {"llama": 14, "llama-tied": 14, "bert": 12, "gpt2": 8}
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def plain(
+    tmp_path_factory: pytest.TempPathFactory, traced: Callable[[str], Traced]
+) -> dict[str, Path]:
     """Folders of models with plain graphs in them, which the tests use again."""
     root = tmp_path_factory.mktemp("plain")
     for kind in KINDS:
-        base = models.save(models.make(kind), root / kind)
+        base = shutil.copytree(traced(kind).base, root / kind)
         iotools.tokenizer(base, models.VOCAB)
-        lora_tools.export(base, base, no_verify=True)
+        lora_tools.export(base, base, graph=traced(kind).graph, no_verify=True)
     return {kind: root / kind for kind in KINDS}
 
 
@@ -490,11 +494,11 @@ def test_convolutions_are_no_linear_layers(tmp_path: Path) -> None:
         ("ConvNeXt", "nf4"),
     ],
 )
-def test_architectures(name: str, scheme: str, tmp_path: Path) -> None:
-    from . import export_models
-
-    base = export_models.make(name, tmp_path / "base")
-    report = lora_tools.export(base, tmp_path / "out", **{scheme: True})
+def test_architectures(
+    name: str, scheme: str, traced: Callable[[str], Traced], tmp_path: Path
+) -> None:
+    made = traced(name)
+    report = lora_tools.export(made.base, tmp_path / "out", graph=made.graph, **{scheme: True})
     assert report.totals["verified"]
     assert report.totals["tensors_quantized"] >= 4
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-import lora_tools
 from lora_tools.onnx.tasks import TASKS
 
-from .export_models import ARCHITECTURES, make
+from .export_models import ARCHITECTURES
 from .linear_layers import check_linears
+from .traced import Traced
 
 PAGE = Path(__file__).parents[1] / "docs" / "export.md"
 ROW = "| {:<24} | {:<20} | {:<16} | {:<20} |"
@@ -31,19 +32,16 @@ def rows() -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in cells}
 
 
-def _task(report: lora_tools.Report) -> str:
-    return next(fate.reason for fate in report.plan if fate.action == "graph")
-
-
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_architecture(name: str, tmp_path: Path) -> None:
-    report = lora_tools.export(make(name, tmp_path / "base"), tmp_path / "out", atol=1e-5)
-    check_linears(tmp_path / "out", TASKS[_task(report)])
-    found = report.totals["max_relative_difference"]
-    task = _task(report)
+def test_architecture(name: str, traced: Callable[[str], Traced]) -> None:
+    made = traced(name)
+    task = next(fate["reason"] for fate in made.report["plan"] if fate["action"] == "graph")
+    check_linears(made.graph, TASKS[task])
+    totals = made.report["totals"]
+    found = totals["max_relative_difference"]
     tokens = "-"
-    if "tokens_generated" in report.totals:
-        tokens = f"{report.totals['tokens_same']} of {report.totals['tokens_generated']}"
+    if "tokens_generated" in totals:
+        tokens = f"{totals['tokens_same']} of {totals['tokens_generated']}"
     bound = f"1e{math.ceil(math.log10(max(found, 1e-6)))}"
     if os.environ.get("UPDATE_DOCS"):
         text = PAGE.read_text(encoding="utf-8")

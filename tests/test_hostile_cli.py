@@ -20,7 +20,7 @@ from lora_tools.cli import run
 from lora_tools.formats.safetensors_file import SafetensorsFile
 from lora_tools.formats.sidecar import NAME as SIDECAR
 
-from . import iotools
+from . import forks, iotools
 
 EMBED = "model.embed_tokens.weight"
 Q = "model.layers.0.q_proj.weight"
@@ -654,7 +654,7 @@ def test_the_same_from_a_shell(name, work):
     folder = COMMANDS[name][1]
     os.truncate(weights_of(folder), 60)
     before = iotools.tree(Path())
-    done = iotools.cli(*COMMANDS[name])
+    done = forks.run(*COMMANDS[name])
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.startswith(f"Error: {weights_of(folder)}: ")

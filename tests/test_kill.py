@@ -3,13 +3,11 @@ complete, the inputs are as they were, and the next run succeeds."""
 
 from __future__ import annotations
 
-import itertools
 import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +19,7 @@ from lora_tools.formats import output
 from lora_tools.sources.adapters import open_adapter
 from lora_tools.sources.checkpoints import open_checkpoint
 
-from . import iotools
+from . import forks, iotools, killing
 
 VERBS = {
     "extract": ["extract", "base", "tuned", "--rank", "4"],
@@ -86,88 +84,49 @@ def left_over(folder: Path, out: Path) -> list[str]:
 
 # ------------------------------------------------------------- a kill before every single step
 
-# Forks a child for each number read; the child is killed right before that many-th change of the
-# file system, so that every state a kill can leave behind is met. Starting torch once is enough.
-_SERVER = """
-import os, signal, sys
-import torch
-import lora_tools
-from lora_tools.cli import run
-for name in lora_tools.__all__:
-    getattr(lora_tools, name)
-import lora_tools.linalg.nf4, lora_tools.quantizing.requantize, lora_tools.onnx.graphs
-import lora_tools.sources.adapters, lora_tools.engine.threads, lora_tools.formats.sidecar
-import lora_tools.linalg.lora, lora_tools.linalg.merge, lora_tools.linalg.svd
-top, args = sys.argv[1], sys.argv[2:]
-CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.truncate"}
-left = 0
-
-def count(event, values):
-    global left
-    if event == "open":
-        path, _, flags = values
-        if not isinstance(path, str | os.PathLike) or not os.fspath(path).startswith(top):
-            return
-        if not flags & (os.O_CREAT | os.O_WRONLY | os.O_RDWR):
-            return
-    elif event not in CHANGES:
-        return
-    left -= 1
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-for line in sys.stdin:
-    pid = os.fork()
-    if pid == 0:
-        left = int(line)
-        sys.addaudithook(count)
-        os._exit(run(args))
-    print(os.waitpid(pid, 0)[1], flush=True)
-"""
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("force", [False, True], ids=["new", "force"])
 @pytest.mark.parametrize("verb", VERBS)
 def test_killed_before_every_step(verb, force, small, tmp_path):
+    """Every state that a kill can leave behind is met. The next run is made after each third; and
+    what ``--force`` adds begins at the end."""
     out, old = tmp_path / "here" / "out", tmp_path / "old"
     out.parent.mkdir()
     flags = ("--force",) if force else ()
     untouched = iotools.tree(small)
     assert run(command(verb, small, old)) == 0
     (old / "README.md").write_text("the old one")
-    server = [sys.executable, "-c", _SERVER, str(out.parent), *command(verb, small, out, *flags)]
+    if force:
+        shutil.copytree(old, out)
+    line = command(verb, small, out, *flags)
+    kinds = killing.steps(line, out.parent, tmp_path / "log")
+    shutil.rmtree(out)
+    told = killing.telling(kinds)
+    assert len(told) > 12
+    if force:
+        appears = next(i for i, kind in enumerate(kinds) if kind.startswith("os.rename"))
+        told = [step for i, step in enumerate(told) if i % 4 == 0 or step > appears]
     seen = set()
-    with subprocess.Popen(
-        server, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-
-        def child(step: int) -> int:
-            print(step, file=process.stdin)
-            return int(process.stdout.readline())
-
-        for step in itertools.count(1):
-            if force:
-                shutil.copytree(old, out)
-            status = child(step)
-            state = "absent" if not out.exists() else "old" if _is_old(out) else "new"
-            seen.add(state)
-            if state != "absent":
-                assert is_complete(out), step
-            elif force:  # between the two renames: the old one lies beside, whole
-                (aside,) = out.parent.glob(".out.loratools-*/old")
-                assert is_complete(aside), step
-            if status == 0:
-                break
-            assert status == signal.SIGKILL, step
-            assert child(0) == (256 if state == "new" and not force else 0), step
+    for i, step in enumerate(told):
+        if force:
+            shutil.copytree(old, out)
+        done = killing.stopped(line, out.parent, step)
+        assert done.returncode == -signal.SIGKILL, step
+        state = "absent" if not out.exists() else "old" if _is_old(out) else "new"
+        seen.add(state)
+        if state != "absent":
+            assert is_complete(out), step
+        elif force:  # between the two renames: the old one lies beside, whole
+            (aside,) = out.parent.glob(".out.loratools-*/old")
+            assert is_complete(aside), step
+        if i % 3 == 0 or state == "new" or (force and state == "absent"):
+            assert forks.run(*line).returncode == (1 if state == "new" and not force else 0), step
             assert is_complete(out)
             assert not _is_old(out)
             assert left_over(out.parent, out) == [], step
-            shutil.rmtree(out)
-    assert step > 8
+        shutil.rmtree(out.parent)
+        out.parent.mkdir()
     assert seen == ({"old", "absent", "new"} if force else {"absent", "new"})
     assert iotools.tree(small) == untouched
 
@@ -176,99 +135,93 @@ def _is_old(out: Path) -> bool:
     return (out / "README.md").exists()
 
 
-# ----------------------------------------------------------------------- kills at any old moment
+# ------------------------------------------------------------------ kills while there is much to do
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
-def test_killed_at_random_moments(verb, medium, tmp_path):
+def test_killed_in_the_middle(verb, medium, tmp_path):
+    """At steps by chance, most of them amid the bytes of a tensor, while other threads write."""
     out, first = tmp_path / "here" / "out", tmp_path / "first"
     out.parent.mkdir()
+    first.mkdir()
     untouched = iotools.tree(medium)
-    started = time.monotonic()
-    assert iotools.cli(*command(verb, medium, first)).returncode == 0
-    lasts = time.monotonic() - started
-    whole = iotools.tree(first)
-    dice = random.Random(verb)
-    killed = 0
-    for i in range(12):
-        if killed == 5:
-            break
+    count = len(killing.steps(command(verb, medium, first / "out"), first, tmp_path / "log"))
+    whole = iotools.tree(first / "out")
+    for i, step in enumerate(random.Random(verb).sample(range(1, count + 1), 5)):
         force = i % 2 == 1
         shutil.rmtree(out, ignore_errors=True)
         if force:
-            shutil.copytree(first, out)
-        line = [*iotools.COMMAND, *command(verb, medium, out, *(["--force"] if force else []))]
-        with subprocess.Popen(line, stderr=subprocess.DEVNULL) as process:
-            # Most of a run is the start of Python; the moments that matter come after.
-            time.sleep(lasts * dice.uniform(0.35, 1.0))
-            process.kill()
-            was_killed = process.wait() == -signal.SIGKILL
-        killed += was_killed
-        if not was_killed:  # the machine has become faster than it was
-            lasts *= 0.8
+            shutil.copytree(first / "out", out)
+        line = command(verb, medium, out, *(["--force"] if force else []))
+        done = killing.stopped(line, out.parent, step)
+        # Replacing clears away what was replaced, which is steps more, never fewer.
+        assert done.returncode == -signal.SIGKILL, step
         if out.exists():
             assert iotools.tree(out) == whole
         else:
             assert not force or list(out.parent.glob(".out.loratools-*/old"))
-    assert killed >= 5
-    assert iotools.cli(*command(verb, medium, out, "--force")).returncode == 0
+    assert forks.run(*command(verb, medium, out, "--force")).returncode == 0
     assert iotools.tree(out) == whole
     assert left_over(out.parent, out) == []
     assert iotools.tree(medium) == untouched
 
 
-# Says when the handlers stand, so that no test depends on how long Python takes to start.
-_READY = """
-import signal
-real = signal.signal
-def announce(*args):
-    result = real(*args)
-    print("ready", flush=True)
-    return result
-signal.signal = announce
+# Sends itself a signal while torch is being imported.
+_AT_THE_START = """
+import os, sys
+number = int(sys.argv.pop(1))
+def hook(event, values):
+    if event == "import" and values[0] == "torch.nn.modules":
+        os.kill(os.getpid(), number)
+sys.addaudithook(hook)
 from lora_tools.cli import entry
 entry()
 """
+SIGNALS = [signal.SIGTERM, signal.SIGINT]
+
+
+def ends_in_a_line(done: subprocess.CompletedProcess[str], number: signal.Signals) -> None:
+    said = done.stderr.strip()
+    assert done.returncode == 128 + number, said
+    assert said.count("\n") == 0, said
+    assert said
+    assert "Traceback" not in said
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("verb", ["extract", "export"])
+def test_a_signal_at_the_start_leaves_no_trace(verb, number, small, tmp_path):
+    untouched = iotools.tree(small)
+    line = [sys.executable, "-c", _AT_THE_START, str(int(number))]
+    line += command(verb, small, tmp_path / "out")
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    ends_in_a_line(done, number)
+    assert list(tmp_path.iterdir()) == []
+    assert iotools.tree(small) == untouched
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_signal_leaves_no_trace(verb, number, medium, tmp_path):
-    out = tmp_path / "out"
+    """Once staged, in the middle, and right before the output would appear."""
+    here, first = tmp_path / "here", tmp_path / "first"
     untouched = iotools.tree(medium)
-    dice = random.Random(f"{verb} {number}")
-    for moment in ("at the start", "once staged", "a little later"):
-        line = [sys.executable, "-c", _READY, *command(verb, medium, out)]
-        with subprocess.Popen(
-            line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        ) as process:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
-            time.sleep(0.05)
-            deadline = time.monotonic() + 60
-            while moment != "at the start" and time.monotonic() < deadline:
-                if out.exists() or left_over(tmp_path, out):
-                    break
-                time.sleep(0.002)
-            if moment == "a little later":
-                time.sleep(dice.uniform(0.01, 0.1))
-            process.send_signal(number)
-            said = process.communicate()[1].strip()
-        if process.returncode == 0:  # it was done by then
-            assert is_complete(out)
-            shutil.rmtree(out)
-        else:
-            assert process.returncode == 128 + number, said
-            assert said.count("\n") == 0, said
-            assert said
-            assert "Traceback" not in said
-            assert moment != "at the start" or not out.exists()
-            if out.exists():
-                assert is_complete(out)
-                shutil.rmtree(out)
-        assert list(tmp_path.iterdir()) == []
+    for folder in (here, first):
+        folder.mkdir()
+    kinds = killing.steps(command(verb, medium, first / "out"), first, tmp_path / "log")
+    appears = kinds.index("os.rename /.out.#/out") + 1
+    middle = random.Random(f"{verb} {number}").randrange(3, appears)
+    line = command(verb, medium, here / "out")
+    for step in (2, middle, appears):
+        ends_in_a_line(killing.stopped(line, here, step, number), number)
+        assert list(here.iterdir()) == [], step
+    done = killing.stopped(line, here, appears + 1, number)  # the output stands by then
+    assert done.returncode in (0, 128 + number)
+    assert is_complete(here / "out")
+    assert left_over(here, here / "out") == []
     assert iotools.tree(medium) == untouched
 
 

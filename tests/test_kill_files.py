@@ -3,11 +3,9 @@ pictures): whole or as they were after a kill, on a full disk and on one that is
 
 from __future__ import annotations
 
-import itertools
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,8 +13,8 @@ import pytest
 import lora_tools
 from lora_tools.formats import output
 
-from . import iotools, models
-from .test_kill import _SERVER, disk, fails  # noqa: F401 (fixtures)
+from . import iotools, killing, models
+from .test_kill import disk, fails  # noqa: F401 (fixtures)
 
 FILES = {
     "cache": [
@@ -48,11 +46,12 @@ FILES = {
     "picture of a change": ["diff", "base", "tuned", "--plot", "FILE"],
     "picture of an adapter": ["inspect", "adapter", "--plot", "FILE"],
 }
-IMPORTS = """
-import matplotlib.figure, matplotlib.backends.backend_svg, matplotlib.font_manager
-import transformers, transformers.models.llama.modeling_llama, torch._dynamo
-import lora_tools.calibration, lora_tools.plots, lora_tools.formats.spectra
+# Drawing takes a second or two, and is all done before the first step.
+PRELUDE = """
+import lora_tools.plots
+lora_tools.plots.draw = lambda picture, suffix: b"a picture " * 10_000
 """
+OPTIONS = {"imports": ["transformers.models.llama.modeling_llama"], "prelude": PRELUDE}
 
 
 @pytest.fixture(scope="module")
@@ -115,43 +114,28 @@ def test_killed_before_every_step(what, there, sides, tmp_path):
         an_old_one(what, sides, file)
         old = file.read_bytes()
     line = command(what, sides, here, out)
-    server = _SERVER.replace(
-        "import lora_tools.sources.adapters", IMPORTS + "import lora_tools.sources.adapters"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", server, str(here), *line],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        bufsize=1,
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
 
-        def child(step: int) -> int:
-            print(step, file=process.stdin)
-            return int(process.stdout.readline())
+    def child(step: int) -> int:
+        return killing.stopped(line, here, step, **OPTIONS).returncode
 
-        assert child(0) == 0
-        new = file.read_bytes()
-        assert new != old
-        seen = set()
-        for step in itertools.count(1):
-            file.unlink(missing_ok=True)
-            if old is not None:
-                file.write_bytes(old)
-            status = child(step)
-            now = file.read_bytes() if file.exists() else None
-            assert now in (old, new), step
-            seen.add(now)
-            if status == 0:
-                break
-            assert status == signal.SIGKILL, step
-            if step % 3 == 0:
-                assert child(0) == 0, step
-                assert file.read_bytes() == new
-                assert [path.name for path in here.iterdir()] == [file.name], step
-    assert step > 3
+    kinds = killing.steps(line, here, tmp_path / "log", **OPTIONS)
+    assert len(kinds) > 3
+    new = file.read_bytes()
+    assert new != old
+    seen = set()
+    for i, step in enumerate([*killing.telling(kinds), 0]):
+        file.unlink(missing_ok=True)
+        if old is not None:
+            file.write_bytes(old)
+        status = child(step)
+        now = file.read_bytes() if file.exists() else None
+        assert now in (old, new), step
+        seen.add(now)
+        assert status == (-signal.SIGKILL if step else 0), step
+        if step and i % 4 == 3:
+            assert child(0) == 0, step
+            assert file.read_bytes() == new
+            assert [path.name for path in here.iterdir()] == [file.name], step
     assert seen == {old, new}
     assert iotools.tree(sides) == untouched
 

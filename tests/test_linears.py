@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,8 @@ import pytest
 import lora_tools
 from lora_tools.onnx.tasks import TASKS
 
-from . import export_models
 from .linear_layers import check_linears
+from .traced import Traced
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 pytest.importorskip("onnxruntime")
@@ -21,9 +22,11 @@ pytest.importorskip("onnxruntime")
     [("GPT-2", "causal-lm", {"dtype": "bfloat16"}), ("Llama", "causal-lm", {"dtype": "float16"})],
     ids=lambda v: v if isinstance(v, str) else "",
 )
-def test_linear_layers(name: str, task: str, options: dict[str, str], tmp_path: Path) -> None:
-    base = export_models.make(name, tmp_path / "base")
-    lora_tools.export(base, tmp_path / "out", no_verify=True, **options)  # type: ignore[arg-type]
+def test_linear_layers(
+    name: str, task: str, options: dict[str, str], traced: Callable[[str], Traced], tmp_path: Path
+) -> None:
+    made, how = traced(name), {"no_verify": True, **options}
+    lora_tools.export(made.base, tmp_path / "out", graph=made.graph, **how)  # type: ignore[arg-type]
     found = check_linears(tmp_path / "out", TASKS[task])
     assert all((each.cast is not None) == bool(options) for each in found)
     tied = [each.weight for each in found if each.tied]

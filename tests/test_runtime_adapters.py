@@ -28,7 +28,8 @@ from lora_tools.errors import (
     UsageError,
 )
 
-from . import export_models, iotools, models
+from . import forks, iotools, models
+from .traced import Traced
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -72,16 +73,14 @@ IDS = np.arange(2 * 9).reshape(2, 9) * 7 % 96
 class Made:
     """A base, its adapters by PEFT, its plain graph, and one with inputs for the adapters."""
 
-    def __init__(self, top: Path) -> None:
+    def __init__(self, top: Path, traced: Traced) -> None:
         self.top = top
-        self.base = export_models.make("Llama", top / "base")
+        self.base, self.plain, self.out = traced.base, traced.graph, top / "out"
         self.peft: dict[str, Any] = {}
         for seed, (name, config) in enumerate(CONFIGS.items()):
             self.peft[name] = models.train(
                 self.base, top / name, config, seed=seed, save_embedding_layers=False
             )
-        self.plain, self.out = top / "plain", top / "out"
-        lora_tools.export(self.base, self.plain, no_verify=True)
         self.report = lora_tools.export(
             self.base,
             self.out,
@@ -92,8 +91,8 @@ class Made:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    return Made(tmp_path_factory.mktemp("runtime"))
+def made(tmp_path_factory: pytest.TempPathFactory, traced: Callable[[str], Traced]) -> Made:
+    return Made(tmp_path_factory.mktemp("runtime"), traced("Llama"))
 
 
 class Session:
@@ -319,7 +318,7 @@ def test_weights_other_formats_and_stored_dtypes(made: Made, tmp_path: Path) -> 
                 "modules_to_save": ["LayerNorm", "classifier"],
             },
         ),
-        ("GPT-2", {"target_modules": ["c_attn", "c_proj", "wte"]}),
+        ("gpt2", {"target_modules": ["c_attn", "c_proj", "wte"]}),
         pytest.param(
             "T5",
             {"target_modules": ["q", "v", "wo", "shared"], "modules_to_save": ["layer_norm"]},
@@ -327,16 +326,19 @@ def test_weights_other_formats_and_stored_dtypes(made: Made, tmp_path: Path) -> 
         ),
     ],
 )
-def test_architectures(name: str, config: dict[str, Any], tmp_path: Path) -> None:
-    """The export compares with transformers; GPT-2 without its cache. T5 has three graphs."""
-    base = export_models.make(name, tmp_path / "base")
+def test_architectures(
+    name: str, config: dict[str, Any], traced: Callable[[str], Traced], tmp_path: Path
+) -> None:
+    """The export compares with transformers; GPT-2 is traced with branches, and without its cache.
+    T5 has three graphs."""
+    if name == "gpt2":
+        base = models.save(models.make(name), tmp_path / "base")
+        how: dict[str, Any] = {"no_cache": True}
+    else:
+        base, how = traced(name).base, {"graph": traced(name).graph}
     models.train(base, tmp_path / "a", {"r": 3, **config}, save_embedding_layers=False)
     report = lora_tools.export(
-        base,
-        tmp_path / "out",
-        adapters=[tmp_path / "a"],
-        runtime_adapters=True,
-        no_cache=name == "GPT-2",
+        base, tmp_path / "out", adapters=[tmp_path / "a"], runtime_adapters=True, **how
     )
     assert report.totals["base_exact"]
     figures = report.totals["runtime_adapters"]["a.onnx_adapter"]
@@ -558,7 +560,7 @@ def test_a_base_that_is_not_exact_is_found(made: Made, tmp_path: Path, monkeypat
 
 
 def test_a_dry_run_from_the_command_line(made: Made, tmp_path: Path) -> None:
-    done = iotools.cli(
+    done = forks.run(
         "export",
         made.base,
         "--adapter",

@@ -18,6 +18,7 @@ from lora_tools.cli import run
 from lora_tools.errors import CheckpointError, MismatchError, QualityGateError, UsageError
 
 from . import export_models, iotools, models
+from .traced import Traced
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 pytest.importorskip("onnxruntime")
@@ -26,13 +27,13 @@ Q, K = (f"model.layers.1.self_attn.{x}_proj.weight" for x in "qk")
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def work(tmp_path_factory: pytest.TempPathFactory, traced: Callable[[str], Traced]) -> Path:
     """A tied base, an adapter, and exports: shared, bundled, and with the adapter."""
     top = tmp_path_factory.mktemp("onnx")
-    base = export_models.make("Llama", top / "base")
+    base = shutil.copytree(traced("Llama").base, top / "base")
+    shutil.copytree(traced("Llama").graph, top / "shared")
     config = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"]}
     models.train(base, top / "adapter", config)
-    lora_tools.export(base, top / "shared", no_verify=True)
     again: dict[str, Any] = {"graph": top / "shared", "no_verify": True}
     lora_tools.export(base, top / "bundled", weights="bundled", **again)
     lora_tools.export(base, top / "merged", adapters=[top / "adapter"], **again)
