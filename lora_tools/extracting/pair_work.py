@@ -31,7 +31,7 @@ from lora_tools.extracting.shared_ranks import (
 )
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.options import Size
-from lora_tools.records import ModuleResult, ProgressCallback
+from lora_tools.records import Action, ModuleResult, ProgressCallback
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +48,7 @@ class Outcome:
     of what is not decomposed (``change.measured``); a module's ``result`` has its own."""
 
     pair: Pair
-    action: str
+    action: Action
     base_hash: str = ""
     tuned_hash: str = ""
     result: ModuleResult | None = None
@@ -92,10 +92,10 @@ class PairWork:
         waiting: list[Outcome] = []
         saved: list[Pair] = []
         for outcome in self._keep(self._run(pairs, self._outcome)):
-            if outcome.action == "decomposed":
+            if outcome.action == Action.DECOMPOSED:
                 waiting.append(outcome)
                 continue
-            if outcome.action == "saved whole":
+            if outcome.action == Action.SAVED_WHOLE:
                 saved.append(outcome.pair)
             yield outcome
         yield from self._second(waiting, saved, size)
@@ -126,7 +126,7 @@ class PairWork:
         assert pair.tuned is not None
         tuned_hash = hash_of(tuned, pair.tuned.name)
         base_hash = hash_of(base, pair.base.name) if pair.base is not None else ""
-        outcome = Outcome(pair, "unchanged", base_hash, tuned_hash)
+        outcome = Outcome(pair, Action.UNCHANGED, base_hash, tuned_hash)
         if pair.base is None:
             self._leave_whole(outcome)
             return outcome
@@ -159,8 +159,8 @@ class PairWork:
                 f"{pair.name}: changed, and it has no low-rank form; --rest save keeps it whole, "
                 "--rest skip leaves it out"
             )
-        outcome.action = "skipped" if pair.action == "skip" else "saved whole"
-        if outcome.action == "saved whole" and math.isinf(outcome.change):
+        outcome.action = Action.SKIPPED if pair.action == "skip" else Action.SAVED_WHOLE
+        if outcome.action == Action.SAVED_WHOLE and math.isinf(outcome.change):
             raise NonFiniteError(
                 f"{pair.name}: is to be saved whole, and one side holds an inf or a NaN; "
                 "--exclude leaves it out"
@@ -191,7 +191,7 @@ class PairWork:
             known = [(one, _rank(one, options)) for one in found]
         if options.rule.shared:
             let_go(pair, self._sides)
-            outcome.action = "decomposed"
+            outcome.action = Action.DECOMPOSED
         else:
             self._take(outcome, self._fit(pair, *zip(*known, strict=True)))
 
@@ -214,7 +214,7 @@ class PairWork:
         outcome.result, outcome.lora, outcome.r = fitted.result, fitted.lora, fitted.r
         if fitted.lora is not None:
             outcome.parameters = fitted.lora[0].numel() + fitted.lora[1].numel()
-        outcome.action = "decomposed" if fitted.lora is not None else "skipped"
+        outcome.action = Action.DECOMPOSED if fitted.lora is not None else Action.SKIPPED
         outcome.reason = "" if fitted.lora is not None else self._options.left_out
 
     def _second(

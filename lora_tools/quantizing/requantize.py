@@ -16,7 +16,7 @@ from lora_tools.merging.rewrite import Rewrite
 from lora_tools.merging.tensor import copy_tensor, merge_tensor, survival_totals
 from lora_tools.quantizing.pack import config_with, pack
 from lora_tools.quantizing.plan import Item, QuantizePlan
-from lora_tools.records import Fate, Report, TensorResult, TensorSpec
+from lora_tools.records import Action, Fate, Report, TensorResult, TensorSpec
 from lora_tools.sources.dequantized import PlainView
 
 if TYPE_CHECKING:
@@ -79,8 +79,8 @@ def requantized(job: Rewrite, view: PlainView, plan: QuantizePlan) -> Report:
 
 
 def _fate(fate: Fate, view: PlainView) -> Fate:
-    if fate.action == "merge" and fate.tensor in view.quantized:
-        return dataclasses.replace(fate, action="requantize")
+    if fate.action == Action.MERGE and fate.tensor in view.quantized:
+        return dataclasses.replace(fate, action=Action.REQUANTIZE)
     return fate
 
 

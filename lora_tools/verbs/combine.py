@@ -17,7 +17,7 @@ from lora_tools.formats.output import check_destination, check_space, staged
 from lora_tools.linalg.ranks import RankRule
 from lora_tools.options import rank_rule
 from lora_tools.provenance import command_of, tool_version
-from lora_tools.records import Fate, Input, ProgressCallback, Report
+from lora_tools.records import Action, Fate, Input, ProgressCallback, Report
 from lora_tools.sources.weighted import Weighted, open_weighted
 
 if TYPE_CHECKING:
@@ -92,7 +92,9 @@ def combine(
     terms, copied = stackable(weighted)
     options = _with_default_rank(options, terms)
     fates = [_fate(name, mine) for name, mine in terms.items()]
-    fates += [Fate(name, "copy", f"saved whole by {w.path}") for name, (w, _) in copied.items()]
+    fates += [
+        Fate(name, Action.COPY, f"saved whole by {w.path}") for name, (w, _) in copied.items()
+    ]
     report = Report(
         "combine",
         tool_version(),
@@ -154,7 +156,9 @@ def _with_default_rank(options: Combination, terms: Mapping[str, list[Term]]) ->
 
 def _fate(name: str, terms: Sequence[Term]) -> Fate:
     ranks = " + ".join(str(t.module.r) for t in terms)
-    return Fate(name, "combine", f"ranks {ranks}" if len(terms) > 1 else f"rank {ranks}, alone")
+    return Fate(
+        name, Action.COMBINE, f"ranks {ranks}" if len(terms) > 1 else f"rank {ranks}, alone"
+    )
 
 
 def _notes(options: Combination, weighted: Sequence[Weighted]) -> list[str]:

@@ -15,7 +15,7 @@ from lora_tools.merging.plan import plan_merge
 from lora_tools.merging.rewrite import Rewrite, signed
 from lora_tools.provenance import command_of, tool_version
 from lora_tools.quantizing.dequantize import dequantize_checkpoint
-from lora_tools.records import Fate, Input, ProgressCallback, Report
+from lora_tools.records import Action, Fate, Input, ProgressCallback, Report
 from lora_tools.sources.checkpoints import open_checkpoint
 from lora_tools.sources.dequantized import plain_view
 
@@ -57,9 +57,9 @@ def dequantize(
     shards = signed(lay_out(view, specs, limit), command, [])
     nbytes = sum(shard.nbytes for shard in shards)
     fates = tuple(
-        Fate(name, "dequantize", view.quantized[name].state.quant_type, spec.nbytes)
+        Fate(name, Action.DEQUANTIZE, view.quantized[name].state.quant_type, spec.nbytes)
         if name in view.quantized
-        else Fate(name, "copy", "", spec.nbytes)
+        else Fate(name, Action.COPY, "", spec.nbytes)
         for name, spec in specs.items()
     )
     report = Report(

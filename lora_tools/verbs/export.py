@@ -25,7 +25,7 @@ from lora_tools.formats.output import (
 from lora_tools.onnx import genai
 from lora_tools.onnx.tasks import Task, task_of
 from lora_tools.provenance import command_of, tool_version
-from lora_tools.records import Fate, Input, ProgressCallback, Report
+from lora_tools.records import Action, Fate, Input, ProgressCallback, Report
 from lora_tools.sources.checkpoints import open_checkpoint
 from lora_tools.verbs.dequantize import dequantize
 from lora_tools.verbs.merge import merge
@@ -309,7 +309,7 @@ def _check_installed() -> None:
 
 def _copying(source: Checkpoint, given: str | Path, out: str | Path, in_place: bool) -> Report:
     """The plan where no weight changes."""
-    action = "keep" if in_place else "copy"
+    action = Action.KEEP if in_place else Action.COPY
     return Report(
         "export",
         tool_version(),
@@ -322,7 +322,7 @@ def _copying(source: Checkpoint, given: str | Path, out: str | Path, in_place: b
 
 
 def _as_export(plan: Report, task: Task, dry_run: bool) -> Report:
-    graphs = tuple(Fate(file, "graph", task.name) for file in task.files())
+    graphs = tuple(Fate(file, Action.GRAPH, task.name) for file in task.files())
     return dataclasses.replace(
         plan,
         verb="export",

@@ -20,7 +20,7 @@ from lora_tools.formats.dtypes import parse_float_dtype
 from lora_tools.formats.output import check_destination, check_space, staged
 from lora_tools.options import Size, consumer_named, most_factors, rank_rule, refuse_shared
 from lora_tools.provenance import command_of, tool_version
-from lora_tools.records import Fate, Input, ProgressCallback, Report
+from lora_tools.records import Action, Fate, Input, ProgressCallback, Report
 from lora_tools.sources.adapters import open_adapter
 from lora_tools.sources.base_names import base_names
 
@@ -183,14 +183,14 @@ def _written_as(
 
 
 def _fates(given: Adapter, options: Rescaling) -> tuple[Fate, ...]:
-    action = "resize" if options.rule is not None else "rescale"
+    action = Action.RESIZE if options.rule is not None else Action.RESCALE
     return (
         *(
             Fate(name, action, f"rank {m.r}, alpha {m.alpha:g}")
             for name, m in given.modules.items()
         ),
-        *(Fate(name, "copy", "saved whole") for name in given.whole),
-        *(Fate(name, "copy", "trained rows") for name in given.tokens),
+        *(Fate(name, Action.COPY, "saved whole") for name in given.whole),
+        *(Fate(name, Action.COPY, "trained rows") for name in given.tokens),
     )
 
 

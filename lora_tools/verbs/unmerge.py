@@ -22,7 +22,7 @@ from lora_tools.merging.undo import (
     unmerge_checkpoint,
 )
 from lora_tools.provenance import command_of, tool_version
-from lora_tools.records import Fate, Input, ProgressCallback, Report
+from lora_tools.records import Action, Fate, Input, ProgressCallback, Report
 from lora_tools.sources.checkpoints import open_checkpoint
 from lora_tools.sources.weighted import open_weighted
 
@@ -111,8 +111,8 @@ def unmerge(
 
 
 def _fates(plan: MergePlan, memory: Sidecar | None) -> tuple[Fate, ...]:
-    how = "restore" if memory is not None else "subtract"
+    how = Action.RESTORE if memory is not None else Action.SUBTRACT
     return tuple(
-        dataclasses.replace(fate, action=how) if fate.action == "merge" else fate
+        dataclasses.replace(fate, action=how) if fate.action == Action.MERGE else fate
         for fate in dataclasses.replace(plan, untied=()).fates()
     )
