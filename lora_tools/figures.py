@@ -83,8 +83,8 @@ def left_out_totals(changes: Sequence[tuple[str, float]], total: Total) -> dict[
     and ‖Δ‖² (NaN: not known), ``total`` that of all that changed."""
     known = [(change, name) for name, change in changes if not math.isnan(change)]
     share = Total.of((change, 0.0) for change, _ in known).share_of(total)
-    most = {"left_out_most": max(known)[1]} if known else {}
-    return {"left_out": len(changes), "left_out_energy": share, **most}
+    most = max(known)[1] if known else ""
+    return {"left_out": len(changes), "left_out_energy": share, "left_out_most": most}
 
 
 def above(

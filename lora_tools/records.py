@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import math
 from collections.abc import Callable
 from typing import Any
@@ -42,12 +43,71 @@ class TensorSpec:
         return f"{self.name} {self.dtype} {list(self.shape)}"
 
 
+class Action(str, enum.Enum):
+    """What becomes of a tensor or key, or what was found of it; in JSON the word itself."""
+
+    # extract, before anything is read, and after
+    DECOMPOSE_IF_CHANGED = "decompose if changed"
+    SAVE_WHOLE_IF_CHANGED = "save whole if changed"
+    REFUSE_IF_CHANGED = "refuse if changed"
+    SKIP = "skip"
+    DECOMPOSED = "decomposed"
+    SAVED_WHOLE = "saved whole"
+    SKIPPED = "skipped"
+    # extract, diff
+    CHANGED = "changed"
+    UNCHANGED = "unchanged"
+    ONLY_IN_BASE = "only in base"
+    ONLY_IN_TUNED = "only in tuned"
+    TIED = "tied"
+    # what writes checkpoints
+    MERGE = "merge"
+    COPY = "copy"
+    ADD = "add"
+    UNMATCHED = "unmatched"
+    RESTORE = "restore"
+    SUBTRACT = "subtract"
+    QUANTIZE = "quantize"
+    REQUANTIZE = "requantize"
+    DEQUANTIZE = "dequantize"
+    # what writes adapters
+    RESCALE = "rescale"
+    RESIZE = "resize"
+    COMBINE = "combine"
+    CONVERT = "convert"
+    DROP = "drop"
+    # export
+    KEEP = "keep"
+    GRAPH = "graph"
+    BRANCH = "branch"
+    REPLACE = "replace"
+    LEAVE_OUT = "leave out"
+    FORM = "form"
+    # verify
+    SAME = "same"
+    ROUNDED = "rounded"
+    COPIED = "copied"
+    DIFFERENT = "different"
+    MISSING = "missing"
+    EXTRA = "extra"
+    COMPARED = "compared"
+    LEFT_OUT = "left out"
+    BROKEN = "broken"
+    UNNAMED = "unnamed"
+    CONSTANT = "constant"
+    # collect-stats
+    MEASURE = "measure"
+    UNUSED = "unused"
+
+    __str__ = str.__str__
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Fate:
     """What happens to one tensor or adapter key, and why. A plan is a tuple of these."""
 
     tensor: str
-    action: str
+    action: Action
     reason: str = ""
     nbytes: int = 0
 
@@ -179,7 +239,10 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON types."""
-        return dataclasses.asdict(self)
+        result = dataclasses.asdict(self)
+        for fate in result["plan"]:
+            fate["action"] = str(fate["action"])
+        return result
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

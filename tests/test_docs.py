@@ -18,6 +18,7 @@ import yaml
 from packaging.requirements import Requirement
 
 import lora_tools
+from lora_tools.records import Action
 
 from . import forks, iotools, models
 from .traced import Traced
@@ -311,6 +312,9 @@ def test_every_total_and_action_is_documented(
         lora_tools.combine([pair / "adapter", pair / "other"], out / "c", rank=2),
         lora_tools.combine([pair / "other"], out / "p", method="ties", density=0.5),
         lora_tools.convert(pair / "adapter", out / "v", to="mlx", drop=["saved"], rank=2),
+        lora_tools.convert(
+            pair / "adapter", out / "x", to="diffusers", drop=["saved", "embedding"], rank=2
+        ),
         lora_tools.convert(pair / "adapter", out / "w", to="peft", dry_run=True),
         lora_tools.quantize(base, out / "q", dry_run=True),
         lora_tools.quantize(base, out / "q"),
@@ -353,7 +357,9 @@ def test_every_total_and_action_is_documented(
         assert named == by or "all" in verbs[key], key
     actions = {fate.action for report in reports for fate in report.plan}
     documented = set(re.findall(r"`([^`]+)`", section("Fate")))
-    assert actions <= documented, actions - documented
+    assert actions <= {*Action} <= documented, {*Action} - documented
+    assert {type(f["action"]) for r in reports for f in r.to_dict()["plan"]} == {str}
+    assert f"{Action.SAVED_WHOLE}" == str(Action.SAVED_WHOLE) == "saved whole"
     assert {m.method for r in reports for m in r.modules} <= set(
         re.findall(r"`(\w+)`", section("ModuleResult"))
     )

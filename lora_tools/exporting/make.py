@@ -19,7 +19,7 @@ from lora_tools.onnx import genai
 from lora_tools.onnx.tasks import Task
 from lora_tools.options import Check, Graphs, Running
 from lora_tools.provenance import tool_version
-from lora_tools.records import Fate, Input, Report
+from lora_tools.records import Action, Fate, Input, Report
 from lora_tools.sources.checkpoints import open_checkpoint
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Export:
         """The report of the plan, runtime adapters aside."""
         plan = self.weights.report if self.weights else self._copying()
         plan = self.quantization.planned(plan, self.source)
-        graphs = tuple(Fate(file, "graph", self.task.name) for file in self.task.files())
+        graphs = tuple(Fate(file, Action.GRAPH, self.task.name) for file in self.task.files())
         return dataclasses.replace(
             plan,
             verb="export",
@@ -81,7 +81,7 @@ class Export:
 
     def _copying(self) -> Report:
         """The plan where no weight changes."""
-        action = "keep" if self.in_place else "copy"
+        action = Action.KEEP if self.in_place else Action.COPY
         nbytes = 0 if self.in_place else sum(f.path.stat().st_size for f in self.source.files)
         fates = (Fate(s.name, action, "", s.nbytes) for s in self.source.stored.specs.values())
         inputs = (Input("base", self.given),)

@@ -14,7 +14,7 @@ from lora_tools.formats.quantized.bitsandbytes import reason_to_keep
 from lora_tools.onnx.schemes import AFFINE, NF4, SCHEMES
 from lora_tools.onnx.tasks import DECODER, Task
 from lora_tools.options.parse import read_text
-from lora_tools.records import Fate, Input, Report
+from lora_tools.records import Action, Fate, Input, Report
 from lora_tools.sources.schemes import BITSANDBYTES
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class Quantization:
         bits = 8 * nbytes / spec.numel
         said = f"{scheme.name} in blocks of {scheme.block}, {bits:.3f} bits a parameter"
         reason = "; ".join(filter(None, (said, fate.reason)))
-        return Fate(fate.tensor, "quantize", reason, nbytes)
+        return Fate(fate.tensor, Action.QUANTIZE, reason, nbytes)
 
     def measured(self, report: Report, built: Built, bundled: bool) -> Report:
         """The report, with what the graphs showed to be otherwise than planned."""
@@ -116,20 +116,22 @@ class Quantization:
         fates = [self._settled(fate, built, bundled) for fate in report.plan]
         known = {fate.tensor for fate in fates}
         fates += [
-            Fate(name, "quantize", f"{self.scheme}, formed of the checkpoint's tensors")
+            Fate(name, Action.QUANTIZE, f"{self.scheme}, formed of the checkpoint's tensors")
             for name in sorted(built.quantized - known)
         ]
         return dataclasses.replace(report, plan=tuple(fates), totals=totals)
 
     def _settled(self, fate: Fate, built: Built, bundled: bool) -> Fate:
-        if fate.action == "graph" or fate.tensor in built.quantized:
+        if fate.action == Action.GRAPH or fate.tensor in built.quantized:
             return fate
         if fate.tensor not in built.used and built.formed:
-            return Fate(fate.tensor, "form", "goes into a weight that transformers forms")
+            return Fate(fate.tensor, Action.FORM, "goes into a weight that transformers forms")
         if fate.tensor not in built.used and bundled:
-            return Fate(fate.tensor, "leave out", "no graph uses it")
-        if fate.action == "quantize":
-            return Fate(fate.tensor, "copy", "the graph uses it in no linear layer, or not only")
+            return Fate(fate.tensor, Action.LEAVE_OUT, "no graph uses it")
+        if fate.action == Action.QUANTIZE:
+            return Fate(
+                fate.tensor, Action.COPY, "the graph uses it in no linear layer, or not only"
+            )
         return fate
 
 

@@ -19,7 +19,7 @@ from lora_tools.merging.prepare import merge_for_now
 from lora_tools.onnx.tasks import Task
 from lora_tools.options import Running
 from lora_tools.provenance import check_bases
-from lora_tools.records import Fate, Input, Report
+from lora_tools.records import Action, Fate, Input, Report
 from lora_tools.sources.base_names import base_names
 from lora_tools.sources.weighted import Weighted, open_weighted
 
@@ -79,8 +79,10 @@ class RuntimeAdapters:
             for name, module in adapter.modules.items():
                 lora = adapter.weighted.adapter.modules[name]
                 reason = f"{adapter.file}: rank {lora.r}, alpha {lora.alpha:g}"
-                fates.append(Fate(module, "branch", reason))
-            fates += [Fate(tensor, "replace", adapter.file) for tensor in adapter.saved.values()]
+                fates.append(Fate(module, Action.BRANCH, reason))
+            fates += [
+                Fate(tensor, Action.REPLACE, adapter.file) for tensor in adapter.saved.values()
+            ]
         return (*fates, *self.unmatched)
 
     def planned(self, report: Report, digests: bool = False) -> Report:

@@ -20,7 +20,7 @@ from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.names import EMBEDDING
 from lora_tools.formats.output import staged
 from lora_tools.provenance import tool_version
-from lora_tools.records import Fate, Input, Report
+from lora_tools.records import Action, Fate, Input, Report
 from lora_tools.sources.as_loaded import named_by
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def _add(outcome: Outcome, tuned: Checkpoint, options: Decomposition, writer: Pe
                 writer.add_lora(module, lora_A, lora_B, alpha, form="embedding")
             else:  # The same delta as a Linear's: its weight is stored as the embedding's is.
                 writer.add_lora(module, lora_B.T.contiguous(), lora_A.T.contiguous(), alpha)
-    elif outcome.action == "saved whole" and not options.consumer.saved:
+    elif outcome.action == Action.SAVED_WHOLE and not options.consumer.saved:
         raise options.consumer.refuse(
             f"tensors saved whole ({pair.name} changed)",
             "leave such changes out with --rest skip (and --embeddings lora or skip), or extract "
@@ -171,7 +171,9 @@ def _finish(
         "use_rslora": options.rslora,
         "fan_in_fan_out": transposed,
     }
-    if any(o.pair.followed_by and o.action in ("decomposed", "saved whole") for o in outcomes):
+    if any(
+        o.pair.followed_by and o.action in (Action.DECOMPOSED, Action.SAVED_WHOLE) for o in outcomes
+    ):
         config["ensure_weight_tying"] = True
     metadata = {
         "loratools": tool_version(),

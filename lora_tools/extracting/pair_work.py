@@ -32,7 +32,7 @@ from lora_tools.extracting.shared_ranks import (
 )
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.options.ranks import Size
-from lora_tools.records import ModuleResult, ProgressCallback
+from lora_tools.records import Action, ModuleResult, ProgressCallback
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +50,7 @@ class Outcome:
     of what is not decomposed (``change.measured``); a module's ``result`` has its own."""
 
     pair: Pair
-    action: str
+    action: Action
     base_hash: str = ""
     tuned_hash: str = ""
     result: ModuleResult | None = None
@@ -68,7 +68,7 @@ class Outcome:
         self.result, self.lora, self.r = fitted.result, fitted.lora, fitted.r
         if fitted.lora is not None:
             self.parameters = fitted.lora[0].numel() + fitted.lora[1].numel()
-        self.action = "decomposed" if fitted.lora is not None else "skipped"
+        self.action = Action.DECOMPOSED if fitted.lora is not None else Action.SKIPPED
         self.reason = "" if fitted.lora is not None else options.left_out
 
 
@@ -111,7 +111,7 @@ class ExtractPair(_PairTask):
         assert pair.tuned is not None
         tuned_hash = hash_of(tuned, pair.tuned.name)
         base_hash = hash_of(base, pair.base.name) if pair.base is not None else ""
-        outcome = Outcome(pair, "unchanged", base_hash, tuned_hash)
+        outcome = Outcome(pair, Action.UNCHANGED, base_hash, tuned_hash)
         if pair.base is None:
             self._leave_whole(outcome, using.sides)
             return outcome
@@ -143,8 +143,8 @@ class ExtractPair(_PairTask):
                 f"{pair.name}: changed, and it has no low-rank form; --rest save keeps it whole, "
                 "--rest skip leaves it out"
             )
-        outcome.action = "skipped" if pair.action == "skip" else "saved whole"
-        if outcome.action == "saved whole" and math.isinf(outcome.change):
+        outcome.action = Action.SKIPPED if pair.action == "skip" else Action.SAVED_WHOLE
+        if outcome.action == Action.SAVED_WHOLE and math.isinf(outcome.change):
             raise NonFiniteError(
                 f"{pair.name}: is to be saved whole, and one side holds an inf or a NaN; "
                 "--exclude leaves it out"
@@ -175,7 +175,7 @@ class ExtractPair(_PairTask):
             known = [(one, _rank(one, options)) for one in found]
         if options.rule.shared:
             let_go(pair, sides)
-            outcome.action = "decomposed"
+            outcome.action = Action.DECOMPOSED
         else:
             regions, ranks = zip(*known, strict=True)
             outcome.take(_fit(pair, sides, regions, ranks, options), options)
@@ -247,10 +247,10 @@ class PairWork:
         for outcome in self._run([ExtractPair(pair) for pair in pairs]):
             self._keep(outcome.stored)
             outcome.stored = {}
-            if size is not None and outcome.action == "decomposed":
+            if size is not None and outcome.action == Action.DECOMPOSED:
                 waiting.append(outcome)
                 continue
-            if outcome.action == "saved whole":
+            if outcome.action == Action.SAVED_WHOLE:
                 saved.append(outcome.pair)
             yield outcome
         if size is not None:

@@ -14,17 +14,17 @@ from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.names import align, split_tensor
 from lora_tools.linalg.layouts import Layout
 from lora_tools.linalg.ranks import RankRule
-from lora_tools.records import Fate, TensorSpec
+from lora_tools.records import Action, Fate, TensorSpec
 from lora_tools.sources.weights import kind_of
 
 # What is done with a pair if its two tensors turn out to differ.
-Action = Literal["decompose", "save", "bias", "skip", "refuse"]
-_WHEN_CHANGED = {
-    "decompose": "decompose if changed",
-    "save": "save whole if changed",
-    "bias": "save whole if changed",
-    "skip": "skip",
-    "refuse": "refuse if changed",
+Treatment = Literal["decompose", "save", "bias", "skip", "refuse"]
+_WHEN_CHANGED: dict[Treatment, Action] = {
+    "decompose": Action.DECOMPOSE_IF_CHANGED,
+    "save": Action.SAVE_WHOLE_IF_CHANGED,
+    "bias": Action.SAVE_WHOLE_IF_CHANGED,
+    "skip": Action.SKIP,
+    "refuse": Action.REFUSE_IF_CHANGED,
 }
 
 
@@ -45,7 +45,7 @@ class Pair:
     name: str
     base: TensorSpec | None
     tuned: TensorSpec | None
-    action: Action
+    action: Treatment
     layout: Layout | None = None
     reason: str = ""
     followed_by: tuple[str, ...] = ()
@@ -162,7 +162,7 @@ def make_plan(
     to_tuned = {name: own for own, name in to_base.items()}
     for name, spec in ours.items():
         if name not in theirs:
-            settled.append(Fate(name, "only in base", "the adapter leaves it as it is"))
+            settled.append(Fate(name, Action.ONLY_IN_BASE, "the adapter leaves it as it is"))
             continue
         shown = to_tuned.get(name, name) if own_names else name
         spec = dataclasses.replace(spec, name=shown)
@@ -200,7 +200,7 @@ def _settle_ties(
             continue
         for _, specs in (ours, theirs):
             if specs.pop(name, None):
-                settled.append(Fate(name, "tied", f"the same tensor as {source}"))
+                settled.append(Fate(name, Action.TIED, f"the same tensor as {source}"))
         if source in theirs[1]:
             notes.append(f"{name} is tied to {source}, and so are their changes")
             followed[source] = (*followed.get(source, ()), split_tensor(name)[0])
@@ -260,7 +260,7 @@ def _pair(
     if not chosen(module):
         return Pair(name, base, tuned, "skip", reason="left out by --include/--exclude")
     if (embedding and options["embeddings"] != "lora") or base.shape != tuned.shape:
-        action: Action = "save" if options["embeddings"] == "save" else "skip"
+        action: Treatment = "save" if options["embeddings"] == "save" else "skip"
         return Pair(name, base, tuned, action, reason=f"--embeddings {options['embeddings']}")
     if kind is not None and base.is_float and tuned.is_float:
         return Pair(name, base, tuned, "decompose", kind, kind.name)

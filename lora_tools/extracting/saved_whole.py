@@ -9,6 +9,7 @@ from lora_tools.errors import UnsupportedAdapter
 from lora_tools.extracting.pairs import Plan
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.names import split_tensor
+from lora_tools.records import Action
 
 if TYPE_CHECKING:
     from lora_tools.extracting.pair_work import Outcome
@@ -24,7 +25,7 @@ def complete_saved(
     such modules by how their names end, which may take in others: those are saved as well.
     """
     targeted = set(writer.ranks)
-    saved = [o for o in outcomes if o.action == "saved whole"]
+    saved = [o for o in outcomes if o.action == Action.SAVED_WHOLE]
     modules: set[str] = set()
     bare = []
     for outcome in saved:
@@ -54,8 +55,8 @@ def complete_saved(
             writer.add_saved(pair.name, tensor)
             for follower in pair.followed_by:
                 writer.add_saved(f"{follower}.weight", tensor)
-            if outcome.action == "unchanged":
-                outcome.action = "saved whole"
+            if outcome.action == Action.UNCHANGED:
+                outcome.action = Action.SAVED_WHOLE
     if taken_in:
         return [f"saved whole though unchanged, since PEFT matches endings: {sorted(taken_in)}"]
     return []

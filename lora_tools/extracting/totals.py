@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_tools.figures import Total, left_out_totals, module_total
+from lora_tools.records import Action
 
 if TYPE_CHECKING:
     from lora_tools.extracting.pair_work import Outcome
@@ -21,7 +22,9 @@ def extract_totals(outcomes: Sequence[Outcome], folder: Path) -> dict[str, Any]:
     """
     modules = [o.result for o in outcomes if o.result is not None]
     held = [m for m in modules if m.rank]
-    whole = Total.of((o.change, 0.0) for o in outcomes if o.action == "saved whole" and _known(o))
+    whole = Total.of(
+        (o.change, 0.0) for o in outcomes if o.action == Action.SAVED_WHOLE and _known(o)
+    )
     left = Total.of((_change(o), _change(o)) for o in left_out(outcomes) if _known(o))
     total = module_total(held) + whole + left
     gain = math.fsum(m.gain_bound * m.delta_norm**2 for m in held)
@@ -43,7 +46,7 @@ def extract_totals(outcomes: Sequence[Outcome], folder: Path) -> dict[str, Any]:
 
 def left_out(outcomes: Sequence[Outcome]) -> list[Outcome]:
     """What changed and is not in the adapter."""
-    return [o for o in outcomes if o.action == "skipped"]
+    return [o for o in outcomes if o.action == Action.SKIPPED]
 
 
 def uncovered(outcomes: Sequence[Outcome]) -> list[str]:

@@ -24,7 +24,7 @@ from lora_tools.merging.tied_weights import (
     take_followers,
     tied_pair,
 )
-from lora_tools.records import Fate, TensorSpec
+from lora_tools.records import Action, Fate, TensorSpec
 from lora_tools.sources.weighted import Weighted
 
 if TYPE_CHECKING:
@@ -49,11 +49,11 @@ class MergePlan:
         fates = []
         for target in (*self.targets, *self.untied):
             kinds = sorted({part.kind for part in target.parts})
-            action = "merge" if kinds else "copy"
+            action = Action.MERGE if kinds else Action.COPY
             reason = ", ".join(kinds)
             if target in self.untied:
                 reason = f"untied from {target.base_name}" + (f"; {reason}" if reason else "")
-                action = "add"
+                action = Action.ADD
             fates.append(Fate(target.spec.name, action, reason, target.spec.nbytes))
         return (*fates, *self.unmatched)
 
@@ -95,7 +95,7 @@ def plan_merge(
                 spec = base.specs.get(target) or base.specs[ties[target]]
                 parts.setdefault(target, []).append(_fit(part, target, spec, base))
             elif allow_unmatched:
-                unmatched.append(Fate(name, "unmatched", f"{weighted.path}: no such tensor"))
+                unmatched.append(Fate(name, Action.UNMATCHED, f"{weighted.path}: no such tensor"))
             else:
                 raise AdapterError(
                     f"{weighted.path}: {name} matches no tensor of {base.path}; is this the right "

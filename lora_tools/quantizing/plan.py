@@ -22,7 +22,7 @@ from lora_tools.formats.quantized.bitsandbytes import (
 from lora_tools.formats.weights import Weight
 from lora_tools.merging.plan import MergePlan
 from lora_tools.merging.targets import Target
-from lora_tools.records import DTYPE_BITS, Fate, TensorSpec
+from lora_tools.records import DTYPE_BITS, Action, Fate, TensorSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ class QuantizePlan:
             if item.packed is not None:
                 bits = 8 * item.nbytes / item.spec.numel
                 reason = f"{item.packed.state.quant_type}, {bits:.3f} bits a parameter"
-                action = "quantize"
+                action = Action.QUANTIZE
             else:
                 bits = DTYPE_BITS[item.spec.dtype]
                 reason, action = f"{item.reason}, {bits} bits a parameter", merged.action

@@ -24,7 +24,7 @@ from lora_tools.quantizing.compensate import plan_compensation
 from lora_tools.quantizing.dequantize import dequantize_checkpoint
 from lora_tools.quantizing.pack import torch_name
 from lora_tools.quantizing.plan import FourBitForm, QuantizePlan, plan_quantize
-from lora_tools.records import Fate
+from lora_tools.records import Action, Fate
 from lora_tools.sources.checkpoints import open_checkpoint
 from lora_tools.sources.dequantized import Dequantized
 from lora_tools.sources.weighted import open_weighted
@@ -93,9 +93,9 @@ def prepare_dequantize(
     shards = signed(lay_out(view, specs, limit_of(storage, view)), command, [])
     nbytes = sum(shard.nbytes for shard in shards)
     fates = [
-        Fate(name, "dequantize", view.quantized[name].label, spec.nbytes)
+        Fate(name, Action.DEQUANTIZE, view.quantized[name].label, spec.nbytes)
         if name in view.quantized
-        else Fate(name, "copy", "", spec.nbytes)
+        else Fate(name, Action.COPY, "", spec.nbytes)
         for name, spec in specs.items()
     ]
     report = planned.report("dequantize", fates, {"bytes": nbytes}, command)

@@ -23,7 +23,7 @@ from lora_tools.quantizing.checkpoint import write_packed
 from lora_tools.quantizing.pack import pack
 from lora_tools.quantizing.plan import Item, QuantizePlan
 from lora_tools.quantizing.tensor import QuantizedItem, merged_for
-from lora_tools.records import Fate, Report, TensorSpec
+from lora_tools.records import Action, Fate, Report, TensorSpec
 from lora_tools.sources.dequantized import Dequantized, FourBits
 from lora_tools.sources.schemes import BITSANDBYTES
 
@@ -92,8 +92,8 @@ def requantized(job: Rewrite, view: FourBits, plan: QuantizePlan) -> Report:
 
 
 def _fate(fate: Fate, view: FourBits) -> Fate:
-    if fate.action == "merge" and fate.tensor in view.quantized:
-        return dataclasses.replace(fate, action="requantize")
+    if fate.action == Action.MERGE and fate.tensor in view.quantized:
+        return dataclasses.replace(fate, action=Action.REQUANTIZE)
     return fate
 
 

@@ -17,7 +17,7 @@ from lora_tools.formats.tensors import as_bytes
 from lora_tools.linalg.layouts import LAYOUTS
 from lora_tools.options import Running, Sampling, Search
 from lora_tools.options.parse import read_text
-from lora_tools.records import Fate, Input, Progress, Report, TensorSpec
+from lora_tools.records import Action, Fate, Input, Progress, Report, TensorSpec
 from lora_tools.sources.checkpoints import open_checkpoint
 from lora_tools.verbs.frame import Call, verb
 
@@ -76,7 +76,7 @@ def _plan(checkpoint: Checkpoint, kind: str) -> tuple[Fate, ...]:
             (_, width), _ = LAYOUTS[layout].shapes(spec.shape, 1)
             whole = kind == "full" and layout != "embedding"
             nbytes = 4 * width * (width if whole else 1)
-            fates.append(Fate(split_tensor(spec.name)[0], "measure", layout, nbytes))
+            fates.append(Fate(split_tensor(spec.name)[0], Action.MEASURE, layout, nbytes))
     return tuple(fates)
 
 
@@ -116,7 +116,7 @@ def _collect(
         report,
         totals=totals,
         plan=tuple(
-            f if f.tensor in measured else dataclasses.replace(f, action="unused")
+            f if f.tensor in measured else dataclasses.replace(f, action=Action.UNUSED)
             for f in report.plan
         ),
         inputs=tuple(

@@ -16,7 +16,7 @@ from lora_tools.linalg.combine import LOW_RANK
 from lora_tools.linalg.ranks import RankRule
 from lora_tools.options import AdapterForm, Combining, Matching, Origin, Ranks
 from lora_tools.options.ranks import rank_rule
-from lora_tools.records import Fate, Input, Report
+from lora_tools.records import Action, Fate, Input, Report
 from lora_tools.sources.weighted import Weighted, open_weighted
 from lora_tools.verbs.frame import Call, verb
 
@@ -66,7 +66,7 @@ def combine(
     options = _with_default_rank(options, given.terms)
     fates = [_fate(name, mine) for name, mine in given.terms.items()]
     saved = given.copied.items()
-    fates += [Fate(name, "copy", f"saved whole by {w.path}") for name, (w, _) in saved]
+    fates += [Fate(name, Action.COPY, f"saved whole by {w.path}") for name, (w, _) in saved]
     report = call.report(
         [Input("adapter", w.as_given) for w in weighted],
         fates,
@@ -119,7 +119,9 @@ def _with_default_rank(options: Combination, terms: Mapping[str, list[Term]]) ->
 
 def _fate(name: str, terms: Sequence[Term]) -> Fate:
     ranks = " + ".join(str(t.module.r) for t in terms)
-    return Fate(name, "combine", f"ranks {ranks}" if len(terms) > 1 else f"rank {ranks}, alone")
+    return Fate(
+        name, Action.COMBINE, f"ranks {ranks}" if len(terms) > 1 else f"rank {ranks}, alone"
+    )
 
 
 def _notes(options: Combination, weighted: Sequence[Weighted]) -> list[str]:

@@ -32,7 +32,7 @@ from lora_tools.options import AdapterForm, Formats, Origin, Ranks, Running
 from lora_tools.options.parse import layer_kinds
 from lora_tools.options.ranks import rank_rule
 from lora_tools.provenance import handed_on
-from lora_tools.records import Fate, Input, Report
+from lora_tools.records import Action, Fate, Input, Report
 from lora_tools.sources.adapters import open_adapter
 from lora_tools.sources.base_names import base_names
 from lora_tools.verbs.frame import Call, verb
@@ -144,9 +144,9 @@ def _fates(given: Adapter, kept: Mapping[str, LoraModule], options: Conversion) 
         reason = f"rank {module.r}, alpha {module.alpha:g}"
         if lost:
             reason += "; without " + " and ".join(FEATURES[f] for f in lost)
-        fates.append(Fate(name, "convert" if name in kept else "drop", reason))
+        fates.append(Fate(name, Action.CONVERT if name in kept else Action.DROP, reason))
     for feature, names in (("saved", given.whole), ("tokens", given.tokens)):
-        action = "drop" if feature in options.dropped else "copy"
+        action = Action.DROP if feature in options.dropped else Action.COPY
         fates += [Fate(name, action, FEATURES[feature]) for name in names]
     return tuple(fates)
 

@@ -20,7 +20,7 @@ from lora_tools.inspecting.spectrum import DEPTH, check_plot, drawn, recommended
 from lora_tools.linalg.ranks import RankRule
 from lora_tools.options import Search, Tensors, View
 from lora_tools.options.parse import name_filter
-from lora_tools.records import Fate, Input, ModuleSpectrum, ProgressCallback, Report
+from lora_tools.records import Action, Fate, Input, ModuleSpectrum, ProgressCallback, Report
 from lora_tools.sources.checkpoints import open_checkpoint
 from lora_tools.verbs.frame import Call, Look, verb
 
@@ -105,7 +105,7 @@ def _found(
         for role, path, digest in zip(("base", "tuned"), given, _digests(seen, sides), strict=True)
     ]
     total = Total.of((s.base, s.change) for s in seen if not math.isnan(s.change))
-    left = [(s.pair.name, s.change) for s in seen if s.fate.action == "skipped"]
+    left = [(s.pair.name, s.change) for s in seen if s.fate.action == Action.SKIPPED]
     fates = (*(s.fate for s in seen), *plan.settled)
     counts = [fate.action for fate in fates]
     notes = [
@@ -120,9 +120,9 @@ def _found(
         notes=(*plan.notes, *notes),
         totals={
             "relative_change": total.relative_error,
-            "changed": counts.count("changed"),
-            "unchanged": counts.count("unchanged"),
-            "one_sided": counts.count("only in base") + counts.count("only in tuned"),
+            "changed": counts.count(Action.CHANGED),
+            "unchanged": counts.count(Action.UNCHANGED),
+            "one_sided": counts.count(Action.ONLY_IN_BASE) + counts.count(Action.ONLY_IN_TUNED),
             **left_out_totals(left, Total(total.missing, 0.0)),
         },
     )
@@ -174,18 +174,20 @@ def _see(pair: Pair, sides: Sides, options: Decomposition, buffers: Buffers) -> 
     theirs = hash_of(tuned, pair.tuned.name)
     if pair.base is None:
         return _Seen(
-            pair, Fate(pair.name, "only in tuned", str(list(pair.spec.shape))), hashes=("", theirs)
+            pair,
+            Fate(pair.name, Action.ONLY_IN_TUNED, str(list(pair.spec.shape))),
+            hashes=("", theirs),
         )
     hashes = hash_of(base, pair.base.name), theirs
     same = dataclasses.replace(pair.base, name="") == dataclasses.replace(pair.tuned, name="")
     if same and hashes[0] == theirs:
         let_go(pair, sides)
-        return _Seen(pair, Fate(pair.name, "unchanged"), hashes=hashes)
+        return _Seen(pair, Fate(pair.name, Action.UNCHANGED), hashes=hashes)
     if pair.action == "decompose":
         found = spectra_of(pair, sides, options, buffers)
         known = [one.svd.known for one in found if one.svd is not None]
         if not known:
-            return _Seen(pair, Fate(pair.name, "unchanged", "the same values"), hashes=hashes)
+            return _Seen(pair, Fate(pair.name, Action.UNCHANGED, "the same values"), hashes=hashes)
         assert pair.layout is not None
         total, energy = (
             math.fsum(getattr(one, part) for one in found) for part in ("total", "base")
@@ -202,7 +204,7 @@ def _see(pair: Pair, sides: Sides, options: Decomposition, buffers: Buffers) -> 
             rank=recommended(known),
             gain_bound=gain / total,
         )
-        fate = Fate(pair.name, "changed", f"by {relative:.3%}")
+        fate = Fate(pair.name, Action.CHANGED, f"by {relative:.3%}")
         return _Seen(pair, fate, spectrum, hashes, total, energy)
     return _moved(pair, sides, hashes)
 
@@ -217,16 +219,16 @@ def _moved(pair: Pair, sides: Sides, hashes: tuple[str, str]) -> _Seen:
         side = "tuned" if math.isfinite(energy) else "base"
         raise NonFiniteError(f"{pair.name}: the {side} side holds an inf or a NaN")
     if change == 0:
-        return _Seen(pair, Fate(pair.name, "unchanged", "the same values"), hashes=hashes)
+        return _Seen(pair, Fate(pair.name, Action.UNCHANGED, "the same values"), hashes=hashes)
     if left_out:
-        fate = Fate(pair.name, "skipped", pair.reason)
+        fate = Fate(pair.name, Action.SKIPPED, pair.reason)
     elif math.isnan(change):
-        fate = Fate(pair.name, "changed", f"{pair.base.dtype}, not a float")
+        fate = Fate(pair.name, Action.CHANGED, f"{pair.base.dtype}, not a float")
     else:
         by = f"by {math.sqrt(change / energy):.3%}" if energy else "from zero"
         if pair.base.shape != pair.tuned.shape:
             by += f", resized: {list(pair.base.shape)} → {list(pair.tuned.shape)}"
-        fate = Fate(pair.name, "changed", by)
+        fate = Fate(pair.name, Action.CHANGED, by)
     return _Seen(pair, fate, None, hashes, change, energy)
 
 

@@ -18,7 +18,7 @@ from lora_tools.formats.output import Prepared
 from lora_tools.options import AdapterForm, Origin, Ranks, Strength
 from lora_tools.options.parse import consumer_named
 from lora_tools.options.ranks import rank_rule, refuse_shared, size_of
-from lora_tools.records import Fate, Input, Report
+from lora_tools.records import Action, Fate, Input, Report
 from lora_tools.sources.adapters import open_adapter
 from lora_tools.sources.base_names import base_names
 from lora_tools.verbs.frame import Call, verb
@@ -142,14 +142,14 @@ def _written_as(
 
 
 def _fates(given: Adapter, options: Rescaling) -> tuple[Fate, ...]:
-    action = "resize" if options.rule is not None else "rescale"
+    action = Action.RESIZE if options.rule is not None else Action.RESCALE
     return (
         *(
             Fate(name, action, f"rank {m.r}, alpha {m.alpha:g}")
             for name, m in given.modules.items()
         ),
-        *(Fate(name, "copy", "saved whole") for name in given.whole),
-        *(Fate(name, "copy", "trained rows") for name in given.tokens),
+        *(Fate(name, Action.COPY, "saved whole") for name in given.whole),
+        *(Fate(name, Action.COPY, "trained rows") for name in given.tokens),
     )
 
 

@@ -24,7 +24,7 @@ from lora_tools.merging.undo import (
 )
 from lora_tools.options import Matching, Undoing
 from lora_tools.provenance import tool_version
-from lora_tools.records import Fate, Input
+from lora_tools.records import Action, Fate, Input
 from lora_tools.sources.checkpoints import open_checkpoint
 from lora_tools.sources.weighted import Weighted, open_weighted
 from lora_tools.verbs.frame import Call, verb
@@ -112,8 +112,8 @@ def _inputs(weighted: Sequence[Weighted], digests: Sequence[str]) -> list[Input]
 
 
 def _fates(plan: MergePlan, memory: Sidecar | None) -> tuple[Fate, ...]:
-    how = "restore" if memory is not None else "subtract"
+    how = Action.RESTORE if memory is not None else Action.SUBTRACT
     return tuple(
-        dataclasses.replace(fate, action=how) if fate.action == "merge" else fate
+        dataclasses.replace(fate, action=how) if fate.action == Action.MERGE else fate
         for fate in dataclasses.replace(plan, untied=()).fates()
     )

@@ -18,7 +18,7 @@ from lora_tools.formats.names import align, split_tensor, tied_head
 from lora_tools.merging.plan import MergePlan, adapter_digest, build_effects, plan_merge
 from lora_tools.merging.targets import Target
 from lora_tools.merging.tensor import as_matrix
-from lora_tools.records import Fate, Input, ModuleResult, ProgressCallback
+from lora_tools.records import Action, Fate, Input, ModuleResult, ProgressCallback
 from lora_tools.sources.weighted import Weighted
 from lora_tools.verifying.findings import Findings
 
@@ -143,11 +143,11 @@ def _totals(
 def _fate(pair: _Compared, d: _Distance) -> Fate:
     if pair.brings:
         said = f"relative error {d.relative:.4g}" if d.known else "no float, and another"
-        return Fate(pair.name, "compared", said)
+        return Fate(pair.name, Action.COMPARED, said)
     if not d.change:
-        return Fate(pair.name, "unchanged", "the adapter does not act on it")
+        return Fate(pair.name, Action.UNCHANGED, "the adapter does not act on it")
     why = "the adapter does not act on it" if pair.target else "only the tuned side has it"
-    return Fate(pair.name, "left out", why)
+    return Fate(pair.name, Action.LEFT_OUT, why)
 
 
 def _distance(pair: _Compared, adapter: Adapter, base: Checkpoint, tuned: Checkpoint) -> _Distance:

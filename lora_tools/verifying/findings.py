@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from lora_tools.records import Fate, Input, ModuleResult, TensorResult
+from lora_tools.records import Action, Fate, Input, ModuleResult, TensorResult
 
 if TYPE_CHECKING:
     pass
@@ -28,7 +28,7 @@ class Findings:
     tensors: tuple[TensorResult, ...] = ()
 
 
-FINE = ("same", "rounded", "copied")
+FINE = (Action.SAME, Action.ROUNDED, Action.COPIED)
 
 
 def times(coefficient: float) -> str:

@@ -15,7 +15,7 @@ from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.merging.plan import MergePlan, adapter_digest, build_effects, plan_merge
 from lora_tools.merging.targets import Target
 from lora_tools.merging.tensor import MergedRuns, as_matrix
-from lora_tools.records import Fate, Input, ProgressCallback
+from lora_tools.records import Action, Fate, Input, ProgressCallback
 from lora_tools.sources.weighted import Weighted
 from lora_tools.verifying.findings import FINE, NEAR, Findings, times
 
@@ -76,7 +76,7 @@ def verify_merged(
 
 def merge_totals(checked: Sequence[Checked]) -> dict[str, Any]:
     """Figures over the tensors that an adapter acts on, or that are in another dtype."""
-    matches = [c.match for c in checked if c.match is not None and c.fate.action != "changed"]
+    matches = [c.match for c in checked if c.match is not None and c.fate.action != Action.CHANGED]
     return {
         "tensors_acted_on": len(matches),
         "bit_for_bit_once": sum(m.once == m.numel for m in matches),
@@ -100,19 +100,19 @@ def _compared(target: Target, merged: Checkpoint, base: Checkpoint) -> Checked:
     name, stored = target.spec.name, merged.specs.get(target.spec.name)
     base_hash = hashing.tensor_hash(base.raw(target.base_name))
     if stored is None:
-        return Checked(target, Fate(name, "missing", "the base has it"), (base_hash, ""))
+        return Checked(target, Fate(name, Action.MISSING, "the base has it"), (base_hash, ""))
     hashes = base_hash, hashing.tensor_hash(merged.raw(name))
     if stored.shape != target.spec.shape:
         why = f"is {list(stored.shape)}, and should be {list(target.spec.shape)}"
-        return Checked(target, Fate(name, "different", why), hashes)
+        return Checked(target, Fate(name, Action.DIFFERENT, why), hashes)
     if not target.parts and stored.dtype == base.specs[target.base_name].dtype:
         if hashes[0] == hashes[1]:
-            return Checked(target, Fate(name, "copied"), hashes)
+            return Checked(target, Fate(name, Action.COPIED), hashes)
         why = "no adapter acts on it, and it is not the base's"
         match = _match(target, merged, base) if stored.is_float else None
         if match is not None:
             why += f" in {match.outside:,} of its {match.numel:,} numbers"
-        return Checked(target, Fate(name, "changed", why), hashes, match)
+        return Checked(target, Fate(name, Action.CHANGED, why), hashes, match)
     if not (stored.is_float and target.spec.is_float):
         return Checked(target, _count(target, merged, base), hashes)
     match = _match(target, merged, base)
@@ -139,24 +139,26 @@ def _count(target: Target, merged: Checkpoint, base: Checkpoint) -> Fate:
     name = target.spec.name
     before, found = base.tensor(target.base_name), merged.tensor(name)
     if found.dtype != before.dtype:
-        return Fate(name, "different", f"is stored as {merged.specs[name].dtype}")
+        return Fate(name, Action.DIFFERENT, f"is stored as {merged.specs[name].dtype}")
     matrix = target.matrix(target.spec.shape)
     if merged_whole(before, build_effects(target), matrix).equal(found):
-        return Fate(name, "same", "the adapter's")
-    return Fate(name, "different", "is not the adapter's")
+        return Fate(name, Action.SAME, "the adapter's")
+    return Fate(name, Action.DIFFERENT, "is not the adapter's")
 
 
 def _judge(name: str, match: Match) -> Fate:
     if match.once == match.numel:
-        return Fate(name, "same", "bit for bit, rounded once")
+        return Fate(name, Action.SAME, "bit for bit, rounded once")
     if match.twice == match.numel:
-        return Fate(name, "same", "bit for bit, rounded twice as PEFT's safe_merge does")
+        return Fate(name, Action.SAME, "bit for bit, rounded twice as PEFT's safe_merge does")
     if not match.outside:
         share = max(match.once, match.twice) / match.numel
-        return Fate(name, "rounded", f"{share:.2%} of it bit for bit, the rest within rounding")
+        return Fate(
+            name, Action.ROUNDED, f"{share:.2%} of it bit for bit, the rest within rounding"
+        )
     return Fate(
         name,
-        "different",
+        Action.DIFFERENT,
         _reason(match) + f"; {match.outside:,} of {match.numel:,} "
         "elements are further off than rounding",
     )
@@ -174,7 +176,9 @@ def _reason(match: Match) -> str:
 def left_over(merged: Checkpoint, targets: Sequence[Target]) -> list[Fate]:
     """Tensors that the base lacks."""
     known = {target.spec.name for target in targets}
-    return [Fate(name, "extra", "the base lacks it") for name in merged.specs if name not in known]
+    return [
+        Fate(name, Action.EXTRA, "the base lacks it") for name in merged.specs if name not in known
+    ]
 
 
 def tied_astray(merged: Checkpoint, plan: MergePlan) -> list[Fate]:
@@ -186,13 +190,13 @@ def tied_astray(merged: Checkpoint, plan: MergePlan) -> list[Fate]:
         return [
             Fate(
                 head,
-                "tied",
+                Action.TIED,
                 "the adapter acts on one of the two only, and config.json still "
                 f"ties it to {embedding}: a loader drops one",
             )
         ]
     if head in merged.specs and bytes(merged.raw(head)) != bytes(merged.raw(embedding)):
-        return [Fate(head, "tied", f"differs from {embedding}, and config.json ties the two")]
+        return [Fate(head, Action.TIED, f"differs from {embedding}, and config.json ties the two")]
     return []
 
 
@@ -209,12 +213,12 @@ def diagnosis(checked: Sequence[Checked], wrong: Sequence[Fate], said: str) -> s
     if not off:
         return f"{said} ({many}): {wrong[0].tensor}: {wrong[0].reason}"
     worst, _ = max(off, key=lambda pair: pair[1].outside / pair[1].numel)
-    acted = [match for fate, match in off if fate.action != "changed"]
+    acted = [match for fate, match in off if fate.action != Action.CHANGED]
     whole = functools.reduce(operator.add, acted, Match())
     one = max((abs(match.coefficient - whole.coefficient) for match in acted), default=math.inf)
     every = bool(low_rank) and low_rank <= {fate.tensor for fate, _ in off}
-    if every and counts.get("changed"):
-        first = next(fate for fate in wrong if fate.action == "changed")
+    if every and counts.get(Action.CHANGED):
+        first = next(fate for fate in wrong if fate.action == Action.CHANGED)
         what = f"another base: {first.tensor} is not the base's, though no adapter acts on it"
     elif every and whole.unexplained > NEAR:
         what = "another base, or another adapter"

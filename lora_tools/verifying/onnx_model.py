@@ -23,7 +23,7 @@ from lora_tools.merging.prepare import merge_for_now
 from lora_tools.merging.targets import Target
 from lora_tools.options import Running
 from lora_tools.options.parse import need
-from lora_tools.records import Fate, Input, ProgressCallback, TensorSpec
+from lora_tools.records import Action, Fate, Input, ProgressCallback, TensorSpec
 from lora_tools.sources.dequantized import Dequantized
 from lora_tools.sources.weighted import Weighted
 from lora_tools.verifying.findings import FINE, Findings
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from lora_tools.onnx.initializers import GraphWeights
 
 _TO_RUN = ("onnx", "onnxruntime", "transformers")
-_NO_FAULT = (*FINE, "constant", "left out", "unnamed")
+_NO_FAULT = (*FINE, Action.CONSTANT, Action.LEFT_OUT, Action.UNNAMED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,18 +155,19 @@ def _compare_weights(
     checked = list(threads.run(tasks, (weights, source), None, jobs=jobs, progress=progress))
     fates = [p.fate for p in sorted(packed, key=lambda p: -p.relative_error)]
     fates += [c.fate for c in checked]
-    fates += [Fate(name, "broken", said) for name, said in weights.problems.items()]
+    fates += [Fate(name, Action.BROKEN, said) for name, said in weights.problems.items()]
     named = {target.spec.name for target in targets}
     rest = {n: s for n, s in weights.specs.items() if n not in named | parts}
     unnamed = {name: spec for name, spec in rest.items() if large(spec)}
-    fates += [Fate(name, "constant") for name in rest.keys() - unnamed.keys()]
+    fates += [Fate(name, Action.CONSTANT) for name in rest.keys() - unnamed.keys()]
     by_content = _by_content(weights, unnamed, every, source)
     fates += [
-        Fate(name, "same", f"{target.spec.name}{how}") for name, (target, how) in by_content.items()
+        Fate(name, Action.SAME, f"{target.spec.name}{how}")
+        for name, (target, how) in by_content.items()
     ]
     strangers = [name for name in unnamed if name not in by_content]
     fates += [
-        Fate(name, "unnamed", "no tensor of the checkpoint has its name or its numbers")
+        Fate(name, Action.UNNAMED, "no tensor of the checkpoint has its name or its numbers")
         for name in strangers
     ]
     there |= {target.spec.name for target, _ in by_content.values()}
@@ -248,11 +249,11 @@ def _absent(
         layer = re.search(r"\blayers?\.(\d+)\.", name)
         beyond = layer is not None and isinstance(depth, int) and int(layer[1]) >= depth
         if strangers:
-            yield Fate(name, "left out", "no initializer has its name")
+            yield Fate(name, Action.LEFT_OUT, "no initializer has its name")
         elif _kind(name) in kinds and not beyond:
-            yield Fate(name, "missing", "the graph has others of its kind")
+            yield Fate(name, Action.MISSING, "the graph has others of its kind")
         else:
-            yield Fate(name, "left out", "the graph has none of its kind")
+            yield Fate(name, Action.LEFT_OUT, "the graph has none of its kind")
 
 
 def _kind(name: str) -> str:
@@ -260,7 +261,7 @@ def _kind(name: str) -> str:
 
 
 def _left_out(fates: Sequence[Fate]) -> list[str]:
-    names = [fate.tensor for fate in fates if fate.action == "left out"]
+    names = [fate.tensor for fate in fates if fate.action == Action.LEFT_OUT]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return [f"not in the graph: {', '.join(names[:3])}{more}"] if names else []
 
@@ -272,7 +273,7 @@ def _verdict(
     source: Checkpoint,
     name: str,
 ) -> str:
-    exact = all(c.fate.action in ("same", "copied") for c in checked)
+    exact = all(c.fate.action in (Action.SAME, Action.COPIED) for c in checked)
     pairs = {
         (source.specs[c.target.base_name].dtype, weights.specs[c.target.spec.name].dtype)
         for c in checked
@@ -280,7 +281,7 @@ def _verdict(
     casts = [f"{before} stored as {after}" for before, after in sorted(pairs) if before != after]
     said = [f"its weights are those of {name}", *casts]
     if packed:
-        same = sum(p.fate.action == "same" for p in packed)
+        same = sum(p.fate.action == Action.SAME for p in packed)
         said.append(f"{same} of {len(packed)} quantized ones byte for byte as export writes them")
     others = " the others" if packed else ""
     return ", ".join([*said, ("bit for bit" if exact else "to rounding") + others])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.merging.in_memory import merged_in
 from lora_tools.merging.targets import Target
-from lora_tools.records import Fate
+from lora_tools.records import Action, Fate
 from lora_tools.verifying.findings import NEAR, times
 
 if TYPE_CHECKING:
@@ -66,22 +66,22 @@ def _check(stored: StoredWeight, folder: Path, target: Target, source: Checkpoin
     W = (wanted.T if turned else wanted).float()
     if values.shape != W.shape:
         why = f"is of {list(values.shape)}, and should be of {list(W.shape)}"
-        return Packed(target, Fate(stored.name, "different", why), source_hash, 0.0, 0.0)
+        return Packed(target, Fate(stored.name, Action.DIFFERENT, why), source_hash, 0.0, 0.0)
     step = values - W
     error, energy = (float(x.double().square().sum()) for x in (step, W))
     said = f"{stored.operator}, {stored.bits} bits"
     same, again = stored.again(W, folder)
     if same:
-        fate = Fate(stored.name, "same", f"{said}, byte for byte as export writes it")
+        fate = Fate(stored.name, Action.SAME, f"{said}, byte for byte as export writes it")
         return Packed(target, fate, source_hash, error, energy)
     off = further_off(step, again - W, W, stored.block, stored.bits, stored.is_flat)
     if not off:
-        return Packed(target, Fate(stored.name, "rounded", said), source_hash, error, energy)
+        return Packed(target, Fate(stored.name, Action.ROUNDED, said), source_hash, error, energy)
     if target.parts:
         base = source.tensor(target.base_name)
         said = _scale(values, W, (base.T if turned else base).float(), error) + said
     said += f"; {off:,} of {W.numel():,} numbers are further off than quantizing takes them"
-    return Packed(target, Fate(stored.name, "different", said), source_hash, error, energy)
+    return Packed(target, Fate(stored.name, Action.DIFFERENT, said), source_hash, error, energy)
 
 
 def _scale(values: torch.Tensor, wanted: torch.Tensor, base: torch.Tensor, error: float) -> str:

@@ -22,7 +22,7 @@ from lora_tools.merging.targets import Target
 from lora_tools.quantizing.pack import pack, totals_of
 from lora_tools.quantizing.plan import Item, QuantizePlan
 from lora_tools.quantizing.tensor import QuantizeItem, merged_for
-from lora_tools.records import Fate, Input, ProgressCallback, TensorResult
+from lora_tools.records import Action, Fate, Input, ProgressCallback, TensorResult
 from lora_tools.sources.dequantized import Dequantized, FourBits
 from lora_tools.sources.schemes import four_bit_scales
 from lora_tools.sources.weighted import Weighted
@@ -101,7 +101,7 @@ def verify_nf4(
     fates = [c.fate for c in checked] + left_over(view, targets) + tied_astray(view, plan)
     if view.stored.config:
         faults = config_faults(view.stored.config, view.stored.specs, view.quantized)
-        fates += [Fate("config.json", "different", said) for said in faults]
+        fates += [Fate("config.json", Action.DIFFERENT, said) for said in faults]
     totals = _totals(view, checked, plan)
     wrong = [fate for fate in fates if fate.action not in FINE]
     name = "base + adapter" if weighted else "the checkpoint"
@@ -172,9 +172,9 @@ class _Comparison:
             return _Checked(item, plain.fate, plain.hashes[0], hashes)
         if item.spec.shape != target.spec.shape or not target.spec.is_float:
             why = f"is of {item.spec}, and should be of {target.spec}"
-            return self._said(Fate(item.name, "different", why), hashes)
+            return self._said(Fate(item.name, Action.DIFFERENT, why), hashes)
         if self._is_untouched(packed):
-            return self._said(Fate(item.name, "copied", "its codes and scales"), hashes)
+            return self._said(Fate(item.name, Action.COPIED, "its codes and scales"), hashes)
         return self._quantized(packed, hashes)
 
     def _hashes(self) -> dict[str, str]:
@@ -218,7 +218,7 @@ class _Comparison:
             done = QuantizeItem(again).run(self.source, stored, self.buffers)
             if not stored.differing:
                 assert done.result is not None
-                fate = Fate(name, "same", _SEARCHED if searched else _PLAIN)
+                fate = Fate(name, Action.SAME, _SEARCHED if searched else _PLAIN)
                 result = dataclasses.replace(done.result, bits_per_parameter=bits)
                 return _Checked(item, fate, done.base_hash, hashes, result)
             coded = self._measure(again, packed)
@@ -273,20 +273,20 @@ def _judge(
 ) -> Fate:
     errors = f"relative error {coded.relative_error:.4g}, {coded.own_error:.4g} from quantizing"
     if max_error is not None and coded.relative_error <= max_error:
-        return Fate(item.name, "rounded", errors)
+        return Fate(item.name, Action.ROUNDED, errors)
     if not coded.off and max_error is None:
         why = "not byte for byte, and no number further off than quantizing takes it"
-        return Fate(item.name, "rounded", f"{why}; {errors}")
+        return Fate(item.name, Action.ROUNDED, f"{why}; {errors}")
     if _is_scaled(coded):
         return Fate(
-            item.name, "different", f"the adapter applied {times(coded.coefficient)}; {errors}"
+            item.name, Action.DIFFERENT, f"the adapter applied {times(coded.coefficient)}; {errors}"
         )
     ends = ", ".join(
         sorted(end or "codes" for end, spec in packed.specs.items() if spec.name in differing)
     )
     return Fate(
         item.name,
-        "different",
+        Action.DIFFERENT,
         f"{coded.off:,} of {coded.numel:,} numbers are further off "
         f"than quantizing takes them; {errors} (differ: {ends})",
     )
@@ -300,7 +300,7 @@ def _is_scaled(coded: Coded) -> bool:
 
 
 def _is_exact(checked: _Checked) -> bool:
-    return checked.item.packed is not None and checked.fate.action in ("same", "copied")
+    return checked.item.packed is not None and checked.fate.action in (Action.SAME, Action.COPIED)
 
 
 def _own_error(checked: _Checked) -> float:
@@ -314,7 +314,7 @@ def _own_error(checked: _Checked) -> float:
 def _totals(view: FourBits, checked: Sequence[_Checked], merge: MergePlan) -> dict[str, Any]:
     """Those of ``quantize``, of what is stored."""
     results = [c.result for c in checked if c.result is not None]
-    items = tuple(c.item for c in checked if c.fate.action != "missing")
+    items = tuple(c.item for c in checked if c.fate.action != Action.MISSING)
     nbytes = sum(file.path.stat().st_size for file in view.stored.files)
     own = Total.of((c.result.norm**2, _own_error(c)) for c in checked if c.result is not None)
     return {
@@ -367,7 +367,7 @@ def _diagnosis(
     ):
         what = f"the adapter is applied {times(whole.coefficient)}"
     elif every and (
-        counts["changed"] or totals["quantization_error"] > 1.5 * totals["expected_error"]
+        counts[Action.CHANGED] or totals["quantization_error"] > 1.5 * totals["expected_error"]
     ):
         what = "another checkpoint, or another adapter merged in or left out"
     elif every:
