@@ -13,11 +13,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 import torch
 
 if TYPE_CHECKING:
     from .traced import Traced
+
+# The same examples in every run, so that none fails by chance; by chance with
+# --hypothesis-profile=random.
+hypothesis.settings.register_profile("seeded", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("random", deadline=None)
+hypothesis.settings.load_profile("seeded")
 
 
 @pytest.fixture(autouse=True, scope="session")

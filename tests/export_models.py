@@ -135,8 +135,11 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
         )
     ),
     "DeBERTa-v2": lambda: hf.DebertaV2Model(
-        hf.DebertaV2Config(
-            **_ENCODER, relative_attention=True, pos_att_type=["p2c", "c2p"], type_vocab_size=0
+        hf.DebertaV2Config(  # whose layers are never repeated
+            **_ENCODER | {"num_hidden_layers": 2},
+            relative_attention=True,
+            pos_att_type=["p2c", "c2p"],
+            type_vocab_size=0,
         )
     ),
     "GPT-2": _gpt2,

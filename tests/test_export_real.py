@@ -16,8 +16,8 @@ import transformers
 
 import lora_tools
 
-from . import iotools, models
-from .test_docs import ROOT, blocks, shell
+from . import forks, iotools, models
+from .test_docs import HEAVY, ROOT, blocks, shell
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 TEXTS = [
@@ -41,6 +41,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("story")
     [text] = [text for mark, _, text in blocks("README.md") if mark == "real"]
     (folder / "fixtures").symlink_to(ROOT / "fixtures")
+    forks.preload("transformers.models.bert.modeling_bert", *HEAVY)
     done = shell(text, folder)
     assert done.returncode == 0, done.stderr
     assert "similarity 0." in done.stdout

@@ -195,10 +195,10 @@ def test_what_dead_processes_left_is_removed_and_what_living_ones_hold_is_kept(t
     others = [stale(tmp_path / "outer", "dead0002"), tmp_path / ".out.loratools-file"]
     others[1].write_text("a file")
     code = (
-        "import fcntl, os, sys, time\n"
+        "import fcntl, os, signal, sys\n"
         "fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX)\n"
         "print('held', flush=True)\n"
-        "time.sleep(60)\n"
+        "signal.pause()\n"
     )
     with subprocess.Popen([sys.executable, "-c", code, held], stdout=subprocess.PIPE) as process:
         try:
