@@ -356,12 +356,14 @@ def test_every_report_says_when_it_was_done_and_where(work: Path) -> None:
 
 
 def test_a_gate_that_meets_no_number_is_closed(work: Path) -> None:
-    from lora_tools.options.gate import exceeded
+    from lora_tools.figures import exceeded
 
-    assert exceeded(None, "a", float("nan"), 0.0) == ""
-    assert exceeded(0.1, "a", 0.1, 0.05) == ""
-    assert "worst is a with nan" in exceeded(0.1, "a", float("nan"), 0.05)
-    assert "total is 0.2" in exceeded(0.1, "a", 0.05, 0.2, " at rank 3")
+    nan = float("nan")
+    assert exceeded(None, [("a", nan, "")], 0.0) == ""
+    assert exceeded(0.1, [("a", 0.1, "")], 0.05) == ""
+    assert exceeded(0.1, [], 0.1) == ""
+    assert "worst is a with nan" in exceeded(0.1, [("a", nan, "")], 0.05)
+    assert "a with 0.05 at rank 3, total is 0.2" in exceeded(0.1, [("a", 0.05, " at rank 3")], 0.2)
     for wrong in (float("nan"), -1):
         with pytest.raises(UsageError, match="--max-error"):
             lora_tools.extract("base", "tuned", "out", max_error=wrong)
