@@ -51,7 +51,9 @@ class Weights:
     def plain(self) -> Prepared | None:
         """The same with none quantized; None where they lie somewhere as they are."""
         if self.quantization.stored:
-            return prepare_dequantize(self.checkpoint, Storage(), self.running, "")
+            return prepare_dequantize(
+                self.checkpoint, Storage(), self.running, command_of("dequantize")
+            )
         return self._merged() if self.quantization.packs else None
 
     def _merged(self) -> Prepared | None:

@@ -17,7 +17,7 @@ from lora_tools.merging.output_files import out_specs
 from lora_tools.merging.plan import MergePlan, plan_merge
 from lora_tools.merging.rewrite import Rewrite, signed
 from lora_tools.options import Matching, Running, Storage
-from lora_tools.provenance import tool_version
+from lora_tools.provenance import command_of, tool_version
 from lora_tools.records import Fate, Input, Report
 from lora_tools.sources.checkpoints import open_checkpoint
 from lora_tools.sources.weighted import Weighted, open_weighted
@@ -155,7 +155,9 @@ def merge_for_now(
     """Write a merged checkpoint to be read and removed again, whatever base its adapters name."""
     matching = Matching(allow_unmatched=allow_unmatched, allow_other_base=True)
     planned = plan_merging(base, adapters, matching, running, needs_adapters=not dtype)
-    prepare_merge(planned, Storage(dtype=dtype), running, "").write(out)
+    storage = Storage(dtype=dtype)
+    command = command_of("merge", storage, matching)
+    prepare_merge(planned, storage, running, command).write(out)
 
 
 def refuse_quantized_undo(base: Checkpoint) -> None:
