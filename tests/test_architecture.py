@@ -62,7 +62,7 @@ ONLY = {
     "__main__": {"cli"},
     "__init__": {"verbs", "options", "errors", "records"},
     "cli": {"verbs", "options", "errors", "records"},
-    "nn": {"sources", "formats", "linalg", "errors", "records"},
+    "nn": {"sources", "options", "formats", "linalg", "errors", "records"},
     "options": {"onnx", "formats", "linalg", "errors", "records"},
     "engine": {"errors", "records"},
     "provenance": {"formats", "errors", "records"},

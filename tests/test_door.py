@@ -334,7 +334,7 @@ def test_four_bits_on_either_side_of_extract(
 def test_the_noise_of_four_bits_is_not_that_of_rounding(
     four: Path, plain: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(UsageError, match="quantized, and --noise-floor"):
+    with pytest.raises(UsageError, match="quantized, and noise_floor=True"):
         lora_tools.extract(four / "base", plain / "tuned", tmp_path / "a", noise_floor=True)
 
 
@@ -496,9 +496,9 @@ def test_every_verb_reads_a_new_row(stepped: dict[str, Path], tmp_path: Path) ->
     }
     with pytest.raises(CheckpointError, match="quantized already, in steps of rows"):
         lora_tools.quantize(stepped["base"], tmp_path / "four")
-    with pytest.raises(UsageError, match="--requantize needs a BASE in four bits"):
+    with pytest.raises(UsageError, match="requantize=True needs a BASE in four bits"):
         lora_tools.merge(stepped["base"], [stepped["adapter"]], tmp_path / "x", requantize=True)
-    with pytest.raises(UsageError, match="--reversible cannot give back a BASE in steps"):
+    with pytest.raises(UsageError, match="reversible=True cannot give back a BASE in steps"):
         lora_tools.merge(stepped["base"], [stepped["adapter"]], tmp_path / "x", reversible=True)
 
 

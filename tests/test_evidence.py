@@ -179,7 +179,7 @@ def test_rescale_by_a_budget_in_bytes_bounds_the_file(uneven, pair, tmp_path):
     for options, says in (
         ({"budget": "100"}, "one direction of each of 16 modules takes more"),
         ({"budget": "1kB"}, "tensors saved whole"),
-        ({"budget": "1M", "consumer": "vllm"}, "--budget gives each module its own rank"),
+        ({"budget": "1M", "consumer": "vllm"}, "budget gives each module its own rank"),
         ({"budget": "1M", "energy": 0.5}, "exclude each other"),
     ):
         with pytest.raises(UsageError, match=says):
@@ -215,7 +215,7 @@ def test_a_module_of_rank_zero_is_named_and_left_out(pair, tmp_path):
 def test_a_budget_that_cannot_be(pair, tmp_path):
     for options, says in (
         ({"budget": "1kB"}, "tensors saved whole"),
-        ({"budget": "1M", "consumer": "vllm"}, "--budget gives each module its own rank"),
+        ({"budget": "1M", "consumer": "vllm"}, "budget gives each module its own rank"),
         ({"budget": "1M", "rank": 3}, "exclude each other"),
     ):
         with pytest.raises(UsageError, match=says):
@@ -412,7 +412,7 @@ def test_four_bits_say_how_they_were_made(pair, tmp_path):
 
 def test_an_adapter_for_another_base_is_refused(pair, tmp_path):
     lora_tools.extract(pair / "base", pair / "tuned", tmp_path / "a", rank=3)
-    with pytest.raises(MismatchError, match=r"was made for another base.*--allow-other-base"):
+    with pytest.raises(MismatchError, match=r"was made for another base.*allow_other_base=True"):
         lora_tools.merge(pair / "tuned", [tmp_path / "a"], tmp_path / "m")
     assert not (tmp_path / "m").exists()
     lora_tools.merge(pair / "tuned", [tmp_path / "a"], tmp_path / "m", allow_other_base=True)

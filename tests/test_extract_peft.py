@@ -261,7 +261,7 @@ def test_consumers_read_one_rank_and_no_patterns(
 def test_consumers_that_read_no_saved_tensors(
     consumer: str, pairs: dict[str, tuple[Path, Path]], tmp_path: Path
 ) -> None:
-    with pytest.raises(UnsupportedAdapter, match=rf"{consumer} does not read .*norm.*--rest skip"):
+    with pytest.raises(UnsupportedAdapter, match=rf"{consumer} does not read .*norm.*rest=.skip"):
         lora_tools.extract(*pairs["llama"], tmp_path / "a", consumer=consumer)
     with pytest.raises(UnsupportedAdapter, match="embed_tokens"):
         lora_tools.extract(
@@ -279,7 +279,7 @@ def grown(pair: tuple[Path, Path], out: Path) -> Path:
 @pytest.mark.parametrize("kind", ["llama", "llama-tied"])
 def test_grown_vocabulary(kind: str, pairs: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
     tuned = grown(pairs[kind], tmp_path / "tuned")
-    with pytest.raises(MismatchError, match=r"\(96, 32\), tuned is \(99, 32\).*--embeddings save"):
+    with pytest.raises(MismatchError, match=r"\(96, 32\), tuned is \(99, 32\).*embeddings=.save"):
         lora_tools.extract(pairs[kind][0], tuned, tmp_path / "a")
     lora_tools.extract(pairs[kind][0], tuned, tmp_path / "a", rank=FULL, embeddings="save")
     wanted = models.outputs(models.load(tuned))
@@ -321,7 +321,7 @@ def test_tensors_on_one_side_only(tmp_path: Path) -> None:
 
 
 def test_rest_error_names_what_changed(pairs: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
-    with pytest.raises(MismatchError, match=r"(norm|bias)\S*: changed, .* --rest save"):
+    with pytest.raises(MismatchError, match=r"(norm|bias)\S*: changed, .* rest=.save"):
         lora_tools.extract(*pairs["llama"], tmp_path / "a", rest="error")
 
 
@@ -435,7 +435,7 @@ def test_tied_head_for_a_consumer(pairs: dict[str, tuple[Path, Path]], tmp_path:
     assert len([key for key in models.tensors(tmp_path / "a") if "lm_head" in key]) == 2
     lora_tools.merge(base, [tmp_path / "a"], tmp_path / "m")
     assert models.load(tmp_path / "m").config.tie_word_embeddings
-    with pytest.raises(UnsupportedAdapter, match="--embeddings skip"):
+    with pytest.raises(UnsupportedAdapter, match="embeddings=.skip"):
         lora_tools.extract(base, tuned, tmp_path / "l", rest="skip", consumer="llama.cpp")
     lora_tools.extract(
         base, tuned, tmp_path / "l", rest="skip", embeddings="skip", consumer="llama.cpp"

@@ -433,11 +433,11 @@ def test_a_change_in_a_block_left_out_is_in_the_error(tmp_path: Path) -> None:
     files = tmp_path / "b", tmp_path / "t"
     report = lora_tools.extract(*files, tmp_path / "a", layout=["qkv=merged:3/101"])
     assert report.modules[0].relative_error == pytest.approx(0.5**0.5)
-    with pytest.raises(MismatchError, match="only in blocks that --layout leaves out"):
+    with pytest.raises(MismatchError, match="only in blocks that layout leaves out"):
         lora_tools.extract(*files, tmp_path / "none", layout=["qkv=merged:3/001"])
     changed[4] = float("nan")
     save_file({"qkv.weight": changed}, tmp_path / "t")
-    with pytest.raises(NonFiniteError, match=r"qkv\.weight: a block that --layout leaves out"):
+    with pytest.raises(NonFiniteError, match=r"qkv\.weight: a block that layout leaves out"):
         lora_tools.extract(*files, tmp_path / "none", layout=["qkv=merged:3/101"])
 
 

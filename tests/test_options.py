@@ -154,7 +154,7 @@ def test_python_is_told_what_the_command_line_is_told(name: str, option: str) ->
     keyword = verb.by_name[option]
     for wrong in _wrong(keyword):
         given = {**needed(verb), option: [wrong] if keyword.several else wrong}
-        with pytest.raises(UsageError, match=f"^{keyword.flag} .* is needed$"):
+        with pytest.raises(UsageError, match=f"^{option} .* is needed$"):
             getattr(lora_tools, name)(*arguments(verb), **given)
 
 

@@ -403,7 +403,7 @@ def test_bad_calls(made: Made, tmp_path: Path) -> None:
             **options,
         )
 
-    with pytest.raises(UsageError, match="at least one --adapter"):
+    with pytest.raises(UsageError, match="at least one adapters"):
         call()
     shutil.copytree(made.top / "uneven", tmp_path / "more" / "uneven")
     with pytest.raises(UsageError, match=r"would both be uneven\.onnx_adapter"):

@@ -23,6 +23,7 @@ from lora_tools.linalg.layouts import Block
 from lora_tools.linalg.merge import Effect, LowRank, merged_whole
 from lora_tools.merging.plan import MergePlan, build_effects, plan_merge
 from lora_tools.merging.targets import BaseOutline, Target
+from lora_tools.options.spelling import errors_for_python
 from lora_tools.records import TensorSpec
 from lora_tools.sources.transformers_names import renamed
 from lora_tools.sources.weighted import open_weighted
@@ -63,7 +64,8 @@ def attach(
         UsageError: something is attached already.
         LoraToolsError: any other of the tree; the model is as it was then.
     """
-    return _put_on(model, adapters, allow_unmatched, allow_pickle, branches=True)
+    with errors_for_python():
+        return _put_on(model, adapters, allow_unmatched, allow_pickle, branches=True)
 
 
 def merge_(
@@ -74,7 +76,8 @@ def merge_(
 
     Arguments and errors are those of ``attach``.
     """
-    return _put_on(model, adapters, allow_unmatched, allow_pickle, branches=False)
+    with errors_for_python():
+        return _put_on(model, adapters, allow_unmatched, allow_pickle, branches=False)
 
 
 def detach(model: M) -> M:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from lora_tools.errors import QualityGateError
 from lora_tools.formats.output import Prepared, check_destination, check_space, staged
 from lora_tools.options import RECORDS, Running, Writing
+from lora_tools.options.spelling import errors_for_python
 from lora_tools.provenance import command_of, tool_version
 from lora_tools.records import Fate, Input, ProgressCallback, Report
 from lora_tools.verbs import VERBS
@@ -85,7 +86,8 @@ def verb(prepare: Prepare) -> Callable[..., Report]:
 
     @functools.wraps(prepare)
     def function(*args: Any, **keywords: Any) -> Report:
-        return carry_out(row, row.bind(args, keywords))
+        with errors_for_python():
+            return carry_out(row, row.bind(args, keywords))
 
     signature = row.signature(_NAMES)
     hints = {p.name: p.annotation for p in signature.parameters.values()}
