@@ -435,7 +435,7 @@ def test_tied_head_for_a_consumer(pairs: dict[str, tuple[Path, Path]], tmp_path:
     assert len([key for key in models.tensors(tmp_path / "a") if "lm_head" in key]) == 2
     lora_tools.merge(base, [tmp_path / "a"], tmp_path / "m")
     assert models.load(tmp_path / "m").config.tie_word_embeddings
-    with pytest.raises(UnsupportedAdapter, match="embeddings=.skip"):
+    with pytest.raises(UnsupportedAdapter, match=r"embeddings=.skip"):
         lora_tools.extract(base, tuned, tmp_path / "l", rest="skip", consumer="llama.cpp")
     lora_tools.extract(
         base, tuned, tmp_path / "l", rest="skip", embeddings="skip", consumer="llama.cpp"

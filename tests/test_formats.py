@@ -666,7 +666,7 @@ def test_a_tied_head(tmp_path: Path) -> None:
     for name, form in FORMATS.items():
         given = tmp_path / name
         if "head" not in form.keeps:
-            with pytest.raises(UnsupportedAdapter, match="drop=.head"):
+            with pytest.raises(UnsupportedAdapter, match=r"drop=.head"):
                 lora_tools.convert(tmp_path / "a", given, to=name, base=base)
             lora_tools.convert(tmp_path / "a", given, to=name, base=base, drop=["head"])
             assert list(open_adapter(given, base=base).modules) == [
@@ -685,7 +685,7 @@ def test_an_embedding_that_is_the_head(tmp_path: Path) -> None:
     config = {"target_modules": ["v_proj", "embed_tokens"], "r": 2, "lora_alpha": 3}
     models.train(base, tmp_path / "a", config, save_embedding_layers=False)
     for dry in (True, False):
-        with pytest.raises(UnsupportedAdapter, match="drop=.embedding"):
+        with pytest.raises(UnsupportedAdapter, match=r"drop=.embedding"):
             lora_tools.convert(tmp_path / "a", tmp_path / "g", to="gguf", base=base, dry_run=dry)
     with pytest.raises(UnsupportedAdapter, match="the output head, too"):
         lora_tools.rescale(tmp_path / "a", tmp_path / "g", consumer="llama.cpp", base=base)

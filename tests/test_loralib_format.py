@@ -264,7 +264,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         with pytest.raises(error, match=says):
             lora_tools.convert(given, tmp_path / "b", to="loralib", layout=kinds)
         assert not (tmp_path / "b").exists()
-    with pytest.raises(UsageError, match="to=.loralib"):
+    with pytest.raises(UsageError, match=r"to=.loralib"):
         lora_tools.convert(given, tmp_path / "b", to="kohya", layout=["w=merged:3"])
 
 

@@ -288,7 +288,7 @@ def test_the_python_functions_refuse_the_same(work: Path) -> None:
         lora_tools.extract("base", "tuned", "stats", activations="stats", force=True)
     with pytest.raises(OutputError, match="is the input adapter"):
         lora_tools.merge("base", [("adapter", 0.5)], Path("adapter/out"))
-    with pytest.raises(UsageError, match="^out out and spectrum_cache out"):
+    with pytest.raises(UsageError, match=r"^out out and spectrum_cache out"):
         lora_tools.extract("base", "tuned", "out", spectrum_cache="out")
     assert iotools.tree(Path()) == before
 
