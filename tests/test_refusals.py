@@ -128,7 +128,7 @@ PAIRS: dict[str, Row] = {
     ),
     "factors that overflow their dtype": (
         NonFiniteError,
-        r"model\.q_proj\.weight: its factors overflow torch\.float16; choose a wider one with --dtype",
+        r"model\.q_proj\.weight: its factors overflow torch\.float16; choose a wider one",
         lambda t: extract(
             t, base(t), base(t, "t", q_weight=1e12 * torch.eye(8)), dtype="float16", exclude=["up"]
         ),
