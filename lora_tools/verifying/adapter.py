@@ -14,7 +14,7 @@ from lora_tools.figures import Total, above, left_out_totals
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.adapters.peft import Adapter, LoraModule
 from lora_tools.formats.checkpoint import Checkpoint
-from lora_tools.formats.names import align, split_tensor, tied_head
+from lora_tools.formats.names import align, split_tensor
 from lora_tools.merging.plan import MergePlan, adapter_digest, build_effects, plan_merge
 from lora_tools.merging.targets import Target
 from lora_tools.merging.tensor import as_matrix
@@ -114,8 +114,7 @@ def _paired(
     targets = [t for t in (*plan.targets, *plan.untied) if t.spec.name in theirs]
     found = [_Compared(t.spec.name, theirs[t.spec.name], t, bool(t.parts)) for t in targets]
     met = {pair.own for pair in found}
-    if tuned.ties_embeddings:
-        met.add(tied_head(tuned.config, tuned.specs))
+    met.add(tuned.weights.head)
     alone = ((name, own) for own, name in to_base.items() if own not in met)
     return found + [_Compared(name, own, None, own in adapter.whole) for name, own in alone]
 
