@@ -119,6 +119,39 @@ LAYERS: dict[str, Callable[[str, torch.Tensor], Tensors]] = {
         f"{m}.biases": torch.rand(len(w), 1),
     },
     "hqq": lambda m, w: {f"{m}.W_q": packed((len(w), w.shape[1] // 2)), f"{m}.scale": w[:, :1]},
+    "quanto of four bits": lambda m, w: {
+        f"{m}.weight._data._data": packed((len(w) // 2, w.shape[1])),
+        f"{m}.weight._scale": torch.ones(len(w), 1),
+        f"{m}.weight._shift": torch.ones(len(w), 1),
+    },
+    "vptq": lambda m, w: {
+        f"{m}.indices": packed((1, len(w) // 4, w.shape[1]), torch.int32),
+        f"{m}.centroids.weight": torch.rand(1, 64).half(),
+        f"{m}.weight_scale": torch.rand(w.shape[1]).half(),
+    },
+    "spqr": lambda m, w: {
+        f"{m}.dense_weights": packed((w.numel() // 16,), torch.int64),
+        f"{m}.row_offsets": packed((len(w) + 1,), torch.int32),
+        f"{m}.col_vals": packed((4,), torch.int32),
+    },
+    "quip": lambda m, w: {
+        f"{m}.Qidxs": packed((len(w), w.shape[1] // 8), torch.int64),
+        f"{m}.SU": torch.ones(w.shape[1]).half(),
+        f"{m}.SV": torch.ones(len(w)).half(),
+    },
+    "qtip": lambda m, w: {
+        f"{m}.trellis": packed((len(w), w.shape[1] // 8), torch.int16),
+        f"{m}.SU": torch.ones(w.shape[1]).half(),
+        f"{m}.SV": torch.ones(len(w)).half(),
+    },
+    "marlin": lambda m, w: {
+        f"{m}.B": packed((w.shape[1] // 16, len(w) * 2), torch.int32),
+        f"{m}.s": torch.rand(1, len(w)).half(),
+    },
+    "qqq": lambda m, w: {
+        f"{m}.B": packed((w.shape[1] // 16, len(w) * 2), torch.int32),
+        f"{m}.s_channel": torch.rand(1, len(w)),
+    },
     "fused experts": lambda m, w: {
         f"{m}.experts.up_proj": packed((2, len(w), w.shape[1])),
         f"{m}.experts.up_proj_scale": torch.ones(2, len(w), 1),
@@ -247,6 +280,13 @@ def test_a_bare_file_has_no_config_and_is_known(
         ("nvfp4", "NVFP4", "q_proj.weight_scale_2 (F32)"),
         ("mxfp4", "MXFP4", "q_proj_blocks (U8)"),
         ("mlx", "MLX", f"{Q} (U32)"),
+        ("vptq", "VPTQ", "q_proj.indices (I32)"),
+        ("spqr", "SpQR", "q_proj.dense_weights (I64)"),
+        ("quip", "QuIP#", "q_proj.Qidxs (I64)"),
+        ("qtip", "QTIP", "q_proj.trellis (I16)"),
+        ("marlin", "Marlin", "q_proj.B (I32)"),
+        ("qqq", "QQQ", "q_proj.B (I32)"),
+        ("quanto of four bits", "quanto", "q_proj.weight._data._data (U8)"),
         ("config", "FP8 with block scales", "quantization_config in config.json (fp8)"),
         ("config of the text", "AWQ", "text_config.quantization_config in config.json (awq)"),
         ("modelopt", "ModelOpt", "hf_quant_config.json"),
@@ -282,6 +322,8 @@ def test_buffers_of_whole_numbers_are_no_sign(plain: Path, tmp_path: Path) -> No
         "model.logit_scale": torch.ones(()),
         "model.layers.0.q_norm.scale": torch.ones(4),
         "model.layers.0.layer_scale.weight": torch.ones(4),
+        "model.quantizer.codes": torch.zeros(4, 4, dtype=torch.int64),
+        "model.quantizer.codebooks": torch.ones(2, 4),
     }
     base = checkpoint(tmp_path / "base", weights(layers=1) | buffers)
     (base / "config.json").write_text('{"quantization_config": null, "quantization": {}}')

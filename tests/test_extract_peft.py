@@ -320,6 +320,17 @@ def test_tensors_on_one_side_only(tmp_path: Path) -> None:
         lora_tools.extract(base, tuned, tmp_path / "none", rest="error")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_empty_weight_has_nothing_to_decompose(dtype: torch.dtype, tmp_path: Path) -> None:
+    noise = torch.Generator().manual_seed(0)
+    q, empty = torch.randn(8, 6, generator=noise), torch.zeros(4, 0)
+    base = bare(tmp_path / "base", **{"m.q.weight": q, "m.e.weight": empty})
+    changed = {"m.q.weight": q + 1, "m.e.weight": empty.to(dtype)}
+    report = lora_tools.extract(base, bare(tmp_path / "tuned", **changed), tmp_path / "a", rank=1)
+    assert {f.tensor: f.action for f in report.plan}["m.e.weight"] == "unchanged"
+    assert [m.module for m in report.modules] == ["m.q"]
+
+
 def test_rest_error_names_what_changed(pairs: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match=r"(norm|bias)\S*: changed, .* rest=.save"):
         lora_tools.extract(*pairs["llama"], tmp_path / "a", rest="error")

@@ -11,7 +11,17 @@ from typing import Any
 import pytest
 
 import lora_tools
-from lora_tools import AdapterForm, Formats, Matching, Ranks, Running, Storage, Tensors, Writing
+from lora_tools import (
+    AdapterForm,
+    Adding,
+    Formats,
+    Matching,
+    Ranks,
+    Running,
+    Storage,
+    Tensors,
+    Writing,
+)
 from lora_tools.errors import UsageError
 from lora_tools.options import RECORDS
 from lora_tools.provenance import command_of
@@ -156,6 +166,45 @@ def test_python_is_told_what_the_command_line_is_told(name: str, option: str) ->
         given = {**needed(verb), option: [wrong] if keyword.several else wrong}
         with pytest.raises(UsageError, match=f"^{option} .* is needed$"):
             getattr(lora_tools, name)(*arguments(verb), **given)
+
+
+TYPED = [
+    (verb.name, keyword.name)
+    for verb in VERBS.values()
+    for keyword in verb.keywords
+    if keyword.type in (bool, int, float, str) or keyword.several
+]
+OTHER = {bool: "no", int: 2.5, float: "0.5", str: 3}
+
+
+@pytest.mark.parametrize(("name", "option"), TYPED)
+def test_a_value_of_another_type_is_refused(name: str, option: str) -> None:
+    """Where it would be taken for something: a text for its letters, 2.5 for 2, "no" for yes."""
+    verb = VERBS[name]
+    keyword = verb.by_name[option]
+    wrong = "text" if keyword.several else OTHER[keyword.type]
+    with pytest.raises((TypeError, UsageError), match=f"{option}|{keyword.flag}"):
+        getattr(lora_tools, name)(*arguments(verb), **{**needed(verb), option: wrong})
+
+
+@pytest.mark.parametrize("alone", ["adapter", Path("adapter")])
+def test_several_are_a_list(alone: Any) -> None:
+    with pytest.raises(TypeError, match=r"merge\(\) wants a list of adapters: "):
+        lora_tools.merge("base", alone, "out")
+    with pytest.raises(TypeError, match="adapters is to be Sequence"):
+        lora_tools.quantize("base", "out", adding=Adding(adapters=alone))
+
+
+def test_what_gives_its_values_once_is_read_once(sides: Path, tmp_path: Path) -> None:
+    """A generator is no list, and what it gives is not lost on the way to the work."""
+    merged = lora_tools.merge(sides / "base", (sides / n for n in ["adapter"]), tmp_path / "m")  # type: ignore[arg-type]
+    assert len(merged.inputs) == 2
+    made = lora_tools.quantize(
+        sides / "base",
+        tmp_path / "q",
+        adapters=(sides / n for n in ["adapter"]),  # type: ignore[arg-type]
+    )
+    assert len(made.inputs) == 2
 
 
 def _wrong(keyword: Keyword) -> list[Any]:

@@ -262,7 +262,7 @@ def _pair(
     if (embedding and options["embeddings"] != "lora") or base.shape != tuned.shape:
         action: Treatment = "save" if options["embeddings"] == "save" else "skip"
         return Pair(name, base, tuned, action, reason=f"--embeddings {options['embeddings']}")
-    if kind is not None and base.is_float and tuned.is_float:
+    if kind is not None and base.is_float and tuned.is_float and base.numel:
         return Pair(name, base, tuned, "decompose", kind, kind.name)
     if parameter == "bias" and options["rest"] == "save":
         return Pair(name, base, tuned, "bias", reason="a bias has no low-rank form")

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import numbers
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -94,19 +95,41 @@ class Keyword:
         return self.written.replace("str", f"Literal[{', '.join(map(repr, self.choices))}]")
 
     def check(self, value: Any) -> None:
-        """Raises UsageError for a value that is none of the choices, not in the range, or means
-        nothing."""
+        """
+        Raises:
+            UsageError: it is none of the choices, not in the range, or means nothing.
+            TypeError: it is of another type.
+        """
         if value is None or self.option is None:
             return
-        for each in value if self.several else (value,):
+        for each in value if self.several and listed(value) else (value,):
             if self.choices and each not in self.choices:
                 names = ", ".join(map(str, self.choices))
                 shown = repr(each) if isinstance(each, str) else each
                 raise UsageError(f"{self.flag} {shown}: one of {names} is needed")
+        number = isinstance(value, numbers.Real)
+        if self.option.allowed is not None and number and not self.option.allowed[0](value):
+            raise UsageError(f"{self.flag} {value}: {self.option.allowed[1]}")
+        if not self._suits(value):
+            raise TypeError(f"{self.name} is to be {self.written}: {value!r}")
         if self.option.parse is not None:
             self.option.parse(value)
-        if self.option.allowed is not None and not self.option.allowed[0](value):
-            raise UsageError(f"{self.flag} {value}: {self.option.allowed[1]}")
+
+    def _suits(self, value: Any) -> bool:
+        """Whether a value is of its type, as far as a mistake would go unseen: a text is a sequence
+        of letters, a fraction may be cut, ``"no"`` is true."""
+        if self.several:
+            return listed(value)
+        kind = _KINDS.get(self.type, object)
+        return isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool)
+
+
+_KINDS: dict[Any, type] = {bool: bool, int: numbers.Integral, float: numbers.Real, str: str}
+
+
+def listed(value: Any) -> bool:
+    """Whether it holds several values that can be read more than once."""
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
 def take(record: type[Any], *names: str, **said: Mapping[str, Any]) -> tuple[Keyword, ...]:
@@ -197,7 +220,18 @@ class Verb:
         missing = [name for name in names if name not in bound]
         if missing:
             raise TypeError(f"{self.name}() misses the argument {missing[0]!r}")
+        for name in {a.name for a in self.arguments if a.several} & bound.keys():
+            bound[name] = self._list(name, bound[name])
         return bound
+
+    def _list(self, name: str, value: Any) -> Sequence[Any]:
+        """Several values, which are read more than once: what gives each only once is emptied
+        here. Raises TypeError for a value that stands alone."""
+        if listed(value):
+            return value  # type: ignore[no-any-return]
+        if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+            raise TypeError(f"{self.name}() wants a list of {name}: {value!r}")
+        return tuple(value)
 
     def ask(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The records of a call, out of records and of their fields.
@@ -215,7 +249,13 @@ class Verb:
     def _record(self, name: str, given: Mapping[str, Any]) -> Any:
         record = self.records[name]
         mine = [keyword.name for keyword in self.keywords if keyword.record is record]
-        single = {field: given[field] for field in mine if field in given}
+        single = {
+            field: self._list(field, given[field])
+            if self.by_name[field].several and given[field] is not None
+            else given[field]
+            for field in mine
+            if field in given
+        }
         whole = given.get(name)
         if whole is None:
             for field in mine:
