@@ -139,6 +139,7 @@ NUMERIC = {
     "nn/__init__.py",
     "nn/attach.py",
     "nn/layers.py",
+    "nn/trained.py",
     "onnx/check.py",
     "onnx/graphs.py",
     "onnx/model.py",
