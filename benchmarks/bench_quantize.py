@@ -44,14 +44,14 @@ def matrix(runs: int) -> None:
     import bitsandbytes.functional as bnb
     import torch
 
-    from lora_tools.linalg import nf4
+    from lora_tools.linalg import codebooks, nf4
     from lora_tools.linalg.nf4_search import quantize_searched
 
     torch.set_num_threads(1)
     weight = (0.02 * torch.randn(4096, 11008)).bfloat16()
     flat, copy, back = weight.view(-1), torch.empty_like(weight), torch.empty_like(weight).view(-1)
     room = torch.empty(flat.numel() // 2, dtype=torch.uint8)
-    book, scratch = nf4.CODEBOOKS["nf4"], nf4.Scratch()
+    book, scratch = codebooks.CODEBOOKS["nf4"], nf4.Scratch()
     ours = nf4.quantize_whole(flat, book, 64, True, room, scratch)
     codes, state = bnb.quantize_4bit(
         weight, blocksize=64, quant_type="nf4", compress_statistics=True

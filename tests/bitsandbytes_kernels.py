@@ -13,7 +13,7 @@ import math
 import bitsandbytes  # noqa: F401 - defines the operators
 import torch
 
-from lora_tools.linalg import nf4
+from lora_tools.linalg import codebooks, nf4
 
 CALLS = {"quantize": 0, "dequantize": 0}
 _LIBRARY = torch.library.Library("bitsandbytes", "IMPL")
@@ -24,7 +24,7 @@ def quantize_4bit(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The operator of that name."""
     CALLS["quantize"] += 1
-    packed, absmax = nf4.quantize(A.reshape(-1), nf4.CODEBOOKS[quant_type], blocksize)
+    packed, absmax = nf4.quantize(A.reshape(-1), codebooks.CODEBOOKS[quant_type], blocksize)
     return torch.from_numpy(packed).view(quant_storage)[:, None], torch.from_numpy(absmax)
 
 
@@ -40,7 +40,7 @@ def dequantize_4bit(
     CALLS["dequantize"] += 1
     packed = A.reshape(-1).view(torch.uint8).numpy()
     out = torch.empty(math.prod(shape), dtype=dtype)
-    book = nf4.CODEBOOKS[quant_type]
+    book = codebooks.CODEBOOKS[quant_type]
     return nf4.dequantize(packed, absmax.float().numpy(), book, blocksize, out).reshape(shape)
 
 

@@ -9,7 +9,7 @@ import onnx
 import torch
 from torch.overrides import TorchFunctionMode
 
-from lora_tools.onnx.check import InTorch
+from lora_tools.onnx.in_torch import InTorch
 from lora_tools.onnx.linears import Linear, linears
 from lora_tools.onnx.tasks import Task
 from lora_tools.sources.checkpoints import open_checkpoint

@@ -134,12 +134,17 @@ NUMERIC = {
     "linalg/svd.py",
     "linalg/ritz.py",
     "linalg/factors.py",
+    "linalg/codebooks.py",
     "linalg/nf4.py",
     "linalg/nf4_search.py",
     "nn/__init__.py",
     "nn/attach.py",
     "nn/layers.py",
+    "nn/trained.py",
     "onnx/check.py",
+    "onnx/in_runtime.py",
+    "onnx/in_torch.py",
+    "onnx/runs.py",
     "onnx/graphs.py",
     "onnx/model.py",
     "onnx/parts.py",
@@ -397,8 +402,8 @@ def test_choices_are_the_rows_of_the_tables() -> None:
     from lora_tools.formats.adapters.format import FEATURES
     from lora_tools.formats.adapters.table import FORMATS
     from lora_tools.formats.quantized.bitsandbytes import QUANT_TYPES, STORAGES
+    from lora_tools.linalg.codebooks import CODEBOOKS
     from lora_tools.linalg.combine import METHODS
-    from lora_tools.linalg.nf4 import CODEBOOKS
     from lora_tools.linalg.ranks import POLICIES, SHARED
     from lora_tools.onnx.schemes import SCHEMES
 

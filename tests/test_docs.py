@@ -374,11 +374,11 @@ def test_every_layer_kind_is_listed() -> None:
 
 def test_what_merge_refuses_is_listed() -> None:
     """Every kind of adapter that is known and refused stands in the table of docs/merge.md."""
-    from lora_tools.formats.adapters import peft
+    from lora_tools.formats.adapters import unmergeable
 
     table = read("docs/merge.md").split("## What is refused")[1].split("\n## ")[0]
     flat = re.sub(r"[^a-z0-9]", "", table.lower().replace("³", "3"))
-    for kind in peft._NOT_LORA:
+    for kind in unmergeable._NOT_LORA:
         words = {
             "MULTITASK_PROMPT_TUNING": "prompt",
             "PROMPT_TUNING": "prompt",
@@ -389,7 +389,7 @@ def test_what_merge_refuses_is_listed() -> None:
             "TRAINABLE_TOKENS": "trainabletokens",
         }
         assert words.get(kind, re.sub(r"[^a-z0-9]", "", kind.lower())) in flat, kind
-    for start in peft._CHANGED_BASE:
+    for start in unmergeable._CHANGED_BASE:
         assert re.sub(r"[^a-z]", "", start) in flat, start
 
 

@@ -153,14 +153,14 @@ def test_nf4_is_what_quantize_writes(kind: str, plain: dict[str, Path], tmp_path
 def test_ours_is_the_kernels_reading(scheme: str, tmp_path: Path) -> None:
     """What ``dequantized`` makes of the bytes is what ONNX Runtime multiplies with: a product with
     the identity, of a size that fills no block."""
-    from lora_tools.linalg import nf4
+    from lora_tools.linalg import codebooks, nf4
     from lora_tools.onnx.quantized import quantizer_of
     from lora_tools.onnx.quantized_weights import dequantized, exact
 
     w = torch.randn(33, 65, generator=torch.Generator().manual_seed(0))
     attributes: dict[str, int] = {"N": 33, "K": 65}
     if scheme == "nf4":
-        arrays = nf4.quantize(w.view(-1), nf4.CODEBOOKS["nf4"], 64)
+        arrays = nf4.quantize(w.view(-1), codebooks.CODEBOOKS["nf4"], 64)
         attributes |= {"block_size": 64, "quant_type": 1}
     else:
         arrays = quantizer_of(AFFINE[scheme]).qbits_block_quant(w.T.contiguous().numpy())

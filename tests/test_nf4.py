@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_tools.formats.quantized.bitsandbytes import BLOCKSIZES, QUANT_TYPES
-from lora_tools.linalg import nf4, nf4_search
+from lora_tools.linalg import codebooks, nf4, nf4_search
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch compiles bitsandbytes' fallbacks
 
@@ -35,7 +35,7 @@ def _with_zero_blocks(n: int) -> torch.Tensor:
 
 def _ties(n: int) -> torch.Tensor:
     """Numbers on the codebook's midpoints and values, to the last bit and one beside it."""
-    book = nf4.CODEBOOKS["nf4"]
+    book = codebooks.CODEBOOKS["nf4"]
     points = np.concatenate((book.midpoints, book.table))
     near = np.concatenate([points, np.nextafter(points, -2), np.nextafter(points, 2)])
     return torch.from_numpy(np.resize(near.astype(np.float32), n).clip(-1, 1))
@@ -58,7 +58,7 @@ VALUES: dict[str, Callable[[int], torch.Tensor]] = {
 
 
 def assert_like_bitsandbytes(x: torch.Tensor, quant_type: str, blocksize: int) -> None:
-    book = nf4.CODEBOOKS[quant_type]
+    book = codebooks.CODEBOOKS[quant_type]
     options = {"blocksize": blocksize, "quant_type": quant_type}
     codes, single = bnb.quantize_4bit(x, **options)
     packed, absmax = nf4.quantize(x.reshape(-1), book, blocksize)
@@ -70,7 +70,7 @@ def assert_like_bitsandbytes(x: torch.Tensor, quant_type: str, blocksize: int) -
     assert nested.codes.tobytes() == double.absmax.numpy().tobytes()
     assert nested.absmax.tobytes() == double.state2.absmax.numpy().tobytes()
     assert nested.offset.tobytes() == double.offset.numpy().tobytes()
-    assert nf4.dynamic_map().tobytes() == double.state2.code.numpy().tobytes()
+    assert codebooks.dynamic_map().tobytes() == double.state2.code.numpy().tobytes()
     scales = bnb.dequantize_blockwise(double.absmax, double.state2) + double.offset
     restored = nf4.restore_absmax(nested)
     assert restored.tobytes() == scales.numpy().tobytes()
@@ -116,7 +116,7 @@ def test_more_blocks_than_torch_sums_in_one_thread():
 
 
 def test_small_numbers_are_rounded_and_not_flushed():
-    book = nf4.CODEBOOKS["nf4"]
+    book = codebooks.CODEBOOKS["nf4"]
     for exponent in range(-149, -110):
         absmax = np.array([2.0**exponent], np.float32)
         packed = np.arange(0, 256, 8, dtype=np.uint8)
@@ -161,7 +161,7 @@ def test_the_nested_encoder_at_every_step():
 
 
 def test_the_dynamic_map_is_exact():
-    digest = hashlib.sha256(nf4.dynamic_map().tobytes()).hexdigest()
+    digest = hashlib.sha256(codebooks.dynamic_map().tobytes()).hexdigest()
     assert digest == "e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c"
 
 
@@ -176,7 +176,7 @@ SOURCES = {
 def test_searched_scales_lower_the_error(kind):
     source, wanted = SOURCES[kind]
     torch.manual_seed(0)
-    x, book, scratch = source.sample((1 << 19,)), nf4.CODEBOOKS["nf4"], nf4.Scratch()
+    x, book, scratch = source.sample((1 << 19,)), codebooks.CODEBOOKS["nf4"], nf4.Scratch()
     errors = []
     for work in (nf4.quantize_whole, nf4_search.quantize_searched):
         room = torch.empty(x.numel() // 2, dtype=torch.uint8)
@@ -189,7 +189,7 @@ def test_searched_scales_lower_the_error(kind):
 @pytest.mark.parametrize("kind", VALUES)
 @pytest.mark.parametrize("n", [1, 63, 65, 4096, nf4.RUN + 777])
 def test_searched_scales_are_hardly_worse_anywhere_and_bitsandbytes_reads_them(kind, n):
-    x, book, scratch = VALUES[kind](n), nf4.CODEBOOKS["nf4"], nf4.Scratch()
+    x, book, scratch = VALUES[kind](n), codebooks.CODEBOOKS["nf4"], nf4.Scratch()
     room = torch.empty(nf4.packed_size(n), dtype=torch.uint8)
     made = nf4_search.quantize_searched(x, book, 64, False, room, scratch)
     back = nf4.dequantize(made.packed, made.scales, book, 64, torch.empty(n))
@@ -212,12 +212,12 @@ def test_searched_scales_are_hardly_worse_anywhere_and_bitsandbytes_reads_them(k
 
 HASH = """
 import hashlib, torch
-from lora_tools.linalg import nf4
+from lora_tools.linalg import codebooks, nf4
 torch.set_num_threads(1)
 x = (torch.arange(3_000_001) * 7919 % 100_003 - 50_001).float() / 1e6
 state = hashlib.sha256()
 for dtype in (torch.float32, torch.bfloat16):
-    packed, absmax = nf4.quantize(x.to(dtype), nf4.CODEBOOKS["nf4"], 64)
+    packed, absmax = nf4.quantize(x.to(dtype), codebooks.CODEBOOKS["nf4"], 64)
     nested = nf4.double_quantize(absmax)
     for part in (packed, absmax, nested.codes, nested.absmax, nested.offset):
         state.update(part.tobytes())

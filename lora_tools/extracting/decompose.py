@@ -1,22 +1,17 @@
-"""The decomposition of one pair's delta: first its leading singular directions, then, at the rank
-that was chosen, factors fitted to the delta and measured as they will be written."""
+"""The decomposition of one pair's delta: its leading singular directions, region by region."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lora_tools.errors import MismatchError, NonFiniteError
+from lora_tools.errors import NonFiniteError
 from lora_tools.extracting.pairs import Pair
 from lora_tools.formats.adapters.consumers import Consumer
 from lora_tools.formats.checkpoint import Checkpoint
-from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.linalg.layouts import Region
 from lora_tools.linalg.ranks import RankRule, Rounding, Spectrum
-from lora_tools.linalg.scaling import scaling
-from lora_tools.records import ModuleResult
 
 if TYPE_CHECKING:
     import torch
@@ -104,16 +99,6 @@ class Found:
         return StoredSpectrum(key, known.squared, self.svd.Vh.contiguous().cpu(), facts)
 
 
-@dataclasses.dataclass(frozen=True)
-class Fitted:
-    """One module's factors as they will be written, and their measure; no factors at rank 0.
-    ``r`` is what adapters divide lora_alpha by."""
-
-    result: ModuleResult
-    lora: tuple[torch.Tensor, torch.Tensor, float] | None
-    r: int = 0
-
-
 def restore(stored: StoredSpectrum) -> Found:
     """A decomposition out of the cache, without its left vectors, which the fit makes anew."""
     import torch
@@ -175,21 +160,7 @@ def delta_of(pair: Pair, sides: Sides, at: Region) -> Delta:
     return Delta(theirs_at, ours_at, done)
 
 
-def decompose(pair: Pair, sides: Sides, options: Decomposition, buffers: Buffers) -> Fitted | None:
-    """Decompose a delta and fit its factors, by way of half precision where that is faster and
-    good enough. None where the values are the same."""
-    if _may_sketch(pair, options):
-        found = find(pair, sides, options, buffers, options.half)
-        if all(f.svd is not None or not f.total for f in found):
-            fitted = fit(pair, sides, found, [f.rank for f in found], options, sketch=True)
-            # Where what is left out is as small as the copy's rounding, half precision won't do.
-            if fitted is not None:
-                return fitted
-    found = find(pair, sides, options, buffers)
-    return fit(pair, sides, found, [f.rank for f in found], options)
-
-
-def _may_sketch(pair: Pair, options: Decomposition) -> bool:
+def may_sketch(pair: Pair, options: Decomposition) -> bool:
     """Whether half precision is faster, and may be good enough."""
     from lora_tools.linalg.svd import HALF_LOSS, iterates
 
@@ -211,7 +182,7 @@ def spectra_of(pair: Pair, sides: Sides, options: Decomposition, buffers: Buffer
     from lora_tools.linalg.lora import measured
     from lora_tools.linalg.svd import HALF_LOSS
 
-    if _may_sketch(pair, options):
+    if may_sketch(pair, options):
         found = find(pair, sides, options, buffers, options.half)
         if all(f.svd is not None or not f.total for f in found):
             found = [
@@ -306,131 +277,3 @@ def weighting_of(pair: Pair, options: Decomposition) -> Weighting | None:
 def _weighted(pair: Pair, matrix: torch.Tensor, weighting: Weighting) -> torch.Tensor:
     assert pair.layout is not None
     return weighting.apply(matrix.T).T if pair.layout.transposed else weighting.apply(matrix)
-
-
-def fit(
-    pair: Pair,
-    sides: Sides,
-    found: Sequence[Found],
-    ranks: Sequence[int],
-    options: Decomposition,
-    sketch: bool = False,
-) -> Fitted | None:
-    """Factors of these ranks, one a region, in the dtype they are written in, and their measured
-    error. None where the values are the same, or where a sketch's own rounding is as large as what
-    it leaves out.
-
-    Raises:
-        NonFiniteError: the factors overflow their dtype.
-        MismatchError: the only change is where the layer kind has no factors.
-    """
-    from lora_tools.linalg import lora
-    from lora_tools.linalg.svd import HALF_LOSS
-
-    layout, shape = pair.layout, pair.spec.shape
-    assert layout is not None
-    assert pair.base is not None
-    rest = [delta_of(pair, sides, at).measure() for at in layout.rest(shape)]
-    left_out = math.fsum(energies.delta for energies in rest)
-    if not math.isfinite(left_out):
-        raise NonFiniteError(f"{pair.name}: a block that --layout leaves out holds an inf or a NaN")
-    if all(f.svd is None for f in found):
-        if left_out:
-            raise MismatchError(
-                f"{pair.name}: changed, and only in blocks that --layout leaves out; name the "
-                "blocks that changed"
-            )
-        return None
-    total = left_out + math.fsum(f.total for f in found)
-    measure = _Measure(
-        pair,
-        found,
-        total,
-        math.fsum(f.base for f in found) + math.fsum(energies.base for energies in rest),
-    )
-    weighting = weighting_of(pair, options)
-    if not any(ranks):
-        whole = math.nan if weighting is None else measure.searched
-        return Fitted(measure.result(0, total, whole, 0.0), None)
-    r = layout.r(list(ranks))
-    alpha = options.alpha if options.alpha is not None else float(r)
-    scale = scaling(alpha, r, options.rslora)
-    written = torch_dtype(options.dtype or pair.base.dtype)
-    # Given its right factor, the best left one is the same whatever weighs the rows.
-    columns = None if layout.transposed else weighting
-    products, error, gain, weighted = [], left_out, 0.0, math.nan
-    for at, one, rank in zip(regions_of(pair), found, ranks, strict=True):
-        delta = delta_of(pair, sides, at)
-        if one.svd is None or not rank:
-            products.append(lora.no_factors(delta.shape, written))
-            error += one.total
-            continue
-        svd = one.svd.cut(rank)
-        left, right, fitted = lora.balanced_factors(svd, delta, scale, written, columns, one.total)
-        if not math.isfinite(fitted.error):
-            raise NonFiniteError(
-                f"{pair.name}: its factors overflow {written}; choose a wider one with --dtype"
-            )
-        if sketch and one.total - fitted.captured < 64 * HALF_LOSS * one.total:
-            return None
-        error += max(fitted.error, 0.0)
-        if weighting is not None:
-            weighted = fitted.weighted
-            if layout.transposed:
-                weighted = _row_weighted(delta, left, right, scale, weighting)
-        # The fit holds what the decomposition found, and a little more or, from rounding, less.
-        exact = not sketch and weighting is None
-        gain += max(svd.captured + svd.gain - fitted.captured, 0.0) if exact else svd.gain
-        products.append((left.cpu(), right.cpu()))
-    lora_A, lora_B = layout.factors(products, shape)
-    result = measure.result(r, error, weighted, gain)
-    return Fitted(result, (lora_A, lora_B, alpha), r)
-
-
-def _row_weighted(
-    delta: Delta, left: torch.Tensor, right: torch.Tensor, scale: float, weighting: Weighting
-) -> float:
-    """‖R^½ (Δ − scale · left @ right)‖²_F."""
-    import torch
-
-    from lora_tools.linalg.svd import sum_of_squares
-
-    rest = torch.empty(delta.shape, dtype=delta.dtype, device=left.device)
-    for start, stop, run in delta.runs():
-        rest[start:stop] = run.to(left.device)
-    rest.addmm_(left.to(rest.dtype), right.to(rest.dtype), alpha=-scale)
-    return sum_of_squares(weighting.apply(rest.T))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Measure:
-    """What errors are relative to."""
-
-    pair: Pair
-    found: Sequence[Found]
-    total: float
-    base: float
-
-    @property
-    def searched(self) -> float:
-        """‖Δ‖²_F of what was decomposed, weighted where it was."""
-        return math.fsum(f.svd.total for f in self.found if f.svd is not None)
-
-    def result(self, rank: int, error: float, weighted: float, gain: float) -> ModuleResult:
-        """The figures for factors of that rank."""
-        assert self.pair.layout is not None
-        methods = {f.svd.method for f in self.found if f.svd is not None}
-        whole = self.total if math.isnan(weighted) else self.searched
-        return ModuleResult(
-            module=self.pair.target,
-            layout=self.pair.layout.name,
-            shape=self.pair.spec.shape,
-            rank=rank,
-            relative_error=math.sqrt(max(error, 0.0) / self.total),
-            energy=1 - error / self.total,
-            gain_bound=gain / whole,
-            delta_norm=math.sqrt(self.total),
-            relative_change=math.sqrt(self.total / self.base) if self.base else math.inf,
-            method="+".join(sorted(methods)),
-            weighted_error=math.sqrt(max(weighted, 0.0) / self.searched),
-        )

@@ -11,16 +11,8 @@ from typing import TYPE_CHECKING, TypeVar
 from lora_tools.engine.tasks import Task
 from lora_tools.errors import CheckpointError, MismatchError, NonFiniteError
 from lora_tools.extracting.change import measured
-from lora_tools.extracting.decompose import (
-    Decomposition,
-    Fitted,
-    Found,
-    Sides,
-    decompose,
-    find,
-    fit,
-    restore,
-)
+from lora_tools.extracting.decompose import Decomposition, Found, Sides, find, restore
+from lora_tools.extracting.fit import Fitted, find_and_fit, fit
 from lora_tools.extracting.pairs import Pair
 from lora_tools.extracting.shared_ranks import (
     allot,
@@ -153,7 +145,7 @@ class ExtractPair(_PairTask):
     def _decompose(self, outcome: Outcome, using: Extraction, buffers: Buffers) -> None:
         pair, sides, options = self.pair, using.sides, using.options
         if using.spectra is None:
-            fitted = decompose(pair, sides, options, buffers)
+            fitted = find_and_fit(pair, sides, options, buffers)
             if fitted is not None:
                 outcome.take(fitted, options)
             return

@@ -12,10 +12,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from lora_tools.linalg.codebooks import Array, Codebook
 from lora_tools.linalg.nf4 import (
     TINY,
-    Array,
-    Codebook,
     Quantized,
     Scratch,
     as_read,

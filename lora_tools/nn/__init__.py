@@ -5,17 +5,8 @@ dicts are interchangeable with its.
 """
 
 from lora_tools.nn.attach import attach, detach, merge_
-from lora_tools.nn.layers import (
-    Conv1d,
-    Conv2d,
-    Conv3d,
-    Embedding,
-    Linear,
-    LoRALayer,
-    MergedLinear,
-    lora_state_dict,
-    mark_only_lora_as_trainable,
-)
+from lora_tools.nn.layers import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoRALayer, MergedLinear
+from lora_tools.nn.trained import lora_state_dict, mark_only_lora_as_trainable
 
 __all__ = [
     "Conv1d",

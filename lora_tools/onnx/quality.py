@@ -18,8 +18,11 @@ import torch
 
 from lora_tools.errors import NonFiniteError
 from lora_tools.formats.names import align
-from lora_tools.onnx.check import Check, InRuntime, InTorch, Run
+from lora_tools.onnx.check import Check
+from lora_tools.onnx.in_runtime import InRuntime
+from lora_tools.onnx.in_torch import InTorch
 from lora_tools.onnx.quantized_weights import dequantized, exact
+from lora_tools.onnx.runs import Run
 from lora_tools.onnx.tasks import Task
 from lora_tools.sources.checkpoints import open_checkpoint
 

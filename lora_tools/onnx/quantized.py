@@ -27,7 +27,7 @@ from lora_tools.formats.quantized.bitsandbytes import (
 )
 from lora_tools.formats.tensors import as_bytes
 from lora_tools.formats.weights import weight_of
-from lora_tools.linalg import nf4
+from lora_tools.linalg import codebooks, nf4
 from lora_tools.onnx.linears import DOMAIN, Linear, linears
 from lora_tools.onnx.schemes import AFFINE, NF4, Affine
 from lora_tools.onnx.weights import Place, places
@@ -74,7 +74,7 @@ class Bnb4:
                     f"{name}: blocks of {state.blocksize}, and ONNX Runtime's MatMulBnb4 takes up "
                     f"to {_BNB4_BLOCKS[-1]}; quantize with --blocksize 64"
                 )
-            book = nf4.CODEBOOKS[state.quant_type].table
+            book = codebooks.CODEBOOKS[state.quant_type].table
             if not np.array_equal(stored.tensor(name + QUANT_MAP).numpy(), book):
                 raise MismatchError(f"{name}: its quant_map is not that of {state.quant_type}")
 

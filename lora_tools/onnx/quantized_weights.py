@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import torch
 
-from lora_tools.linalg import nf4
+from lora_tools.linalg import codebooks, nf4
 from lora_tools.onnx.linears import DOMAIN, QUANTIZED
 from lora_tools.onnx.quantized import BNB4_TYPES, quantizer_of
 from lora_tools.onnx.schemes import Affine
@@ -80,9 +80,9 @@ class StoredWeight:
         return same, self._values(made)
 
     @property
-    def _book(self) -> nf4.Codebook:
+    def _book(self) -> codebooks.Codebook:
         kind = self.attributes["quant_type"]
-        return nf4.CODEBOOKS[next(n for n, number in BNB4_TYPES.items() if number == kind)]
+        return codebooks.CODEBOOKS[next(n for n, number in BNB4_TYPES.items() if number == kind)]
 
     def _parts(self, folder: Path) -> list[Any]:
         return [_array(tensor, folder) for tensor in self.initializers]

@@ -56,12 +56,12 @@ def pack(
     import torch
 
     from lora_tools.formats.tensors import as_bytes
-    from lora_tools.linalg import nf4
+    from lora_tools.linalg import codebooks, nf4
     from lora_tools.linalg.nf4_search import quantize_searched
 
     assert item.packed is not None
     state, name = item.packed.state, item.name
-    book = nf4.CODEBOOKS[state.quant_type]
+    book = codebooks.CODEBOOKS[state.quant_type]
     n = x.numel()
     with (
         buffers.lend((nf4.SCRATCH_BYTES,), torch.uint8) as store,
@@ -85,7 +85,7 @@ def pack(
     stored = dict(zip((ABSMAX, NESTED_ABSMAX), made.tensors(), strict=False))
     stored[QUANT_MAP] = torch.from_numpy(book.table)
     if made.nested is not None:
-        stored[NESTED_MAP] = torch.from_numpy(nf4.dynamic_map())
+        stored[NESTED_MAP] = torch.from_numpy(codebooks.dynamic_map())
         state = dataclasses.replace(state, nested_offset=float(made.nested.offset))
     text = state.to_json()
     if writer is not None:

@@ -21,7 +21,7 @@ from lora_tools.records import TensorSpec
 if TYPE_CHECKING:
     import torch
 
-    from lora_tools.linalg.nf4 import Array
+    from lora_tools.linalg.codebooks import Array
 
 P = TypeVar("P", bound=PackedWeight)
 Parts = Mapping[str, "torch.Tensor"]

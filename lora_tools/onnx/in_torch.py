@@ -1,0 +1,138 @@
+"""A checkpoint run by transformers, on inputs that a graph can be given, too."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lora_tools.onnx.model import loaded
+from lora_tools.onnx.parts import decoder_inputs, image_size, is_speech, speech_shape, text_inputs
+from lora_tools.onnx.runs import Arrays, Played, Run, positions
+from lora_tools.onnx.tasks import DECODER, ENCODER_DECODER, IMAGE, Task
+
+_LENGTHS = (7, 13)  # of a single sequence and of the longest in a batch of three
+_STEPS = 3
+
+
+class InTorch:
+    """A checkpoint run by transformers."""
+
+    def __init__(self, folder: Path, task: Task, trust_remote_code: bool) -> None:
+        self.task = task
+        self.model: Any = loaded(folder, task, trust_remote_code)
+        self.config = self.model.config
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self.model = None
+        gc.collect()  # models hold references to themselves
+
+    def runs(self, cache: bool, generate: int) -> list[Run]:
+        """The inputs, random but always the same."""
+        dice = np.random.default_rng(0)
+        config = self.config
+        if self.task.kind == IMAGE:
+            shape = (getattr(config, "num_channels", 3), *image_size(config))
+            return [Run(f"{n} images", {"pixel_values": _noise(dice, n, *shape)}) for n in (1, 3)]
+        vocabulary = config.get_text_config(decoder=True).vocab_size
+
+        def tokens(*shape: int) -> Any:
+            return dice.integers(0, vocabulary, shape)
+
+        if self.task.kind == ENCODER_DECODER and is_speech(self.model):
+            return [
+                Run(
+                    f"batch {n}",
+                    {
+                        "input_features": _noise(dice, n, *speech_shape(config)),
+                        "decoder_input_ids": tokens(n, 3),
+                    },
+                    [tokens(n, 1) for _ in range(_STEPS)],
+                )
+                for n in (1, 2)
+            ]
+        runs = []
+        for batch, length in zip((1, 3), self._lengths(), strict=True):
+            ids, mask = tokens(batch, length), np.ones((batch, length), np.int64)
+            for row in range(1, batch):  # padded on the left for decoders, on the right for others
+                pad = slice(0, 2 * row) if self.task.kind == DECODER else slice(-2 * row, None)
+                mask[row, pad] = 0
+            inputs = {"input_ids": ids, "attention_mask": mask}
+            if self.task.kind not in (DECODER, ENCODER_DECODER):
+                for name in text_inputs(self.model)[2:]:
+                    inputs[name] = dice.integers(0, 2, ids.shape)
+            if self.task.kind == ENCODER_DECODER:
+                inputs["decoder_input_ids"] = tokens(batch, 3)
+            stepping = (self.task.kind == DECODER and cache) or self.task.kind == ENCODER_DECODER
+            steps = [tokens(batch, 1) for _ in range(_STEPS if stepping else 0)]
+            runs.append(Run(f"batch {batch}", inputs, steps))
+        if self.task.kind == DECODER and cache and generate:
+            ids = tokens(1, self._lengths()[0])
+            inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+            runs.append(Run("generation", inputs, generate=generate))
+        return runs
+
+    def _lengths(self) -> tuple[int, int]:
+        """Past the end of a sliding window, where one is short enough to get there."""
+        window = getattr(self.config.get_text_config(decoder=True), "sliding_window", None) or 0
+        longer = window if 0 < window <= 512 else 0
+        return _LENGTHS[0] + longer, _LENGTHS[1] + longer
+
+    def play(self, run: Run) -> Played:
+        """Call the model as transformers' own generation does."""
+        played = Played()
+        given: dict[str, Any] = {
+            name: torch.from_numpy(value) for name, value in run.inputs.items()
+        }
+        recurrent = bool(run.steps) or run.generate > 0
+        if self.task.kind == DECODER and "position_ids" in decoder_inputs(self.model):
+            mask = run.inputs["attention_mask"]
+            given["position_ids"] = torch.from_numpy(positions(mask, mask.shape[1]))
+        if self.task.kind in (DECODER, ENCODER_DECODER):
+            given["use_cache"] = recurrent
+        calls = run.generate or 1 + len(run.steps)
+        with torch.no_grad():
+            for call in range(calls):
+                result = self.model(**given, return_dict=True)
+                played.outputs.append(self._outputs(result))
+                if run.generate:
+                    played.tokens.append(int(result.logits[0, -1].argmax()))
+                if call + 1 < calls:
+                    given = self._next(run, given, result, call, played.tokens)
+        return played
+
+    def _outputs(self, result: Any) -> Arrays:
+        names = ("logits",) if self.task.kind in (DECODER, ENCODER_DECODER) else self.task.outputs
+        outputs = {name: result[name].numpy() for name in names}
+        if self.task.kind == ENCODER_DECODER:
+            outputs["last_hidden_state"] = result.encoder_last_hidden_state.numpy()
+        return outputs
+
+    def _next(
+        self, run: Run, given: Mapping[str, Any], result: Any, call: int, tokens: list[int]
+    ) -> dict[str, Any]:
+        new = torch.from_numpy(run.steps[call]) if run.steps else torch.tensor([tokens[-1:]])
+        after = {**given, "past_key_values": result.past_key_values}
+        if self.task.kind == ENCODER_DECODER:
+            from transformers.modeling_outputs import BaseModelOutput
+
+            after.pop("input_ids", None)
+            after.pop("input_features", None)
+            hidden = result.encoder_last_hidden_state
+            after["encoder_outputs"] = BaseModelOutput(last_hidden_state=hidden)
+            after["decoder_input_ids"] = new
+            return after
+        mask = torch.cat([given["attention_mask"], torch.ones_like(new)], 1)
+        after |= {"input_ids": new, "attention_mask": mask}
+        if "position_ids" in given:
+            after["position_ids"] = torch.from_numpy(positions(mask.numpy(), 1))
+        return after
+
+
+def _noise(dice: np.random.Generator, *shape: int) -> Any:
+    return dice.standard_normal(shape).astype(np.float32)

@@ -1,0 +1,46 @@
+"""Sequences of calls of a model, and what they gave: alike in torch and in ONNX Runtime."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+Arrays = dict[str, Any]
+
+
+@dataclasses.dataclass
+class Run:
+    """One sequence of calls.
+
+    Attributes:
+        inputs: of the first call; further calls take ``steps`` more tokens each, or with
+            ``generate`` the likeliest token of the call before.
+    """
+
+    name: str
+    inputs: Arrays
+    steps: Sequence[Any] = ()
+    generate: int = 0
+
+    def visible(self, step: int, mine: Any, theirs: Any) -> tuple[Any, Any]:
+        """Both arrays without the positions of the first call that are padding."""
+        mask = self.inputs.get("attention_mask")
+        if mask is None or step or mine.ndim != 3 or mine.shape[:2] != mask.shape:
+            return mine, theirs
+        return mine[mask.astype(bool)], theirs[mask.astype(bool)]
+
+
+@dataclasses.dataclass
+class Played:
+    """What a run gave: outputs by name for each call, and the tokens generated."""
+
+    outputs: list[Arrays] = dataclasses.field(default_factory=list)
+    tokens: list[int] = dataclasses.field(default_factory=list)
+
+
+def positions(mask: Any, length: int) -> Any:
+    """Position ids of the last ``length`` places of an attention mask, left padding counted out."""
+    return np.maximum(np.cumsum(mask, 1) - 1, 0)[:, -length:]

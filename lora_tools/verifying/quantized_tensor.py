@@ -1,0 +1,237 @@
+"""One tensor of a four-bit checkpoint against what quantizing the source's gives: byte for byte, or
+else how far off it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+from lora_tools.formats import digest as hashing
+from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.formats.dtypes import torch_dtype
+from lora_tools.formats.quantized.bitsandbytes import QuantizedTensor
+from lora_tools.quantizing.pack import pack
+from lora_tools.quantizing.plan import Item
+from lora_tools.quantizing.tensor import QuantizeItem, merged_for
+from lora_tools.records import Action, Fate, TensorResult
+from lora_tools.sources.dequantized import Dequantized, FourBits
+from lora_tools.sources.schemes import four_bit_scales
+from lora_tools.verifying.findings import NEAR, times
+from lora_tools.verifying.merged import check_tensor
+
+if TYPE_CHECKING:
+    import torch
+
+    from lora_tools.engine.buffers import Buffers
+    from lora_tools.linalg.compare import Coded
+
+_LITTLE_MORE = 1.2  # quantizing other numbers of the like costs as much, to a fifth
+PLAIN, SEARCHED = "byte for byte", "byte for byte, with --scale-search"
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """One tensor of the plain checkpoint.
+
+    Attributes:
+        hashes: of the tensors that store it, by name.
+        result, coded: of a quantized one; ``coded`` where it is not byte for byte as expected.
+    """
+
+    item: Item
+    fate: Fate
+    source_hash: str
+    hashes: dict[str, str]
+    result: TensorResult | None = None
+    coded: Coded | None = None
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether it is a quantized tensor that is stored byte for byte as expected."""
+        return self.item.packed is not None and self.fate.action in (Action.SAME, Action.COPIED)
+
+
+class _Stored:
+    """Takes a tensor's bytes as a writer does, and compares them with those that are stored."""
+
+    def __init__(self, stored: Checkpoint) -> None:
+        self._stored = stored
+        self.differing: set[str] = set()
+
+    def write(self, name: str, data: memoryview, offset: int = 0) -> None:
+        """Some bytes of a tensor."""
+        there = self._stored.raw(name)[offset : offset + data.nbytes]
+        if there != data.cast("B"):
+            self.differing.add(name)
+        self._stored.release(name, offset, offset + data.nbytes)
+
+    def write_last(self, name: str, data: bytes) -> None:
+        """The whole of a tensor."""
+        if bytes(self._stored.raw(name)) != data:
+            self.differing.add(name)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckItem:
+    """A task: compare what is stored of one tensor with what quantizing the source's gives."""
+
+    item: Item
+    max_error: float | None
+
+    @property
+    def label(self) -> str:
+        return self.item.name
+
+    @property
+    def nbytes(self) -> int:
+        return (12 if self.item.packed else 4) * self.item.spec.numel
+
+    def run(self, sources: tuple[FourBits, Checkpoint], _: None, buffers: Buffers) -> Checked:
+        """What it comes to."""
+        return _Comparison(self.item, self.max_error, *sources, buffers).checked()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Comparison:
+    """One tensor of ``view`` with that of ``source``."""
+
+    item: Item
+    max_error: float | None
+    view: FourBits
+    source: Checkpoint
+    buffers: Buffers
+
+    def checked(self) -> Checked:
+        item, target, packed = self.item, self.item.target, self.item.packed
+        hashes = self._hashes()
+        if packed is None:
+            plain = check_tensor(target, self.view, self.source)
+            return Checked(item, plain.fate, plain.hashes[0], hashes)
+        if item.spec.shape != target.spec.shape or not target.spec.is_float:
+            why = f"is of {item.spec}, and should be of {target.spec}"
+            return self._said(Fate(item.name, Action.DIFFERENT, why), hashes)
+        if self._is_untouched(packed):
+            return self._said(Fate(item.name, Action.COPIED, "its codes and scales"), hashes)
+        return self._quantized(packed, hashes)
+
+    def _hashes(self) -> dict[str, str]:
+        stored = self.view.stored
+        packed = self.item.packed
+        specs = [self.item.spec] if packed is None else list(packed.specs.values())
+        hashes = {}
+        for name in (spec.name for spec in specs if spec.name in stored.specs):
+            hashes[name] = hashing.tensor_hash(stored.raw(name))
+            stored.release(name)
+        return hashes
+
+    def _said(self, fate: Fate, hashes: dict[str, str]) -> Checked:
+        source_hash = hashing.tensor_hash(self.source.raw(self.item.target.base_name))
+        return Checked(self.item, fate, source_hash, hashes)
+
+    def _is_untouched(self, packed: QuantizedTensor) -> bool:
+        """Of a four-bit base: codes that no adapter acts on stay as they are."""
+        if not isinstance(self.source, Dequantized) or self.item.target.parts:
+            return False
+        theirs = self.source.quantized.get(self.item.target.base_name)
+        mine, other = self.view.stored, self.source.stored
+        return (
+            theirs is not None
+            and theirs.state == packed.state
+            and all(
+                other.raw(theirs.specs[end].name) == mine.raw(packed.specs[end].name)
+                for end in packed.specs
+            )
+        )
+
+    def _quantized(self, packed: QuantizedTensor, hashes: dict[str, str]) -> Checked:
+        """Only scales that were searched for can be negative: then that is tried first."""
+        item, name = self.item, self.item.name
+        bits = 8 * packed.nbytes / item.spec.numel
+        searched_first = _has_negative_scales(packed, self.view)
+        tried: list[tuple[set[str], Coded]] = []
+        for searched in sorted((False, True), key=lambda s: s != searched_first):
+            stored = _Stored(self.view.stored)
+            again = dataclasses.replace(item, searched=searched)
+            done = QuantizeItem(again).run(self.source, stored, self.buffers)
+            if not stored.differing:
+                assert done.result is not None
+                fate = Fate(name, Action.SAME, SEARCHED if searched else PLAIN)
+                result = dataclasses.replace(done.result, bits_per_parameter=bits)
+                return Checked(item, fate, done.base_hash, hashes, result)
+            coded = self._measure(again, packed)
+            tried.append((stored.differing, coded))
+            if not coded.off:
+                break
+        differing, coded = min(tried, key=lambda each: each[1].off)
+        error, norm = coded.relative_error, math.sqrt(coded.energy)
+        result = TensorResult(name, item.spec.shape, bits, error, norm)
+        fate = _judge(item, packed, differing, coded, self.max_error)
+        return Checked(item, fate, done.base_hash, hashes, result, coded)
+
+    def _measure(self, item: Item, packed: QuantizedTensor) -> Coded:
+        """The numbers read back, against those that should have been quantized, and what quantizing
+        makes of those."""
+        import torch
+
+        from lora_tools.linalg import nf4
+        from lora_tools.linalg.compare import Coded
+
+        target, dtype = item.target, torch_dtype(item.spec.dtype)
+
+        def flat(tensor: torch.Tensor) -> torch.Tensor:
+            return (tensor.T if item.transposed else tensor).reshape(-1)
+
+        with (
+            merged_for(item, self.source, self.buffers) as (x, _),
+            self.buffers.lend((item.spec.numel,), torch.float32) as back,
+        ):
+            wanted, stored = x.reshape(-1), flat(self.view.tensor(item.name))
+            base = flat(self.source.tensor(target.base_name)) if target.parts else None
+            pack(item, wanted, None, self.buffers, back=back)
+            coded = Coded()
+            for start, stop in nf4.runs(item.spec.numel):
+                coded.add(
+                    wanted[start:stop].float(),
+                    stored[start:stop].to(dtype).float(),
+                    back[start:stop].to(dtype).float(),
+                    packed.state.blocksize,
+                    base[start:stop].float() if base is not None else None,
+                )
+        return coded
+
+
+def _has_negative_scales(packed: QuantizedTensor, view: FourBits) -> bool:
+    parts = {end: view.stored.tensor(spec.name) for end, spec in packed.specs.items()}
+    return bool((four_bit_scales(packed, parts) < 0).any())
+
+
+def _judge(
+    item: Item, packed: QuantizedTensor, differing: set[str], coded: Coded, max_error: float | None
+) -> Fate:
+    errors = f"relative error {coded.relative_error:.4g}, {coded.own_error:.4g} from quantizing"
+    if max_error is not None and coded.relative_error <= max_error:
+        return Fate(item.name, Action.ROUNDED, errors)
+    if not coded.off and max_error is None:
+        why = "not byte for byte, and no number further off than quantizing takes it"
+        return Fate(item.name, Action.ROUNDED, f"{why}; {errors}")
+    if is_scaled(coded):
+        return Fate(
+            item.name, Action.DIFFERENT, f"the adapter applied {times(coded.coefficient)}; {errors}"
+        )
+    ends = ", ".join(
+        sorted(end or "codes" for end, spec in packed.specs.items() if spec.name in differing)
+    )
+    return Fate(
+        item.name,
+        Action.DIFFERENT,
+        f"{coded.off:,} of {coded.numel:,} numbers are further off "
+        f"than quantizing takes them; {errors} (differ: {ends})",
+    )
+
+
+def is_scaled(coded: Coded) -> bool:
+    """Whether it is what quantizing makes of W₀ + c·Δ, for a c that is not 1: then that leaves
+    little more than the error of quantizing that."""
+    explained = coded.unexplained <= (_LITTLE_MORE * coded.own_error) ** 2 * coded.held
+    return bool(coded.change) and explained and abs(coded.coefficient - 1) > NEAR
