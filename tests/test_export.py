@@ -346,13 +346,13 @@ def edit(folder: Path, **fields: Any) -> None:
 @pytest.mark.parametrize(
     ("fields", "options", "error", "says"),
     [
-        ({"architectures": ...}, {}, CheckpointError, "pass --task"),
+        ({"architectures": ...}, {}, CheckpointError, "pass task"),
         ({"model_type": "nonsense"}, {}, CheckpointError, "transformers .* cannot read"),
         (
             {"auto_map": {"AutoConfig": "x.Y"}, "model_type": "own"},
             {},
             CheckpointError,
-            "trust-remote",
+            "trust_remote",
         ),
         ({"rms_norm_eps": 0.5}, {"graph": True}, MismatchError, "rms_norm_eps"),
         (

@@ -398,7 +398,7 @@ def test_what_is_lost_on_a_text(
         ("llama", {"eval_text": "no-such-file"}, UsageError, "no-such-file"),
         ("llama", {"eval_text": "short.txt"}, UsageError, "1 tokens"),
         ("llama", {"eval_text": "bytes.txt"}, UsageError, "not UTF-8"),
-        ("llama", {"eval_text": "short.txt", "no_verify": True}, UsageError, "no-verify"),
+        ("llama", {"eval_text": "short.txt", "no_verify": True}, UsageError, "no_verify"),
         ("bert", {"eval_text": "short.txt"}, UsageError, "perplexity is that of a decoder"),
         ("four", {}, UsageError, "pass --nf4"),
         ("four", {"int8": True}, UsageError, "dequantize"),
@@ -498,7 +498,9 @@ def test_architectures(
     name: str, scheme: str, traced: Callable[[str], Traced], tmp_path: Path
 ) -> None:
     made = traced(name)
-    report = lora_tools.export(made.base, tmp_path / "out", graph=made.graph, **{scheme: True})
+    # Mixtral's plain graph holds experts in one weight that no file has: it is traced anew.
+    graph = made.graph if name != "Mixtral" else None
+    report = lora_tools.export(made.base, tmp_path / "out", graph=graph, **{scheme: True})
     assert report.totals["verified"]
     assert report.totals["tensors_quantized"] >= 4
 

@@ -21,9 +21,9 @@ from lora_tools.linalg.lora import (
     residual_energy,
     resize,
     rows_per_run,
-    scaling,
 )
 from lora_tools.linalg.ranks import RankRule
+from lora_tools.linalg.scaling import scaling
 from lora_tools.linalg.svd import truncated
 from tests.test_svd import planted
 

@@ -21,7 +21,8 @@ from lora_tools.linalg.ranks import (
     marchenko_pastur_median,
     uniform,
 )
-from lora_tools.options import most_factors, rank_rule
+from lora_tools.options import Ranks
+from lora_tools.options.ranks import most_factors, rank_rule
 
 values = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=30).map(
     lambda s: torch.tensor(sorted(s, reverse=True), dtype=torch.float64)
@@ -284,7 +285,7 @@ def test_a_budget_asks_for_more_where_a_spectrum_ends():
 )
 def test_numbers_that_a_policy_does_not_know(given, says):
     with pytest.raises(UsageError, match=says):
-        rank_rule(given, None)
+        rank_rule(Ranks(**given))
 
 
 def test_the_budget_in_bytes_and_in_numbers():
