@@ -24,7 +24,7 @@ from lora_tools.quantizing.plan import Item, QuantizePlan
 from lora_tools.quantizing.tensor import QuantizeItem, merged_for
 from lora_tools.records import Action, Fate, Input, ProgressCallback, TensorResult
 from lora_tools.sources.dequantized import Dequantized, FourBits
-from lora_tools.sources.schemes import four_bit_scales
+from lora_tools.sources.schemes import BITSANDBYTES, four_bit_scales
 from lora_tools.sources.weighted import Weighted
 from lora_tools.verifying.findings import FINE, NEAR, Findings, times
 from lora_tools.verifying.merged import check_tensor, left_over, tied_astray
@@ -193,7 +193,9 @@ class _Comparison:
 
     def _is_untouched(self, packed: QuantizedTensor) -> bool:
         """Of a four-bit base: codes that no adapter acts on stay as they are."""
-        if not isinstance(self.source, Dequantized) or self.item.target.parts:
+        if self.item.target.parts or not isinstance(self.source, Dequantized):
+            return False
+        if self.source.scheme is not BITSANDBYTES:
             return False
         theirs = self.source.quantized.get(self.item.target.base_name)
         mine, other = self.view.stored, self.source.stored
