@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lora_tools
+from lora_tools.cli import run
 from lora_tools.errors import CheckpointError, UsageError
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.records import TensorSpec
@@ -532,9 +533,13 @@ def test_every_verb_reads_a_new_row(stepped: dict[str, Path], tmp_path: Path) ->
     lora_tools.dequantize(stepped["base"], tmp_path / "plain")
     for name, tensor in numbers(stepped["plain base"]).items():
         assert torch.equal(numbers(tmp_path / "plain")[name], tensor)
+    numbers_in = 2 * (16 * 16 + 32 * 16)
     assert lora_tools.inspect(stepped["base"]).totals["quantized"] == {
         "weights": 4,
         "schemes": {"stepped": 4},
+        "dtypes": {"BF16": 4},
+        "numbers": numbers_in,
+        "bits_per_parameter": 8 * (numbers_in + 4 * 2 * (16 + 32)) / numbers_in,
     }
     with pytest.raises(CheckpointError, match="quantized already, in steps of rows"):
         lora_tools.quantize(stepped["base"], tmp_path / "four")
@@ -542,6 +547,22 @@ def test_every_verb_reads_a_new_row(stepped: dict[str, Path], tmp_path: Path) ->
         lora_tools.merge(stepped["base"], [stepped["adapter"]], tmp_path / "x", requantize=True)
     with pytest.raises(UsageError, match="reversible=True cannot give back a BASE in steps"):
         lora_tools.merge(stepped["base"], [stepped["adapter"]], tmp_path / "x", reversible=True)
+
+
+def test_people_are_told_of_a_new_row(
+    stepped: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["inspect", str(stepped["base"])]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "quantized: 4 weights (4 in stepped), 1,536 numbers at 10.000 bits, read" in said
+
+
+def test_four_bits_made_of_a_new_row(stepped: dict[str, Path], tmp_path: Path) -> None:
+    """Codes of another scheme are no four bits to be left as they are."""
+    lora_tools.dequantize(stepped["base"], tmp_path / "plain")
+    lora_tools.quantize(tmp_path / "plain", tmp_path / "four")
+    found = lora_tools.verify(tmp_path / "four", against=stepped["base"])
+    assert found.totals["same"]
 
 
 def test_rows_of_a_weight_in_memory(stepped: dict[str, Path]) -> None:

@@ -28,9 +28,16 @@ Parts = Mapping[str, "torch.Tensor"]
 
 
 def _facts(weights: Mapping[str, PackedWeight]) -> dict[str, Any]:
-    """How many weights, and how many of each kind."""
-    kinds = Counter(weight.label for weight in weights.values())
-    return {"weights": len(weights), "schemes": dict(kinds)}
+    """How many weights, of which kinds, read back in which dtypes, and their size."""
+    numbers = sum(weight.plain.numel for weight in weights.values())
+    nbytes = sum(spec.nbytes for weight in weights.values() for spec in weight.specs.values())
+    return {
+        "weights": len(weights),
+        "schemes": dict(Counter(weight.label for weight in weights.values())),
+        "dtypes": dict(Counter(weight.plain.dtype for weight in weights.values())),
+        "numbers": numbers,
+        "bits_per_parameter": 8 * nbytes / max(numbers, 1),
+    }
 
 
 def _no_faults(
@@ -52,7 +59,7 @@ class Scheme(Generic[P]):
         decode: (weight, its stored tensors, out, first): fills ``out`` (n, cols), of any float
             dtype, with rows [first, first + n) of the plain weight as a matrix of its last
             dimension (of a vector: cols is 1), computed in float32 and rounded once.
-        facts: what ``inspect`` tells of such weights.
+        facts: what ``inspect`` tells of such weights: what ``_facts`` does, at least.
         faults: (config.json, stored tensors, weights): what keeps the format's own library from
             loading them, in sentences.
         plain_config: config.json without what it says of the format.
