@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -342,6 +344,20 @@ def test_a_report_goes_into_a_pipe(work: Path) -> None:
     reader.join(60)
     assert json.loads(found[0])["verb"] == "inspect"
     assert Path("pipe").is_fifo()
+
+
+def test_a_report_goes_to_where_the_output_is_sent(work: Path) -> None:
+    """``--report /dev/stdout > log``: the log stays in its place, with what else is printed."""
+    command = [sys.executable, "-m", "lora_tools", "inspect", "base"]
+    with Path("log").open("w") as log:
+        log.write("before\n")
+        log.flush()
+        subprocess.run(
+            [*command, "--json", "--report", "/dev/stdout"], stdout=log, check=True, timeout=900
+        )
+    first, *report, printed = Path("log").read_text().splitlines()
+    assert first == "before"
+    assert json.loads("".join(report))["verb"] == json.loads(printed)["verb"] == "inspect"
 
 
 def test_every_report_says_when_it_was_done_and_where(work: Path) -> None:

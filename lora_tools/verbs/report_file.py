@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -57,7 +58,10 @@ def write_report(report: Report, file: Path) -> None:
     target = file.resolve()
     text = json.dumps(plain(report), indent=2, ensure_ascii=False) + "\n"
     try:
-        if _takes_a_stream(target):
+        if (number := _printed_to(target)) is not None:
+            with os.fdopen(os.dup(number), "w", encoding="utf-8") as stream:
+                stream.write(text)
+        elif _takes_a_stream(target):
             target.write_text(text, encoding="utf-8")
         else:
             with staged(target) as staging:
@@ -67,5 +71,15 @@ def write_report(report: Report, file: Path) -> None:
 
 
 def _takes_a_stream(target: Path) -> bool:
-    """Whether a pipe or a terminal is there, in whose place nothing is put."""
-    return target.exists() and not target.is_file()
+    """Whether a pipe or a terminal is there, in whose place nothing is put, or the file that this
+    process prints to."""
+    return target.exists() and (not target.is_file() or _printed_to(target) is not None)
+
+
+def _printed_to(target: Path) -> int | None:
+    """The number that a file is open as for what this process prints (``/dev/stdout``)."""
+    for number in (1, 2):
+        with contextlib.suppress(OSError):  # closed, or nothing there
+            if os.path.samestat(os.fstat(number), target.stat()):
+                return number
+    return None
