@@ -25,7 +25,7 @@ from lora_tools.verbs import VERBS
 
 PACKAGE = Path(lora_tools.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-LONGEST_FILE = 470
+LONGEST_FILE = 420
 
 # The rooms from the roof down: each may import those below it, "none" of them or those named.
 SUBJECTS = (

@@ -161,7 +161,7 @@ class Export:
             if not self.allow_other_base:
                 self.runtime.check_base(report.inputs[0].digest)
             self.runtime.write(folder, self.running.jobs)
-        built = graphs.build(
+        built = graphs.Build(
             folder,
             self.task,
             cache=not self.graphs.no_cache,
@@ -174,7 +174,7 @@ class Export:
             replacements=self.runtime.replacements() if self.runtime else (),
             scheme=self.quantization.scheme,
             plain=whole,
-        )
+        ).write()
         for file in self.task.files():
             graphs.check_model(folder / file, linked=self.in_place)
         check, lost = self._run(folder, whole, built, rows)

@@ -116,14 +116,10 @@ def plan_merge(
     if head and head not in base.specs:
         if unties:
             spec = dataclasses.replace(base.specs[embedding], name=head)
-            acting = parts.get(head, [])
-            untied = (Target(_shape_after(spec, acting), embedding, tuple(acting)),)
+            untied = (_target(spec, embedding, parts.get(head, ())),)
         elif parts.pop(head, None):
             notes.append(f"{head} stays tied to {embedding}: the adapters act on both alike")
-    targets = tuple(
-        Target(_shape_after(spec, parts.get(name, [])), name, tuple(parts.get(name, ())))
-        for name, spec in base.specs.items()
-    )
+    targets = tuple(_target(spec, name, parts.get(name, ())) for name, spec in base.specs.items())
     return MergePlan(targets, untied, unties, tuple(unmatched), tuple(notes))
 
 
@@ -222,13 +218,13 @@ def _layout(
     return found[0]
 
 
-def _shape_after(spec: TensorSpec, parts: Sequence[Part]) -> TensorSpec:
+def _target(spec: TensorSpec, base_name: str, parts: Sequence[Part]) -> Target:
     """A tensor saved whole may bring another shape: a resized vocabulary."""
     for part in parts:
         if part.kind == "saved" and not part.shape:
             shape = part.weighted.adapter.shape(key_of(part))
-            return dataclasses.replace(spec, shape=shape)
-    return spec
+            return Target(dataclasses.replace(spec, shape=shape), base_name, tuple(parts))
+    return Target(spec, base_name, tuple(parts))
 
 
 def _refuse_two_replacements(parts: dict[str, list[Part]]) -> None:

@@ -69,145 +69,147 @@ class Built:
     bundle: int = 0
 
 
-def build(
-    folder: Path,
-    task: Task,
-    *,
-    cache: bool,
-    weights: str,
-    graph: Path | None,
-    opset: int,
-    trust_remote_code: bool,
-    made: Mapping[str, str],
-    branches: Sequence[Branch] = (),
-    replacements: Sequence[Replacement] = (),
-    scheme: str | None = None,
-    plain: Path | None = None,
-) -> Built:
-    """Write a checkpoint's graphs into its folder.
+@dataclasses.dataclass(frozen=True)
+class Build:
+    """The graphs of a checkpoint, to be written into its folder.
 
-    Args:
+    Attributes:
+        weights: "shared" or "bundled".
+        graph: a graph, or its folder, to be used again instead of tracing.
         made: how they are made, for the graphs' metadata.
         branches, replacements: modules that may get factors at run time, and tensors that may be
             brought whole.
         scheme: how linear layers are quantized (``onnx.schemes``); with "nf4" the folder's are.
         plain: the folder of the same checkpoint with no weight quantized, if not ``folder``.
-        graph: a graph, or its folder, to be used again instead of tracing.
-        weights: "shared" or "bundled".
-
-    Raises:
-        CheckpointError: the model cannot be traced.
-        MismatchError: ``graph`` is not one of this checkpoint's architecture.
-        UnsupportedAdapter: a branch has no layer.
     """
-    checkpoint = open_checkpoint(plain or folder)
-    converted: set[str] = set()
-    if graph is not None:
-        models = _again(graph, checkpoint, task)
-    else:
+
+    folder: Path
+    task: Task
+    cache: bool
+    weights: str
+    graph: Path | None
+    opset: int
+    trust_remote_code: bool
+    made: Mapping[str, str]
+    branches: Sequence[Branch] = ()
+    replacements: Sequence[Replacement] = ()
+    scheme: str | None = None
+    plain: Path | None = None
+
+    def write(self) -> Built:
+        """Trace them, or take ``graph``, tie them to the weights and write them.
+
+        Raises:
+            CheckpointError: the model cannot be traced.
+            MismatchError: ``graph`` is not one of this checkpoint's architecture.
+            UnsupportedAdapter: a branch has no layer.
+        """
+        folder, checkpoint = self.folder, open_checkpoint(self.plain or self.folder)
+        models, converted = self._models(checkpoint)
+        if not converted:
+            for file, model in models.items():
+                check_shapes(model, checkpoint.specs, file)
+        where, quantized = self._places(checkpoint, models, converted)
+        extra = [BUNDLE] if any(place.file == BUNDLE for place in where.values()) else []
+        unused = add_branches(models, self.branches, self.replacements, formed=bool(converted))
+        for file, model in models.items():
+            attach(model, where)
+            onnx.helper.set_model_props(model, dict(self.made))
+            write_synced(folder / file, model.SerializeToString(deterministic=True))
+        first = next(iter(models.values()))
+        cached = any(value.name.startswith("past_key_values.") for value in first.graph.input)
+        if self.task.kind == DECODER and cached:
+            self._write_genai(first.graph)
+            extra.append(genai.NAME)
+        files = (*extra, *reversed(models))
+        return Built(
+            files,
+            sum(len(model.graph.node) for model in models.values()),
+            sum((folder / file).stat().st_size for file in files),
+            cached or len(models) > 1,
+            unused,
+            quantized,
+            frozenset(where) | quantized,
+            bool(converted),
+            (folder / BUNDLE).stat().st_size if BUNDLE in extra else 0,
+        )
+
+    def _models(self, checkpoint: Checkpoint) -> tuple[dict[str, onnx.ModelProto], set[str]]:
+        """The bare graphs by file name, and which of their weights transformers forms."""
+        if self.graph is not None:
+            return _again(self.graph, checkpoint, self.task), set()
         from lora_tools.onnx.trace import trace  # torch and transformers, which --graph needs not
 
         traced = trace(
             checkpoint.path,
             checkpoint.specs,
-            task,
-            cache=cache,
-            opset=opset,
-            trust_remote_code=trust_remote_code,
+            self.task,
+            cache=self.cache,
+            opset=self.opset,
+            trust_remote_code=self.trust_remote_code,
         )
         models = {each.file: each.model for each in traced}
-        converted = {name for each in traced for name in each.converted}
-    if not converted:
-        for file, model in models.items():
-            check_shapes(model, checkpoint.specs, file)
-    where, quantized = _places(
-        folder, checkpoint, task, models, converted, weights, trust_remote_code, scheme
-    )
-    extra = [BUNDLE] if any(place.file == BUNDLE for place in where.values()) else []
-    unused = add_branches(models, branches, replacements, formed=bool(converted))
-    for file, model in models.items():
-        attach(model, where)
-        onnx.helper.set_model_props(model, dict(made))
-        write_synced(folder / file, model.SerializeToString(deterministic=True))
-    first = next(iter(models.values()))
-    cached = any(value.name.startswith("past_key_values.") for value in first.graph.input)
-    if task.kind == DECODER and cached:
-        text = genai.retold(_folder(graph), folder) if graph else None
-        text = text or genai.genai_config(folder, first.graph, trust_remote_code)
-        (folder / genai.NAME).unlink(missing_ok=True)
-        write_synced(folder / genai.NAME, text)
-        extra.append(genai.NAME)
-    files = (*extra, *reversed(models))
-    return Built(
-        files,
-        sum(len(model.graph.node) for model in models.values()),
-        sum((folder / file).stat().st_size for file in files),
-        cached or len(models) > 1,
-        unused,
-        quantized,
-        frozenset(where) | quantized,
-        bool(converted),
-        (folder / BUNDLE).stat().st_size if BUNDLE in extra else 0,
-    )
+        return models, {name for each in traced for name in each.converted}
 
+    def _write_genai(self, graph: onnx.GraphProto) -> None:
+        """What ONNX Runtime GenAI must know of a decoder."""
+        text = genai.retold(_folder(self.graph), self.folder) if self.graph else None
+        text = text or genai.genai_config(self.folder, graph, self.trust_remote_code)
+        (self.folder / genai.NAME).unlink(missing_ok=True)
+        write_synced(self.folder / genai.NAME, text)
 
-def _places(
-    folder: Path,
-    checkpoint: Checkpoint,
-    task: Task,
-    models: Mapping[str, onnx.ModelProto],
-    converted: set[str],
-    weights: str,
-    trust_remote_code: bool,
-    scheme: str | None,
-) -> tuple[dict[str, Place], frozenset[str]]:
-    """Where each weight lies, and which are quantized, for which the graphs are changed; writes the
-    file of those that no file of the folder holds."""
-    names = {name for model in models.values() for name in weights_of(model)}
-    stored = open_checkpoint(folder, decoded=False)
-    state: dict[str, Any] = {}
-    if converted:
-        from lora_tools.onnx.model import loaded
+    def _places(
+        self, checkpoint: Checkpoint, models: Mapping[str, onnx.ModelProto], converted: set[str]
+    ) -> tuple[dict[str, Place], frozenset[str]]:
+        """Where each weight lies, and which are quantized, for which the graphs are changed; writes
+        the file of those that no file of the folder holds."""
+        names = {name for model in models.values() for name in weights_of(model)}
+        stored = open_checkpoint(self.folder, decoded=False)
+        state: dict[str, Any] = {}
+        if converted:
+            from lora_tools.onnx.model import loaded
 
-        state = loaded(checkpoint.path, task, trust_remote_code).state_dict()
-    packed: dict[str, tuple[TensorSpec, ...]] = {}
-    if scheme:
-        from lora_tools.onnx.quantized import packing, quantize_linears
+            state = loaded(checkpoint.path, self.task, self.trust_remote_code).state_dict()
+        packed: dict[str, tuple[TensorSpec, ...]] = {}
+        if self.scheme:
+            from lora_tools.onnx.quantized import packing, quantize_linears
 
-        how = packing(
-            scheme,
-            stored,
-            checkpoint.config,
-            lambda name: state[name] if name in converted else checkpoint.tensor(name),
-        )
-        packed = quantize_linears(models.values(), how)
-    own = sorted(names - converted - packed.keys())
-    shared = weights == "shared"
-    where = places(stored, own) if shared else {}
-    if shared and packed:
-        where |= how.places(packed)
-    specs = [] if shared else [checkpoint.specs[n] for n in own if n in checkpoint.specs]
-    specs += [
-        TensorSpec(name, "F32", tuple(state[name].shape))
-        for name in sorted(converted - packed.keys())
-    ]
-    parts = {spec.name: spec for each in packed.values() for spec in each if spec.name not in where}
+            how = packing(
+                self.scheme,
+                stored,
+                checkpoint.config,
+                lambda name: state[name] if name in converted else checkpoint.tensor(name),
+            )
+            packed = quantize_linears(models.values(), how)
+        own = sorted(names - converted - packed.keys())
+        shared = self.weights == "shared"
+        where = places(stored, own) if shared else {}
+        if shared and packed:
+            where |= how.places(packed)
+        specs = [] if shared else [checkpoint.specs[n] for n in own if n in checkpoint.specs]
+        specs += [
+            TensorSpec(name, "F32", tuple(state[name].shape))
+            for name in sorted(converted - packed.keys())
+        ]
+        parts = {
+            spec.name: spec for each in packed.values() for spec in each if spec.name not in where
+        }
 
-    def read(name: str) -> Iterable[memoryview]:
-        if name in parts:
-            yield how.read(name)
-            return
-        if name in converted:
-            yield as_bytes(state[name])
-            return
-        raw = checkpoint.raw(name)
-        for start in range(0, raw.nbytes, _COPY_STEP):
-            yield raw[start : start + _COPY_STEP]
-            checkpoint.release(name, start, min(start + _COPY_STEP, raw.nbytes))
+        def read(name: str) -> Iterable[memoryview]:
+            if name in parts:
+                yield how.read(name)
+                return
+            if name in converted:
+                yield as_bytes(state[name])
+                return
+            raw = checkpoint.raw(name)
+            for start in range(0, raw.nbytes, _COPY_STEP):
+                yield raw[start : start + _COPY_STEP]
+                checkpoint.release(name, start, min(start + _COPY_STEP, raw.nbytes))
 
-    specs += parts.values()
-    where |= bundle(folder / BUNDLE, specs, read) if specs else {}
-    return where, frozenset(packed)
+        specs += parts.values()
+        where |= bundle(self.folder / BUNDLE, specs, read) if specs else {}
+        return where, frozenset(packed)
 
 
 def _folder(graph: Path) -> Path:

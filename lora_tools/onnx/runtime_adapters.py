@@ -122,16 +122,30 @@ def add_branches(
         if formed or weight in used:
             raise _unreached(name, weight)
     for model in models.values():
-        for branch in sorted(branches, key=lambda branch: branch.module):
-            A, B = factor_names(branch.module, branch.lookup)
-            rank = f"{branch.module}.r"  # of its own, since no two modules need have the same
-            _declare(model.graph, A, (branch.sizes[0], rank))
-            _declare(model.graph, B, (rank, branch.sizes[1]))
-        for each in sorted(replacements, key=lambda each: each.tensor):
-            name, shape = saved_name(each.tensor), list[int | str](each.shape)
-            shape[0 if stored.get(each.tensor, True) else 1] = f"{name}.outputs"
-            _declare(model.graph, name, tuple(shape))
+        _declare_all(model.graph, branches, replacements, stored)
     return tuple(missing)
+
+
+def _declare_all(
+    graph: onnx.GraphProto,
+    branches: Sequence[Branch],
+    replacements: Sequence[Replacement],
+    out_first: Mapping[str, bool],
+) -> None:
+    """The inputs of them all, in the order of their names.
+
+    Args:
+        out_first: of matrices that may be replaced, whether the graph has them as (out, in).
+    """
+    for branch in sorted(branches, key=lambda branch: branch.module):
+        A, B = factor_names(branch.module, branch.lookup)
+        rank = f"{branch.module}.r"  # of its own, since no two modules need have the same
+        _declare(graph, A, (branch.sizes[0], rank))
+        _declare(graph, B, (rank, branch.sizes[1]))
+    for each in sorted(replacements, key=lambda each: each.tensor):
+        name, shape = saved_name(each.tensor), list[int | str](each.shape)
+        shape[0 if out_first.get(each.tensor, True) else 1] = f"{name}.outputs"
+        _declare(graph, name, tuple(shape))
 
 
 def remove_branches(model: onnx.ModelProto) -> None:
