@@ -23,6 +23,7 @@ from lora_tools.onnx.model import loaded
 from lora_tools.onnx.parts import decoder_inputs, image_size, is_speech, speech_shape, text_inputs
 from lora_tools.onnx.runtime_adapters import plain_graphs
 from lora_tools.onnx.tasks import DECODER, ENCODER_DECODER, IMAGE, Task
+from lora_tools.totals import OutputsTotals
 
 _LENGTHS = (7, 13)  # of a single sequence and of the longest in a batch of three
 _STEPS = 3
@@ -53,9 +54,9 @@ class Check:
     same_tokens: int = 0
     exact: bool | None = None
 
-    def totals(self) -> dict[str, Any]:
+    def totals(self) -> OutputsTotals:
         """As a report has them."""
-        tokens = {"tokens_generated": self.tokens, "tokens_same": self.same_tokens}
+        tokens: OutputsTotals = {"tokens_generated": self.tokens, "tokens_same": self.same_tokens}
         return {
             "verified": not self.failed,
             "outputs_compared": self.compared,

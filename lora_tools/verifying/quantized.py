@@ -9,7 +9,7 @@ import math
 import operator
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_tools.figures import Total
 from lora_tools.formats import digest as hashing
@@ -26,6 +26,7 @@ from lora_tools.records import Action, Fate, Input, ProgressCallback, TensorResu
 from lora_tools.sources.dequantized import Dequantized, FourBits
 from lora_tools.sources.schemes import four_bit_scales
 from lora_tools.sources.weighted import Weighted
+from lora_tools.totals import VerifyTotals
 from lora_tools.verifying.findings import FINE, NEAR, Findings, times
 from lora_tools.verifying.merged import check_tensor, left_over, tied_astray
 
@@ -311,7 +312,7 @@ def _own_error(checked: _Checked) -> float:
     return (checked.result.relative_error * checked.result.norm) ** 2
 
 
-def _totals(view: FourBits, checked: Sequence[_Checked], merge: MergePlan) -> dict[str, Any]:
+def _totals(view: FourBits, checked: Sequence[_Checked], merge: MergePlan) -> VerifyTotals:
     """Those of ``quantize``, of what is stored."""
     results = [c.result for c in checked if c.result is not None]
     items = tuple(c.item for c in checked if c.fate.action != Action.MISSING)
@@ -347,7 +348,7 @@ def _verdict(checked: Sequence[_Checked], name: str, max_error: float | None) ->
 
 
 def _diagnosis(
-    checked: Sequence[_Checked], wrong: Sequence[Fate], totals: dict[str, Any], name: str
+    checked: Sequence[_Checked], wrong: Sequence[Fate], totals: VerifyTotals, name: str
 ) -> str:
     """One sentence: what is wrong of all, and the worst offender."""
     counts = Counter(fate.action for fate in wrong)
