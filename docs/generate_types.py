@@ -39,7 +39,7 @@ def _function(verb: Verb) -> str:
     for name, written, default in verb.parameters():
         rows.append(f"{name}: {written}" + (f" = {default}" if default else ""))
     body = "".join(f"    {row},\n" for row in rows)
-    return f"\ndef {verb.name}(\n{body}) -> Report: ...\n"
+    return f"\ndef {verb.name}(\n{body}) -> Report[{verb.totals}]: ...\n"
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ _HOMES = {
         "TensorSpec",
     ),
     "options": tuple(record.__name__ for record in RECORDS),
+    "totals": tuple(verb.totals for verb in VERBS.values()),
     **{f"verbs.{name}": (name,) for name in VERBS},
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

@@ -47,6 +47,19 @@ from lora_tools.records import Report as Report
 from lora_tools.records import TensorFacts as TensorFacts
 from lora_tools.records import TensorResult as TensorResult
 from lora_tools.records import TensorSpec as TensorSpec
+from lora_tools.totals import CollectStatsTotals as CollectStatsTotals
+from lora_tools.totals import CombineTotals as CombineTotals
+from lora_tools.totals import ConvertTotals as ConvertTotals
+from lora_tools.totals import DequantizeTotals as DequantizeTotals
+from lora_tools.totals import DiffTotals as DiffTotals
+from lora_tools.totals import ExportTotals as ExportTotals
+from lora_tools.totals import ExtractTotals as ExtractTotals
+from lora_tools.totals import InspectTotals as InspectTotals
+from lora_tools.totals import MergeTotals as MergeTotals
+from lora_tools.totals import QuantizeTotals as QuantizeTotals
+from lora_tools.totals import RescaleTotals as RescaleTotals
+from lora_tools.totals import UnmergeTotals as UnmergeTotals
+from lora_tools.totals import VerifyTotals as VerifyTotals
 
 def extract(
     base: str | Path,
@@ -91,7 +104,7 @@ def extract(
     adapter_form: AdapterForm | None = None,
     writing: Writing | None = None,
     running: Running | None = None,
-) -> Report: ...
+) -> Report[ExtractTotals]: ...
 
 def merge(
     base: str | Path,
@@ -114,7 +127,7 @@ def merge(
     merging: Merging | None = None,
     writing: Writing | None = None,
     running: Running | None = None,
-) -> Report: ...
+) -> Report[MergeTotals]: ...
 
 def unmerge(
     merged: str | Path,
@@ -133,7 +146,7 @@ def unmerge(
     matching: Matching | None = None,
     writing: Writing | None = None,
     running: Running | None = None,
-) -> Report: ...
+) -> Report[UnmergeTotals]: ...
 
 def rescale(
     adapter: str | Path,
@@ -168,7 +181,7 @@ def rescale(
     origin: Origin | None = None,
     writing: Writing | None = None,
     running: Running | None = None,
-) -> Report: ...
+) -> Report[RescaleTotals]: ...
 
 def combine(
     adapters: Sequence[str | Path | tuple[str | Path, float]],
@@ -197,7 +210,7 @@ def combine(
     adapter_form: AdapterForm | None = None,
     writing: Writing | None = None,
     running: Running | None = None,
-) -> Report: ...
+) -> Report[CombineTotals]: ...
 
 def convert(
     adapter: str | Path,
@@ -225,7 +238,7 @@ def convert(
     ranks: Ranks | None = None,
     writing: Writing | None = None,
     running: Running | None = None,
-) -> Report: ...
+) -> Report[ConvertTotals]: ...
 
 def quantize(
     checkpoint: str | Path,
@@ -260,7 +273,7 @@ def quantize(
     storage: Storage | None = None,
     writing: Writing | None = None,
     running: Running | None = None,
-) -> Report: ...
+) -> Report[QuantizeTotals]: ...
 
 def dequantize(
     checkpoint: str | Path,
@@ -276,7 +289,7 @@ def dequantize(
     storage: Storage | None = None,
     writing: Writing | None = None,
     running: Running | None = None,
-) -> Report: ...
+) -> Report[DequantizeTotals]: ...
 
 def export(
     checkpoint: str | Path,
@@ -314,7 +327,7 @@ def export(
     check: Check | None = None,
     writing: Writing | None = None,
     running: Running | None = None,
-) -> Report: ...
+) -> Report[ExportTotals]: ...
 
 def inspect(
     path: str | Path,
@@ -325,7 +338,7 @@ def inspect(
     progress: ProgressCallback | None = None,
     view: View | None = None,
     running: Running | None = None,
-) -> Report: ...
+) -> Report[InspectTotals]: ...
 
 def diff(
     base: str | Path,
@@ -344,7 +357,7 @@ def diff(
     view: View | None = None,
     search: Search | None = None,
     running: Running | None = None,
-) -> Report: ...
+) -> Report[DiffTotals]: ...
 
 def verify(
     path: str | Path,
@@ -366,7 +379,7 @@ def verify(
     graphs: Graphs | None = None,
     check: Check | None = None,
     running: Running | None = None,
-) -> Report: ...
+) -> Report[VerifyTotals]: ...
 
 def collect_stats(
     model: str | Path,
@@ -386,4 +399,4 @@ def collect_stats(
     search: Search | None = None,
     writing: Writing | None = None,
     running: Running | None = None,
-) -> Report: ...
+) -> Report[CollectStatsTotals]: ...

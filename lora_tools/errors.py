@@ -20,6 +20,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from lora_tools.records import Report
 
 
@@ -75,6 +77,6 @@ class QualityGateError(LoraToolsError):
 
     exit_code = 3
 
-    def __init__(self, message: str, report: Report | None = None) -> None:
+    def __init__(self, message: str, report: Report[Any] | None = None) -> None:
         super().__init__(message)
         self.report = report

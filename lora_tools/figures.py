@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, overload
 
 from lora_tools.records import ModuleResult
+from lora_tools.totals import ErrorTotals, LeftOutTotals, ResizedTotals
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -61,9 +62,19 @@ def module_total(modules: Iterable[ModuleResult]) -> Total:
     return Total.of_errors((m.delta_norm, m.relative_error) for m in modules)
 
 
+@overload
+def resized_totals(results: Sequence[ModuleResult]) -> ErrorTotals: ...
+
+
+@overload
+def resized_totals(
+    results: Sequence[ModuleResult], dropped: Sequence[tuple[str, float]]
+) -> ResizedTotals: ...
+
+
 def resized_totals(
     results: Sequence[ModuleResult], dropped: Sequence[tuple[str, float]] = ()
-) -> dict[str, Any]:
+) -> ResizedTotals:
     """The report's figures over modules whose rank was chosen anew, and over those that were
     ``dropped``, of which all is missing: their names and ‖Δ‖². None where nothing has energy."""
     total = module_total(results) + Total.of((energy, energy) for _, energy in dropped)
@@ -78,7 +89,7 @@ def resized_totals(
     }
 
 
-def left_out_totals(changes: Sequence[tuple[str, float]], total: Total) -> dict[str, Any]:
+def left_out_totals(changes: Sequence[tuple[str, float]], total: Total) -> LeftOutTotals:
     """The report's figures on tensors that changed and are left out, ``changes`` being their names
     and ‖Δ‖² (NaN: not known), ``total`` that of all that changed."""
     known = [(change, name) for name, change in changes if not math.isnan(change)]

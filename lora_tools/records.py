@@ -6,7 +6,7 @@ import dataclasses
 import enum
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 # Bits per element of every dtype a safetensors header may name.
 DTYPE_BITS: dict[str, int] = {
@@ -218,9 +218,13 @@ class Input:
     digest: str = ""
 
 
+T = TypeVar("T")
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
-class Report:
-    """What a verb did, or with ``dry_run`` would do."""
+class Report(Generic[T]):
+    """What a verb did, or with ``dry_run`` would do; ``T`` is the verb's own type in ``totals.py``,
+    such as ``ExtractTotals``."""
 
     verb: str
     version: str
@@ -229,7 +233,7 @@ class Report:
     dry_run: bool
     plan: tuple[Fate, ...]
     modules: tuple[ModuleResult, ...] = ()
-    totals: dict[str, Any] = dataclasses.field(default_factory=dict)
+    totals: T = dataclasses.field(default_factory=dict)  # type: ignore[assignment]  # no key must be
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
     tensors: tuple[TensorResult, ...] = ()

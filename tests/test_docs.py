@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import yaml
@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 
 import lora_tools
 from lora_tools.records import Action
+from lora_tools.verbs import VERBS as TABLE
 
 from . import forks, iotools, models
 from .traced import Traced
@@ -288,6 +289,25 @@ VERBS = (
 )
 
 
+def totals_by_key() -> dict[str, set[str]]:
+    """The verbs that the page names with each key."""
+    rows = [line for line in section("totals").splitlines() if line.startswith("| `")]
+    return {
+        key: set(re.findall("|".join(VERBS), row.split("|")[2].split("but")[0]))
+        for row in rows
+        for key in first_column(row)
+    }
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_totals_of_a_verb_have_the_keys_that_are_documented(verb: str) -> None:
+    row = TABLE[verb.replace("-", "_")]
+    documented = {key for key, verbs in totals_by_key().items() if verb in verbs}
+    assert getattr(lora_tools, row.totals).__optional_keys__ == documented
+    hints = get_type_hints(row.function())
+    assert get_args(hints["return"]) == (getattr(lora_tools, row.totals),)
+
+
 @pytest.mark.filterwarnings("ignore")  # of torch.export
 def test_every_total_and_action_is_documented(
     pair: Path, traced: Callable[[str], Traced], tmp_path: Path
@@ -345,16 +365,11 @@ def test_every_total_and_action_is_documented(
         lora_tools.collect_stats(pair / "words", pair / "words.txt", out / "st", length=4),
         lora_tools.collect_stats(pair / "words", pair / "words.txt", out / "s2", dry_run=True),
     ]
-    rows = [line for line in section("totals").splitlines() if line.startswith("| `")]
-    verbs = {key: row.split("|")[2] for row in rows for key in first_column(row)}
     seen: dict[str, set[str]] = {}
     for report in reports:
         for key in report.totals:
             seen.setdefault(key, set()).add(report.verb)
-    assert set(verbs) == set(seen)
-    for key, by in seen.items():
-        named = set(re.findall("|".join(VERBS), verbs[key].split("but")[0]))
-        assert named == by or "all" in verbs[key], key
+    assert seen == totals_by_key()
     actions = {fate.action for report in reports for fate in report.plan}
     documented = set(re.findall(r"`([^`]+)`", section("Fate")))
     assert actions <= {*Action} <= documented, {*Action} - documented

@@ -6,7 +6,7 @@ import dataclasses
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_tools.adapting.budget import shared_ranks
 from lora_tools.adapting.convert_module import check_finite, cut_module, factor_bytes, strength_of
@@ -21,6 +21,7 @@ from lora_tools.options.ranks import Size
 from lora_tools.provenance import handed_on, tool_version
 from lora_tools.records import Input, ModuleResult, ProgressCallback, Report
 from lora_tools.sources.adapters import open_adapter
+from lora_tools.totals import RescaleTotals
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +67,9 @@ def conform_in_place(folder: Path, consumer: Consumer) -> None:
     pad_to = consumer.rank_for(max(m.r for m in given.modules.values()))
     options = Rescaling(1.0, None, True, None, False, None, consumer, pad_to)
     new = folder.with_name(folder.name + "-conformed")
-    report = Report("rescale", tool_version(), (Input("adapter", ""),), "", False, ())
+    report: Report[RescaleTotals] = Report(
+        "rescale", tool_version(), (Input("adapter", ""),), "", False, ()
+    )
     rescale_adapter(report, given, options, new, 1, None)
     shutil.rmtree(folder)
     new.rename(folder)
@@ -98,13 +101,13 @@ def refuse_unread(given: Adapter, consumer: Consumer, tied: bool) -> None:
 
 
 def rescale_adapter(
-    report: Report,
+    report: Report[RescaleTotals],
     given: Adapter,
     options: Rescaling,
     folder: Path,
     jobs: int | None,
     progress: ProgressCallback | None,
-) -> Report:
+) -> Report[RescaleTotals]:
     """Write it to ``folder``, which must not exist; the report then has its figures."""
     from lora_tools.engine import threads
     from lora_tools.engine.tasks import Call
@@ -150,8 +153,11 @@ def rescale_adapter(
     finally:
         writer.close()
     nbytes = sum(path.stat().st_size for path in folder.iterdir())
-    totals: dict[str, Any] = {"modules": len(given.modules), "bytes": nbytes}
-    totals |= resized_totals(results)
+    totals: RescaleTotals = {
+        "modules": len(given.modules),
+        "bytes": nbytes,
+        **resized_totals(results),
+    }
     inputs = tuple(dataclasses.replace(i, digest=digest) for i in report.inputs)
     return dataclasses.replace(report, inputs=inputs, modules=tuple(results), totals=totals)
 

@@ -17,6 +17,7 @@ from lora_tools.merging.plan import adapter_digest
 from lora_tools.provenance import tool_version
 from lora_tools.records import Input, ProgressCallback, Report
 from lora_tools.sources.weighted import Weighted, digests_and_weights
+from lora_tools.totals import CombineTotals
 
 if TYPE_CHECKING:
     pass
@@ -45,7 +46,7 @@ def _made(weighted: Sequence[Weighted], digests: Sequence[str], command: str) ->
 def stack(weighted: Sequence[Weighted], folder: Path, jobs: int | None) -> None:
     """``cat`` in float32, into a folder to be made. Raises what ``combine`` raises."""
     options = Combination("cat", None, 1.0, 0, "total", None, "F32")
-    report = Report(
+    report: Report[CombineTotals] = Report(
         "combine",
         tool_version(),
         tuple(Input("adapter", w.as_given) for w in weighted),
@@ -130,13 +131,13 @@ def _saved(weighted: Sequence[Weighted]) -> dict[str, tuple[Weighted, str]]:
 
 
 def combine_adapters(
-    report: Report,
+    report: Report[CombineTotals],
     given: Stackable,
     options: Combination,
     folder: Path,
     jobs: int | None,
     progress: ProgressCallback | None,
-) -> Report:
+) -> Report[CombineTotals]:
     """Write it to ``folder``, which must not exist; the report then has its figures."""
     from lora_tools.engine import threads
     from lora_tools.engine.tasks import Call
@@ -175,7 +176,7 @@ def combine_adapters(
         writer.finish(_config(weighted, terms), None, made)
     finally:
         writer.close()
-    totals: dict[str, Any] = {
+    totals: CombineTotals = {
         "modules": len(terms),
         "bytes": sum(f.stat().st_size for f in folder.iterdir()),
         **resized_totals(results),

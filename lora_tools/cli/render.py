@@ -62,7 +62,7 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.1f} TB"
 
 
-def show(report: Report, *, verbose: bool, written: bool) -> None:
+def show(report: Report[Any], *, verbose: bool, written: bool) -> None:
     """Print the report."""
     console = _console()
     if report.modules:
@@ -89,7 +89,7 @@ def show(report: Report, *, verbose: bool, written: bool) -> None:
         console.print(f"wrote {report.output} in {report.seconds:.1f} s")
 
 
-def _modules(console: Console, report: Report, verbose: bool) -> None:
+def _modules(console: Console, report: Report[Any], verbose: bool) -> None:
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
@@ -124,7 +124,7 @@ def _modules(console: Console, report: Report, verbose: bool) -> None:
         )
 
 
-def _tensors(console: Console, report: Report, verbose: bool) -> None:
+def _tensors(console: Console, report: Report[Any], verbose: bool) -> None:
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
@@ -148,7 +148,7 @@ def _tensors(console: Console, report: Report, verbose: bool) -> None:
         )
 
 
-def _fates(console: Console, report: Report) -> None:
+def _fates(console: Console, report: Report[Any]) -> None:
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
@@ -161,7 +161,7 @@ def _fates(console: Console, report: Report) -> None:
     console.print(table)
 
 
-def _totals(report: Report) -> Iterator[str]:
+def _totals(report: Report[Any]) -> Iterator[str]:
     t = report.totals
     if "relative_error" in t:
         ranks = f"{t['rank_min']}" + (f"-{t['rank_max']}" if t["rank_max"] != t["rank_min"] else "")

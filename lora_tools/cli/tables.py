@@ -25,7 +25,7 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def spectra(console: Console, report: Report, most: int | None) -> None:
+def spectra(console: Console, report: Report[Any], most: int | None) -> None:
     """One row a module."""
     change = any(math.isfinite(s.relative_change) for s in report.spectra)
     columns = ["module", "kind", "shape", "norm", "stable rank", "at 8", "at 16", "at 32", "at 64"]
@@ -51,7 +51,7 @@ def spectra(console: Console, report: Report, most: int | None) -> None:
     _left_out(console, len(report.spectra), most, "modules")
 
 
-def tensors(console: Console, report: Report, most: int | None) -> None:
+def tensors(console: Console, report: Report[Any], most: int | None) -> None:
     """One row a tensor; with modules above, only where all are asked for."""
     if report.spectra and most is not None:
         return

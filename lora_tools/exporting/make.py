@@ -21,6 +21,7 @@ from lora_tools.options import Check, Graphs, Running
 from lora_tools.provenance import tool_version
 from lora_tools.records import Action, Fate, Input, Report
 from lora_tools.sources.checkpoints import open_checkpoint
+from lora_tools.totals import ExportTotals, LossTotals
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +67,7 @@ class Export:
         """What is added to the checkpoint's files, a graph first."""
         return (*self.task.files(), *(self.runtime.files() if self.runtime else ()))
 
-    def planned(self, command: str) -> Report:
+    def planned(self, command: str) -> Report[ExportTotals]:
         """The report of the plan, runtime adapters aside."""
         plan = self.weights.report if self.weights else self._copying()
         plan = self.quantization.planned(plan, self.source)
@@ -79,13 +80,13 @@ class Export:
             command=command,
         )
 
-    def _copying(self) -> Report:
+    def _copying(self) -> Report[ExportTotals]:
         """The plan where no weight changes."""
         action = Action.KEEP if self.in_place else Action.COPY
         nbytes = 0 if self.in_place else sum(f.path.stat().st_size for f in self.source.files)
         fates = (Fate(s.name, action, "", s.nbytes) for s in self.source.stored.specs.values())
         inputs = (Input("base", self.given),)
-        totals = {"bytes": nbytes}
+        totals: ExportTotals = {"bytes": nbytes}
         return Report("export", tool_version(), inputs, "", False, tuple(fates), totals=totals)
 
     def space(self) -> int:
@@ -98,7 +99,7 @@ class Export:
         adapters = self.runtime.space(not self.check.no_verify) if self.runtime else 0
         return int(weights + beside + adapters)
 
-    def write(self, report: Report, out: Path) -> Report:
+    def write(self, report: Report[ExportTotals], out: Path) -> Report[ExportTotals]:
         """Make it at ``out``: the folder, or in place the first of ``files``.
 
         Raises:
@@ -112,7 +113,9 @@ class Export:
         text = self.quantization.inputs(self.check.eval_text)
         return dataclasses.replace(made, inputs=(*made.inputs, *text))
 
-    def _make(self, report: Report, folder: Path, rows: torch.Tensor | None) -> Report:
+    def _make(
+        self, report: Report[ExportTotals], folder: Path, rows: torch.Tensor | None
+    ) -> Report[ExportTotals]:
         """A new folder."""
         if self.weights:
             report = _with_digests(report, self.weights.write(folder))
@@ -130,7 +133,9 @@ class Export:
             raise
         return report
 
-    def _add(self, report: Report, main: Path, rows: torch.Tensor | None) -> Report:
+    def _add(
+        self, report: Report[ExportTotals], main: Path, rows: torch.Tensor | None
+    ) -> Report[ExportTotals]:
         """Files put into the checkpoint's own folder; nothing else in it changes.
 
         They are made and checked in a hidden folder inside, where hard links stand for the weights.
@@ -152,7 +157,9 @@ class Export:
         (folder / self.files()[0]).rename(main)
         return report
 
-    def _work(self, report: Report, folder: Path, rows: torch.Tensor | None) -> Report:
+    def _work(
+        self, report: Report[ExportTotals], folder: Path, rows: torch.Tensor | None
+    ) -> Report[ExportTotals]:
         """The graphs over the weights in a folder, and the report of them."""
         from lora_tools.onnx import graphs
 
@@ -195,7 +202,7 @@ class Export:
 
     def _run(
         self, folder: Path, whole: Path, built: Built, rows: torch.Tensor | None
-    ) -> tuple[Checked | None, dict[str, Any]]:
+    ) -> tuple[Checked | None, LossTotals]:
         """The graphs beside torch, and what quantizing lost."""
         if self.check.no_verify:
             return None, {}
@@ -241,7 +248,9 @@ def _as_bases(inputs: Sequence[Input]) -> tuple[Input, ...]:
     )
 
 
-def _with_digests(report: Report, merged: Report) -> Report:
+def _with_digests(
+    report: Report[ExportTotals], merged: Report[ExportTotals]
+) -> Report[ExportTotals]:
     return dataclasses.replace(
         report,
         inputs=_as_bases(merged.inputs),
@@ -251,14 +260,14 @@ def _with_digests(report: Report, merged: Report) -> Report:
     )
 
 
-def _with_digest(report: Report, source: Checkpoint) -> Report:
+def _with_digest(report: Report[ExportTotals], source: Checkpoint) -> Report[ExportTotals]:
     """Of a checkpoint that is copied or kept, which is read for it."""
     digest = source.digest({})
     first, *rest = report.inputs
     return dataclasses.replace(report, inputs=(dataclasses.replace(first, digest=digest), *rest))
 
 
-def _made(report: Report, folder: Path) -> dict[str, str]:
+def _made(report: Report[ExportTotals], folder: Path) -> dict[str, str]:
     """How the graphs were made; the merged weights say the same of the adapters."""
     said = {}
     if report.inputs[1:]:
@@ -272,8 +281,10 @@ def _made(report: Report, folder: Path) -> dict[str, str]:
     }
 
 
-def _measured(report: Report, built: Built, check: Checked | None, lost: dict[str, Any]) -> Report:
-    totals: dict[str, Any] = {
+def _measured(
+    report: Report[ExportTotals], built: Built, check: Checked | None, lost: LossTotals
+) -> Report[ExportTotals]:
+    totals: ExportTotals = {
         **report.totals,
         "graph_bytes": built.nbytes,
         "graph_nodes": built.nodes,
@@ -282,11 +293,11 @@ def _measured(report: Report, built: Built, check: Checked | None, lost: dict[st
     if check is None:
         notes = (*notes, "not verified: the graph was not run")
     else:
-        totals |= check.totals() | lost
+        totals = {**totals, **check.totals(), **lost}
     return dataclasses.replace(report, totals=totals, notes=notes)
 
 
-def gate(report: Report, check: Check) -> None:
+def gate(report: Report[ExportTotals], check: Check) -> None:
     """Raises QualityGateError where the graph does not do what torch does."""
     t = report.totals
     if t.get("verified", True):

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_tools.errors import UsageError
 from lora_tools.formats.checkpoint import Checkpoint
@@ -16,6 +16,7 @@ from lora_tools.onnx.tasks import DECODER, Task
 from lora_tools.options.parse import read_text
 from lora_tools.records import Action, Fate, Input, Report
 from lora_tools.sources.schemes import BITSANDBYTES
+from lora_tools.totals import ExportTotals
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +81,7 @@ class Quantization:
             raise UsageError(f"--eval-text: {len(tokens)} tokens, and at least 2 are needed")
         return torch.tensor(tokens[: len(tokens) // length * length]).view(-1, length)
 
-    def planned(self, plan: Report, source: Checkpoint) -> Report:
+    def planned(self, plan: Report[ExportTotals], source: Checkpoint) -> Report[ExportTotals]:
         """The plan with the fate of what ONNX Runtime's quantizer will make smaller."""
         if not self.affine:
             return plan
@@ -104,11 +105,13 @@ class Quantization:
         reason = "; ".join(filter(None, (said, fate.reason)))
         return Fate(fate.tensor, Action.QUANTIZE, reason, nbytes)
 
-    def measured(self, report: Report, built: Built, bundled: bool) -> Report:
+    def measured(
+        self, report: Report[ExportTotals], built: Built, bundled: bool
+    ) -> Report[ExportTotals]:
         """The report, with what the graphs showed to be otherwise than planned."""
         if self.scheme is None:
             return report
-        totals: dict[str, Any] = {"tensors_quantized": len(built.quantized), **report.totals}
+        totals: ExportTotals = {"tensors_quantized": len(built.quantized), **report.totals}
         if not self.affine:
             return dataclasses.replace(report, totals=totals)
         if bundled:

@@ -22,6 +22,7 @@ from lora_tools.provenance import check_bases
 from lora_tools.records import Action, Fate, Input, Report
 from lora_tools.sources.base_names import base_names
 from lora_tools.sources.weighted import Weighted, open_weighted
+from lora_tools.totals import ExportTotals, RuntimeAdapterTotals
 
 if TYPE_CHECKING:
     from lora_tools.formats.adapters.base_names import BaseNames
@@ -85,7 +86,7 @@ class RuntimeAdapters:
             ]
         return (*fates, *self.unmatched)
 
-    def planned(self, report: Report, digests: bool = False) -> Report:
+    def planned(self, report: Report[ExportTotals], digests: bool = False) -> Report[ExportTotals]:
         """The report of an export with these adapters in it."""
         return dataclasses.replace(
             report,
@@ -144,14 +145,14 @@ class RuntimeAdapters:
 
     def measured(
         self,
-        report: Report,
+        report: Report[ExportTotals],
         folder: Path,
         task: Task,
         built: Built,
         *,
         jobs: int | None,
         **options: Any,
-    ) -> Report:
+    ) -> Report[ExportTotals]:
         """The report with each adapter in it, and where the graph was run, how it did with each.
 
         Torch runs the base with the adapter merged in float32, as the graph adds it, whatever dtype
@@ -163,8 +164,8 @@ class RuntimeAdapters:
         from lora_tools.engine.threads import one_torch_thread
         from lora_tools.onnx.check import compare
 
-        totals: dict[str, Any] = dict(report.totals)
-        figures: dict[str, dict[str, Any]] = {}
+        totals = report.totals.copy()
+        figures: dict[str, RuntimeAdapterTotals] = {}
         for adapter in self.each:
             figures[adapter.file] = {
                 "bytes": (folder / adapter.file).stat().st_size,
@@ -186,9 +187,10 @@ class RuntimeAdapters:
                     folder, task, built.cache, adapter=(folder / adapter.file, merged), **options
                 )
             shutil.rmtree(merged)
-            figures[adapter.file] |= check.totals()
+            figures[adapter.file] = {**figures[adapter.file], **check.totals()}
             if check.failed and totals["verified"]:
-                totals |= {**check.totals(), "worst_output": f"{adapter.file}: {check.worst}"}
+                worst = f"{adapter.file}: {check.worst}"
+                totals = {**totals, **check.totals(), "worst_output": worst}
         totals["runtime_adapters"] = figures
         notes = report.notes
         if built.unused:

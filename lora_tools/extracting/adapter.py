@@ -22,6 +22,7 @@ from lora_tools.formats.output import staged
 from lora_tools.provenance import tool_version
 from lora_tools.records import Action, Fate, Input, Report
 from lora_tools.sources.as_loaded import named_by
+from lora_tools.totals import ExtractTotals
 
 if TYPE_CHECKING:
     from lora_tools.formats.adapters.peft_writer import PeftWriter
@@ -55,7 +56,7 @@ def extract_adapter(
     inputs: Sequence[Input],
     command: str,
     conform: Callable[[Path, Consumer], None],
-) -> Report:
+) -> Report[ExtractTotals]:
     """Write the adapter to ``folder``; ``conform`` rewrites it for one that reads one rank."""
     from lora_tools.formats.adapters.peft_writer import PeftWriter
 

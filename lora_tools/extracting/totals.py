@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_tools.figures import Total, left_out_totals, module_total
 from lora_tools.records import Action
+from lora_tools.totals import ExtractTotals
 
 if TYPE_CHECKING:
     from lora_tools.extracting.pair_work import Outcome
 
 
-def extract_totals(outcomes: Sequence[Outcome], folder: Path) -> dict[str, Any]:
+def extract_totals(outcomes: Sequence[Outcome], folder: Path) -> ExtractTotals:
     """Errors weighted by energy: what is saved whole has none, what is left out has nothing else.
 
     A module of rank 0 is left out; its figures stand among the modules' all the same. What is no

@@ -16,6 +16,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from lora_tools.errors import LoraToolsError, OutputError
 from lora_tools.records import Report
@@ -38,10 +39,10 @@ class Prepared:
         added: where only these files are put into the output, a folder that exists.
     """
 
-    report: Report
+    report: Report[Any]
     inputs: tuple[Path, ...]
     nbytes: int
-    write: Callable[[Path], Report]
+    write: Callable[[Path], Report[Any]]
     beside: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
     added: tuple[str, ...] = ()

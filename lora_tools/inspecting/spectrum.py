@@ -13,7 +13,7 @@ from lora_tools.errors import UsageError
 from lora_tools.formats.output import staged, write_synced
 from lora_tools.linalg import ranks
 from lora_tools.linalg.ranks import Spectrum
-from lora_tools.records import ModuleSpectrum, Report
+from lora_tools.records import ModuleSpectrum, Report, T
 
 if TYPE_CHECKING:
     from lora_tools.plots import Picture
@@ -118,7 +118,7 @@ def shown(path: str | Path) -> str:
     return "/".join(Path(path).parts[-2:])
 
 
-def drawn(report: Report, title: str, path: Path) -> Report:
+def drawn(report: Report[T], title: str, path: Path) -> Report[T]:
     """The report, drawn into a file in place of what was there, whole or not at all."""
     from lora_tools.plots import draw
 
@@ -128,7 +128,7 @@ def drawn(report: Report, title: str, path: Path) -> Report:
     return dataclasses.replace(report, notes=(*report.notes, f"drew {path}"))
 
 
-def picture(report: Report, title: str) -> Picture:
+def picture(report: Report[Any], title: str) -> Picture:
     """What to draw of a report."""
     from lora_tools.plots import Line, Picture
 

@@ -16,6 +16,7 @@ from lora_tools.merging.plan import MergePlan
 from lora_tools.merging.rewrite import Rewrite
 from lora_tools.merging.tensor import MergeTensor, survival_totals
 from lora_tools.records import Report
+from lora_tools.totals import MergeTotals
 
 if TYPE_CHECKING:
     from lora_tools.formats.sidecar import SidecarWriter
@@ -32,7 +33,7 @@ def refuse_resized(plan: MergePlan, base: Checkpoint) -> None:
             )
 
 
-def merge_checkpoint(job: Rewrite, reversible: bool) -> Report:
+def merge_checkpoint(job: Rewrite, reversible: bool) -> Report[MergeTotals]:
     """Write the merged checkpoint, with a sidecar where it is to be reversible."""
     from lora_tools.formats.sidecar import SidecarWriter
 
@@ -57,7 +58,7 @@ def merge_checkpoint(job: Rewrite, reversible: bool) -> Report:
                     sidecar.add(target.base_name, listing)
             changed = changed_files(base, plan, specs)
             report = job.finish(writer, changed, (SIDECAR_NAME,))
-        totals = {
+        totals: MergeTotals = {
             **report.totals,
             "tensors_merged": sum(bool(t.parts) for t in plan.targets) + len(plan.untied),
             "tensors_copied": sum(not t.parts for t in plan.targets),

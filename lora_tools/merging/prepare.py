@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from lora_tools.errors import UsageError
 from lora_tools.formats.checkpoint import Checkpoint
@@ -57,7 +58,7 @@ class Planned:
 
     def report(
         self, verb: str, fates: Sequence[Fate], totals: dict[str, int], command: str
-    ) -> Report:
+    ) -> Report[Any]:
         """The report of the plan; where the output goes, and whether it is made, is not known."""
         return Report(
             verb,
@@ -75,7 +76,7 @@ class Planned:
         """All that is read."""
         return self.source.path, *(w.adapter.path for w in self.adapters)
 
-    def rewrite(self, report: Report, shards: Sequence[Shard], running: Running) -> Rewriting:
+    def rewrite(self, report: Report[Any], shards: Sequence[Shard], running: Running) -> Rewriting:
         """The job of writing these files, once it is known where."""
         return lambda out: Rewrite(
             report,

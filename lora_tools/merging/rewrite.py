@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from lora_tools.engine import threads
 from lora_tools.engine.tasks import Task
@@ -57,7 +57,7 @@ class Rewrite:
         digests: of the source and of each adapter, once ``finish`` is.
     """
 
-    report: Report
+    report: Report[Any]
     source: Checkpoint
     adapters: Sequence[Weighted]
     plan: MergePlan
@@ -86,7 +86,7 @@ class Rewrite:
 
     def finish(
         self, writer: CheckpointWriter, changed: Mapping[str, bytes], leave: Sequence[str] = ()
-    ) -> Report:
+    ) -> Report[Any]:
         """Fill in the digests, sync, and write the small files; the report then has its digests.
 
         Raises:

@@ -18,6 +18,7 @@ from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.merging.plan import build_effects
 from lora_tools.merging.targets import Target
 from lora_tools.records import TensorSpec
+from lora_tools.totals import SurvivalTotals
 
 if TYPE_CHECKING:
     import torch
@@ -193,7 +194,7 @@ class _Lister:
         return Listing(tuple(self._listed), tuple(self._runs.work.norms))
 
 
-def survival_totals(survivals: Sequence[Survival]) -> dict[str, float]:
+def survival_totals(survivals: Sequence[Survival]) -> SurvivalTotals:
     """What all of them come to: the share of the change that was kept, and the error beside it."""
     total = Total.of((s.wanted, s.error) for s in survivals)
     if not total.energy:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import xxhash
 
@@ -23,6 +23,7 @@ from lora_tools.merging.targets import BaseOutline, Target
 from lora_tools.merging.tensor import as_matrix, copy_tensor, working_dtype
 from lora_tools.records import Report, TensorSpec
 from lora_tools.sources.weighted import Weighted, digests_and_weights
+from lora_tools.totals import UnmergeTotals
 
 if TYPE_CHECKING:
     import torch
@@ -116,7 +117,7 @@ def refuse_lossy(plan: MergePlan) -> None:
             )
 
 
-def unmerge_checkpoint(job: Rewrite, memory: Sidecar | None) -> Report:
+def unmerge_checkpoint(job: Rewrite, memory: Sidecar | None) -> Report[UnmergeTotals]:
     """Write the base out of ``job.source``, which was merged; with a sidecar its digest proves it.
 
     Raises:
@@ -145,7 +146,7 @@ def unmerge_checkpoint(job: Rewrite, memory: Sidecar | None) -> Report:
             files,
             leave=(SIDECAR_NAME,),
         )
-    totals: dict[str, Any] = {
+    totals: UnmergeTotals = {
         **job.report.totals,
         "exact": memory is not None,
         "base_digest": digest,

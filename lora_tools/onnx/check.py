@@ -22,6 +22,7 @@ from lora_tools.onnx.in_torch import InTorch
 from lora_tools.onnx.runs import Played, Run
 from lora_tools.onnx.runtime_adapters import plain_graphs
 from lora_tools.onnx.tasks import Task
+from lora_tools.totals import OutputsTotals
 
 
 @dataclasses.dataclass
@@ -46,9 +47,9 @@ class Check:
     same_tokens: int = 0
     exact: bool | None = None
 
-    def totals(self) -> dict[str, Any]:
+    def totals(self) -> OutputsTotals:
         """As a report has them."""
-        tokens = {"tokens_generated": self.tokens, "tokens_same": self.same_tokens}
+        tokens: OutputsTotals = {"tokens_generated": self.tokens, "tokens_same": self.same_tokens}
         return {
             "verified": not self.failed,
             "outputs_compared": self.compared,

@@ -25,6 +25,7 @@ from lora_tools.onnx.quantized_weights import dequantized, exact
 from lora_tools.onnx.runs import Run
 from lora_tools.onnx.tasks import Task
 from lora_tools.sources.checkpoints import open_checkpoint
+from lora_tools.totals import LossTotals
 
 _POSITIONS = 64  # of a text at a time, in float64
 
@@ -57,9 +58,12 @@ class TextLoss:
                 self.of_torch -= float(p.gather(1, following).sum())
                 self.divergence += float((p.exp() * (p - q)).sum())
 
-    def totals(self, against_torch: bool) -> dict[str, Any]:
+    def totals(self, against_torch: bool) -> LossTotals:
         """As a report has them."""
-        found = {"eval_tokens": self.tokens, "perplexity": math.exp(self.of_graph / self.tokens)}
+        found: LossTotals = {
+            "eval_tokens": self.tokens,
+            "perplexity": math.exp(self.of_graph / self.tokens),
+        }
         if against_torch:
             found["perplexity_unquantized"] = math.exp(self.of_torch / self.tokens)
             found["kl_divergence"] = self.divergence / self.tokens
@@ -79,7 +83,7 @@ def examine(
     rtol: float,
     generate: int = 16,
     trust_remote_code: bool = False,
-) -> tuple[Check, dict[str, Any]]:
+) -> tuple[Check, LossTotals]:
     """The proof, and the report's keys that say what was lost: every graph of an exported folder is
     run, and in torch the weights before and after rounding.
 
@@ -100,7 +104,7 @@ def examine(
     """
     side = InTorch(plain, task, trust_remote_code)
     runs = side.runs(cache, generate)
-    totals: dict[str, Any] = {}
+    totals: LossTotals = {}
     files = [folder / file for file in task.files()]
     if rows is not None or (quantized and original):
         shipped = InRuntime(folder, task, files)
@@ -145,7 +149,7 @@ def put_in(model: torch.nn.Module, folder: Path, plain: Path, task: Task) -> Non
             assert names, f"{weight} is no parameter of the model"
 
 
-def _difference(side: InTorch, shipped: InRuntime, runs: list[Run]) -> dict[str, Any]:
+def _difference(side: InTorch, shipped: InRuntime, runs: list[Run]) -> LossTotals:
     """On the same tokens; of a greedy generation only whether its tokens are the same."""
     loss = Check()
     for run in runs:
@@ -155,7 +159,7 @@ def _difference(side: InTorch, shipped: InRuntime, runs: list[Run]) -> dict[str,
         loss.hold(run, found, wanted, math.inf, 0)
     if not math.isfinite(loss.absolute):
         raise NonFiniteError(f"{loss.worst}: the quantized graph gives an inf or a NaN")
-    totals: dict[str, Any] = {
+    totals: LossTotals = {
         "loss_max_difference": loss.absolute,
         "loss_max_relative_difference": loss.relative,
     }
@@ -164,7 +168,7 @@ def _difference(side: InTorch, shipped: InRuntime, runs: list[Run]) -> dict[str,
     return totals
 
 
-def _on_text(side: InTorch | None, shipped: InRuntime, rows: torch.Tensor) -> dict[str, Any]:
+def _on_text(side: InTorch | None, shipped: InRuntime, rows: torch.Tensor) -> LossTotals:
     loss = TextLoss()
     for row in rows:
         ids = row[None].numpy()
@@ -172,7 +176,6 @@ def _on_text(side: InTorch | None, shipped: InRuntime, rows: torch.Tensor) -> di
         mine = shipped.play(run).outputs[0]["logits"][0]
         theirs = side.play(run).outputs[0]["logits"][0] if side else None
         loss.add(row, mine, theirs)
-    totals = loss.totals(side is not None)
-    if not all(map(math.isfinite, totals.values())):
+    if not math.isfinite(loss.of_graph + loss.of_torch + loss.divergence):
         raise NonFiniteError("the logits on the text of --eval-text hold an inf or a NaN")
-    return totals
+    return loss.totals(side is not None)

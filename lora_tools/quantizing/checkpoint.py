@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lora_tools.engine.tasks import Task
+from lora_tools.figures import Total
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.checkpoint_writer import CheckpointWriter
 from lora_tools.formats.names import split_tensor
@@ -18,6 +19,7 @@ from lora_tools.quantizing.pack import config_with, totals_of
 from lora_tools.quantizing.plan import QuantizePlan
 from lora_tools.quantizing.tensor import QuantizedItem, QuantizeItem
 from lora_tools.records import Report
+from lora_tools.totals import QuantizeTotals
 
 if TYPE_CHECKING:
     from lora_tools.formats.adapters.peft_writer import PeftWriter
@@ -27,19 +29,25 @@ Packing = Task[Checkpoint, CheckpointWriter, QuantizedItem]
 
 def quantize_checkpoint(
     job: Rewrite, plan: QuantizePlan, how: Compensation | None, settings: dict[str, Any]
-) -> Report:
+) -> Report[QuantizeTotals]:
     """Write the quantized checkpoint, and the adapter for its error where one is wanted."""
     if how is None:
         tasks = [QuantizeItem(item) for item in plan.items]
         report, nbytes, _ = write_packed(job, plan, tasks, settings)
     else:
         report, nbytes = _compensated(job, plan, how, settings)
-    return dataclasses.replace(report, totals=totals_of(plan, report.tensors, nbytes))
+    totals: QuantizeTotals = {**totals_of(plan, report.tensors, nbytes)}
+    left = [
+        (r.norm, r.compensated_error) for r in report.tensors if r.compensated_error is not None
+    ]
+    if left:
+        totals["compensated_error"] = Total.of_errors(left).relative_error
+    return dataclasses.replace(report, totals=totals)
 
 
 def _compensated(
     job: Rewrite, plan: QuantizePlan, how: Compensation, settings: dict[str, Any]
-) -> tuple[Report, int]:
+) -> tuple[Report[QuantizeTotals], int]:
     from lora_tools.formats.adapters.peft_writer import PeftWriter
 
     beside = job.out.with_name("compensation")
@@ -56,7 +64,7 @@ def write_packed(
     tasks: Sequence[Packing],
     settings: Any,
     peft: PeftWriter | None = None,
-) -> tuple[Report, int, list[QuantizedItem]]:
+) -> tuple[Report[Any], int, list[QuantizedItem]]:
     """Write what the tasks make of the plan's items, with ``settings`` as quantization_config.
 
     Args:

@@ -11,9 +11,10 @@ from lora_tools.merging.rewrite import Rewrite
 from lora_tools.merging.tensor import MergeTensor
 from lora_tools.records import Report
 from lora_tools.sources.dequantized import Dequantized
+from lora_tools.totals import DequantizeTotals
 
 
-def dequantize_checkpoint(job: Rewrite, view: Dequantized[Any]) -> Report:
+def dequantize_checkpoint(job: Rewrite, view: Dequantized[Any]) -> Report[DequantizeTotals]:
     """Write the plain checkpoint."""
     specs = {spec.name: spec for shard in job.shards for spec in shard.specs}
     with job.writer() as writer:
@@ -23,7 +24,7 @@ def dequantize_checkpoint(job: Rewrite, view: Dequantized[Any]) -> Report:
         hashes = {target.spec.name: result.out_hash for target, result in done}
         changed = changed_files(view, job.plan, specs)
         report = job.finish(writer, changed)
-    totals: dict[str, Any] = {
+    totals: DequantizeTotals = {
         **report.totals,
         "tensors_dequantized": len(view.quantized),
         "tensors_copied": len(specs) - len(view.quantized),

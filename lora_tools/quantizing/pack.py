@@ -22,6 +22,7 @@ from lora_tools.formats.quantized.bitsandbytes import (
 )
 from lora_tools.quantizing.plan import Item, QuantizePlan
 from lora_tools.records import TensorResult
+from lora_tools.totals import FourBitTotals
 
 if TYPE_CHECKING:
     import torch
@@ -97,18 +98,15 @@ def pack(
     return TensorResult(name, item.spec.shape, 8 * nbytes / n, relative, math.sqrt(energy))
 
 
-def totals_of(plan: QuantizePlan, results: Sequence[TensorResult], nbytes: int) -> dict[str, Any]:
+def totals_of(plan: QuantizePlan, results: Sequence[TensorResult], nbytes: int) -> FourBitTotals:
     """Figures over all tensors, errors weighted by their energy."""
     error = Total.of_errors((r.norm, r.relative_error) for r in results)
-    left = [(r.norm, r.compensated_error) for r in results if r.compensated_error is not None]
-    more = {"compensated_error": Total.of_errors(left).relative_error} if left else {}
     sizes = [math.prod(r.shape) for r in results]
     bits = math.fsum(r.bits_per_parameter * n for r, n in zip(results, sizes, strict=True))
     return {
         "tensors_quantized": len(results),
         "tensors_kept": len(plan.items) - len(results),
         "quantization_error": error.relative_error,
-        **more,
         "parameters": sum(item.spec.numel for item in plan.items),
         "parameters_quantized": sum(sizes),
         "bits_per_quantized_parameter": bits / sum(sizes),

@@ -26,6 +26,7 @@ from lora_tools.quantizing.tensor import QuantizedItem, merged_for
 from lora_tools.records import Action, Fate, Report, TensorSpec
 from lora_tools.sources.dequantized import Dequantized, FourBits
 from lora_tools.sources.schemes import BITSANDBYTES
+from lora_tools.totals import MergeTotals
 
 if TYPE_CHECKING:
     from lora_tools.engine.buffers import Buffers
@@ -75,13 +76,13 @@ def prepare_requantize(
     )
 
 
-def requantized(job: Rewrite, view: FourBits, plan: QuantizePlan) -> Report:
+def requantized(job: Rewrite, view: FourBits, plan: QuantizePlan) -> Report[MergeTotals]:
     """Write it; the report's ``tensors`` hold the error of each weight that has new codes."""
     tasks = [RequantizeItem(item) for item in plan.items]
     settings = view.stored.config.get("quantization_config")
     report, nbytes, done = write_packed(job, plan, tasks, settings)
     merged = sum(bool(i.target.parts) for i in plan.items)
-    totals = {
+    totals: MergeTotals = {
         "bytes": nbytes,
         "tensors_merged": merged,
         "tensors_copied": len(plan.items) - merged,

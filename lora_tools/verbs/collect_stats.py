@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_tools.errors import CheckpointError, UsageError
 from lora_tools.formats.activations import MARK, VERSION
@@ -19,6 +19,7 @@ from lora_tools.options import Running, Sampling, Search
 from lora_tools.options.parse import read_text
 from lora_tools.records import Action, Fate, Input, Progress, Report, TensorSpec
 from lora_tools.sources.checkpoints import open_checkpoint
+from lora_tools.totals import CollectStatsTotals
 from lora_tools.verbs.frame import Call, verb
 
 if TYPE_CHECKING:
@@ -81,14 +82,14 @@ def _plan(checkpoint: Checkpoint, kind: str) -> tuple[Fate, ...]:
 
 
 def _collect(
-    report: Report,
+    report: Report[CollectStatsTotals],
     checkpoint: Checkpoint,
     content: str,
     sampling: Sampling,
     device: str,
     running: Running,
     out: Path,
-) -> Report:
+) -> Report[CollectStatsTotals]:
     rows, found = _moments(checkpoint, content, sampling, device, running)
     specs = [TensorSpec(name, "F32", tuple(found[name].shape)) for name in sorted(found)]
     digests = (checkpoint.digest({}), "sha256:" + hashlib.sha256(content.encode()).hexdigest())
@@ -106,7 +107,7 @@ def _collect(
         for spec in specs:
             writer.write(spec.name, as_bytes(found[spec.name]))
     measured = set(found)
-    totals: dict[str, Any] = {
+    totals: CollectStatsTotals = {
         "modules": len(specs),
         "tokens": rows.numel(),
         "sequences": len(rows),

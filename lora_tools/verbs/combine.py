@@ -18,6 +18,7 @@ from lora_tools.options import AdapterForm, Combining, Matching, Origin, Ranks
 from lora_tools.options.ranks import rank_rule
 from lora_tools.records import Action, Fate, Input, Report
 from lora_tools.sources.weighted import Weighted, open_weighted
+from lora_tools.totals import CombineTotals
 from lora_tools.verbs.frame import Call, verb
 
 
@@ -74,7 +75,7 @@ def combine(
     )
     jobs, progress = call.running.jobs, call.running.progress
 
-    def write(out: Path) -> Report:
+    def write(out: Path) -> Report[CombineTotals]:
         return combine_adapters(report, given, options, out, jobs, progress)
 
     read = tuple(w.adapter.path for w in weighted)

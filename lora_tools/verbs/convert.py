@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_tools.adapting.convert_module import Conversion, product_energy
 from lora_tools.adapting.write import (
@@ -35,6 +35,7 @@ from lora_tools.provenance import handed_on
 from lora_tools.records import Action, Fate, Input, Report
 from lora_tools.sources.adapters import open_adapter
 from lora_tools.sources.base_names import base_names
+from lora_tools.totals import ConvertTotals
 from lora_tools.verbs.frame import Call, verb
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def convert(
         notes=tuple(conversion_notes(given, kept, options, found)),
     )
 
-    def write(out: Path) -> Report:
+    def write(out: Path) -> Report[ConvertTotals]:
         return _convert(report, given, kept, names, options, out, call.running)
 
     read = (given.path, *([names.path] if names is not None else []))
@@ -158,20 +159,20 @@ def _dropped(given: Adapter, kept: Mapping[str, LoraModule]) -> list[tuple[str, 
 
 
 def _convert(
-    report: Report,
+    report: Report[ConvertTotals],
     given: Adapter,
     kept: Mapping[str, LoraModule],
     names: BaseNames | None,
     options: Conversion,
     out: Path,
     running: Running,
-) -> Report:
+) -> Report[ConvertTotals]:
     digest = adapter_digest(given)
     made = handed_on(given.file.metadata, report.command, digest)
     job = ConvertJob(given, kept, names, options, made, out)
     results = write_factors(job, running.jobs, running.progress)
     files = list(out.iterdir()) if out.is_dir() else [out]
-    totals: dict[str, Any] = {
+    totals: ConvertTotals = {
         "modules": len(kept),
         "bytes": sum(f.stat().st_size for f in files),
         **resized_totals(results, _dropped(given, kept) if options.rule is not None else ()),

@@ -22,6 +22,7 @@ from lora_tools.options import Search, Tensors, View
 from lora_tools.options.parse import name_filter
 from lora_tools.records import Action, Fate, Input, ModuleSpectrum, ProgressCallback, Report
 from lora_tools.sources.checkpoints import open_checkpoint
+from lora_tools.totals import DiffTotals
 from lora_tools.verbs.frame import Call, Look, verb
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def diff(
         *sides, chosen=chosen, embeddings="skip" if _resized(*sides) else "lora", rest="skip"
     )
 
-    def run() -> Report:
+    def run() -> Report[DiffTotals]:
         options = _options(sides, search)
         seen = _look(plan, sides, options, call.running.jobs, call.running.progress)
         report = _found(call, (base, tuned), sides, plan, seen, view.sort)
@@ -97,7 +98,7 @@ def _found(
     plan: Plan,
     seen: Sequence[_Seen],
     order: str,
-) -> Report:
+) -> Report[DiffTotals]:
     """The report of what was seen of each pair."""
     spectra = sorted((s.spectrum for s in seen if s.spectrum is not None), key=_ORDERS[order])
     inputs = [

@@ -22,6 +22,7 @@ from lora_tools.options.ranks import rank_rule, refuse_shared, size_of
 from lora_tools.records import Input, Report
 from lora_tools.sources.as_loaded import loaded_view, notes_on_names
 from lora_tools.sources.checkpoints import open_checkpoint
+from lora_tools.totals import ExtractTotals
 from lora_tools.verbs.frame import Call, verb
 
 DEFAULT_RANK = 32
@@ -63,10 +64,10 @@ def extract(
     expected = sum(fate.nbytes for fate in fates)
     if size is not None and size.in_bytes:
         expected = min(expected, size.most)
-    totals = {"expected_bytes_at_most": expected}
+    totals: ExtractTotals = {"expected_bytes_at_most": expected}
     keep = Path(search.spectrum_cache) if search.spectrum_cache is not None else None
 
-    def write(out: Path) -> Report:
+    def write(out: Path) -> Report[ExtractTotals]:
         with kept_spectra(keep, out.parent, size is not None) as spectra:
             work = PairWork(
                 sides, options.on_device(), spectra, call.running.jobs, call.running.progress
@@ -131,7 +132,7 @@ def _sides(
     return sides, said
 
 
-def _gated(report: Report, max_error: float | None) -> Report:
+def _gated(report: Report[ExtractTotals], max_error: float | None) -> Report[ExtractTotals]:
     """The report. Raises QualityGateError."""
     said = above(max_error, report.modules, report.totals)
     if said:

@@ -50,7 +50,9 @@ class Call:
     writing: Writing
     running: Running
 
-    def report(self, inputs: Sequence[Input], fates: Sequence[Fate] = (), **more: Any) -> Report:
+    def report(
+        self, inputs: Sequence[Input], fates: Sequence[Fate] = (), **more: Any
+    ) -> Report[Any]:
         """A report of this call, its end aside."""
         return Report(
             self.verb,
@@ -69,13 +71,13 @@ class Look:
     """What a verb that writes nothing prepares: all that it reads, and the work."""
 
     inputs: tuple[Path, ...]
-    run: Callable[[], Report]
+    run: Callable[[], Report[Any]]
 
 
 Prepare = Callable[..., "Prepared | Look"]
 
 
-def verb(prepare: Prepare) -> Callable[..., Report]:
+def verb(prepare: Prepare) -> Callable[..., Report[Any]]:
     """The public function of the verb of that name, whose row says how it is called.
 
     Args:
@@ -85,19 +87,19 @@ def verb(prepare: Prepare) -> Callable[..., Report]:
     row = VERBS[prepare.__name__]
 
     @functools.wraps(prepare)
-    def function(*args: Any, **keywords: Any) -> Report:
+    def function(*args: Any, **keywords: Any) -> Report[Any]:
         with errors_for_python():
             return carry_out(row, row.bind(args, keywords))
 
     signature = row.signature(_NAMES)
     hints = {p.name: p.annotation for p in signature.parameters.values()}
-    function.__annotations__ = {**hints, "return": Report}
+    function.__annotations__ = {**hints, "return": signature.return_annotation}
     function.__signature__ = signature  # type: ignore[attr-defined]
     function.__doc__ = row.documented(prepare.__doc__ or "")
     return function
 
 
-def carry_out(row: Verb, given: Mapping[str, Any], report_file: Path | None = None) -> Report:
+def carry_out(row: Verb, given: Mapping[str, Any], report_file: Path | None = None) -> Report[Any]:
     """Run a verb.
 
     Args:
@@ -145,7 +147,7 @@ def _call(row: Verb, given: Mapping[str, Any], asked: Mapping[str, Any]) -> Call
 
 def _work(
     row: Verb, call: Call, given: Mapping[str, Any], asked: Mapping[str, Any], paths: Paths
-) -> Report:
+) -> Report[Any]:
     prepare: Prepare = row.function().__wrapped__  # type: ignore[attr-defined]
     arguments = {a.name: given[a.name] for a in row.arguments if a.name != "out"}
     records = {k: v for k, v in asked.items() if k not in ("writing", "running")}
@@ -163,7 +165,7 @@ def _work(
     return _write(prepared, Path(call.out), call.writing.force)
 
 
-def _write(prepared: Prepared, out: Path, force: bool) -> Report:
+def _write(prepared: Prepared, out: Path, force: bool) -> Report[Any]:
     """Make the output beside its place, and put it there once it is complete."""
     made = [out / name for name in prepared.added] or [out]
     made += [out.with_name(out.name + suffix) for suffix in prepared.beside]

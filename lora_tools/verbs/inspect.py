@@ -35,6 +35,7 @@ from lora_tools.records import (
 from lora_tools.sources.adapters import is_adapter, open_adapter
 from lora_tools.sources.checkpoints import as_plain, open_checkpoint
 from lora_tools.sources.dequantized import Dequantized
+from lora_tools.totals import InspectTotals
 from lora_tools.verbs.frame import Call, Look, verb
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class _Thing:
 
     kind: str
     files: tuple[TensorFile, ...]
-    facts: dict[str, Any]
+    facts: InspectTotals
     notes: tuple[str, ...] = ()
     adapter: Adapter | None = None
     places: Mapping[str, str] = dataclasses.field(default_factory=dict)  # where not in the file
@@ -71,7 +72,7 @@ def inspect(call: Call, path: str | Path, view: View) -> Look:
     if target is not None and (thing.adapter is None or not thing.adapter.modules):
         raise UsageError(f"--plot: {path} is no adapter with factors; diff draws two checkpoints")
 
-    def run() -> Report:
+    def run() -> Report[InspectTotals]:
         report = _described(call, path, thing)
         if target is None:
             return report
@@ -82,7 +83,7 @@ def inspect(call: Call, path: str | Path, view: View) -> Look:
     return Look((*(file.path for file in thing.files), *data), run)
 
 
-def _described(call: Call, path: str | Path, thing: _Thing) -> Report:
+def _described(call: Call, path: str | Path, thing: _Thing) -> Report[InspectTotals]:
     """Every tensor looked at, and the report."""
     tensors = [
         dataclasses.replace(t, file=thing.places.get(t.tensor, t.file))
@@ -91,7 +92,7 @@ def _described(call: Call, path: str | Path, thing: _Thing) -> Report:
     hashes = {t.tensor: t.hash for t in tensors}
     specs = [spec for file in thing.files for spec in file.specs.values()]
     spectra = _spectra(thing.adapter, call.running.jobs) if thing.adapter is not None else ()
-    totals: dict[str, Any] = {
+    totals: InspectTotals = {
         "kind": thing.kind,
         "tensors": len(tensors),
         "numbers": sum(s.numel for s in specs),
@@ -121,7 +122,10 @@ def _open(path: str | Path, allow_pickle: bool) -> _Thing:
         return _open_adapter(given, allow_pickle)
     if given.suffix == ".sidecar" and given.is_file():
         sidecar = sidecars.Sidecar(given)
-        facts = {"base_digest": sidecar.base_digest, "adapters": len(sidecar.adapters)}
+        facts: InspectTotals = {
+            "base_digest": sidecar.base_digest,
+            "adapters": len(sidecar.adapters),
+        }
         return _Thing("sidecar of a reversible merge", (sidecar.file,), facts)
     checkpoint = open_checkpoint(path, allow_pickle, decoded=False)
     marks = checkpoint.files[0].metadata
@@ -145,7 +149,7 @@ def _open_adapter(path: Path, allow_pickle: bool) -> _Thing:
         )
         if there
     ]
-    facts = {
+    facts: InspectTotals = {
         "format": adapter.form,
         "ranks": sorted({m.r for m in modules}),
         "alphas": sorted({m.alpha for m in modules}),
@@ -171,7 +175,7 @@ def _layer(module: str) -> str:
 
 def _open_weights(checkpoint: Checkpoint) -> _Thing:
     config, notes = checkpoint.config, []
-    facts: dict[str, Any] = {
+    facts: InspectTotals = {
         "architectures": config.get("architectures"),
         "model_type": config.get("model_type"),
         "files": [file.path.name for file in checkpoint.files],

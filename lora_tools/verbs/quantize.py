@@ -11,6 +11,7 @@ from lora_tools.formats.output import Prepared
 from lora_tools.options import Adding, FourBits, Matching, Storage, Tensors
 from lora_tools.quantizing.prepare import prepare_quantize
 from lora_tools.records import Report, TensorResult
+from lora_tools.totals import QuantizeTotals
 from lora_tools.verbs.frame import Call, verb
 
 
@@ -47,13 +48,13 @@ def quantize(
         call.command,
     )
 
-    def write(out: Path) -> Report:
+    def write(out: Path) -> Report[QuantizeTotals]:
         return _gated(prepared.write(out), call.writing.max_error)
 
     return dataclasses.replace(prepared, write=write)
 
 
-def _gated(report: Report, max_error: float | None) -> Report:
+def _gated(report: Report[QuantizeTotals], max_error: float | None) -> Report[QuantizeTotals]:
     """The report. Raises QualityGateError."""
 
     def error(result: TensorResult) -> float:

@@ -15,7 +15,7 @@ from lora_tools.formats.output import staged, write_synced
 from lora_tools.records import Report
 
 
-def plain(report: Report) -> dict[str, Any]:
+def plain(report: Report[Any]) -> dict[str, Any]:
     """The report as strict JSON: numbers that are not finite become null."""
 
     def clean(value: Any) -> Any:
@@ -49,7 +49,7 @@ def check_report_file(file: Path) -> None:
         raise UsageError(f"--report {file}: cannot be written ({error.strerror})") from None
 
 
-def write_report(report: Report, file: Path) -> None:
+def write_report(report: Report[Any], file: Path) -> None:
     """Write it; a link is followed, and what was there stays until the new one is complete.
 
     Raises:

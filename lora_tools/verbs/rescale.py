@@ -21,6 +21,7 @@ from lora_tools.options.ranks import rank_rule, refuse_shared, size_of
 from lora_tools.records import Action, Fate, Input, Report
 from lora_tools.sources.adapters import open_adapter
 from lora_tools.sources.base_names import base_names
+from lora_tools.totals import RescaleTotals
 from lora_tools.verbs.frame import Call, verb
 
 
@@ -60,7 +61,7 @@ def rescale(
         notes=tuple(_notes(given, options, strength.scale, form)),
     )
 
-    def write(out: Path) -> Report:
+    def write(out: Path) -> Report[RescaleTotals]:
         if form.name == "peft":
             return rescale_adapter(report, given, options, out, jobs, call.running.progress)
         folder = out.with_name("peft")
@@ -126,18 +127,18 @@ def _refuse(given: Adapter, form: Format, strength: Strength, ranks: Ranks) -> N
 
 
 def _written_as(
-    report: Report,
+    report: Report[RescaleTotals],
     form: Format,
     names: BaseNames | None,
     given: Adapter,
     folder: Path,
     out: Path,
     jobs: int | None,
-) -> Report:
+) -> Report[RescaleTotals]:
     """The PEFT adapter in ``folder`` in the format that it came in."""
     notes = write_as(open_adapter(folder), form, names, out, given.blocks, jobs)
     files = list(out.iterdir()) if out.is_dir() else [out]
-    totals = {**report.totals, "bytes": sum(file.stat().st_size for file in files)}
+    totals: RescaleTotals = {**report.totals, "bytes": sum(file.stat().st_size for file in files)}
     return dataclasses.replace(report, totals=totals, notes=(*report.notes, *notes))
 
 

@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from lora_tools import totals
 from lora_tools.errors import UsageError
 from lora_tools.options.fields import KEY, Option
 from lora_tools.records import Report
@@ -197,10 +198,20 @@ class Verb:
         """The records that their fields belong to, by the keyword for the whole record."""
         return {called(keyword.record): keyword.record for keyword in self.keywords}
 
-    def function(self) -> Callable[..., Report]:
+    @property
+    def totals(self) -> str:
+        """The name, in ``totals.py``, of the type of its report's totals."""
+        return self.name.title().replace("_", "") + "Totals"
+
+    @property
+    def returns(self) -> Any:
+        """The type of its report."""
+        return Report[getattr(totals, self.totals)]  # type: ignore[misc]
+
+    def function(self) -> Callable[..., Report[Any]]:
         """The public function, which is imported for it."""
         module = importlib.import_module(f"lora_tools.verbs.{self.name}")
-        function: Callable[..., Report] = getattr(module, self.name)
+        function: Callable[..., Report[Any]] = getattr(module, self.name)
         return function
 
     def bind(self, args: Sequence[Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -294,7 +305,7 @@ class Verb:
         for name, written, default in self.parameters():
             value = defaults.get(name) if default else _PARAMETER.empty
             found.append(parameter(name, _PARAMETER.KEYWORD_ONLY, written, value))
-        return inspect.Signature(found, return_annotation=Report)
+        return inspect.Signature(found, return_annotation=self.returns)
 
     def documented(self, text: str) -> str:
         """A docstring with the keywords at the end of its ``Args``."""

@@ -15,6 +15,7 @@ from lora_tools.sources.checkpoints import open_checkpoint
 from lora_tools.sources.dequantized import Dequantized
 from lora_tools.sources.schemes import BITSANDBYTES
 from lora_tools.sources.weighted import Weighted, open_weighted
+from lora_tools.totals import VerifyTotals
 from lora_tools.verbs.frame import Call, Look, verb
 from lora_tools.verifying.adapter import verify_adapter
 from lora_tools.verifying.findings import Findings
@@ -52,7 +53,7 @@ def verify(
     else:
         inputs, work, roles = _checkpoint(path, comparison, run, call.running)
 
-    def look() -> Report:
+    def look() -> Report[VerifyTotals]:
         found = work()
         named = zip(found.inputs, roles, strict=True)
         report = call.report(

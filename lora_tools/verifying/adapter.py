@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_tools.errors import MismatchError, NonFiniteError
 from lora_tools.extracting.change import measured
@@ -20,6 +20,7 @@ from lora_tools.merging.targets import Target
 from lora_tools.merging.tensor import as_matrix
 from lora_tools.records import Action, Fate, Input, ModuleResult, ProgressCallback
 from lora_tools.sources.weighted import Weighted
+from lora_tools.totals import VerifyTotals
 from lora_tools.verifying.findings import Findings
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def _paired(
 
 def _totals(
     both: Sequence[tuple[_Compared, _Distance]], modules: Sequence[ModuleResult]
-) -> dict[str, Any]:
+) -> VerifyTotals:
     """Figures over all that changed, and beside them what of it the adapter leaves out."""
     counted = [(p, d) for p, d in both if d.known]
     total = Total.of((d.change, d.error) for _, d in counted)

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
 
 from lora_tools.records import Action, Fate, Input, ModuleResult, TensorResult
-
-if TYPE_CHECKING:
-    pass
-
+from lora_tools.totals import VerifyTotals
 
 NEAR = 0.05  # a coefficient this near to a number is that number; so little may be unexplained
 
@@ -22,7 +18,7 @@ class Findings:
     fates: tuple[Fate, ...]
     verdict: str
     offence: str
-    totals: dict[str, Any]
+    totals: VerifyTotals
     notes: tuple[str, ...] = ()
     modules: tuple[ModuleResult, ...] = ()
     tensors: tuple[TensorResult, ...] = ()

@@ -8,7 +8,7 @@ import math
 import operator
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.checkpoint import Checkpoint
@@ -17,6 +17,7 @@ from lora_tools.merging.targets import Target
 from lora_tools.merging.tensor import MergedRuns, as_matrix
 from lora_tools.records import Action, Fate, Input, ProgressCallback
 from lora_tools.sources.weighted import Weighted
+from lora_tools.totals import AgreementTotals
 from lora_tools.verifying.findings import FINE, NEAR, Findings, times
 
 if TYPE_CHECKING:
@@ -69,12 +70,12 @@ def verify_merged(
         tuple(fates),
         verdict_of(totals, name) if not wrong else f"not {name}",
         offence,
-        totals,
+        {**totals},
         plan.notes,
     )
 
 
-def merge_totals(checked: Sequence[Checked]) -> dict[str, Any]:
+def merge_totals(checked: Sequence[Checked]) -> AgreementTotals:
     """Figures over the tensors that an adapter acts on, or that are in another dtype."""
     matches = [c.match for c in checked if c.match is not None and c.fate.action != Action.CHANGED]
     return {
@@ -229,7 +230,7 @@ def diagnosis(checked: Sequence[Checked], wrong: Sequence[Fate], said: str) -> s
     return f"{said} ({many}): {what}; worst is {worst.tensor}: {worst.reason}"
 
 
-def verdict_of(totals: dict[str, Any], name: str) -> str:
+def verdict_of(totals: AgreementTotals, name: str) -> str:
     """One sentence where nothing is wrong."""
     n = totals["tensors_acted_on"]
     if totals["bit_for_bit_once"] == n:

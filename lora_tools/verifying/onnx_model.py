@@ -9,7 +9,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_tools.errors import MismatchError, UsageError
 from lora_tools.figures import Total
@@ -26,6 +26,7 @@ from lora_tools.options.parse import need
 from lora_tools.records import Action, Fate, Input, ProgressCallback, TensorSpec
 from lora_tools.sources.dequantized import Dequantized
 from lora_tools.sources.weighted import Weighted
+from lora_tools.totals import VerifyTotals
 from lora_tools.verifying.findings import FINE, Findings
 from lora_tools.verifying.merged import Checked, check_tensor, diagnosis, merge_totals
 from lora_tools.verifying.onnx_quantized import Packed, check_packed
@@ -98,7 +99,7 @@ def verify_onnx(
         verdict = f"not {name}"
     else:
         verdict += f"; its outputs are torch's, to {check.absolute:.2g}"
-    totals = found.totals() | check.totals()
+    totals: VerifyTotals = {**found.totals(), **check.totals()}
     return Findings(inputs, found.fates, verdict, offence, totals, found.notes)
 
 
@@ -120,7 +121,7 @@ class _Compared:
     fates: tuple[Fate, ...]
     notes: tuple[str, ...]
 
-    def totals(self) -> dict[str, Any]:
+    def totals(self) -> VerifyTotals:
         """Figures over all of them."""
         specs = self.weights.specs
         return {
@@ -232,7 +233,7 @@ def _hash_of(tensor: torch.Tensor, transposed: bool) -> str:
     return hashing.tensor_hash(as_bytes(tensor.T if transposed else tensor))
 
 
-def _packed_totals(packed: Sequence[Packed]) -> dict[str, Any]:
+def _packed_totals(packed: Sequence[Packed]) -> VerifyTotals:
     total = Total.of((p.energy, p.error) for p in packed)
     return {"quantization_error": total.relative_error} if total.energy else {}
 

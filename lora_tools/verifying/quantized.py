@@ -8,7 +8,7 @@ import functools
 import operator
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_tools.figures import Total
 from lora_tools.formats import digest as hashing
@@ -22,6 +22,7 @@ from lora_tools.quantizing.plan import Item, QuantizePlan
 from lora_tools.records import Action, Fate, Input, ProgressCallback
 from lora_tools.sources.dequantized import FourBits
 from lora_tools.sources.weighted import Weighted
+from lora_tools.totals import VerifyTotals
 from lora_tools.verifying.findings import FINE, Findings, times
 from lora_tools.verifying.merged import left_over, tied_astray
 from lora_tools.verifying.quantized_tensor import PLAIN, SEARCHED, Checked, CheckItem, is_scaled
@@ -96,7 +97,7 @@ def _own_error(checked: Checked) -> float:
     return (checked.result.relative_error * checked.result.norm) ** 2
 
 
-def _totals(view: FourBits, checked: Sequence[Checked], merge: MergePlan) -> dict[str, Any]:
+def _totals(view: FourBits, checked: Sequence[Checked], merge: MergePlan) -> VerifyTotals:
     """Those of ``quantize``, of what is stored."""
     results = [c.result for c in checked if c.result is not None]
     items = tuple(c.item for c in checked if c.fate.action != Action.MISSING)
@@ -132,7 +133,7 @@ def _verdict(checked: Sequence[Checked], name: str, max_error: float | None) -> 
 
 
 def _diagnosis(
-    checked: Sequence[Checked], wrong: Sequence[Fate], totals: dict[str, Any], name: str
+    checked: Sequence[Checked], wrong: Sequence[Fate], totals: VerifyTotals, name: str
 ) -> str:
     """One sentence: what is wrong of all, and the worst offender."""
     counts = Counter(fate.action for fate in wrong)

@@ -1,0 +1,245 @@
+"""What a report's ``totals`` hold, verb by verb: the types of their keys.
+
+Which keys are there depends on the options, and on whether it is a plan, so none must be.
+docs/report.md says what each of them means; a test keeps the two together.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+
+class LeftOutTotals(TypedDict, total=False):
+    """Of what changed and is left out."""
+
+    left_out: int
+    left_out_energy: float
+    left_out_most: str
+
+
+class ErrorTotals(TypedDict, total=False):
+    """How far the factors of an adapter are from the change that they stand for."""
+
+    relative_error: float
+    energy: float
+    rank_min: int
+    rank_max: int
+
+
+class ResizedTotals(ErrorTotals, LeftOutTotals, total=False):
+    """Of factors whose ranks were chosen anew."""
+
+
+class SurvivalTotals(TypedDict, total=False):
+    """How much of the adapters' change outlasted the rounding to four bits."""
+
+    delta_kept: float
+    delta_error: float
+
+
+class FourBitTotals(TypedDict, total=False):
+    """Of a checkpoint in four bits."""
+
+    tensors_quantized: int
+    tensors_kept: int
+    quantization_error: float
+    parameters: int
+    parameters_quantized: int
+    bits_per_quantized_parameter: float
+    bits_per_parameter: float
+    bytes: int
+
+
+class OutputsTotals(TypedDict, total=False):
+    """Of a graph's outputs against torch's."""
+
+    verified: bool
+    outputs_compared: int
+    worst_output: str
+    max_difference: float
+    max_relative_difference: float
+    tokens_generated: int
+    tokens_same: int
+    base_exact: bool
+
+
+class LossTotals(TypedDict, total=False):
+    """What quantizing cost an exported model."""
+
+    loss_max_difference: float
+    loss_max_relative_difference: float
+    loss_tokens_same: int
+    eval_tokens: int
+    perplexity: float
+    perplexity_unquantized: float
+    kl_divergence: float
+
+
+class AgreementTotals(TypedDict, total=False):
+    """Of merged weights against what the merge makes of the base's."""
+
+    tensors_acted_on: int
+    bit_for_bit_once: int
+    bit_for_bit_twice: int
+    share_once: float
+    share_twice: float
+
+
+class RuntimeAdapterTotals(OutputsTotals, total=False):
+    """Of one file of ``export``'s runtime adapters."""
+
+    bytes: int
+    modules: int
+
+
+class ExtractTotals(ErrorTotals, LeftOutTotals, total=False):
+    """Of ``extract``."""
+
+    modules: int
+    gain_bound: float
+    saved_whole_energy: float
+    parameters: int
+    parameters_replaced: int
+    bytes: int
+    expected_bytes_at_most: int
+
+
+class MergeTotals(SurvivalTotals, total=False):
+    """Of ``merge``."""
+
+    tensors_merged: int
+    tensors_copied: int
+    output_digest: str
+    sidecar_bytes: int
+    sidecar_share: float
+    bytes: int
+
+
+class UnmergeTotals(TypedDict, total=False):
+    """Of ``unmerge``."""
+
+    exact: bool
+    base_digest: str
+    error_bound: float
+    bytes: int
+
+
+class RescaleTotals(ErrorTotals, total=False):
+    """Of ``rescale``."""
+
+    modules: int
+    bytes: int
+
+
+class CombineTotals(ErrorTotals, total=False):
+    """Of ``combine``."""
+
+    modules: int
+    bytes: int
+
+
+class ConvertTotals(ResizedTotals, total=False):
+    """Of ``convert``."""
+
+    modules: int
+    bytes: int
+
+
+class QuantizeTotals(FourBitTotals, total=False):
+    """Of ``quantize``."""
+
+    compensated_error: float
+    expected_bytes_at_most: int
+
+
+class DequantizeTotals(TypedDict, total=False):
+    """Of ``dequantize``."""
+
+    tensors_dequantized: int
+    tensors_copied: int
+    output_digest: str
+    bytes: int
+
+
+class ExportTotals(FourBitTotals, OutputsTotals, LossTotals, total=False):
+    """Of ``export``."""
+
+    tensors_merged: int
+    tensors_copied: int
+    output_digest: str
+    graph_bytes: int
+    graph_nodes: int
+    runtime_adapters: dict[str, RuntimeAdapterTotals]
+    expected_bytes_at_most: int
+
+
+# "with" is a word of Python's own, which a class cannot have as a field.
+_With = TypedDict("_With", {"with": list[str]}, total=False)
+
+
+class InspectTotals(_With, total=False):
+    """Of ``inspect``."""
+
+    kind: str
+    tensors: int
+    numbers: int
+    tensor_bytes: int
+    dtypes: dict[str, int]
+    metadata: dict[str, dict[str, str]]
+    # of a checkpoint
+    architectures: list[str] | None
+    model_type: str | None
+    files: list[str]
+    quantized: dict[str, Any]
+    # of an adapter
+    modules: int
+    format: str
+    ranks: list[int]
+    alphas: list[float]
+    saved_whole: int
+    targets: list[str]
+    target_modules: Any
+    base_model_name_or_path: str | None
+    # of a sidecar, and of an ONNX model
+    adapters: int
+    base_digest: str
+    graphs: dict[str, dict[str, Any]]
+
+
+class DiffTotals(LeftOutTotals, total=False):
+    """Of ``diff``."""
+
+    relative_change: float
+    changed: int
+    unchanged: int
+    one_sided: int
+
+
+class VerifyTotals(
+    ErrorTotals, LeftOutTotals, AgreementTotals, OutputsTotals, FourBitTotals, total=False
+):
+    """Of ``verify``."""
+
+    verdict: str
+    same: bool
+    # of an adapter
+    modules: int
+    relative_error_acted_on: float
+    relative_error_of_all: float
+    # of four bits
+    expected_error: float
+    bit_for_bit: int
+    # of an ONNX model
+    weights_compared: int
+    weights_unnamed: int
+    dtypes: dict[str, int]
+
+
+class CollectStatsTotals(TypedDict, total=False):
+    """Of ``collect_stats``."""
+
+    modules: int
+    tokens: int
+    sequences: int
+    bytes: int
+    expected_bytes: int
