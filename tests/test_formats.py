@@ -5,6 +5,7 @@ The effect of an adapter is what PEFT says it adds to each weight; merging is co
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
@@ -28,9 +29,10 @@ import lora_tools.nn
 from lora_tools.errors import AdapterError, CheckpointError, UnsupportedAdapter
 from lora_tools.formats.adapters.format import FEATURES
 from lora_tools.formats.adapters.gguf import GgufFile
-from lora_tools.formats.adapters.table import FORMATS
+from lora_tools.formats.adapters.table import FORMATS, title_of
 from lora_tools.formats.digest import PROVENANCE
 from lora_tools.sources.adapters import open_adapter
+from lora_tools.sources.checkpoints import open_checkpoint
 
 from . import iotools, models
 
@@ -741,6 +743,24 @@ def test_a_library_that_is_not_installed(
     ):
         with pytest.raises(AdapterError, match=rf"pip install 'loratools\[{name}\]'"):
             use()
+
+
+def test_a_format_is_known_by_its_own_keys_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whatever those are called: no other list of names is asked."""
+    named = {"name": "toy", "title": "Toy", "marks": ("toy.",)}
+    row = dataclasses.replace(FORMATS["mlx"], knows=_is_toy, **named)  # type: ignore[arg-type]
+    monkeypatch.setitem(FORMATS, "toy", row)
+    assert title_of(["toy.a.down", "toy.a.up"]) == "Toy"
+    assert title_of(["toy.a.down", "model.norm.weight"]) == ""
+    save_file({"toy.a.down": torch.zeros(1, 1)}, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match=r"this is an adapter \(Toy\)"):
+        open_checkpoint(tmp_path / "a.safetensors")
+
+
+def _is_toy(key: str) -> bool:
+    return key.startswith("toy.")
 
 
 def test_every_format_has_its_contract() -> None:

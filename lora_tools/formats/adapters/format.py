@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,6 +48,8 @@ class Format:
             files of its own end.
         reads_besides: what it reads besides LoRA, for the documentation.
         magic: the bytes that a file begins with, and at which place.
+        marks: words of which at least half of a file's keys have one. (A model can have layers that
+            are called as factors are, such as ``down``.)
         knows: whether a key of a safetensors file or pickle is one of its own; None where the bytes
             of the file tell.
         open_file: opens a file that is neither safetensors nor a pickle.
@@ -71,6 +73,12 @@ class Format:
     suffix: str = ".safetensors"
     reads_besides: str = ""
     magic: tuple[int, bytes] | None = None
+    marks: tuple[str, ...] = ("lora",)
     knows: Callable[[str], bool] | None = None
     open_file: Callable[[Path], Any] | None = None
     read: Callable[[Path, Any, Context], Outline] | None = None
+
+    def marks_most(self, keys: Collection[str]) -> bool:
+        """Whether at least half of the keys of a file, and any, have one of ``marks``."""
+        marked = sum(any(mark in key for mark in self.marks) for key in keys)
+        return bool(marked) and 2 * marked >= len(keys)

@@ -232,6 +232,7 @@ FORMAT = Format(
     "lycoris-lora 4.1",
     base=READ,
     reads_besides="LoHa, LoKr, whole differences, CP-decomposed LoCon",
+    marks=("lora", "lycoris"),
     knows=knows,
     read=read,
     writer=LycorisWriter,

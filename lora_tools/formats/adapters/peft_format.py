@@ -77,4 +77,5 @@ FORMAT = Format(
     reads_besides="IA³ (merge only)",
     writer=PeftFormat,
     file_name=WEIGHTS,
+    marks=("lora", "ia3_l"),
 )

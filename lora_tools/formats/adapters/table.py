@@ -45,12 +45,11 @@ def by_bytes(path: Path) -> Format | None:
 def title_of(keys: Collection[str]) -> str:
     """What a file of tensors is called whose keys are an adapter's; "" of any other, such as one of
     a model saved with its adapters in it."""
-    named = sum("lora" in key or "lycoris" in key or "ia3_l" in key for key in keys)
-    if not named or 2 * named < len(keys):
-        return ""
-    if all(key.startswith(peft.PREFIX) for key in keys):
-        return "" if any(".base_layer.weight" in key for key in keys) else FORMATS["peft"].title
-    return next((f.title for f in FORMATS.values() if f.knows and all(map(f.knows, keys))), "")
+    forms = [form for form in FORMATS.values() if form.marks_most(keys)]
+    if keys and all(key.startswith(peft.PREFIX) for key in keys):
+        own = not any(".base_layer.weight" in key for key in keys)
+        return next((form.title for form in forms if form.name == "peft" and own), "")
+    return next((form.title for form in forms if form.knows and all(map(form.knows, keys))), "")
 
 
 def by_keys(path: Path, keys: Collection[str]) -> Format:
