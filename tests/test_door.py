@@ -27,7 +27,7 @@ from lora_tools.sources.as_loaded import LoadedView
 from lora_tools.sources.checkpoints import open_checkpoint
 from lora_tools.sources.schemes import Scheme
 from lora_tools.sources.transformers_names import Loaded, LoadedTensor, Piece
-from tests.iotools import adapter, checkpoint, linear_shapes, moved, tree, weights
+from tests.iotools import adapter, checkpoint, graph, linear_shapes, moved, tree, weights
 
 F8 = torch.float8_e4m3fn
 Q = "model.layers.0.q_proj.weight"
@@ -541,8 +541,8 @@ def test_every_verb_reads_a_new_row(stepped: dict[str, Path], tmp_path: Path) ->
         "numbers": numbers_in,
         "bits_per_parameter": 8 * (numbers_in + 4 * 2 * (16 + 32)) / numbers_in,
     }
-    with pytest.raises(CheckpointError, match="quantized already, in steps of rows"):
-        lora_tools.quantize(stepped["base"], tmp_path / "four")
+    with pytest.raises(UsageError, match="in steps of rows; what it was rounded from"):
+        lora_tools.verify(stepped["tuned"], base=stepped["base"], adapters=[stepped["adapter"]])
     with pytest.raises(UsageError, match="requantize=True needs a BASE in four bits"):
         lora_tools.merge(stepped["base"], [stepped["adapter"]], tmp_path / "x", requantize=True)
     with pytest.raises(UsageError, match="reversible=True cannot give back a BASE in steps"):
@@ -558,11 +558,40 @@ def test_people_are_told_of_a_new_row(
 
 
 def test_four_bits_made_of_a_new_row(stepped: dict[str, Path], tmp_path: Path) -> None:
-    """Codes of another scheme are no four bits to be left as they are."""
+    """They are those of the plain numbers, which are rounded before; and to ``verify``, codes of
+    another scheme are no four bits that stay as they are."""
     lora_tools.dequantize(stepped["base"], tmp_path / "plain")
-    lora_tools.quantize(tmp_path / "plain", tmp_path / "four")
-    found = lora_tools.verify(tmp_path / "four", against=stepped["base"])
-    assert found.totals["same"]
+    lora_tools.merge(stepped["base"], [stepped["adapter"]], tmp_path / "merged")
+    for source, adapters in (("plain", []), ("merged", [stepped["adapter"]])):
+        lora_tools.quantize(tmp_path / source, tmp_path / f"{source}-4")
+        done = lora_tools.quantize(stepped["base"], tmp_path / f"{source}-1", adapters=adapters)
+        assert f"{stepped['base']}: in steps of rows; errors are" in done.notes[0]
+        mine, wanted = (numbers(tmp_path / f"{source}-{n}") for n in (1, 4))
+        assert mine.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            assert torch.equal(mine[name], tensor), name
+        for n in (1, 4):
+            found = lora_tools.verify(
+                tmp_path / f"{source}-{n}", against=stepped["base"], adapters=adapters
+            )
+            assert found.totals["same"]
+    assert not (tmp_path / "plain-1/steps.json").exists()
+
+
+def test_a_new_row_is_exported_as_plain_numbers(stepped: dict[str, Path], tmp_path: Path) -> None:
+    base, plain = stepped["base"], stepped["plain base"]
+    graph(tmp_path / "graph", plain, numbers(plain))
+    done = lora_tools.export(
+        base, tmp_path / "out", graph=tmp_path / "graph", task="features", no_verify=True
+    )
+    written = numbers(tmp_path / "out")
+    for name, tensor in numbers(plain).items():
+        assert torch.equal(written[name], tensor)
+    assert "quantization_config" not in (tmp_path / "out/config.json").read_text()
+    assert done.inputs[0].role == "base"
+    assert done.inputs[0].digest == open_checkpoint(base, decoded=False).digest({})
+    with pytest.raises(UsageError, match="in steps of rows, which no graph reads"):
+        lora_tools.export(base, base, force=True, task="features")
 
 
 def test_rows_of_a_weight_in_memory(stepped: dict[str, Path]) -> None:

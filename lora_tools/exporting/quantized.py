@@ -32,12 +32,14 @@ class Quantization:
 
     Attributes:
         scheme: a name of ``onnx.schemes``, or None.
-        stored: the checkpoint's own weights are in four bits.
+        stored: the checkpoint's own weights are in four bits, which a graph reads as they are.
+        decoded: they are in another scheme, and are written as the plain ones that they stand for.
         text: to measure perplexity on, or None.
     """
 
     scheme: str | None
     stored: bool
+    decoded: bool
     text: str | None
 
     @property
@@ -163,11 +165,6 @@ def plan_quantization(
         raise UsageError(f"{' and '.join(f'--{name}' for name in chosen)} exclude each other")
     scheme = chosen[0] if chosen else None
     stored = source.scheme is BITSANDBYTES
-    if source.scheme is not None and not stored:
-        raise UsageError(
-            f"{source.path}: its weights are in {source.scheme.title}; make them plain with "
-            "`loratools dequantize` first"
-        )
     if stored and scheme != NF4:
         raise UsageError(
             f"{source.path}: its weights are in four bits; pass --nf4, or make them plain with "
@@ -194,4 +191,5 @@ def plan_quantization(
         if runtime:
             raise UsageError("--eval-text does not go with --runtime-adapters")
         text = read_text(Path(eval_text))
-    return Quantization(scheme, stored, text)
+    decoded = source.scheme is not None and not stored
+    return Quantization(scheme, stored, decoded, text)

@@ -27,7 +27,7 @@ class Weights:
     @property
     def change(self) -> bool:
         """Whether they are others than the checkpoint's."""
-        return self._merge or self.quantization.packs
+        return self._merge or self.quantization.packs or self.quantization.decoded
 
     @property
     def _merge(self) -> bool:
@@ -51,14 +51,12 @@ class Weights:
     def plain(self) -> Prepared | None:
         """The same with none quantized; None where they lie somewhere as they are."""
         if self.quantization.stored:
-            return prepare_dequantize(
-                self.checkpoint, Storage(), self.running, command_of("dequantize")
-            )
+            return self._decoded()
         return self._merged() if self.quantization.packs else None
 
     def _merged(self) -> Prepared | None:
         if not self._merge:
-            return None
+            return self._decoded() if self.quantization.decoded else None
         planned = plan_merging(
             self.checkpoint,
             self.adapters,
@@ -68,3 +66,7 @@ class Weights:
         )
         command = command_of("merge", self.storage, self.matching)
         return prepare_merge(planned, self.storage, self.running, command)
+
+    def _decoded(self) -> Prepared:
+        command = command_of("dequantize")
+        return prepare_dequantize(self.checkpoint, Storage(), self.running, command)

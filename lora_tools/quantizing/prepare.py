@@ -27,6 +27,7 @@ from lora_tools.quantizing.plan import FourBitForm, QuantizePlan, plan_quantize
 from lora_tools.records import Action, Fate
 from lora_tools.sources.checkpoints import open_checkpoint
 from lora_tools.sources.dequantized import Dequantized
+from lora_tools.sources.schemes import BITSANDBYTES
 from lora_tools.sources.weighted import open_weighted
 
 
@@ -47,7 +48,7 @@ def prepare_quantize(
     """
     chosen = name_filter(tensors.include, tensors.exclude)
     base = open_checkpoint(checkpoint, running.allow_pickle)
-    if base.scheme is not None:
+    if base.scheme is BITSANDBYTES:
         raise CheckpointError(
             f"{base.path}: quantized already, in {base.scheme.title}; make it plain with "
             "`loratools dequantize` first"
@@ -130,6 +131,10 @@ def _notes(
     base: Checkpoint, plan: QuantizePlan, tensors: Tensors, settings: dict[str, Any]
 ) -> list[str]:
     notes = []
+    if base.scheme is not None:
+        notes.append(
+            f"{base.path}: in {base.scheme.title}; errors are those against what it dequantizes to"
+        )
     if tensors.lm_head and base.ties_embeddings and not plan.merge.unties:
         notes.append("the output head is the input embedding and stays: --lm-head has no effect")
     if not base.config:

@@ -72,7 +72,8 @@ class QuantizeItem:
             done = MergeTensor(item.target, item.spec).run(base, sink)
             return QuantizedItem(done.base_hash)
         same = item.name == item.target.base_name and stored.dtype == item.spec.dtype
-        if same and not (item.target.parts or item.transposed):
+        lies = same and base.scheme is None  # else it may have to be decoded and rounded first
+        if lies and not (item.target.parts or item.transposed):
             return self._as_it_lies(base, sink, buffers)
         with merged_for(item, base, buffers) as (x, base_hash):
             if self.fit is not None:

@@ -59,7 +59,10 @@ def export(
     )
     weights = Weights(checkpoint, to_merge, quantization, storage, matching, call.running)
     if in_place and weights.change:
-        raise UsageError("--adapter, --dtype and --nf4 change the weights: choose another output")
+        why = "--adapter, --dtype and --nf4 change the weights"
+        if source.scheme is not None and quantization.decoded:
+            why = f"{source.path} is in {source.scheme.title}, which no graph reads"
+        raise UsageError(f"{why}: choose another output")
     work = Export(
         source,
         str(checkpoint),

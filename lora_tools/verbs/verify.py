@@ -105,9 +105,13 @@ def _checkpoint(
     if comparison.base is not None:
         merged = open_checkpoint(path, running.allow_pickle)
         if merged.scheme is not None:
-            raise UsageError(
-                f"{path}: is in {merged.scheme.title}; give --against instead of --base"
+            instead = (
+                "give --against instead of --base"
+                if merged.scheme is BITSANDBYTES
+                else "what it was rounded from is not known; compare what `loratools dequantize` "
+                "makes of it"
             )
+            raise UsageError(f"{path}: is in {merged.scheme.title}; {instead}")
         read.append(merged.path)
         roles = [("merged", path), ("base", comparison.base)]
 
