@@ -299,6 +299,14 @@ def test_another_model_is_refused(given: dict[str, Any]) -> None:
         nn.attach(model, given["plain"][1], allow_unmatched=True)
 
 
+def test_a_module_that_is_no_transformers_model_is_refused_as_others_are(tmp_path: Path) -> None:
+    model = torch.nn.Module()
+    model.other = torch.nn.Linear(12, 15)
+    given = models.write_adapter(tmp_path / "a", torch.randn(2, 12), torch.randn(15, 2), 2)
+    with pytest.raises(LoraToolsError, match="matches no tensor of Module"):
+        nn.attach(model, given)
+
+
 @pytest.mark.parametrize("put", [nn.attach, nn.merge_])
 def test_what_fails_half_way_is_undone(put: Any, given: dict[str, Any], tmp_path: Path) -> None:
     """An inf in the factors of the last layer that they act on."""

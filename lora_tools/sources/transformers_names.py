@@ -139,13 +139,13 @@ def renamed(model: Any, names: Iterable[str]) -> dict[str, str]:
     try:
         from transformers.core_model_loading import rename_source_key
 
-        transforms = _transforms(model)
+        transforms, prefix = _transforms(model), model.base_model_prefix
     except (ImportError, AttributeError):
         return {}
     state = model.state_dict(keep_vars=True)
     found = {}
     for name in names:
-        new, _ = rename_source_key(name, *transforms, model.base_model_prefix, state)
+        new, _ = rename_source_key(name, *transforms, prefix, state)
         if new in state:
             found[name] = new
     return found
