@@ -84,12 +84,11 @@ def _mixtral() -> Any:
     return hf.MixtralForCausalLM(config)
 
 
-def _gemma3() -> Any:
-    kinds = ["sliding_attention", "full_attention"] * 4
+def _gemma3(layers: int = 2) -> Any:  # which are never repeated
     config = hf.Gemma3TextConfig(
-        **_DECODER | {"num_hidden_layers": 8},
+        **_DECODER | {"num_hidden_layers": layers},
         sliding_window=8,
-        layer_types=kinds,
+        layer_types=["sliding_attention", "full_attention"] * (layers // 2),
         query_pre_attn_scalar=8,
         pad_token_id=0,
         bos_token_id=1,

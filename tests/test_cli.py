@@ -157,13 +157,14 @@ def test_3_when_the_gate_is_exceeded(pair: Path, tmp_path: Path) -> None:
 def test_130_and_143_leave_no_trace(pair: Path, tmp_path: Path) -> None:
     """A signal in the middle: the staging folder goes, and the message says so."""
     code = (
-        "import signal, sys, lora_tools.engine.threads as threads\n"
+        "import sys, time, lora_tools.engine.threads as threads\n"
         "from lora_tools.cli import run\n"
         "real = threads.run\n"
         "def slow(*args, **options):\n"
         "    for i, result in enumerate(real(*args, **options)):\n"
         "        if i == 3:\n"
-        "            print('now', flush=True); signal.pause()\n"
+        "            print('now', flush=True)\n"
+        "            while True: time.sleep(0.01)\n"
         "        yield result\n"
         "threads.run = slow\n"
         "sys.exit(run(sys.argv[1:]))\n"

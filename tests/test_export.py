@@ -173,6 +173,8 @@ def test_layers_that_differ_are_not_repeated() -> None:
     model.model.layers[7].self_attn.scaling /= 2
     [stack] = shorten(model)
     assert (stack.kept, stack.period) == (4, 1)
+    [stack] = shorten(export_models._gemma3(layers=8))
+    assert (stack.kept, stack.total, stack.period) == (6, 8, 2)
 
 
 # ----------------------------------------------------------------------------- weights and files
@@ -270,11 +272,12 @@ def test_an_adapter_merged_in_the_same_pass_is_peft(
     assert np.abs(decode(tmp_path / "out", IDS) - in_torch(peft)).max() < 2e-5
 
 
-def test_an_adapter_that_unties_the_head(base: Path, exported: Any, tmp_path: Path) -> None:
+def test_an_adapter_that_unties_the_head(traced: Callable[[str], Traced], tmp_path: Path) -> None:
     """The head is a tensor of its own then: the old graph is refused, a new one is right."""
+    base, graph = traced("llama-tied").base, traced("llama-tied").graph
     peft = models.adapt(base, tmp_path / "adapter", ADAPTERS["embedding"])
     with pytest.raises(MismatchError, match="tie_word_embeddings"):
-        lora_tools.export(base, tmp_path / "a", adapters=[tmp_path / "adapter"], graph=exported[0])
+        lora_tools.export(base, tmp_path / "a", adapters=[tmp_path / "adapter"], graph=graph)
     lora_tools.export(base, tmp_path / "out", adapters=[tmp_path / "adapter"])
     assert np.abs(decode(tmp_path / "out", IDS) - in_torch(peft)).max() < 2e-5
 
