@@ -66,7 +66,7 @@ def diff(
         options = _options(sides, search)
         seen = _look(plan, sides, options, call.running.jobs, call.running.progress)
         report = _found(call, (base, tuned), sides, plan, seen, view.sort)
-        if target is None or not report.spectra:
+        if target is None:
             return report
         moved = f"relative change {report.totals['relative_change']:.2%}"
         return drawn(report, f"{shown(base)} → {shown(tuned)}, {moved}", target)
