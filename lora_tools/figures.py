@@ -98,6 +98,14 @@ def left_out_totals(changes: Sequence[tuple[str, float]], total: Total) -> LeftO
     return {"left_out": len(changes), "left_out_energy": share, "left_out_most": most}
 
 
+def no_floats(changed: str, names: Sequence[str]) -> list[str]:
+    """A note on tensors that have no energy to be counted, ``changed`` in that way."""
+    if not names:
+        return []
+    more = f" and {len(names) - 1} more" if names[1:] else ""
+    return [f"{changed}, and in no figure, being no floats: {names[0]}{more}"]
+
+
 def above(
     max_error: float | None, modules: Sequence[ModuleResult], totals: Mapping[str, Any]
 ) -> str:

@@ -225,6 +225,23 @@ def test_pictures(work, tmp_path, suffix):
     assert (tmp_path / f"a.{suffix}").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("without", [".lora_B", "q_proj.lora_B"])
+def test_pictures_of_what_has_no_effect(without, work, tmp_path):
+    """Of an adapter as it is before its training, of one with such a module, of two that are the
+    same."""
+    shutil.copytree(work / "adapter", tmp_path / "a")
+    factors = load_file(tmp_path / "a" / WEIGHTS)
+    still = {k: t * (without not in k) for k, t in factors.items()}
+    save_file(still, tmp_path / "a" / WEIGHTS, {"format": "pt"})
+    picture = tmp_path / "a.svg"
+    report = lora_tools.inspect(tmp_path / "a", plot=picture)
+    some = any(t.any() for k, t in still.items() if "lora_B" in k)
+    assert picture.exists() == some
+    assert any("nothing to draw" in note for note in report.notes) != some
+    same = lora_tools.diff(work / "base", work / "base", plot=picture)
+    assert any("nothing to draw" in note for note in same.notes)
+
+
 def test_pictures_are_refused_before_the_work(work, tmp_path, monkeypatch):
     for name, says in (("x.gif", "must end in"), ("no/x.png", "folder does not exist")):
         with pytest.raises(UsageError, match=says):

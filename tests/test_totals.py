@@ -194,6 +194,8 @@ def test_what_is_no_float_has_no_energy_and_is_named(
     found = lora_tools.verify(tmp_path / "b", base=base, tuned=tuned)
     assert {f.tensor: f.action for f in found.plan}[name] == "left out"
     assert found.totals["left_out"] == report.totals["left_out"]
+    seen = lora_tools.diff(base, tuned)
+    assert all(f"in no figure, being no floats: {name}" in "".join(r.notes) for r in (found, seen))
     kept = lora_tools.extract(base, tuned, tmp_path / "c", rank=2)
     assert not any("in no figure" in note for note in kept.notes)
     found = lora_tools.verify(tmp_path / "c", base=base, tuned=tuned)
@@ -235,6 +237,16 @@ def test_diff_counts_what_its_table_leaves_out(pair: tuple[Path, Path]) -> None:
     assert totals["left_out"] == 1
     assert totals["left_out_most"] == K
     assert totals["left_out_energy"] == pytest.approx(change[K] / sum(change.values()), rel=1e-5)
+
+
+def test_diff_of_a_base_of_zeros(tmp_path: Path, capfd: Any) -> None:
+    """All of it is change; there is no share to tell, and no alpha either."""
+    tuned = save(tmp_path / "tuned", weights(1))
+    base = save(tmp_path / "base", {k: torch.zeros_like(v) for k, v in weights(1).items()})
+    assert run(["diff", str(base), str(tuned)]) == 0
+    said = capfd.readouterr().err
+    assert "rel. change" in said.splitlines()[0]
+    assert not any(word in said for word in ("alpha", "nan", "inf"))
 
 
 def test_convert_counts_the_modules_that_it_drops(pair: tuple[Path, Path], tmp_path: Path) -> None:

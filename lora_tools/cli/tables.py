@@ -27,7 +27,7 @@ def _table(*columns: str) -> Table:
 
 def spectra(console: Console, report: Report[Any], most: int | None) -> None:
     """One row a module."""
-    change = any(math.isfinite(s.relative_change) for s in report.spectra)
+    change = not all(math.isnan(s.relative_change) for s in report.spectra)
     columns = ["module", "kind", "shape", "norm", "stable rank", "at 8", "at 16", "at 32", "at 64"]
     columns += ["noise floor", "rank", "rel. change"] if change else ["rank", "alpha", "scaling"]
     table = _table(*columns)
@@ -43,7 +43,7 @@ def spectra(console: Console, report: Report[Any], most: int | None) -> None:
         ]
         rank = ">64" if s.rank is None else str(s.rank)  # 64: what verbs/spectra.DEPTH looks at
         if change:
-            cells += [_number(s.noise_floor, ".2e"), rank, f"{s.relative_change:.3%}"]
+            cells += [_number(s.noise_floor, ".2e"), rank, _number(s.relative_change, ".3%")]
         else:
             cells += [rank, f"{s.alpha:g}", f"{s.scaling:g}"]
         table.add_row(*cells)
@@ -123,7 +123,7 @@ def totals(t: Mapping[str, Any]) -> Iterator[str]:
     if "relative_change" in t:
         yield (
             f"{t['changed']} tensors changed, {t['unchanged']} did not; relative change "
-            f"{t['relative_change']:.3%}"
+            f"{_number(t['relative_change'], '.3%')}"
         )
         if t["one_sided"]:
             yield f"on one side only, and in no figure: {t['one_sided']} tensors"

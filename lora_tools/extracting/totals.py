@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_tools.figures import Total, left_out_totals, module_total
+from lora_tools.figures import Total, left_out_totals, module_total, no_floats
 from lora_tools.records import Action
 from lora_tools.totals import ExtractTotals
 
@@ -53,10 +53,7 @@ def left_out(outcomes: Sequence[Outcome]) -> list[Outcome]:
 def uncovered(outcomes: Sequence[Outcome]) -> list[str]:
     """A note on what is left out and has no energy to be counted."""
     names = [o.pair.name for o in left_out(outcomes) if not _known(o)]
-    if not names:
-        return []
-    more = f" and {len(names) - 1} more" if names[1:] else ""
-    return [f"changed, left out, and in no figure, being no floats: {names[0]}{more}"]
+    return no_floats("changed, left out", names)
 
 
 def _change(outcome: Outcome) -> float:

@@ -119,9 +119,13 @@ def shown(path: str | Path) -> str:
 
 
 def drawn(report: Report[T], title: str, path: Path) -> Report[T]:
-    """The report, drawn into a file in place of what was there, whole or not at all."""
+    """The report, drawn into a file in place of what was there, whole or not at all; one without
+    any change says so."""
     from lora_tools.plots import draw
 
+    if not any(s.norm for s in report.spectra):
+        note = f"no module has a low-rank change: nothing to draw, {path} is not written"
+        return dataclasses.replace(report, notes=(*report.notes, note))
     content = draw(picture(report, title), path.suffix)
     with staged(path) as staging:
         write_synced(staging / "out", content)
@@ -132,7 +136,7 @@ def picture(report: Report[Any], title: str) -> Picture:
     """What to draw of a report."""
     from lora_tools.plots import Line, Picture
 
-    spectra = [s for s in report.spectra if s.spectrum]
+    spectra = [s for s in report.spectra if s.spectrum and s.norm]
     at = places([s.module for s in spectra])
     layers = sorted({layer for layer, _ in at.values()})
     # Embeddings and heads first, then the layers' modules by name.

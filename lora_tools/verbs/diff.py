@@ -13,7 +13,7 @@ from lora_tools.extracting.change import measured
 from lora_tools.extracting.decompose import Decomposition, Sides, spectra_of
 from lora_tools.extracting.pair_work import hash_of, let_go, working_memory
 from lora_tools.extracting.pairs import Pair, Plan, make_plan
-from lora_tools.figures import Total, left_out_totals
+from lora_tools.figures import Total, left_out_totals, no_floats
 from lora_tools.formats.adapters.consumers import CONSUMERS
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.inspecting.spectrum import DEPTH, check_plot, drawn, recommended, shown, summary
@@ -67,7 +67,7 @@ def diff(
         options = _options(sides, search)
         seen = _look(plan, sides, options, call.running.jobs, call.running.progress)
         report = _found(call, (base, tuned), sides, plan, seen, view.sort)
-        if target is None or not report.spectra:
+        if target is None:
             return report
         moved = f"relative change {report.totals['relative_change']:.2%}"
         return drawn(report, f"{shown(base)} → {shown(tuned)}, {moved}", target)
@@ -114,6 +114,7 @@ def _found(
         for side in sides
         if side.scheme is not None
     ]
+    notes += no_floats("changed", [s.pair.name for s in seen if math.isnan(s.change)])
     return call.report(
         inputs,
         fates,

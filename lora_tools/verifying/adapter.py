@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from lora_tools.errors import MismatchError, NonFiniteError
 from lora_tools.extracting.change import measured
-from lora_tools.figures import Total, above, left_out_totals
+from lora_tools.figures import Total, above, left_out_totals, no_floats
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.adapters.peft import Adapter, LoraModule
 from lora_tools.formats.checkpoint import Checkpoint
@@ -91,6 +91,7 @@ def verify_adapter(
         for fate in plan.unmatched
         if fate.tensor not in there
     ]
+    notes += no_floats("not as in tuned", [p.name for p, d in both if not d.known])
     inputs = (
         Input("adapter", "", adapter_digest(weighted.adapter)),
         *(Input("", "", digest) for digest in _digests(both, base, tuned)),
