@@ -463,7 +463,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
             }
         },
         AdapterError,
-        "model.other.weight matches no tensor.*--allow-unmatched",
+        "model.other.weight matches no tensor.*allow_unmatched=True",
     ),
     "bias-of-a-layer-without": (
         {"add": {"base_model.model.model.layers.0.mlp.down_proj.lora_B.bias": torch.ones(32)}},
