@@ -287,7 +287,7 @@ class FormatContract:
             same = unsigned(tmp_path / "alone") == unsigned(tmp_path / "half")
             assert same or self.name == "peft"
         else:
-            with pytest.raises(AdapterError, match="with base$"):
+            with pytest.raises(AdapterError, match=r"with base$"):
                 lora_tools.rescale(given, tmp_path / "alone", scale=0.5)
 
     def test_inspect_says_what_it_is(self, root: Path, tmp_path: Path) -> None:

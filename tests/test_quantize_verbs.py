@@ -99,8 +99,8 @@ def test_what_cannot_be_compensated_is_refused(work, tmp_path):
     out = tmp_path / "out"
     for given, said in (
         ({"compensate": 0}, "compensate 0"),
-        ({"compensate": 4, "compensate_iterations": 0}, "--compensate-iterations 0"),
-        ({"compensate_iterations": 2}, "goes with --compensate"),
+        ({"compensate": 4, "compensate_iterations": 0}, "compensate_iterations 0"),
+        ({"compensate_iterations": 2}, "goes with compensate"),
     ):
         with pytest.raises(UsageError, match=said):
             lora_tools.quantize(work / "base", out, **given)

@@ -227,7 +227,7 @@ FORMATS: dict[str, Row] = {
     "several files of tensors": (
         AdapterError,
         r"no adapter_config\.json there, and several files: one\.safetensors, two\.safetensors",
-        lambda t: to_peft(t, (bare(t, "one", x=X), bare(t, "two", x=X)) and t),
+        lambda t: lora_tools.inspect((bare(t, "one", x=X), bare(t, "two", x=X)) and t),
     ),
     "a kohya file without its base": (
         AdapterError,
