@@ -227,7 +227,7 @@ FORMATS: dict[str, Row] = {
     "several files of tensors": (
         AdapterError,
         r"no adapter_config\.json there, and several files: one\.safetensors, two\.safetensors",
-        lambda t: lora_tools.inspect((bare(t, "one", x=X), bare(t, "two", x=X)) and t),
+        lambda t: to_peft(t, bare(folder(t / "in"), "one", x=X).parent),
     ),
     "a kohya file without its base": (
         AdapterError,
@@ -407,6 +407,13 @@ TABLE = {
     **{f"peft: {name}": row for name, row in PEFT.items()},
     **{f"formats: {name}": row for name, row in FORMATS.items()},
 }
+
+
+def folder(path: Path) -> Path:
+    """With a file in it."""
+    path.mkdir()
+    bare(path, "two", x=X)
+    return path
 
 
 @pytest.mark.parametrize("name", TABLE)
