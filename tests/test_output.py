@@ -17,6 +17,7 @@ from lora_tools.formats.output import (
     check_destination,
     check_space,
     copy_synced,
+    refuse_overlap,
     staged,
     write_synced,
 )
@@ -204,18 +205,18 @@ def test_what_dead_processes_left_is_removed_and_what_living_ones_hold_is_kept(t
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == b"held\n"
-            check_destination(out, [], False)
+            check_destination(out, False)
             assert names(tmp_path) == sorted(p.name for p in (held, *others))
             assert read(held / "out") == "half"
         finally:
             process.kill()
-    check_destination(out, [], False)
+    check_destination(out, False)
     assert names(tmp_path) == sorted(p.name for p in others)
 
 
 def test_a_staging_folder_in_use_is_held(tmp_path):
     with staged(tmp_path / "out") as staging:
-        check_destination(tmp_path / "out", [], False)  # another command to the same place
+        check_destination(tmp_path / "out", False)  # another command to the same place
         assert staging.is_dir()
         fd = os.open(staging, os.O_RDONLY)
         with pytest.raises(BlockingIOError):
@@ -233,7 +234,7 @@ def test_killed_between_the_two_renames_the_next_command_brings_the_old_back(old
     wanted = read(out)
     out.rename(left / "old")
     with pytest.raises(OutputError, match="already exists"):
-        check_destination(out, [], force=False)
+        check_destination(out, force=False)
     assert read(out) == wanted
     assert not left.exists()
 
@@ -243,7 +244,7 @@ def test_a_complete_successor_wins_over_the_old_of_a_killed_command(tmp_path):
     left = stale(out, "dead0001")
     build("folder", left / "old", "old")
     build("folder", out, "new")
-    check_destination(out, [], force=True)
+    check_destination(out, force=True)
     assert names(tmp_path) == ["out"]
     assert read(out) == "new"
 
@@ -255,7 +256,7 @@ def test_a_stale_folder_that_cannot_be_opened_is_no_hindrance(tmp_path, monkeypa
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(output.os, "open", refuse)
-    check_destination(tmp_path / "out", [], False)
+    check_destination(tmp_path / "out", False)
     assert left.is_dir()
 
 
@@ -268,8 +269,8 @@ def test_what_exists_is_refused_without_force(kind, tmp_path):
     build(kind, out, "old")
     before = tree(tmp_path)
     with pytest.raises(OutputError, match=r"out already exists.*--force"):
-        check_destination(out, [], force=False)
-    check_destination(out, [], force=True)
+        check_destination(out, force=False)
+    check_destination(out, force=True)
     assert tree(tmp_path) == before
 
 
@@ -287,6 +288,13 @@ CLASHES = {
 }
 
 
+def check(out: Path, sources: list[Path], force: bool) -> None:
+    """As the frame does."""
+    for source in sources:
+        refuse_overlap(out, source)
+    check_destination(out, force)
+
+
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize("what", CLASHES)
 def test_an_input_is_never_an_output(what, force, tmp_path):
@@ -297,7 +305,7 @@ def test_an_input_is_never_an_output(what, force, tmp_path):
     (top / "up").symlink_to(".")
     before = tree(top)
     with pytest.raises(OutputError, match=r"input|no name"):
-        check_destination(top / CLASHES[what], [top / "else", top / "in"], force)
+        check(top / CLASHES[what], [top / "else", top / "in"], force)
     assert tree(top) == before
 
 
@@ -308,21 +316,21 @@ def test_an_input_given_by_a_link_is_known(tmp_path):
     (tmp_path / "m2").symlink_to("m")
     for source, out in (("link", "in"), ("link", "in/out"), ("m2", "m"), ("m", "m2")):
         with pytest.raises(OutputError, match="is the input"):
-            check_destination(tmp_path / out, [tmp_path / source], force=True)
-    check_destination(tmp_path / "inside", [tmp_path / "in"], force=False)  # a name that begins so
+            check(tmp_path / out, [tmp_path / source], force=True)
+    check(tmp_path / "inside", [tmp_path / "in"], force=False)  # a name that begins so
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "/"])
 def test_no_name_for_something_new(name):
     with pytest.raises(OutputError, match="no name for something new"):
-        check_destination(Path(name), [], force=True)
+        check_destination(Path(name), force=True)
 
 
 def test_a_parent_must_be_a_folder(tmp_path):
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "absent" / "out", tmp_path / "file" / "out"):
         with pytest.raises(OutputError, match="is not a folder"):
-            check_destination(out, [], force=True)
+            check_destination(out, force=True)
 
 
 def test_space(tmp_path):

@@ -14,7 +14,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,17 @@ def overlap(one: Path, other: Path) -> bool:
     return a == b or a in b.parents or b in a.parents
 
 
-def check_destination(destination: Path, inputs: Iterable[Path], force: bool) -> None:
-    """Refuse a destination that exists (without ``force``), is an input, lies inside one, or is a
-    device or a pipe.
+def refuse_overlap(output: Path, source: Path) -> None:
+    """Raises OutputError for an output that is an input, lies inside one, or has one inside."""
+    if overlap(output, source):
+        raise OutputError(
+            f"{output} is the input {source}, or one contains the other; the input is never "
+            "modified: choose another output"
+        )
+
+
+def check_destination(destination: Path, force: bool) -> None:
+    """Refuse a destination that exists (without ``force``), or is a device or a pipe.
 
     What a killed command left beside it is cleared away first.
 
@@ -65,12 +73,6 @@ def check_destination(destination: Path, inputs: Iterable[Path], force: bool) ->
     """
     if destination.name in ("", ".."):
         raise OutputError(f"{destination} is no name for something new; choose another output")
-    for path in inputs:
-        if overlap(destination, path):
-            raise OutputError(
-                f"{destination} is the input {path}, or one contains the other; "
-                "the input is never modified: choose another output"
-            )
     if not destination.parent.is_dir():
         raise OutputError(f"{destination.parent} is not a folder; create it first")
     if destination.exists() and not (destination.is_file() or destination.is_dir()):

@@ -170,7 +170,7 @@ def _write(prepared: Prepared, out: Path, force: bool) -> Report[Any]:
     made = [out / name for name in prepared.added] or [out]
     made += [out.with_name(out.name + suffix) for suffix in prepared.beside]
     for path in made:
-        check_destination(path, (), force)
+        check_destination(path, force)
     check_space(out, prepared.nbytes)
     with staged(made[0]) as staging:
         report = prepared.write(staging / "out")

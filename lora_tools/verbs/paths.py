@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_tools.errors import OutputError, UsageError
-from lora_tools.formats.output import Prepared, check_destination, overlap
+from lora_tools.formats.output import Prepared, check_destination, overlap, refuse_overlap
 from lora_tools.sources.weighted import split_weight
 from lora_tools.verbs.row import Verb, called
 
@@ -87,11 +87,8 @@ class Paths:
             return
         for path in self.outputs.values():
             for source in self.inputs:
-                if overlap(path, source) and source.resolve() != self.into:
-                    raise OutputError(
-                        f"{path} is the input {source}, or one contains the other; the input is "
-                        "never modified: choose another output"
-                    )
+                if source.resolve() != self.into:
+                    refuse_overlap(path, source)
         for (name, path), (other, place) in itertools.combinations(self.outputs.items(), 2):
             if overlap(path, place):
                 raise UsageError(
@@ -104,7 +101,7 @@ class Paths:
         for name, path in self.kept.items():
             if path.is_dir():
                 raise OutputError(f"{name} {path}: is a folder; name a file")
-            check_destination(path, (), force=True)
+            check_destination(path, force=True)
 
     def _check_report(self, report: Path) -> None:
         for source in self.inputs:
