@@ -74,13 +74,10 @@ class Extraction:
     spectra: Spectra | None
 
 
-def working_memory(pair: Pair) -> int:
-    """Bytes: that of a delta in float32."""
-    return 4 * pair.spec.numel if pair.action == "decompose" else 0
-
-
 @dataclasses.dataclass(frozen=True)
-class _PairTask:
+class PairTask:
+    """What tasks on one pair have in common."""
+
     pair: Pair
 
     @property
@@ -89,11 +86,12 @@ class _PairTask:
 
     @property
     def nbytes(self) -> int:
-        return working_memory(self.pair)
+        """That of a delta in float32."""
+        return 4 * self.pair.spec.numel if self.pair.action == "decompose" else 0
 
 
 @dataclasses.dataclass(frozen=True)
-class ExtractPair(_PairTask):
+class ExtractPair(PairTask):
     """A task: read one pair and, if it changed and is to be decomposed, decompose it. Where ranks
     are chosen for all pairs at once, its factors come later."""
 
@@ -174,7 +172,7 @@ class ExtractPair(_PairTask):
 
 
 @dataclasses.dataclass(frozen=True)
-class FindDeeper(_PairTask):
+class FindDeeper(PairTask):
     """A task: decompose a pair to a greater depth, under the key of its spectrum."""
 
     key: str
@@ -192,7 +190,7 @@ class FindDeeper(_PairTask):
 
 
 @dataclasses.dataclass(frozen=True)
-class FitPair(_PairTask):
+class FitPair(PairTask):
     """A task: the factors of one pair at the rank that was chosen for it.
 
     Attributes:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from lora_tools.errors import NonFiniteError
 from lora_tools.extracting.change import measured
 from lora_tools.extracting.decompose import Decomposition, Sides, spectra_of
-from lora_tools.extracting.pair_work import hash_of, let_go, working_memory
+from lora_tools.extracting.pair_work import PairTask, hash_of, let_go
 from lora_tools.extracting.pairs import Pair, Plan, make_plan
 from lora_tools.figures import Total, left_out_totals, no_floats
 from lora_tools.formats.adapters.consumers import CONSUMERS
@@ -152,18 +152,8 @@ def _look(
 
 
 @dataclasses.dataclass(frozen=True)
-class _SeePair:
+class _SeePair(PairTask):
     """A task: see what changed in one pair."""
-
-    pair: Pair
-
-    @property
-    def label(self) -> str:
-        return self.pair.name
-
-    @property
-    def nbytes(self) -> int:
-        return working_memory(self.pair)
 
     def run(self, sources: tuple[Sides, Decomposition], _: None, buffers: Buffers) -> _Seen:
         """The pair's fate and, where it has one, its spectrum."""
