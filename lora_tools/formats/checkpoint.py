@@ -24,7 +24,7 @@ from lora_tools.records import TensorSpec
 if TYPE_CHECKING:
     import torch
 
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 _WEIGHT_SUFFIXES = (
     ".safetensors",
     ".bin",
@@ -40,7 +40,7 @@ _WEIGHT_SUFFIXES = (
     ".tflite",
     ".mlmodel",
 )
-_INDEX_SUFFIX = ".index.json"
+INDEX_SUFFIX = ".index.json"
 
 
 class Checkpoint:
@@ -177,7 +177,7 @@ class Checkpoint:
                 or any(part.startswith(".") for part in relative.parts)
             ):
                 continue
-            weights = path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(_INDEX_SUFFIX)
+            weights = path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(INDEX_SUFFIX)
             weights = weights or path.parent in adapters
             if weights and relative.parts[0] not in whole:
                 left.append(relative)
@@ -207,7 +207,7 @@ def with_theta(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def open_weights(path: Path, allow_pickle: bool) -> TensorFile:
     """One file of tensors, safetensors or a pickle. Raises UnsafeInput, CheckpointError."""
-    if path.suffix not in _PICKLE_SUFFIXES:
+    if path.suffix not in PICKLE_SUFFIXES:
         return SafetensorsFile(path)
     if not allow_pickle:
         raise UnsafeInput(

@@ -89,11 +89,6 @@ def bundle(
     return made
 
 
-def bundle_size(specs: Iterable[TensorSpec]) -> int:
-    """Bytes that ``bundle`` writes, at most."""
-    return sum(spec.nbytes + _ALIGNMENT for spec in specs)
-
-
 def attach(model: onnx.ModelProto, where: Mapping[str, Place]) -> None:
     """Point every weight of a bare graph to its bytes, with a Cast where they are numbers and not
     float32."""

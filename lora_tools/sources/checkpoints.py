@@ -9,8 +9,8 @@ from pathlib import Path
 from lora_tools.errors import CheckpointError, UnsafeInput
 from lora_tools.formats import hub
 from lora_tools.formats.checkpoint import (
-    _INDEX_SUFFIX,
-    _PICKLE_SUFFIXES,
+    INDEX_SUFFIX,
+    PICKLE_SUFFIXES,
     Checkpoint,
     is_plain_name,
     open_weights,
@@ -99,9 +99,9 @@ def _refuse_titled(path: Path, title: str) -> None:
 
 
 def _open_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
-    suffixes = (".safetensors", *_PICKLE_SUFFIXES)
+    suffixes = (".safetensors", *PICKLE_SUFFIXES)
     for suffix in suffixes:
-        indexes = sorted(folder.glob(f"*{suffix}{_INDEX_SUFFIX}"))
+        indexes = sorted(folder.glob(f"*{suffix}{INDEX_SUFFIX}"))
         files = sorted(folder.glob(f"*{suffix}"))
         if len(indexes) > 1:
             raise CheckpointError(f"{folder}: several indexes: {_names(indexes)}; pass one file")
@@ -117,7 +117,7 @@ def _open_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
             return checkpoint
         if (folder / f"model{suffix}") in files:
             files = [folder / f"model{suffix}"]
-        if suffix in _PICKLE_SUFFIXES:
+        if suffix in PICKLE_SUFFIXES:
             files = [f for f in files if f.stem not in ("training_args", "optimizer", "scheduler")]
         if len(files) > 1:
             raise CheckpointError(
