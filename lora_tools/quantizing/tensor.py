@@ -7,8 +7,6 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import xxhash
-
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.checkpoint_writer import Sink
 from lora_tools.formats.dtypes import torch_dtype
@@ -24,8 +22,6 @@ if TYPE_CHECKING:
 
     from lora_tools.engine.buffers import Buffers
     from lora_tools.linalg.merge import Survival
-
-_HASH_STEP = 8 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,20 +79,18 @@ class QuantizeItem:
     def _as_it_lies(self, base: Checkpoint, sink: Sink, buffers: Buffers) -> QuantizedItem:
         """A tensor that nothing is done to beforehand, giving pages back as they are read."""
         item, name = self.item, self.item.name
-        x, raw, state = base.tensor(name), base.raw(name), xxhash.xxh3_128()
+        x, base_hash = base.tensor(name), base.hash(name)
         width = x.element_size()
-        for start in range(0, raw.nbytes, _HASH_STEP):
-            state.update(raw[start : start + _HASH_STEP])
         if self.fit is not None:
             made = self.fit.compensate(item, x, sink, buffers)
             base.release(name)
-            return QuantizedItem(state.hexdigest(), *made)
+            return QuantizedItem(base_hash, *made)
 
         def read(start: int, stop: int) -> None:
             base.release(name, start * width, stop * width)
 
         result = pack(item, x.reshape(-1), sink, buffers, read)
-        return QuantizedItem(state.hexdigest(), result)
+        return QuantizedItem(base_hash, result)
 
 
 @contextlib.contextmanager
