@@ -12,14 +12,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from lora_tools.errors import CheckpointError, TensorNotFound, UnsafeInput
+from lora_tools.errors import CheckpointError, UnsafeInput
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.formats.quantized.packed import StoredFormat
 from lora_tools.formats.safetensors_file import SafetensorsFile
+from lora_tools.formats.shards import INDEX_SUFFIX, Shards
 from lora_tools.formats.tensor_file import TensorFile
 from lora_tools.formats.weights import ModelSays, Weights, ties_embeddings
-from lora_tools.records import TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -40,10 +40,9 @@ _WEIGHT_SUFFIXES = (
     ".tflite",
     ".mlmodel",
 )
-INDEX_SUFFIX = ".index.json"
 
 
-class Checkpoint:
+class Checkpoint(Shards):
     """Named tensors over one or more files.
 
     Attributes:
@@ -52,6 +51,7 @@ class Checkpoint:
         is_folder: whether it is a folder (then ``companions`` travel with the weights).
         files: the weight files, in the order of their names.
         specs: every tensor's name, dtype and shape, in file order.
+        home: the file that each of them is in.
         config: ``config.json``, or an empty dict.
         index_name: name of the shard index, or None.
     """
@@ -61,18 +61,8 @@ class Checkpoint:
     def __init__(
         self, path: Path, files: Iterable[TensorFile], is_folder: bool, index_name: str | None
     ) -> None:
-        self.path, self.is_folder, self.index_name = path, is_folder, index_name
-        self.files = tuple(files)
-        self._home: dict[str, TensorFile] = {}
-        self.specs: dict[str, TensorSpec] = {}
-        for file in self.files:
-            for name, spec in file.specs.items():
-                if name in self._home:
-                    raise CheckpointError(
-                        f"{path}: tensor {name!r} is in {self._home[name].path.name} and again in "
-                        f"{file.path.name}"
-                    )
-                self._home[name], self.specs[name] = file, spec
+        super().__init__(path, files)
+        self.is_folder, self.index_name = is_folder, index_name
         self.config = self._read_config()
 
     def _read_config(self) -> dict[str, Any]:
@@ -112,20 +102,6 @@ class Checkpoint:
         """Whether the config says that the output head is the input embedding."""
         return ties_embeddings(self.config)
 
-    def _file(self, name: str) -> TensorFile:
-        try:
-            return self._home[name]
-        except KeyError:
-            raise TensorNotFound(f"{self.path}: no tensor {name!r}") from None
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """The tensor, memory-mapped. Never write to it."""
-        return self._file(name).tensor(name)
-
-    def raw(self, name: str) -> memoryview:
-        """The tensor's bytes, in the dtype that its spec names."""
-        return self._file(name).raw(name)
-
     def rounded(self, name: str) -> torch.Tensor:
         """The tensor in the dtype that its spec names, where ``tensor`` may be wider: to be written
         as it is. Never write to it."""
@@ -135,10 +111,6 @@ class Checkpoint:
         import torch
 
         return torch.frombuffer(bytearray(self.raw(name)), dtype=dtype).reshape(tensor.shape)
-
-    def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
-        """Give the pages of a tensor's bytes [start, stop) back to the system."""
-        self._file(name).release(name, start, stop)
 
     def rows(self, name: str, matrix: tuple[int, int], start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of the tensor seen as that matrix (rows, cols). Never write to it."""
@@ -217,8 +189,3 @@ def open_weights(path: Path, allow_pickle: bool) -> TensorFile:
     from lora_tools.formats.pickle_file import PickleFile
 
     return PickleFile(path)
-
-
-def is_plain_name(name: str) -> bool:
-    """Whether a name taken from a file is that of a file beside it, and leads nowhere else."""
-    return name not in ("", ".", "..") and not any(c in name for c in "/\\\0")

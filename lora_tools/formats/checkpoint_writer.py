@@ -13,10 +13,11 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from lora_tools.errors import UnsafeInput, UsageError
-from lora_tools.formats.checkpoint import Checkpoint, is_plain_name
+from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.digest import PROVENANCE
 from lora_tools.formats.output import copy_synced, write_synced
 from lora_tools.formats.safetensors_file import SafetensorsWriter, Written, encode_header
+from lora_tools.formats.shards import is_plain_name
 from lora_tools.records import TensorSpec
 
 _UNITS = {

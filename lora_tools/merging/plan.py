@@ -75,7 +75,7 @@ def plan_merge(
     """
     parts: dict[str, list[Part]] = {}
     unmatched: list[Fate] = []
-    notes: list[str] = []
+    notes = [f"{w.path}: {said}" for w in adapters for said in w.adapter.notes]
     asked = {name for w in adapters for name, _ in _wanted(w, base.specs)}
     head, embedding = tied_pair(base, asked)
     ties = {head: embedding} if head else {}

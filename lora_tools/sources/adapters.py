@@ -20,6 +20,7 @@ from lora_tools.formats.adapters.outline import Context, Foreign, Outline
 from lora_tools.formats.adapters.peft import Adapter
 from lora_tools.formats.adapters.table import FORMATS, by_bytes, by_keys, format_named, title_of
 from lora_tools.formats.checkpoint import Checkpoint, open_weights
+from lora_tools.formats.folders import meant, named_adapters
 from lora_tools.linalg.scaling import scaling
 from lora_tools.sources.base_names import base_names
 
@@ -58,11 +59,14 @@ def open_adapter(
     path = Path(source)
     if not path.exists() and hub.looks_like_hub_id(str(source)):
         path = hub.fetch(str(source), allow_pickle)
+    path = meant(path, AdapterError)
     if path.is_file() and (path.parent / peft.CONFIG).is_file() and _is_named_as_one(path):
         path = path.parent
     config = path / peft.CONFIG
     if form is FORMATS["peft"] or (form is None and _is_peft(source, config)):
-        return peft.open_peft(source, path, allow_pickle)
+        adapter = peft.open_peft(source, path, allow_pickle)
+        adapter.notes = (*adapter.notes, *_beside(path))
+        return adapter
     file_path = _weights(source, path)
     form = form or by_bytes(file_path)
     if form is not None and form.open_file is not None:
@@ -74,6 +78,18 @@ def open_adapter(
     names = base_names(base, allow_pickle) if base is not None else None
     context = Context(names, alpha, tuple(enable_lora), as_stored, guess)
     return _opened(path, file, form, context)
+
+
+def _beside(folder: Path) -> tuple[str, ...]:
+    """What is said of adapters in folders of the one that was opened: PEFT puts all but the
+    ``default`` one there."""
+    names = named_adapters(folder)
+    if not names:
+        return ()
+    return (
+        f"other adapters lie in its folder and are not read: {', '.join(names)}; give "
+        f"{folder / names[0]} for that one",
+    )
 
 
 def _opened(path: Path, file: Any, form: Format, context: Context) -> Adapter:
@@ -89,8 +105,12 @@ def _opened(path: Path, file: Any, form: Format, context: Context) -> Adapter:
 
 
 def is_adapter(source: str | Path, allow_pickle: bool = False) -> bool:
-    """Whether a file or folder is an adapter, by its config, its first bytes or all its names."""
-    path = Path(source)
+    """Whether a file or folder is an adapter, by its config, its first bytes or all its names.
+
+    Raises:
+        AdapterError: a folder that holds several folders with weights.
+    """
+    path = meant(Path(source), AdapterError)
     if path.is_dir():
         if (path / peft.CONFIG).is_file():
             return True
@@ -122,7 +142,7 @@ def _alphas(outline: Outline) -> Mapping[str, float]:
 
 def _is_named_as_one(path: Path) -> bool:
     """Whether a file beside an adapter_config.json is that config's weights."""
-    return path.name in (peft.CONFIG, *_NAMES, "adapter_model.bin")
+    return path.name in (peft.CONFIG, *_NAMES) or path.name.startswith(peft.STEM)
 
 
 def _is_peft(source: str | Path, config_path: Path) -> bool:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lora_tools.errors import AdapterError
+from lora_tools.errors import AdapterError, CheckpointError
 from lora_tools.formats.adapters.base_names import BaseNames, names_of
 from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.formats.folders import meant
 from lora_tools.formats.weights import Weights
 from lora_tools.records import TensorSpec
 from lora_tools.sources.checkpoints import open_checkpoint
@@ -25,7 +26,7 @@ def base_names(
         return source
     if isinstance(source, Checkpoint):
         return names_of(source.path, source.weights, source.config)
-    folder = Path(source)
+    folder = meant(Path(source), CheckpointError)
     if (folder / PIPELINE).is_file():
         return _pipeline(folder, allow_pickle)
     checkpoint = open_checkpoint(source, allow_pickle)

@@ -6,17 +6,12 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from lora_tools.errors import CheckpointError, UnsafeInput
+from lora_tools.errors import CheckpointError
 from lora_tools.formats import hub
-from lora_tools.formats.checkpoint import (
-    INDEX_SUFFIX,
-    PICKLE_SUFFIXES,
-    Checkpoint,
-    is_plain_name,
-    open_weights,
-)
+from lora_tools.formats.checkpoint import PICKLE_SUFFIXES, Checkpoint, open_weights
+from lora_tools.formats.folders import meant
 from lora_tools.formats.quantized.signs import FILES, Found, sign_of
-from lora_tools.formats.safetensors_file import strict_json
+from lora_tools.formats.shards import INDEX_SUFFIX, check_index, read_index
 from lora_tools.sources.dequantized import Dequantized
 from lora_tools.sources.schemes import scheme_of
 
@@ -71,6 +66,7 @@ def _open(source: str | Path, allow_pickle: bool) -> Checkpoint:
         path = hub.fetch(str(source), allow_pickle)
     if not (path.is_file() or path.is_dir()):
         raise CheckpointError(f"{path}: neither a file nor a folder")
+    path = meant(path, CheckpointError)
     _refuse_adapter(path)
     if path.is_file():
         checkpoint = Checkpoint(path, [open_weights(path, allow_pickle)], False, None)
@@ -106,59 +102,30 @@ def _open_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
         if len(indexes) > 1:
             raise CheckpointError(f"{folder}: several indexes: {_names(indexes)}; pass one file")
         if indexes:
-            names = _read_index(indexes[0])
+            names = read_index(indexes[0])
             checkpoint = Checkpoint(
                 folder,
                 [open_weights(folder / name, allow_pickle) for name in sorted(set(names.values()))],
                 True,
                 indexes[0].name,
             )
-            _check_index(checkpoint, indexes[0], names)
+            check_index(checkpoint.home, indexes[0], names)
             return checkpoint
         if (folder / f"model{suffix}") in files:
             files = [folder / f"model{suffix}"]
         if suffix in PICKLE_SUFFIXES:
             files = [f for f in files if f.stem not in ("training_args", "optimizer", "scheduler")]
+        if files and all(file.name.startswith("adapter_model") for file in files):
+            from lora_tools.formats.adapters.table import FORMATS
+
+            _refuse_titled(folder, FORMATS["peft"].title)
         if len(files) > 1:
             raise CheckpointError(
                 f"{folder}: several weight files and no index: {_names(files)}; pass one of them"
             )
         if files:
-            if files[0].name.startswith("adapter_model"):
-                from lora_tools.formats.adapters.table import FORMATS
-
-                _refuse_titled(folder, FORMATS["peft"].title)
             return Checkpoint(folder, [open_weights(files[0], allow_pickle)], True, None)
     raise CheckpointError(f"{folder}: no .safetensors file in it; is the download complete?")
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    try:
-        index = strict_json(path.read_bytes())
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    names = index.get("weight_map") if isinstance(index, dict) else None
-    if not (names and isinstance(names, dict) and all(type(v) is str for v in names.values())):
-        raise CheckpointError(f"{path}: not a shard index (no weight_map of names to files)")
-    for file in set(names.values()):
-        if not is_plain_name(file):
-            raise UnsafeInput(f"{path}: names a file outside its folder: {file!r}")
-        if not (path.parent / file).is_file():
-            raise CheckpointError(f"{path}: shard {file} is missing; is the download complete?")
-    return dict(names)
-
-
-def _check_index(checkpoint: Checkpoint, index: Path, names: dict[str, str]) -> None:
-    for name, file in names.items():
-        if name not in checkpoint.specs:
-            raise CheckpointError(f"{index}: says tensor {name!r} is in {file}, which lacks it")
-        actual = checkpoint._file(name).path.name
-        if actual != file:
-            raise CheckpointError(f"{index}: says tensor {name!r} is in {file}; it is in {actual}")
-    extra = [name for name in checkpoint.specs if name not in names]
-    if extra:
-        where = checkpoint._file(extra[0]).path.name
-        raise CheckpointError(f"{index}: tensor {extra[0]!r} is in {where} and not in the index")
 
 
 def _names(paths: Iterable[Path]) -> str:

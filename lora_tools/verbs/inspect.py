@@ -163,7 +163,8 @@ def _open_adapter(path: Path, allow_pickle: bool) -> _Thing:
     notes = [*adapter.notes]
     if adapter.unresolved:
         notes.append(f"{adapter.unresolved}: modules are named as in the file")
-    return _Thing("adapter", (adapter.stored,), facts, tuple(notes), adapter)
+    files = getattr(adapter.stored, "files", (adapter.stored,))
+    return _Thing("adapter", files, facts, tuple(notes), adapter)
 
 
 def _layer(module: str) -> str:

@@ -14,10 +14,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_tools.errors import AdapterError, UnsafeInput, UnsupportedAdapter
+from lora_tools.errors import AdapterError, UnsupportedAdapter
 from lora_tools.formats.adapters.unmergeable import refuse_unmergeable
+from lora_tools.formats.checkpoint import open_weights
 from lora_tools.formats.names import as_held, split_tensor
-from lora_tools.formats.safetensors_file import SafetensorsFile
+from lora_tools.formats.shards import Shards, check_index, read_index, shards_named
 from lora_tools.formats.tensor_file import TensorFile
 from lora_tools.records import TensorSpec
 
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     import torch
 
 PREFIX = "base_model.model."
-WEIGHTS = "adapter_model.safetensors"
+STEM = "adapter_model"
+WEIGHTS = f"{STEM}.safetensors"
 CONFIG = "adapter_config.json"
 
 _FACTOR = re.compile(
@@ -335,19 +337,21 @@ def open_peft(source: str | Path, folder: Path, allow_pickle: bool = False) -> A
         raise AdapterError(f"{source}: no {CONFIG} there; is it a PEFT adapter folder?")
     config = read_config(folder / CONFIG)
     refuse_unmergeable(folder, config)
-    if (folder / WEIGHTS).is_file():
-        return Adapter(folder, SafetensorsFile(folder / WEIGHTS), config)
-    pickle = folder / "adapter_model.bin"
-    if not pickle.is_file():
-        raise AdapterError(f"{folder}: no {WEIGHTS} in it")
-    if not allow_pickle:
-        raise UnsafeInput(
-            f"{pickle}: a pickle, which can hold code; pass --allow-pickle to read it with "
-            "weights_only=True"
-        )
-    from lora_tools.formats.pickle_file import PickleFile
+    return Adapter(folder, _weights(folder, allow_pickle), config)
 
-    return Adapter(folder, PickleFile(pickle), config)
+
+def _weights(folder: Path, allow_pickle: bool) -> TensorFile:
+    """The file of tensors, or its shards; a pickle only where there is nothing else."""
+    for suffix in (".safetensors", ".bin"):
+        if (folder / f"{STEM}{suffix}").is_file():
+            return open_weights(folder / f"{STEM}{suffix}", allow_pickle)
+        if found := shards_named(folder, STEM, suffix):
+            index, files = found
+            shards = Shards(index, [open_weights(file, allow_pickle) for file in files])
+            if index not in files:
+                check_index(shards.home, index, read_index(index))
+            return shards
+    raise AdapterError(f"{folder}: no {WEIGHTS} in it")
 
 
 def _is_kept(spec: TensorSpec) -> bool:
