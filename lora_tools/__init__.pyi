@@ -18,6 +18,7 @@ from lora_tools.errors import UnsupportedAdapter as UnsupportedAdapter
 from lora_tools.errors import UsageError as UsageError
 from lora_tools.options import AdapterForm as AdapterForm
 from lora_tools.options import Adding as Adding
+from lora_tools.options import Audience as Audience
 from lora_tools.options import Check as Check
 from lora_tools.options import Combining as Combining
 from lora_tools.options import Comparison as Comparison
@@ -47,6 +48,7 @@ from lora_tools.records import Report as Report
 from lora_tools.records import TensorFacts as TensorFacts
 from lora_tools.records import TensorResult as TensorResult
 from lora_tools.records import TensorSpec as TensorSpec
+from lora_tools.totals import CheckTotals as CheckTotals
 from lora_tools.totals import CollectStatsTotals as CollectStatsTotals
 from lora_tools.totals import CombineTotals as CombineTotals
 from lora_tools.totals import ConvertTotals as ConvertTotals
@@ -86,7 +88,7 @@ def extract(
     dtype: str | None = None,
     embeddings: Literal['lora', 'save', 'skip'] = 'lora',
     rest: Literal['save', 'skip', 'error'] = 'save',
-    consumer: Literal['peft', 'vllm', 'llama.cpp'] = 'peft',
+    consumer: Literal['peft', 'vllm', 'llama.cpp', 'sglang', 'tensorrt-llm'] = 'peft',
     names: Literal['loaded', 'stored'] = 'loaded',
     svd: Literal['auto', 'exact'] = 'auto',
     tolerance: float = 0.001,
@@ -168,7 +170,7 @@ def rescale(
     max_rank: int | None = None,
     rslora: bool | None = None,
     dtype: str | None = None,
-    consumer: Literal['peft', 'vllm', 'llama.cpp'] = 'peft',
+    consumer: Literal['peft', 'vllm', 'llama.cpp', 'sglang', 'tensorrt-llm'] = 'peft',
     base: str | Path | None = None,
     force: bool = False,
     dry_run: bool = False,
@@ -380,6 +382,19 @@ def verify(
     check: Check | None = None,
     running: Running | None = None,
 ) -> Report[VerifyTotals]: ...
+
+def check(
+    adapter: str | Path,
+    *,
+    consumer: Literal['peft', 'vllm', 'llama.cpp', 'sglang', 'tensorrt-llm', 'diffusers'],
+    base: str | Path | None = None,
+    jobs: int | None = None,
+    allow_pickle: bool = False,
+    progress: ProgressCallback | None = None,
+    audience: Audience | None = None,
+    origin: Origin | None = None,
+    running: Running | None = None,
+) -> Report[CheckTotals]: ...
 
 def collect_stats(
     model: str | Path,

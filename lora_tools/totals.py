@@ -235,6 +235,35 @@ class VerifyTotals(
     dtypes: dict[str, int]
 
 
+class CheckKeys(TypedDict):
+    """Of a finding of ``check``: how many keys, and some of them."""
+
+    count: int
+    examples: list[str]
+
+
+class CheckFinding(TypedDict):
+    """One thing that ``check`` found."""
+
+    what: str
+    keys: CheckKeys
+    verdict: str
+    next: str
+
+
+class CheckTotals(TypedDict, total=False):
+    """Of ``check``."""
+
+    consumer: str
+    as_of: str
+    fits: bool
+    verdict: str
+    findings: list[CheckFinding]
+    next: str
+    not_checked: list[str]
+    modules: int
+
+
 class CollectStatsTotals(TypedDict, total=False):
     """Of ``collect_stats``."""
 

@@ -266,7 +266,9 @@ EXPORTED = [
     "AdapterError",
     "AdapterForm",
     "Adding",
+    "Audience",
     "Check",
+    "CheckTotals",
     "CheckpointError",
     "CollectStatsTotals",
     "CombineTotals",
@@ -318,6 +320,7 @@ EXPORTED = [
     "VerifyTotals",
     "View",
     "Writing",
+    "check",
     "collect_stats",
     "combine",
     "convert",
@@ -413,7 +416,7 @@ def test_choices_are_those_of_the_verbs(name: str) -> None:
 
 
 def test_choices_are_the_rows_of_the_tables() -> None:
-    from lora_tools.formats.adapters.consumers import CONSUMERS
+    from lora_tools.formats.adapters.consumers import CONFORMED, CONSUMERS
     from lora_tools.formats.adapters.format import FEATURES
     from lora_tools.formats.adapters.table import FORMATS
     from lora_tools.formats.quantized.bitsandbytes import QUANT_TYPES, STORAGES
@@ -426,7 +429,8 @@ def test_choices_are_the_rows_of_the_tables() -> None:
         return list(VERBS[verb].by_name[option].choices)
 
     for verb in ("extract", "rescale"):
-        assert choices(verb, "consumer") == list(CONSUMERS)
+        assert choices(verb, "consumer") == list(CONFORMED)
+    assert choices("check", "consumer") == list(CONSUMERS)
     for option in ("to", "source"):
         assert choices("convert", option) == list(FORMATS)
     assert choices("convert", "drop") == list(FEATURES)
@@ -438,13 +442,17 @@ def test_choices_are_the_rows_of_the_tables() -> None:
     assert tuple(field.name for field in dataclasses.fields(Quantized)) == SCHEMES
 
 
+# Options that must be given.
+MUST = {"convert": ["--to", "mlx"], "check": ["--for", "vllm"]}
+
+
 @pytest.mark.parametrize("name", VERBS)
 def test_defaults_are_those_of_the_verbs(name: str) -> None:
     verb, command = VERBS[name], main.commands[name.replace("_", "-")]
     parameters = inspect.signature(getattr(lora_tools, name)).parameters
     arguments = ["x" for p in command.params if isinstance(p, click.Argument)]
     arguments += ["-o", "out"] if verb.writes else []
-    arguments += ["--to", "mlx"] if name == "convert" else []
+    arguments += MUST.get(name, [])
     # With main's settings: click keeps the --help option of a command's first context for ever.
     given = command.make_context(name, arguments, **main.context_settings).params
     checked = 0
@@ -453,7 +461,7 @@ def test_defaults_are_those_of_the_verbs(name: str) -> None:
             assert given[parameter.name] == parameter.default, parameter.name
             assert given[parameter.name] == verb.by_name[parameter.name].default
             checked += 1
-    must = {a.name for a in verb.arguments} | ({"to"} if name == "convert" else set())
+    must = {a.name for a in verb.arguments} | {k.name for k in verb.keywords if k.required}
     assert checked == len(given.keys() - COMMON - must)
 
 
@@ -551,6 +559,8 @@ RUN = "from lora_tools.cli import run; run({!r})"
                 ["diff", "a"],
                 ["inspect", "no/such@"],
                 ["verify", "x"],
+                ["check", "--help"],
+                ["check", "no/such@", "--for", "vllm"],
                 ["collect-stats", "--help"],
             )
         ),

@@ -6,7 +6,7 @@ import dataclasses
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_tools.adapting.budget import shared_ranks
 from lora_tools.adapting.convert_module import check_finite, cut_module, factor_bytes, strength_of
@@ -145,6 +145,7 @@ def rescale_adapter(
         for key in (*given.whole.values(), *(rows.key for rows in given.tokens.values())):
             writer.add_raw(key, given.tensor(key))
         config = {**given.config, "use_rslora": options.rslora and options.pad_to is None}
+        config |= _unread(options.consumer)
         digest = adapter_digest(given)
         metadata = {k: v for k, v in given.file.metadata.items() if k != "format"}
         if report.command:  # none: this is a step of another verb, which has signed it
@@ -160,6 +161,17 @@ def rescale_adapter(
     }
     inputs = tuple(dataclasses.replace(i, digest=digest) for i in report.inputs)
     return dataclasses.replace(report, inputs=inputs, modules=tuple(results), totals=totals)
+
+
+def _unread(consumer: Consumer) -> dict[str, Any]:
+    """Fields of a config that name what the consumer does not read, and what is not there: some
+    refuse an adapter by them alone."""
+    fields: dict[str, Any] = {}
+    if not consumer.saved:
+        fields |= {"modules_to_save": None, "trainable_token_indices": None}
+    if not consumer.bias:
+        fields |= {"bias": "none", "lora_bias": False}
+    return fields
 
 
 def _scale_module(

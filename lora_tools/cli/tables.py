@@ -88,8 +88,18 @@ def _graph(file: str, graph: Mapping[str, Any]) -> Iterator[str]:
     yield f"  initializers: {graph['initializers']}, in {places or 'no file'}"
 
 
+def _findings(t: Mapping[str, Any]) -> Iterator[str]:
+    for finding in t["findings"]:
+        keys = finding["keys"]
+        named = f" ({keys['count']}: {', '.join(keys['examples'])}" if keys["count"] else ""
+        more = ", …" if keys["count"] > len(keys["examples"]) else ""
+        yield f"{finding['verdict']}: {finding['what']}{named}{more}{')' if named else ''}"
+    for text in t["not_checked"]:
+        yield f"not checked: {text}"
+
+
 def totals(t: Mapping[str, Any]) -> Iterator[str]:
-    """Sentences for the totals of inspect, diff and verify."""
+    """Sentences for the totals of inspect, diff, verify and check."""
     if "kind" in t:
         dtypes = ", ".join(f"{n} {dtype}" for dtype, n in t["dtypes"].items())
         yield f"{t['kind']}: {t['tensors']} tensors ({dtypes}), {t['numbers']:,} numbers"
@@ -129,3 +139,5 @@ def totals(t: Mapping[str, Any]) -> Iterator[str]:
             yield f"on one side only, and in no figure: {t['one_sided']} tensors"
     if "verdict" in t:
         yield str(t["verdict"])
+    if "findings" in t:
+        yield from _findings(t)

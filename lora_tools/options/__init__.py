@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from lora_tools.options.own import (
+    Audience,
     Check,
     Combining,
     Comparison,
@@ -36,6 +37,7 @@ from lora_tools.options.shared import (
 __all__ = [
     "AdapterForm",
     "Adding",
+    "Audience",
     "Check",
     "Combining",
     "Comparison",

@@ -29,6 +29,7 @@ from lora_tools.options.tables import (
     TENSORS,
     TEXT,
     blocksizes,
+    consumers,
     features,
     formats,
     methods,
@@ -137,6 +138,19 @@ class Formats:
         "With --to loralib: modules that are MergedLinear there, such as c_attn=merged:3/101.",
         FORMAT,
         metavar="REGEX=KIND",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Audience:
+    """Who is to load an adapter."""
+
+    consumer: str = option(
+        dataclasses.MISSING,
+        "The program that is to load ADAPTER.",
+        ADAPTER,
+        flags=("--for",),
+        choices=consumers,
     )
 
 

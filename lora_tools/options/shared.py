@@ -20,7 +20,7 @@ from lora_tools.options.tables import (
     RANK,
     RUNNING,
     TENSORS,
-    consumers,
+    conformed,
     dtype_help,
     float_dtype,
     size,
@@ -165,12 +165,12 @@ class AdapterForm:
         "it with zeros. What it cannot read is refused, with the reason.",
         ADAPTER,
         flags=("--for",),
-        choices=consumers,
+        choices=conformed,
     )
     names: Literal["loaded", "stored"] = option(
         "loaded",
         "Of modules: loaded, those that the installed transformers gives them in memory, which "
-        "PEFT goes by; stored, those in BASE's files, as for vllm and llama.cpp always.",
+        "PEFT goes by; stored, those in BASE's files, as for all but peft always.",
         ADAPTER,
     )
 

@@ -30,6 +30,13 @@ def consumers() -> Iterable[str]:
     return CONSUMERS
 
 
+def conformed() -> Iterable[str]:
+    """Those of them that a folder of PEFT's is written for."""
+    from lora_tools.formats.adapters.consumers import CONFORMED
+
+    return CONFORMED
+
+
 def formats() -> Iterable[str]:
     """Adapter formats."""
     from lora_tools.formats.adapters.table import FORMATS

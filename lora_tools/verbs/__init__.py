@@ -9,6 +9,7 @@ from __future__ import annotations
 from lora_tools.options import (
     AdapterForm,
     Adding,
+    Audience,
     Check,
     Combining,
     Comparison,
@@ -30,7 +31,7 @@ from lora_tools.options import (
     View,
     Writing,
 )
-from lora_tools.options.tables import METHOD
+from lora_tools.options.tables import AGAINST, METHOD
 from lora_tools.verbs.row import Argument, Verb, take
 
 _BASE, _TUNED, _ADAPTER, _CHECKPOINT = map(Argument, ("base", "tuned", "adapter", "checkpoint"))
@@ -343,6 +344,33 @@ VERBS = {
             bit, and the outputs in ONNX Runtime against torch's.""",
             "loratools verify merged --base org/base --adapter style=0.7",
             "base adapters tuned against max_error weights_only task atol rtol trust_remote_code",
+        ),
+        Verb(
+            "check",
+            (_ADAPTER,),
+            (
+                *take(Audience),
+                *take(
+                    Origin,
+                    base={
+                        "help": "The model it will be loaded on: a checkpoint, or a diffusers "
+                        "pipeline's folder. Only names and shapes are read.",
+                        "group": AGAINST,
+                        "unset": "names and shapes are not looked up",
+                    },
+                ),
+                *_RUNNING,
+            ),
+            "Say whether a program reads all of an adapter.",
+            """Say what a program makes of ADAPTER before it is loaded there: exit code 0 if it
+            reads all of it, 3 if it would refuse it, pass parts of it by or give it another
+            strength, with the command that makes what it reads.
+
+            Only headers are read. What is known of the program, and of which version, is a table
+            (docs/check.md).""",
+            "loratools check adapter --base org/base --for vllm",
+            "consumer base",
+            usage="--for PROGRAM",
         ),
         Verb(
             "collect_stats",
