@@ -109,7 +109,7 @@ def _said(totals: CheckTotals) -> str:
     text += f" (and {more} more)" if more else ""
     if totals["next"]:
         return f"{text}. Next: `{totals['next']}`"
-    return f"{text}. No command here makes it so: is this the base that it was trained on?"
+    return f"{text}. No command here makes it so, nor does merge find a place for all of it"
 
 
 def _notes(given: Adapter, consumer: Consumer) -> list[str]:

@@ -34,14 +34,21 @@ _TOWER = re.compile(r"(.*\.)?(visual|vision|audio|image|video|multi_modal|mm)(_\
 _TOWERS = ("vision_config", "audio_config")
 
 
+# What is found, by the words that the rows of the table use of it.
+FINDINGS = frozenset(FEATURES) | {
+    *("format", "shards", "keys", "ia3", "strength", "rank", "ranks"),
+    *("names", "unknown", "model", "towers", "shapes", "vocabulary", "targets"),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Finding:
     """One thing that a program does not read as it is meant.
 
     Attributes:
-        code: by which the program's row says what it does about it.
+        code: one of ``FINDINGS``.
         what: the same in words; keys: of the adapter, that it is about.
-        mended: whether the command that writes what the program reads does away with it.
+        mended: whether the command that writes what the program reads mends it.
     """
 
     code: str
@@ -120,19 +127,21 @@ class Base:
 def findings(given: Adapter, consumer: Consumer, base: Base | None) -> list[Finding]:
     """What ``consumer`` does not read of ``given`` as it is meant."""
     found = [*_file(given, consumer), *_parts(given, consumer, base), *_strengths(given, consumer)]
+    strange = [
+        module.name
+        for module in given.modules.values()
+        if consumer.modules and module.form == "matrix"
+        if module.module.rpartition(".")[2] not in consumer.modules
+    ]
+    if strange:
+        found.append(
+            Finding("unknown", "factors of modules that it has no place for", strange, False)
+        )
     modules = _modules(given)
     if base is not None:
         found += _names(given, modules, consumer, base)
         found += _shapes(given, consumer, base)
         found += _targets(given, modules, consumer, base)
-    strange = [
-        key
-        for module, key in modules.items()
-        if consumer.modules and module.rpartition(".")[2] not in consumer.modules
-    ]
-    if strange:
-        what = "factors of modules that it has no place for"
-        found.append(Finding("unknown", what, strange, mended=False))
     return found
 
 
@@ -225,7 +234,7 @@ def _names(
     if consumer.pipelines and "model_type" in config and "_class_name" not in config:
         what = f"{base.names.path} is a {config['model_type']} model, and it loads pipelines"
         yield Finding("model", what, [], mended=False)
-    if not consumer.towers and any(config.get(name) for name in _TOWERS):
+    if not consumer.towers and any(config.get(name) is not None for name in _TOWERS):
         towers = [key for module, key in modules.items() if _TOWER.fullmatch(module)]
         if towers:
             what = "factors of what reads pictures or sound; it adapts the language model only"

@@ -33,8 +33,8 @@ class Consumer:
         pipelines: loads models of diffusers only.
         towers: takes factors of the parts of a model that read pictures or sound.
         shards: reads a file of tensors that is cut into several.
-        refuses, ignores: which findings of ``verifying.consumer`` it stops at, and which parts of
-            an adapter it passes by; of the others it is not known which.
+        refuses, ignores: at which findings of ``verifying.consumer`` it stops, and which it passes
+            by without an error; of the others it is not known.
     """
 
     name: str

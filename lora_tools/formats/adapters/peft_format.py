@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     import torch
 
 
+# Fields that take modules out of those that target_modules selects.
+_NARROWS = {"exclude_modules", "layers_to_transform", "layers_pattern"}
+
+
 class PeftFormat(Writer):
     """Writes an adapter folder. With a base at hand, target_modules is as short as PEFT allows, and
     base_model_name_or_path names it."""
@@ -55,6 +59,8 @@ class PeftFormat(Writer):
         names = None
         if self.base is not None:
             names = None if self.saves else [*self.base.weights, *self._modules]
+            if names is not None:  # target_modules selects exactly what is here
+                config |= dict.fromkeys(_NARROWS & config.keys())
             kinds = {self.base.layouts.get(module) for module in self._modules}
             config["fan_in_fan_out"] = "conv1d" in kinds
             config["base_model_name_or_path"] = config.get("base_model_name_or_path") or str(
