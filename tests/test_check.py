@@ -63,7 +63,7 @@ EXPECTED: dict[tuple[str, str], tuple[set[str], str]] = {
     ("tensorrt-llm", "patterns"): ({CHANGED}, "rescale"),
     **{
         ("tensorrt-llm", kind): ({NOT_READ}, "merge")
-        for kind in ("bias", "biases", "norm", "tokens")
+        for kind in ("bias", "biases", "norm", "tokens", "embedding")
     },
     **{
         ("llama.cpp", kind): ({REFUSED}, "convert")

@@ -46,6 +46,7 @@ PAGES = [
     "docs/ranks.md",
     "docs/diff.md",
     "docs/verify.md",
+    "docs/check.md",
     "docs/inspect.md",
 ]
 FENCE = re.compile(
@@ -251,6 +252,8 @@ def test_the_table_of_formats_is_up_to_date() -> None:
     page = read("README.md")
     assert module.render() in page
     assert module.insert(page) == page, "run: python docs/generate_formats.py"
+    page, table = read("docs/check.md"), module.render_consumers()
+    assert table in page, "run: python docs/generate_formats.py"
 
 
 def section(title: str) -> str:
@@ -285,6 +288,7 @@ VERBS = (
     "inspect",
     "diff",
     "verify",
+    "check",
     "collect-stats",
 )
 

@@ -49,7 +49,7 @@ def arguments(verb: Verb) -> list[Any]:
 
 def needed(verb: Verb) -> dict[str, Any]:
     """Keywords that must be given."""
-    return {name: "mlx" for name, keyword in verb.by_name.items() if keyword.required}
+    return {name: k.choices[0] for name, k in verb.by_name.items() if k.required}
 
 
 def same(one: Path, other: Path) -> bool:
@@ -102,7 +102,7 @@ def test_a_record_and_one_of_its_fields_are_refused(name: str) -> None:
     function = getattr(lora_tools, name)
     for keyword in verb.keywords:
         record = called(keyword.record)
-        known = {**needed(verb), keyword.name: keyword.default if not keyword.required else "mlx"}
+        known = {**{keyword.name: keyword.default}, **needed(verb)}
         whole = keyword.record(
             **{
                 k: v
@@ -236,10 +236,11 @@ def test_what_is_recorded_is_a_property_of_the_field() -> None:
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.__name__)
 def test_records_are_values(record: Any) -> None:
-    required = {"to": "peft"} if record is Formats else {}
+    fields = dataclasses.fields(record)
+    required = {f.name: "peft" for f in fields if f.default is dataclasses.MISSING}
     one = record(**required)
     assert one == record(**required) == pickle.loads(pickle.dumps(one))
     assert hash(one) == hash(record(**required))
-    name = dataclasses.fields(record)[0].name
+    name = fields[0].name
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(one, name, None)

@@ -45,7 +45,8 @@ def outputs(verb: Verb) -> list[str]:
 
 def command(verb: Verb, places: dict[str, str]) -> list[str]:
     """A call with these paths; adapters have a weight."""
-    words, options = [verb.command], ["--to", "mlx"] if verb.name == "convert" else []
+    words = [verb.command]
+    options = [word for k in verb.keywords if k.required for word in (k.flag, k.choices[0])]
     for name, place in places.items():
         value = f"{place}=0.5" if name == "adapters" else place
         if name in ("out", REPORT):

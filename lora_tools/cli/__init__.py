@@ -21,7 +21,7 @@ from lora_tools.verbs import VERBS
     cls=OrderedGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit codes: 0 done, 1 failed, 2 wrong invocation, 3 compared and found different "
-    "(verify, export, --max-error). Documentation: README.md, docs/cli.md.",
+    "(verify, check, export, --max-error). Documentation: README.md, docs/cli.md.",
 )
 @click.version_option(package_name="loratools", prog_name="loratools")
 def main() -> None:

@@ -148,6 +148,7 @@ CONSUMERS: dict[str, Consumer] = {
             rank_option="--max_lora_rank",
             whole=("embed_tokens", "lm_head"),
             dora=True,
+            forms=("matrix",),
             refuses=frozenset(("format", "shards")),
             unsure=(
                 "which modules the engine was built for (--lora_target_modules), DoRA with another "
