@@ -340,6 +340,30 @@ def test_ia3_is_peft_s_alone(desk: Path, tmp_path: Path) -> None:
     assert found["next"].startswith("loratools merge ")
 
 
+def test_other_parts_than_factors_are_looked_up_too(desk: Path, tmp_path: Path) -> None:
+    tokens = shutil.copytree(desk / "tokens", tmp_path / "tokens")
+    file = tokens / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({k.replace("embed_tokens", "wte"): v for k, v in tensors.items()}, file)
+    reconfigured(tokens, trainable_token_indices={"wte": [3, 7]})
+    [finding] = checked(tokens, "peft", desk / "base")["findings"]
+    assert finding["verdict"] == "ignored"
+    head = shutil.copytree(desk / "saved", tmp_path / "head")
+    renamed(head, "lm_head", "score")
+    report = lora_tools.check(head, base=desk / "base", consumer="peft")
+    assert any("not in the base: score.weight" in note for note in report.notes)
+
+
+def test_a_pickle_is_named_with_the_leave_that_it_needs(tmp_path: Path) -> None:
+    given = factors(tmp_path / "a", LAYERS, r=600)
+    torch.save(load_file(given / "adapter_model.safetensors"), given / "adapter_model.bin")
+    (given / "adapter_model.safetensors").unlink()
+    with pytest.raises(lora_tools.UnsafeInput):
+        lora_tools.check(given, consumer="vllm")
+    with pytest.raises(QualityGateError, match=r"--rank 512 --allow-pickle`"):
+        lora_tools.check(given, consumer="vllm", allow_pickle=True)
+
+
 # -------------------------------------------------------------------------------------- diffusers
 
 

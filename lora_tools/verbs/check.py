@@ -23,7 +23,7 @@ from lora_tools.totals import CheckFinding, CheckTotals
 from lora_tools.verbs.convert import convert
 from lora_tools.verbs.frame import Call, Look, verb
 from lora_tools.verbs.rescale import rescale
-from lora_tools.verifying.consumer import Base, Finding, findings
+from lora_tools.verifying.consumer import Base, Finding, findings, heads_to_add
 
 _EXAMPLES = 3  # of the keys of a finding
 
@@ -62,7 +62,7 @@ def check(call: Call, adapter: str | Path, audience: Audience, origin: Origin) -
         report = call.report(
             [Input("adapter", str(adapter)), *([Input("base", str(base))] if base else [])],
             totals=totals,
-            notes=(*given.notes, *_notes(given, consumer)),
+            notes=(*given.notes, *_notes(given, consumer, side)),
         )
         if found:
             raise QualityGateError(_said(totals), report)
@@ -112,12 +112,21 @@ def _said(totals: CheckTotals) -> str:
     return f"{text}. No command here makes it so, nor does merge find a place for all of it"
 
 
-def _notes(given: Adapter, consumer: Consumer) -> list[str]:
+def _notes(given: Adapter, consumer: Consumer, side: Base | None) -> list[str]:
+    notes = []
+    heads = heads_to_add(given, consumer, side)
+    if heads:
+        notes.append(
+            f"saved whole, and not in the base: {', '.join(heads[:_EXAMPLES])}; it is read where "
+            "the model is loaded with such a head"
+        )
     top = max((module.r for module in given.modules.values()), default=0)
-    if not (consumer.rank_option and top) or (consumer.ranks and top > consumer.ranks[-1]):
-        return []
-    room = consumer.rank_for(top)
-    return [f"{consumer.name} has to be started with {consumer.rank_option} {room} or more"]
+    if consumer.rank_option and top and (not consumer.ranks or top <= consumer.ranks[-1]):
+        room = consumer.rank_for(top)
+        notes.append(
+            f"{consumer.name} has to be started with {consumer.rank_option} {room} or more"
+        )
+    return notes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,6 +31,7 @@ _KEY = re.compile(
 )
 # Parts of names of what reads pictures or sound in a model that also reads text.
 _TOWER = re.compile(r"(.*\.)?(visual|vision|audio|image|video|multi_modal|mm)(_\w+)?\..+")
+_EXPERTS = re.compile(r"\.experts(\.|$)")
 _TOWERS = ("vision_config", "audio_config")
 
 
@@ -74,6 +75,7 @@ class Base:
         checkpoint: None of a pipeline.
         memory: names of modules and parameters as the installed transformers has them in memory.
         unknown: why these are not known, or "".
+        asked: tensors that the adapter acts on, by the names that it is opened with.
         unmatched: tensors that the adapter acts on and ``merge`` would not find.
         misfit: why its shapes do not fit, or "".
         mergeable: whether ``merge`` takes the adapter.
@@ -83,6 +85,7 @@ class Base:
     checkpoint: Checkpoint | None
     memory: frozenset[str] = frozenset()
     unknown: str = ""
+    asked: frozenset[str] = frozenset()
     unmatched: frozenset[str] = frozenset()
     misfit: str = ""
     mergeable: bool = False
@@ -92,7 +95,8 @@ class Base:
         cls, given: Adapter, consumer: Consumer, names: BaseNames, checkpoint: Checkpoint | None
     ) -> Base:
         """Looked up for an adapter, and a program."""
-        base = cls(names, checkpoint)
+        asked = frozenset(module.weight for module in given.modules.values())
+        base = cls(names, checkpoint, asked=asked)
         if checkpoint is None:
             return base
         if consumer.loads:
@@ -106,8 +110,7 @@ class Base:
         except MismatchError as error:
             return dataclasses.replace(base, misfit=str(error))
         except AdapterError:  # none of it matches
-            every = frozenset(module.weight for module in given.modules.values())
-            return dataclasses.replace(base, unmatched=every)
+            return dataclasses.replace(base, unmatched=asked)
         except LoraToolsError:  # found, and of a kind that is not merged
             return base
         left = frozenset(f.tensor for f in plan.unmatched if f.action == Action.UNMATCHED)
@@ -118,10 +121,11 @@ class Base:
         and are loaded either way, that ``merge`` finds them is enough."""
         if module in self.names.weights or module in self.memory:
             return True
-        if re.search(r"\.experts(\.|$)", module) is None:
+        if _EXPERTS.search(module) is None:
             return False
-        acted = [name for name in self.unmatched if name.startswith(f"{module}.")]
-        return not acted and self.checkpoint is not None and not self.misfit
+        acted = {name for name in self.asked if name.startswith(f"{module}.")}
+        found = self.checkpoint is not None and not self.misfit
+        return found and bool(acted) and not acted & self.unmatched
 
 
 def findings(given: Adapter, consumer: Consumer, base: Base | None) -> list[Finding]:
@@ -150,7 +154,9 @@ def _modules(given: Adapter) -> dict[str, str]:
     if given.format != "peft":
         return {name: name for name in given.modules}
     matches = ((key, _KEY.fullmatch(key)) for key in given.stored.specs)
-    return {match["module"]: key for key, match in matches if match is not None}
+    lora = {match["module"]: key for key, match in matches if match is not None}
+    rows = {rows.module: rows.key for rows in given.tokens.values()}
+    return {**rows, **{m.module: m.key for m in given.multipliers.values()}, **lora}
 
 
 def _file(given: Adapter, consumer: Consumer) -> Iterator[Finding]:
@@ -259,13 +265,22 @@ def _shapes(given: Adapter, consumer: Consumer, base: Base) -> Iterator[Finding]
         yield Finding("vocabulary", what, other, mended=False)
 
 
+def heads_to_add(given: Adapter, consumer: Consumer, base: Base | None) -> list[str]:
+    """Tensors saved whole that the base has none of: a head that the model is loaded with."""
+    if base is None or base.checkpoint is None or not consumer.saved:
+        return []
+    known = base.checkpoint.specs.keys() | base.memory | {f"{base.names.tied}.weight"}
+    return sorted(name for name in given.whole if name not in known)
+
+
 def _targets(
     given: Adapter, modules: Mapping[str, str], consumer: Consumer, base: Base
 ) -> Iterator[Finding]:
     """Keys of modules that PEFT would not look for, since the config does not name them."""
-    if not consumer.loads or given.format != "peft" or given.is_ia3:
+    if not consumer.loads or given.format != "peft":
         return
-    plain = [m for m in modules if base.has(m) and not re.search(r"\.experts(\.|$)", m)]
+    plain = [m for m, key in modules.items() if ".lora_" in key and base.has(m)]
+    plain = [m for m in plain if not _EXPERTS.search(m)]  # these are target_parameters
     left = [modules[module] for module in plain if not _selected(given, module)]
     if left:
         what = "keys of modules that target_modules of its config does not select"
