@@ -14,6 +14,7 @@ from lora_tools.records import Report
 from lora_tools.sources.checkpoints import open_checkpoint
 from lora_tools.sources.dequantized import Dequantized
 from lora_tools.sources.schemes import BITSANDBYTES
+from lora_tools.merging.fit import fit_base
 from lora_tools.sources.weighted import Weighted, open_weighted
 from lora_tools.totals import VerifyTotals
 from lora_tools.verbs.frame import Call, Look, verb
@@ -100,6 +101,7 @@ def _checkpoint(
     weighted: list[Weighted] = []
     if comparison.adapters:
         weighted = open_weighted(comparison.adapters, running.allow_pickle, source)
+        source = fit_base(source, weighted)
     read: list[Path] = [source.path, *(w.adapter.path for w in weighted)]
     roles: list[tuple[str, str | Path]]
     if comparison.base is not None:
