@@ -8,13 +8,13 @@ from pathlib import Path
 
 from lora_tools.errors import QualityGateError, UsageError
 from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.merging.fit import fit_base
 from lora_tools.onnx.files import graphs_at
 from lora_tools.options import Check, Comparison, Graphs, Running
 from lora_tools.records import Report
 from lora_tools.sources.checkpoints import open_checkpoint
 from lora_tools.sources.dequantized import Dequantized
 from lora_tools.sources.schemes import BITSANDBYTES
-from lora_tools.merging.fit import fit_base
 from lora_tools.sources.weighted import Weighted, open_weighted
 from lora_tools.totals import VerifyTotals
 from lora_tools.verbs.frame import Call, Look, verb

@@ -209,8 +209,8 @@ def _from_base(target: Target, base: Checkpoint, tuned: Checkpoint, own: str) ->
         if not target.parts:
             return _Distance(change, change, energy, hashes)
     raise MismatchError(
-        f"{target.spec.name}: base is {list(old.shape)}, tuned {list(new.shape)}, and with the adapter it is "
-        f"{list(target.spec.shape)}"
+        f"{target.spec.name}: base is {list(old.shape)}, tuned {list(new.shape)}, and with the "
+        f"adapter it is {list(target.spec.shape)}"
     )
 
 
