@@ -9,17 +9,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_tools.errors import AdapterError
+from lora_tools.formats.names import TASK_CLASSES, class_name
 from lora_tools.merging.brought import Brought
 from lora_tools.records import TensorSpec
 from lora_tools.sources.class_fit import TASKS, ClassFit, classes_of, fit_class
 from lora_tools.sources.weighted import Weighted
 
-# How the classes of PEFT's task types are called, and the heads that PEFT saves for them unasked.
-_CLASSES = {
-    "SEQ_CLS": "ForSequenceClassification",
-    "TOKEN_CLS": "ForTokenClassification",
-    "QUESTION_ANS": "ForQuestionAnswering",
-}
+# Heads that PEFT saves for them unasked.
 _HEADS = ("classifier", "score", "qa_outputs")
 _VALUE_HEAD = "v_head."
 
@@ -46,11 +42,9 @@ class NewClass:
 
 def heads_of_another_task(config: Mapping[str, Any], brought: Mapping[str, Brought]) -> set[str]:
     """Names of heads that the base has and that are for another task than the adapter's."""
-    known = str((config.get("architectures") or [""])[0])
     found = set()
     for name, each in brought.items():
-        task = _CLASSES.get(str(each.weighted.adapter.config.get("task_type")))
-        if task and known and not known.endswith(task) and _part(name):
+        if _part(name) and _is_other_task(config, each.weighted):
             found.add(name)
     return found
 
@@ -59,15 +53,20 @@ def note_on_no_head(config: Mapping[str, Any], weighted: Weighted) -> list[str]:
     """A sentence where an adapter is for another task than the base, and holds no head for it:
     PEFT saves only those of a few names unasked."""
     adapter = weighted.adapter
-    task = str(adapter.config.get("task_type"))
-    known = str((config.get("architectures") or [""])[0])
     weights = [name for name in adapter.whole if name.endswith(".weight")]
-    if task not in _CLASSES or not known or known.endswith(_CLASSES[task]) or weights:
+    if weights or not _is_other_task(config, weighted):
         return []
     return [
-        f"{weighted.path}: its task_type is {task}, and it holds no head for that: the output is a "
-        f"{known} as the base is"
+        f"{weighted.path}: its task_type is {adapter.config['task_type']}, and it holds no head for "
+        f"that: the output is a {class_name(config)} as the base is"
     ]
+
+
+def _is_other_task(config: Mapping[str, Any], weighted: Weighted) -> bool:
+    """Whether an adapter is for another kind of class than the config names."""
+    wanted = TASK_CLASSES.get(str(weighted.adapter.config.get("task_type")))
+    mine = class_name(config)
+    return bool(wanted and mine) and not mine.endswith(str(wanted))
 
 
 def _part(name: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from lora_tools.errors import AdapterError, MismatchError
 from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.formats.names import class_name
 from lora_tools.merging.added_heads import (
     NewClass,
     class_with,
@@ -134,11 +135,9 @@ class _Fitting:
 
     def _own_class(self) -> ClassFit | None:
         """How the class that config.json names loads what there is; None where nobody knows."""
-        names = self.config.get("architectures")
-        if not (isinstance(names, list) and names):
-            return None
+        name = class_name(self.config)
         try:
-            return fit_class(str(names[0]), self.config, self.specs)
+            return fit_class(name, self.config, self.specs) if name else None
         except LookupError:
             return None
 

@@ -155,6 +155,12 @@ class Adapter:
     def nbytes(self) -> int:
         return sum(spec.nbytes for spec in self.file.specs.values())
 
+    @property
+    def saved_keys(self) -> list[str]:
+        """Keys of all that is saved whole, and of what it was before training where that lies
+        there as well."""
+        return list(dict.fromkeys([*self.whole.values(), *self.frozen.values()]))
+
     def _fail(self, what: str) -> AdapterError:
         return AdapterError(f"{self.path}: {what}")
 
