@@ -57,8 +57,8 @@ def note_on_no_head(config: Mapping[str, Any], weighted: Weighted) -> list[str]:
     if weights or not _is_other_task(config, weighted):
         return []
     return [
-        f"{weighted.path}: its task_type is {adapter.config['task_type']}, and it holds no head for "
-        f"that: the output is a {class_name(config)} as the base is"
+        f"{weighted.path}: its task_type is {adapter.config['task_type']}, and it holds no head "
+        f"for that: the output is a {class_name(config)} as the base is"
     ]
 
 
