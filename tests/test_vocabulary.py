@@ -4,6 +4,7 @@ merged, they give what PEFT gives on the resized base."""
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from safetensors.torch import load_file, save_file
 import lora_tools
 from lora_tools import nn
 from lora_tools.errors import LoraToolsError, MismatchError, UsageError
+from lora_tools.merging.fit import fit_base
+from lora_tools.sources.checkpoints import open_checkpoint
+from lora_tools.sources.weighted import open_weighted
 
 from . import models
 
@@ -256,6 +260,28 @@ def test_the_merged_model_is_verified_and_quantized(bases: dict[str, Path], tmp_
     assert lora_tools.verify(adapter, base=base, tuned=tmp_path / "m").totals[
         "relative_error"
     ] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_base_in_four_bits(bases: dict[str, Path], tmp_path: Path) -> None:
+    trained = train(bases["llama"], LARGER, tmp_path / "a", **FORMS["both saved"])
+    lora_tools.quantize(bases["llama"], tmp_path / "q")
+    with pytest.raises(UsageError, match=r"brings another vocabulary or head.*dequantize"):
+        lora_tools.merge(tmp_path / "q", [tmp_path / "a"], tmp_path / "r", requantize=True)
+    lora_tools.merge(tmp_path / "q", [tmp_path / "a"], tmp_path / "m")
+    found = loaded(tmp_path / "m", LARGER).get_output_embeddings().weight
+    assert torch.equal(found, trained.base_model.model.lm_head.modules_to_save["default"].weight)
+
+
+def test_it_is_opened_elsewhere_as_it_is_here(bases: dict[str, Path], tmp_path: Path) -> None:
+    train(bases["llama"], LARGER, tmp_path / "a", **FORMS["both saved"])
+    base = open_checkpoint(bases["llama"])
+    fitted = fit_base(base, open_weighted([tmp_path / "a"], False, base))
+    sent = pickle.loads(pickle.dumps(fitted))
+    assert sent.config["vocab_size"] == LARGER
+    for name, spec in fitted.specs.items():
+        assert sent.specs[name] == spec
+        assert bytes(sent.raw(name)) == bytes(fitted.raw(name))
+    assert fitted.digest({}) == base.digest({})
 
 
 @pytest.mark.parametrize("rows", [SMALLER, LARGER])
