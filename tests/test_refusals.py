@@ -218,7 +218,7 @@ ADAPTERS: dict[str, Row] = {
     ),
     "--reversible with another vocabulary": (
         UsageError,
-        r"--reversible: model\.embed_tokens\.weight is replaced by one of another shape",
+        r"--reversible: model\.embed_tokens\.weight is added, or replaced by one of another shape",
         lambda t: merge(
             t,
             peft(t, tensors=factors() | whole(EMBED, 1.0, 7, 8), modules_to_save=["embed_tokens"]),

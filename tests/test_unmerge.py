@@ -392,7 +392,8 @@ def test_one_side_of_a_tied_pair_that_was_never_parted(tmp_path: Path) -> None:
 def test_resized_tensors_are_refused_before_work(tmp_path: Path) -> None:
     base, adapters, _ = prepare("plain", torch.float32, tmp_path)
     file = tmp_path / "0" / "adapter_model.safetensors"
-    more = {"base_model.model.model.embed_tokens.weight": torch.ones(99, 32)}
+    both = ("model.embed_tokens.weight", "lm_head.weight")
+    more = {f"base_model.model.{name}": torch.ones(99, 32) for name in both}
     save_file({**load_file(file), **more}, file)
     with pytest.raises(lora_tools.UsageError, match="another shape"):
         lora_tools.merge(base, adapters, tmp_path / "m", reversible=True)

@@ -142,7 +142,7 @@ def rescale_adapter(
             )
             if scaled.result is not None:
                 results.append(scaled.result)
-        for key in (*given.whole.values(), *(rows.key for rows in given.tokens.values())):
+        for key in (*given.saved_keys, *(rows.key for rows in given.tokens.values())):
             writer.add_raw(key, given.tensor(key))
         config = {**given.config, "use_rslora": options.rslora and options.pad_to is None}
         config |= _unread(options.consumer)

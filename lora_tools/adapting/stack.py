@@ -127,6 +127,8 @@ def _saved(weighted: Sequence[Weighted]) -> dict[str, tuple[Weighted, str]]:
                     "Merge the adapters into the base instead"
                 )
             found[name] = each, key
+        before = set(each.adapter.saved_keys) - set(each.adapter.whole.values())
+        found.update({key: (each, key) for key in sorted(before)})
     return found
 
 

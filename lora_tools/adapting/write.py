@@ -252,7 +252,7 @@ def _saved(given: Adapter, name: str) -> Any:
 def _add_peft(writer: Any, given: Adapter, options: Conversion) -> None:
     """What PEFT alone has a place for."""
     for feature, keys in (
-        ("saved", list(given.whole.values())),
+        ("saved", given.saved_keys),
         ("tokens", [rows.key for rows in given.tokens.values()]),
     ):
         if feature not in options.dropped:

@@ -17,7 +17,7 @@ from lora_tools.extracting.saved_whole import complete_saved
 from lora_tools.extracting.totals import extract_totals, uncovered
 from lora_tools.formats.adapters.consumers import Consumer
 from lora_tools.formats.checkpoint import Checkpoint
-from lora_tools.formats.names import EMBEDDING
+from lora_tools.formats.names import EMBEDDING, task_type
 from lora_tools.formats.output import staged
 from lora_tools.provenance import tool_version
 from lora_tools.records import Action, Fate, Input, Report
@@ -76,9 +76,7 @@ def extract_adapter(
         notes = [*plan.notes, *complete_saved(outcomes, plan, sides[1], writer)]
         notes += [*_unweighted(outcomes, options), *uncovered(outcomes)]
         digests = digests_of(outcomes, sides)
-        _finish(
-            writer, plan, options, inputs[0].path, outcomes, digests, command, named_by(sides[0])
-        )
+        _finish(writer, plan, options, inputs[0].path, outcomes, digests, command, sides)
     finally:
         writer.close()
     if not options.consumer.patterns:
@@ -160,7 +158,7 @@ def _finish(
     outcomes: Sequence[Outcome],
     digests: tuple[str, str],
     command: str,
-    names: str,
+    sides: tuple[Checkpoint, Checkpoint],
 ) -> None:
     transposed = any(
         o.pair.layout.transposed and o.pair.layout.written == "matrix"
@@ -176,12 +174,15 @@ def _finish(
         o.pair.followed_by and o.action in (Action.DECOMPOSED, Action.SAVED_WHOLE) for o in outcomes
     ):
         config["ensure_weight_tying"] = True
+    if any(o.pair.base is None and o.action == Action.SAVED_WHOLE for o in outcomes):
+        config["task_type"] = task_type(sides[1].config)  # whose head it is that the base lacks
     metadata = {
         "loratools": tool_version(),
         "command": command,
         "base_digest": digests[0],
         "tuned_digest": digests[1],
     }
+    names = named_by(sides[0])
     if names:
         metadata["names"] = names
     if options.activations is not None:

@@ -47,6 +47,7 @@ class Checkpoint(Shards):
 
     Attributes:
         says: what the model's class says of the tensors, where somebody asked it.
+        replaced_files: small files that travel in place of those of these names.
         path: the folder or file, as resolved.
         is_folder: whether it is a folder (then ``companions`` travel with the weights).
         files: the weight files, in the order of their names.
@@ -57,6 +58,7 @@ class Checkpoint(Shards):
     """
 
     says: ModelSays | None = None
+    replaced_files: Mapping[str, Path] = {}
 
     def __init__(
         self, path: Path, files: Iterable[TensorFile], is_folder: bool, index_name: str | None

@@ -41,6 +41,12 @@ _TRANSPOSED_EXPERTS = ("gpt_oss", "openai_privacy_filter", "aria", "aria_text")
 _LANGUAGE_MODEL = re.compile(
     r".*(For\w*LM|LMHead\w*|DoubleHeadsModel|ForConditionalGeneration|ForPreTraining)"
 )
+# PEFT's task types of classes whose head is not that of a language model, and how those are called.
+TASK_CLASSES = {
+    "SEQ_CLS": "ForSequenceClassification",
+    "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering",
+}
 _KNOWN_WRAPPERS = ("module.", "_orig_mod.", "model.", "base_model.model.")
 
 
@@ -132,6 +138,18 @@ def tied_head(config: Mapping[str, Any], tensors: Collection[str]) -> str:
         if any(name.startswith(beside) for name in tensors):
             return head
     return next(filter(is_output_head, tensors), "lm_head.weight")
+
+
+def class_name(config: Mapping[str, Any]) -> str:
+    """The class that a config.json names, or ""."""
+    names = config.get("architectures")
+    return str(names[0]) if isinstance(names, list) and names else ""
+
+
+def task_type(config: Mapping[str, Any]) -> str | None:
+    """PEFT's task type of the class that a config.json names, where it is one of those above."""
+    mine = class_name(config)
+    return next((task for task, name in TASK_CLASSES.items() if mine.endswith(name)), None)
 
 
 def modules_matched(name: str, modules: Iterable[str]) -> set[str]:

@@ -11,8 +11,8 @@ from lora_tools.formats import digest as hashing
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.safetensors_file import encode_header
 from lora_tools.formats.sidecar import NAME as SIDECAR_NAME
+from lora_tools.merging.fitted import FittedBase
 from lora_tools.merging.output_files import changed_files
-from lora_tools.merging.plan import MergePlan
 from lora_tools.merging.rewrite import Rewrite
 from lora_tools.merging.tensor import MergeTensor, survival_totals
 from lora_tools.records import Report
@@ -23,13 +23,15 @@ if TYPE_CHECKING:
     from lora_tools.linalg.merge import Survival
 
 
-def refuse_resized(plan: MergePlan, base: Checkpoint) -> None:
-    """Raises UsageError for a tensor replaced by one of another shape."""
-    for target in plan.targets:
-        if target.spec.shape != base.specs[target.base_name].shape:
+def refuse_fitted(base: Checkpoint) -> None:
+    """Raises UsageError for a base that was given a head, or another vocabulary."""
+    if not isinstance(base, FittedBase):
+        return
+    for name, each in base.made.items():
+        if not base.is_same(name) or name != each.source:
             raise UsageError(
-                f"--reversible: {target.spec.name} is replaced by one of another shape, which "
-                "cannot be undone from a sidecar; keep the base instead"
+                f"--reversible: {name} is added, or replaced by one of another shape, which cannot "
+                "be undone from a sidecar; keep the base instead"
             )
 
 

@@ -25,6 +25,8 @@ def by_own_names(
     Where all are ``known``, and where transformers has no other names for them, they stay. One that
     is made of several stored tensors becomes a part for each.
     """
+    aliases = getattr(base, "aliases", {})
+    wanted = [(aliases.get(name, name), part) for name, part in wanted]
     strange = {name for name, _ in wanted} - set(known)
     if not strange:
         return wanted

@@ -30,18 +30,15 @@ def changed_files(
     base: Checkpoint, plan: MergePlan, specs: dict[str, TensorSpec]
 ) -> dict[str, bytes]:
     """Small files of the output whose contents differ from the base's."""
+    files = {name: path.read_bytes() for name, path in base.replaced_files.items()}
     if not base.stored.config:
-        return {}
+        return files
     config: dict[str, Any] = json.loads(json.dumps(base.config))
     inner = config.get("text_config")
     levels = [config, inner] if isinstance(inner, dict) else [config]
     for level in levels:
         if plan.unties:
             level["tie_word_embeddings"] = False
-        for target in plan.targets:
-            before = base.specs[target.base_name].shape
-            if target.spec.shape != before and level.get("vocab_size") == before[0]:
-                level["vocab_size"] = target.spec.shape[0]
     dtypes = {
         spec.dtype
         for name, spec in specs.items()
@@ -51,5 +48,5 @@ def changed_files(
         if dtypes and key in config:
             config[key] = str(torch_dtype(next(iter(dtypes)))).removeprefix("torch.")
     if config == base.stored.config:  # of a decoded one that says how it was stored
-        return {}
-    return {"config.json": (json.dumps(config, indent=2) + "\n").encode()}
+        return files
+    return {**files, "config.json": (json.dumps(config, indent=2) + "\n").encode()}

@@ -12,10 +12,12 @@ from lora_tools.errors import AdapterError, MismatchError, UnsupportedAdapter
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.adapters.peft import Adapter, LoraModule, Multiplier, TokenRows
 from lora_tools.formats.checkpoint import Checkpoint
-from lora_tools.formats.names import align, split_experts, split_tensor, stores_transposed
+from lora_tools.formats.names import align, split_experts, stores_transposed
 from lora_tools.linalg.layouts import Layout, clip, of_form
 from lora_tools.linalg.scaling import scaling
 from lora_tools.merging import ia3
+from lora_tools.merging.added_heads import note_on_no_head
+from lora_tools.merging.fitted import FittedBase
 from lora_tools.merging.names_in_memory import by_own_names, replaced, tied_to
 from lora_tools.merging.targets import BaseOutline, Part, Target, blocks_of, key_of
 from lora_tools.merging.tied_weights import (
@@ -87,6 +89,7 @@ def plan_merge(
         mapping, sentence = align([name for name, _ in wanted], known)
         if sentence:
             notes.append(f"{weighted.path}: {sentence} to match the base")
+        notes += note_on_no_head(base.config, weighted)
         for name, part in wanted:
             target = mapping[name]
             if part.kind == "ia3" and target not in base.specs and target.endswith(".bias"):
@@ -116,10 +119,15 @@ def plan_merge(
     if head and head not in base.specs:
         if unties:
             spec = dataclasses.replace(base.specs[embedding], name=head)
-            untied = (_target(spec, embedding, parts.get(head, ())),)
+            untied = (Target(spec, embedding, tuple(parts.get(head, ()))),)
         elif parts.pop(head, None):
             notes.append(f"{head} stays tied to {embedding}: the adapters act on both alike")
-    targets = tuple(_target(spec, name, parts.get(name, ())) for name, spec in base.specs.items())
+    targets = tuple(
+        Target(spec, name, tuple(parts.get(name, ()))) for name, spec in base.specs.items()
+    )
+    if isinstance(base, FittedBase):
+        unmatched += base.left_out
+        notes += base.notes
     return MergePlan(targets, untied, unties, tuple(unmatched), tuple(notes))
 
 
@@ -180,15 +188,12 @@ def _fit(part: Part, name: str, spec: TensorSpec, base: Checkpoint | BaseOutline
         rows = part.source.indices
         fits = shape == (len(rows), *spec.shape[1:]) and all(0 <= i < spec.shape[0] for i in rows)
     else:
-        # Other rows are another vocabulary, or other labels.
-        resizable = len(spec.shape) == 2 or split_tensor(name)[1] == "bias"
-        resized = resizable and part.kind == "saved" and shape[1:] == spec.shape[1:]
-        fits = shape == (part.shape or spec.shape) or (
-            resized and part.weighted.weight == 1 and not part.shape
-        )
+        fits = shape == (part.shape or spec.shape)
     if not fits:
+        of_a_model = isinstance(base, BaseOutline) and base.renamed is not None
         raise MismatchError(
             f"{name}: base is {spec.shape}, {part.weighted.path} brings {shape} ({part.kind})"
+            + ("; resize the model's vocabulary first" if of_a_model else "")
         )
     return part
 
@@ -216,15 +221,6 @@ def _layout(
             transposed = stores_transposed(spec, config)
         found = [kind for kind in found if kind.transposed == transposed]
     return found[0]
-
-
-def _target(spec: TensorSpec, base_name: str, parts: Sequence[Part]) -> Target:
-    """A tensor saved whole may bring another shape: a resized vocabulary."""
-    for part in parts:
-        if part.kind == "saved" and not part.shape:
-            shape = part.weighted.adapter.shape(key_of(part))
-            return Target(dataclasses.replace(spec, shape=shape), base_name, tuple(parts))
-    return Target(spec, base_name, tuple(parts))
 
 
 def _refuse_two_replacements(parts: dict[str, list[Part]]) -> None:

@@ -13,7 +13,8 @@ from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.checkpoint_writer import Shard, lay_out, parse_size
 from lora_tools.formats.dtypes import parse_float_dtype
 from lora_tools.formats.output import Prepared
-from lora_tools.merging.checkpoint import merge_checkpoint, refuse_resized
+from lora_tools.merging.checkpoint import merge_checkpoint, refuse_fitted
+from lora_tools.merging.fit import fit_base
 from lora_tools.merging.output_files import out_specs
 from lora_tools.merging.plan import MergePlan, plan_merge
 from lora_tools.merging.rewrite import Rewrite, signed
@@ -107,9 +108,10 @@ def plan_merging(
         LoraToolsError: they cannot be read, or do not fit.
     """
     source = open_checkpoint(base, running.allow_pickle)
-    weighted = []
+    weighted: list[Weighted] = []
     if adapters or needs_adapters:
         weighted = open_weighted(adapters, running.allow_pickle, source)
+    source = fit_base(source, weighted, matching.allow_unmatched)
     plan = plan_merge(source, weighted, matching.allow_unmatched)
     return Planned(str(base), "base", source, weighted, plan, matching.allow_other_base)
 
@@ -172,4 +174,4 @@ def _refuse_irreversible(planned: Planned, wanted: str | None) -> None:
     refuse_quantized_undo(base)
     if wanted and any(s.is_float and s.dtype != wanted for s in base.specs.values()):
         raise UsageError("--reversible keeps the base's dtypes: leave --dtype out")
-    refuse_resized(planned.plan, base)
+    refuse_fitted(base)

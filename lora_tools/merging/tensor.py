@@ -140,10 +140,6 @@ class MergedRuns:
 
         self.source = as_matrix(base.tensor(target.base_name), target)
         self._working = working_dtype(self.source.dtype)
-        self._is_resized = spec.shape != base.specs[target.base_name].shape
-        if self._is_resized:  # saved whole with another vocabulary
-            saved = target.parts[0]
-            self.source = as_matrix(saved.weighted.adapter.tensor(str(saved.source)), target)
         self.shape = (self.source.shape[0], self.source.shape[1])
         self.effects = build_effects(target)
         self.work = TensorMerge(self.effects, self.shape, self.read, self._working)
@@ -164,7 +160,7 @@ class MergedRuns:
         """To measure with how much of a change is left; None where there is none to measure."""
         from lora_tools.linalg.merge import Survival
 
-        return Survival() if self.effects and not self._is_resized else None
+        return Survival() if self.effects else None
 
 
 class _Lister:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lora_tools.errors import MismatchError, NonFiniteError, UsageError
+from lora_tools.errors import NonFiniteError, UsageError
 from lora_tools.formats.adapters.base_names import names_of
 from lora_tools.formats.dtypes import dtype_name
 from lora_tools.linalg.layouts import Block
@@ -148,11 +148,6 @@ def _act(
         if not target.parts:
             continue
         name, old = target.base_name, state[target.base_name]
-        if target.spec.shape != tuple(old.shape):
-            raise MismatchError(
-                f"{name}: {tuple(old.shape)} in the model, and the adapter brings "
-                f"{target.spec.shape}; resize the model's vocabulary first"
-            )
         effects = [_moved_to(effect, old.device) for effect in build_effects(target)]
         module = model.get_submodule(name.rpartition(".")[0])
         branch = _branch(module, name, effects) if branches else None

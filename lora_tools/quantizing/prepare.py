@@ -13,6 +13,7 @@ from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.checkpoint_writer import lay_out
 from lora_tools.formats.output import Prepared
 from lora_tools.formats.quantized.bitsandbytes import STORAGES, quantization_config
+from lora_tools.merging.fit import fit_base
 from lora_tools.merging.output_files import out_specs
 from lora_tools.merging.plan import plan_merge
 from lora_tools.merging.prepare import Adapters, Planned, dtype_of, limit_of
@@ -55,6 +56,7 @@ def prepare_quantize(
         )
     limit = limit_of(storage, base)
     weighted = open_weighted(adapters, running.allow_pickle, base) if adapters else []
+    base = fit_base(base, weighted, matching.allow_unmatched)
     how = plan_compensation(base, four_bits.compensate, four_bits.compensate_iterations, weighted)
     merge = plan_merge(base, [] if how else weighted, matching.allow_unmatched)
     planned = Planned(

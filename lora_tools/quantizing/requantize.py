@@ -12,6 +12,7 @@ from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.checkpoint_writer import Sink
 from lora_tools.formats.output import Prepared
 from lora_tools.formats.quantized.bitsandbytes import STATE, QuantizedTensor, quantized_tensor
+from lora_tools.merging.fitted import FittedBase
 from lora_tools.merging.in_memory import survival_of
 from lora_tools.merging.output_files import out_specs
 from lora_tools.merging.plan import MergePlan
@@ -57,6 +58,11 @@ def prepare_requantize(
         UsageError: the base is not in four bits, or should be given back by a sidecar.
     """
     view = planned.source
+    if isinstance(view, FittedBase) and view.scheme is BITSANDBYTES:
+        raise UsageError(
+            "--requantize keeps the tensors of BASE, and the adapter brings another vocabulary or "
+            "head: `loratools dequantize` it, merge, and quantize again"
+        )
     if not (isinstance(view, Dequantized) and view.scheme is BITSANDBYTES):
         raise UsageError("--requantize needs a BASE in four bits (bitsandbytes)")
     if reversible:

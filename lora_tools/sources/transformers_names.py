@@ -120,8 +120,8 @@ def _look(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> tuple[L
     try:
         import transformers
 
-        model = _weightless(str(names[0]), config)
-        tensors, other = _convert(model, specs)
+        model = weightless(str(names[0]), config)
+        tensors, other = converted(model, specs)
         tied = {
             name: source
             for name, source in model.all_tied_weights_keys.items()
@@ -151,7 +151,7 @@ def renamed(model: Any, names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def _weightless(name: str, config: Mapping[str, Any]) -> Any:
+def weightless(name: str, config: Mapping[str, Any]) -> Any:
     """A model on the meta device. Raises what transformers does, TypeError where it is no model."""
     import torch
     import transformers
@@ -188,7 +188,7 @@ def _transforms(model: Any) -> tuple[list[Any], list[Any]]:
     )
 
 
-def _convert(
+def converted(
     model: Any, specs: Mapping[str, TensorSpec]
 ) -> tuple[dict[str, LoadedTensor], tuple[str, ...]]:
     """As ``convert_and_load_state_dict_in_model`` of transformers' core_model_loading does."""

@@ -12,9 +12,11 @@ from lora_tools.exporting.runtime_adapters import RuntimeAdapters, plan_runtime_
 from lora_tools.exporting.weights import Weights
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.output import Prepared
+from lora_tools.merging.fit import fit_base
 from lora_tools.onnx.tasks import task_of
 from lora_tools.options import Adding, Check, Graphs, Matching, Quantized, Storage
 from lora_tools.sources.checkpoints import open_checkpoint
+from lora_tools.sources.weighted import open_weighted
 from lora_tools.verbs.frame import Call, verb
 
 
@@ -44,10 +46,14 @@ def export(
     source = open_checkpoint(checkpoint, call.running.allow_pickle)
     if not source.is_folder or not source.config:
         raise CheckpointError(f"{source.path}: a folder with a config.json is needed to export")
-    task, out = task_of(source.config, graphs.task), Path(call.out)
+    out, to_merge = Path(call.out), () if adding.runtime_adapters else adding.adapters
     in_place = out.exists() and out.resolve() == source.path.resolve()
     runtime = _runtime(source, adding, matching, call)
-    to_merge = () if adding.runtime_adapters else adding.adapters
+    fitted = source
+    if to_merge:  # they may make another class of it
+        opened = open_weighted(to_merge, call.running.allow_pickle, source)
+        fitted = fit_base(source, opened, matching.allow_unmatched)
+    task = task_of(fitted.config, graphs.task)
     quantization = plan_quantization(
         source,
         task,

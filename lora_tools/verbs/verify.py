@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lora_tools.errors import QualityGateError, UsageError
 from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.merging.fit import fit_base
 from lora_tools.onnx.files import graphs_at
 from lora_tools.options import Check, Comparison, Graphs, Running
 from lora_tools.records import Report
@@ -100,6 +101,7 @@ def _checkpoint(
     weighted: list[Weighted] = []
     if comparison.adapters:
         weighted = open_weighted(comparison.adapters, running.allow_pickle, source)
+        source = fit_base(source, weighted)
     read: list[Path] = [source.path, *(w.adapter.path for w in weighted)]
     roles: list[tuple[str, str | Path]]
     if comparison.base is not None:

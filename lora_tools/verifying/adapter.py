@@ -15,6 +15,8 @@ from lora_tools.formats import digest as hashing
 from lora_tools.formats.adapters.peft import Adapter, LoraModule
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.names import align, split_tensor
+from lora_tools.merging.fit import fit_base
+from lora_tools.merging.fitted import FittedBase
 from lora_tools.merging.plan import MergePlan, adapter_digest, build_effects, plan_merge
 from lora_tools.merging.targets import Target
 from lora_tools.merging.tensor import as_matrix
@@ -70,12 +72,13 @@ def verify_adapter(
     from lora_tools.engine.tasks import Call
 
     to_base, sentence = align(list(tuned.specs), list(base.specs))
-    plan = plan_merge(base, [weighted], allow_unmatched=True)
+    fitted = fit_base(base, [weighted], allow_unmatched=True, add_heads=False)
+    plan = plan_merge(fitted, [weighted], allow_unmatched=True)
     pairs = _paired(plan, to_base, weighted.adapter, tuned)
     if not any(pair.target for pair in pairs):
         raise MismatchError(f"{base.path} and {tuned.path} have no tensor in common")
     tasks = [Call(_distance, (p,), p.name, tuned.specs[p.own].nbytes) for p in pairs]
-    sources = (weighted.adapter, base, tuned)
+    sources = (weighted.adapter, fitted, tuned)
     distances = list(threads.run(tasks, sources, None, jobs=jobs, progress=progress))
     both = list(zip(pairs, distances, strict=True))
     modules = [_result(p.target, d) for p, d in both if p.target and _ranks(p.target)]
@@ -157,7 +160,7 @@ def _distance(pair: _Compared, adapter: Adapter, base: Checkpoint, tuned: Checkp
         found = _alone(pair, adapter, tuned)
     else:
         found = _from_base(pair.target, base, tuned, pair.own)
-        specs.append(base.specs[pair.target.base_name])
+        specs.append(_given(base).specs[pair.target.base_name])
         base.release(pair.target.base_name)
     tuned.release(pair.own)
     floats = all(spec.is_float for spec in specs)
@@ -181,26 +184,33 @@ def _alone(pair: _Compared, adapter: Adapter, tuned: Checkpoint) -> _Distance:
     return _Distance(_apart(theirs, ours), _apart(theirs, None), 0.0, hashes)
 
 
+def _given(base: Checkpoint) -> Checkpoint:
+    """The base before it was given the adapter's vocabulary."""
+    return base.source if isinstance(base, FittedBase) else base
+
+
 def _from_base(target: Target, base: Checkpoint, tuned: Checkpoint, own: str) -> _Distance:
     """A tensor of both, with what the adapter makes of the base's."""
-    hashes = hashing.tensor_hash(base.raw(target.base_name)), hashing.tensor_hash(tuned.raw(own))
-    old, new = base.specs[target.base_name], tuned.specs[own]
+    from lora_tools.linalg.merge import merged_whole
+
+    given = _given(base)
+    hashes = hashing.tensor_hash(given.raw(target.base_name)), hashing.tensor_hash(tuned.raw(own))
+    old, new = given.specs[target.base_name], tuned.specs[own]
     if not (old.is_float and new.is_float):
         return _uncounted(target, base, tuned.tensor(own), hashes)
     if target.spec.shape == old.shape == new.shape:
         return _Distance(*_merged(target, base, tuned.tensor(own)), hashes)
-    name, saved = target.spec.name, target.parts[0] if target.parts else None
-    resized = old.shape[1:] == new.shape[1:]
-    if saved is not None and saved.kind == "saved" and target.spec.shape == new.shape:
-        ours = saved.weighted.adapter.tensor(str(saved.source))
-        change, energy = measured((base, old), (tuned, new))
-        return _Distance(_apart(tuned.tensor(own), ours), change, energy, hashes)
-    if saved is None and resized:
-        change, energy = measured((base, old), (tuned, new))
-        return _Distance(change, change, energy, hashes)
+    if old.shape[1:] == new.shape[1:] and target.spec.shape in (old.shape, new.shape):
+        change, energy = measured((given, old), (tuned, new))
+        if target.spec.shape == new.shape:
+            matrix, wide = target.matrix(new.shape), base.tensor(target.base_name).double()
+            ours = merged_whole(wide, build_effects(target), matrix)
+            return _Distance(_apart(tuned.tensor(own), ours), change, energy, hashes)
+        if not target.parts:
+            return _Distance(change, change, energy, hashes)
     raise MismatchError(
-        f"{name}: base is {list(old.shape)}, tuned {list(new.shape)}, and with the adapter it is "
-        f"{list(target.spec.shape)}"
+        f"{target.spec.name}: base is {list(old.shape)}, tuned {list(new.shape)}, and with the "
+        f"adapter it is {list(target.spec.shape)}"
     )
 
 

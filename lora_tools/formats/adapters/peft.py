@@ -35,6 +35,10 @@ _FACTOR = re.compile(
     r"|lora_magnitude_vector)(?:\.default)?(?:\.(?P<leaf>weight|bias))?"
 )
 _TOKENS = ".token_adapter.trainable_tokens_delta"
+# What PEFT's wrappers put into the names of the tensors of the module that they stand for.
+_SAVED_PARTS = re.compile(
+    r"\.(modules_to_save|original_module|token_adapter(?=\.base_layer\.)|base_layer)(?=\.)"
+)
 _IA3 = re.compile(r"(?P<module>.+)\.ia3_l(?:\.default)?")
 
 
@@ -107,6 +111,8 @@ class Adapter:
     Attributes:
         modules: low-rank updates by module name; of several parameters of one module, by theirs.
         whole: tensors saved whole (modules_to_save, biases, resized embeddings) → key.
+        frozen: tensors as they were before training → key; ``save_embedding_layers`` of PEFT adds
+            them where the vocabulary was resized.
         tokens: trained embedding rows by module name.
         multipliers: IA³'s vectors by module name; an adapter has these or low-rank updates.
         form, format, stored, notes, blocks, unresolved: see ``view.Foreign``.
@@ -126,6 +132,7 @@ class Adapter:
         self.fan_in_fan_out = bool(config.get("fan_in_fan_out"))
         self.modules: dict[str, LoraModule] = {}
         self.whole: dict[str, str] = {}
+        self.frozen: dict[str, str] = {}
         self.tokens: dict[str, TokenRows] = {}
         self.multipliers: dict[str, Multiplier] = {}
         self.is_ia3 = config.get("peft_type") == "IA3"
@@ -150,6 +157,12 @@ class Adapter:
     def nbytes(self) -> int:
         return sum(spec.nbytes for spec in self.file.specs.values())
 
+    @property
+    def saved_keys(self) -> list[str]:
+        """Keys of all that is saved whole, and of what it was before training where that lies
+        there as well."""
+        return list(dict.fromkeys([*self.whole.values(), *self.frozen.values()]))
+
     def _fail(self, what: str) -> AdapterError:
         return AdapterError(f"{self.path}: {what}")
 
@@ -173,9 +186,7 @@ class Adapter:
             elif ".lora_" in name or "." not in key or not _is_kept(self.file.specs[key]):
                 raise self._fail(f"key {key!r} is none that PEFT's LoRA writes")
             else:
-                tensor = name.replace(".modules_to_save.", ".")
-                tensor = re.sub(r"(\.base_layer)+\.", ".", tensor)
-                self.whole[tensor.replace(".default.", ".")] = key
+                self._add_whole(name, key)
         for nested, keys in sorted(parts.items()):
             module = nested.replace(".base_layer", "")
             parameter = self._parameter(module, nested.count(".base_layer"), parts)
@@ -183,6 +194,25 @@ class Adapter:
             self.modules[found.name] = found
         if not (self.modules or self.whole or self.tokens or self.multipliers):
             raise self._fail("holds no tensors")
+
+    def _add_whole(self, name: str, key: str) -> None:
+        """A tensor saved whole. ``save_embedding_layers`` of PEFT writes a module of
+        modules_to_save three times: as it loads it, as it lies in memory, and as it was before."""
+        tensor = _SAVED_PARTS.sub("", name).replace(".default.", ".")
+        if ".original_module." in name:
+            self.frozen[tensor] = key
+        elif ".modules_to_save." not in name or tensor not in self.whole:
+            self.whole[tensor] = key
+            if not self._is_trained(tensor):
+                self.frozen[tensor] = key
+
+    def _is_trained(self, tensor: str) -> bool:
+        """Whether the config has a tensor trained that is saved whole."""
+        module, parameter = split_tensor(tensor)
+        saved = self.config.get("modules_to_save") or []
+        if any(module == name or module.endswith(f".{name}") for name in saved):
+            return True
+        return parameter == "bias" and self.config.get("bias", "none") != "none"
 
     def _add_multiplier(self, module: str, key: str) -> None:
         spec, given = self.file.specs[key], self.config.get("feedforward_modules") or []
