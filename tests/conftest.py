@@ -9,6 +9,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # some hundred processes would compile the package
 
 import functools
+import math
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +27,35 @@ if TYPE_CHECKING:
 hypothesis.settings.register_profile("seeded", derandomize=True, deadline=None)
 hypothesis.settings.register_profile("random", deadline=None)
 hypothesis.settings.load_profile("seeded")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="sweeps whole, not the part that CI runs")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of a test that is a sweep, one in so many of its cases, the same ones each time."""
+    if config.getoption("--full"):
+        return
+    sweeps: dict[str, tuple[int, list[pytest.Item]]] = {}
+    for item in items:
+        sweep = item.get_closest_marker("sweep")
+        if sweep is not None:
+            sweeps.setdefault(item.nodeid.split("[")[0], (sweep.args[0], []))[1].append(item)
+    left = set()
+    for name, (part, cases) in sweeps.items():
+        count = math.ceil(len(cases) / part) if part else 0
+        chosen = random.Random(name).sample(cases, count)
+        left |= set(cases) - set(chosen)
+    if left:
+        config.hook.pytest_deselected(items=list(left))
+        items[:] = [item for item in items if item not in left]
+
+
+@pytest.fixture(scope="session")
+def full(pytestconfig: pytest.Config) -> bool:
+    """Whether sweeps run whole."""
+    return bool(pytestconfig.getoption("--full"))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -84,7 +84,7 @@ def _mixtral() -> Any:
     return hf.MixtralForCausalLM(config)
 
 
-def _gemma3(layers: int = 2) -> Any:  # which are never repeated
+def _gemma3(layers: int = 2) -> Any:
     config = hf.Gemma3TextConfig(
         **_DECODER | {"num_hidden_layers": layers},
         sliding_window=8,
@@ -95,6 +95,16 @@ def _gemma3(layers: int = 2) -> Any:  # which are never repeated
         eos_token_id=2,
     )
     return hf.Gemma3ForCausalLM(config)
+
+
+def _deberta(layers: int) -> Any:
+    config = hf.DebertaV2Config(
+        **_ENCODER | {"num_hidden_layers": layers},
+        relative_attention=True,
+        pos_att_type=["p2c", "c2p"],
+        type_vocab_size=0,
+    )
+    return hf.DebertaV2Model(config)
 
 
 def _vit() -> Any:
@@ -133,14 +143,7 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
             vocab_size=96, dim=32, hidden_dim=48, n_layers=5, n_heads=4, max_position_embeddings=64
         )
     ),
-    "DeBERTa-v2": lambda: hf.DebertaV2Model(
-        hf.DebertaV2Config(  # whose layers are never repeated
-            **_ENCODER | {"num_hidden_layers": 2},
-            relative_attention=True,
-            pos_att_type=["p2c", "c2p"],
-            type_vocab_size=0,
-        )
-    ),
+    "DeBERTa-v2": lambda: _deberta(2),
     "GPT-2": _gpt2,
     "Llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_DECODER, tie_word_embeddings=True)),
     "Mistral, sliding window": lambda: hf.MistralForCausalLM(
@@ -159,9 +162,18 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
 }
 
 
+# Whose layers repeat in ways of their own: two by two, with constants of each layer's, and with an
+# output that is the graph's.
+REPEATING: dict[str, Callable[[], Any]] = {
+    "Gemma-3 of eight layers": lambda: _gemma3(8),
+    "DeBERTa-v2 of five layers": lambda: _deberta(5),
+    "BERT": ARCHITECTURES["BERT"],
+}
+
+
 def make(name: str, folder: Path, seed: int = 0) -> Path:
     """The model of that architecture, every parameter random, saved to a folder."""
     torch.manual_seed(seed)
-    model = ARCHITECTURES[name]()
+    model = (ARCHITECTURES | REPEATING)[name]()
     perturb(model, 0.1, seed)
     return save(model.eval(), folder)

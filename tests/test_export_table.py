@@ -32,6 +32,7 @@ def rows() -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in cells}
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_architecture(name: str, traced: Callable[[str], Traced]) -> None:
     made = traced(name)

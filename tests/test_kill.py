@@ -85,6 +85,7 @@ def left_over(folder: Path, out: Path) -> list[str]:
 # ------------------------------------------------------------- a kill before every single step
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("force", [False, True], ids=["new", "force"])
 @pytest.mark.parametrize("verb", VERBS)
@@ -202,6 +203,7 @@ def test_a_signal_at_the_start_leaves_no_trace(verb, number, small, tmp_path):
     assert iotools.tree(small) == untouched
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("verb", VERBS)

@@ -153,6 +153,7 @@ def ranked(config: dict[str, Any]) -> dict[str, Any]:
     return {"r": 4, "lora_alpha": 6, **config}
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("case", CASES)
 def test_equals_merge_and_unload(case: str, bases: dict[str, Path], tmp_path: Path) -> None:
     kind, config, saving = CASES[case]

@@ -59,6 +59,7 @@ def assert_same_effect(root: Path, name: str, adapter: Path, out: Path, error: f
         assert (found[key] - tensor).norm() <= error * moved + 1e-6 * tensor.norm() * bool(moved)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("form", FORMATS)
 def test_convert_keeps_it(form: str, name: str, root: Path, tmp_path: Path) -> None:

@@ -101,6 +101,7 @@ KEEP: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("options", KEEP)
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_the_effect_is_kept(
@@ -118,6 +119,7 @@ def test_the_effect_is_kept(
         assert not written["alpha_pattern"]
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("scale", [0.5, 2.0, -1.0, 0.1, 0.0])
 @pytest.mark.parametrize("more", [{}, {"alpha": 3}, {"rslora": True}, {"rank": R}])
 @pytest.mark.parametrize("kind", ["patterns", "rslora", "lora-bias"])

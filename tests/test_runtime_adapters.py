@@ -308,6 +308,7 @@ def test_weights_other_formats_and_stored_dtypes(made: Made, tmp_path: Path) -> 
 # ----------------------------------------------------------------------------- other kinds of model
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     ("name", "config"),
     [

@@ -65,6 +65,7 @@ def residual(A: torch.Tensor, svd: TruncatedSVD) -> float:
     return float((A.double() - product).square().sum())
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_iteration_is_within_its_tolerance_and_its_bound_holds(kind, shape):
@@ -79,6 +80,7 @@ def test_iteration_is_within_its_tolerance_and_its_bound_holds(kind, shape):
         assert residual(A, svd) == pytest.approx(svd.total - svd.captured, abs=2e-6 * svd.total)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", ["power 0.4", "power 0.6", "power 1", "steps", "flat"])
 def test_a_sketch_in_half_precision_keeps_the_tolerance(kind, shape):

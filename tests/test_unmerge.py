@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,7 @@ def prepare(case: str, dtype: torch.dtype, root: Path) -> tuple[Path, list[Any],
     return base, given, options
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
 def test_gives_the_base_back_byte_for_byte(case: str, dtype: str, tmp_path: Path) -> None:
@@ -178,6 +180,7 @@ def test_deltas_of_any_size(dtype: str, ratio: float, tmp_path: Path) -> None:
     assert (tmp_path / "back.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("change", [-0.999, -0.5, 0.5, 0.999])
@@ -223,12 +226,20 @@ def test_slack_covers_other_orders_of_summation(dtype: str) -> None:
     assert ((exact - found).abs() <= slack).all()
 
 
+@pytest.fixture(scope="module")
+def merged_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+    root = tmp_path_factory.mktemp("merged")
+    base, adapters, _ = prepare("several", torch.bfloat16, root)
+    lora_tools.merge(base, adapters[:2], root / "m", reversible=True)
+    return root, adapters
+
+
 @pytest.fixture
-def merged(tmp_path: Path) -> tuple[Path, list[Any]]:
-    """A reversibly merged checkpoint of two adapters in bfloat16."""
-    base, adapters, _ = prepare("several", torch.bfloat16, tmp_path)
-    lora_tools.merge(base, adapters[:2], tmp_path / "m", reversible=True)
-    return tmp_path / "m", adapters
+def merged(merged_once: tuple[Path, list[Any]], tmp_path: Path) -> tuple[Path, list[Any]]:
+    """A reversibly merged checkpoint of two adapters in bfloat16, in a folder of one's own."""
+    root, adapters = merged_once
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "m", [(tmp_path / path.name, weight) for path, weight in adapters]
 
 
 def refuse(merged: Path, adapters: list[Any], reason: str, **options: Any) -> None:
@@ -289,6 +300,7 @@ def test_a_merged_tensor_of_another_shape_is_refused(merged: tuple[Path, list[An
         refuse(path, adapters[:2], "q_proj.weight|not the base")
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("at", [0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99])
 @pytest.mark.parametrize("damage", ["flip", "cut", "zero"])
 def test_a_damaged_sidecar_never_gives_a_wrong_base(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ class _Repeater:
         first = stack.kept - stack.period
         for layer in range(first, stack.kept):
             self._compare(layer, layer - stack.period)
-        handed = {layer: self._handed(layer) for layer in range(first - 1, stack.kept - 1)}
+        handed = {layer: self._handed(layer) for layer in range(_FREE - 1, stack.kept - 1)}
         handed[stack.kept - 1] = handed[first - 1]
         self._refuse_other_uses(handed)
         new: list[onnx.NodeProto] = []
@@ -149,10 +149,13 @@ class _Repeater:
             names = {before: current}
             new += self._copy(like, layer, names)
             current = names[self._value(like, handed[like])]
-        self._rewire(old, current)
         after = list(self.graph.node[self.last + 1 :])
         del self.graph.node[self.last + 1 :]
         self.graph.node.extend(new)
+        if any(value.name == old for value in self.graph.output):
+            _rename(self.graph.node, {old: f"inner_{old}", current: old})
+        else:
+            _rename(after, {old: current})
         self.graph.node.extend(after)
         for values in (self.graph.input, self.graph.output):
             self._add_cache(values)
@@ -185,7 +188,9 @@ class _Repeater:
             return self.layer_of.get(mine, (0,))[0] < _FREE  # what all layers share
         if mine in self.layer_of and theirs in self.layer_of:
             a, b = self.layer_of[mine], self.layer_of[theirs]
-            return a[1:] == b[1:] and a[0] - layer == b[0] - other and a[0] in (layer, layer - 1)
+            if (a[0], b[0]) == (layer - 1, other - 1):  # the one value that is handed on
+                return True
+            return a[0] == layer and b[0] == other and a[1:] == b[1:]
         if mine in self._buffers and theirs in self._buffers:
             return self._buffers[mine] == self._buffers[theirs]
         return self._renamed(theirs, other, layer) == mine
@@ -231,7 +236,9 @@ class _Repeater:
             copy.CopyFrom(node)
             copy.name = f"layer_{layer}_{node.name}"
             for i, value in enumerate(node.input):
-                copy.input[i] = names.get(value) or self._renamed(value, like, layer)
+                shared = value in self._buffers  # equal in all layers: the name is one layer's
+                renamed = value if shared else self._renamed(value, like, layer)
+                copy.input[i] = names.get(value, renamed)
             for i, value in enumerate(node.output):
                 cached = self._renamed(value, like, layer)
                 names[value] = cached if cached != value else f"layer_{layer}_{value}"
@@ -241,15 +248,6 @@ class _Repeater:
                     lambda m: m[0].replace(f".{m[1]}", f".{layer}"), entry.value
                 )
             yield copy
-
-    def _rewire(self, old: str, new: str) -> None:
-        """What follows the stack takes what its last layer hands on."""
-        for node in self.graph.node[self.last + 1 :]:
-            for i, value in enumerate(node.input):
-                if value == old:
-                    node.input[i] = new
-        if any(value.name == old for value in self.graph.output):
-            raise NotRepeating("the last layer's output is the graph's")
 
     def _add_cache(self, values: Any) -> None:
         """Inputs or outputs of the caches of the layers put in."""
@@ -261,3 +259,11 @@ class _Repeater:
                 copy = values.add()
                 copy.CopyFrom(value)
                 copy.name = self._renamed(value.name, self.stack.kept - 1, layer)
+
+
+def _rename(nodes: Iterable[onnx.NodeProto], names: Mapping[str, str]) -> None:
+    """Give values that nodes take or make other names."""
+    for node in nodes:
+        for values in (node.input, node.output):
+            for i, value in enumerate(values):
+                values[i] = names.get(value, value)
