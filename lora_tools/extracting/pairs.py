@@ -135,7 +135,7 @@ def make_plan(
         UsageError: a kind does not fit a weight that it is named for, or is for none.
         MismatchError: nothing in common, ambiguous prefixes, or shapes that differ.
     """
-    notes: list[str] = []
+    notes = [*base.notes, *tuned.notes]
     to_base, sentence = align(list(tuned.specs), list(base.specs))
     if sentence:
         notes.append(f"tuned names: {sentence} to match the base")

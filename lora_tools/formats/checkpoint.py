@@ -54,9 +54,11 @@ class Checkpoint:
         specs: every tensor's name, dtype and shape, in file order.
         config: ``config.json``, or an empty dict.
         index_name: name of the shard index, or None.
+        notes: what to say of how it is read.
     """
 
     says: ModelSays | None = None
+    notes: tuple[str, ...] = ()
 
     def __init__(
         self, path: Path, files: Iterable[TensorFile], is_folder: bool, index_name: str | None

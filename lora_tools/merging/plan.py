@@ -75,7 +75,7 @@ def plan_merge(
     """
     parts: dict[str, list[Part]] = {}
     unmatched: list[Fate] = []
-    notes: list[str] = []
+    notes = [*base.notes, *(note for w in adapters for note in w.adapter.notes)]
     asked = {name for w in adapters for name, _ in _wanted(w, base.specs)}
     head, embedding = tied_pair(base, asked)
     ties = {head: embedding} if head else {}

@@ -84,7 +84,7 @@ def verify_adapter(
         f"relative error {totals['relative_error']:.4g} over all that changed, "
         f"{totals['relative_error_acted_on']:.4g} over what the adapter acts on"
     )
-    notes = [*plan.notes, *([f"tuned names: {sentence}"] if sentence else [])]
+    notes = [*plan.notes, *tuned.notes, *([f"tuned names: {sentence}"] if sentence else [])]
     there = {pair.own for pair in pairs if pair.target is None} | {p.name for p in pairs}
     notes += [
         f"{fate.tensor}: matches nothing in the base"

@@ -62,7 +62,7 @@ def verify_nf4(
     name = "base + adapter" if weighted else "the checkpoint"
     offence = _diagnosis(checked, wrong, totals, name) if wrong else ""
     verdict = f"not {name} in four bits" if wrong else _verdict(checked, name, max_error)
-    notes = [*plan.notes, *([f"its names: {sentence}"] if sentence else [])]
+    notes = [*plan.notes, *view.notes, *([f"its names: {sentence}"] if sentence else [])]
     inputs = _inputs(checked, view, source, weighted)
     notes += _provenance(view, inputs, weighted)
     return Findings(

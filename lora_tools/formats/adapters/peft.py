@@ -19,6 +19,7 @@ from lora_tools.formats.adapters.unmergeable import refuse_unmergeable
 from lora_tools.formats.names import as_held, split_tensor
 from lora_tools.formats.safetensors_file import SafetensorsFile
 from lora_tools.formats.tensor_file import TensorFile
+from lora_tools.formats.wrapped_names import adapter_file
 from lora_tools.records import TensorSpec
 
 if TYPE_CHECKING:
@@ -336,7 +337,7 @@ def open_peft(source: str | Path, folder: Path, allow_pickle: bool = False) -> A
     config = read_config(folder / CONFIG)
     refuse_unmergeable(folder, config)
     if (folder / WEIGHTS).is_file():
-        return Adapter(folder, SafetensorsFile(folder / WEIGHTS), config)
+        return _by_plain_names(folder, SafetensorsFile(folder / WEIGHTS), config)
     pickle = folder / "adapter_model.bin"
     if not pickle.is_file():
         raise AdapterError(f"{folder}: no {WEIGHTS} in it")
@@ -347,7 +348,14 @@ def open_peft(source: str | Path, folder: Path, allow_pickle: bool = False) -> A
         )
     from lora_tools.formats.pickle_file import PickleFile
 
-    return Adapter(folder, PickleFile(pickle), config)
+    return _by_plain_names(folder, PickleFile(pickle), config)
+
+
+def _by_plain_names(folder: Path, file: TensorFile, config: dict[str, Any]) -> Adapter:
+    plain, notes = adapter_file(folder, file)
+    adapter = Adapter(folder, plain, config)
+    adapter.notes = notes
+    return adapter
 
 
 def _is_kept(spec: TensorSpec) -> bool:
