@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from lora_tools.errors import MismatchError, UsageError
+from lora_tools.formats.alignment import align
 from lora_tools.formats.checkpoint import Checkpoint
-from lora_tools.formats.names import align, split_tensor
+from lora_tools.formats.names import split_tensor
 from lora_tools.linalg.layouts import Layout
 from lora_tools.linalg.ranks import RankRule
 from lora_tools.records import Action, Fate, TensorSpec

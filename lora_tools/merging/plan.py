@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from lora_tools.errors import AdapterError, MismatchError, UnsupportedAdapter
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.adapters.peft import Adapter, LoraModule, Multiplier, TokenRows
+from lora_tools.formats.alignment import align
 from lora_tools.formats.checkpoint import Checkpoint
-from lora_tools.formats.names import align, split_experts, split_tensor, stores_transposed
+from lora_tools.formats.names import split_experts, split_tensor, stores_transposed
 from lora_tools.linalg.layouts import Layout, clip, of_form
 from lora_tools.linalg.scaling import scaling
 from lora_tools.merging import ia3

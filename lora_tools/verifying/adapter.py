@@ -13,8 +13,9 @@ from lora_tools.extracting.change import measured
 from lora_tools.figures import Total, above, left_out_totals, no_floats
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.adapters.peft import Adapter, LoraModule
+from lora_tools.formats.alignment import align
 from lora_tools.formats.checkpoint import Checkpoint
-from lora_tools.formats.names import align, split_tensor
+from lora_tools.formats.names import split_tensor
 from lora_tools.merging.plan import MergePlan, adapter_digest, build_effects, plan_merge
 from lora_tools.merging.targets import Target
 from lora_tools.merging.tensor import as_matrix

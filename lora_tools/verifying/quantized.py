@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from lora_tools.figures import Total
 from lora_tools.formats import digest as hashing
+from lora_tools.formats.alignment import align
 from lora_tools.formats.checkpoint import Checkpoint
-from lora_tools.formats.names import align
 from lora_tools.formats.quantized.bitsandbytes import config_faults
 from lora_tools.merging.plan import MergePlan, adapter_digest, plan_merge
 from lora_tools.merging.targets import Target
