@@ -17,6 +17,7 @@ from lora_tools.formats.names import split_experts, split_tensor, stores_transpo
 from lora_tools.linalg.layouts import Layout, clip, of_form
 from lora_tools.linalg.scaling import scaling
 from lora_tools.merging import ia3
+from lora_tools.merging.doubts import doubts
 from lora_tools.merging.names_in_memory import by_own_names, replaced, tied_to
 from lora_tools.merging.targets import BaseOutline, Part, Target, blocks_of, key_of
 from lora_tools.merging.tied_weights import (
@@ -104,6 +105,7 @@ def plan_merge(
                 )
     if adapters and not parts:
         raise AdapterError(f"no key of {', '.join(w.path for w in adapters)} matches {base.path}")
+    notes += doubts(base, adapters, parts)
     take_followers(parts, followers, notes)
     _refuse_two_replacements(parts)
     unties = bool(head) and differ(parts, head, embedding)

@@ -65,16 +65,11 @@ def by_plain_names(stored: Checkpoint) -> Checkpoint:
 
     Raises:
         CheckpointError: two tensors become one; or such a folder holds an adapter's layers, which
-            transformers would pass by.
+            transformers would pass by, or empty weights.
     """
     is_loaded = bool(stored.config.get("model_type"))
-    if is_loaded and any(".base_layer." in name for name in stored.specs):
-        example = next(name for name in stored.specs if ".base_layer." in name)
-        raise CheckpointError(
-            f"{stored.path}: a model saved with its adapter in it ({example}), which transformers "
-            "does not load; save it merged (model.merge_and_unload()), or the adapter by itself "
-            "(model.save_pretrained(OUT))"
-        )
+    if is_loaded:
+        _refuse_unloadable(stored)
     try:
         names = without_wrappers(stored.specs, outer=is_loaded)
     except TwoNamesError as error:
@@ -86,6 +81,25 @@ def by_plain_names(stored: Checkpoint) -> Checkpoint:
     plain = Checkpoint(stored.path, files, stored.is_folder, stored.index_name)
     plain.notes = (f"{stored.path}: {said}",)
     return plain
+
+
+def _refuse_unloadable(stored: Checkpoint) -> None:
+    """Raises CheckpointError for a folder of which transformers would make other weights."""
+    layers = [name for name in stored.specs if ".base_layer." in name]
+    if layers:
+        raise CheckpointError(
+            f"{stored.path}: a model saved with its adapter in it ({layers[0]}), which "
+            "transformers does not load; save it merged (model.merge_and_unload()), or the adapter "
+            "by itself (model.save_pretrained(OUT))"
+        )
+    empty = [s.name for s in stored.specs.values() if s.is_float and s.shape == (0,)]
+    if empty:
+        more = f" and {len(empty) - 1} more" if empty[1:] else ""
+        raise CheckpointError(
+            f"{stored.path}: {empty[0]}{more}: empty, of shape [0], as DeepSpeed's ZeRO-3 leaves "
+            "weights whose partitions are not gathered for saving; run zero_to_fp32.py on its own "
+            "checkpoint, or save with stage3_gather_16bit_weights_on_model_save"
+        )
 
 
 def as_plain(stored: Checkpoint) -> tuple[Checkpoint, Found | None]:

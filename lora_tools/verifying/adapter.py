@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lora_tools.errors import MismatchError, NonFiniteError
 from lora_tools.extracting.change import measured
+from lora_tools.extracting.pairs import few_partners
 from lora_tools.figures import Total, above, left_out_totals, no_floats
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.adapters.peft import Adapter, LoraModule
@@ -75,6 +76,7 @@ def verify_adapter(
     pairs = _paired(plan, to_base, weighted.adapter, tuned)
     if not any(pair.target for pair in pairs):
         raise MismatchError(f"{base.path} and {tuned.path} have no tensor in common")
+    few = few_partners(base, tuned, to_base)
     tasks = [Call(_distance, (p,), p.name, tuned.specs[p.own].nbytes) for p in pairs]
     sources = (weighted.adapter, base, tuned)
     distances = list(threads.run(tasks, sources, None, jobs=jobs, progress=progress))
@@ -85,7 +87,8 @@ def verify_adapter(
         f"relative error {totals['relative_error']:.4g} over all that changed, "
         f"{totals['relative_error_acted_on']:.4g} over what the adapter acts on"
     )
-    notes = [*plan.notes, *tuned.notes, *([f"tuned names: {sentence}"] if sentence else [])]
+    said = [f"tuned names: {sentence}"] if sentence else []
+    notes = [*([few] if few else []), *plan.notes, *tuned.notes, *said]
     there = {pair.own for pair in pairs if pair.target is None} | {p.name for p in pairs}
     notes += [
         f"{fate.tensor}: matches nothing in the base"
