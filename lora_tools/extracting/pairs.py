@@ -183,7 +183,7 @@ def few_partners(
     base: Checkpoint,
     tuned: Checkpoint,
     to_base: Mapping[str, str],
-    chosen: Callable[[str], bool] = lambda _: True,
+    chosen: Callable[[str], bool] | None = None,
 ) -> str:
     """A sentence where less than half of one side's chosen tensors are on the other, too; else "".
 
@@ -193,7 +193,7 @@ def few_partners(
         MismatchError: less than half are on either side.
     """
     ours, theirs = (
-        {name for name in names if chosen(split_tensor(name)[0])}
+        {name for name in names if chosen is None or chosen(split_tensor(name)[0])}
         for names in (base.specs, to_base.values())
     )
     both = len(ours & theirs)
@@ -206,8 +206,8 @@ def few_partners(
     )
     if 2 * both < min(len(ours), len(theirs)):
         raise MismatchError(
-            f"{counted}; are their names those of one model? If so rename one side; if only a part "
-            "is meant, name it with --include"
+            f"{counted}; if they are one model by two names, rename one side"
+            + ("" if chosen is None else "; if only a part is meant, name it with --include")
         )
     return f"{counted}: figures are of what has one"
 
