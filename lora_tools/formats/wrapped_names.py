@@ -83,8 +83,8 @@ def _one_to_one(plain: dict[str, str]) -> dict[str, str]:
     for own, name in plain.items():
         if first.setdefault(name, own) != own:
             raise TwoNamesError(
-                f"{first[name]} and {own} are both {name} without what wrappers (FSDP, compile, …) "
-                "put into names; rename or remove one of them"
+                f"{own!r} repeats {first[name]!r}: both are {name} without what wrappers (FSDP, "
+                "compile, …) put into names; rename or remove one of them"
             )
     return plain
 
