@@ -3,6 +3,7 @@ definition on dense deltas, by PEFT's own functions where PEFT has one."""
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -277,7 +278,8 @@ def test_one_tensor_saved_whole_is_copied_and_two_are_refused(root: Path, tmp_pa
     norm = "base_model.model.model.norm.weight"
     assert torch.equal(models.tensors(tmp_path / "c")[norm], models.tensors(root / "saved")[norm])
     models.attach_strictly(models.load(root / "base"), tmp_path / "c")
-    for adapters in ([root / "saved", root / "saved"], [(root / "saved", 0.5), root / "one"]):
+    shutil.copytree(root / "saved", tmp_path / "again")
+    for adapters in ([root / "saved", tmp_path / "again"], [(root / "saved", 0.5), root / "one"]):
         with pytest.raises(UnsupportedAdapter, match=r"norm\.weight: .*replaces it whole"):
             lora_tools.combine(adapters, tmp_path / "d")
 

@@ -244,7 +244,7 @@ def test_names_become_those_of_the_base(made: Made, tmp_path: Path) -> None:
     shutil.copytree(made.top / "uneven", tmp_path / "given")
     file = tmp_path / "given" / "adapter_model.safetensors"
     renamed = {
-        k.replace("base_model.model.", "base_model.model.module."): v
+        k.replace("base_model.model.", "base_model.model.policy."): v
         for k, v in load_file(file).items()
     }
     save_file(renamed, file, {"format": "pt"})
@@ -259,10 +259,10 @@ def test_names_become_those_of_the_base(made: Made, tmp_path: Path) -> None:
         graph=made.plain,
         no_verify=True,
     )
-    assert "'module.' was left out" in " ".join(report.notes)
+    assert "'policy.' was left out" in " ".join(report.notes)
     assert (tmp_path / "out" / "given.onnx_adapter").read_bytes() == wanted
     lora_tools.convert(tmp_path / "given", tmp_path / "b", to="onnxruntime")
-    with pytest.raises(Exception, match=r"Invalid input name: module\.model"):
+    with pytest.raises(Exception, match=r"Invalid input name: policy\.model"):
         Session(made.out).logits(tmp_path / "b")
     other = iotools.adapter(tmp_path / "other", {"model.layers.0.nothing": (4, 4)})
     with pytest.raises(AdapterError, match=r"model\.layers\.0\.nothing is no module of"):

@@ -12,6 +12,7 @@ from lora_tools.adapting.combine_module import Combination, Term, combine_module
 from lora_tools.adapting.convert_module import factor_bytes
 from lora_tools.errors import MismatchError, UnsupportedAdapter
 from lora_tools.figures import resized_totals
+from lora_tools.formats.alignment import align
 from lora_tools.linalg.combine import LOW_RANK
 from lora_tools.merging.plan import adapter_digest
 from lora_tools.provenance import tool_version
@@ -76,6 +77,7 @@ def stackable(weighted: Sequence[Weighted]) -> Stackable:
     adapters that cannot be added to one another."""
     for each in weighted:
         _refuse(each)
+        _refuse_other_names(weighted[0], each)
     return Stackable(weighted, _by_module(weighted), _saved(weighted))
 
 
@@ -86,6 +88,18 @@ def _refuse(weighted: Weighted) -> None:
             f"{weighted.path}: a DoRA adapter cannot be combined: its magnitudes fix the norm of "
             "each output, so that its change is no sum of changes; merge the adapters into the "
             "base one by one instead"
+        )
+
+
+def _refuse_other_names(first: Weighted, other: Weighted) -> None:
+    """Raises MismatchError for an adapter that has other prefixes before the same modules: side by
+    side, one half of the factors would be for modules that no model has."""
+    mine, theirs = first.adapter.modules, other.adapter.modules
+    _, sentence = align(list(theirs), list(mine)) if mine.keys().isdisjoint(theirs) else ({}, "")
+    if sentence:
+        raise MismatchError(
+            f"{first.path} has {min(mine)} and {other.path} {min(theirs)}: one model by two names? "
+            f"({sentence}, they would agree.) Merge them into the base instead, which sees to that"
         )
 
 

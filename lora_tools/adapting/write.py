@@ -21,6 +21,7 @@ from lora_tools.errors import NonFiniteError, UnsupportedAdapter
 from lora_tools.formats.adapters.base_names import BaseNames
 from lora_tools.formats.adapters.format import FEATURES, Format
 from lora_tools.formats.adapters.peft import Adapter, LoraModule
+from lora_tools.formats.alignment import align
 from lora_tools.formats.digest import PROVENANCE
 from lora_tools.linalg.ranks import RankRule
 from lora_tools.records import ModuleResult, ProgressCallback
@@ -211,6 +212,15 @@ class ConvertJob:
             for m in self.kept.values()
         ]
 
+    def base_modules(self) -> Mapping[str, str]:
+        """The modules by the base's names, where it has all of them under other prefixes. PEFT goes
+        by names in memory, which need not be those of the files."""
+        if self.names is None or self.options.to.name == "peft":
+            return {}
+        modules = {module.module for module in self.kept.values()}
+        own, _ = align(sorted(modules), list(self.names.weights))
+        return own if self.names.weights.keys() >= set(own.values()) else {}
+
 
 def write_factors(
     job: ConvertJob, jobs: int | None, progress: ProgressCallback | None
@@ -220,14 +230,14 @@ def write_factors(
     from lora_tools.formats.adapters.peft_format import PeftFormat
     from lora_tools.linalg.recipes import compute
 
-    given, options = job.given, job.options
+    given, options, own = job.given, job.options, job.base_modules()
     writer = options.to.writer(job.out, job.names, compute)
     results = []
     try:
         for factors, result in threads.run(
             job.tasks(), (given, options), None, jobs=jobs, progress=progress
         ):
-            writer.add(factors)
+            writer.add(dataclasses.replace(factors, module=own.get(factors.module, factors.module)))
             if result is not None:
                 results.append(result)
         if isinstance(writer, PeftFormat):

@@ -12,8 +12,8 @@ from lora_tools.adapting.write import features, write_modules
 from lora_tools.errors import UnsupportedAdapter, UsageError
 from lora_tools.formats.adapters.format import FEATURES
 from lora_tools.formats.adapters.table import FORMATS
+from lora_tools.formats.alignment import align
 from lora_tools.formats.checkpoint import Checkpoint
-from lora_tools.formats.names import align
 from lora_tools.merging.plan import adapter_digest, plan_merge
 from lora_tools.merging.prepare import merge_for_now
 from lora_tools.onnx.tasks import Task

@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from lora_tools.errors import MismatchError, UsageError
+from lora_tools.formats.alignment import align
 from lora_tools.formats.checkpoint import Checkpoint
-from lora_tools.formats.names import align, split_tensor
+from lora_tools.formats.names import split_tensor
 from lora_tools.linalg.layouts import Layout
 from lora_tools.linalg.ranks import RankRule
 from lora_tools.records import Action, Fate, TensorSpec
@@ -133,9 +134,9 @@ def make_plan(
 
     Raises:
         UsageError: a kind does not fit a weight that it is named for, or is for none.
-        MismatchError: nothing in common, ambiguous prefixes, or shapes that differ.
+        MismatchError: little in common, ambiguous prefixes, or shapes that differ.
     """
-    notes: list[str] = []
+    notes = [*base.notes, *tuned.notes]
     to_base, sentence = align(list(tuned.specs), list(base.specs))
     if sentence:
         notes.append(f"tuned names: {sentence} to match the base")
@@ -145,6 +146,8 @@ def make_plan(
             f"({next(iter(base.specs), '-')}, … against {next(iter(tuned.specs), '-')}, …); "
             "are they the same architecture?"
         )
+    few = few_partners(base, tuned, to_base, chosen)
+    notes = [few, *notes] if few else notes
     pairs: list[Pair] = []
     settled: list[Fate] = []
     # Both sides by the base's names; a spec keeps its own.
@@ -174,6 +177,39 @@ def make_plan(
     pairs += [_one_sided(theirs[name], rest) for name in added]
     modules = {m for p in pairs for m in (p.module, *p.followed_by) if m}
     return Plan(tuple(pairs), tuple(settled), frozenset(modules), tuple(notes))
+
+
+def few_partners(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    to_base: Mapping[str, str],
+    chosen: Callable[[str], bool] | None = None,
+) -> str:
+    """A sentence where less than half of one side's chosen tensors are on the other, too; else "".
+
+    One side may be a part of the other, or hold what changed only: then all of it is there.
+
+    Raises:
+        MismatchError: less than half are on either side.
+    """
+    ours, theirs = (
+        {name for name in names if chosen is None or chosen(split_tensor(name)[0])}
+        for names in (base.specs, to_base.values())
+    )
+    both = len(ours & theirs)
+    if 2 * both >= max(len(ours), len(theirs)):
+        return ""
+    counted = (
+        f"only {both} of {len(ours)} tensors of {base.path} and of {len(theirs)} of {tuned.path} "
+        f"have a partner on the other side (alone are {min(ours - theirs, default='none')} and "
+        f"{min(theirs - ours, default='none')})"
+    )
+    if 2 * both < min(len(ours), len(theirs)):
+        raise MismatchError(
+            f"{counted}; if they are one model by two names, rename one side"
+            + ("" if chosen is None else "; if only a part is meant, name it with --include")
+        )
+    return f"{counted}: figures are of what has one"
 
 
 def _settle_ties(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from lora_tools.errors import CheckpointError, MismatchError
 from lora_tools.formats import digest as hashing
-from lora_tools.formats.names import align
+from lora_tools.formats.alignment import align
 from lora_tools.formats.safetensors_file import SafetensorsFile
 
 if TYPE_CHECKING:

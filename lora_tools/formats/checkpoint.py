@@ -55,10 +55,12 @@ class Checkpoint(Shards):
         home: the file that each of them is in.
         config: ``config.json``, or an empty dict.
         index_name: name of the shard index, or None.
+        notes: what to say of how it is read.
     """
 
     says: ModelSays | None = None
     replaced_files: Mapping[str, Path] = {}
+    notes: tuple[str, ...] = ()
 
     def __init__(
         self, path: Path, files: Iterable[TensorFile], is_folder: bool, index_name: str | None

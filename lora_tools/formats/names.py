@@ -1,4 +1,4 @@
-"""Names: which layer kind a tensor is, which modules a short name stands for, and prefixes."""
+"""Names: which layer kind a tensor is, and which modules a short name stands for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from lora_tools.errors import MismatchError
 from lora_tools.records import TensorSpec
 
 # No model is built, so a 2-D weight is told to be an embedding by the last part of its module's
@@ -47,7 +46,6 @@ TASK_CLASSES = {
     "TOKEN_CLS": "ForTokenClassification",
     "QUESTION_ANS": "ForQuestionAnswering",
 }
-_KNOWN_WRAPPERS = ("module.", "_orig_mod.", "model.", "base_model.model.")
 
 
 def split_tensor(tensor: str) -> tuple[str, str]:
@@ -172,52 +170,3 @@ def compact(chosen: Collection[str], everything: Collection[str]) -> list[str]:
             result += sorted(mine)
     exact = {m for name in result for m in modules_matched(name, everything)} == wanted
     return result if exact else []
-
-
-def align(theirs: Collection[str], ours: Collection[str]) -> tuple[dict[str, str], str]:
-    """Map ``theirs`` onto the names of ``ours`` where one side carries a prefix the other lacks.
-
-    Returns the mapping (each of ``theirs`` to a name, perhaps unknown to ``ours``) and a sentence
-    saying what was done, empty if nothing. The prefix is taken from the names themselves
-    (``bert.``, ``model.``, ``module.``, ``_orig_mod.`` …) and only where it makes more names agree
-    than leaving them alone.
-
-    Raises:
-        MismatchError: two prefixes explain the names equally well.
-    """
-    own = set(ours)
-    if own.issuperset(theirs):
-        return {name: name for name in theirs}, ""
-    heads = {""} | set(_KNOWN_WRAPPERS)
-    for name in (*theirs, *ours):
-        parts = name.split(".")
-        heads |= {".".join(parts[:n]) + "." for n in (1, 2) if len(parts) > n}
-    candidates: list[tuple[int, str, dict[str, str]]] = []
-    for prefix in sorted(heads):
-        stripped = {n: n.removeprefix(prefix) for n in theirs}
-        added = {n: prefix + n if prefix + n in own else n for n in theirs}
-        for mapping, text in (
-            (stripped, f"the prefix {prefix!r} was left out"),
-            (added, f"the prefix {prefix!r} was put before"),
-        ):
-            targets = list(mapping.values())
-            if len(set(targets)) == len(targets):
-                candidates.append((sum(t in own for t in targets), text if prefix else "", mapping))
-    best = max(score for score, _, _ in candidates)
-    plain = next(c for c in candidates if not c[1])
-    if plain[0] == best:
-        return plain[2], ""
-    distinct: list[tuple[int, str, dict[str, str]]] = []
-    for candidate in candidates:
-        if candidate[0] == best and all(
-            _hits(candidate[2], own) != _hits(d[2], own) for d in distinct
-        ):
-            distinct.append(candidate)
-    if len(distinct) > 1:
-        ways = " or ".join(text for _, text, _ in distinct[:3])
-        raise MismatchError(f"the names agree in more than one way ({ways}); rename one side")
-    return distinct[0][2], distinct[0][1]
-
-
-def _hits(mapping: dict[str, str], own: set[str]) -> dict[str, str]:
-    return {k: v for k, v in mapping.items() if v in own}

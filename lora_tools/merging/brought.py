@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 
 from lora_tools.errors import MismatchError
+from lora_tools.formats.alignment import align
 from lora_tools.formats.checkpoint import Checkpoint
-from lora_tools.formats.names import align
 from lora_tools.merging.names_in_memory import by_own_names
 from lora_tools.merging.targets import Part
 from lora_tools.records import TensorSpec

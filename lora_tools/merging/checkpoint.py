@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from lora_tools.formats.sidecar import NAME as SIDECAR_NAME
 from lora_tools.merging.fitted import FittedBase
 from lora_tools.merging.output_files import changed_files
 from lora_tools.merging.rewrite import Rewrite
+from lora_tools.merging.targets import Target
 from lora_tools.merging.tensor import MergeTensor, survival_totals
 from lora_tools.records import Report
 from lora_tools.totals import MergeTotals
@@ -60,6 +62,9 @@ def merge_checkpoint(job: Rewrite, reversible: bool) -> Report[MergeTotals]:
                     sidecar.add(target.base_name, listing)
             changed = changed_files(base, plan, specs)
             report = job.finish(writer, changed, (SIDECAR_NAME,))
+        report = dataclasses.replace(
+            report, notes=(*report.notes, *_unmoved(targets, job.hashes, out_hashes))
+        )
         totals: MergeTotals = {
             **report.totals,
             "tensors_merged": sum(bool(t.parts) for t in plan.targets) + len(plan.untied),
@@ -76,6 +81,23 @@ def merge_checkpoint(job: Rewrite, reversible: bool) -> Report[MergeTotals]:
         if sidecar is not None:
             sidecar.close()
     return dataclasses.replace(report, totals=totals)
+
+
+def _unmoved(
+    targets: Sequence[Target], base: Mapping[str, str], out: Mapping[str, str]
+) -> list[str]:
+    """A note where adapters act on tensors that are as they were, to the last bit."""
+    acted_on = [t for t in targets if t.parts]
+    same = [t.spec.name for t in acted_on if base.get(t.base_name) == out[t.spec.name]]
+    if not same:
+        return []
+    why = "lora_B or lora_alpha is 0, or the change is less than the dtype rounds away"
+    if len(same) == len(acted_on):
+        return [f"the adapters change nothing: the result is the base, bit for bit ({why})"]
+    return [
+        f"{len(same)} of {len(acted_on)} tensors that adapters act on did not change: {why}; "
+        f"such as {same[0]}"
+    ]
 
 
 def _write_sidecar(

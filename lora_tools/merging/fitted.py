@@ -37,7 +37,7 @@ class FittedBase(Checkpoint):
 
     Attributes:
         aliases: names that an adapter has for tensors that go by another one here.
-        notes: sentences on what was changed; left_out: fates of the source's tensors that it lacks.
+        notes: the source's, and sentences on what was changed; left_out: fates of the source's tensors that it lacks.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class FittedBase(Checkpoint):
     ) -> None:
         self.source, self.made = source, {each.spec.name: each for each in made}
         self.aliases, self.replaced_files = aliases, replaced_files
-        self.notes, self.left_out = notes, left_out
+        self.notes, self.left_out = (*source.notes, *notes), left_out
         homes = {name: i for i, file in enumerate(source.files) for name in file.specs}
         files = [_FittedFile(file.path, file.metadata, self) for file in source.files]
         for each in made:

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 from lora_tools.errors import AdapterError, MismatchError, UnsupportedAdapter
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.adapters.peft import Adapter, LoraModule, Multiplier, TokenRows
+from lora_tools.formats.alignment import align
 from lora_tools.formats.checkpoint import Checkpoint
-from lora_tools.formats.names import align, split_experts, stores_transposed
+from lora_tools.formats.names import split_experts, stores_transposed
 from lora_tools.linalg.layouts import Layout, clip, of_form
 from lora_tools.linalg.scaling import scaling
 from lora_tools.merging import ia3
 from lora_tools.merging.added_heads import note_on_no_head
+from lora_tools.merging.doubts import doubts
 from lora_tools.merging.fitted import FittedBase
 from lora_tools.merging.names_in_memory import by_own_names, replaced, tied_to
 from lora_tools.merging.targets import BaseOutline, Part, Target, blocks_of, key_of
@@ -77,7 +79,7 @@ def plan_merge(
     """
     parts: dict[str, list[Part]] = {}
     unmatched: list[Fate] = []
-    notes = [f"{w.path}: {said}" for w in adapters for said in w.adapter.notes]
+    notes = [*base.notes, *(f"{w.path}: {said}" for w in adapters for said in w.adapter.notes)]
     asked = {name for w in adapters for name, _ in _wanted(w, base.specs)}
     head, embedding = tied_pair(base, asked)
     ties = {head: embedding} if head else {}
@@ -106,6 +108,7 @@ def plan_merge(
                 )
     if adapters and not parts:
         raise AdapterError(f"no key of {', '.join(w.path for w in adapters)} matches {base.path}")
+    notes += doubts(base, adapters, parts)
     take_followers(parts, followers, notes)
     _refuse_two_replacements(parts)
     unties = bool(head) and differ(parts, head, embedding)
@@ -127,7 +130,6 @@ def plan_merge(
     )
     if isinstance(base, FittedBase):
         unmatched += base.left_out
-        notes += base.notes
     return MergePlan(targets, untied, unties, tuple(unmatched), tuple(notes))
 
 

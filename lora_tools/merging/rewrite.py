@@ -102,9 +102,19 @@ class Rewrite:
         notes = list(self.report.notes)
         if left:
             notes.append(f"left behind, since they hold other weights: {', '.join(map(str, left))}")
+        notes += self._twice()
         pairs = zip(self.report.inputs, self.digests, strict=True)
         inputs = tuple(dataclasses.replace(given, digest=digest) for given, digest in pairs)
         return dataclasses.replace(self.report, inputs=inputs, notes=tuple(notes))
+
+    def _twice(self) -> list[str]:
+        """A note where two of the adapters hold the same tensors."""
+        first: dict[str, str] = {}
+        return [
+            f"{first[digest]} and {w.path} hold the same tensors: both are added"
+            for w, digest in zip(self.adapters, self.digests[1:], strict=True)
+            if first.setdefault(digest, w.path) != w.path
+        ]
 
     def _check_bases(self, own: str) -> None:
         made_of = ""

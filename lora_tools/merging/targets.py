@@ -23,12 +23,14 @@ class BaseOutline:
 
     Attributes:
         renamed: of a live model: names in files → its own.
+        notes: what to say of how it is read.
     """
 
     path: Path
     specs: Mapping[str, TensorSpec]
     config: Mapping[str, Any]
     renamed: Callable[[Collection[str]], Mapping[str, str]] | None = None
+    notes: tuple[str, ...] = ()
 
     @functools.cached_property
     def weights(self) -> Weights:

@@ -17,7 +17,7 @@ import onnx
 import torch
 
 from lora_tools.errors import NonFiniteError
-from lora_tools.formats.names import align
+from lora_tools.formats.alignment import align
 from lora_tools.onnx.check import Check
 from lora_tools.onnx.in_runtime import InRuntime
 from lora_tools.onnx.in_torch import InTorch

@@ -22,7 +22,7 @@ import onnx_ir as ir
 import torch
 
 from lora_tools.errors import CheckpointError
-from lora_tools.formats.names import align
+from lora_tools.formats.alignment import align
 from lora_tools.onnx.layers import NotRepeating, Stack, repeat, shorten
 from lora_tools.onnx.model import weightless, with_memory
 from lora_tools.onnx.parts import GraphPart, parts

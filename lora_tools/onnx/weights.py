@@ -17,6 +17,7 @@ import onnx
 from lora_tools.errors import CheckpointError, MismatchError
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.safetensors_file import SafetensorsFile
+from lora_tools.formats.wrapped_names import Renamed
 from lora_tools.records import TensorSpec
 
 BUNDLE = "model.onnx_data"
@@ -60,12 +61,14 @@ def places(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Place]:
     found: dict[str, Place] = {}
     wanted = set(names)
     for file in checkpoint.files:
-        if not isinstance(file, SafetensorsFile):
+        stored, own = (file.file, file.own) if isinstance(file, Renamed) else (file, {})
+        if not isinstance(stored, SafetensorsFile):
             raise CheckpointError(
                 f"{file.path}: a pickle, into which no graph can point; use --weights bundled"
             )
         for name in wanted & file.specs.keys():
-            found[name] = Place(file.path.name, file.extent(name)[0], file.specs[name])
+            start = stored.extent(own.get(name, name))[0]
+            found[name] = Place(file.path.name, start, file.specs[name])
     return found
 
 

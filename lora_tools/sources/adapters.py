@@ -21,6 +21,7 @@ from lora_tools.formats.adapters.peft import Adapter
 from lora_tools.formats.adapters.table import FORMATS, by_bytes, by_keys, format_named, title_of
 from lora_tools.formats.checkpoint import Checkpoint, open_weights
 from lora_tools.formats.folders import meant, named_adapters
+from lora_tools.formats.wrapped_names import adapter_file, of_adapter
 from lora_tools.linalg.scaling import scaling
 from lora_tools.sources.base_names import base_names
 
@@ -69,15 +70,18 @@ def open_adapter(
         return adapter
     file_path = _weights(source, path)
     form = form or by_bytes(file_path)
+    said: tuple[str, ...] = ()
     if form is not None and form.open_file is not None:
         file = form.open_file(file_path)
     else:
-        file = open_weights(file_path, allow_pickle)
+        file, said = adapter_file(path, open_weights(file_path, allow_pickle))
         refuse_by_keys(path, file.specs)
         form = form or by_keys(path, file.specs)
     names = base_names(base, allow_pickle) if base is not None else None
     context = Context(names, alpha, tuple(enable_lora), as_stored, guess)
-    return _opened(path, file, form, context)
+    adapter = _opened(path, file, form, context)
+    adapter.notes = (*said, *adapter.notes)
+    return adapter
 
 
 def _beside(folder: Path) -> tuple[str, ...]:
@@ -126,7 +130,7 @@ def is_adapter(source: str | Path, allow_pickle: bool = False) -> bool:
         return True
     if path.suffix in _PICKLES and not allow_pickle:
         return False
-    return bool(title_of(open_weights(path, allow_pickle).specs))
+    return bool(title_of(of_adapter(open_weights(path, allow_pickle).specs)[0].values()))
 
 
 def _alphas(outline: Outline) -> Mapping[str, float]:

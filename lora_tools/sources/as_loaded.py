@@ -37,7 +37,7 @@ class LoadedView(Checkpoint):
         self.others = [t for t in how.tensors.values() if t.pieces[0].stored != t.spec.name]
         self._view = _LoadedFile(source, how)
         super().__init__(source.path, [self._view], source.is_folder, source.index_name)
-        self.config = source.config
+        self.config, self.notes = source.config, source.notes
         self.says = ModelSays(_layouts(how, source.config), how.tied)
 
     @property

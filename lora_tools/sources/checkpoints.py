@@ -12,6 +12,13 @@ from lora_tools.formats.checkpoint import PICKLE_SUFFIXES, Checkpoint, open_weig
 from lora_tools.formats.folders import meant
 from lora_tools.formats.quantized.signs import FILES, Found, sign_of
 from lora_tools.formats.shards import INDEX_SUFFIX, check_index, read_index
+from lora_tools.formats.wrapped_names import (
+    Renamed,
+    TwoNamesError,
+    note,
+    of_adapter,
+    without_wrappers,
+)
 from lora_tools.sources.dequantized import Dequantized
 from lora_tools.sources.schemes import scheme_of
 
@@ -35,6 +42,7 @@ def open_checkpoint(
     stored = _open(source, allow_pickle)
     if not decoded:
         return stored
+    stored = by_plain_names(stored)
     checkpoint, sign = as_plain(stored)
     if sign is not None:
         raise CheckpointError(
@@ -42,6 +50,51 @@ def open_checkpoint(
             f"{sign.advice}"
         )
     return checkpoint
+
+
+def by_plain_names(stored: Checkpoint) -> Checkpoint:
+    """A checkpoint without what wrappers put into its names; itself where there is none of it.
+
+    What comes before all names goes only where transformers is to load the folder, which looks for
+    none of it: a bare file may be for a model that has it.
+
+    Raises:
+        CheckpointError: two tensors become one; or such a folder holds an adapter's layers, which
+            transformers would pass by, or empty weights.
+    """
+    is_loaded = bool(stored.config.get("model_type"))
+    if is_loaded:
+        _refuse_unloadable(stored)
+    try:
+        names = without_wrappers(stored.specs, outer=is_loaded)
+    except TwoNamesError as error:
+        raise CheckpointError(f"{stored.path}: {error}") from None
+    said = note(names)
+    if not said:
+        return stored
+    files = [Renamed(file, names) for file in stored.files]
+    plain = Checkpoint(stored.path, files, stored.is_folder, stored.index_name)
+    plain.notes = (f"{stored.path}: {said}",)
+    return plain
+
+
+def _refuse_unloadable(stored: Checkpoint) -> None:
+    """Raises CheckpointError for a folder of which transformers would make other weights."""
+    layers = [name for name in stored.specs if ".base_layer." in name]
+    if layers:
+        raise CheckpointError(
+            f"{stored.path}: a model saved with its adapter in it ({layers[0]}), which "
+            "transformers does not load; save it merged (model.merge_and_unload()), or the adapter "
+            "by itself (model.save_pretrained(OUT))"
+        )
+    empty = [s.name for s in stored.specs.values() if s.is_float and s.shape == (0,)]
+    if empty:
+        more = f" and {len(empty) - 1} more" if empty[1:] else ""
+        raise CheckpointError(
+            f"{stored.path}: {empty[0]}{more}: empty, of shape [0], as DeepSpeed's ZeRO-3 leaves "
+            "weights whose partitions are not gathered for saving; run zero_to_fp32.py on its own "
+            "checkpoint, or save with stage3_gather_16bit_weights_on_model_save"
+        )
 
 
 def as_plain(stored: Checkpoint) -> tuple[Checkpoint, Found | None]:
@@ -81,7 +134,8 @@ def _refuse_adapter(path: Path, names: Iterable[str] = ()) -> None:
     from lora_tools.formats.adapters.table import by_bytes, title_of
 
     form = by_bytes(path) if path.is_file() and not names else None
-    _refuse_titled(path, form.title if form is not None else title_of(list(names)))
+    keys = of_adapter(list(names))[0].values()
+    _refuse_titled(path, form.title if form is not None else title_of(list(keys)))
 
 
 def _refuse_titled(path: Path, title: str) -> None:

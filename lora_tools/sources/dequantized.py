@@ -31,7 +31,7 @@ class Dequantized(Checkpoint, Generic[P]):
         self._stored, self._scheme, self.quantized = stored, scheme, quantized
         files = [_PlainFile(file, self) for file in stored.files]
         super().__init__(stored.path, files, stored.is_folder, stored.index_name)
-        self.config = scheme.plain_config(stored.config)
+        self.config, self.notes = scheme.plain_config(stored.config), stored.notes
 
     @property
     def stored(self) -> Checkpoint:

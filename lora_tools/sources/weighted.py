@@ -50,7 +50,19 @@ def open_weighted(
         if not math.isfinite(weight):
             raise UsageError(f"{path}: its weight is {weight}; a finite number is needed")
         result.append(Weighted(open_adapter(path, allow_pickle, base=base), weight, str(path)))
+    _refuse_twice(result)
     return result
+
+
+def _refuse_twice(weighted: Sequence[Weighted]) -> None:
+    """Raises UsageError for an adapter that is given twice with no weight to either."""
+    first: dict[Path, Weighted] = {}
+    for each in weighted:
+        if each.weight == 1 and first.setdefault(each.adapter.path.resolve(), each) is not each:
+            raise UsageError(
+                f"{each.path}: given twice, which adds it twice; if that is meant, give it once "
+                f"with a weight of 2: {each.path}=2"
+            )
 
 
 def split_weight(given: str) -> tuple[str, float]:

@@ -126,7 +126,7 @@ def _fate(name: str, terms: Sequence[Term]) -> Fate:
 
 
 def _notes(options: Combination, weighted: Sequence[Weighted]) -> list[str]:
-    notes = []
+    notes = [note for w in weighted for note in w.adapter.notes]
     if options.method not in LOW_RANK:
         assert options.rule is not None
         notes.append(

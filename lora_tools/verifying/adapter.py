@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 from lora_tools.errors import MismatchError, NonFiniteError
 from lora_tools.extracting.change import measured
+from lora_tools.extracting.pairs import few_partners
 from lora_tools.figures import Total, above, left_out_totals, no_floats
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.adapters.peft import Adapter, LoraModule
+from lora_tools.formats.alignment import align
 from lora_tools.formats.checkpoint import Checkpoint
-from lora_tools.formats.names import align, split_tensor
+from lora_tools.formats.names import split_tensor
 from lora_tools.merging.fit import fit_base
 from lora_tools.merging.fitted import FittedBase
 from lora_tools.merging.plan import MergePlan, adapter_digest, build_effects, plan_merge
@@ -77,6 +79,7 @@ def verify_adapter(
     pairs = _paired(plan, to_base, weighted.adapter, tuned)
     if not any(pair.target for pair in pairs):
         raise MismatchError(f"{base.path} and {tuned.path} have no tensor in common")
+    few = few_partners(base, tuned, to_base)
     tasks = [Call(_distance, (p,), p.name, tuned.specs[p.own].nbytes) for p in pairs]
     sources = (weighted.adapter, fitted, tuned)
     distances = list(threads.run(tasks, sources, None, jobs=jobs, progress=progress))
@@ -87,7 +90,8 @@ def verify_adapter(
         f"relative error {totals['relative_error']:.4g} over all that changed, "
         f"{totals['relative_error_acted_on']:.4g} over what the adapter acts on"
     )
-    notes = [*plan.notes, *([f"tuned names: {sentence}"] if sentence else [])]
+    said = [f"tuned names: {sentence}"] if sentence else []
+    notes = [*([few] if few else []), *plan.notes, *tuned.notes, *said]
     there = {pair.own for pair in pairs if pair.target is None} | {p.name for p in pairs}
     notes += [
         f"{fate.tensor}: matches nothing in the base"

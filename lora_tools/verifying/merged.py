@@ -71,7 +71,7 @@ def verify_merged(
         verdict_of(totals, name) if not wrong else f"not {name}",
         offence,
         {**totals},
-        plan.notes,
+        (*plan.notes, *merged.notes),
     )
 
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 from lora_tools.errors import MismatchError, UsageError
 from lora_tools.figures import Total
 from lora_tools.formats import digest as hashing
+from lora_tools.formats.alignment import align
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.dtypes import torch_dtype
-from lora_tools.formats.names import align
 from lora_tools.merging.in_memory import merged_in
 from lora_tools.merging.plan import MergePlan, adapter_digest, plan_merge
 from lora_tools.merging.prepare import merge_for_now

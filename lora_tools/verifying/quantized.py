@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from lora_tools.figures import Total
 from lora_tools.formats import digest as hashing
+from lora_tools.formats.alignment import align
 from lora_tools.formats.checkpoint import Checkpoint
-from lora_tools.formats.names import align
 from lora_tools.formats.quantized.bitsandbytes import config_faults
 from lora_tools.merging.plan import MergePlan, adapter_digest, plan_merge
 from lora_tools.merging.targets import Target
@@ -62,7 +62,7 @@ def verify_nf4(
     name = "base + adapter" if weighted else "the checkpoint"
     offence = _diagnosis(checked, wrong, totals, name) if wrong else ""
     verdict = f"not {name} in four bits" if wrong else _verdict(checked, name, max_error)
-    notes = [*plan.notes, *([f"its names: {sentence}"] if sentence else [])]
+    notes = [*plan.notes, *view.notes, *([f"its names: {sentence}"] if sentence else [])]
     inputs = _inputs(checked, view, source, weighted)
     notes += _provenance(view, inputs, weighted)
     return Findings(

@@ -19,7 +19,7 @@ from lora_tools.formats.adapters.base_names import BaseNames
 from lora_tools.formats.adapters.format import Format
 from lora_tools.formats.adapters.outline import Compute, Context, Outline, group_parts, pair
 from lora_tools.formats.adapters.writer import Factors, Writer
-from lora_tools.formats.names import align
+from lora_tools.formats.alignment import align
 from lora_tools.formats.output import sync_file
 from lora_tools.formats.reopen import Reopened, Stamp
 from lora_tools.formats.tensors import as_bytes

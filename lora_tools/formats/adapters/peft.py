@@ -20,6 +20,7 @@ from lora_tools.formats.checkpoint import open_weights
 from lora_tools.formats.names import as_held, split_tensor
 from lora_tools.formats.shards import Shards, check_index, read_index, shards_named
 from lora_tools.formats.tensor_file import TensorFile
+from lora_tools.formats.wrapped_names import adapter_file
 from lora_tools.records import TensorSpec
 
 if TYPE_CHECKING:
@@ -367,7 +368,7 @@ def open_peft(source: str | Path, folder: Path, allow_pickle: bool = False) -> A
         raise AdapterError(f"{source}: no {CONFIG} there; is it a PEFT adapter folder?")
     config = read_config(folder / CONFIG)
     refuse_unmergeable(folder, config)
-    return Adapter(folder, _weights(folder, allow_pickle), config)
+    return _by_plain_names(folder, _weights(folder, allow_pickle), config)
 
 
 def _weights(folder: Path, allow_pickle: bool) -> TensorFile:
@@ -382,6 +383,14 @@ def _weights(folder: Path, allow_pickle: bool) -> TensorFile:
                 check_index(shards.home, index, read_index(index))
             return shards
     raise AdapterError(f"{folder}: no {WEIGHTS} in it")
+
+
+def _by_plain_names(folder: Path, file: TensorFile, config: dict[str, Any]) -> Adapter:
+    plain, notes = adapter_file(folder, file)
+    adapter = Adapter(folder, plain, config)
+    adapter.stored = file
+    adapter.notes = notes
+    return adapter
 
 
 def _is_kept(spec: TensorSpec) -> bool:
