@@ -5,17 +5,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lora_tools.errors import AdapterError, MismatchError, UnsupportedAdapter
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.adapters.peft import Adapter, LoraModule, Multiplier, TokenRows
 from lora_tools.formats.checkpoint import Checkpoint
-from lora_tools.formats.names import align, split_experts, split_tensor, stores_transposed
+from lora_tools.formats.names import align, split_tensor, stores_transposed
 from lora_tools.linalg.layouts import Layout, clip, of_form
 from lora_tools.linalg.scaling import scaling
 from lora_tools.merging import ia3
+from lora_tools.merging.experts import as_base_holds, fit_share
 from lora_tools.merging.names_in_memory import by_own_names, replaced, tied_to
 from lora_tools.merging.targets import BaseOutline, Part, Target, blocks_of, key_of
 from lora_tools.merging.tied_weights import (
@@ -76,14 +77,15 @@ def plan_merge(
     parts: dict[str, list[Part]] = {}
     unmatched: list[Fate] = []
     notes: list[str] = []
-    asked = {name for w in adapters for name, _ in _wanted(w, base.specs)}
+    each = [as_base_holds(_wanted(weighted), base) for weighted in adapters]
+    asked = {name for mine in each for name, _ in mine}
     head, embedding = tied_pair(base, asked)
     ties = {head: embedding} if head else {}
     followers = tied_to(base, asked - ties.keys() - base.specs.keys())
     ties = {**followers, **ties}
-    for weighted in adapters:
+    for weighted, mine in zip(adapters, each, strict=True):
         known = [*base.specs, *(name for name in ties if name not in base.specs)]
-        wanted = by_own_names(_wanted(weighted, base.specs), base, known)
+        wanted = by_own_names(mine, base, known)
         mapping, sentence = align([name for name, _ in wanted], known)
         if sentence:
             notes.append(f"{weighted.path}: {sentence} to match the base")
@@ -123,7 +125,7 @@ def plan_merge(
     return MergePlan(targets, untied, unties, tuple(unmatched), tuple(notes))
 
 
-def _wanted(weighted: Weighted, base: Mapping[str, TensorSpec]) -> list[tuple[str, Part]]:
+def _wanted(weighted: Weighted) -> list[tuple[str, Part]]:
     """Every part of an adapter with the tensor name it asks for."""
     adapter = weighted.adapter
     wanted: list[tuple[str, Part]] = []
@@ -131,14 +133,7 @@ def _wanted(weighted: Weighted, base: Mapping[str, TensorSpec]) -> list[tuple[st
         wanted.append((name, Part(weighted, key, "saved")))
     for module in (adapter.modules[name] for name in sorted(adapter.modules)):
         part = Part(weighted, module, "dora" if module.magnitude else "lora")
-        if module.experts and module.weight not in base:
-            shape, rows = split_experts(module.weight, base)
-            wanted += [
-                (name, dataclasses.replace(part, shape=shape, start=start))
-                for name, start in rows.items()
-            ] or [(module.weight, part)]
-        else:
-            wanted.append((module.weight, part))
+        wanted.append((module.weight, part))
         if module.bias:
             wanted.append((f"{module.module}.bias", Part(weighted, module, "bias")))
     for name, multiplier in sorted(adapter.multipliers.items()):
@@ -153,6 +148,8 @@ def _wanted(weighted: Weighted, base: Mapping[str, TensorSpec]) -> list[tuple[st
 def _fit(part: Part, name: str, spec: TensorSpec, base: Checkpoint | BaseOutline) -> Part:
     """Check shapes and choose the layout."""
     adapter = part.weighted.adapter
+    if part.expert is not None:
+        return fit_share(part, name, spec, base)
     if part.shape and (part.kind not in ("lora", "saved") or len(spec.shape) > 2):
         raise UnsupportedAdapter(
             f"{part.weighted.path}: has {part.kind} for a tensor of {part.shape} that {base.path} "
@@ -250,6 +247,8 @@ def build_effects(target: Target) -> list[Effect]:
         elif isinstance(source, Multiplier):
             factor = ia3.factor(adapter.tensor(source.key), source, part.layout, target.spec)
             effects.append(Multiplied(factor, weight))
+        elif isinstance(source, str) and part.expert is not None:
+            effects += part.expert.replaced(adapter.tensor(source), part.shape, weight)
         elif isinstance(source, str):
             effects.append(replaced(part, adapter.tensor(source), target))
         else:
