@@ -174,7 +174,7 @@ def test_into_a_model_as_transformers_loads_it(kind: str, tmp_path: Path) -> Non
     if kind == "nemotron_h":  # calls its layers so in files
         given = shutil.copytree(given, tmp_path / "renamed")
         factors = load_file(given / "adapter_model.safetensors")
-        factors = {k.replace("l.model.", "l.backbone."): v for k, v in factors.items()}
+        factors = {k.replace(".model.model.", ".model.backbone."): v for k, v in factors.items()}
         save_file(factors, given / "adapter_model.safetensors")
     lora_tools.merge(tmp_path / "base", [given], tmp_path / "m")
     nn.merge_(model, tmp_path / "a")
