@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from lora_tools.errors import UnsupportedAdapter
+
+# Architectures in which PEFT 0.21 refuses out_proj and conv1d as target_modules: a fused kernel
+# takes their weights past PEFT's layers (``_check_lora_target_modules_mamba``).
+_MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +37,11 @@ class Consumer:
     forms: tuple[str, ...] = ("matrix", "embedding")
     loads: bool = False
     head: bool = True
+
+    def refuses_factors(self, module: str, config: Mapping[str, Any]) -> bool:
+        """Whether it fails on factors of that module of a model with this config.json."""
+        last = module.rpartition(".")[2]
+        return self.loads and config.get("model_type") in _MAMBA and last in ("out_proj", "conv1d")
 
     def rank_for(self, rank: int) -> int:
         """The smallest accepted rank that holds ``rank``. Raises UnsupportedAdapter."""
