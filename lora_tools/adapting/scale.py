@@ -9,11 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_tools.adapting.budget import shared_ranks
-from lora_tools.adapting.convert_module import check_finite, cut_module, factor_bytes, strength_of
+from lora_tools.adapting.convert_module import (
+    check_finite,
+    cut_module,
+    factor_bytes,
+    module_layout,
+    strength_of,
+)
 from lora_tools.figures import resized_totals
 from lora_tools.formats.adapters.consumers import Consumer
 from lora_tools.formats.adapters.peft import Adapter, LoraModule
 from lora_tools.formats.dtypes import torch_dtype
+from lora_tools.linalg.layout import pad_rank
 from lora_tools.linalg.ranks import RankRule
 from lora_tools.linalg.scaling import scaling
 from lora_tools.merging.plan import adapter_digest
@@ -91,7 +98,8 @@ def refuse_unread(given: Adapter, consumer: Consumer, tied: bool) -> None:
             f"tensors saved whole ({first})", "merge the adapter into the base instead"
         )
     for module in given.modules.values():
-        if module.form not in consumer.forms:
+        stacked = module.form == "experts" and consumer.stacked  # ``for_consumer`` sees to it
+        if module.form not in consumer.forms and not stacked:
             raise consumer.refuse(
                 f"factors of form {module.form} ({module.module})",
                 "merge the adapter into the base instead",
@@ -145,7 +153,7 @@ def rescale_adapter(
         for key in (*given.whole.values(), *(rows.key for rows in given.tokens.values())):
             writer.add_raw(key, given.tensor(key))
         config = {**given.config, "use_rslora": options.rslora and options.pad_to is None}
-        digest = adapter_digest(given)
+        digest = adapter_digest(given.original)
         metadata = {k: v for k, v in given.file.metadata.items() if k != "format"}
         if report.command:  # none: this is a step of another verb, which has signed it
             metadata |= handed_on(metadata, report.command, digest)
@@ -194,10 +202,23 @@ def _scale_module(
         A, B = factors.scaled(A, 1.0, written), factors.scaled(B, fold, written)
         bias = factors.scaled(bias, fold, written)
     if options.pad_to is not None:
-        A, B = factors.padded(A, B, options.pad_to)
+        A, B = _padded(module, A, B, options.pad_to)
         r, alpha = options.pad_to, float(options.pad_to)
     check_finite(module, A, B, bias, magnitude)
     return _Scaled(A, B, r, alpha, bias, magnitude, result)
+
+
+def _padded(
+    module: LoraModule, A: torch.Tensor, B: torch.Tensor, r: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """With zeros up to rank r; of experts each."""
+    from lora_tools.linalg import factors
+
+    if module.form != "experts":
+        return factors.padded(A, B, r)
+    layout = module_layout(module, A, B)
+    parts = [pad_rank(left, right, r) for left, right in layout.split(A, B)]
+    return layout.join(parts, tuple(A.shape), tuple(B.shape))
 
 
 def _alpha_and_fold(

@@ -275,13 +275,17 @@ def _pair(
     if (embedding and treat.embeddings != "lora") or base.shape != tuned.shape:
         action: Treatment = "save" if treat.embeddings == "save" else "skip"
         return Pair(name, base, tuned, action, reason=f"--embeddings {treat.embeddings}")
-    has_form = kind is not None and base.is_float and tuned.is_float and base.numel
-    if has_form and not treat.unread(module):
-        return Pair(name, base, tuned, "decompose", kind, kind.name)
+    form = kind if base.is_float and tuned.is_float and base.numel else None
+    if form is not None and not treat.unread(module):
+        return Pair(name, base, tuned, "decompose", form, form.name)
     if parameter == "bias" and treat.rest == "save":
         return Pair(name, base, tuned, "bias", reason="a bias has no low-rank form")
     action = _OF_REST[treat.rest]
-    why = "PEFT refuses factors of it in this architecture" if has_form else "no low-rank form"
+    why = (
+        "PEFT refuses factors of it in this architecture"
+        if form is not None
+        else "no low-rank form"
+    )
     return Pair(name, base, tuned, action, reason=f"{why} (--rest {treat.rest})")
 
 

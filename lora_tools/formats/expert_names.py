@@ -41,7 +41,7 @@ _INTERLEAVED, _WITH_BIASES = ("gpt_oss",), ("openai_privacy_filter",)
 TRANSPOSED = ("gpt_oss", "openai_privacy_filter", "aria", "aria_text")
 _HELD_TRANSPOSED = (*TRANSPOSED, "llama4", "llama4_text")
 # Of those stored one by one, the architectures that have Mixtral's names.
-_W123 = ("mixtral", "phimoe", "minimax", "minimax_m2")
+_W123 = ("mixtral", "phimoe", "minimax", "minimax_m2", "lfm2_moe")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,3 +169,13 @@ def holds_transposed(config: Mapping[str, Any]) -> bool:
 def transposed_by_shapes(gate_up: tuple[int, ...], down: tuple[int, ...]) -> bool:
     """Whether weights (E, 2 · I, H) and (E, H, I) are stored the other way about."""
     return gate_up[2] == 2 * down[1]
+
+
+def one_by_one(name: ExpertName, projection: str, config: Mapping[str, Any]) -> ExpertName:
+    """The layer of one expert's projection, as checkpoints of the architecture that store experts
+    one by one call it; ``name`` is that of the experts in one tensor."""
+    holder, leaf = name.holder, f"{projection}_proj"
+    if config.get("model_type") in _W123:
+        leaf = {"gate": "w1", "up": "w3", "down": "w2"}[projection]
+        holder = re.sub(r"\.mlp\.experts$", ".block_sparse_moe.experts", holder)
+    return ExpertName(holder, 0, leaf)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lora_tools.linalg.layout import Block
@@ -34,3 +35,26 @@ def placed(
     if transposed:
         return Block(first, start, right.T, left.T)
     return Block(first + start, 0, left, right)
+
+
+def one_of_A(tensors: Sequence[torch.Tensor], numbers: Sequence[int]) -> torch.Tensor:
+    """One expert's part of PEFT's lora_A (E · r, n) of all → (r, n), or turned (n, r).
+
+    ``numbers``: E, the expert, first, after last and step of the n that are taken, whether turned.
+    """
+    count, number, start, stop, step, turned = numbers
+    part = tensors[0].reshape(count, -1, tensors[0].shape[1])[number][:, start:stop:step]
+    return part.T if turned else part
+
+
+def one_of_B(tensors: Sequence[torch.Tensor], numbers: Sequence[int]) -> torch.Tensor:
+    """One expert's part of PEFT's lora_B (n, r · E) of all → (n, r), or turned (r, n); ``numbers``
+    as in ``one_of_A``."""
+    count, number, start, stop, step, turned = numbers
+    part = tensors[0].reshape(tensors[0].shape[0], -1, count)[start:stop:step, :, number]
+    return part.T if turned else part
+
+
+def zeros(tensors: Sequence[torch.Tensor], numbers: Sequence[int]) -> torch.Tensor:
+    """A factor of no change, of the shape ``numbers``."""
+    return tensors[0].new_zeros(tuple(numbers))

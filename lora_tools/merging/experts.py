@@ -5,7 +5,7 @@ turned."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import MismatchError, UnsupportedAdapter
@@ -18,6 +18,7 @@ from lora_tools.formats.expert_names import (
     experts_by_layer,
     holds_transposed,
     interleaves,
+    one_by_one,
     transposed_by_shapes,
 )
 from lora_tools.linalg.layouts import LAYOUTS
@@ -25,6 +26,7 @@ from lora_tools.merging.expert_share import Share
 from lora_tools.merging.targets import BaseOutline, Part, key_of
 from lora_tools.records import TensorSpec
 from lora_tools.sources.transformers_names import loaded
+from lora_tools.sources.weighted import Weighted
 
 if TYPE_CHECKING:
     from lora_tools.formats.checkpoint import Checkpoint
@@ -45,12 +47,7 @@ def as_base_holds(wanted: list[_Wanted], base: Checkpoint | BaseOutline) -> list
     layers = {own.layer for own in asked.values() if own is not None and own.layer}
     if not layers:
         return wanted
-    specs = base.specs
-    found = experts_by_layer(specs)
-    if not layers & found.keys() and getattr(base, "renamed", None) is None:
-        how = loaded(base.config, base.specs)
-        specs = {} if how is None else {name: t.spec for name, t in how.tensors.items()}
-        found = experts_by_layer(specs)
+    found, specs = _experts_of(base, layers)
     result: list[_Wanted] = []
     for name, part in wanted:
         own = asked.get(name)
@@ -60,6 +57,19 @@ def as_base_holds(wanted: list[_Wanted], base: Checkpoint | BaseOutline) -> list
         else:
             result += _in_form(own, part, experts, base.config, specs)
     return result
+
+
+def _experts_of(
+    base: Checkpoint | BaseOutline, layers: Collection[str]
+) -> tuple[dict[str, Experts], Mapping[str, TensorSpec]]:
+    """How the base holds the experts of these layers, and the tensors that tell: its own, or those
+    that transformers makes of them where its own have other names."""
+    found = experts_by_layer(base.specs)
+    if set(layers) & found.keys() or getattr(base, "renamed", None) is not None:
+        return found, base.specs
+    how = loaded(base.config, base.specs)
+    specs = {} if how is None else {name: t.spec for name, t in how.tensors.items()}
+    return experts_by_layer(specs), specs
 
 
 def _in_form(
@@ -76,15 +86,9 @@ def _in_form(
     if same and fused == (own.number is None):  # by another name
         return [(own.held_as(forms[0].of(own.number)).tensor, part)]
     _refuse_kind(part, own)
-    together = {"gate_up_proj", "gate_up_projs"} & {own.leaf, *(form.leaf for form in forms)}
-    biased = f"{forms[0].holder}.gate_up_proj_bias" in specs
-    alternate = "gate_up_projs" in together or interleaves(config, biased)
+    alternate = _alternate(own, forms, config, specs)
     if alternate is None and any(form.projections != own.projections for form in forms):
-        raise UnsupportedAdapter(
-            f"{part.weighted.path}: {own.tensor}: whether gate and up of {forms[0].holder} are one "
-            "above the other or alternate is not known of this architecture; merge in the form "
-            "that the adapter has"
-        )
+        raise _order_unknown(part.weighted, own, forms[0])
     numbers = [own.number] if own.number is not None else list(range(experts.count))
     found = []
     for form in forms:
@@ -93,6 +97,73 @@ def _in_form(
             share = Share(own, stored, experts.count, bool(alternate))
             found.append((stored.tensor, dataclasses.replace(part, expert=share)))
     return found
+
+
+def _alternate(
+    own: ExpertName,
+    forms: Sequence[ExpertName],
+    config: Mapping[str, Any],
+    specs: Mapping[str, TensorSpec],
+) -> bool | None:
+    """Whether gate and up alternate where one tensor holds both; None where that is not known."""
+    if "gate_up_projs" in (own.leaf, *(form.leaf for form in forms)):
+        return True
+    return interleaves(config, f"{forms[0].holder}.gate_up_proj_bias" in specs)
+
+
+def _order_unknown(weighted: Weighted, own: ExpertName, form: ExpertName) -> UnsupportedAdapter:
+    return UnsupportedAdapter(
+        f"{weighted.path}: {own.tensor}: whether gate and up of {form.holder} are one above the "
+        "other or alternate is not known of this architecture; merge in the form that the adapter "
+        "has"
+    )
+
+
+def one_by_one_shares(weighted: Weighted, module: LoraModule, base: Checkpoint) -> list[Share]:
+    """Factors of all experts in one, as shares of a layer for each projection of each expert. The
+    layers' names are the base's, or those of such checkpoints of its architecture.
+
+    Raises:
+        MismatchError: the factors are for other experts.
+        UnsupportedAdapter: the base has none there, or in an order that is not known.
+    """
+    own = expert_name(module.weight)
+    found, specs = _experts_of(base, [own.layer] if own is not None else [])
+    experts = found.get(own.layer) if own is not None else None
+    if own is None or experts is None or not experts.names.keys() >= set(own.projections):
+        raise UnsupportedAdapter(
+            f"{weighted.path}: {module.weight} is of no experts that are known in {base.path}; "
+            "merge the adapter into the base instead"
+        )
+    alternate = _alternate(own, list(experts.names.values()), base.config, specs)
+    if alternate is None and len(own.projections) > 1:
+        raise _order_unknown(weighted, own, experts.names[own.projections[0]])
+    shares = []
+    for projection in own.projections:
+        stored, sides = single_layer(experts, projection, base, specs)
+        share = Share(own, stored, experts.count, bool(alternate))
+        spec = TensorSpec(stored.tensor, "F32", sides)
+        fitted = fit_share(Part(weighted, module, "lora", expert=share), spec.name, spec, base)
+        assert fitted.expert is not None
+        shares += [
+            dataclasses.replace(fitted.expert, stored=stored.of(n)) for n in range(experts.count)
+        ]
+    return shares
+
+
+def single_layer(
+    experts: Experts, projection: str, base: Checkpoint, specs: Mapping[str, TensorSpec]
+) -> tuple[ExpertName, tuple[int, int]]:
+    """The name that the first expert's layer of a projection has, or would have, and (out, in)."""
+    held = experts.names[projection]
+    spec = specs[held.tensor]
+    turned = held.number is None and _stored_transposed(held.tensor, spec, base)
+    rows, cols = spec.shape[-2:]
+    out, inside = (cols, rows) if turned else (rows, cols)
+    sides = out // len(held.projections), inside
+    if held.number is not None and len(held.projections) == 1:
+        return held, sides
+    return one_by_one(held, projection, base.config), sides
 
 
 def _refuse_kind(part: Part, own: ExpertName) -> None:
@@ -123,12 +194,11 @@ def fit_share(part: Part, name: str, spec: TensorSpec, base: Checkpoint | BaseOu
     else:
         shape = adapter.shape(key_of(part))
         count, rows, cols = (1, *shape)[-3:]
-    if (share.own.number is None and count != share.count) or (
-        share.own.number or 0
-    ) >= share.count:
+    given = count if share.own.number is None else share.own.number + 1
+    if given > share.count or (share.own.number is None and given < share.count):
         raise MismatchError(
             f"{share.own.tensor}: {base.path} has {share.count} experts there, "
-            f"{part.weighted.path} has {count if share.own.number is None else 'more'}"
+            f"{part.weighted.path} has {given}"
         )
     ways = [
         way
@@ -149,11 +219,8 @@ def fit_share(part: Part, name: str, spec: TensorSpec, base: Checkpoint | BaseOu
         ways = [way for way in ways if way.transposed == turned] or ways
         swapped = holds_transposed(base.config) != _taken_transposed(part, base.config)
         ways = [way for way in ways if way.swapped == swapped] or ways
-    if (
-        part.kind == "saved"
-        and share.interleaved
-        and share.own.projections != share.stored.projections
-    ):
+    apart = share.own.projections != share.stored.projections
+    if part.kind == "saved" and share.interleaved and apart:
         raise UnsupportedAdapter(
             f"{part.weighted.path}: {share.own.tensor} is saved whole, and its rows alternate with "
             f"others in {name}; that is not merged"

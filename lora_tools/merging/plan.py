@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lora_tools.errors import AdapterError, MismatchError, UnsupportedAdapter
@@ -79,30 +79,23 @@ def plan_merge(
     notes: list[str] = []
     each = [as_base_holds(_wanted(weighted), base) for weighted in adapters]
     asked = {name for mine in each for name, _ in mine}
-    head, embedding = tied_pair(base, asked)
-    ties = {head: embedding} if head else {}
-    followers = tied_to(base, asked - ties.keys() - base.specs.keys())
-    ties = {**followers, **ties}
+    head, embedding, followers = _ties(base, asked)
+    ties = {**followers, **({head: embedding} if head else {})}
     for weighted, mine in zip(adapters, each, strict=True):
-        known = [*base.specs, *(name for name in ties if name not in base.specs)]
-        wanted = by_own_names(mine, base, known)
-        mapping, sentence = align([name for name, _ in wanted], known)
+        matched, sentence = _matched(mine, base, ties)
         if sentence:
             notes.append(f"{weighted.path}: {sentence} to match the base")
-        for name, part in wanted:
-            target = mapping[name]
+        for name, target, part in matched:
             if part.kind == "ia3" and target not in base.specs and target.endswith(".bias"):
                 continue  # IA³ multiplies a module's output; not every module adds a bias to it
-            if target in known:
+            if target in base.specs or target in ties:
                 spec = base.specs.get(target) or base.specs[ties[target]]
                 parts.setdefault(target, []).append(_fit(part, target, spec, base))
             elif allow_unmatched:
                 unmatched.append(Fate(name, Action.UNMATCHED, f"{weighted.path}: no such tensor"))
             else:
-                raise AdapterError(
-                    f"{weighted.path}: {name} matches no tensor of {base.path}; is this the right "
-                    "base? --allow-unmatched leaves such keys out"
-                )
+                said = _no_such_tensor(weighted, name, base)
+                raise AdapterError(f"{said} --allow-unmatched leaves such keys out")
     if adapters and not parts:
         raise AdapterError(f"no key of {', '.join(w.path for w in adapters)} matches {base.path}")
     take_followers(parts, followers, notes)
@@ -123,6 +116,51 @@ def plan_merge(
             notes.append(f"{head} stays tied to {embedding}: the adapters act on both alike")
     targets = tuple(_target(spec, name, parts.get(name, ())) for name, spec in base.specs.items())
     return MergePlan(targets, untied, unties, tuple(unmatched), tuple(notes))
+
+
+def names_in_base(weighted: Weighted, base: Checkpoint) -> tuple[dict[str, str], str]:
+    """Which tensor of the base each module of an adapter acts on, where it is one and has no other
+    name in memory; and a sentence on a prefix that was left out or put before, or "".
+
+    Raises:
+        AdapterError: a key matches nothing, as in a merge; of what is saved whole that is not
+            asked, since a model may come to have it.
+    """
+    wanted = [(n, p) for n, p in as_base_holds(_wanted(weighted), base) if p.kind != "saved"]
+    head, embedding, followers = _ties(base, {name for name, _ in wanted})
+    ties = {**followers, **({head: embedding} if head else {})}
+    matched, sentence = _matched(wanted, base, ties)
+    asked = {id(part): name for name, part in wanted if part.expert is None}
+    found = {}
+    for name, target, part in matched:
+        if target not in base.specs and target not in ties:
+            raise AdapterError(_no_such_tensor(weighted, name, base))
+        if isinstance(part.source, LoraModule) and asked.get(id(part)) == name:
+            found[part.source.name] = target
+    return found, sentence
+
+
+def _no_such_tensor(weighted: Weighted, name: str, base: Checkpoint | BaseOutline) -> str:
+    return f"{weighted.path}: {name} matches no tensor of {base.path}; is this the right base?"
+
+
+def _ties(
+    base: Checkpoint | BaseOutline, asked: Collection[str]
+) -> tuple[str, str, dict[str, str]]:
+    """The output head and the embedding that it is, or ""; and other names of stored weights that
+    are asked for."""
+    head, embedding = tied_pair(base, asked)
+    return head, embedding, tied_to(base, set(asked) - {head} - base.specs.keys())
+
+
+def _matched(
+    wanted: list[tuple[str, Part]], base: Checkpoint | BaseOutline, ties: Mapping[str, str]
+) -> tuple[list[tuple[str, str, Part]], str]:
+    """Names that are asked for and the base's names for them, and what ``align`` says."""
+    known = [*base.specs, *(name for name in ties if name not in base.specs)]
+    wanted = by_own_names(wanted, base, known)
+    mapping, sentence = align([name for name, _ in wanted], known)
+    return [(name, mapping[name], part) for name, part in wanted], sentence
 
 
 def _wanted(weighted: Weighted) -> list[tuple[str, Part]]:

@@ -24,6 +24,8 @@ class Consumer:
         saved: reads tensors saved whole; bias: biases; dora: DoRA magnitudes.
         forms: the forms of factors it reads.
         loads: goes by the names that transformers gives modules in memory, and not by the files'.
+        stacked: where it reads factors of experts, these are one by one; but in architectures of
+            these types, whose are as PEFT's of all experts in one.
         head: takes factors of an input embedding that is the output head, too. (llama.cpp has one
             tensor for both, and aborts on factors of it.)
     """
@@ -36,6 +38,7 @@ class Consumer:
     dora: bool = False
     forms: tuple[str, ...] = ("matrix", "embedding")
     loads: bool = False
+    stacked: tuple[str, ...] = ()
     head: bool = True
 
     def refuses_factors(self, module: str, config: Mapping[str, Any]) -> bool:
@@ -70,7 +73,12 @@ CONSUMERS: dict[str, Consumer] = {
             loads=True,
             forms=("matrix", "embedding", "conv", "experts"),
         ),
-        Consumer("vllm", ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512)),
+        Consumer(
+            "vllm",
+            ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),
+            # Its model classes with ``is_3d_moe_weight``.
+            stacked=("gpt_oss", "qwen3_vl_moe", "qwen3_5_moe", "qwen3_5_moe_text", "interns1_pro"),
+        ),
         Consumer("llama.cpp", head=False),
     )
 }
