@@ -297,3 +297,80 @@ def test_biases_beside_say_that_the_order_is_not_known(tmp_path: Path) -> None:
     given = experts.write_adapter(tmp_path / "a", by, arch, "qwen")
     with pytest.raises(UnsupportedAdapter, match="is not known of this architecture"):
         lora_tools.merge(base, [given], tmp_path / "m")
+
+
+def vllm_reads(folder: Path, arch: Architecture, stacked: bool) -> experts.Matrices:
+    """The changes that vLLM makes of it (``_stack_moe_lora_weights`` and ``pack_moe`` of its
+    model_manager.py): of classes with ``is_3d_moe_weight`` it takes both pairs of all experts, of
+    others three pairs of each; all are wanted there."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["r"] in (1, 8, 16, 32, 64)
+    scale = config["lora_alpha"] / config["r"]
+    given = {k.removeprefix("base_model.model."): v for k, v in models.tensors(folder).items()}
+
+    def pair(module: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return given.pop(f"{module}.lora_A.weight"), given.pop(f"{module}.lora_B.weight")
+
+    found: experts.Matrices = {}
+    for layer in range(2):
+        inside = "block_sparse_moe" if arch is MIXTRAL else arch.inside
+        holder = f"model.layers.{layer}.{inside}.experts"
+        if stacked:
+            for name, key in (("gate_up", f"{holder}.base_layer"), ("down", holder)):
+                A, B = pair(key)
+                A = A.reshape(experts.E, -1, A.shape[1])
+                B = B.reshape(B.shape[0], -1, experts.E).permute(2, 0, 1)
+                for n, delta in enumerate(B @ A * scale):
+                    alternate = arch.interleaved and name == "gate_up"
+                    found[layer, n, name] = (
+                        torch.cat((delta[::2], delta[1::2])) if alternate else delta
+                    )
+            continue
+        names = ("w1", "w3", "w2") if arch is MIXTRAL else ("gate_proj", "up_proj", "down_proj")
+        for n in range(experts.E):
+            gate, up, down = (B @ A * scale for A, B in (pair(f"{holder}.{n}.{m}") for m in names))
+            found |= {(layer, n, "gate_up"): torch.cat((gate, up)), (layer, n, "down"): down}
+    assert not given, "keys that vLLM does not look for"
+    return found
+
+
+QWEN35 = Architecture("qwen3_5_moe_text")
+FOR_VLLM = [
+    *((PLAIN, b, a, False) for b in ("qwen", "memory", "turned") for a in ("qwen", "peft")),
+    (PLAIN, "memory", "peft-0.18", False),
+    *((MIXTRAL, b, a, False) for b in ("mixtral", "memory") for a in ("qwen", "mixtral", "peft")),
+    *((LLAMA4, "memory", a, False) for a in ("qwen", "peft", "peft-0.18")),
+    *((GPT_OSS, "memory", a, True) for a in ("qwen", "unsloth", "peft")),
+    (GPT_OSS, "unsloth", "unsloth", True),
+    *((QWEN35, b, a, True) for b in ("qwen", "memory") for a in ("qwen", "peft", "peft-0.18")),
+]
+
+
+@pytest.mark.parametrize("part", ["", "gate_up", "down"])
+@pytest.mark.parametrize(
+    ("arch", "base", "adapter", "stacked"),
+    FOR_VLLM,
+    ids=[f"{v[0].model_type}-{v[2]}-for-{v[1]}" for v in FOR_VLLM],
+)
+def test_for_vllm(
+    arch: Architecture, base: str, adapter: str, stacked: bool, part: str, tmp_path: Path
+) -> None:
+    """Cut and put together exactly; ``part``: with nothing but this in the adapter."""
+    if part and adapter.startswith("peft"):
+        pytest.skip("PEFT has both here")
+    before = experts.matrices((8, 6), 0)
+    by = {k: v for k, v in experts.products(before, 1).items() if not part or k[2] == part}
+    experts.write_base(tmp_path / "base", experts.stored(before, arch, base), arch)
+    experts.write_adapter(tmp_path / "a", by, arch, adapter)
+    report = lora_tools.rescale(
+        tmp_path / "a", tmp_path / "v", consumer="vllm", base=tmp_path / "base"
+    )
+    assert all("experts" in fate.tensor for fate in report.plan)
+    found = vllm_reads(tmp_path / "v", arch, stacked)
+    assert found.keys() == before.keys()
+    for key, delta in found.items():
+        B, A = by.get(key, (torch.zeros(delta.shape[0], 1), torch.zeros(1, delta.shape[1])))
+        torch.testing.assert_close(delta, experts.ALPHA / experts.R * B @ A, rtol=1e-5, atol=1e-5)
+    lora_tools.merge(tmp_path / "base", [tmp_path / "v"], tmp_path / "m")
+    lora_tools.merge(tmp_path / "base", [tmp_path / "a"], tmp_path / "n")
+    models.assert_same(models.tensors(tmp_path / "m"), models.tensors(tmp_path / "n"), 1e-6)

@@ -1,21 +1,18 @@
-"""An adapter on its way to a consumer that goes by the base's names and reads experts one by one:
-its modules under those names, and factors of all experts in one cut into those of each."""
+"""An adapter on its way to a consumer that goes by the base's names: its modules under those names,
+and factors of experts in the form in which the consumer reads them."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
-
+from lora_tools.adapting.expert_layers import Layer, all_in_one, one_by_one
 from lora_tools.formats.adapters.consumers import Consumer
 from lora_tools.formats.adapters.outline import Made
 from lora_tools.formats.adapters.peft import Adapter, LoraModule
 from lora_tools.formats.adapters.reformed import NewModule, Reformed
 from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.formats.expert_names import expert_name
 from lora_tools.formats.names import split_tensor
-from lora_tools.merging.expert_share import Share
-from lora_tools.merging.experts import one_by_one_shares
+from lora_tools.merging.experts import experts_of
 from lora_tools.merging.plan import names_in_base
-from lora_tools.records import TensorSpec
 from lora_tools.sources.weighted import Weighted
 
 
@@ -32,10 +29,45 @@ def in_terms_of(
     names, sentence = names_in_base(weighted, base) if base is not None else ({}, "")
     if consumer.loads:
         return given, [f"{path}: {sentence} to match the base"] if sentence else []
+    _refuse_experts(given, base, consumer)
+    if base is None:
+        return given, []
+    layers = _layers(weighted, base) if consumer.stacked else {}
+    stacks = base.config.get("model_type") in consumer.stacked
+    modules: list[NewModule] = []
+    made = {id(module): layer for layer in layers.values() for module in layer.modules}
+    for name, module in given.modules.items():
+        if id(module) not in made:
+            modules.append(renamed(given, module, split_tensor(names.get(name, module.weight))[0]))
+    for layer in layers.values():
+        modules += all_in_one(layer) if stacks else one_by_one(layer)
+    old = {module.name: module.r for module in given.modules.values()}
+    new = {module.target: module.r for module in modules}
+    if new == old and all(part.recipe == "same" for m in modules for part in m.parts.values()):
+        return given, []
+    notes = []
+    moved = sum(
+        module.name not in new for module in given.modules.values() if id(module) not in made
+    )
+    if moved:
+        notes.append(f"{sentence}: {moved} modules have the base's names")
+    if made:
+        form = "of all experts in one" if stacks else "of each expert"
+        ranks = sorted({m.r for m in modules if m.target not in old} or set(new.values()))
+        notes.append(
+            f"{consumer.name} reads factors {form}: {len(made)} pairs are "
+            f"{len(modules) - len(given.modules) + len(made)} now, of rank "
+            f"{', '.join(map(str, ranks))}, exactly; zeros where an expert had none"
+        )
+    from lora_tools.linalg.recipes import compute
+
+    return Reformed(given, modules, compute), notes
+
+
+def _refuse_experts(given: Adapter, base: Checkpoint | None, consumer: Consumer) -> None:
+    """Raises UnsupportedAdapter for factors of all experts in one that cannot be cut."""
     stacked = [m for m in given.modules.values() if m.form == "experts"]
-    if base is not None and base.config.get("model_type") in consumer.stacked:
-        stacked = []
-    elif stacked and (base is None or not consumer.stacked):
+    if stacked and (base is None or not consumer.stacked):
         raise consumer.refuse(
             f"factors of all experts in one ({stacked[0].name})",
             "give the base they were trained on with --base, which tells what of them is of which "
@@ -43,28 +75,24 @@ def in_terms_of(
             if consumer.stacked
             else "merge the adapter into the base instead",
         )
-    moved = {m: name for m, name in names.items() if given.modules[m].weight != name}
-    if not stacked and not moved:
-        return given, []
-    modules: list[NewModule] = []
-    for name, module in given.modules.items():
-        if module in stacked and base is not None:
-            modules += [_one(given, module, s) for s in one_by_one_shares(weighted, module, base)]
-        else:
-            modules.append(_renamed(given, module, split_tensor(names.get(name, module.weight))[0]))
-    notes = [f"{sentence}: {len(moved)} modules have the base's names"] if moved else []
-    if stacked:
-        notes.append(
-            f"{consumer.name} reads factors of each expert: {len(stacked)} pairs for all experts "
-            f"in one are {len(modules) - len(given.modules) + len(stacked)} now, of the same rank, "
-            "exactly"
-        )
-    from lora_tools.linalg.recipes import compute
-
-    return Reformed(given, modules, compute), notes
 
 
-def _renamed(given: Adapter, module: LoraModule, name: str) -> NewModule:
+def _layers(weighted: Weighted, base: Checkpoint) -> dict[str, Layer]:
+    """The modules that are of experts, by layer."""
+    mine: dict[str, list[LoraModule]] = {}
+    for module in weighted.adapter.modules.values():
+        own = expert_name(module.weight)
+        if own is not None and own.layer:
+            mine.setdefault(own.layer, []).append(module)
+    found, specs = experts_of(base, mine)
+    return {
+        layer: Layer(weighted, tuple(modules), found[layer], base, specs)
+        for layer, modules in mine.items()
+        if layer in found
+    }
+
+
+def renamed(given: Adapter, module: LoraModule, name: str) -> NewModule:
     """The module as it is, by another name."""
     keys = {"lora_B.bias": module.bias, "lora_magnitude_vector": module.magnitude}
     if module.form == "embedding":
@@ -73,30 +101,3 @@ def _renamed(given: Adapter, module: LoraModule, name: str) -> NewModule:
         keys |= {"lora_A.weight": module.A, "lora_B.weight": module.B}
     parts = {part: Made(given.file.specs[key], (key,)) for part, key in keys.items() if key}
     return NewModule(name, parts, module.r, module.alpha)
-
-
-def _one(given: Adapter, module: LoraModule, share: Share) -> NewModule:
-    """One projection of one expert, cut out of the factors of all."""
-    number = share.stored.number
-    assert number is not None
-    A, B = given.file.specs[module.A], given.file.specs[module.B]
-    out, inside = B.shape[0], A.shape[1]
-    if share.swapped:
-        out, inside = inside, out
-    ((rows, _),) = share.halves(out, out)
-    every, taken = (0, inside, 1), (rows.start, rows.stop, rows.step or 1)
-    turned = int(share.swapped)
-
-    def made(spec: TensorSpec, recipe: str, shape: tuple[int, int], cut: Sequence[int]) -> Made:
-        spec = dataclasses.replace(spec, shape=shape)
-        return Made(spec, (spec.name,), recipe, (share.count, number, *cut, turned))
-
-    shapes = (module.r, inside), (len(range(*taken)), module.r)
-    if share.swapped:
-        lora_A = made(B, "one_of_B", shapes[0], every)
-        lora_B = made(A, "one_of_A", shapes[1], taken)
-    else:
-        lora_A = made(A, "one_of_A", shapes[0], every)
-        lora_B = made(B, "one_of_B", shapes[1], taken)
-    parts: Mapping[str, Made] = {"lora_A.weight": lora_A, "lora_B.weight": lora_B}
-    return NewModule(share.stored.module, parts, module.r, module.alpha)

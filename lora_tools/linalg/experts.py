@@ -55,6 +55,43 @@ def one_of_B(tensors: Sequence[torch.Tensor], numbers: Sequence[int]) -> torch.T
     return part.T if turned else part
 
 
+def turned_A(tensors: Sequence[torch.Tensor], numbers: Sequence[int]) -> torch.Tensor:
+    """PEFT's lora_A (E · r, n) of all experts as the lora_B (n, r · E) of their transposes.
+    ``numbers``: E."""
+    n = tensors[0].shape[1]
+    return tensors[0].reshape(numbers[0], -1, n).permute(2, 1, 0).reshape(n, -1)
+
+
+def turned_B(tensors: Sequence[torch.Tensor], numbers: Sequence[int]) -> torch.Tensor:
+    """PEFT's lora_B (n, r · E) of all experts as the lora_A (E · r, n) of their transposes.
+    ``numbers``: E."""
+    n = tensors[0].shape[0]
+    return tensors[0].reshape(n, -1, numbers[0]).permute(2, 1, 0).reshape(-1, n)
+
+
 def zeros(tensors: Sequence[torch.Tensor], numbers: Sequence[int]) -> torch.Tensor:
     """A factor of no change, of the shape ``numbers``."""
     return tensors[0].new_zeros(tuple(numbers))
+
+
+def all_As(tensors: Sequence[torch.Tensor], numbers: Sequence[int]) -> torch.Tensor:
+    """PEFT's lora_A (E · h · r, in) of all experts, out of h factors (r, in) of each, one above the
+    other. ``numbers``: E, h, r, in, and of each factor whether it is there; zeros else."""
+    import torch
+
+    count, halves, r, inside, *there = numbers
+    given, none = iter(tensors), tensors[0].new_zeros(r, inside)
+    return torch.cat([next(given) if there[i] else none for i in range(count * halves)])
+
+
+def all_Bs(tensors: Sequence[torch.Tensor], numbers: Sequence[int]) -> torch.Tensor:
+    """PEFT's lora_B (out, h · r · E) of all experts, out of h factors (out / h, r) of each, each in
+    its own rows and columns. ``numbers``: E, h, r, out, whether the rows of halves alternate, and
+    of each factor whether it is there; zeros else."""
+    count, halves, r, out, interleaved, *there = numbers
+    given, whole = iter(tensors), tensors[0].new_zeros(out, halves * r, count)
+    for i in range(count * halves):
+        if there[i]:
+            rows = rows_of_half(i % halves, halves, out, bool(interleaved))
+            whole[rows, i % halves * r : (i % halves + 1) * r, i // halves] = next(given)
+    return whole.reshape(out, -1)

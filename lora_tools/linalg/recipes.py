@@ -183,7 +183,11 @@ RECIPES: dict[str, Recipe] = {
         loralib.gathered_right,
         experts.one_of_A,
         experts.one_of_B,
+        experts.turned_A,
+        experts.turned_B,
         experts.zeros,
+        experts.all_As,
+        experts.all_Bs,
     )
 }
 

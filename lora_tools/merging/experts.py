@@ -5,7 +5,7 @@ turned."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import MismatchError, UnsupportedAdapter
@@ -47,7 +47,7 @@ def as_base_holds(wanted: list[_Wanted], base: Checkpoint | BaseOutline) -> list
     layers = {own.layer for own in asked.values() if own is not None and own.layer}
     if not layers:
         return wanted
-    found, specs = _experts_of(base, layers)
+    found, specs = experts_of(base, layers)
     result: list[_Wanted] = []
     for name, part in wanted:
         own = asked.get(name)
@@ -55,11 +55,11 @@ def as_base_holds(wanted: list[_Wanted], base: Checkpoint | BaseOutline) -> list
         if own is None or experts is None or not experts.names.keys() >= set(own.projections):
             result.append((name, part))
         else:
-            result += _in_form(own, part, experts, base.config, specs)
+            result += _in_form(own, part, experts, base, specs)
     return result
 
 
-def _experts_of(
+def experts_of(
     base: Checkpoint | BaseOutline, layers: Collection[str]
 ) -> tuple[dict[str, Experts], Mapping[str, TensorSpec]]:
     """How the base holds the experts of these layers, and the tensors that tell: its own, or those
@@ -76,7 +76,7 @@ def _in_form(
     own: ExpertName,
     part: Part,
     experts: Experts,
-    config: Mapping[str, Any],
+    base: Checkpoint | BaseOutline,
     specs: Mapping[str, TensorSpec],
 ) -> list[_Wanted]:
     """One part as those of the tensors that hold what it acts on."""
@@ -86,29 +86,29 @@ def _in_form(
     if same and fused == (own.number is None):  # by another name
         return [(own.held_as(forms[0].of(own.number)).tensor, part)]
     _refuse_kind(part, own)
-    alternate = _alternate(own, forms, config, specs)
-    if alternate is None and any(form.projections != own.projections for form in forms):
+    alternates = alternate(own.tensor, experts, base, specs)
+    if alternates is None and any(form.projections != own.projections for form in forms):
         raise _order_unknown(part.weighted, own, forms[0])
     numbers = [own.number] if own.number is not None else list(range(experts.count))
     found = []
     for form in forms:
         for number in [None] if fused else numbers:
             stored = own.held_as(form.of(number))
-            share = Share(own, stored, experts.count, bool(alternate))
+            share = Share(own, stored, experts.count, bool(alternates))
             found.append((stored.tensor, dataclasses.replace(part, expert=share)))
     return found
 
 
-def _alternate(
-    own: ExpertName,
-    forms: Sequence[ExpertName],
-    config: Mapping[str, Any],
-    specs: Mapping[str, TensorSpec],
+def alternate(
+    tensor: str, experts: Experts, base: Checkpoint | BaseOutline, specs: Mapping[str, TensorSpec]
 ) -> bool | None:
-    """Whether gate and up alternate where one tensor holds both; None where that is not known."""
-    if "gate_up_projs" in (own.leaf, *(form.leaf for form in forms)):
+    """Whether gate and up alternate where one tensor holds both, be it this one of an adapter or
+    one of ``specs``; None where that is not known."""
+    names = [expert_name(tensor), *experts.names.values()]
+    if any(name is not None and name.leaf == "gate_up_projs" for name in names):
         return True
-    return interleaves(config, f"{forms[0].holder}.gate_up_proj_bias" in specs)
+    held = next(iter(experts.names.values())).holder
+    return interleaves(base.config, f"{held}.gate_up_proj_bias" in specs)
 
 
 def _order_unknown(weighted: Weighted, own: ExpertName, form: ExpertName) -> UnsupportedAdapter:
@@ -128,20 +128,20 @@ def one_by_one_shares(weighted: Weighted, module: LoraModule, base: Checkpoint) 
         UnsupportedAdapter: the base has none there, or in an order that is not known.
     """
     own = expert_name(module.weight)
-    found, specs = _experts_of(base, [own.layer] if own is not None else [])
+    found, specs = experts_of(base, [own.layer] if own is not None else [])
     experts = found.get(own.layer) if own is not None else None
     if own is None or experts is None or not experts.names.keys() >= set(own.projections):
         raise UnsupportedAdapter(
             f"{weighted.path}: {module.weight} is of no experts that are known in {base.path}; "
             "merge the adapter into the base instead"
         )
-    alternate = _alternate(own, list(experts.names.values()), base.config, specs)
-    if alternate is None and len(own.projections) > 1:
+    alternates = alternate(own.tensor, experts, base, specs)
+    if alternates is None and len(own.projections) > 1:
         raise _order_unknown(weighted, own, experts.names[own.projections[0]])
     shares = []
     for projection in own.projections:
         stored, sides = single_layer(experts, projection, base, specs)
-        share = Share(own, stored, experts.count, bool(alternate))
+        share = Share(own, stored, experts.count, bool(alternates))
         spec = TensorSpec(stored.tensor, "F32", sides)
         fitted = fit_share(Part(weighted, module, "lora", expert=share), spec.name, spec, base)
         assert fitted.expert is not None

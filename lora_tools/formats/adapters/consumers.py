@@ -24,8 +24,8 @@ class Consumer:
         saved: reads tensors saved whole; bias: biases; dora: DoRA magnitudes.
         forms: the forms of factors it reads.
         loads: goes by the names that transformers gives modules in memory, and not by the files'.
-        stacked: where it reads factors of experts, these are one by one; but in architectures of
-            these types, whose are as PEFT's of all experts in one.
+        stacked: it reads factors of experts one by one, of all three projections; but of
+            architectures of these types as PEFT has them, all experts in one, of both parameters.
         head: takes factors of an input embedding that is the output head, too. (llama.cpp has one
             tensor for both, and aborts on factors of it.)
     """

@@ -18,12 +18,26 @@ class NewModule:
 
     Attributes:
         parts: by what PEFT calls them in a key: ``lora_A.weight``, ``lora_embedding_A``, …
+        parameter: of a module of experts, the parameter that they act on.
+        depth: how many of PEFT's wrappers are around it.
     """
 
     name: str
     parts: Mapping[str, Made]
     r: int
     alpha: float
+    parameter: str = ""
+    depth: int = 0
+
+    @property
+    def target(self) -> str:
+        """What PEFT is told to put factors beside."""
+        return f"{self.name}.{self.parameter}" if self.parameter else self.name
+
+    @property
+    def prefix(self) -> str:
+        """How its keys begin."""
+        return f"{PREFIX}{self.name}{'.base_layer' * self.depth}"
 
 
 class Reformed(Adapter):
@@ -32,22 +46,23 @@ class Reformed(Adapter):
     def __init__(self, given: Adapter, modules: Sequence[NewModule], compute: Compute) -> None:
         self._given = given
         self._numbers: dict[str, Mapping[str, Any]] = {
-            "rank_pattern": {module.name: module.r for module in modules},
-            "alpha_pattern": {module.name: module.alpha for module in modules},
+            "rank_pattern": {module.target: module.r for module in modules},
+            "alpha_pattern": {module.target: module.alpha for module in modules},
         }
         self.form, self.format, self.stored = given.form, given.format, given.stored
         self.notes, self.blocks, self.unresolved = given.notes, given.blocks, given.unresolved
         made = [
-            dataclasses.replace(part, spec=_named(part.spec, f"{PREFIX}{module.name}.{key}"))
+            dataclasses.replace(part, spec=_named(part.spec, f"{module.prefix}.{key}"))
             for module in modules
             for key, part in module.parts.items()
         ]
         others = [*given.whole.values(), *(rows.key for rows in given.tokens.values())]
         made += [Made(given.file.specs[key], (key,)) for key in others]
+        # The version tells how old ones turned factors of experts; these are as new ones have them.
         config = {
-            **given.config,
-            "target_modules": sorted(module.name for module in modules),
-            "target_parameters": None,
+            **{key: value for key, value in given.config.items() if key != "peft_version"},
+            "target_modules": sorted(m.name for m in modules if not m.parameter),
+            "target_parameters": sorted(m.target for m in modules if m.parameter) or None,
         }
         super().__init__(given.path, View(given.file, made, compute), config)
 
