@@ -16,9 +16,11 @@ from lora_tools.adapting.convert_module import (
     module_layout,
     strength_of,
 )
+from lora_tools.adapting.for_consumer import in_terms_of
 from lora_tools.figures import resized_totals
 from lora_tools.formats.adapters.consumers import Consumer
 from lora_tools.formats.adapters.peft import Adapter, LoraModule
+from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.linalg.layout import pad_rank
 from lora_tools.linalg.ranks import RankRule
@@ -67,9 +69,10 @@ class _Scaled:
     result: ModuleResult | None
 
 
-def conform_in_place(folder: Path, consumer: Consumer) -> None:
-    """Rewrite an adapter folder as the consumer reads it: one rank, alpha = r, scale in lora_B."""
-    given = open_adapter(folder)
+def conform_in_place(folder: Path, consumer: Consumer, base: Checkpoint) -> None:
+    """Rewrite an adapter folder as the consumer reads it: one rank, alpha = r, scale in lora_B; and
+    experts in the form that it reads."""
+    given = in_terms_of(open_adapter(folder), str(folder), base, consumer)[0]
     refuse_unread(given, consumer, False)
     pad_to = consumer.rank_for(max(m.r for m in given.modules.values()))
     options = Rescaling(1.0, None, True, None, False, None, consumer, pad_to)
