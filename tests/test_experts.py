@@ -283,6 +283,13 @@ def test_what_is_not_brought_into_another_form(tmp_path: Path) -> None:
     other = experts.write_base(tmp_path / "wide", wide, PLAIN)
     with pytest.raises(MismatchError, match=r"gate_up_proj|down_proj: base is .* \(out, in\)"):
         lora_tools.merge(other, [given], tmp_path / "n")
+    swapped = {  # which fits the stored shape the other way about
+        k: torch.zeros(2, 12) if "lora_A" in k else torch.zeros(4, 2)
+        for k in factors
+        if "gate_proj" in k
+    }
+    with pytest.raises(MismatchError, match=r"for \(out, in\) = \(4, 12\)"):
+        lora_tools.merge(base, [adapter("swapped", {}, swapped)], tmp_path / "n")
     gates = {k: v for k, v in experts.stored(before, PLAIN, "qwen").items() if "gate" not in k}
     gateless = experts.write_base(tmp_path / "gateless", gates, PLAIN)
     with pytest.raises(AdapterError, match=r"gate_up_proj matches no tensor"):
@@ -380,6 +387,22 @@ def test_for_vllm(
     lora_tools.merge(tmp_path / "base", [tmp_path / "v"], tmp_path / "m")
     lora_tools.merge(tmp_path / "base", [tmp_path / "a"], tmp_path / "n")
     models.assert_same(models.tensors(tmp_path / "m"), models.tensors(tmp_path / "n"), 1e-6)
+
+
+def test_a_rank_that_grew_is_cut_exactly(tmp_path: Path) -> None:
+    """Gate and up of single experts are one pair of twice their rank, which is no more than needed
+    where their lora_A are not the same."""
+    before = experts.matrices((8, 6), 0)
+    by = experts.products(before, 1)
+    base = experts.write_base(tmp_path / "base", experts.stored(before, GPT_OSS, "memory"), GPT_OSS)
+    given = experts.write_adapter(tmp_path / "a", by, GPT_OSS, "qwen")
+    report = lora_tools.rescale(given, tmp_path / "v", consumer="vllm", base=base)
+    assert any("18 pairs are 4 now, of rank 2, 4, exactly" in note for note in report.notes)
+    report = lora_tools.rescale(given, tmp_path / "w", consumer="vllm", base=base, rank=2)
+    assert report.totals["relative_error"] < 1e-6
+    for key, delta in vllm_reads(tmp_path / "w", GPT_OSS, stacked=True).items():
+        wanted = experts.ALPHA / experts.R * by[key][0] @ by[key][1]
+        torch.testing.assert_close(delta, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_other_modules_beside_and_another_prefix_for_vllm(tmp_path: Path) -> None:

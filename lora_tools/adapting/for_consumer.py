@@ -28,7 +28,7 @@ def in_terms_of(
     weighted = Weighted(given, 1.0, path)
     names, sentence = names_in_base(weighted, base) if base is not None else ({}, "")
     if consumer.loads:
-        return given, [f"{path}: {sentence} to match the base"] if sentence else []
+        return given, [f"names match the base where {sentence}; they stay"] if sentence else []
     _refuse_experts(given, base, consumer)
     if base is None:
         return given, []

@@ -40,8 +40,17 @@ _INTERLEAVED, _WITH_BIASES = ("gpt_oss",), ("openai_privacy_filter",)
 # (``is_transposed``), by which PEFT goes, and one that it does not.
 TRANSPOSED = ("gpt_oss", "openai_privacy_filter", "aria", "aria_text")
 _HELD_TRANSPOSED = (*TRANSPOSED, "llama4", "llama4_text")
-# Of those stored one by one, the architectures that have Mixtral's names.
-_W123 = ("mixtral", "phimoe", "minimax", "minimax_m2", "lfm2_moe")
+# Architectures whose experts, one by one, have Mixtral's names (in vLLM, and in files if there).
+_W123 = (
+    "granitemoe",
+    "granitemoehybrid",
+    "granitemoeshared",
+    "lfm2_moe",
+    "minimax",
+    "minimax_m2",
+    "mixtral",
+    "phimoe",
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -76,15 +76,15 @@ class Share:
         self, lora_A: torch.Tensor, lora_B: torch.Tensor
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """Experts, and left (out, r) and right (r, in) of each."""
-        from lora_tools.linalg.layouts import LAYOUTS
+        from lora_tools.linalg.experts import one_of_A, one_of_B
 
         if self.own.number is not None:
             yield self.own.number, lora_B, lora_A
             return
-        split = LAYOUTS["experts"].having(experts=self.count).split(lora_A, lora_B)
         for number in self._numbers():
-            left, right = split[number]
-            yield (number, right.T, left.T) if self.swapped else (number, left, right)
+            right = one_of_A((lora_A,), (self.count, number, 0, lora_A.shape[1], 1, self.swapped))
+            left = one_of_B((lora_B,), (self.count, number, 0, lora_B.shape[0], 1, self.swapped))
+            yield (number, right, left) if self.swapped else (number, left, right)
 
     def replaced(
         self, saved: torch.Tensor, shape: tuple[int, ...], weight: float

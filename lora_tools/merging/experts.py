@@ -157,7 +157,9 @@ def single_layer(
     """The name that the first expert's layer of a projection has, or would have, and (out, in)."""
     held = experts.names[projection]
     spec = specs[held.tensor]
-    turned = held.number is None and _stored_transposed(held.tensor, spec, base)
+    turned = _stored_transposed(held.tensor, specs)
+    if turned is None:
+        turned = holds_transposed(base.config)
     rows, cols = spec.shape[-2:]
     out, inside = (cols, rows) if turned else (rows, cols)
     sides = out // len(held.projections), inside
@@ -200,12 +202,13 @@ def fit_share(part: Part, name: str, spec: TensorSpec, base: Checkpoint | BaseOu
             f"{share.own.tensor}: {base.path} has {share.count} experts there, "
             f"{part.weighted.path} has {given}"
         )
+    told = _stored_transposed(name, base.specs)
     ways = [
         way
         for way in (
             dataclasses.replace(share, swapped=swapped, transposed=transposed)
-            for swapped in (False, True)[: 2 if share.own.number is None else 1]
-            for transposed in (False, True)[: 2 if share.stored.number is None else 1]
+            for swapped in ((False, True) if share.own.number is None else (False,))
+            for transposed in ((False, True) if told is None else (told,))
         )
         if _fits(way, (rows, cols), spec)
     ]
@@ -215,9 +218,10 @@ def fit_share(part: Part, name: str, spec: TensorSpec, base: Checkpoint | BaseOu
             f"{(rows, cols)}; is this the base the adapter was trained on?"
         )
     if len(ways) > 1:
-        turned = _stored_transposed(name, spec, base)
-        ways = [way for way in ways if way.transposed == turned] or ways
-        swapped = holds_transposed(base.config) != _taken_transposed(part, base.config)
+        held = holds_transposed(base.config)
+        if told is None:
+            ways = [way for way in ways if way.transposed == held] or ways
+        swapped = held != _taken_transposed(part, base.config)
         ways = [way for way in ways if way.swapped == swapped] or ways
     apart = share.own.projections != share.stored.projections
     if part.kind == "saved" and share.interleaved and apart:
@@ -238,16 +242,18 @@ def _fits(share: Share, own: tuple[int, int], spec: TensorSpec) -> bool:
     )
 
 
-def _stored_transposed(name: str, spec: TensorSpec, base: Checkpoint | BaseOutline) -> bool:
-    """Whether a base stores an expert's square matrix as (in, out): by the other tensor of these
-    experts, else by the architecture."""
+def _stored_transposed(name: str, specs: Mapping[str, TensorSpec]) -> bool | None:
+    """Whether a tensor holds an expert's matrix as (in, out): one for all experts by the other one
+    of the same experts; None where there is none."""
     found = expert_name(name)
-    if found is None or found.number is not None:
+    if found is None:
+        return None
+    if found.number is not None:
         return False
-    pair = [base.specs.get(f"{found.holder}.{leaf}") for leaf in ("gate_up_proj", "down_proj")]
-    if pair[0] is not None and pair[1] is not None:
-        return transposed_by_shapes(pair[0].shape, pair[1].shape)
-    return holds_transposed(base.config)
+    pair = [specs.get(f"{found.holder}.{leaf}") for leaf in ("gate_up_proj", "down_proj")]
+    if pair[0] is None or pair[1] is None:
+        return None
+    return transposed_by_shapes(pair[0].shape, pair[1].shape)
 
 
 def _taken_transposed(part: Part, config: Mapping[str, Any]) -> bool:
