@@ -9,11 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_tools.adapting.budget import shared_ranks
-from lora_tools.adapting.convert_module import check_finite, cut_module, factor_bytes, strength_of
+from lora_tools.adapting.convert_module import (
+    check_finite,
+    cut_module,
+    factor_bytes,
+    module_layout,
+    strength_of,
+)
+from lora_tools.adapting.for_consumer import in_terms_of
 from lora_tools.figures import resized_totals
 from lora_tools.formats.adapters.consumers import Consumer
 from lora_tools.formats.adapters.peft import Adapter, LoraModule
+from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.dtypes import torch_dtype
+from lora_tools.linalg.layout import pad_rank
 from lora_tools.linalg.ranks import RankRule
 from lora_tools.linalg.scaling import scaling
 from lora_tools.merging.plan import adapter_digest
@@ -60,9 +69,10 @@ class _Scaled:
     result: ModuleResult | None
 
 
-def conform_in_place(folder: Path, consumer: Consumer) -> None:
-    """Rewrite an adapter folder as the consumer reads it: one rank, alpha = r, scale in lora_B."""
-    given = open_adapter(folder)
+def conform_in_place(folder: Path, consumer: Consumer, base: Checkpoint) -> None:
+    """Rewrite an adapter folder as the consumer reads it: one rank, alpha = r, scale in lora_B; and
+    experts in the form that it reads."""
+    given = in_terms_of(open_adapter(folder), str(folder), base, consumer)[0]
     refuse_unread(given, consumer, False)
     pad_to = consumer.rank_for(max(m.r for m in given.modules.values()))
     options = Rescaling(1.0, None, True, None, False, None, consumer, pad_to)
@@ -91,7 +101,8 @@ def refuse_unread(given: Adapter, consumer: Consumer, tied: bool) -> None:
             f"tensors saved whole ({first})", "merge the adapter into the base instead"
         )
     for module in given.modules.values():
-        if module.form not in consumer.forms:
+        stacked = module.form == "experts" and consumer.stacked  # ``for_consumer`` sees to it
+        if module.form not in consumer.forms and not stacked:
             raise consumer.refuse(
                 f"factors of form {module.form} ({module.module})",
                 "merge the adapter into the base instead",
@@ -146,7 +157,7 @@ def rescale_adapter(
             writer.add_raw(key, given.tensor(key))
         config = {**given.config, "use_rslora": options.rslora and options.pad_to is None}
         config |= _unread(options.consumer)
-        digest = adapter_digest(given)
+        digest = adapter_digest(given.original)
         metadata = {k: v for k, v in given.file.metadata.items() if k != "format"}
         if report.command:  # none: this is a step of another verb, which has signed it
             metadata |= handed_on(metadata, report.command, digest)
@@ -206,10 +217,23 @@ def _scale_module(
         A, B = factors.scaled(A, 1.0, written), factors.scaled(B, fold, written)
         bias = factors.scaled(bias, fold, written)
     if options.pad_to is not None:
-        A, B = factors.padded(A, B, options.pad_to)
+        A, B = _padded(module, A, B, options.pad_to)
         r, alpha = options.pad_to, float(options.pad_to)
     check_finite(module, A, B, bias, magnitude)
     return _Scaled(A, B, r, alpha, bias, magnitude, result)
+
+
+def _padded(
+    module: LoraModule, A: torch.Tensor, B: torch.Tensor, r: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """With zeros up to rank r; of experts each."""
+    from lora_tools.linalg import factors
+
+    if module.form != "experts":
+        return factors.padded(A, B, r)
+    layout = module_layout(module, A, B)
+    parts = [pad_rank(left, right, r) for left, right in layout.split(A, B)]
+    return layout.join(parts, tuple(A.shape), tuple(B.shape))
 
 
 def _alpha_and_fold(

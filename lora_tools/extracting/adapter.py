@@ -55,7 +55,7 @@ def extract_adapter(
     folder: Path,
     inputs: Sequence[Input],
     command: str,
-    conform: Callable[[Path, Consumer], None],
+    conform: Callable[[Path, Consumer, Checkpoint], None],
 ) -> Report[ExtractTotals]:
     """Write the adapter to ``folder``; ``conform`` rewrites it for one that reads one rank."""
     from lora_tools.formats.adapters.peft_writer import PeftWriter
@@ -80,7 +80,7 @@ def extract_adapter(
     finally:
         writer.close()
     if not options.consumer.patterns:
-        conform(folder, options.consumer)
+        conform(folder, options.consumer, sides[0])
     place = {pair: i for i, pair in enumerate(plan.pairs)}
     outcomes.sort(key=lambda outcome: place[outcome.pair])
     modules = tuple(o.result for o in outcomes if o.result is not None)
@@ -124,7 +124,8 @@ def _add(outcome: Outcome, tuned: Checkpoint, options: Decomposition, writer: Pe
         lora_A, lora_B, alpha = outcome.lora
         assert pair.layout is not None
         form = pair.layout.written
-        if form not in options.consumer.forms:
+        reformed = form == "experts" and options.consumer.stacked  # ``conform`` sees to it
+        if form not in options.consumer.forms and not reformed:
             raise options.consumer.refuse(
                 f"factors of a layer of kind {pair.layout.name} ({pair.name} changed)",
                 "leave it out with --exclude, or extract for peft",

@@ -117,6 +117,19 @@ def one_direction(pair: Pair, dtype: str | None, in_bytes: bool = True) -> int:
     return numbers * each if in_bytes else numbers
 
 
+_OF_REST: dict[str, Treatment] = {"save": "save", "skip": "skip", "error": "refuse"}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Treat:
+    """What is asked of pairs that differ; see ``make_plan``."""
+
+    embeddings: str
+    rest: str
+    chosen: Callable[[str], bool]
+    unread: Callable[[str], bool]
+
+
 def make_plan(
     base: Checkpoint,
     tuned: Checkpoint,
@@ -125,6 +138,7 @@ def make_plan(
     kinds: Sequence[tuple[re.Pattern[str], Layout | None]] = (),
     embeddings: Literal["lora", "save", "skip"],
     rest: Literal["save", "skip", "error"],
+    unread: Callable[[str], bool] = lambda module: False,
 ) -> Plan:
     """Pair the tensors of both sides and settle what to do with each.
 
@@ -161,7 +175,7 @@ def make_plan(
         notes.append(
             "the adapter carries the tuned side's names, since some tensors are only there"
         )
-    options = {"embeddings": embeddings, "rest": rest}
+    treat = _Treat(embeddings, rest, chosen, unread)
     to_tuned = {name: own for own, name in to_base.items()}
     for name, spec in ours.items():
         if name not in theirs:
@@ -171,7 +185,7 @@ def make_plan(
         spec = dataclasses.replace(spec, name=shown)
         weight = base.weights[name]
         kind = _kind(spec, kind_of(weight), kinds)
-        pair = _pair(shown, (ours[name], theirs[name]), weight.is_head, kind, chosen, options)
+        pair = _pair(shown, (ours[name], theirs[name]), weight.is_head, kind, treat)
         pairs.append(dataclasses.replace(pair, followed_by=followed.get(name, ())))
     _refuse_idle(kinds, pairs)
     pairs += [_one_sided(theirs[name], rest) for name in added]
@@ -277,15 +291,14 @@ def _pair(
     sides: tuple[TensorSpec, TensorSpec],
     is_head: bool,
     kind: Layout | None,
-    chosen: Callable[[str], bool],
-    options: Mapping[str, str],
+    treat: _Treat,
 ) -> Pair:
     (base, tuned), (module, parameter) = sides, split_tensor(name)
     embedding = kind is not None and kind.name == "embedding"
     resizable = embedding or is_head
     if base.shape != tuned.shape:
         grown = base.shape[1:] == tuned.shape[1:] and resizable
-        if not (grown and options["embeddings"] != "lora"):
+        if not (grown and treat.embeddings != "lora"):
             hint = (
                 "was the vocabulary resized? --embeddings save keeps the tuned one whole, "
                 "--embeddings skip leaves it out"
@@ -293,17 +306,23 @@ def _pair(
                 else "are they the same architecture?"
             )
             raise MismatchError(f"{name}: base is {base.shape}, tuned is {tuned.shape}; {hint}")
-    if not chosen(module):
+    if not treat.chosen(module):
         return Pair(name, base, tuned, "skip", reason="left out by --include/--exclude")
-    if (embedding and options["embeddings"] != "lora") or base.shape != tuned.shape:
-        action: Treatment = "save" if options["embeddings"] == "save" else "skip"
-        return Pair(name, base, tuned, action, reason=f"--embeddings {options['embeddings']}")
-    if kind is not None and base.is_float and tuned.is_float and base.numel:
-        return Pair(name, base, tuned, "decompose", kind, kind.name)
-    if parameter == "bias" and options["rest"] == "save":
+    if (embedding and treat.embeddings != "lora") or base.shape != tuned.shape:
+        action: Treatment = "save" if treat.embeddings == "save" else "skip"
+        return Pair(name, base, tuned, action, reason=f"--embeddings {treat.embeddings}")
+    form = kind if base.is_float and tuned.is_float and base.numel else None
+    if form is not None and not treat.unread(module):
+        return Pair(name, base, tuned, "decompose", form, form.name)
+    if parameter == "bias" and treat.rest == "save":
         return Pair(name, base, tuned, "bias", reason="a bias has no low-rank form")
-    action = {"save": "save", "skip": "skip", "error": "refuse"}[options["rest"]]  # type: ignore[assignment]
-    return Pair(name, base, tuned, action, reason=f"no low-rank form (--rest {options['rest']})")
+    action = _OF_REST[treat.rest]
+    why = (
+        "PEFT refuses factors of it in this architecture"
+        if form is not None
+        else "no low-rank form"
+    )
+    return Pair(name, base, tuned, action, reason=f"{why} (--rest {treat.rest})")
 
 
 def _one_sided(spec: TensorSpec, rest: str) -> Pair:

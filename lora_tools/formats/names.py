@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from lora_tools.formats.expert_names import TRANSPOSED
 from lora_tools.records import TensorSpec
 
 # No model is built, so a 2-D weight is told to be an embedding by the last part of its module's
@@ -27,15 +28,8 @@ _HEAD = re.compile(r"(lm_head|embed_out|output_projection)")
 # Architectures whose linear layers are transformers' Conv1D, stored (in, out), and those layers.
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D = re.compile(r"(c_attn|c_proj|c_fc|q_attn)")
-# Fused experts: the parameters that hold them, and the layers of one expert that go into each, one
-# above the other, where a checkpoint stores them apart (Qwen's and DeepSeek's names, Mixtral's).
-_FUSED = {
-    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
-    "down_proj": (("down_proj",), ("w2",)),
-    "up_proj": (("up_proj",),),
-}
-# Architectures that hold experts as (E, in, out): transformers' ``is_transposed``.
-_TRANSPOSED_EXPERTS = ("gpt_oss", "openai_privacy_filter", "aria", "aria_text")
+# Fused experts: the parameters that hold them.
+_FUSED = ("gate_up_proj", "down_proj", "up_proj")
 # Architectures with an output head to tie. (BertModel's config ties as well, and it has none.)
 _LANGUAGE_MODEL = re.compile(
     r".*(For\w*LM|LMHead\w*|DoubleHeadsModel|ForConditionalGeneration|ForPreTraining)"
@@ -87,30 +81,8 @@ def stores_transposed(spec: TensorSpec, config: Mapping[str, Any]) -> bool:
     """Whether the architecture stores this weight as (in, out)."""
     last = split_tensor(spec.name)[0].rpartition(".")[2]
     if len(spec.shape) == 3:
-        return config.get("model_type") in _TRANSPOSED_EXPERTS
+        return config.get("model_type") in TRANSPOSED
     return bool(_CONV1D.fullmatch(last)) and config.get("model_type") in _CONV1D_MODELS
-
-
-def split_experts(
-    fused: str, tensors: Mapping[str, TensorSpec]
-) -> tuple[tuple[int, ...], dict[str, int]]:
-    """Where a checkpoint stores the experts of a fused weight one by one, as transformers 5 does by
-    default: the shape of the fused weight, and of each tensor the first row of (E · out, in) that
-    it is. Nothing where it does not."""
-    module, parameter = split_tensor(fused)
-    for place in (module, module.replace(".mlp.", ".block_sparse_moe.")):
-        for names in _FUSED.get(parameter, ()):
-            rows: dict[str, int] = {}
-            start = count = 0
-            while all(f"{place}.{count}.{name}.weight" in tensors for name in names):
-                for name in names:
-                    tensor = f"{place}.{count}.{name}.weight"
-                    rows[tensor] = start
-                    start += tensors[tensor].shape[0]
-                count += 1
-            if count:
-                return (count, start // count, tensors[next(iter(rows))].shape[-1]), rows
-    return (), {}
 
 
 def is_output_head(tensor: str) -> bool:

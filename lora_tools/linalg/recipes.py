@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from lora_tools.errors import MismatchError
-from lora_tools.linalg import loralib
+from lora_tools.linalg import experts, loralib
 
 if TYPE_CHECKING:
     import torch
@@ -181,6 +181,13 @@ RECIPES: dict[str, Recipe] = {
         loralib.kernel_right,
         loralib.gathered_left,
         loralib.gathered_right,
+        experts.one_of_A,
+        experts.one_of_B,
+        experts.turned_A,
+        experts.turned_B,
+        experts.zeros,
+        experts.all_As,
+        experts.all_Bs,
     )
 }
 

@@ -37,7 +37,8 @@ class FittedBase(Checkpoint):
 
     Attributes:
         aliases: names that an adapter has for tensors that go by another one here.
-        notes: the source's, and sentences on what was changed; left_out: fates of the source's tensors that it lacks.
+        notes: the source's, and sentences on what was changed.
+        left_out: fates of the source's tensors that it lacks.
     """
 
     def __init__(

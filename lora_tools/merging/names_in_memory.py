@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
+from lora_tools.errors import UnsupportedAdapter
 from lora_tools.sources.transformers_names import loaded, rows_of
 
 if TYPE_CHECKING:
@@ -39,10 +40,16 @@ def by_own_names(
         return wanted
     result = []
     for name, part in wanted:
-        if part.shape or name not in how.tensors:
+        placed = part.expert is not None and name in known
+        if placed or name not in how.tensors:
             result.append((name, part))
             continue
         tensor, row = how.tensors[name], 0
+        if part.expert is not None and len(tensor.pieces) > 1:
+            raise UnsupportedAdapter(
+                f"{part.weighted.path}: {part.expert.own.tensor} acts on a part of {name}, which "
+                f"{base.path} stores in {len(tensor.pieces)} pieces; that is not merged"
+            )
         for piece in tensor.pieces:
             if len(tensor.pieces) > 1 or piece.rows < rows_of(base.specs[piece.stored]):
                 part = dataclasses.replace(part, shape=tensor.spec.shape, start=row - piece.first)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lora_tools.errors import AdapterError, MismatchError, UnsupportedAdapter
@@ -13,12 +13,13 @@ from lora_tools.formats import digest as hashing
 from lora_tools.formats.adapters.peft import Adapter, LoraModule, Multiplier, TokenRows
 from lora_tools.formats.alignment import align
 from lora_tools.formats.checkpoint import Checkpoint
-from lora_tools.formats.names import split_experts, stores_transposed
+from lora_tools.formats.names import stores_transposed
 from lora_tools.linalg.layouts import Layout, clip, of_form
 from lora_tools.linalg.scaling import scaling
 from lora_tools.merging import ia3
 from lora_tools.merging.added_heads import note_on_no_head
 from lora_tools.merging.doubts import doubts
+from lora_tools.merging.experts import as_base_holds, fit_share
 from lora_tools.merging.fitted import FittedBase
 from lora_tools.merging.names_in_memory import by_own_names, replaced, tied_to
 from lora_tools.merging.targets import BaseOutline, Part, Target, blocks_of, key_of
@@ -80,32 +81,26 @@ def plan_merge(
     parts: dict[str, list[Part]] = {}
     unmatched: list[Fate] = []
     notes = [*base.notes, *(f"{w.path}: {said}" for w in adapters for said in w.adapter.notes)]
-    asked = {name for w in adapters for name, _ in _wanted(w, base.specs)}
-    head, embedding = tied_pair(base, asked)
-    ties = {head: embedding} if head else {}
-    followers = tied_to(base, asked - ties.keys() - base.specs.keys())
-    ties = {**followers, **ties}
-    for weighted in adapters:
-        known = [*base.specs, *(name for name in ties if name not in base.specs)]
-        wanted = by_own_names(_wanted(weighted, base.specs), base, known)
-        mapping, sentence = align([name for name, _ in wanted], known)
+    each = [as_base_holds(_wanted(weighted), base) for weighted in adapters]
+    asked = {name for mine in each for name, _ in mine}
+    head, embedding, followers = _ties(base, asked)
+    ties = {**followers, **({head: embedding} if head else {})}
+    for weighted, mine in zip(adapters, each, strict=True):
+        matched, sentence = _matched(mine, base, ties)
         if sentence:
             notes.append(f"{weighted.path}: {sentence} to match the base")
         notes += note_on_no_head(base.config, weighted)
-        for name, part in wanted:
-            target = mapping[name]
+        for name, target, part in matched:
             if part.kind == "ia3" and target not in base.specs and target.endswith(".bias"):
                 continue  # IA³ multiplies a module's output; not every module adds a bias to it
-            if target in known:
+            if target in base.specs or target in ties:
                 spec = base.specs.get(target) or base.specs[ties[target]]
                 parts.setdefault(target, []).append(_fit(part, target, spec, base))
             elif allow_unmatched:
                 unmatched.append(Fate(name, Action.UNMATCHED, f"{weighted.path}: no such tensor"))
             else:
-                raise AdapterError(
-                    f"{weighted.path}: {name} matches no tensor of {base.path}; is this the right "
-                    "base? --allow-unmatched leaves such keys out"
-                )
+                said = _no_such_tensor(weighted, name, base)
+                raise AdapterError(f"{said} --allow-unmatched leaves such keys out")
     if adapters and not parts:
         raise AdapterError(f"no key of {', '.join(w.path for w in adapters)} matches {base.path}")
     notes += doubts(base, adapters, parts)
@@ -133,7 +128,52 @@ def plan_merge(
     return MergePlan(targets, untied, unties, tuple(unmatched), tuple(notes))
 
 
-def _wanted(weighted: Weighted, base: Mapping[str, TensorSpec]) -> list[tuple[str, Part]]:
+def names_in_base(weighted: Weighted, base: Checkpoint) -> tuple[dict[str, str], str]:
+    """Which tensor of the base each module of an adapter acts on, where it is one and has no other
+    name in memory; and a sentence on a prefix that was left out or put before, or "".
+
+    Raises:
+        AdapterError: a key matches nothing, as in a merge; of what is saved whole that is not
+            asked, since a model may come to have it.
+    """
+    wanted = [(n, p) for n, p in as_base_holds(_wanted(weighted), base) if p.kind != "saved"]
+    head, embedding, followers = _ties(base, {name for name, _ in wanted})
+    ties = {**followers, **({head: embedding} if head else {})}
+    matched, sentence = _matched(wanted, base, ties)
+    asked = {id(part): name for name, part in wanted if part.expert is None}
+    found = {}
+    for name, target, part in matched:
+        if target not in base.specs and target not in ties:
+            raise AdapterError(_no_such_tensor(weighted, name, base))
+        if isinstance(part.source, LoraModule) and asked.get(id(part)) == name:
+            found[part.source.name] = target
+    return found, sentence
+
+
+def _no_such_tensor(weighted: Weighted, name: str, base: Checkpoint | BaseOutline) -> str:
+    return f"{weighted.path}: {name} matches no tensor of {base.path}; is this the right base?"
+
+
+def _ties(
+    base: Checkpoint | BaseOutline, asked: Collection[str]
+) -> tuple[str, str, dict[str, str]]:
+    """The output head and the embedding that it is, or ""; and other names of stored weights that
+    are asked for."""
+    head, embedding = tied_pair(base, asked)
+    return head, embedding, tied_to(base, set(asked) - {head} - base.specs.keys())
+
+
+def _matched(
+    wanted: list[tuple[str, Part]], base: Checkpoint | BaseOutline, ties: Mapping[str, str]
+) -> tuple[list[tuple[str, str, Part]], str]:
+    """Names that are asked for and the base's names for them, and what ``align`` says."""
+    known = [*base.specs, *(name for name in ties if name not in base.specs)]
+    wanted = by_own_names(wanted, base, known)
+    mapping, sentence = align([name for name, _ in wanted], known)
+    return [(name, mapping[name], part) for name, part in wanted], sentence
+
+
+def _wanted(weighted: Weighted) -> list[tuple[str, Part]]:
     """Every part of an adapter with the tensor name it asks for."""
     adapter = weighted.adapter
     wanted: list[tuple[str, Part]] = []
@@ -141,14 +181,7 @@ def _wanted(weighted: Weighted, base: Mapping[str, TensorSpec]) -> list[tuple[st
         wanted.append((name, Part(weighted, key, "saved")))
     for module in (adapter.modules[name] for name in sorted(adapter.modules)):
         part = Part(weighted, module, "dora" if module.magnitude else "lora")
-        if module.experts and module.weight not in base:
-            shape, rows = split_experts(module.weight, base)
-            wanted += [
-                (name, dataclasses.replace(part, shape=shape, start=start))
-                for name, start in rows.items()
-            ] or [(module.weight, part)]
-        else:
-            wanted.append((module.weight, part))
+        wanted.append((module.weight, part))
         if module.bias:
             wanted.append((f"{module.module}.bias", Part(weighted, module, "bias")))
     for name, multiplier in sorted(adapter.multipliers.items()):
@@ -163,6 +196,8 @@ def _wanted(weighted: Weighted, base: Mapping[str, TensorSpec]) -> list[tuple[st
 def _fit(part: Part, name: str, spec: TensorSpec, base: Checkpoint | BaseOutline) -> Part:
     """Check shapes and choose the layout."""
     adapter = part.weighted.adapter
+    if part.expert is not None:
+        return fit_share(part, name, spec, base)
     if part.shape and (part.kind not in ("lora", "saved") or len(spec.shape) > 2):
         raise UnsupportedAdapter(
             f"{part.weighted.path}: has {part.kind} for a tensor of {part.shape} that {base.path} "
@@ -248,6 +283,8 @@ def build_effects(target: Target) -> list[Effect]:
         elif isinstance(source, Multiplier):
             factor = ia3.factor(adapter.tensor(source.key), source, part.layout, target.spec)
             effects.append(Multiplied(factor, weight))
+        elif isinstance(source, str) and part.expert is not None:
+            effects += part.expert.replaced(adapter.tensor(source), part.shape, weight)
         elif isinstance(source, str):
             effects.append(replaced(part, adapter.tensor(source), target))
         else:

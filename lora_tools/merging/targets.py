@@ -13,6 +13,7 @@ from lora_tools.errors import UnsupportedAdapter
 from lora_tools.formats.adapters.peft import LoraModule, Multiplier, TokenRows
 from lora_tools.formats.weights import Weights
 from lora_tools.linalg.layouts import Block, Layout
+from lora_tools.merging.expert_share import Share
 from lora_tools.records import TensorSpec
 from lora_tools.sources.weighted import Weighted
 
@@ -50,6 +51,7 @@ class Part:
     # the tensor's first row among its rows (below 0: it begins so many rows further down).
     shape: tuple[int, ...] = ()
     start: int = 0
+    expert: Share | None = None  # where adapter and base hold experts in two forms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +76,11 @@ def blocks_of(part: Part) -> list[Block]:
     adapter, module = part.weighted.adapter, part.source
     assert part.layout is not None
     assert isinstance(module, LoraModule)
+    A, B = adapter.tensor(module.A), adapter.tensor(module.B)
+    if part.expert is not None:
+        return part.expert.blocks(A, B, part.shape)
     try:
-        return part.layout.blocks(adapter.tensor(module.A), adapter.tensor(module.B), part.shape)
+        return part.layout.blocks(A, B, part.shape)
     except UnsupportedAdapter as error:
         raise UnsupportedAdapter(f"{part.weighted.path}: {module.module}: {error}") from None
 

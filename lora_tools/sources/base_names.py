@@ -33,6 +33,15 @@ def base_names(
     return names_of(checkpoint.path, checkpoint.weights, checkpoint.config)
 
 
+def checkpoint_or_pipeline(
+    source: str | Path | None, allow_pickle: bool
+) -> Checkpoint | Path | None:
+    """What lies there, opened where it is a checkpoint; a diffusers pipeline stays a path."""
+    if source is None or (Path(source) / PIPELINE).is_file():
+        return None if source is None else Path(source)
+    return open_checkpoint(source, allow_pickle)
+
+
 def _pipeline(folder: Path, allow_pickle: bool) -> BaseNames:
     weights: dict[str, TensorSpec] = {}
     layouts: dict[str, str | None] = {}

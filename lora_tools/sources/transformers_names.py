@@ -46,6 +46,9 @@ SAME_NAMES = (
 _READ = {
     "deberta": re.compile(r"rel_embeddings$"),
     "deberta-v2": re.compile(r"rel_embeddings$"),
+    "falcon_mamba": re.compile(r"mixer\.dt_proj$"),
+    "jamba": re.compile(r"mamba\.dt_proj$"),
+    "mamba": re.compile(r"mixer\.dt_proj$"),
     "whisper": re.compile(r"encoder\.(conv[12]|embed_positions)$"),
 }
 # Names of old files that transformers changes whatever the architecture.

@@ -24,17 +24,19 @@ from lora_tools.formats.adapters.format import FEATURES, Format
 from lora_tools.formats.adapters.outline import parse_enable_lora
 from lora_tools.formats.adapters.peft import Adapter, LoraModule
 from lora_tools.formats.adapters.table import FORMATS
+from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.dtypes import parse_float_dtype
 from lora_tools.formats.output import Prepared
 from lora_tools.linalg.layouts import Merged
-from lora_tools.merging.plan import adapter_digest
+from lora_tools.merging.plan import adapter_digest, names_in_base
 from lora_tools.options import AdapterForm, Formats, Origin, Ranks, Running
 from lora_tools.options.parse import layer_kinds
 from lora_tools.options.ranks import rank_rule
 from lora_tools.provenance import handed_on
 from lora_tools.records import Action, Fate, Input, Report
 from lora_tools.sources.adapters import open_adapter
-from lora_tools.sources.base_names import base_names
+from lora_tools.sources.base_names import base_names, checkpoint_or_pipeline
+from lora_tools.sources.weighted import Weighted
 from lora_tools.totals import ConvertTotals
 from lora_tools.verbs.frame import Call, verb
 
@@ -68,7 +70,8 @@ def convert(
     written = parse_float_dtype(dtype) if dtype else target.dtype or None
     enabled, kinds = parse_enable_lora(formats.enable_lora), layer_kinds(formats.layout)
     allow_pickle = call.running.allow_pickle
-    names = base_names(origin.base, allow_pickle) if origin.base is not None else None
+    base = checkpoint_or_pipeline(origin.base, allow_pickle)
+    names = base_names(base) if base is not None else None
     given = open_adapter(
         adapter,
         allow_pickle,
@@ -78,6 +81,8 @@ def convert(
         enable_lora=enabled,
     )
     given.need_lora("factors to convert")
+    if isinstance(base, Checkpoint):
+        names_in_base(Weighted(given, 1.0, str(adapter)), base)
     found = features(given, names)
     if names is not None and names.tied:
         _refuse_tied(given, target, formats.drop, found, names)

@@ -53,7 +53,12 @@ def extract(
     size = size_of(ranks)
     sides, said = _sides(base, tuned, call.running.allow_pickle, options, adapter_form.names)
     plan = make_plan(
-        *sides, chosen=chosen, kinds=kinds, embeddings=tensors.embeddings, rest=tensors.rest
+        *sides,
+        chosen=chosen,
+        kinds=kinds,
+        embeddings=tensors.embeddings,
+        rest=tensors.rest,
+        unread=lambda module: options.consumer.refuses_factors(module, sides[0].config),
     )
     plan = dataclasses.replace(plan, notes=(*said, *plan.notes))
     inputs = [Input("base", str(base)), Input("tuned", str(tuned))]

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from lora_tools.adapting.convert_module import rank_ceiling
+from lora_tools.adapting.for_consumer import in_terms_of
 from lora_tools.adapting.scale import Rescaling, refuse_unread, rescale_adapter
 from lora_tools.adapting.write import no_effect, uncovered, write_as
 from lora_tools.errors import AdapterError, UnsupportedAdapter, UsageError
@@ -13,6 +14,7 @@ from lora_tools.formats.adapters.base_names import BaseNames
 from lora_tools.formats.adapters.format import Format
 from lora_tools.formats.adapters.peft import Adapter
 from lora_tools.formats.adapters.table import FORMATS
+from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.dtypes import parse_float_dtype
 from lora_tools.formats.output import Prepared
 from lora_tools.options import AdapterForm, Origin, Ranks, Strength
@@ -20,7 +22,7 @@ from lora_tools.options.parse import consumer_named
 from lora_tools.options.ranks import rank_rule, refuse_shared, size_of
 from lora_tools.records import Action, Fate, Input, Report
 from lora_tools.sources.adapters import open_adapter
-from lora_tools.sources.base_names import base_names
+from lora_tools.sources.base_names import base_names, checkpoint_or_pipeline
 from lora_tools.totals import RescaleTotals
 from lora_tools.verbs.frame import Call, verb
 
@@ -48,17 +50,20 @@ def rescale(
     options = _options(strength, ranks, adapter_form)
     target = options.consumer
     allow_pickle, jobs = call.running.allow_pickle, call.running.jobs
-    names = base_names(origin.base, allow_pickle) if origin.base is not None else None
+    base = checkpoint_or_pipeline(origin.base, allow_pickle)
+    names = base_names(base) if base is not None else None
     given = open_adapter(adapter, allow_pickle, base=names, as_stored=names is None)
     given.need_lora("rank or alpha to change")
     form = FORMATS[given.format if target.patterns else "peft"]
     _refuse(given, form, strength, ranks)
+    checkpoint = base if isinstance(base, Checkpoint) else None
+    given, said = in_terms_of(given, str(adapter), checkpoint, target)
     refuse_unread(given, target, names is not None and bool(names.tied))
     options = _for_adapter(options, strength, given)
     report = call.report(
         (Input("adapter", str(adapter)),),
         _fates(given, options),
-        notes=tuple(_notes(given, options, strength.scale, form)),
+        notes=(*said, *_notes(given, options, strength.scale, form)),
     )
 
     def write(out: Path) -> Report[RescaleTotals]:

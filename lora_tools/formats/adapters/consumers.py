@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from lora_tools.errors import UnsupportedAdapter
+
+# Architectures in which PEFT 0.21 refuses out_proj and conv1d as target_modules: a fused kernel
+# takes their weights past PEFT's layers (``_check_lora_target_modules_mamba``).
+_MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +33,8 @@ class Consumer:
             biases; dora: DoRA magnitudes.
         forms: the forms of factors it reads.
         loads: goes by the names that transformers gives modules in memory, and not by the files'.
+        stacked: it reads factors of experts one by one, of all three projections; but of
+            architectures of these types as PEFT has them, all experts in one, of both parameters.
         head: takes factors of an input embedding that is the output head, too. (llama.cpp has one
             tensor for both, and aborts on factors of it.)
         modules: last parts of the names of modules that it knows, or empty for any.
@@ -53,6 +61,7 @@ class Consumer:
     dora: bool = False
     forms: tuple[str, ...] = ("matrix", "embedding")
     loads: bool = False
+    stacked: tuple[str, ...] = ()
     head: bool = True
     modules: tuple[str, ...] = ()
     pipelines: bool = False
@@ -66,6 +75,11 @@ class Consumer:
         """Whether it reads one of ``format.FEATURES``, the output head aside."""
         whole = {"dora": self.dora, "bias": self.bias, "saved": self.saved, "tokens": self.saved}
         return whole.get(feature, feature in self.forms)
+
+    def refuses_factors(self, module: str, config: Mapping[str, Any]) -> bool:
+        """Whether it fails on factors of that module of a model with this config.json."""
+        last = module.rpartition(".")[2]
+        return self.loads and config.get("model_type") in _MAMBA and last in ("out_proj", "conv1d")
 
     def rank_for(self, rank: int) -> int:
         """The smallest accepted rank that holds ``rank``. Raises UnsupportedAdapter."""
@@ -105,6 +119,8 @@ CONSUMERS: dict[str, Consumer] = {
             "0.11",
             ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),
             rank_option="--max-lora-rank",
+            # Its model classes with ``is_3d_moe_weight``.
+            stacked=("gpt_oss", "qwen3_vl_moe", "qwen3_5_moe", "qwen3_5_moe_text", "interns1_pro"),
             towers=False,
             refuses=_UNREAD | {"format", "shards", "shapes", "keys", "rank", "unknown"},
             ignores=frozenset(("names", "towers")),

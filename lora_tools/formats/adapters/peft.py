@@ -148,6 +148,11 @@ class Adapter:
         return self.file.specs[key].shape
 
     @property
+    def original(self) -> Adapter:
+        """The adapter as it was given."""
+        return self
+
+    @property
     def transposes_experts(self) -> bool:
         """Whether it was written by a PEFT before 0.19, which took fused experts for (E, in, out)
         always."""

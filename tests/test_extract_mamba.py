@@ -1,0 +1,83 @@
+"""State-space models: PEFT refuses factors of the layers that their kernels read past it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+
+import lora_tools
+
+from . import models
+
+_SMALL: dict[str, Any] = {
+    "vocab_size": models.VOCAB,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "pad_token_id": 0,
+}
+_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 24}
+MODELS: dict[str, Any] = {
+    "mamba": lambda: hf.MambaForCausalLM(hf.MambaConfig(**_SMALL, state_size=4)),
+    "mamba2": lambda: hf.Mamba2ForCausalLM(
+        hf.Mamba2Config(**_SMALL, state_size=4, num_heads=4, head_dim=8, n_groups=1)
+    ),
+    "falcon_mamba": lambda: hf.FalconMambaForCausalLM(hf.FalconMambaConfig(**_SMALL, state_size=4)),
+    "falcon_h1": lambda: hf.FalconH1ForCausalLM(
+        hf.FalconH1Config(
+            **_SMALL | _HEADS,
+            mamba_d_ssm=32,
+            mamba_n_heads=4,
+            mamba_d_head=8,
+            mamba_d_state=4,
+            mamba_n_groups=1,
+        )
+    ),
+}
+
+
+def test_what_is_read_without_a_call_is_saved_whole(tmp_path: Path) -> None:
+    """Jamba takes the weight of dt_proj, so that PEFT's layer around it would be passed by."""
+    config = hf.JambaConfig(
+        **_SMALL | _HEADS,
+        num_experts=2,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        mamba_d_state=4,
+        use_mamba_kernels=False,
+    )
+    torch.manual_seed(0)
+    model = models.quietly(lambda: hf.JambaForCausalLM(config)).eval()
+    models.save(model, tmp_path / "base")
+    models.perturb(model, 0.05, 1, only="mamba")
+    models.save(model, tmp_path / "tuned")
+    report = lora_tools.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "a", rank=64)
+    fates = {fate.tensor: fate.action for fate in report.plan}
+    assert fates["model.layers.0.mamba.dt_proj.weight"] == "saved whole"
+    assert fates["model.layers.0.mamba.out_proj.weight"] == "decomposed"
+    peft = models.attach(tmp_path / "base", tmp_path / "a")
+    wanted = models.quietly(lambda: models.outputs(model))
+    torch.testing.assert_close(models.outputs(peft), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_what_peft_refuses_is_saved_whole(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = models.quietly(MODELS[kind]).eval()
+    models.save(model, tmp_path / "base")
+    models.perturb(model, 0.05, 1, only="_proj")
+    models.save(model, tmp_path / "tuned")
+    report = lora_tools.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "a", rank=64)
+    fates = {fate.tensor: fate for fate in report.plan if ".out_proj.weight" in fate.tensor}
+    assert {fate.action for fate in fates.values()} == {"saved whole"}
+    assert all("PEFT refuses" in fate.reason for fate in fates.values())
+    assert any(module.module.endswith("in_proj") for module in report.modules)
+    peft = models.attach(tmp_path / "base", tmp_path / "a")
+    wanted = models.quietly(lambda: models.outputs(model))
+    torch.testing.assert_close(models.outputs(peft), wanted, rtol=1e-4, atol=1e-4)
+    lora_tools.extract(
+        tmp_path / "base", tmp_path / "tuned", tmp_path / "b", rank=64, consumer="vllm", rest="skip"
+    )
