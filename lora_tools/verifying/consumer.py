@@ -184,6 +184,8 @@ def _parts(given: Adapter, consumer: Consumer, base: Base | None) -> Iterator[Fi
     named = given.config.get("modules_to_save")
     if not consumer.saved and "saved" in consumer.refuses and isinstance(named, list):
         found.setdefault("saved", [str(name) for name in named])
+    if base is not None and base.names.config.get("model_type") in consumer.stacked:
+        found.pop("experts", None)  # which it reads in that form, of such a model
     for feature, names in found.items():
         if feature == "saved":
             names = [n for n in names if not set(n.split(".")) & set(consumer.whole)]
