@@ -16,6 +16,7 @@ from lora_tools.errors import CheckpointError, TensorNotFound, UnsafeInput
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.formats.quantized.packed import StoredFormat
+from lora_tools.formats.reopen import SmallFile
 from lora_tools.formats.safetensors_file import SafetensorsFile
 from lora_tools.formats.tensor_file import TensorFile
 from lora_tools.formats.weights import ModelSays, Weights, ties_embeddings
@@ -77,6 +78,7 @@ class Checkpoint:
 
     def _read_config(self) -> dict[str, Any]:
         path = self.path / "config.json"
+        self._config_file = SmallFile.of(path)
         if not (self.is_folder and path.is_file()):
             return {}
         try:
