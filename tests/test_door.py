@@ -153,6 +153,15 @@ LAYERS: dict[str, Callable[[str, torch.Tensor], Tensors]] = {
         f"{m}.B": packed((w.shape[1] // 16, len(w) * 2), torch.int32),
         f"{m}.s_channel": torch.rand(1, len(w)),
     },
+    "of next year": lambda m, w: {
+        f"{m}.codes8": packed(tuple(w.shape), torch.int8),
+        f"{m}.step": torch.tensor(0.1),
+    },
+    "of the year after": lambda m, w: {
+        f"{m}.nibbles": packed((w.numel() // 8, 1), torch.int32),
+        f"{m}.lattice.a": torch.rand(len(w), 1).half(),
+        f"{m}.lattice_of_rows": torch.rand(len(w), 1).half(),
+    },
     "fused experts": lambda m, w: {
         f"{m}.experts.up_proj": packed((2, len(w), w.shape[1])),
         f"{m}.experts.up_proj_scale": torch.ones(2, len(w), 1),
@@ -278,7 +287,7 @@ def test_a_bare_file_has_no_config_and_is_known(
         ("awq", "AWQ", "q_proj.qweight (I32)"),
         ("int8", "bitsandbytes int8", "q_proj.SCB (F32)"),
         ("packed", "compressed-tensors", "q_proj.weight_packed (I32)"),
-        ("nvfp4", "NVFP4", "q_proj.weight_scale_2 (F32)"),
+        ("nvfp4", "NVFP4", f"{Q} (U8)"),
         ("mxfp4", "MXFP4", "q_proj_blocks (U8)"),
         ("mlx", "MLX", f"{Q} (U32)"),
         ("vptq", "VPTQ", "q_proj.indices (I32)"),
@@ -288,6 +297,7 @@ def test_a_bare_file_has_no_config_and_is_known(
         ("marlin", "Marlin", "q_proj.B (I32)"),
         ("qqq", "QQQ", "q_proj.B (I32)"),
         ("quanto of four bits", "quanto", "q_proj.weight._data._data (U8)"),
+        ("of next year", "a scheme that is not known", "q_proj.codes8 (I8)"),
         ("config", "FP8 with block scales", "quantization_config in config.json (fp8)"),
         ("config of the text", "AWQ", "text_config.quantization_config in config.json (awq)"),
         ("modelopt", "ModelOpt", "hf_quant_config.json"),
@@ -332,6 +342,28 @@ def test_buffers_of_whole_numbers_are_no_sign(plain: Path, tmp_path: Path) -> No
     lora_tools.merge(base, [plain / "adapter"], tmp_path / "out", allow_other_base=True)
     for name, tensor in buffers.items():
         assert torch.equal(load_file(tmp_path / "out/model.safetensors")[name], tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "companion", ["weight_scale", "weight_scales", "weight_scale_2", "scale_weight", "scales"]
+)
+def test_a_learned_scale_beside_a_float_weight_is_plain(
+    companion: str, dtype: torch.dtype, plain: Path, tmp_path: Path
+) -> None:
+    """It is a parameter like any other; a config that says otherwise is believed."""
+    base = {name: tensor.to(dtype) for name, tensor in weights(layers=1).items()}
+    name = f"model.layers.0.q_proj.{companion}"
+    path = checkpoint(tmp_path / "base", base | {name: torch.ones(16, 1, dtype=dtype)})
+    tuned = checkpoint(tmp_path / "tuned", moved(base) | {name: torch.full((16, 1), 2.0).to(dtype)})
+    assert open_checkpoint(path).scheme is None
+    lora_tools.extract(path, tuned, tmp_path / "a", rank=1)
+    lora_tools.merge(path, [tmp_path / "a"], tmp_path / "out", dtype="float32")
+    merged = load_file(tmp_path / "out/model.safetensors")
+    assert torch.equal(merged[name], torch.full((16, 1), 2.0))
+    (path / "config.json").write_text('{"quantization_config": {"quant_method": "fp8"}}')
+    with pytest.raises(CheckpointError, match="quantized as"):
+        open_checkpoint(path)
 
 
 # ------------------------------------------------------------------------------- four bits: read
