@@ -109,8 +109,11 @@ def _modules(console: Console, report: Report[Any], verbose: bool) -> None:
             m.layout,
             "x".join(map(str, m.shape)),
             str(m.rank),
-            f"{m.relative_error:.4g}",
-            f"{m.energy:.2%}",
+            *(
+                (f"{m.relative_error:.4g}", f"{m.energy:.2%}")
+                if math.isfinite(m.energy)
+                else ("-", "no change")
+            ),
         ]
         if searched:
             cells.append(f"{m.gain_bound:.1e}")
@@ -165,8 +168,10 @@ def _totals(report: Report[Any]) -> Iterator[str]:
     t = report.totals
     if "relative_error" in t:
         ranks = f"{t['rank_min']}" + (f"-{t['rank_max']}" if t["rank_max"] != t["rank_min"] else "")
-        line = f"total: relative error {t['relative_error']:.4g}, energy {t['energy']:.2%}"
-        line += " of all that changed" if "left_out" in t else ""
+        line = "total: nothing changed"
+        if math.isfinite(t["energy"]):
+            line = f"total: relative error {t['relative_error']:.4g}, energy {t['energy']:.2%}"
+            line += " of all that changed" if "left_out" in t else ""
         if "gain_bound" in t:
             line += f" (at most {t['gain_bound']:.1e} below the best possible at these ranks)"
         yield f"{line}, {t['modules']} modules, rank {ranks}"
