@@ -115,8 +115,9 @@ def totals(t: Mapping[str, Any]) -> Iterator[str]:
             q = t["quantized"]
             schemes = "; ".join(f"{n} in {scheme}" for scheme, n in q["schemes"].items())
             yield (
-                f"quantized: {counted(q['weights'], 'weight')} ({schemes}), {q['numbers']:,} numbers "
-                f"at {q['bits_per_parameter']:.3f} bits, read back as {', '.join(q['dtypes'])}"
+                f"quantized: {counted(q['weights'], 'weight')} ({schemes}), "
+                f"{q['numbers']:,} numbers at {q['bits_per_parameter']:.3f} bits, "
+                f"read back as {', '.join(q['dtypes'])}"
             )
         for file, graph in t.get("graphs", {}).items():
             yield from _graph(file, graph)
