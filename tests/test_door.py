@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import lora_tools
 from lora_tools.cli import run
+from lora_tools.engine import threads
 from lora_tools.errors import CheckpointError, UsageError
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.records import TensorSpec
@@ -639,3 +640,31 @@ def test_rows_of_a_weight_in_memory(stepped: dict[str, Path]) -> None:
     assert torch.equal(view.tensor(spec.name), side.rows(name, shape, 4, 12))
     assert view.rounded(spec.name).dtype == torch.bfloat16
     assert view.digest({}) == side.stored.digest({})
+
+
+@pytest.mark.parametrize("verb", ["merge", "merge --dtype", "quantize", "dequantize", "verify"])
+def test_what_is_decoded_counts_as_working_memory(
+    verb: str, stepped: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole weight is held in float32, beside what is made of it."""
+    seen: dict[str, int] = {}
+    own = threads.run
+
+    def spy(tasks: Any, *args: Any, **options: Any) -> Any:
+        seen.update({task.label: task.nbytes for task in tasks})
+        return own(tasks, *args, **options)
+
+    base, adapters = stepped["base"], [stepped["adapter"]]
+    if verb == "verify":
+        lora_tools.merge(base, adapters, tmp_path / "merged")
+    monkeypatch.setattr(threads, "run", spy)
+    {
+        "merge": lambda: lora_tools.merge(base, adapters, tmp_path / "out"),
+        "merge --dtype": lambda: lora_tools.merge(base, [], tmp_path / "out", dtype="float16"),
+        "quantize": lambda: lora_tools.quantize(base, tmp_path / "out"),
+        "dequantize": lambda: lora_tools.dequantize(base, tmp_path / "out"),
+        "verify": lambda: lora_tools.verify(tmp_path / "merged", base=base, adapters=adapters),
+    }[verb]()
+    made = 2 * 256 + 128 if verb == "quantize" else 0  # the tensor in bfloat16, and its codes
+    assert seen[Q] >= 4 * 256 + made
+    assert seen["model.layers.0.norm.weight"] < 4 * 256

@@ -128,6 +128,10 @@ class Checkpoint:
         """The tensor's bytes, in the dtype that its spec names."""
         return self._file(name).raw(name)
 
+    def decoded_bytes(self, name: str) -> int:
+        """Memory that ``tensor`` takes for numbers that are not stored as such; 0 of mapped ones."""
+        return 0
+
     def rounded(self, name: str) -> torch.Tensor:
         """The tensor in the dtype that its spec names, where ``tensor`` may be wider: to be written
         as it is. Never write to it."""

@@ -46,6 +46,10 @@ class Dequantized(Checkpoint, Generic[P]):
         """How they are stored."""
         return self._scheme
 
+    def decoded_bytes(self, name: str) -> int:
+        """Of a quantized weight, that of its numbers in float32."""
+        return 4 * self.specs[name].numel if name in self.quantized else 0
+
     def rows(self, name: str, matrix: tuple[int, int], start: int, stop: int) -> torch.Tensor:
         """Of a quantized weight only these rows are decoded, where they are rows of its own."""
         if name in self.quantized and matrix == _matrix(self.specs[name]):

@@ -77,7 +77,7 @@ def verify_adapter(
     pairs, settled = _paired(plan, to_base, weighted.adapter, base, tuned)
     if not any(pair.target for pair in pairs):
         raise MismatchError(f"{base.path} and {tuned.path} have no tensor in common")
-    tasks = [Call(_distance, (p,), p.name, tuned.specs[p.own].nbytes) for p in pairs]
+    tasks = [Call(_distance, (p,), p.name, _size(p, base, tuned)) for p in pairs]
     sources = (weighted.adapter, base, tuned)
     distances = list(threads.run(tasks, sources, None, jobs=jobs, progress=progress))
     both = list(zip(pairs, distances, strict=True))
@@ -187,6 +187,13 @@ def _fate(pair: _Compared, d: _Distance) -> Fate:
         return Fate(pair.name, Action.LEFT_OUT, "only the tuned side has it")
     action = Action.LEFT_OUT if d.change else Action.UNCHANGED
     return Fate(pair.name, action, "the adapter does not act on it")
+
+
+def _size(pair: _Compared, base: Checkpoint, tuned: Checkpoint) -> int:
+    """Working memory: of what is mapped the tensor's bytes, of what is decoded both sides'."""
+    decoded = tuned.decoded_bytes(pair.own)
+    decoded += base.decoded_bytes(pair.target.base_name) if pair.target is not None else 0
+    return max(tuned.specs[pair.own].nbytes, decoded)
 
 
 def _distance(pair: _Compared, adapter: Adapter, base: Checkpoint, tuned: Checkpoint) -> _Distance:
