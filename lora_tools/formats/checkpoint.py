@@ -129,7 +129,7 @@ class Checkpoint:
         return self._file(name).raw(name)
 
     def decoded_bytes(self, name: str) -> int:
-        """Memory that ``tensor`` takes for numbers that are not stored as such; 0 of mapped ones."""
+        """Memory that ``tensor`` takes for numbers that are not stored as such; 0 where mapped."""
         return 0
 
     def rounded(self, name: str) -> torch.Tensor:
