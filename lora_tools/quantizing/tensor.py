@@ -60,7 +60,8 @@ class QuantizeItem:
         codes = item.spec.numel // 2 if item.packed else 0
         if self.fit and item.packed:
             codes += 4 * item.spec.numel + item.spec.nbytes
-        whole = item.spec.nbytes * (2 if item.transposed else bool(item.target.parts or self.decoded))
+        formed = bool(item.target.parts or self.decoded)
+        whole = item.spec.nbytes * (2 if item.transposed else formed)
         return max(whole + codes + self.decoded, item.target.spec.nbytes)
 
     def run(self, base: Checkpoint, sink: Sink, buffers: Buffers) -> QuantizedItem:
