@@ -65,9 +65,14 @@ def adapter_digest(adapter: Adapter) -> str:
 
 
 def plan_merge(
-    base: Checkpoint | BaseOutline, adapters: Sequence[Weighted], allow_unmatched: bool = False
+    base: Checkpoint | BaseOutline,
+    adapters: Sequence[Weighted],
+    allow_unmatched: bool | None = None,
 ) -> MergePlan:
     """Match every key of every adapter to a tensor.
+
+    Args:
+        allow_unmatched: leave out what matches none; None where that cannot be asked for.
 
     Raises:
         AdapterError: a key matches nothing (unless allowed), or two adapters replace one tensor.
@@ -97,9 +102,10 @@ def plan_merge(
             elif allow_unmatched:
                 unmatched.append(Fate(name, Action.UNMATCHED, f"{weighted.path}: no such tensor"))
             else:
+                hint = "" if allow_unmatched is None else " --allow-unmatched leaves such keys out"
                 raise AdapterError(
                     f"{weighted.path}: {name} matches no tensor of {base.path}; is this the right "
-                    "base? --allow-unmatched leaves such keys out"
+                    f"base?{hint}"
                 )
     if adapters and not parts:
         raise AdapterError(f"no key of {', '.join(w.path for w in adapters)} matches {base.path}")

@@ -75,7 +75,7 @@ class Bnb4:
             if state.blocksize not in _BNB4_BLOCKS:
                 raise MismatchError(
                     f"{name}: blocks of {state.blocksize}, and ONNX Runtime's MatMulBnb4 takes up "
-                    f"to {_BNB4_BLOCKS[-1]}; quantize with --blocksize 64"
+                    f"to {_BNB4_BLOCKS[-1]}; `loratools quantize --blocksize 64` makes such"
                 )
             if state.quant_type not in BNB4_TYPES:
                 raise MismatchError(
