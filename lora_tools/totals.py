@@ -161,7 +161,7 @@ class DequantizeTotals(TypedDict, total=False):
     bytes: int
 
 
-class ExportTotals(SurvivalTotals, FourBitTotals, OutputsTotals, LossTotals, total=False):
+class ExportTotals(FourBitTotals, OutputsTotals, LossTotals, total=False):
     """Of ``export``."""
 
     tensors_merged: int
