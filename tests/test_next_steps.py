@@ -1,5 +1,5 @@
-"""A refusal names no option that its verb has not. conftest.py holds every refusal of the whole suite
-to it; here are those that did not keep it."""
+"""A refusal names no option that its verb has not. conftest.py holds every refusal of the whole
+suite to it; here are those that did not keep it."""
 
 from __future__ import annotations
 
