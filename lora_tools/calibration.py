@@ -45,16 +45,40 @@ def tokens_of(folder: Path, text: str) -> list[int]:
     """The text by the tokenizer in the folder, without special tokens.
 
     Raises:
-        CheckpointError: there is no tokenizer that transformers can load.
+        CheckpointError: there is no tokenizer that transformers can load, or it does not know the
+            text's words.
     """
     from transformers import AutoTokenizer
 
     try:
         with quietly():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+            tokens = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     except Exception as error:  # transformers raises what it likes
-        raise CheckpointError(f"{folder}: no tokenizer to be loaded ({_first(error)})") from None
+        raise CheckpointError(
+            f"{folder}: no tokenizer to be loaded ({_first(error)}); put the files of the model's "
+            "own tokenizer there"
+        ) from None
+    _refuse_empty(folder, tokenizer)
+    unknown = tokens.count(tokenizer.unk_token_id) if tokenizer.unk_token_id is not None else 0
+    if unknown > 0.9 * len(tokens):
+        raise CheckpointError(
+            f"{folder}: its tokenizer does not know {unknown:,} of the text's {len(tokens):,} "
+            "tokens; is it the model's own, and all of its files there?"
+        )
+    return tokens
+
+
+def _refuse_empty(folder: Path, tokenizer: Any) -> None:
+    """Raises CheckpointError where the vocabulary was in no file: transformers makes a tokenizer of
+    special tokens only then."""
+    files = sorted({*tokenizer.vocab_files_names.values(), "tokenizer.json"})
+    needed = bool(tokenizer.vocab_files_names)  # one that goes by bytes has none
+    if needed and not any((folder / file).is_file() for file in files):
+        raise CheckpointError(
+            f"{folder}: no tokenizer there: none of {', '.join(files)}; put the files of the "
+            "model's own tokenizer there"
+        )
 
 
 def sequences(folder: Path, text: str, length: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, overload
 
-from lora_tools.records import ModuleResult
+from lora_tools.records import ModuleResult, counted
 from lora_tools.totals import ErrorTotals, LeftOutTotals, ResizedTotals
 
 
@@ -115,7 +115,7 @@ def above(
     said = exceeded(max_error, of, totals["relative_error"])
     if said and totals.get("left_out_most"):
         said += (
-            f", changed and left out: {totals['left_out']} tensors with "
+            f", changed and left out: {counted(totals['left_out'], 'tensor')} with "
             f"{totals['left_out_energy']:.2%} of the energy, most of it in "
             f"{totals['left_out_most']}"
         )

@@ -43,6 +43,11 @@ class TensorSpec:
         return f"{self.name} {self.dtype} {list(self.shape)}"
 
 
+def counted(count: int, noun: str) -> str:
+    """ "1 module", "2 modules"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 class Action(str, enum.Enum):
     """What becomes of a tensor or key, or what was found of it; in JSON the word itself."""
 

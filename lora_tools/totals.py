@@ -226,6 +226,7 @@ class VerifyTotals(
     modules: int
     relative_error_acted_on: float
     relative_error_of_all: float
+    one_sided: int
     # of four bits
     expected_error: float
     bit_for_bit: int

@@ -11,13 +11,19 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # some hundred processes would 
 import functools
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
 import torch
+
+from lora_tools.errors import LoraToolsError
+from lora_tools.verbs import frame
+from lora_tools.verbs.row import Verb
+
+from .refusals import foreign_options
 
 if TYPE_CHECKING:
     from .traced import Traced
@@ -61,6 +67,24 @@ def full(pytestconfig: pytest.Config) -> bool:
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _next_steps_are_there() -> Iterator[None]:
+    """Whatever any test makes a verb refuse: an option that the words name is one of that verb."""
+    own = frame._work
+
+    def work(row: Verb, *args: Any) -> Any:
+        try:
+            return own(row, *args)
+        except LoraToolsError as error:
+            if unknown := foreign_options(str(error), row):
+                pytest.fail(f"{row.command} has no {', '.join(unknown)}: {error}")
+            raise
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(frame, "_work", work)
+        yield
 
 
 @pytest.fixture(scope="session")

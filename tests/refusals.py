@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import lora_tools
 from lora_tools.errors import LoraToolsError
 from lora_tools.options.spelling import for_python
+from lora_tools.verbs.row import Verb
 
 Tensors = dict[str, torch.Tensor]
 Row = tuple[type[LoraToolsError], str, Callable[[Path], Any]]
@@ -155,6 +157,17 @@ def check(row: Row, folder: Path) -> None:
     with pytest.raises(error, match=for_python(words)):
         case(folder)
     assert not [p.name for p in folder.iterdir() if p.name.startswith((".", "out"))]
+
+
+def foreign_options(text: str, verb: Verb) -> list[str]:
+    """Options that a refusal of a verb names, and that this verb does not take. Those of a whole
+    command (`loratools merge …`) are that command's."""
+    own = {"--out"}
+    for keyword in verb.keywords:
+        flags = keyword.option.flags if keyword.option is not None else ()
+        own |= {keyword.flag, *(part for flag in flags for part in flag.split("/"))}
+    said = re.sub(r"\bloratools [^`;]*", "", text)
+    return [name for name in re.findall(r"(?<![\w-])(--[a-z][a-z-]*)", said) if name not in own]
 
 
 def stats(t: Path, tensors: Tensors) -> Path:

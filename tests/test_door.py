@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import lora_tools
 from lora_tools.cli import run
+from lora_tools.engine import threads
 from lora_tools.errors import CheckpointError, UsageError
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.records import TensorSpec
@@ -153,6 +154,15 @@ LAYERS: dict[str, Callable[[str, torch.Tensor], Tensors]] = {
         f"{m}.B": packed((w.shape[1] // 16, len(w) * 2), torch.int32),
         f"{m}.s_channel": torch.rand(1, len(w)),
     },
+    "of next year": lambda m, w: {
+        f"{m}.codes8": packed(tuple(w.shape), torch.int8),
+        f"{m}.step": torch.tensor(0.1),
+    },
+    "of the year after": lambda m, w: {
+        f"{m}.nibbles": packed((w.numel() // 8, 1), torch.int32),
+        f"{m}.lattice.a": torch.rand(len(w), 1).half(),
+        f"{m}.lattice_of_rows": torch.rand(len(w), 1).half(),
+    },
     "fused experts": lambda m, w: {
         f"{m}.experts.up_proj": packed((2, len(w), w.shape[1])),
         f"{m}.experts.up_proj_scale": torch.ones(2, len(w), 1),
@@ -278,7 +288,7 @@ def test_a_bare_file_has_no_config_and_is_known(
         ("awq", "AWQ", "q_proj.qweight (I32)"),
         ("int8", "bitsandbytes int8", "q_proj.SCB (F32)"),
         ("packed", "compressed-tensors", "q_proj.weight_packed (I32)"),
-        ("nvfp4", "NVFP4", "q_proj.weight_scale_2 (F32)"),
+        ("nvfp4", "NVFP4", f"{Q} (U8)"),
         ("mxfp4", "MXFP4", "q_proj_blocks (U8)"),
         ("mlx", "MLX", f"{Q} (U32)"),
         ("vptq", "VPTQ", "q_proj.indices (I32)"),
@@ -288,6 +298,7 @@ def test_a_bare_file_has_no_config_and_is_known(
         ("marlin", "Marlin", "q_proj.B (I32)"),
         ("qqq", "QQQ", "q_proj.B (I32)"),
         ("quanto of four bits", "quanto", "q_proj.weight._data._data (U8)"),
+        ("of next year", "a scheme that is not known", "q_proj.codes8 (I8)"),
         ("config", "FP8 with block scales", "quantization_config in config.json (fp8)"),
         ("config of the text", "AWQ", "text_config.quantization_config in config.json (awq)"),
         ("modelopt", "ModelOpt", "hf_quant_config.json"),
@@ -332,6 +343,28 @@ def test_buffers_of_whole_numbers_are_no_sign(plain: Path, tmp_path: Path) -> No
     lora_tools.merge(base, [plain / "adapter"], tmp_path / "out", allow_other_base=True)
     for name, tensor in buffers.items():
         assert torch.equal(load_file(tmp_path / "out/model.safetensors")[name], tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "companion", ["weight_scale", "weight_scales", "weight_scale_2", "scale_weight", "scales"]
+)
+def test_a_learned_scale_beside_a_float_weight_is_plain(
+    companion: str, dtype: torch.dtype, plain: Path, tmp_path: Path
+) -> None:
+    """It is a parameter like any other; a config that says otherwise is believed."""
+    base = {name: tensor.to(dtype) for name, tensor in weights(layers=1).items()}
+    name = f"model.layers.0.q_proj.{companion}"
+    path = checkpoint(tmp_path / "base", base | {name: torch.ones(16, 1, dtype=dtype)})
+    tuned = checkpoint(tmp_path / "tuned", moved(base) | {name: torch.full((16, 1), 2.0).to(dtype)})
+    assert open_checkpoint(path).scheme is None
+    lora_tools.extract(path, tuned, tmp_path / "a", rank=1)
+    lora_tools.merge(path, [tmp_path / "a"], tmp_path / "out", dtype="float32")
+    merged = load_file(tmp_path / "out/model.safetensors")
+    assert torch.equal(merged[name], torch.full((16, 1), 2.0))
+    (path / "config.json").write_text('{"quantization_config": {"quant_method": "fp8"}}')
+    with pytest.raises(CheckpointError, match="quantized as"):
+        open_checkpoint(path)
 
 
 # ------------------------------------------------------------------------------- four bits: read
@@ -607,3 +640,31 @@ def test_rows_of_a_weight_in_memory(stepped: dict[str, Path]) -> None:
     assert torch.equal(view.tensor(spec.name), side.rows(name, shape, 4, 12))
     assert view.rounded(spec.name).dtype == torch.bfloat16
     assert view.digest({}) == side.stored.digest({})
+
+
+@pytest.mark.parametrize("verb", ["merge", "merge --dtype", "quantize", "dequantize", "verify"])
+def test_what_is_decoded_counts_as_working_memory(
+    verb: str, stepped: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole weight is held in float32, beside what is made of it."""
+    seen: dict[str, int] = {}
+    own = threads.run
+
+    def spy(tasks: Any, *args: Any, **options: Any) -> Any:
+        seen.update({task.label: task.nbytes for task in tasks})
+        return own(tasks, *args, **options)
+
+    base, adapters = stepped["base"], [stepped["adapter"]]
+    if verb == "verify":
+        lora_tools.merge(base, adapters, tmp_path / "merged")
+    monkeypatch.setattr(threads, "run", spy)
+    {
+        "merge": lambda: lora_tools.merge(base, adapters, tmp_path / "out"),
+        "merge --dtype": lambda: lora_tools.merge(base, [], tmp_path / "out", dtype="float16"),
+        "quantize": lambda: lora_tools.quantize(base, tmp_path / "out"),
+        "dequantize": lambda: lora_tools.dequantize(base, tmp_path / "out"),
+        "verify": lambda: lora_tools.verify(tmp_path / "merged", base=base, adapters=adapters),
+    }[verb]()
+    made = 2 * 256 + 128 if verb == "quantize" else 0  # the tensor in bfloat16, and its codes
+    assert seen[Q] >= 4 * 256 + made
+    assert seen["model.layers.0.norm.weight"] < 4 * 256

@@ -372,7 +372,9 @@ def test_other_methods_are_refused_by_name(
     kind: str, plain: Path, bases: dict[str, Path], tmp_path: Path
 ) -> None:
     adapter = spoil(plain, tmp_path / "a", {"peft_type": kind})
-    with pytest.raises(UnsupportedAdapter, match=rf"a {kind} adapter cannot be merged here: \w+"):
+    with pytest.raises(
+        UnsupportedAdapter, match=rf"an adapter of PEFT's {kind} cannot be merged here: \w+"
+    ):
         lora_tools.merge(bases["llama"], [adapter], tmp_path / "m")
     assert not (tmp_path / "m").exists()
 

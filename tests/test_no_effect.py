@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lora_tools
-from lora_tools.errors import AdapterError
 from lora_tools.formats.adapters.table import FORMATS
 
 from . import models
@@ -135,7 +134,7 @@ def test_inspect_shows_it(root: Path) -> None:
 
 
 def test_an_alpha_of_0_in_a_file_is_read_as_its_library_does(root: Path, tmp_path: Path) -> None:
-    """LyCORIS takes the rank for it. sd-scripts does in one place and not in another: refused."""
+    """LyCORIS takes the rank for it. sd-scripts merges nothing then, which is what PEFT does."""
     q = "model_layers_0_self_attn_q_proj"
     factors = {"lora_down.weight": torch.ones(2, 32), "lora_up.weight": torch.ones(32, 2)}
     for prefix, alpha in itertools.product(("lycoris_", "lora_unet_"), (0.0, 2.0)):
@@ -152,7 +151,10 @@ def test_an_alpha_of_0_in_a_file_is_read_as_its_library_does(root: Path, tmp_pat
     lora_tools.convert(
         tmp_path / "lora_unet_2.0.safetensors", tmp_path / "k", to="peft", base=root / "base"
     )
-    with pytest.raises(AdapterError, match=r"alpha: is 0, which sd-scripts takes for the rank"):
-        lora_tools.convert(
-            tmp_path / "lora_unet_0.0.safetensors", tmp_path / "z", to="peft", base=root / "base"
-        )
+    zero = tmp_path / "lora_unet_0.0.safetensors"
+    report = lora_tools.convert(zero, tmp_path / "z", to="peft", base=root / "base")
+    assert any("1 of 1 modules have an alpha of 0, and so no effect" in n for n in report.notes)
+    lora_tools.merge(root / "base", [zero], tmp_path / "m")
+    before, after = (load_file(p / "model.safetensors") for p in (root / "base", tmp_path / "m"))
+    assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
+    assert any(float(t.scaling) == 0 for t in lora_tools.inspect(zero).spectra)

@@ -420,3 +420,30 @@ def test_no_number_is_within_rounding(work, tmp_path):
 
     said = refused(spoilt(work, tmp_path / "m", spoil), work)
     assert f"worst is {Q}.weight" in said
+
+
+def test_equal_statistics_and_masks_are_no_news(tmp_path: Path) -> None:
+    """Only matrices that are alike are worth a word."""
+    alike = {"bn.running_mean": torch.ones(4), "bn.running_var": torch.ones(1, 4, 1, 1)}
+    alike["attn.bias"] = torch.ones(1, 1, 4, 4, dtype=torch.uint8)
+    tensors = {f"{i}.{name}": t.clone() for i in (0, 1) for name, t in alike.items()}
+    matrix = torch.randn(4, 4)
+    tensors |= {"0.attn.q.weight": matrix, "1.attn.q.weight": matrix.clone()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    notes = lora_tools.inspect(tmp_path / "model.safetensors").notes
+    assert [note for note in notes if "the same bytes" in note] == [
+        "1.attn.q.weight: the same bytes as 0.attn.q.weight"
+    ]
+
+
+def test_one_is_not_many(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for name, by in (("base", 0.0), ("tuned", 1.0)):
+        save_file({"a.q.weight": torch.eye(4) + by}, tmp_path / f"{name}.safetensors")
+    sides = [str(tmp_path / f"{name}.safetensors") for name in ("base", "tuned")]
+    assert run(["diff", *sides]) == 0
+    assert run(["extract", *sides, "-o", str(tmp_path / "a"), "--rank", "1"]) == 0
+    assert run(["inspect", sides[0]]) == 0
+    said = "".join(capfd.readouterr())
+    assert "1 tensor changed" in said
+    assert "1 module, rank 1" in said
+    assert ": 1 tensor (" in said

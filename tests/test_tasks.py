@@ -157,6 +157,37 @@ def test_a_file_that_changed_is_refused(what: str, tmp_path: Path) -> None:
         pickle.loads(sent)
 
 
+@pytest.mark.parametrize("change", ["edited", "removed"])
+@pytest.mark.parametrize("kind", ["folder", "dequantized", "as loaded"])
+def test_a_config_that_changed_is_refused(
+    kind: str, change: str, root: Path, tmp_path: Path
+) -> None:
+    """What was read of it goes with the checkpoint, and transformers reads the file."""
+    if kind == "as loaded":
+        folder = mixtral(tmp_path / "base")
+    else:
+        source = root / {"folder": "tuned", "dequantized": "nf4"}[kind]
+        folder = shutil.copytree(source, tmp_path / "base")
+    given = open_checkpoint(folder)
+    sent = pickle.dumps(loaded_view(given) if kind == "as loaded" else given)
+    config = folder / "config.json"
+    if change == "edited":
+        config.write_text(config.read_text().replace("true", "false"))
+    else:
+        config.unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json: changed since it was opened"):
+        pickle.loads(sent)
+
+
+def test_an_adapters_config_that_changed_is_refused(root: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(root / "plain", tmp_path / "a")
+    sent = pickle.dumps(open_weighted([folder], False))
+    config = folder / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": ', '"lora_alpha": 1'))
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: changed since"):
+        pickle.loads(sent)
+
+
 def test_what_others_write_is_credited_to_the_owner(tmp_path: Path) -> None:
     """Two writers that were reopened, and their owner, who alone knows when all is there."""
     specs = [TensorSpec(name, "U8", (4,)) for name in "abc"] + [TensorSpec("z", "U8", (9,))]

@@ -47,7 +47,7 @@ def write_as(
         UnsupportedAdapter: the format cannot hold a part of it.
     """
     found = features(given, names)
-    options = choose_conversion(given, to, frozenset(), None, None, found)
+    options = choose_conversion(given, to, None, None, None, found)
     options = dataclasses.replace(options, blocks=blocks)
     kept = kept_modules(given, options, found)
     made = {k: v for k, v in given.file.metadata.items() if k in PROVENANCE}
@@ -79,18 +79,26 @@ def features(given: Adapter, names: BaseNames | None = None) -> dict[str, list[s
 def choose_conversion(
     given: Adapter,
     target: Format,
-    drop: frozenset[str],
+    drop: frozenset[str] | None,
     rule: RankRule | None,
     dtype: str | None,
     found: Mapping[str, list[str]],
 ) -> Conversion:
-    """Check that the format holds the adapter; settle on its one alpha and rank, if it has one."""
-    lacks = {f: where for f, where in found.items() if f not in target.keeps and f not in drop}
+    """Check that the format holds the adapter; settle on its one alpha and rank, if it has one.
+
+    Args:
+        drop: features that are left out; None where that cannot be asked for.
+    """
+    lacks = {
+        f: where for f, where in found.items() if f not in target.keeps and f not in (drop or ())
+    }
     if lacks:
         parts = " or ".join(f"{FEATURES[f]} ({min(where)})" for f, where in lacks.items())
+        flags = " ".join(f"--drop {feature}" for feature in lacks)
+        command = f"loratools convert --to {target.name} {flags}"
         raise UnsupportedAdapter(
             f"{given.path}: {target.title} has no place for {parts}; "
-            f"{' '.join(f'--drop {f}' for f in lacks)} leaves them out"
+            + (f"{flags} leaves them out" if drop is not None else f"`{command}` leaves them out")
         )
     alpha, pad_to = None, None
     if target.alpha == "one":
@@ -101,7 +109,7 @@ def choose_conversion(
         if target.one_rank:
             plain, pad_to = plain and len(ranks) == 1, top
         alpha = alphas.pop() if plain else float(top)
-    return Conversion(target, drop, rule, dtype, alpha, pad_to, {})
+    return Conversion(target, drop or frozenset(), rule, dtype, alpha, pad_to, {})
 
 
 def kept_modules(
@@ -178,7 +186,7 @@ def write_modules(
     """Write those modules of an adapter, times ``weight``, and those of its tensors saved whole, as
     ``convert`` would, and with its errors."""
     options = choose_conversion(
-        given, target, frozenset(), None, target.dtype or None, features(given, names)
+        given, target, None, None, target.dtype or None, features(given, names)
     )
     kept = {name: given.modules[name] for name in modules}
     options = dataclasses.replace(options, weight=weight)

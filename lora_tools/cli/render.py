@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from lora_tools.cli import tables
-from lora_tools.records import Progress, ProgressCallback, Report
+from lora_tools.records import Progress, ProgressCallback, Report, counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -109,8 +109,11 @@ def _modules(console: Console, report: Report[Any], verbose: bool) -> None:
             m.layout,
             "x".join(map(str, m.shape)),
             str(m.rank),
-            f"{m.relative_error:.4g}",
-            f"{m.energy:.2%}",
+            *(
+                (f"{m.relative_error:.4g}", f"{m.energy:.2%}")
+                if math.isfinite(m.energy)
+                else ("-", "no change")
+            ),
         ]
         if searched:
             cells.append(f"{m.gain_bound:.1e}")
@@ -165,15 +168,18 @@ def _totals(report: Report[Any]) -> Iterator[str]:
     t = report.totals
     if "relative_error" in t:
         ranks = f"{t['rank_min']}" + (f"-{t['rank_max']}" if t["rank_max"] != t["rank_min"] else "")
-        line = f"total: relative error {t['relative_error']:.4g}, energy {t['energy']:.2%}"
-        line += " of all that changed" if "left_out" in t else ""
+        line = "total: nothing changed"
+        if math.isfinite(t["energy"]):
+            line = f"total: relative error {t['relative_error']:.4g}, energy {t['energy']:.2%}"
+            line += " of all that changed" if "left_out" in t else ""
         if "gain_bound" in t:
             line += f" (at most {t['gain_bound']:.1e} below the best possible at these ranks)"
-        yield f"{line}, {t['modules']} modules, rank {ranks}"
+        yield f"{line}, {counted(t['modules'], 'module')}, rank {ranks}"
     if t.get("left_out"):
+        hold = "holds" if t["left_out"] == 1 else "hold"
         yield (
-            f"left out: {t['left_out']} changed tensors, which hold {t['left_out_energy']:.2%} of "
-            "the energy of all that changed"
+            f"left out: {counted(t['left_out'], 'changed tensor')}, which {hold} "
+            f"{t['left_out_energy']:.2%} of the energy of all that changed"
         )
     if "parameters_replaced" in t:
         yield f"{t['parameters_replaced']:,} parameters become {t['parameters']:,}"
@@ -193,7 +199,7 @@ def _totals(report: Report[Any]) -> Iterator[str]:
     if "expected_bytes_at_most" in t:
         yield f"expected size: at most {size(t['expected_bytes_at_most'])}"
     if "tensors_merged" in t:
-        yield f"{t['tensors_merged']} tensors merged, {t['tensors_copied']} copied"
+        yield f"{counted(t['tensors_merged'], 'tensor')} merged, {t['tensors_copied']} copied"
     if "delta_kept" in t:
         yield (
             f"of the adapters' change {t['delta_kept']:.1%} was kept, beside a rounding error of "
@@ -207,7 +213,7 @@ def _totals(report: Report[Any]) -> Iterator[str]:
     if t.get("base_exact"):
         yield "without an adapter: bit for bit what the plain graph gives"
     for file, figures in t.get("runtime_adapters", {}).items():
-        line = f"{file}: {figures['modules']} modules, {size(figures['bytes'])}"
+        line = f"{file}: {counted(figures['modules'], 'module')}, {size(figures['bytes'])}"
         yield f"{line}; {_difference(figures)}" if "verified" in figures else line
     if "sidecar_bytes" in t:
         yield f"sidecar: {size(t['sidecar_bytes'])}, {t['sidecar_share']:.2%} of the model"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from lora_tools.records import Report
+from lora_tools.records import Report, counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -102,7 +102,7 @@ def totals(t: Mapping[str, Any]) -> Iterator[str]:
     """Sentences for the totals of inspect, diff, verify and check."""
     if "kind" in t:
         dtypes = ", ".join(f"{n} {dtype}" for dtype, n in t["dtypes"].items())
-        yield f"{t['kind']}: {t['tensors']} tensors ({dtypes}), {t['numbers']:,} numbers"
+        yield f"{t['kind']}: {counted(t['tensors'], 'tensor')} ({dtypes}), {t['numbers']:,} numbers"
         for name, facts in t["metadata"].items():
             if facts:
                 yield f"{name}: " + ", ".join(f"{k}={str(v)[:80]}" for k, v in facts.items())
@@ -125,18 +125,19 @@ def totals(t: Mapping[str, Any]) -> Iterator[str]:
             q = t["quantized"]
             schemes = "; ".join(f"{n} in {scheme}" for scheme, n in q["schemes"].items())
             yield (
-                f"quantized: {q['weights']} weights ({schemes}), {q['numbers']:,} numbers at "
-                f"{q['bits_per_parameter']:.3f} bits, read back as {', '.join(q['dtypes'])}"
+                f"quantized: {counted(q['weights'], 'weight')} ({schemes}), "
+                f"{q['numbers']:,} numbers at {q['bits_per_parameter']:.3f} bits, "
+                f"read back as {', '.join(q['dtypes'])}"
             )
         for file, graph in t.get("graphs", {}).items():
             yield from _graph(file, graph)
     if "relative_change" in t:
         yield (
-            f"{t['changed']} tensors changed, {t['unchanged']} did not; relative change "
+            f"{counted(t['changed'], 'tensor')} changed, {t['unchanged']} did not; relative change "
             f"{_number(t['relative_change'], '.3%')}"
         )
         if t["one_sided"]:
-            yield f"on one side only, and in no figure: {t['one_sided']} tensors"
+            yield f"on one side only, and in no figure: {counted(t['one_sided'], 'tensor')}"
     if "verdict" in t:
         yield str(t["verdict"])
     if "findings" in t:

@@ -69,9 +69,13 @@ def extract_adapter(
             outcome.lora = None
             outcomes.append(outcome)
         if not writer.ranks:
+            same = all(outcome.action == Action.UNCHANGED for outcome in outcomes)
             raise MismatchError(
-                "no module has a low-rank change, and PEFT loads no adapter without one; "
-                "are BASE and TUNED the same model, or does the rank policy leave nothing?"
+                "nothing changed from BASE to TUNED: no module has a low-rank change, and PEFT "
+                "loads no adapter without one; is TUNED the model that was meant?"
+                if same
+                else "no module has a low-rank change, and PEFT loads no adapter without one; is "
+                "all that changed left out, or does the rank policy leave nothing?"
             )
         notes = [*plan.notes, *complete_saved(outcomes, plan, sides[1], writer)]
         notes += [*_unweighted(outcomes, options), *uncovered(outcomes)]

@@ -134,6 +134,12 @@ class ExtractPair(PairTask):
                 "--rest skip leaves it out"
             )
         outcome.action = Action.SKIPPED if pair.action == "skip" else Action.SAVED_WHOLE
+        if outcome.action == Action.SAVED_WHOLE and _is_codes(pair):
+            raise MismatchError(
+                f"{pair.name}: {pair.spec.dtype} {list(pair.spec.shape)} changed, and is no float: "
+                "are they codes, in a scheme that is not known here? Give the plain checkpoint; "
+                "--exclude leaves it out"
+            )
         if outcome.action == Action.SAVED_WHOLE and math.isinf(outcome.change):
             raise NonFiniteError(
                 f"{pair.name}: is to be saved whole, and one side holds an inf or a NaN; "
@@ -302,6 +308,13 @@ def _fit(
     fitted = fit(pair, sides, found, ranks, options)
     assert fitted is not None
     return fitted
+
+
+def _is_codes(pair: Pair) -> bool:
+    """Whether a tensor is of whole numbers, and no counter: a training changes no others, and PEFT
+    saves none."""
+    specs = [spec for spec in (pair.base, pair.tuned) if spec is not None]
+    return any(spec.dtype[0] in "IU" and spec.numel > 1 for spec in specs)
 
 
 def _refuse_other(spectra: Spectra, name: str, key: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from lora_tools.errors import MismatchError, UsageError
+from lora_tools.extracting.otherwise import refuse_stored_otherwise
 from lora_tools.formats.alignment import align
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.names import split_tensor
@@ -148,7 +149,8 @@ def make_plan(
 
     Raises:
         UsageError: a kind does not fit a weight that it is named for, or is for none.
-        MismatchError: little in common, ambiguous prefixes, or shapes that differ.
+        MismatchError: little in common, ambiguous prefixes, shapes that differ, or a weight that
+            one side stores in a way that is not known.
     """
     notes = [*base.notes, *tuned.notes]
     to_base, sentence = align(list(tuned.specs), list(base.specs))
@@ -167,6 +169,9 @@ def make_plan(
     # Both sides by the base's names; a spec keeps its own.
     ours, theirs = dict(base.specs), {to_base[name]: spec for name, spec in tuned.specs.items()}
     followed = _settle_ties((base, ours), (tuned, theirs), to_base, settled, notes)
+    refuse_stored_otherwise(
+        (base.path, ours), (tuned.path, theirs), chosen, ", or leave the module out with --exclude"
+    )
     added = [name for name in theirs if name not in ours]
     # Tensors that only the tuned side has are saved under its own names: the model that can load
     # them is the tuned one. Otherwise the adapter goes on the base and takes the base's names.

@@ -16,6 +16,7 @@ from lora_tools.errors import CheckpointError, UnsafeInput
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.formats.quantized.packed import StoredFormat
+from lora_tools.formats.reopen import SmallFile
 from lora_tools.formats.safetensors_file import SafetensorsFile
 from lora_tools.formats.shards import INDEX_SUFFIX, Shards
 from lora_tools.formats.tensor_file import TensorFile
@@ -71,6 +72,7 @@ class Checkpoint(Shards):
 
     def _read_config(self) -> dict[str, Any]:
         path = self.path / "config.json"
+        self._config_file = SmallFile.of(path)
         if not (self.is_folder and path.is_file()):
             return {}
         try:
@@ -105,6 +107,10 @@ class Checkpoint(Shards):
     def ties_embeddings(self) -> bool:
         """Whether the config says that the output head is the input embedding."""
         return ties_embeddings(self.config)
+
+    def decoded_bytes(self, name: str) -> int:
+        """Memory that ``tensor`` takes for numbers that are not stored as such; 0 where mapped."""
+        return 0
 
     def rounded(self, name: str) -> torch.Tensor:
         """The tensor in the dtype that its spec names, where ``tensor`` may be wider: to be written

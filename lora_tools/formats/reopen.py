@@ -46,7 +46,40 @@ class Reopened:
 def _reopen(kind: Callable[[Path], Reopened], path: Path, stamp: Stamp, header: str) -> Reopened:
     file = kind(path)
     if file.stamp != stamp or xxhash.xxh3_128_hexdigest(file.header) != header:
-        raise CheckpointError(
-            f"{path}: changed since it was opened; run the command again once nothing writes to it"
-        )
+        raise _changed(path)
     return file
+
+
+@dataclasses.dataclass(frozen=True)
+class SmallFile:
+    """A small file that something was read from, such as a config.json: what was read is pickled,
+    and unpickling raises CheckpointError where the file says something else by then.
+
+    Attributes:
+        digest: of its bytes; "" where there is none.
+    """
+
+    path: Path
+    digest: str
+
+    @classmethod
+    def of(cls, path: Path) -> SmallFile:
+        """As it lies there now."""
+        there = path.is_file()
+        return cls(path.absolute(), xxhash.xxh3_128_hexdigest(path.read_bytes()) if there else "")
+
+    def __reduce__(self) -> tuple[Callable[..., SmallFile], tuple[Path, str]]:
+        return _unchanged, (self.path, self.digest)
+
+
+def _unchanged(path: Path, digest: str) -> SmallFile:
+    file = SmallFile.of(path)
+    if file.digest != digest:
+        raise _changed(path)
+    return file
+
+
+def _changed(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: changed since it was opened; run the command again once nothing writes to it"
+    )

@@ -89,11 +89,15 @@ def balanced_factors(
     G = target @ wide.T
     P = torch.empty(delta.shape[0], svd.rank, dtype=torch.float64, device=device)
     plain = P if weighting is None else torch.empty_like(P)
+    one = 2.0 ** -math.frexp(float(target.abs().max()))[1]  # of tiny factors the products vanish
     for start, stop, run in delta.runs():
         here = run.to(device)
-        P[start:stop] = here @ target.to(run.dtype).T
+        P[start:stop] = here @ (target * one).to(run.dtype).T
         if weighting is not None:
-            plain[start:stop] = here @ wide.to(run.dtype).T
+            plain[start:stop] = here @ (wide * one).to(run.dtype).T
+    P /= one
+    if weighting is not None:
+        plain /= one
     best = torch.linalg.solve(G, P, left=False)
     left = (best / scale).to(dtype)
     written = left.double() * scale

@@ -33,9 +33,11 @@ def edge(rows: torch.Tensor, cols: torch.Tensor) -> float:
         y z = Σ a_i / (1 − a_i x),    x z = Σ b_j / (1 − b_j y),
 
     have a solution with x < 1 / max a and y < 1 / max b. For equal variances it is
-    (√m + √n)² / (m n), Marchenko & Pastur's.
+    (√m + √n)² / (m n), Marchenko & Pastur's. Where all variances are 0 it is 1, the most it can be.
     """
     a, b = _normal(rows), _normal(cols)
+    if not (len(a) and len(b)):
+        return 1.0
     if len(b) > len(a):
         a, b = b, a  # the inner equation is solved on the shorter side
     low, high = 0.0, 1.0

@@ -26,6 +26,7 @@ _LARGE = 1024  # from this side on, iterating costs less than an exact method fo
 _STRAY = 1e-2  # what the directions kept may still miss, over the next value, when that is bounded
 _SUBSET = 1024  # from this size on, LAPACK's subset of eigenvectors pays for importing scipy
 _SUM_CHUNK = 1 << 16
+_LEAST = 1e-26  # a sum of so many squares in float32 that none that counts can have been lost
 HALF_LOSS = 2.0**-15  # energy, relative, that rounding matrix and basis to bfloat16 may hide
 EPS = torch.finfo(torch.float32).eps
 
@@ -67,12 +68,20 @@ class TruncatedSVD:
 
 
 def sum_of_squares(x: torch.Tensor) -> float:
-    """‖x‖²_F: float32 within runs of 65,536 elements, float64 across them."""
+    """‖x‖²_F: float32 within runs of 65,536 elements, float64 across them, and within a run of
+    numbers whose squares float32 cannot hold."""
     flat = x.reshape(-1)
     if flat.dtype != torch.float64 and flat.device.type == "cpu":
-        runs = torch.split(flat, _SUM_CHUNK)
-        return math.fsum(float(torch.dot(run, run)) for run in runs)
+        return math.fsum(map(_squares_of_run, torch.split(flat, _SUM_CHUNK)))
     return float(torch.linalg.vector_norm(flat, dtype=torch.float64)) ** 2
+
+
+def _squares_of_run(run: torch.Tensor) -> float:
+    narrow = float(torch.dot(run, run))
+    if _LEAST <= narrow < math.inf:
+        return narrow
+    wide = run.double()  # squares below 1e-38 are lost in float32, and those above 3e38 infinite
+    return float(torch.dot(wide, wide))
 
 
 def truncated(
@@ -319,12 +328,15 @@ def _krylov(A: torch.Tensor, wanted: Wanted, tolerance: float, seed: int) -> Tru
     """Randomized block Krylov iteration; None where it would cost more than an exact method.
 
     Q (m, k) is an orthonormal basis of [AΩ, (AAᵀ)AΩ, …], Z = AᵀQ. Products with A are made in A's
-    dtype, the rest in float32, the small k × k problem in float64.
+    dtype, the rest in float32, the small k × k problem in float64. Products are scaled by a power
+    of two to be near 1, whatever the size of A: float32 would not hold the squares of 1e-25.
     """
     m, n = A.shape
     block = min(_BLOCK, m)
     start = torch.Generator().manual_seed(seed)
+    unit = 2.0 ** -(math.frexp(wanted.total)[1] // 2)  # about 1 / ‖A‖
     X = torch.randn(n, block, generator=start).to(A.device)
+    near_1 = X * unit
     # Z'Z squares singular values: only float64 keeps those that float32 products resolve.
     wide = torch.float64 if A.dtype == torch.float32 else torch.float32
     Q, Z = Columns(X.new_empty(m, 0)), Columns(X.new_empty(n, 0, dtype=wide))
@@ -332,7 +344,7 @@ def _krylov(A: torch.Tensor, wanted: Wanted, tolerance: float, seed: int) -> Tru
     # Where the spectrum is looked at first: a fixed rank takes about this many dimensions.
     look_at = min(2 * wanted.least(m, n) + 2 * block, m // 2)
     while True:
-        product = (X.T.to(A.dtype) @ A.T).T.float()  # this way round is faster than A @ X
+        product = (near_1.T.to(A.dtype) @ A.T).T.float()  # this way round is faster than A @ X
         Y, E = torch.linalg.qr(project_out(product, Q.all))
         k = Q.all.shape[1]
         # Only rounding is left of a product: Q holds an invariant subspace, and must not grow by
@@ -341,8 +353,8 @@ def _krylov(A: torch.Tensor, wanted: Wanted, tolerance: float, seed: int) -> Tru
         if exhausted:
             left = wanted.total - float(T.trace())
             if left > (1e-5 if wanted.rule.counts else tolerance) * wanted.total:
-                X = torch.randn(n, block, generator=start).to(A.device)
-                Y = torch.linalg.qr(project_out((X.T.to(A.dtype) @ A.T).T.float(), Q.all)).Q
+                near_1 = torch.randn(n, block, generator=start).to(A.device) * unit
+                Y = torch.linalg.qr(project_out((near_1.T.to(A.dtype) @ A.T).T.float(), Q.all)).Q
                 exhausted = False
         if exhausted or (k > 0 and k >= min(look_at, m // 2 - block)):
             lam, W = torch.linalg.eigh(T)
@@ -357,7 +369,7 @@ def _krylov(A: torch.Tensor, wanted: Wanted, tolerance: float, seed: int) -> Tru
             if rank is not None and wanted.rule.counts and _GRAM * rank > m:
                 return None
             if rank is not None and rank < k:
-                residual = (E.double().cpu() @ W[-block:]).square().sum(0)
+                residual = (E.double().cpu() / unit / unit @ W[-block:]).square().sum(0)
                 gain = missing_energy(values, residual, rank) + hidden_energy(values, rank, block)
                 captured = float(values[:rank].sum())
                 allowed, sure = tolerance * captured, True
@@ -378,6 +390,7 @@ def _krylov(A: torch.Tensor, wanted: Wanted, tolerance: float, seed: int) -> Tru
         # Once more after normalising: what is left may have lost its digits to the first time.
         Y = torch.linalg.qr(project_out(Y, Q.all)).Q
         X = (Y.T.to(A.dtype) @ A).float().T
+        near_1 = X * unit * unit
         Q.append(Y)
         Z.append(X)
         cross = (Z.all.T @ X.to(wide)).double().cpu()

@@ -50,9 +50,10 @@ def merge_checkpoint(job: Rewrite, reversible: bool) -> Report[MergeTotals]:
         with job.writer() as writer:
             targets = (*plan.targets, *plan.untied)
             measured = base.scheme is not None
+            sizes = [max(t.spec.nbytes, base.decoded_bytes(t.base_name)) for t in targets]
             tasks = [
-                MergeTensor(t, specs[t.spec.name], t.spec.nbytes, reversible, measured)
-                for t in targets
+                MergeTensor(t, specs[t.spec.name], size, reversible, measured)
+                for t, size in zip(targets, sizes, strict=True)
             ]
             for target, result in zip(targets, job.run(tasks, writer), strict=True):
                 out_hashes[target.spec.name] = result.out_hash

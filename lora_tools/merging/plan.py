@@ -70,9 +70,14 @@ def adapter_digest(adapter: Adapter) -> str:
 
 
 def plan_merge(
-    base: Checkpoint | BaseOutline, adapters: Sequence[Weighted], allow_unmatched: bool = False
+    base: Checkpoint | BaseOutline,
+    adapters: Sequence[Weighted],
+    allow_unmatched: bool | None = None,
 ) -> MergePlan:
     """Match every key of every adapter to a tensor.
+
+    Args:
+        allow_unmatched: leave out what matches none; None where that cannot be asked for.
 
     Raises:
         AdapterError: a key matches nothing (unless allowed), or two adapters replace one tensor.
@@ -99,8 +104,8 @@ def plan_merge(
             elif allow_unmatched:
                 unmatched.append(Fate(name, Action.UNMATCHED, f"{weighted.path}: no such tensor"))
             else:
-                said = _no_such_tensor(weighted, name, base)
-                raise AdapterError(f"{said} --allow-unmatched leaves such keys out")
+                hint = "" if allow_unmatched is None else " --allow-unmatched leaves such keys out"
+                raise AdapterError(f"{_no_such_tensor(weighted, name, base)}{hint}")
     if adapters and not parts:
         raise AdapterError(f"no key of {', '.join(w.path for w in adapters)} matches {base.path}")
     notes += doubts(base, adapters, parts)

@@ -107,8 +107,8 @@ def refuse_lossy(plan: MergePlan) -> None:
                     "rows": "the adapter replaced rows of it",
                 }[part.kind]
                 raise UnsupportedAdapter(
-                    f"{target.spec.name}: cannot be undone without a sidecar ({why}); merge with "
-                    "--reversible to be able to"
+                    f"{target.spec.name}: cannot be undone without a sidecar ({why}); "
+                    "`loratools merge --reversible` makes one that can be"
                 )
         if target in plan.untied:
             raise UnsupportedAdapter(

@@ -16,9 +16,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lora_tools.errors import NonFiniteError, UsageError
+from lora_tools.errors import NonFiniteError, UnsupportedAdapter, UsageError
 from lora_tools.formats.adapters.base_names import names_of
 from lora_tools.formats.dtypes import dtype_name
+from lora_tools.formats.quantized.signs import sign_of
 from lora_tools.linalg.layouts import Block
 from lora_tools.linalg.merge import Effect, LowRank, merged_whole
 from lora_tools.merging.plan import MergePlan, build_effects, plan_merge
@@ -62,6 +63,7 @@ def attach(
 
     Raises:
         UsageError: something is attached already.
+        UnsupportedAdapter: the model is quantized.
         LoraToolsError: any other of the tree; the model is as it was then.
     """
     with errors_for_python():
@@ -103,6 +105,12 @@ def _put_on(
     given = [adapters] if isinstance(adapters, str | Path) else list(adapters)
     state = model.state_dict(keep_vars=True)
     outline = _outline(model, state)
+    sign = sign_of(outline.specs, outline.config, ())
+    if sign is not None:
+        raise UnsupportedAdapter(
+            f"{outline.path}: this model is quantized as {sign.title} (by {sign.where}), and "
+            f"nothing can be added to its codes; {sign.advice}"
+        )
     names = names_of(outline.path, outline.weights, outline.config)
     plan = plan_merge(outline, open_weighted(given, allow_pickle, names), allow_unmatched)
     record = _Record()
@@ -148,6 +156,7 @@ def _act(
         if not target.parts:
             continue
         name, old = target.base_name, state[target.base_name]
+        _refuse_coded(name, old)
         effects = [_moved_to(effect, old.device) for effect in build_effects(target)]
         module = model.get_submodule(name.rpartition(".")[0])
         branch = _branch(module, name, effects) if branches else None
@@ -159,6 +168,16 @@ def _act(
             new = made[id(old)] = _merged(target, old, effects)
         record.replaced[target.spec.name] = old
         _set(model, target.spec.name, new)
+
+
+def _refuse_coded(name: str, tensor: torch.Tensor) -> None:
+    """Raises UnsupportedAdapter for a tensor of a class of its own, which may be codes of whatever
+    dtype it says (torchao, quanto, bitsandbytes)."""
+    if type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer):
+        raise UnsupportedAdapter(
+            f"{name}: a {type(tensor).__module__}.{type(tensor).__name__} and no plain tensor; "
+            "load the model in bfloat16, and attach to that"
+        )
 
 
 def _merged(

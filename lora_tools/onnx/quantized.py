@@ -27,13 +27,16 @@ from lora_tools.formats.quantized.bitsandbytes import (
 )
 from lora_tools.formats.tensors import as_bytes
 from lora_tools.formats.weights import weight_of
-from lora_tools.linalg import codebooks, nf4
+from lora_tools.linalg import nf4
+from lora_tools.linalg.codebooks import CODEBOOKS
 from lora_tools.onnx.linears import DOMAIN, Linear, linears
 from lora_tools.onnx.schemes import AFFINE, NF4, Affine
 from lora_tools.onnx.weights import Place, places
 from lora_tools.records import TensorSpec
+from lora_tools.sources.dequantized import stored_parts
 from lora_tools.sources.schemes import four_bit_scales
 
+# The operator's numbers for the codebooks that it knows.
 BNB4_TYPES = {"fp4": 0, "nf4": 1}
 _BNB4_BLOCKS = (16, 32, 64, 128, 256)
 
@@ -72,10 +75,15 @@ class Bnb4:
             if state.blocksize not in _BNB4_BLOCKS:
                 raise MismatchError(
                     f"{name}: blocks of {state.blocksize}, and ONNX Runtime's MatMulBnb4 takes up "
-                    f"to {_BNB4_BLOCKS[-1]}; quantize with --blocksize 64"
+                    f"to {_BNB4_BLOCKS[-1]}; `loratools quantize --blocksize 64` makes such"
                 )
-            book = codebooks.CODEBOOKS[state.quant_type].table
-            if not np.array_equal(stored.tensor(name + QUANT_MAP).numpy(), book):
+            if state.quant_type not in BNB4_TYPES:
+                raise MismatchError(
+                    f"{name}: in {state.quant_type}, and ONNX Runtime's MatMulBnb4 takes "
+                    f"{' and '.join(BNB4_TYPES)}; make it plain with `loratools dequantize`"
+                )
+            parts = stored_parts(stored, tensor)
+            if not np.array_equal(parts[QUANT_MAP].numpy(), CODEBOOKS[state.quant_type].table):
                 raise MismatchError(f"{name}: its quant_map is not that of {state.quant_type}")
 
     def takes(self, linear: Linear) -> bool:
@@ -116,8 +124,8 @@ class Bnb4:
         if name == weight or not self._quantized[weight].state.nested:
             return self._stored.raw(name)
         quantized = self._quantized[weight]
-        parts = {end: self._stored.tensor(spec.name) for end, spec in quantized.specs.items()}
-        return as_bytes(torch.from_numpy(four_bit_scales(quantized, parts)))
+        scales = four_bit_scales(quantized, stored_parts(self._stored, quantized))
+        return as_bytes(torch.from_numpy(scales))
 
 
 class NBits:

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import torch
 
+from lora_tools.errors import CheckpointError
 from lora_tools.linalg import codebooks, nf4
 from lora_tools.onnx.linears import DOMAIN, QUANTIZED
 from lora_tools.onnx.quantized import BNB4_TYPES, quantizer_of
@@ -81,8 +82,14 @@ class StoredWeight:
 
     @property
     def _book(self) -> codebooks.Codebook:
-        kind = self.attributes["quant_type"]
-        return codebooks.CODEBOOKS[next(n for n, number in BNB4_TYPES.items() if number == kind)]
+        kind = self.attributes.get("quant_type")
+        for name, number in BNB4_TYPES.items():
+            if number == kind:
+                return codebooks.CODEBOOKS[name]
+        raise CheckpointError(
+            f"{self.name}: in a MatMulBnb4 of quant_type {kind}; ONNX Runtime knows "
+            f"{', '.join(f'{number} ({name})' for name, number in BNB4_TYPES.items())}"
+        )
 
     def _parts(self, folder: Path) -> list[Any]:
         return [_array(tensor, folder) for tensor in self.initializers]

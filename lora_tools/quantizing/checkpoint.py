@@ -14,7 +14,7 @@ from lora_tools.formats.checkpoint_writer import CheckpointWriter
 from lora_tools.formats.names import split_tensor
 from lora_tools.merging.output_files import changed_files
 from lora_tools.merging.rewrite import Rewrite
-from lora_tools.quantizing.compensate import FOLDER, Compensation, finish
+from lora_tools.quantizing.compensate import FOLDER, Compensation, ErrorFit, finish
 from lora_tools.quantizing.pack import config_with, totals_of
 from lora_tools.quantizing.plan import QuantizePlan
 from lora_tools.quantizing.tensor import QuantizedItem, QuantizeItem
@@ -32,7 +32,7 @@ def quantize_checkpoint(
 ) -> Report[QuantizeTotals]:
     """Write the quantized checkpoint, and the adapter for its error where one is wanted."""
     if how is None:
-        tasks = [QuantizeItem(item) for item in plan.items]
+        tasks = _tasks(job, plan, None)
         report, nbytes, _ = write_packed(job, plan, tasks, settings)
     else:
         report, nbytes = _compensated(job, plan, how, settings)
@@ -45,6 +45,13 @@ def quantize_checkpoint(
     return dataclasses.replace(report, totals=totals)
 
 
+def _tasks(job: Rewrite, plan: QuantizePlan, fit: ErrorFit | None) -> list[QuantizeItem]:
+    return [
+        QuantizeItem(item, fit, job.source.decoded_bytes(item.target.base_name))
+        for item in plan.items
+    ]
+
+
 def _compensated(
     job: Rewrite, plan: QuantizePlan, how: Compensation, settings: dict[str, Any]
 ) -> tuple[Report[QuantizeTotals], int]:
@@ -53,7 +60,7 @@ def _compensated(
     beside = job.out.with_name("compensation")
     beside.mkdir()
     with contextlib.closing(PeftWriter(beside)) as peft:
-        tasks = [QuantizeItem(item, how.fit) for item in plan.items]
+        tasks = _tasks(job, plan, how.fit)
         report, nbytes, _ = write_packed(job, plan, tasks, settings, peft)
         return report, nbytes + finish(peft, beside, job.source, how, job.out / FOLDER, job.jobs)
 

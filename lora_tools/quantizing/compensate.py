@@ -24,7 +24,7 @@ from lora_tools.merging.plan import plan_merge
 from lora_tools.merging.targets import Part
 from lora_tools.provenance import tool_version
 from lora_tools.quantizing.plan import Item, QuantizePlan
-from lora_tools.records import DTYPE_BITS, Action, Fate, TensorResult
+from lora_tools.records import DTYPE_BITS, Action, Fate, TensorResult, counted
 from lora_tools.sources.weighted import Weighted
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Compensation:
             for item in items
         )
         more = "".join(f" + {w.path}" for w in self.adapters)
-        reason = f"rank {self.rank} for the error of {len(items)} weights{more}"
+        reason = f"rank {self.rank} for the error of {counted(len(items), 'weight')}{more}"
         nbytes = bits // 8 + 2 * sum(w.adapter.nbytes for w in self.adapters)
         return (Fate(FOLDER, Action.ADD, reason, nbytes),)
 

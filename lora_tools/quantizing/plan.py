@@ -151,8 +151,7 @@ def plan_quantize(
     )
     if not any(item.packed for item in items):
         raise MismatchError(
-            f"{base.path}: holds no linear layer to quantize, or none that --include and --exclude "
-            "leave"
+            f"{base.path}: holds no linear layer to quantize, or all of them were left out"
         )
     return QuantizePlan(items, tuple(sorted(skip)), merge)
 

@@ -41,10 +41,12 @@ class QuantizeItem:
 
     Attributes:
         fit: how to factorise what quantizing loses, where that is wanted.
+        decoded: memory that the checkpoint's tensor takes, where it has to be decoded.
     """
 
     item: Item
     fit: ErrorFit | None = None
+    decoded: int = 0
 
     @property
     def label(self) -> str:
@@ -58,8 +60,9 @@ class QuantizeItem:
         codes = item.spec.numel // 2 if item.packed else 0
         if self.fit and item.packed:
             codes += 4 * item.spec.numel + item.spec.nbytes
-        whole = item.spec.nbytes * (2 if item.transposed else bool(item.target.parts))
-        return max(whole + codes, item.target.spec.nbytes)
+        formed = bool(item.target.parts or self.decoded)
+        whole = item.spec.nbytes * (2 if item.transposed else formed)
+        return max(whole + codes + self.decoded, item.target.spec.nbytes)
 
     def run(self, base: Checkpoint, sink: Sink, buffers: Buffers) -> QuantizedItem:
         """Write all that is stored of the tensor. Raises NonFiniteError."""

@@ -50,6 +50,11 @@ class LoadedView(Checkpoint):
         """What is loaded, as it lies there."""
         return self._source.stored
 
+    def decoded_bytes(self, name: str) -> int:
+        """That of all it is made of."""
+        stored = {piece.stored for piece in self._view.pieces(name)}
+        return sum(map(self._source.decoded_bytes, stored))
+
     def rows(self, name: str, matrix: tuple[int, int], start: int, stop: int) -> torch.Tensor:
         """Only what these rows are made of is read."""
         return self._view.rows(name, matrix, start, stop)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic
 
+from lora_tools.errors import NonFiniteError
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.formats.quantized.bitsandbytes import QuantizedTensor
+from lora_tools.formats.quantized.packed import PackedWeight
 from lora_tools.formats.tensor_file import TensorFile
 from lora_tools.records import TensorSpec
 from lora_tools.sources.schemes import P, Scheme
@@ -43,6 +46,10 @@ class Dequantized(Checkpoint, Generic[P]):
         """How they are stored."""
         return self._scheme
 
+    def decoded_bytes(self, name: str) -> int:
+        """Of a quantized weight, that of its numbers in float32."""
+        return 4 * self.specs[name].numel if name in self.quantized else 0
+
     def rows(self, name: str, matrix: tuple[int, int], start: int, stop: int) -> torch.Tensor:
         """Of a quantized weight only these rows are decoded, where they are rows of its own."""
         if name in self.quantized and matrix == _matrix(self.specs[name]):
@@ -52,15 +59,31 @@ class Dequantized(Checkpoint, Generic[P]):
     def decode(
         self, name: str, start: int, stop: int, dtype: torch.dtype | None = None
     ) -> torch.Tensor:
-        """Rows [start, stop) of a quantized weight as a matrix, in float32 by default."""
+        """Rows [start, stop) of a quantized weight as a matrix, in float32 by default.
+
+        Raises:
+            NonFiniteError: what is stored beside its codes, or what it decodes to, holds an inf or
+                a NaN.
+        """
         import torch
 
-        weight = self.quantized[name]
         out = torch.empty(stop - start, _matrix(self.specs[name])[1], dtype=dtype or torch.float32)
         if out.numel():
-            parts = {part: self.stored.tensor(spec.name) for part, spec in weight.specs.items()}
-            self.scheme.decode(weight, parts, out, start)
+            self.scheme.decode(self.quantized[name], self.parts(name), out, start)
+            if not _is_finite(out):
+                raise NonFiniteError(
+                    f"{name}: decodes to an inf or a NaN in {out.dtype}: its scales are too large "
+                    f"for its codes; {_AGAIN}"
+                )
         return out
+
+    def parts(self, name: str) -> dict[str, torch.Tensor]:
+        """What is stored of a quantized weight, as its scheme names the parts.
+
+        Raises:
+            NonFiniteError: a scale, or a table, holds an inf or a NaN.
+        """
+        return stored_parts(self.stored, self.quantized[name])
 
     def digest(self, known: Mapping[str, str]) -> str:
         """That of what is stored: a quantized weight's ``known`` hash is of other bytes."""
@@ -74,6 +97,29 @@ class Dequantized(Checkpoint, Generic[P]):
 
 
 FourBits = Dequantized[QuantizedTensor]
+_AGAIN = "get the file again, or quantize the original model anew"
+
+
+def stored_parts(stored: Checkpoint, weight: PackedWeight) -> dict[str, torch.Tensor]:
+    """``Dequantized.parts`` of a weight of the checkpoint as it is stored.
+
+    The first part is codes, whatever dtype's elements hold them, and any of these may look like a
+    NaN: only what they decode to tells.
+    """
+    parts = {part: stored.tensor(spec.name) for part, spec in weight.specs.items()}
+    for spec, tensor in list(zip(weight.specs.values(), parts.values(), strict=True))[1:]:
+        if tensor.is_floating_point() and not _is_finite(tensor):
+            raise NonFiniteError(f"{spec.name}: holds an inf or a NaN; {_AGAIN}")
+    return parts
+
+
+def _is_finite(x: torch.Tensor) -> bool:
+    import torch
+
+    if not x.numel():
+        return True
+    low, high = torch.aminmax(x.float() if x.itemsize == 1 else x)  # of a NaN, both are NaN
+    return math.isfinite(float(low)) and math.isfinite(float(high))
 
 
 def _matrix(spec: TensorSpec) -> tuple[int, int]:

@@ -25,6 +25,7 @@ from lora_tools.linalg.scaling import scaling
 from lora_tools.onnx.files import onnx_graphs
 from lora_tools.options import View
 from lora_tools.records import (
+    FLOAT_DTYPES,
     Input,
     ModuleSpectrum,
     ProgressCallback,
@@ -235,7 +236,8 @@ def _oddities(tensors: Sequence[TensorFacts], spectra: Sequence[ModuleSpectrum])
     notes = [f"{t.tensor}: {odd}" for t in tensors for odd in t.oddities]
     first: dict[tuple[str, tuple[int, ...]], str] = {}
     for t in tensors:
-        if len(t.shape) > 1 and "all zero" not in t.oddities:
+        matrix = t.dtype in FLOAT_DTYPES and sum(n > 1 for n in t.shape) > 1
+        if matrix and "all zero" not in t.oddities:  # masks, positions, statistics may be alike
             known = first.setdefault((t.hash, t.shape), t.tensor)
             if known != t.tensor:
                 notes.append(f"{t.tensor}: the same bytes as {known}")

@@ -95,7 +95,7 @@ def _memory(merged: Checkpoint, wanted: bool | None) -> Sidecar | None:
     """The sidecar, if it is there and not to be ignored. Raises MismatchError if it must be."""
     lies_at = sidecar_path(merged.path)
     if wanted and not lies_at.is_file():
-        raise MismatchError(f"{lies_at}: no sidecar there; it is written by merge --reversible")
+        raise MismatchError(f"{lies_at}: no sidecar there; `loratools merge --reversible` makes it")
     return Sidecar(lies_at) if lies_at.is_file() and wanted is not False else None
 
 

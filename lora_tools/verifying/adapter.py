@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lora_tools.errors import MismatchError, NonFiniteError
 from lora_tools.extracting.change import measured
+from lora_tools.extracting.otherwise import refuse_stored_otherwise
 from lora_tools.extracting.pairs import few_partners
 from lora_tools.figures import Total, above, left_out_totals, no_floats
 from lora_tools.formats import digest as hashing
@@ -74,22 +75,21 @@ def verify_adapter(
     from lora_tools.engine.tasks import Call
 
     to_base, sentence = align(list(tuned.specs), list(base.specs))
+    named = {to_base[name]: spec for name, spec in tuned.specs.items()}
+    refuse_stored_otherwise((base.path, base.specs), (tuned.path, named), lambda module: True, "")
     fitted = fit_base(base, [weighted], allow_unmatched=True, add_heads=False)
     plan = plan_merge(fitted, [weighted], allow_unmatched=True)
-    pairs = _paired(plan, to_base, weighted.adapter, tuned)
+    pairs, settled = _paired(plan, to_base, weighted.adapter, fitted, tuned)
     if not any(pair.target for pair in pairs):
         raise MismatchError(f"{base.path} and {tuned.path} have no tensor in common")
     few = few_partners(base, tuned, to_base)
-    tasks = [Call(_distance, (p,), p.name, tuned.specs[p.own].nbytes) for p in pairs]
+    tasks = [Call(_distance, (p,), p.name, _size(p, fitted, tuned)) for p in pairs]
     sources = (weighted.adapter, fitted, tuned)
     distances = list(threads.run(tasks, sources, None, jobs=jobs, progress=progress))
     both = list(zip(pairs, distances, strict=True))
     modules = [_result(p.target, d) for p, d in both if p.target and _ranks(p.target)]
-    totals = _totals(both, modules)
-    verdict = (
-        f"relative error {totals['relative_error']:.4g} over all that changed, "
-        f"{totals['relative_error_acted_on']:.4g} over what the adapter acts on"
-    )
+    totals = _totals(both, modules, settled)
+    verdict = _verdict(both, totals)
     said = [f"tuned names: {sentence}"] if sentence else []
     notes = [*([few] if few else []), *plan.notes, *tuned.notes, *said]
     there = {pair.own for pair in pairs if pair.target is None} | {p.name for p in pairs}
@@ -98,6 +98,7 @@ def verify_adapter(
         for fate in plan.unmatched
         if fate.tensor not in there
     ]
+    notes += _one_sided(settled)
     notes += no_floats("not as in tuned", [p.name for p, d in both if not d.known])
     inputs = (
         Input("adapter", "", adapter_digest(weighted.adapter)),
@@ -105,7 +106,7 @@ def verify_adapter(
     )
     return Findings(
         inputs,
-        tuple(_fate(p, d) for p, d in both),
+        (*(_fate(p, d) for p, d in both), *settled),
         verdict,
         above(max_error, modules, totals),
         totals,
@@ -115,21 +116,43 @@ def verify_adapter(
 
 
 def _paired(
-    plan: MergePlan, to_base: Mapping[str, str], adapter: Adapter, tuned: Checkpoint
-) -> list[_Compared]:
-    """Every tensor of the tuned side, but an output head that is its embedding and that the base
-    does not store."""
+    plan: MergePlan,
+    to_base: Mapping[str, str],
+    adapter: Adapter,
+    base: Checkpoint,
+    tuned: Checkpoint,
+) -> tuple[list[_Compared], list[Fate]]:
+    """Every tensor that the tuned side has, and what becomes of the others.
+
+    An output head of its own is compared with the embedding where the tuned side has it as that;
+    where it is the embedding on both sides, it goes with that.
+    """
     theirs = {name: own for own, name in to_base.items()}
-    targets = [t for t in (*plan.targets, *plan.untied) if t.spec.name in theirs]
-    found = [_Compared(t.spec.name, theirs[t.spec.name], t, bool(t.parts)) for t in targets]
+    tied = {to_base.get(name, name): own for name, own in tuned.weights.ties.items()}
+    found, settled = [], []
+    for target in (*plan.targets, *plan.untied):
+        name = target.spec.name
+        own = theirs.get(name) or ("" if name in base.weights.ties else tied.get(name, ""))
+        if own:
+            found.append(_Compared(name, own, target, bool(target.parts)))
+        elif name in tied:
+            settled.append(Fate(name, Action.TIED, f"the same tensor as {tied[name]}"))
+        else:
+            why = "the adapter acts on it" if target.parts else "the adapter leaves it as it is"
+            settled.append(Fate(name, Action.ONLY_IN_BASE, why))
     met = {pair.own for pair in found}
-    met.add(tuned.weights.head)
-    alone = ((name, own) for own, name in to_base.items() if own not in met)
-    return found + [_Compared(name, own, None, own in adapter.whole) for name, own in alone]
+    for own, name in to_base.items():
+        if own == tuned.weights.head and own not in met:
+            settled.append(Fate(name, Action.TIED, f"the same tensor as {tuned.weights.embedding}"))
+        elif own not in met:
+            found.append(_Compared(name, own, None, own in adapter.whole))
+    return found, settled
 
 
 def _totals(
-    both: Sequence[tuple[_Compared, _Distance]], modules: Sequence[ModuleResult]
+    both: Sequence[tuple[_Compared, _Distance]],
+    modules: Sequence[ModuleResult],
+    settled: Sequence[Fate],
 ) -> VerifyTotals:
     """Figures over all that changed, and beside them what of it the adapter leaves out."""
     counted = [(p, d) for p, d in both if d.known]
@@ -145,17 +168,39 @@ def _totals(
         "relative_error_acted_on": acted_on.relative_error,
         "relative_error_of_all": total.relative_error,
         **left_out_totals(left, total),
+        "one_sided": sum(p.target is None for p, _ in both)
+        + sum(fate.action == Action.ONLY_IN_BASE for fate in settled),
     }
+
+
+def _verdict(both: Sequence[tuple[_Compared, _Distance]], totals: VerifyTotals) -> str:
+    """How near it is, of what changed; or that nothing did, and how far the adapter takes it."""
+    known = [d for _, d in both if d.known]
+    if any(d.change for d in known):
+        return (
+            f"relative error {totals['relative_error']:.4g} over all that changed, "
+            f"{totals['relative_error_acted_on']:.4g} over what the adapter acts on"
+        )
+    moved = math.sqrt(math.fsum(d.error for d in known))
+    said = f"moves it by {moved:.4g} (Frobenius norm)" if moved else "has no effect either"
+    return f"nothing changed from base to tuned, and the adapter {said}"
 
 
 def _fate(pair: _Compared, d: _Distance) -> Fate:
     if pair.brings:
         said = f"relative error {d.relative:.4g}" if d.known else "no float, and another"
         return Fate(pair.name, Action.COMPARED, said)
-    if not d.change:
-        return Fate(pair.name, Action.UNCHANGED, "the adapter does not act on it")
-    why = "the adapter does not act on it" if pair.target else "only the tuned side has it"
-    return Fate(pair.name, Action.LEFT_OUT, why)
+    if pair.target is None:
+        return Fate(pair.name, Action.LEFT_OUT, "only the tuned side has it")
+    action = Action.LEFT_OUT if d.change else Action.UNCHANGED
+    return Fate(pair.name, action, "the adapter does not act on it")
+
+
+def _size(pair: _Compared, base: Checkpoint, tuned: Checkpoint) -> int:
+    """Working memory: of what is mapped the tensor's bytes, of what is decoded both sides'."""
+    decoded = tuned.decoded_bytes(pair.own)
+    decoded += base.decoded_bytes(pair.target.base_name) if pair.target is not None else 0
+    return max(tuned.specs[pair.own].nbytes, decoded)
 
 
 def _distance(pair: _Compared, adapter: Adapter, base: Checkpoint, tuned: Checkpoint) -> _Distance:
@@ -289,6 +334,15 @@ def _result(target: Target, d: _Distance) -> ModuleResult:
         relative_change=math.sqrt(d.change / d.base) if d.base else math.inf,
         method="difference",
     )
+
+
+def _one_sided(settled: Sequence[Fate]) -> list[str]:
+    """A note on tensors that no figure covers."""
+    names = [fate.tensor for fate in settled if fate.action == Action.ONLY_IN_BASE]
+    if not names:
+        return []
+    more = f" and {len(names) - 1} more" if names[1:] else ""
+    return [f"only the base has, and in no figure: {names[0]}{more}"]
 
 
 def _digests(

@@ -47,7 +47,10 @@ def verify_merged(
 
     plan = plan_merge(base, weighted)
     targets = (*plan.targets, *plan.untied)
-    tasks = [Call(check_tensor, (t,), t.spec.name, t.spec.nbytes) for t in targets]
+    sizes = [max(t.spec.nbytes, base.decoded_bytes(t.base_name)) for t in targets]
+    tasks = [
+        Call(check_tensor, (t,), t.spec.name, size) for t, size in zip(targets, sizes, strict=True)
+    ]
     checked = list(threads.run(tasks, (merged, base), None, jobs=jobs, progress=progress))
     fates = [c.fate for c in checked]
     fates += left_over(merged, targets)

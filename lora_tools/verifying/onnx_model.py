@@ -23,7 +23,7 @@ from lora_tools.merging.prepare import merge_for_now
 from lora_tools.merging.targets import Target
 from lora_tools.options import Running
 from lora_tools.options.parse import need
-from lora_tools.records import Action, Fate, Input, ProgressCallback, TensorSpec
+from lora_tools.records import Action, Fate, Input, ProgressCallback, TensorSpec, counted
 from lora_tools.sources.dequantized import Dequantized
 from lora_tools.sources.weighted import Weighted
 from lora_tools.totals import VerifyTotals
@@ -81,7 +81,7 @@ def verify_onnx(
         return Findings(inputs, found.fates, f"not {name}", offence, found.totals(), found.notes)
     if found.strangers and run is None:
         raise MismatchError(
-            f"{paths[0]}: {len(found.strangers)} weights, such as {found.strangers[0]} "
+            f"{paths[0]}: {counted(len(found.strangers), 'weight')}, such as {found.strangers[0]} "
             f"{found.weights.specs[found.strangers[0]].dtype}, have neither the name nor the "
             "numbers of a tensor of the checkpoint (are they quantized, or formed of several?): "
             "only running the model can compare them; leave --weights-only out"

@@ -204,8 +204,7 @@ class _Comparison:
 
 
 def _has_negative_scales(packed: QuantizedTensor, view: FourBits) -> bool:
-    parts = {end: view.stored.tensor(spec.name) for end, spec in packed.specs.items()}
-    return bool((four_bit_scales(packed, parts) < 0).any())
+    return bool((four_bit_scales(packed, view.parts(packed.name)) < 0).any())
 
 
 def _judge(

@@ -74,22 +74,24 @@ def read(path: Path, file: TensorFile, context: Context) -> Outline:
     modules = group_parts(outline, LORA_PARTS, split)
     names = resolve_all(outline, modules, context)
     for flat, keys in modules.items():
-        _refuse_zero(outline, keys)
         add_locon(outline, names[flat], keys)
+    idle = [
+        names[flat]
+        for flat, keys in modules.items()
+        if "alpha" in keys and not outline.scalar(keys["alpha"])
+    ]
+    if idle:
+        outline.notes.append(
+            f"{len(idle)} of {len(modules)} modules have an alpha of 0, and so no effect: {idle[0]}"
+            f"{', …' if idle[1:] else ''} (sd-scripts takes it for the rank where it trains on)"
+        )
     return outline
 
 
-def _refuse_zero(outline: Outline, keys: Mapping[str, str]) -> None:
-    """Raises AdapterError for an alpha whose meaning depends on who reads it."""
-    if "alpha" in keys and outline.scalar(keys["alpha"]) == 0:
-        raise outline.fail(
-            f"{keys['alpha']}: is 0, which sd-scripts takes for the rank where it loads the file, "
-            "and for no effect where it merges it; write the alpha that is meant"
-        )
-
-
-def add_locon(outline: Outline, module: str, keys: Mapping[str, str]) -> None:
-    """lora_down, lora_up and what stands beside them; an alpha of 0 is the rank, as for LyCORIS."""
+def add_locon(
+    outline: Outline, module: str, keys: Mapping[str, str], zero_is_rank: bool = False
+) -> None:
+    """lora_down, lora_up and what stands beside them."""
     down, up = pair(outline, module, keys, "lora_down.weight", "lora_up.weight")
     A, B = outline.same(down), outline.same(up)
     if "lora_mid.weight" in keys:
@@ -99,7 +101,9 @@ def add_locon(outline: Outline, module: str, keys: Mapping[str, str]) -> None:
         A = outline.computed(shape, (mid, down), "tucker_down")
     if len(B.spec.shape) == 2 or "lora_mid.weight" in keys:  # DyLoRA keeps no kernel of 1 for it
         B = reshaped(B, (*B.spec.shape[:2], *[1] * (len(A.spec.shape) - 2)))
-    alpha = outline.scalar(keys["alpha"]) or None if "alpha" in keys else None
+    alpha = outline.scalar(keys["alpha"]) if "alpha" in keys else None
+    if zero_is_rank and not alpha:
+        alpha = None
     outline.add_lora(module, A, B, alpha, magnitude=magnitude(outline, module, keys))
 
 

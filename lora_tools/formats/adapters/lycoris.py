@@ -78,7 +78,7 @@ def read(path: Path, file: TensorFile, context: Context) -> Outline:
         elif "lokr_w1" in keys or "lokr_w1_a" in keys:
             _add_lokr(outline, module, keys, spec)
         else:
-            add_locon(outline, module, keys)
+            add_locon(outline, module, keys, zero_is_rank=True)
             continue
         exact.append(outline.ranks[module])
     if exact:

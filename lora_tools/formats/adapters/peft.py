@@ -18,6 +18,7 @@ from lora_tools.errors import AdapterError, UnsupportedAdapter
 from lora_tools.formats.adapters.unmergeable import refuse_unmergeable
 from lora_tools.formats.checkpoint import open_weights
 from lora_tools.formats.names import as_held, split_tensor
+from lora_tools.formats.reopen import SmallFile
 from lora_tools.formats.shards import Shards, check_index, read_index, shards_named
 from lora_tools.formats.tensor_file import TensorFile
 from lora_tools.formats.wrapped_names import adapter_file
@@ -126,6 +127,7 @@ class Adapter:
 
     def __init__(self, path: Path, file: TensorFile, config: dict[str, Any]) -> None:
         self.path, self.file, self.config = path, file, config
+        self._config_file = SmallFile.of(file.path.with_name(CONFIG))
         self.stored = getattr(self, "stored", file)
         refuse_unmergeable(path, config)
         self.use_rslora = bool(config.get("use_rslora"))

@@ -66,6 +66,6 @@ def by_keys(path: Path, keys: Collection[str]) -> Format:
         return FORMATS[best]
     raise AdapterError(
         f"{path}: no {peft.CONFIG} there, and its tensors are not named as an adapter's "
-        f"({', '.join(f.title for f in FORMATS.values())}); is it an adapter? --from of "
-        "`loratools convert` says which"
+        f"({', '.join(f.title for f in FORMATS.values())}); is it an adapter? "
+        "`loratools convert --from` says which"
     )

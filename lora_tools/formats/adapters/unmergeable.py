@@ -33,7 +33,9 @@ def refuse_unmergeable(path: Path, config: Mapping[str, Any]) -> None:
     kind = str(config.get("peft_type", "LORA"))
     if kind not in ("LORA", "IA3"):
         reason = _NOT_LORA.get(kind, "its weights are not those of LoRA")
-        raise UnsupportedAdapter(f"{path}: a {kind} adapter cannot be merged here: {reason}")
+        raise UnsupportedAdapter(
+            f"{path}: an adapter of PEFT's {kind} cannot be merged here: {reason}"
+        )
     if config.get("alora_invocation_tokens"):
         raise UnsupportedAdapter(
             f"{path}: an activated LoRA (aLoRA) acts only after its invocation tokens; weights "

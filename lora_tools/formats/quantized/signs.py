@@ -16,6 +16,9 @@ from lora_tools.records import TensorSpec
 _WHOLE = ("I8", "U8", "I16", "U16", "I32", "U32")
 _EIGHT_BITS = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 _FEWER_BITS = ("F4", "F6_E2M3", "F6_E3M2")
+# What a weight cannot be of: in float16 and wider, a tensor beside it of a scale's name is a
+# parameter that is learned.
+_NARROW = (*_WHOLE, *_EIGHT_BITS, *_FEWER_BITS)
 
 _SAVE = "save it in bfloat16, and give that"
 _AGAIN = f"load it with the library that made it, {_SAVE}"
@@ -58,10 +61,10 @@ class Sign:
 SIGNS = (
     Sign("GPTQ", (".qweight", ".g_idx"), advice=_ORIGINAL, methods=("gptq",)),
     Sign("AWQ or GPTQ", (".qweight", ".qzeros", ".scales"), advice=_ORIGINAL, methods=("awq",)),
-    Sign("GPTQ, AWQ or one of their kin", (".qweight",), advice=_ORIGINAL),
+    Sign("GPTQ, AWQ or one of their kin", (".qweight",), _NARROW, _ORIGINAL),
     Sign("bitsandbytes int8", (".SCB",), advice=_load("call its dequantize()"),
          methods=("bitsandbytes",)),
-    Sign("NVFP4", (".weight_scale_2",), advice=_ORIGINAL, methods=("nvfp4", "modelopt")),
+    Sign("NVFP4", (".weight", ".weight_scale_2"), _NARROW, _ORIGINAL, ("nvfp4", "modelopt")),
     Sign("NVFP4", (".weight_packed", ".weight_global_scale"), advice=_ORIGINAL),
     Sign("compressed-tensors", (".weight_packed",),
          advice=_load("CompressedTensorsConfig(run_compressed=False)"),
@@ -73,9 +76,10 @@ SIGNS = (
     Sign("MLX", (".weight", ".scales"), ("U32",),
          "make it plain with `mlx_lm.convert --dequantize`, and give that"),
     Sign("scaled FP8 of ComfyUI", (".scaled_fp8",)),
-    Sign("scaled FP8 of ComfyUI", (".scale_weight", ".weight")),
+    Sign("scaled FP8 of ComfyUI", (".weight", ".scale_weight"), _NARROW),
     Sign("ComfyUI's quantized form", (".comfy_quant",)),
-    Sign("HQQ", (".W_q",), advice=_ORIGINAL, methods=("hqq",)),
+    Sign("HQQ", (".W_q",), _NARROW, _ORIGINAL, ("hqq",)),
+    Sign("HQQ", (".W_q", ".scale"), advice=_ORIGINAL),
     Sign("EXL2", (".q_weight", ".q_scale"), advice=_ORIGINAL, methods=("exl2",)),
     Sign("EXL3", (".trellis", ".suh"), advice=_ORIGINAL, methods=("exl3",)),
     Sign("AQLM", (".codes", ".codebooks"), _WHOLE, _ORIGINAL, ("aqlm",)),
@@ -90,15 +94,16 @@ SIGNS = (
     Sign("quanto", ("weight._data._data",)),
     Sign("torchao", ("weight_qdata",), methods=("torchao",)),
     Sign("torchao", ("weight:qdata",)),
-    Sign("eight bits with scales (EETQ)", (".weight_scales", ".weight"), methods=("eetq",)),
+    Sign("eight bits with scales (EETQ)", (".weight", ".weight_scales"), _NARROW,
+         methods=("eetq",)),
     Sign("FP8 with scales", (".weight", ".weight_scale"), _EIGHT_BITS, methods=("fbgemm_fp8",)),
-    Sign("numbers with scales (int8, FP8)", (".weight_scale", ".weight")),
+    Sign("numbers with scales (int8)", (".weight", ".weight_scale"), _NARROW),
     Sign("eight-bit floats (FP8)", ("",), _EIGHT_BITS),
     Sign("floats of four or six bits (MXFP4, NVFP4, MXFP6)", ("",), _FEWER_BITS),
     Sign("whole numbers with scales", ("", "_scale"), _WHOLE),
     Sign("whole numbers with scales", ("", "_scales"), _WHOLE),
     Sign("whole numbers with scales", ("", "_weight_scale"), _WHOLE),
-    Sign("whole numbers in a weight's place", (".weight",), _WHOLE),
+    Sign("whole numbers in a weight's place", (".weight",), (*_WHOLE, "I64", "U64")),
 )  # fmt: skip
 # Entries of a config.json, at whatever depth, and files beside it.
 _ENTRIES = ("quantization_config", "compression_config", "quantization")
@@ -135,7 +140,31 @@ def sign_of(
             if sign.shows(spec, specs):
                 where = f"{spec.name} ({spec.dtype})" + (f" and {said.where}" if said else "")
                 return Found(sign.title, where, sign.advice)
-    return said
+    return said or _unknown(specs)
+
+
+def _unknown(specs: Mapping[str, TensorSpec]) -> Found | None:
+    """A module that holds a matrix of whole numbers and floats, and no weight and no other module:
+    codes and scales, whatever made them. Masks, positions and counters lie otherwise."""
+    candidates = {
+        spec.name.rpartition(".")[0]: spec
+        for spec in specs.values()
+        if spec.dtype in _NARROW and len(spec.shape) > 1 and spec.numel > 1
+    }
+    candidates.pop("", None)
+    floats: set[str] = set()
+    for name, spec in specs.items() if candidates else ():
+        module, _, parameter = name.rpartition(".")
+        if parameter == "weight":
+            candidates.pop(module, None)
+        if spec.is_float:
+            floats.add(module)
+        while module := module.rpartition(".")[0]:
+            candidates.pop(module, None)  # it has a module of its own
+    for module, spec in candidates.items():
+        if module in floats:
+            return Found("a scheme that is not known", f"{spec.name} ({spec.dtype})", _ORIGINAL)
+    return None
 
 
 def _said(config: Mapping[str, Any], files: Collection[str]) -> Found | None:
