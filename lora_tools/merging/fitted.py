@@ -84,6 +84,11 @@ class FittedBase(Checkpoint):
             return self.source.rows(self.made[name].source, matrix, start, stop)
         return super().rows(name, matrix, start, stop)
 
+    def decoded_bytes(self, name: str) -> int:
+        """What the source takes for it."""
+        each = self.made[name]
+        return 0 if each.adapter is not None else self.source.decoded_bytes(each.source)
+
     def digest(self, known: Mapping[str, str]) -> str:
         """That of the source."""
         mine = {self.made[n].source: value for n, value in known.items() if self.is_same(n)}
