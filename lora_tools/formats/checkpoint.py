@@ -18,7 +18,7 @@ from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.formats.quantized.packed import StoredFormat
 from lora_tools.formats.safetensors_file import SafetensorsFile
 from lora_tools.formats.tensor_file import TensorFile
-from lora_tools.formats.weights import ModelSays, Weights, ties_embeddings
+from lora_tools.formats.weights import Says, Weights, ties_embeddings
 from lora_tools.records import TensorSpec
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Checkpoint:
     """Named tensors over one or more files.
 
     Attributes:
-        says: what the model's class says of the tensors, where somebody asked it.
+        says: what the model's class says of the tensors, or how to ask it.
         path: the folder or file, as resolved.
         is_folder: whether it is a folder (then ``companions`` travel with the weights).
         files: the weight files, in the order of their names.
@@ -56,7 +56,7 @@ class Checkpoint:
         index_name: name of the shard index, or None.
     """
 
-    says: ModelSays | None = None
+    says: Says = None
 
     def __init__(
         self, path: Path, files: Iterable[TensorFile], is_folder: bool, index_name: str | None

@@ -32,12 +32,10 @@ def changed_files(
     """Small files of the output whose contents differ from the base's."""
     if not base.stored.config:
         return {}
-    config: dict[str, Any] = json.loads(json.dumps(base.config))
+    config: dict[str, Any] = json.loads(json.dumps(plan.config or base.config))
     inner = config.get("text_config")
     levels = [config, inner] if isinstance(inner, dict) else [config]
     for level in levels:
-        if plan.unties:
-            level["tie_word_embeddings"] = False
         for target in plan.targets:
             before = base.specs[target.base_name].shape
             if target.spec.shape != before and level.get("vocab_size") == before[0]:

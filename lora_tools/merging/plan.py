@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import AdapterError, MismatchError, UnsupportedAdapter
 from lora_tools.formats import digest as hashing
@@ -16,14 +16,9 @@ from lora_tools.formats.names import align, split_experts, split_tensor, stores_
 from lora_tools.linalg.layouts import Layout, clip, of_form
 from lora_tools.linalg.scaling import scaling
 from lora_tools.merging import ia3
-from lora_tools.merging.names_in_memory import by_own_names, replaced, tied_to
+from lora_tools.merging.names_in_memory import by_own_names, replaced
 from lora_tools.merging.targets import BaseOutline, Part, Target, blocks_of, key_of
-from lora_tools.merging.tied_weights import (
-    differ,
-    refuse_unless_untiable,
-    take_followers,
-    tied_pair,
-)
+from lora_tools.merging.tied_weights import part_tied, ties_of
 from lora_tools.records import Action, Fate, TensorSpec
 from lora_tools.sources.weighted import Weighted
 
@@ -35,14 +30,20 @@ if TYPE_CHECKING:
 class MergePlan:
     """Every tensor of the output, in file order; ``untied`` are those the base does not store.
 
-    ``unties`` says that output head and input embedding, tied in the base, come to differ.
+    ``config`` is the output's config.json where weights that are tied in the base come to differ,
+    such as output head and input embedding; else None.
     """
 
     targets: tuple[Target, ...]
     untied: tuple[Target, ...]
-    unties: bool
+    config: Mapping[str, Any] | None
     unmatched: tuple[Fate, ...]
     notes: tuple[str, ...]
+
+    @property
+    def unties(self) -> bool:
+        """Whether weights that are tied in the base come to differ."""
+        return self.config is not None
 
     def fates(self) -> tuple[Fate, ...]:
         """The fate of every tensor, and of every adapter key that matched nothing."""
@@ -77,12 +78,10 @@ def plan_merge(
     unmatched: list[Fate] = []
     notes: list[str] = []
     asked = {name for w in adapters for name, _ in _wanted(w, base.specs)}
-    head, embedding = tied_pair(base, asked)
-    ties = {head: embedding} if head else {}
-    followers = tied_to(base, asked - ties.keys() - base.specs.keys())
-    ties = {**followers, **ties}
+    ties = ties_of(base, asked)
+    sources = ties.sources
     for weighted in adapters:
-        known = [*base.specs, *(name for name in ties if name not in base.specs)]
+        known = [*base.specs, *(name for name in sources if name not in base.specs)]
         wanted = by_own_names(_wanted(weighted, base.specs), base, known)
         mapping, sentence = align([name for name, _ in wanted], known)
         if sentence:
@@ -92,7 +91,7 @@ def plan_merge(
             if part.kind == "ia3" and target not in base.specs and target.endswith(".bias"):
                 continue  # IA³ multiplies a module's output; not every module adds a bias to it
             if target in known:
-                spec = base.specs.get(target) or base.specs[ties[target]]
+                spec = base.specs.get(target) or base.specs[sources[target]]
                 parts.setdefault(target, []).append(_fit(part, target, spec, base))
             elif allow_unmatched:
                 unmatched.append(Fate(name, Action.UNMATCHED, f"{weighted.path}: no such tensor"))
@@ -103,24 +102,14 @@ def plan_merge(
                 )
     if adapters and not parts:
         raise AdapterError(f"no key of {', '.join(w.path for w in adapters)} matches {base.path}")
-    take_followers(parts, followers, notes)
     _refuse_two_replacements(parts)
-    unties = bool(head) and differ(parts, head, embedding)
-    untied: tuple[Target, ...] = ()
-    if unties:
-        refuse_unless_untiable(head, embedding)
-        notes.append(
-            f"{head} and {embedding} were one tensor and are two now, since the adapters do not "
-            "act on both alike; tie_word_embeddings is set to false in config.json"
-        )
-    if head and head not in base.specs:
-        if unties:
-            spec = dataclasses.replace(base.specs[embedding], name=head)
-            untied = (_target(spec, embedding, parts.get(head, ())),)
-        elif parts.pop(head, None):
-            notes.append(f"{head} stays tied to {embedding}: the adapters act on both alike")
+    parted = part_tied(parts, ties, base, notes)
+    untied = tuple(
+        _target(dataclasses.replace(base.specs[source], name=name), source, parts.get(name, ()))
+        for name, source in parted.names.items()
+    )
     targets = tuple(_target(spec, name, parts.get(name, ())) for name, spec in base.specs.items())
-    return MergePlan(targets, untied, unties, tuple(unmatched), tuple(notes))
+    return MergePlan(targets, untied, parted.config, tuple(unmatched), tuple(notes))
 
 
 def _wanted(weighted: Weighted, base: Mapping[str, TensorSpec]) -> list[tuple[str, Part]]:
