@@ -4,6 +4,7 @@ whether adapters act on all of them alike, and what is written where they do not
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ from lora_tools.sources.untying import untie
 
 if TYPE_CHECKING:
     import torch
+
+_EMBEDDINGS = ("embed_tokens", "lm_head")  # PEFT's EMBEDDING_LAYER_NAMES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,11 +131,23 @@ def _let_follow(parts: dict[str, list[Part]], group: Sequence[str], embedding: s
         ]
         if part.kind == "rows" and any(not _same_rows(part, other) for other in beside):
             continue
-        if part.kind == "rows" or part.weighted.adapter.config.get("ensure_weight_tying"):
+        if part.kind == "rows" or _ensures_tying(part.weighted.adapter.config):
             for name in others:
                 theirs = parts.setdefault(name, [])
                 if not any(p.weighted is part.weighted and p.kind == part.kind for p in theirs):
                     theirs.append(part)
+
+
+def _ensures_tying(config: Mapping[str, Any]) -> bool:
+    """Whether PEFT 0.21 ties what an adapter adds: it looks for embeddings of two names only."""
+    targets = config.get("target_modules") or ()
+    saved = config.get("modules_to_save") or ()
+    if isinstance(targets, str):
+        named = any(re.fullmatch(targets, name) for name in _EMBEDDINGS)
+    else:
+        named = any(name.rpartition(".")[2] in _EMBEDDINGS for name in targets)
+    named = named or any(name.rpartition(".")[2] in _EMBEDDINGS for name in saved)
+    return bool(config.get("ensure_weight_tying")) and named
 
 
 def _same_rows(one: Part, other: Part) -> bool:
@@ -200,7 +215,10 @@ def _refuse_to_part(
         f"{', '.join(others)} {'is' if len(others) == 1 else 'are'} tied to {source}, the adapter "
         f"acts on {'one' if len(others) == 1 else 'some'} of them only, "
     )
-    follow = "set ensure_weight_tying to true in the adapter's adapter_config.json"
+    follow = (
+        "set ensure_weight_tying to true in the adapter's adapter_config.json, with lm_head or "
+        "embed_tokens among its target_modules, by which PEFT knows it"
+    )
     biases = any(not group[0].endswith(".weight") for group in every)
     if biases or others[0].startswith(("cls.", "lm_head.decoder")):
         raise UnsupportedAdapter(
