@@ -135,7 +135,7 @@ def _notes(
         notes.append(
             f"{base.path}: in {base.scheme.title}; errors are those against what it dequantizes to"
         )
-    if tensors.lm_head and base.ties_embeddings and not plan.merge.unties:
+    if tensors.lm_head and base.weights.head and not plan.merge.unties:
         notes.append("the output head is the input embedding and stays: --lm-head has no effect")
     if not base.config:
         notes.append(
