@@ -175,8 +175,7 @@ def _reason(
         return reason, linear
     if name not in layers.modules:
         return reason or "not of a layer that transformers puts into four bits", False
-    if not reason and name in layers.kept:
-        reason = "kept in full precision by transformers"
+    reason = reason or layers.kept.get(name, "")
     if not reason and (weight.layout == "conv1d") != (name in layers.transposed):
         reason = "stored transposed, or not, against its architecture"
     return reason, True

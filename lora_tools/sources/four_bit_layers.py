@@ -31,13 +31,13 @@ class FourBitLayers:
         modules: of those that it would read in four bits, the layer's name in memory; its list of
             modules to skip goes by that.
         transposed: those among them that a plain checkpoint stores as (in, out).
-        kept: those among them that it leaves alone whatever that list says.
+        kept: those among them that must stay → why, or that it leaves alone in any case.
         absent: such layers, by their names in memory, whose weight is not stored.
     """
 
     modules: Mapping[str, str]
     transposed: frozenset[str]
-    kept: frozenset[str]
+    kept: Mapping[str, str]
     absent: frozenset[str]
 
 
@@ -55,10 +55,16 @@ def four_bit_layers(
         for name, tensor in how.tensors.items()
         if name.endswith(".weight") and split_tensor(name)[0] in linears and not tensor.converted
     }
+    kept = {}
+    for name, module in modules.items():
+        if loader_skips(module, how.facts.kept):
+            kept[name] = "kept in full precision by transformers"
+        elif module in how.facts.read:
+            kept[name] = "read by another layer, which would take codes for numbers"
     return FourBitLayers(
         modules,
         frozenset(name for name, module in modules.items() if linears[module]),
-        frozenset(name for name, module in modules.items() if loader_skips(module, how.facts.kept)),
+        kept,
         frozenset(linears.keys() - set(modules.values())),
     )
 

@@ -5,6 +5,8 @@ one on the meta device."""
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,8 @@ from lora_tools.formats.weights import ModelSays
 
 if TYPE_CHECKING:
     import torch
+
+_READ = re.compile(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device)\b)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +29,8 @@ class ModelFacts:
         linears: the layers that transformers' loader puts into four bits → whether each is a
             Conv1D, which is stored transposed. It takes none of a subclass of nn.Linear.
         kept: what it leaves alone all the same, as its list of modules to skip has it.
+        read: those layers whose weights other layers read, instead of calling them: there, codes
+            would be taken for numbers. (Mamba's.)
     """
 
     groups: tuple[tuple[str, ...], ...]
@@ -32,6 +38,7 @@ class ModelFacts:
     embedding: str
     linears: Mapping[str, bool]
     kept: tuple[str, ...]
+    read: frozenset[str]
 
 
 def facts_of(model: Any, state: Mapping[str, torch.Tensor]) -> ModelFacts:
@@ -39,7 +46,10 @@ def facts_of(model: Any, state: Mapping[str, torch.Tensor]) -> ModelFacts:
     from torch import nn
 
     linears: dict[str, bool] = {}
-    for name, module in model.named_modules():
+    modules = dict(model.named_modules())
+    parts = {kind: _parts_read(kind) for kind in set(map(type, modules.values()))}
+    read = {f"{name}.{part}" for name, module in modules.items() for part in parts[type(module)]}
+    for name, module in modules.items():
         if type(module) is nn.Linear:
             linears[name] = False
         elif any(kind.__name__ == "Conv1D" for kind in type(module).__mro__):
@@ -50,7 +60,16 @@ def facts_of(model: Any, state: Mapping[str, torch.Tensor]) -> ModelFacts:
         next(iter(_weight(model, "get_input_embeddings", state)), ""),
         linears,
         tuple(sorted(getattr(model, "_keep_in_fp32_modules", None) or ())),
+        frozenset(read & linears.keys()),
     )
+
+
+def _parts_read(kind: type) -> list[str]:
+    """Parts of a module whose weights' numbers or shapes its class's own code names."""
+    try:
+        return _READ.findall(inspect.getsource(kind))
+    except (OSError, TypeError):  # written in no file
+        return []
 
 
 def groups_of(state: Mapping[str, torch.Tensor]) -> tuple[tuple[str, ...], ...]:
