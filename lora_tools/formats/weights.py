@@ -168,7 +168,15 @@ class Weights(Mapping[str, Weight]):
 
     @property
     def _embedding_by_name(self) -> str:
-        return next(filter(is_input_embedding, self._specs), "")
+        """By its name, else by its rows: one for each token of the vocabulary."""
+        rows = (
+            name
+            for name, spec in self._specs.items()
+            if spec.shape[:1] in self._vocabularies
+            and len(spec.shape) == 2
+            and not is_output_head(name)
+        )
+        return next(filter(is_input_embedding, self._specs), next(rows, ""))
 
     def _may_be_tied(self, name: str) -> bool:
         """Whether a stored tensor may go by other names, too: an embedding, a head, a weight with a

@@ -13,6 +13,7 @@ from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.checkpoint_writer import lay_out
 from lora_tools.formats.output import Prepared
 from lora_tools.formats.quantized.bitsandbytes import STORAGES, quantization_config
+from lora_tools.merging.loadable import refuse_unloadable
 from lora_tools.merging.output_files import out_specs
 from lora_tools.merging.plan import plan_merge
 from lora_tools.merging.prepare import Adapters, Planned, dtype_of, limit_of
@@ -61,6 +62,7 @@ def prepare_quantize(
         str(checkpoint), "checkpoint", base, weighted, merge, matching.allow_other_base
     )
     specs = out_specs(merge, dtype_of(storage))
+    refuse_unloadable(base, merge, specs)
     plan = plan_quantize(base, merge, specs, _form(four_bits), chosen, tensors.lm_head)
     shards = signed(plan.shards(base, limit), command, weighted)
     fates = plan.fates() + (how.fates(plan) if how else ())

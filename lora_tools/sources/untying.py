@@ -60,7 +60,10 @@ def loading_of(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> Lo
     model, _ = model_of(config, specs)
     if model is None:
         return None
-    tensors, other = convert(model, specs)
+    try:
+        tensors, other = convert(model, specs)
+    except Exception:  # an older transformers
+        return None
     state = model.state_dict(keep_vars=True)
     found = set(tensors)
     for group in groups_of(state):
