@@ -67,7 +67,8 @@ def test_a_head_without_an_embedding_of_a_known_name() -> None:
 
 
 def test_the_models_class_knows_better() -> None:
-    says = ModelSays({"model.layers.0.q_proj.weight": ("conv1d", 1)}, {"other.weight": EMBEDDING})
+    layouts = {"model.layers.0.q_proj.weight": ("conv1d", 1)}
+    says = ModelSays(layouts, ((EMBEDDING, "other.weight"),))
     weights = Weights(LLAMA, TIED, says)
     assert weights["model.layers.0.q_proj.weight"].layout == "conv1d"
     assert weights["other.weight"].tied_to == EMBEDDING
@@ -89,7 +90,7 @@ def test_under_another_dtype_and_another_name() -> None:
 def test_kinds_of_convolutions(groups: int, shape: tuple[int, ...], name: str) -> None:
     """Of a depthwise one even rank 1 is larger than the weight."""
     [spec] = specs(("c.weight", shape)).values()
-    says = ModelSays({spec.name: ("conv", groups)}, {})
+    says = ModelSays({spec.name: ("conv", groups)})
     kind = kind_of(Weights({spec.name: spec}, {}, says)[spec.name])
     assert (kind.name if kind else "") == name
     if kind is not None:

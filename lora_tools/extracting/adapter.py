@@ -155,6 +155,15 @@ def _add(outcome: Outcome, tuned: Checkpoint, options: Decomposition, writer: Pe
         )
 
 
+def _is_tied_by_peft(outcome: Outcome) -> bool:
+    """Whether PEFT is to tie what follows. Of what is saved whole it ties heads alone (0.21 takes
+    every follower for a linear layer); embeddings have their own copies then."""
+    followers = (module.rpartition(".")[2] for module in outcome.pair.followed_by)
+    if outcome.action == Action.SAVED_WHOLE:
+        return bool(outcome.pair.followed_by) and not any(map(EMBEDDING.fullmatch, followers))
+    return bool(outcome.pair.followed_by) and outcome.action == Action.DECOMPOSED
+
+
 def _finish(
     writer: PeftWriter,
     plan: Plan,
@@ -175,9 +184,7 @@ def _finish(
         "use_rslora": options.rslora,
         "fan_in_fan_out": transposed,
     }
-    if any(
-        o.pair.followed_by and o.action in (Action.DECOMPOSED, Action.SAVED_WHOLE) for o in outcomes
-    ):
+    if any(map(_is_tied_by_peft, outcomes)):
         config["ensure_weight_tying"] = True
     if any(o.pair.base is None and o.action == Action.SAVED_WHOLE for o in outcomes):
         config["task_type"] = task_type(sides[1].config)  # whose head it is that the base lacks

@@ -20,7 +20,7 @@ from lora_tools.formats.reopen import SmallFile
 from lora_tools.formats.safetensors_file import SafetensorsFile
 from lora_tools.formats.shards import INDEX_SUFFIX, Shards
 from lora_tools.formats.tensor_file import TensorFile
-from lora_tools.formats.weights import ModelSays, Weights, ties_embeddings
+from lora_tools.formats.weights import Says, Weights, ties_embeddings
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +47,7 @@ class Checkpoint(Shards):
     """Named tensors over one or more files.
 
     Attributes:
-        says: what the model's class says of the tensors, where somebody asked it.
+        says: what the model's class says of the tensors, or how to ask it.
         replaced_files: small files that travel in place of those of these names.
         path: the folder or file, as resolved.
         is_folder: whether it is a folder (then ``companions`` travel with the weights).
@@ -59,7 +59,7 @@ class Checkpoint(Shards):
         notes: what to say of how it is read.
     """
 
-    says: ModelSays | None = None
+    says: Says = None
     replaced_files: Mapping[str, Path] = {}
     notes: tuple[str, ...] = ()
 

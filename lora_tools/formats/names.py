@@ -95,11 +95,16 @@ def is_input_embedding(tensor: str) -> bool:
     return split_tensor(tensor)[0].rpartition(".")[2] in _INPUT_EMBEDDINGS
 
 
+def is_language_model(kind: str) -> bool:
+    """Whether the name of a class is that of a model with an output head over a vocabulary."""
+    return bool(_LANGUAGE_MODEL.fullmatch(kind))
+
+
 def tied_head(config: Mapping[str, Any], tensors: Collection[str]) -> str:
     """The output head of a model that ties it to the input embedding, going by the architecture
     and by the tensors that lie beside it; "" where the architecture has none."""
     architectures = config.get("architectures") or ["ForCausalLM"]
-    if not _LANGUAGE_MODEL.fullmatch(str(architectures[0])):
+    if not is_language_model(str(architectures[0])):
         return ""
     for beside, head in (
         ("cls.predictions.", "cls.predictions.decoder.weight"),

@@ -4,6 +4,7 @@ the head that the adapter was trained with."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.formats.quantized.packed import StoredFormat
 from lora_tools.records import Fate, TensorSpec
+from lora_tools.sources.class_says import class_says
 
 if TYPE_CHECKING:
     import torch
@@ -62,6 +64,7 @@ class FittedBase(Checkpoint):
             files[home].specs[each.spec.name] = each.spec
         super().__init__(source.path, files, source.is_folder, source.index_name)
         self.config = config
+        self.says = functools.partial(class_says, config, self.specs)
 
     @property
     def scheme(self) -> StoredFormat | None:

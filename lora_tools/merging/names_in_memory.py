@@ -58,17 +58,6 @@ def by_own_names(
     return result
 
 
-def tied_to(base: Checkpoint | BaseOutline, names: Collection[str]) -> dict[str, str]:
-    """Of names that the base lacks, those of weights that are stored once under another: that."""
-    if not names or getattr(base, "renamed", None) is not None:
-        return {}
-    how = loaded(base.config, base.specs)
-    if how is None:
-        return {}
-    tied, tensors = how.tied, how.tensors
-    return {name: tensors[tied[name]].pieces[0].stored for name in names if name in tied}
-
-
 def replaced(part: Part, saved: torch.Tensor, target: Target) -> Replaced:
     """The effect of a tensor saved whole, or of what of it is in the target."""
     from lora_tools.linalg.merge import Replaced

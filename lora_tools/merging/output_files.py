@@ -33,12 +33,7 @@ def changed_files(
     files = {name: path.read_bytes() for name, path in base.replaced_files.items()}
     if not base.stored.config:
         return files
-    config: dict[str, Any] = json.loads(json.dumps(base.config))
-    inner = config.get("text_config")
-    levels = [config, inner] if isinstance(inner, dict) else [config]
-    for level in levels:
-        if plan.unties:
-            level["tie_word_embeddings"] = False
+    config: dict[str, Any] = json.loads(json.dumps(plan.config or base.config))
     dtypes = {
         spec.dtype
         for name, spec in specs.items()

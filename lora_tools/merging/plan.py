@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import AdapterError, MismatchError, UnsupportedAdapter
 from lora_tools.formats import digest as hashing
@@ -21,14 +21,9 @@ from lora_tools.merging.added_heads import note_on_no_head
 from lora_tools.merging.doubts import doubts
 from lora_tools.merging.experts import as_base_holds, fit_share
 from lora_tools.merging.fitted import FittedBase
-from lora_tools.merging.names_in_memory import by_own_names, replaced, tied_to
+from lora_tools.merging.names_in_memory import by_own_names, replaced
 from lora_tools.merging.targets import BaseOutline, Part, Target, blocks_of, key_of
-from lora_tools.merging.tied_weights import (
-    differ,
-    refuse_unless_untiable,
-    take_followers,
-    tied_pair,
-)
+from lora_tools.merging.tied_weights import part_tied, ties_of
 from lora_tools.records import Action, Fate, TensorSpec
 from lora_tools.sources.weighted import Weighted
 
@@ -40,14 +35,20 @@ if TYPE_CHECKING:
 class MergePlan:
     """Every tensor of the output, in file order; ``untied`` are those the base does not store.
 
-    ``unties`` says that output head and input embedding, tied in the base, come to differ.
+    ``config`` is the output's config.json where weights that are tied in the base come to differ,
+    such as output head and input embedding; else None.
     """
 
     targets: tuple[Target, ...]
     untied: tuple[Target, ...]
-    unties: bool
+    config: Mapping[str, Any] | None
     unmatched: tuple[Fate, ...]
     notes: tuple[str, ...]
+
+    @property
+    def unties(self) -> bool:
+        """Whether weights that are tied in the base come to differ."""
+        return self.config is not None
 
     def fates(self) -> tuple[Fate, ...]:
         """The fate of every tensor, and of every adapter key that matched nothing."""
@@ -87,19 +88,18 @@ def plan_merge(
     unmatched: list[Fate] = []
     notes = [*base.notes, *(f"{w.path}: {said}" for w in adapters for said in w.adapter.notes)]
     each = [as_base_holds(_wanted(weighted), base) for weighted in adapters]
-    asked = {name for mine in each for name, _ in mine}
-    head, embedding, followers = _ties(base, asked)
-    ties = {**followers, **({head: embedding} if head else {})}
+    ties = ties_of(base, {name for mine in each for name, _ in mine})
+    sources = ties.sources
     for weighted, mine in zip(adapters, each, strict=True):
-        matched, sentence = _matched(mine, base, ties)
+        matched, sentence = _matched(mine, base, sources)
         if sentence:
             notes.append(f"{weighted.path}: {sentence} to match the base")
         notes += note_on_no_head(base.config, weighted)
         for name, target, part in matched:
             if part.kind == "ia3" and target not in base.specs and target.endswith(".bias"):
                 continue  # IA³ multiplies a module's output; not every module adds a bias to it
-            if target in base.specs or target in ties:
-                spec = base.specs.get(target) or base.specs[ties[target]]
+            if target in base.specs or target in sources:
+                spec = base.specs.get(target) or base.specs[sources[target]]
                 parts.setdefault(target, []).append(_fit(part, target, spec, base))
             elif allow_unmatched:
                 unmatched.append(Fate(name, Action.UNMATCHED, f"{weighted.path}: no such tensor"))
@@ -109,28 +109,20 @@ def plan_merge(
     if adapters and not parts:
         raise AdapterError(f"no key of {', '.join(w.path for w in adapters)} matches {base.path}")
     notes += doubts(base, adapters, parts)
-    take_followers(parts, followers, notes)
     _refuse_two_replacements(parts)
-    unties = bool(head) and differ(parts, head, embedding)
-    untied: tuple[Target, ...] = ()
-    if unties:
-        refuse_unless_untiable(head, embedding)
-        notes.append(
-            f"{head} and {embedding} were one tensor and are two now, since the adapters do not "
-            "act on both alike; tie_word_embeddings is set to false in config.json"
+    parted = part_tied(parts, ties, base, notes)
+    untied = tuple(
+        Target(
+            dataclasses.replace(base.specs[source], name=name), source, tuple(parts.get(name, ()))
         )
-    if head and head not in base.specs:
-        if unties:
-            spec = dataclasses.replace(base.specs[embedding], name=head)
-            untied = (Target(spec, embedding, tuple(parts.get(head, ()))),)
-        elif parts.pop(head, None):
-            notes.append(f"{head} stays tied to {embedding}: the adapters act on both alike")
+        for name, source in parted.names.items()
+    )
     targets = tuple(
         Target(spec, name, tuple(parts.get(name, ()))) for name, spec in base.specs.items()
     )
     if isinstance(base, FittedBase):
         unmatched += base.left_out
-    return MergePlan(targets, untied, unties, tuple(unmatched), tuple(notes))
+    return MergePlan(targets, untied, parted.config, tuple(unmatched), tuple(notes))
 
 
 def names_in_base(weighted: Weighted, base: Checkpoint) -> tuple[dict[str, str], str]:
@@ -142,8 +134,7 @@ def names_in_base(weighted: Weighted, base: Checkpoint) -> tuple[dict[str, str],
             asked, since a model may come to have it.
     """
     wanted = [(n, p) for n, p in as_base_holds(_wanted(weighted), base) if p.kind != "saved"]
-    head, embedding, followers = _ties(base, {name for name, _ in wanted})
-    ties = {**followers, **({head: embedding} if head else {})}
+    ties = ties_of(base, {name for name, _ in wanted}).sources
     matched, sentence = _matched(wanted, base, ties)
     asked = {id(part): name for name, part in wanted if part.expert is None}
     found = {}
@@ -157,15 +148,6 @@ def names_in_base(weighted: Weighted, base: Checkpoint) -> tuple[dict[str, str],
 
 def _no_such_tensor(weighted: Weighted, name: str, base: Checkpoint | BaseOutline) -> str:
     return f"{weighted.path}: {name} matches no tensor of {base.path}; is this the right base?"
-
-
-def _ties(
-    base: Checkpoint | BaseOutline, asked: Collection[str]
-) -> tuple[str, str, dict[str, str]]:
-    """The output head and the embedding that it is, or ""; and other names of stored weights that
-    are asked for."""
-    head, embedding = tied_pair(base, asked)
-    return head, embedding, tied_to(base, set(asked) - {head} - base.specs.keys())
 
 
 def _matched(

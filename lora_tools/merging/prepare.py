@@ -15,6 +15,7 @@ from lora_tools.formats.dtypes import parse_float_dtype
 from lora_tools.formats.output import Prepared
 from lora_tools.merging.checkpoint import merge_checkpoint, refuse_fitted
 from lora_tools.merging.fit import fit_base
+from lora_tools.merging.loadable import refuse_unloadable
 from lora_tools.merging.output_files import out_specs
 from lora_tools.merging.plan import MergePlan, plan_merge
 from lora_tools.merging.rewrite import Rewrite, signed
@@ -131,7 +132,9 @@ def prepare_merge(
     limit = limit_of(storage, base)
     if reversible:
         _refuse_irreversible(planned, wanted)
-    shards = lay_out(base, out_specs(planned.plan, wanted), limit)
+    specs = out_specs(planned.plan, wanted)
+    refuse_unloadable(base, planned.plan, specs)
+    shards = lay_out(base, specs, limit)
     shards = signed(shards, command, planned.adapters)
     nbytes = sum(shard.nbytes for shard in shards)
     report = planned.report("merge", planned.plan.fates(), {"bytes": nbytes}, command)

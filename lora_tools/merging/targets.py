@@ -11,7 +11,7 @@ from typing import Any
 
 from lora_tools.errors import UnsupportedAdapter
 from lora_tools.formats.adapters.peft import LoraModule, Multiplier, TokenRows
-from lora_tools.formats.weights import Weights
+from lora_tools.formats.weights import Says, Weights
 from lora_tools.linalg.layouts import Block, Layout
 from lora_tools.merging.expert_share import Share
 from lora_tools.records import TensorSpec
@@ -24,6 +24,7 @@ class BaseOutline:
 
     Attributes:
         renamed: of a live model: names in files → its own.
+        says: what the model says of the tensors, or how to ask it.
         notes: what to say of how it is read.
     """
 
@@ -31,12 +32,13 @@ class BaseOutline:
     specs: Mapping[str, TensorSpec]
     config: Mapping[str, Any]
     renamed: Callable[[Collection[str]], Mapping[str, str]] | None = None
+    says: Says = None
     notes: tuple[str, ...] = ()
 
     @functools.cached_property
     def weights(self) -> Weights:
         """What each tensor is to its model, by name."""
-        return Weights(self.specs, self.config)
+        return Weights(self.specs, self.config, self.says)
 
 
 @dataclasses.dataclass(frozen=True)

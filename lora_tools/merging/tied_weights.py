@@ -1,9 +1,12 @@
-"""Output heads and input embeddings that are one tensor, and whether adapters act on both alike."""
+"""Weights of several names that are one tensor, such as an output head and the input embedding:
+whether adapters act on all of them alike, and what is written where they do not."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING
+import dataclasses
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import UnsupportedAdapter
 from lora_tools.formats.adapters.peft import LoraModule, TokenRows
@@ -11,34 +14,157 @@ from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.names import is_output_head
 from lora_tools.linalg.scaling import scaling
 from lora_tools.merging.targets import BaseOutline, Part, blocks_of, key_of
+from lora_tools.sources.transformers_names import why_unknown
+from lora_tools.sources.untying import untie
 
 if TYPE_CHECKING:
     import torch
 
-
-def tied_pair(base: Checkpoint | BaseOutline, wanted: Collection[str]) -> tuple[str, str]:
-    """(output head, input embedding) where the base ties them, the head by the name that is wanted
-    of one that is not stored; else two ""."""
-    head, embedding = base.weights.tied_pair
-    if not head:
-        return "", ""
-    asked = {name for name in wanted if is_output_head(name) and name.endswith(".weight")}
-    return (min(asked) if asked and head not in base.specs else head), embedding
+_EMBEDDINGS = ("embed_tokens", "lm_head")  # PEFT's EMBEDDING_LAYER_NAMES
 
 
-def differ(parts: dict[str, list[Part]], head: str, embedding: str) -> bool:
-    """Whether the effects on the two sides of a tied pair differ.
+@dataclasses.dataclass(frozen=True)
+class Ties:
+    """Tensors of several names that adapters may act on.
 
-    What PEFT lets the head follow is put there first: trained rows always, the rest where the
-    adapter asks for it. (PEFT 0.21 writes the factors of both sides then, or both weights.)
+    Attributes:
+        groups: the names of each, as they are stored or would be; the first is stored.
+        known: whether these are the names that a loader looks for.
     """
-    mine, theirs = parts.get(embedding, []), parts.get(head, [])
-    for part in mine:
-        follows = part.kind == "rows" or part.weighted.adapter.config.get("ensure_weight_tying")
-        if follows and not any(p.weighted is part.weighted and p.kind == part.kind for p in theirs):
-            theirs = parts.setdefault(head, [])
-            theirs.append(part)
-    return len(mine) != len(theirs) or not all(any(_alike(p, q) for q in theirs) for p in mine)
+
+    groups: tuple[tuple[str, ...], ...]
+    known: bool = True
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Every name but the stored first → that."""
+        return {name: group[0] for group in self.groups for name in group[1:]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Parted:
+    """What is written of tied weights once adapters acted on them.
+
+    Attributes:
+        names: those to be written that the base does not store → the tensor each is made of.
+        config: the output's config.json where tensors that were one are no longer, else None.
+    """
+
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    config: Mapping[str, Any] | None = None
+
+
+def ties_of(base: Checkpoint | BaseOutline, wanted: Collection[str]) -> Ties:
+    """Those that the wanted names may belong to. A head that is not stored goes by the name that is
+    wanted of it, where that is another than expected."""
+    weights = base.weights
+    groups = weights.groups_with(wanted)
+    if not groups:
+        return Ties(())
+    there = {*base.specs, *(name for group in groups for name in group)}
+    asked = {name for name in wanted if is_output_head(name) and name.endswith(".weight")} - there
+    head = weights.head
+    if asked and head not in base.specs:
+        groups = tuple(tuple(min(asked) if n == head else n for n in group) for group in groups)
+    # Without the class, the one name that a head surely has is that which PEFT found it by.
+    met = {*base.specs, *wanted}.issuperset(name for group in groups for name in group)
+    return Ties(groups, weights.model is not None or met)
+
+
+def part_tied(
+    parts: dict[str, list[Part]], ties: Ties, base: Checkpoint | BaseOutline, notes: list[str]
+) -> Parted:
+    """Settle what acts on weights that are one tensor. What acts on all of its names alike is left
+    to those that are stored; else every name that a loader then looks for is written.
+
+    Raises:
+        UnsupportedAdapter: they cannot be parted, or it is not known what a loader looks for.
+    """
+    for group in ties.groups:
+        _let_follow(parts, group, base.weights.embedding)
+    loose = [group for group in ties.groups if not _act_alike(parts, group)]
+    if not loose:
+        for name, source in ties.sources.items():
+            if name not in base.specs and parts.pop(name, []):
+                notes.append(f"{name} stays tied to {source}: the adapters act on both alike")
+        return Parted()
+    mine = {group[0]: group for group in ties.groups}
+    every = [mine.get(group[0], group) for group in base.weights.groups]
+    _refuse_to_part(loose, every, ties, base)
+    notes += map(_said_of, loose)
+    if isinstance(base, BaseOutline) and base.renamed is not None:  # live: there is no loader
+        return Parted({}, base.config)
+    after = untie(base.config, base.specs)
+    names = {}
+    for group in every:
+        for name in group[1:]:
+            one = group not in loose and any({name, group[0]} <= set(g) for g in after.groups)
+            if name not in base.specs and one:
+                parts.pop(name, None)
+            elif name not in base.specs:
+                names[name] = group[0]
+    return Parted(names, after.config)
+
+
+def _said_of(group: Sequence[str]) -> str:
+    two = len(group) == 2
+    return (
+        f"{', '.join(group[1:])} and {group[0]} were one tensor and are "
+        f"{'two' if two else len(group)} now, since the adapters do not act on "
+        f"{'both' if two else 'all'} alike; tie_word_embeddings is set to false in config.json"
+    )
+
+
+def _let_follow(parts: dict[str, list[Part]], group: Sequence[str], embedding: str) -> None:
+    """Put what PEFT lets the tied weights follow their embedding in onto them: trained rows, unless
+    they have others of their own, and the rest where the adapter asks for it. (PEFT 0.21 writes
+    the factors of all of them then, or all weights.)"""
+    if embedding not in group:
+        return
+    others = [name for name in group if name != embedding]
+    for part in parts.get(embedding, []):
+        beside = [
+            other
+            for name in others
+            for other in parts.get(name, [])
+            if other.weighted is part.weighted and other.kind == part.kind
+        ]
+        if part.kind == "rows" and any(not _same_rows(part, other) for other in beside):
+            continue
+        if part.kind == "rows" or _ensures_tying(part.weighted.adapter.config):
+            for name in others:
+                theirs = parts.setdefault(name, [])
+                if not any(p.weighted is part.weighted and p.kind == part.kind for p in theirs):
+                    theirs.append(part)
+
+
+def _ensures_tying(config: Mapping[str, Any]) -> bool:
+    """Whether PEFT 0.21 ties what an adapter adds: it looks for embeddings of two names only."""
+    targets = config.get("target_modules") or ()
+    saved = config.get("modules_to_save") or ()
+    if isinstance(targets, str):
+        named = any(re.fullmatch(targets, name) for name in _EMBEDDINGS)
+    else:
+        named = any(name.rpartition(".")[2] in _EMBEDDINGS for name in targets)
+    named = named or any(name.rpartition(".")[2] in _EMBEDDINGS for name in saved)
+    return bool(config.get("ensure_weight_tying")) and named
+
+
+def _same_rows(one: Part, other: Part) -> bool:
+    assert isinstance(one.source, TokenRows)
+    assert isinstance(other.source, TokenRows)
+    return one.source.indices == other.source.indices
+
+
+def _act_alike(parts: Mapping[str, Sequence[Part]], group: Sequence[str]) -> bool:
+    """Whether the effects on all names of a tensor are the same. PEFT writes a bias that it brings
+    into the one tensor, whatever its other names."""
+    mine = parts.get(group[0], ())
+    others = group[1:] if group[0].endswith(".weight") else [n for n in group[1:] if n in parts]
+    return all(
+        len(mine) == len(theirs) and all(any(_alike(p, q) for q in theirs) for p in mine)
+        for theirs in (parts.get(name, ()) for name in others)
+    )
 
 
 def _alike(one: Part, other: Part) -> bool:
@@ -76,30 +202,32 @@ def _scaled_factors(part: Part) -> tuple[torch.Tensor, torch.Tensor, float]:
     return block.left, block.right, scale
 
 
-def take_followers(
-    parts: dict[str, list[Part]], followers: Mapping[str, str], notes: list[str]
+def _refuse_to_part(
+    loose: Sequence[Sequence[str]],
+    every: Sequence[Sequence[str]],
+    ties: Ties,
+    base: Checkpoint | BaseOutline,
 ) -> None:
-    """Take out what acts on weights that are another tensor, too, which it acts on alike.
-
-    Raises:
-        UnsupportedAdapter: it does not.
-    """
-    for name, source in followers.items():
-        acting = parts.pop(name, [])
-        if not all(any(_alike(part, other) for other in parts.get(source, [])) for part in acting):
-            raise UnsupportedAdapter(
-                f"{acting[0].weighted.path}: acts on {name}, which is the same tensor as {source}, "
-                "and not alike on both: they cannot be parted"
-            )
-        if acting:
-            notes.append(f"{name} stays tied to {source}: the adapters act on both alike")
-
-
-def refuse_unless_untiable(head: str, embedding: str) -> None:
-    """Raises UnsupportedAdapter where a head cannot be parted from its embedding."""
-    if head.startswith(("cls.", "lm_head.decoder")):
+    """Raises UnsupportedAdapter where no loader would find the weights one by one, or none is known
+    to."""
+    source, *others = loose[0]
+    tied = (
+        f"{', '.join(others)} {'is' if len(others) == 1 else 'are'} tied to {source}, the adapter "
+        f"acts on {'one' if len(others) == 1 else 'some'} of them only, "
+    )
+    follow = (
+        "set ensure_weight_tying to true in the adapter's adapter_config.json, with lm_head or "
+        "embed_tokens among its target_modules, by which PEFT knows it"
+    )
+    biases = any(not group[0].endswith(".weight") for group in every)
+    if biases or others[0].startswith(("cls.", "lm_head.decoder")):
         raise UnsupportedAdapter(
-            f"{head} is tied to {embedding}, the adapter acts on one of them only, and this "
-            "architecture ties a bias with them, so that they cannot be parted. If the head is to "
-            "follow, set ensure_weight_tying to true in the adapter's adapter_config.json"
+            f"{tied}and this architecture ties a bias with them, so that they cannot be parted. If "
+            f"the head is to follow, {follow}"
+        )
+    if not ties.known or (base.weights.model is None and base.config.get("is_encoder_decoder")):
+        raise UnsupportedAdapter(
+            f"{tied}and under which names a loader looks for them once they are parted is not "
+            f"known: {why_unknown(base.config, base.specs) or 'config.json names no class'}. "
+            f"Install transformers 5 with this class, or, if all are to follow, {follow}"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ from lora_tools.merging.rewrite import Rewrite
 from lora_tools.merging.targets import BaseOutline, Target
 from lora_tools.merging.tensor import as_matrix, copy_tensor, working_dtype
 from lora_tools.records import Report, TensorSpec
+from lora_tools.sources.class_says import class_says
 from lora_tools.sources.weighted import Weighted, digests_and_weights
 from lora_tools.totals import UnmergeTotals
 
@@ -81,7 +83,8 @@ def base_outline(merged: Checkpoint, memory: Sidecar) -> tuple[BaseOutline, list
     config = merged.config
     if "config.json" in memory.files():
         config = strict_json(memory.files()["config.json"])
-    return BaseOutline(merged.path, specs, config), shards
+    says = functools.partial(class_says, config, specs)
+    return BaseOutline(merged.path, specs, config, says=says), shards
 
 
 def check_merged(merged: Checkpoint, plan: MergePlan) -> None:

@@ -26,6 +26,7 @@ from lora_tools.merging.plan import MergePlan, build_effects, plan_merge
 from lora_tools.merging.targets import BaseOutline, Target
 from lora_tools.options.spelling import errors_for_python
 from lora_tools.records import TensorSpec
+from lora_tools.sources.model_facts import live_says
 from lora_tools.sources.transformers_names import renamed
 from lora_tools.sources.weighted import open_weighted
 
@@ -140,7 +141,7 @@ def _outline(model: nn.Module, state: Mapping[str, torch.Tensor]) -> BaseOutline
     }
     to_dict = getattr(getattr(model, "config", None), "to_dict", dict)
     own = functools.partial(renamed, model)
-    return BaseOutline(Path(type(model).__name__), specs, to_dict(), own)
+    return BaseOutline(Path(type(model).__name__), specs, to_dict(), own, live_says(model, state))
 
 
 def _act(

@@ -23,6 +23,8 @@ from lora_tools.formats.weights import Weight
 from lora_tools.merging.plan import MergePlan
 from lora_tools.merging.targets import Target
 from lora_tools.records import DTYPE_BITS, Action, Fate, TensorSpec
+from lora_tools.sources.four_bit_layers import FourBitLayers, four_bit_layers, is_surely_linear
+from lora_tools.sources.transformers_names import keeps_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,20 +130,22 @@ def plan_quantize(
         UsageError: a weight is float64, which bitsandbytes does not have.
     """
     targets = (*merge.targets, *merge.untied)
-    tied = base.ties_embeddings and not merge.unties
+    tied = bool(base.weights.head) and not merge.unties
+    layers = four_bit_layers(merge.config or base.config, specs)
     reasons: dict[str, str] = {}
     skip: set[str] = set()
     weights = [base.weights.of(specs[target.spec.name]) for target in targets]
     for weight in weights:
-        reason, linear = reason_to_keep(weight, base.config, head and not tied)
+        reason, linear = _reason(weight, base, layers, head and not tied)
         if not reason and not chosen(weight.module):
             reason = "left out by --include or --exclude"
         reasons[weight.spec.name] = reason
         if reason and linear:
-            skip.add(skip_entry(weight.module))
-    _follow_the_loader(reasons, skip)
-    quantized = [split_tensor(name)[0] for name, reason in reasons.items() if not reason]
+            skip.update(map(skip_entry, _modules(weight.spec.name, layers)))
+    _follow_the_loader(reasons, skip, layers)
+    quantized = {m for name, why in reasons.items() if not why for m in _modules(name, layers)}
     absent = {split_tensor(base.weights.head)[0]} if tied else set()
+    absent |= layers.absent if layers is not None else set()
     for module in absent.union(ADDED_HEADS) - {""}:
         if not any(loader_skips(name, {module}) for name in quantized):
             skip.add(module)
@@ -150,23 +154,51 @@ def plan_quantize(
         for target, weight in zip(targets, weights, strict=True)
     )
     if not any(item.packed for item in items):
+        loader = "" if layers is None else " that transformers' loader puts into four bits"
         raise MismatchError(
-            f"{base.path}: holds no linear layer to quantize, or all of them were left out"
+            f"{base.path}: holds no linear layer to quantize{loader}, or all of them were left out"
         )
     return QuantizePlan(items, tuple(sorted(skip)), merge)
 
 
-def _follow_the_loader(reasons: dict[str, str], skip: set[str]) -> None:
+def _reason(
+    weight: Weight, base: Checkpoint, layers: FourBitLayers | None, head: bool
+) -> tuple[str, bool]:
+    """Why a weight stays ("" if it does not), and whether a loader must be told of it."""
+    name = weight.spec.name
+    reason, linear = reason_to_keep(weight, base.config, head)
+    if layers is None:
+        named = bool(base.config.get("architectures")) and not keeps_names(base.config, base.specs)
+        if not reason and named and not is_surely_linear(name, base.config, base.specs):
+            reason = "not known to be a linear layer's"
+        return reason, linear
+    if name not in layers.modules:
+        return reason or "not of a layer that transformers puts into four bits", False
+    reason = reason or layers.kept.get(name, "")
+    if not reason and (weight.layout == "conv1d") != (name in layers.transposed):
+        reason = "stored transposed, or not, against its architecture"
+    return reason, True
+
+
+def _modules(name: str, layers: FourBitLayers | None) -> set[str]:
+    """The names of a weight's layer: in the file, and in memory."""
+    module = split_tensor(name)[0]
+    return {module} if layers is None else {module, layers.modules.get(name, module)}
+
+
+def _follow_the_loader(
+    reasons: dict[str, str], skip: set[str], layers: FourBitLayers | None
+) -> None:
     """A loader takes a name in its list for every layer whose name ends or begins alike; those
     cannot be quantized either."""
     again = True
     while again:
         again = False
         for name, reason in reasons.items():
-            module = split_tensor(name)[0]
-            if not reason and loader_skips(module, skip):
+            modules = _modules(name, layers)
+            if not reason and any(loader_skips(module, skip) for module in modules):
                 reasons[name] = "its name is like that of a layer that stays"
-                skip.add(skip_entry(module))
+                skip.update(map(skip_entry, modules))
                 again = True
 
 

@@ -14,6 +14,7 @@ from lora_tools.formats.checkpoint_writer import lay_out
 from lora_tools.formats.output import Prepared
 from lora_tools.formats.quantized.bitsandbytes import STORAGES, quantization_config
 from lora_tools.merging.fit import fit_base
+from lora_tools.merging.loadable import refuse_unloadable
 from lora_tools.merging.output_files import out_specs
 from lora_tools.merging.plan import plan_merge
 from lora_tools.merging.prepare import Adapters, Planned, dtype_of, limit_of
@@ -63,6 +64,7 @@ def prepare_quantize(
         str(checkpoint), "checkpoint", base, weighted, merge, matching.allow_other_base
     )
     specs = out_specs(merge, dtype_of(storage))
+    refuse_unloadable(base, merge, specs)
     plan = plan_quantize(base, merge, specs, _form(four_bits), chosen, tensors.lm_head)
     shards = signed(plan.shards(base, limit), command, weighted)
     fates = plan.fates() + (how.fates(plan) if how else ())
@@ -137,7 +139,7 @@ def _notes(
         notes.append(
             f"{base.path}: in {base.scheme.title}; errors are those against what it dequantizes to"
         )
-    if tensors.lm_head and base.ties_embeddings and not plan.merge.unties:
+    if tensors.lm_head and base.weights.head and not plan.merge.unties:
         notes.append("the output head is the input embedding and stays: --lm-head has no effect")
     if not base.config:
         notes.append(

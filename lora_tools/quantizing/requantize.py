@@ -14,6 +14,7 @@ from lora_tools.formats.output import Prepared
 from lora_tools.formats.quantized.bitsandbytes import STATE, QuantizedTensor, quantized_tensor
 from lora_tools.merging.fitted import FittedBase
 from lora_tools.merging.in_memory import survival_of
+from lora_tools.merging.loadable import refuse_unloadable
 from lora_tools.merging.output_files import out_specs
 from lora_tools.merging.plan import MergePlan
 from lora_tools.merging.prepare import SIDECAR, Planned, dtype_of, limit_of, refuse_quantized_undo
@@ -68,7 +69,9 @@ def prepare_requantize(
     if reversible:
         refuse_quantized_undo(view)
     limit = limit_of(storage, view)
-    work = plan_requantize(view, planned.plan, out_specs(planned.plan, dtype_of(storage)))
+    specs = out_specs(planned.plan, dtype_of(storage))
+    refuse_unloadable(view, planned.plan, specs)
+    work = plan_requantize(view, planned.plan, specs)
     shards = signed(work.shards(view, limit), command, planned.adapters)
     nbytes = sum(shard.nbytes for shard in shards)
     report = planned.report("merge", planned.plan.fates(), {"bytes": nbytes}, command)

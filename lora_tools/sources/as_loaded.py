@@ -3,6 +3,7 @@ blocks parted where it does so."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import xxhash
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.names import layout_name
 from lora_tools.formats.quantized.packed import StoredFormat
-from lora_tools.formats.weights import ModelSays
+from lora_tools.sources.class_says import in_memory
 from lora_tools.sources.transformers_names import Loaded, Piece, loaded, rows_of, why_unknown
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ class LoadedView(Checkpoint):
         self._view = _LoadedFile(source, how)
         super().__init__(source.path, [self._view], source.is_folder, source.index_name)
         self.config, self.notes = source.config, source.notes
-        self.says = ModelSays(_layouts(how, source.config), how.tied)
+        says = in_memory(how)
+        self.says = dataclasses.replace(says, layouts=_layouts(how, source.config))
 
     @property
     def scheme(self) -> StoredFormat | None:

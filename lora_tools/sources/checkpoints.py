@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +20,7 @@ from lora_tools.formats.wrapped_names import (
     of_adapter,
     without_wrappers,
 )
+from lora_tools.sources.class_says import class_says
 from lora_tools.sources.dequantized import Dequantized
 from lora_tools.sources.schemes import scheme_of
 
@@ -40,6 +42,7 @@ def open_checkpoint(
             ``decoded``, also numbers in a scheme that ``sources.schemes`` has no row for.
     """
     stored = _open(source, allow_pickle)
+    stored.says = functools.partial(class_says, stored.config, stored.specs)
     if not decoded:
         return stored
     stored = by_plain_names(stored)
@@ -102,6 +105,7 @@ def as_plain(stored: Checkpoint) -> tuple[Checkpoint, Found | None]:
     some of them are not even so."""
     found = scheme_of(stored)
     checkpoint = Dequantized(stored, *found) if found else stored
+    checkpoint.says = functools.partial(class_says, checkpoint.config, checkpoint.specs)
     known = checkpoint.scheme.files if checkpoint.scheme is not None else ()
     files = [
         name

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from lora_tools.records import TensorSpec
-from lora_tools.sources.transformers_names import LoadedTensor, converted, weightless
+from lora_tools.sources.transformers_names import LoadedTensor, convert, weightless
 
 # PEFT's task types, and transformers' names of the same tasks; then what PEFT has no type for.
 TASKS = {
@@ -51,7 +51,7 @@ def fit_class(name: str, config: Mapping[str, Any], specs: Mapping[str, TensorSp
     _need_transformers()
     try:
         model = weightless(name, config)
-        tensors, unused = converted(model, specs)
+        tensors, unused = convert(model, specs)
         state = model.state_dict(keep_vars=True)
         ties = dict(model.all_tied_weights_keys)
     except Exception as error:  # an older transformers, a class that it does not know, …

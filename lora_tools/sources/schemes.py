@@ -17,6 +17,7 @@ from lora_tools.formats.quantized import bitsandbytes
 from lora_tools.formats.quantized.packed import PackedWeight
 from lora_tools.formats.quantized.signs import without_entries
 from lora_tools.records import TensorSpec
+from lora_tools.sources.four_bit_layers import four_bit_layers
 
 if TYPE_CHECKING:
     import torch
@@ -113,13 +114,25 @@ def _decode_four_bits(
     out.copy_(whole.T[first : first + out.shape[0]])
 
 
+def _four_bit_faults(
+    config: Mapping[str, Any],
+    specs: Mapping[str, TensorSpec],
+    weights: Mapping[str, bitsandbytes.QuantizedTensor],
+) -> Sequence[str]:
+    found = four_bit_layers(config, specs)
+    layers = None
+    if found is not None:
+        layers = {n: m for n, m in found.modules.items() if n not in found.kept or n in weights}
+    return bitsandbytes.config_faults(config, specs, weights, layers)
+
+
 BITSANDBYTES = Scheme(
     "bitsandbytes",
     "four bits (bitsandbytes)",
     lambda stored: bitsandbytes.find_quantized(stored.specs, stored.raw, stored.config),
     _decode_four_bits,
     bitsandbytes.facts,
-    bitsandbytes.config_faults,
+    _four_bit_faults,
 )
 SCHEMES: tuple[Scheme[Any], ...] = (BITSANDBYTES,)
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_tools.calibration import quietly
 from lora_tools.records import TensorSpec
+from lora_tools.sources.model_facts import ModelFacts, facts_of
 
 if TYPE_CHECKING:
     import torch
@@ -74,12 +75,14 @@ class LoadedTensor:
         layer: "linear", "conv1d", "embedding" or "conv" where it is the weight of one that PEFT can
             stand beside, "" where it is not the weight of a module, else None.
         groups: of a convolution.
+        converted: more was done than to give it another name.
     """
 
     spec: TensorSpec
     pieces: tuple[Piece, ...]
     layer: str | None = ""
     groups: int = 1
+    converted: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,28 +94,53 @@ class Loaded:
         tensors: by name in memory.
         tied: weights that are not stored → the one in memory that each is, too.
         other: stored tensors that are changed in ways that are not told here, or not loaded.
+        facts: what the model says of its parts.
     """
 
     by: str
     tensors: Mapping[str, LoadedTensor]
     tied: Mapping[str, str]
     other: tuple[str, ...]
+    facts: ModelFacts | None = None
 
 
 def loaded(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> Loaded | None:
     """What becomes of tensors with this ``config.json``, by the class that it names; None where
     they keep their names, or where transformers 5 is not there or does not know the class."""
-    return _look(config, specs)[0]
+    return None if keeps_names(config, specs) else look(config, specs)[0]
+
+
+def keeps_names(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> bool:
+    """Whether it is known without transformers that it makes nothing else of the tensors."""
+    return config.get("model_type") in SAME_NAMES and not any(map(_LEGACY.search, specs))
 
 
 def why_unknown(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> str:
     """Why ``loaded`` knows nothing of a model that may have other names, or ""."""
-    return _look(config, specs)[1] if config.get("architectures") else ""
+    if keeps_names(config, specs) or not config.get("architectures"):
+        return ""
+    return look(config, specs)[1]
 
 
-def _look(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> tuple[Loaded | None, str]:
-    if config.get("model_type") in SAME_NAMES and not any(map(_LEGACY.search, specs)):
-        return None, ""
+def look(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> tuple[Loaded | None, str]:
+    """What transformers makes of the tensors, whatever their architecture; or None, and why nothing
+    is known."""
+    model, why = model_of(config, specs)
+    if model is None:
+        return None, why
+    import transformers
+
+    try:
+        tensors, other = convert(model, specs)
+        facts = facts_of(model, model.state_dict(keep_vars=True))
+    except Exception as error:  # an older transformers
+        return None, f"transformers cannot make a {type(model).__name__} ({_said(error)})"
+    by = f"transformers {transformers.__version__}"
+    return Loaded(by, tensors, _tied(facts, tensors), other, facts), ""
+
+
+def model_of(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> tuple[Any | None, str]:
+    """The model of a checkpoint with these tensors on the meta device; or None, and why not."""
     names = config.get("architectures")
     if not (isinstance(names, list) and names):
         return None, "config.json names no class"
@@ -121,19 +149,23 @@ def _look(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> tuple[L
     if _most_layers(config) > max(len(specs), 1000):
         return None, "config.json claims more layers than there are tensors"
     try:
-        import transformers
-
-        model = weightless(str(names[0]), config)
-        tensors, other = converted(model, specs)
-        tied = {
-            name: source
-            for name, source in model.all_tied_weights_keys.items()
-            if name.endswith(".weight") and name not in tensors and source in tensors
-        }
+        return weightless(str(names[0]), config), ""
     except Exception as error:  # an older transformers, a class that it does not know, …
-        said = " ".join(str(error).split())
-        return None, f"transformers cannot make a {names[0]} ({type(error).__name__}: {said:.200})"
-    return Loaded(f"transformers {transformers.__version__}", tensors, tied, other), ""
+        return None, f"transformers cannot make a {names[0]} ({_said(error)})"
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
+
+
+def _tied(facts: ModelFacts, tensors: Mapping[str, LoadedTensor]) -> dict[str, str]:
+    """Weights that are not stored → the one that each is, too."""
+    tied = {}
+    for group in facts.groups:
+        there = [name for name in group if name in tensors]
+        if there and group[0].endswith(".weight"):
+            tied.update({name: there[0] for name in group if name not in tensors})
+    return tied
 
 
 def renamed(model: Any, names: Iterable[str]) -> dict[str, str]:
@@ -191,10 +223,11 @@ def _transforms(model: Any) -> tuple[list[Any], list[Any]]:
     )
 
 
-def converted(
+def convert(
     model: Any, specs: Mapping[str, TensorSpec]
 ) -> tuple[dict[str, LoadedTensor], tuple[str, ...]]:
-    """As ``convert_and_load_state_dict_in_model`` of transformers' core_model_loading does."""
+    """Tensors in memory by name, and those that nothing is made of, as
+    ``convert_and_load_state_dict_in_model`` of transformers' core_model_loading does it."""
     from transformers.core_model_loading import dot_natural_key, rename_source_key
 
     renamings, converters = _transforms(model)
@@ -231,7 +264,8 @@ def converted(
         for name, pieces in parts.items():
             assert pieces is not None
             dtype, shape = specs[sources[0]].dtype, tuple(state[name].shape)
-            tensors[name] = _tensor(model, name, dtype, shape, pieces)
+            made_of = _tensor(model, name, dtype, shape, pieces)
+            tensors[name] = dataclasses.replace(made_of, converted=True)
     return tensors, tuple(other)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.formats.weights import untied
 from lora_tools.merging.plan import MergePlan, adapter_digest, build_effects, plan_merge
 from lora_tools.merging.targets import Target
 from lora_tools.merging.tensor import MergedRuns, as_matrix
@@ -187,6 +188,8 @@ def left_over(merged: Checkpoint, targets: Sequence[Target]) -> list[Fate]:
 
 def tied_astray(merged: Checkpoint, plan: MergePlan) -> list[Fate]:
     """An output head that should be the embedding and is not, or the other way round."""
+    if untied(merged.config) == merged.config:  # transformers then keeps apart what differs
+        return []
     head, embedding = merged.weights.tied_pair
     if not head:
         return []

@@ -14,7 +14,6 @@ from lora_tools.figures import Total
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.alignment import align
 from lora_tools.formats.checkpoint import Checkpoint
-from lora_tools.formats.quantized.bitsandbytes import config_faults
 from lora_tools.merging.plan import MergePlan, adapter_digest, plan_merge
 from lora_tools.merging.targets import Target
 from lora_tools.quantizing.pack import totals_of
@@ -55,7 +54,7 @@ def verify_nf4(
     checked = list(threads.run(tasks, (view, source), None, jobs=jobs, progress=progress))
     fates = [c.fate for c in checked] + left_over(view, targets) + tied_astray(view, plan)
     if view.stored.config:
-        faults = config_faults(view.stored.config, view.stored.specs, view.quantized)
+        faults = view.scheme.faults(view.stored.config, view.stored.specs, view.quantized)
         fates += [Fate("config.json", Action.DIFFERENT, said) for said in faults]
     totals = _totals(view, checked, plan)
     wrong = [fate for fate in fates if fate.action not in FINE]

@@ -337,12 +337,15 @@ def config_faults(
     config: Mapping[str, Any],
     specs: Mapping[str, TensorSpec],
     quantized: Mapping[str, QuantizedTensor],
+    layers: Mapping[str, str] | None = None,
 ) -> list[str]:
     """What keeps transformers from loading a four-bit folder as it is stored, in sentences.
 
     Args:
         config: its config.json.
         specs: every stored tensor.
+        layers: the weights that the loader reads in four bits unless it is told to skip them, and
+            their modules' names in memory, where the model's class is known; else names tell.
     """
     settings = config.get("quantization_config")
     if not (isinstance(settings, Mapping) and settings.get("load_in_4bit")):
@@ -359,11 +362,16 @@ def config_faults(
     skip = {str(name) for name in listed}
     for name, spec in specs.items():
         module = split_tensor(name)[0]
+        if layers is not None:
+            module = layers.get(name, module)
         if name in quantized:
             if loader_skips(module, skip):
                 faults.append(f"leaves {module} out of the four-bit layers, and it is one")
+            elif layers is not None and name not in layers:
+                faults.append(f"cannot say that {module} is in four bits: it is no linear layer")
             continue
         reason, linear = reason_to_keep(weight_of(spec, config), config, False)
-        if linear and reason in _NAMED_IF_KEPT and not loader_skips(module, skip):
+        wanted = linear and reason in _NAMED_IF_KEPT if layers is None else name in layers
+        if wanted and not loader_skips(module, skip):
             faults.append(f"does not list {module}, which is not in four bits, as one to skip")
     return faults

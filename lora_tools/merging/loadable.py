@@ -1,0 +1,37 @@
+"""The plan's own check: that what a merge writes is found by the loader as well as the base is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lora_tools.errors import UnsupportedAdapter
+from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.merging.plan import MergePlan
+from lora_tools.records import TensorSpec
+from lora_tools.sources.untying import loading_of
+
+
+def refuse_unloadable(base: Checkpoint, plan: MergePlan, specs: Mapping[str, TensorSpec]) -> None:
+    """Where the plan changes names, ties or config.json and transformers knows the class, build it
+    without weights and look for every name. The output's tensors are ``specs``.
+
+    Raises:
+        UnsupportedAdapter: the loader would miss a tensor, or have no use for one, that it does not
+            in the base.
+    """
+    if plan.config is None and not plan.untied:
+        return
+    before, after = loading_of(base.config, base.specs), None
+    if before is not None:
+        after = loading_of(plan.config or base.config, specs)
+    if before is None or after is None:
+        return
+    missing, strange = after.missing - before.missing, after.unexpected - before.unexpected
+    if missing or strange:
+        said = [f"would find no {name}" for name in sorted(missing)[:4]]
+        said += [f"has no use for {name}" for name in sorted(strange)[:4]]
+        raise UnsupportedAdapter(
+            f"{base.path}: merged, it could not be loaded: transformers {'; '.join(said)}. Let the "
+            "adapter act on all of the tied weights alike (ensure_weight_tying), or keep it apart "
+            "from its base"
+        )

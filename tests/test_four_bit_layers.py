@@ -1,0 +1,124 @@
+"""quantize takes the layers that the loader of transformers replaces, by their class: what comes of
+it is loaded, and runs forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+
+import lora_tools
+from lora_tools.errors import MismatchError
+from lora_tools.sources import transformers_names
+from tests import models
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+VISION = SMALL | {"image_size": 32, "patch_size": 16}
+TEXT = SMALL | {"vocab_size": 96, "num_key_value_heads": 1, "head_dim": 16}
+# What stays there though its name is that of a linear layer.
+KINDS: dict[str, tuple[Callable[[], Any], str]] = {
+    "gemma3n": (
+        lambda: hf.Gemma3nForCausalLM(
+            hf.Gemma3nTextConfig(
+                **TEXT,
+                vocab_size_per_layer_input=96,
+                hidden_size_per_layer_input=8,
+                laurel_rank=4,
+                num_kv_shared_layers=0,
+                layer_types=["full_attention"],
+                activation_sparsity_pattern=[0.0],
+            )
+        ),
+        "model.embed_tokens_per_layer",
+    ),
+    "granitemoe": (
+        lambda: hf.GraniteMoeForCausalLM(
+            hf.GraniteMoeConfig(vocab_size=96, **SMALL, num_key_value_heads=2, num_local_experts=2)
+        ),
+        "model.layers.0.block_sparse_moe.router.layer",
+    ),
+    "siglip": (
+        lambda: hf.SiglipModel(
+            hf.SiglipConfig(
+                text_config=SMALL | {"vocab_size": 96, "max_position_embeddings": 16},
+                vision_config=VISION,
+            )
+        ),
+        "vision_model.head.attention.out_proj",
+    ),
+    "mamba": (
+        lambda: hf.MambaForCausalLM(
+            hf.MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=1)
+        ),
+        "backbone.layers.0.mixer.dt_proj",
+    ),
+}
+
+
+def forward(model: Any) -> torch.Tensor:
+    given: dict[str, Any] = {"input_ids": torch.tensor([[3, 4, 5, 6]])}
+    if model.config.model_type == "siglip":
+        given["pixel_values"] = torch.ones(1, 3, 32, 32)
+    with torch.no_grad():
+        found = model(**given)
+    return found.logits if "logits" in found else found.logits_per_image  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_written_loads_and_runs(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    make, stays = KINDS[kind]
+    model = models.quietly(lambda: make().eval())
+    models.save(model, tmp_path / "base")
+    report = lora_tools.quantize(tmp_path / "base", tmp_path / "q")
+    quantized = {f.tensor for f in report.plan if f.action == "quantize"}
+    assert quantized
+    assert f"{stays}.weight" not in quantized
+    loaded, said = models.quietly(
+        lambda: type(model).from_pretrained(tmp_path / "q", output_loading_info=True)
+    )
+    assert not said["missing_keys"]
+    assert not said["unexpected_keys"]
+    assert not said["mismatched_keys"]
+    assert forward(loaded.eval()).isfinite().all()
+    notes = lora_tools.inspect(tmp_path / "q").notes
+    assert not [note for note in notes if note.startswith("config.json")]
+    assert lora_tools.verify(tmp_path / "q", against=tmp_path / "base").totals["bit_for_bit"]
+
+
+def test_linear_layers_of_a_class_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Falcon's: whether its class can be asked or not."""
+    config = hf.FalconConfig(
+        vocab_size=96, hidden_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    models.save(models.quietly(lambda: hf.FalconForCausalLM(config)), tmp_path / "base")
+    with pytest.raises(MismatchError, match="that transformers' loader puts into four bits"):
+        lora_tools.quantize(tmp_path / "base", tmp_path / "q")
+    monkeypatch.setattr(transformers_names, "find_spec", lambda _: None)
+    with pytest.raises(MismatchError, match="no linear layer to quantize"):
+        lora_tools.quantize(tmp_path / "base", tmp_path / "q")
+
+
+@pytest.mark.parametrize("kind", ["gemma3n", "siglip"])
+def test_without_transformers_what_names_do_not_tell_stays(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, stays = KINDS[kind]
+    model = models.quietly(lambda: make().eval())
+    models.save(model, tmp_path / "base")
+    monkeypatch.setattr(transformers_names, "find_spec", lambda _: None)
+    report = lora_tools.quantize(tmp_path / "base", tmp_path / "q")
+    assert f"{stays}.weight" not in {f.tensor for f in report.plan if f.action == "quantize"}
+    loaded = models.quietly(lambda: type(model).from_pretrained(tmp_path / "q"))
+    assert forward(loaded.eval()).isfinite().all()
