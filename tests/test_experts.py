@@ -37,6 +37,7 @@ CASES = [
 ]
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize(("arch", "base", "adapter", "sizes"), CASES)
 def test_every_adapter_into_every_base(
     arch: Architecture, base: str, adapter: str, sizes: tuple[int, int], tmp_path: Path
@@ -167,6 +168,7 @@ def per_expert(model: torch.nn.Module, out: Path) -> dict[str, torch.Tensor]:
     return wanted
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("kind", CLASSES)
 def test_into_a_model_as_transformers_loads_it(kind: str, tmp_path: Path) -> None:
     """Adapters of single experts, into the file that transformers writes, and the live model."""

@@ -73,6 +73,7 @@ def forward(model: Any) -> torch.Tensor:
     return found.logits if "logits" in found else found.logits_per_image  # type: ignore[no-any-return]
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_written_loads_and_runs(kind: str, tmp_path: Path) -> None:
     torch.manual_seed(0)

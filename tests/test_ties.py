@@ -158,6 +158,7 @@ def train(kind: str, base: Path, out: Path, config: dict[str, Any]) -> torch.Ten
     return outputs(models.quietly(lambda: peft.PeftModel.from_pretrained(load(base), out)).eval())
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_merge_has_pefts_outputs(
@@ -216,6 +217,7 @@ def test_what_the_class_says(bases: Callable[[str], Path]) -> None:
     assert open_checkpoint(bases("whisper")).weights["proj_out.weight"].is_head
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("kind", DECODERS)
 @pytest.mark.parametrize("said", [None, True, False])
 def test_plain_decoders_are_what_their_class_says(

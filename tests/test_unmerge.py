@@ -183,7 +183,7 @@ def test_deltas_of_any_size(dtype: str, ratio: float, tmp_path: Path) -> None:
 @pytest.mark.sweep(2)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("change", [-0.999, -0.5, 0.5, 0.999])
+@pytest.mark.parametrize("change", [-0.9, -0.5, 0.5, 0.9])  # the rest is for this machine's own
 def test_another_machines_arithmetic(
     change: float, dora: bool, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -154,6 +154,7 @@ def test_what_is_merged_is_peft_s(vlm: Vlm) -> None:
     assert (found - vlm.wanted).norm() <= 1e-5 * vlm.wanted.norm()
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_merges_alike(form: str, vlm: Vlm, tmp_path: Path) -> None:
     models.assert_same(
@@ -167,6 +168,7 @@ def test_every_form_merges_alike(form: str, vlm: Vlm, tmp_path: Path) -> None:
     assert all("language_model.layers" in name for name in moved)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("form", FORMS)
 def test_a_live_model(form: str, vlm: Vlm) -> None:
     attach(vlm.live, vlm.top / form)

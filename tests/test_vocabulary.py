@@ -118,6 +118,7 @@ def loaded(folder: Path, rows: int) -> transformers.PreTrainedModel:
     return model.eval()
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("rows", [SMALLER, LARGER])
 @pytest.mark.parametrize("kind", ["llama", "llama-tied"])
 @pytest.mark.parametrize("form", FORMS)

@@ -96,6 +96,7 @@ def test_an_adapter(form: str, root: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("form", ["kohya", "lycoris", "diffusers", "mlx"])
 @pytest.mark.parametrize("wrapper", ["compiled", "FSDP", "checkpointing"])
 def test_of_other_formats(form: str, wrapper: str, root: Path, tmp_path: Path) -> None:

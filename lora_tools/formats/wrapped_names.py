@@ -106,7 +106,7 @@ def adapter_file(path: Path, file: TensorFile) -> tuple[TensorFile, tuple[str, .
             f"itself: model.save_pretrained(OUT, selected_adapters=[{adapters[0]!r}])"
         )
     said = note(plain)
-    return (Renamed(file, plain), (f"{path}: {said}",)) if said else (file, ())
+    return (Renamed(file, plain), (said,)) if said else (file, ())
 
 
 def note(plain: Mapping[str, str]) -> str:
