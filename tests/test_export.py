@@ -177,8 +177,13 @@ def test_layers_that_differ_are_not_repeated() -> None:
     assert (stack.kept, stack.total, stack.period) == (6, 8, 2)
 
 
-@pytest.mark.sweep(3)
-@pytest.mark.parametrize("name", export_models.REPEATING)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name == "BERT" else pytest.mark.sweep(0))
+        for name in export_models.REPEATING
+    ],
+)
 def test_no_layer_is_traced_but_the_first(name: str, tmp_path: Path, monkeypatch: Any) -> None:
     """Export compares with torch."""
 
@@ -297,6 +302,7 @@ def test_an_adapter_that_unties_the_head(traced: Callable[[str], Traced], tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("no_cache", [False, True], ids=["cache", "no cache"])
 def test_a_sliding_window_past_its_length(
     no_cache: bool, traced: Callable[[str], Traced], tmp_path: Path

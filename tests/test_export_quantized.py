@@ -486,10 +486,10 @@ def test_convolutions_are_no_linear_layers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "scheme"),
     [
-        ("DeBERTa-v2", "int4"),
-        ("Mixtral", "nf4"),
-        ("Phi-3", "int8"),
-        ("T5", "nf4"),
+        pytest.param("DeBERTa-v2", "int4", marks=pytest.mark.sweep(0)),
+        pytest.param("Mixtral", "nf4", marks=pytest.mark.sweep(0)),
+        pytest.param("Phi-3", "int8", marks=pytest.mark.sweep(0)),
+        pytest.param("T5", "nf4", marks=pytest.mark.sweep(0)),
         ("Whisper", "int4"),
         ("ViT", "int8"),
         ("ConvNeXt", "nf4"),

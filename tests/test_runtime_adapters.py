@@ -308,7 +308,6 @@ def test_weights_other_formats_and_stored_dtypes(made: Made, tmp_path: Path) -> 
 # ----------------------------------------------------------------------------- other kinds of model
 
 
-@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     ("name", "config"),
     [
@@ -323,7 +322,7 @@ def test_weights_other_formats_and_stored_dtypes(made: Made, tmp_path: Path) -> 
         pytest.param(
             "T5",
             {"target_modules": ["q", "v", "wo", "shared"], "modules_to_save": ["layer_norm"]},
-            marks=pytest.mark.slow,
+            marks=[pytest.mark.slow, pytest.mark.sweep(0)],
         ),
     ],
 )
