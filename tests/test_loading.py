@@ -237,7 +237,7 @@ def load_in_peft(base: Path, adapter: Path) -> peft.PeftModel:
     return model
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(4)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ALL)
 def test_an_extracted_adapter_makes_the_tuned_model(
