@@ -162,12 +162,12 @@ def check(row: Row, folder: Path) -> None:
 def foreign_options(text: str, verb: Verb) -> list[str]:
     """Options that a refusal of a verb names, and that this verb does not take. Those of a whole
     command (`loratools merge …`) are that command's."""
-    own = {"--out"}
+    own = {"--out", "--report"}
     for keyword in verb.keywords:
         flags = keyword.option.flags if keyword.option is not None else ()
         own |= {keyword.flag, *(part for flag in flags for part in flag.split("/"))}
-    said = re.sub(r"\bloratools [^`;]*", "", text)
-    return [name for name in re.findall(r"(?<![\w-])(--[a-z][a-z-]*)", said) if name not in own]
+    said = re.sub(r"`[^`]*`|\bpip install.*|\bloratools [^`;]*", "", text)
+    return [n for n in re.findall(r"(?<![\w-])(--[a-z][a-z0-9-]*)", said) if n not in own]
 
 
 def stats(t: Path, tensors: Tensors) -> Path:

@@ -365,6 +365,7 @@ def test_every_total_and_action_is_documented(
         lora_tools.verify(out / "q", against=base),
         lora_tools.verify(out / "f", against=base, adapters=[pair / "other"]),
         lora_tools.verify(out / "i", against=base),
+        lora_tools.check(pair / "adapter", base=base, consumer="peft"),
         lora_tools.inspect(out / "q"),
         lora_tools.inspect(out / "e"),
         lora_tools.collect_stats(pair / "words", pair / "words.txt", out / "st", length=4),

@@ -26,7 +26,7 @@ VERBS = {
     "merge": ["merge", "base", "adapter", "--reversible"],
     "unmerge": ["unmerge", "merged", "adapter"],
     "rescale": ["rescale", "adapter", "--rank", "3"],
-    "combine": ["combine", "adapter", "adapter", "--rank", "3"],
+    "combine": ["combine", "adapter", "second", "--rank", "3"],
     "convert": ["convert", "adapter", "--to", "mlx"],
     "quantize": ["quantize", "base", "--adapter", "adapter"],
     "compensate": ["quantize", "base", "--adapter", "adapter", "--compensate", "2"],
@@ -42,6 +42,7 @@ def inputs(top: Path, width: int, layers: int, shards: int) -> Path:
     iotools.checkpoint(top / "base", tensors, shards)
     iotools.checkpoint(top / "tuned", iotools.moved(tensors), shards)
     iotools.adapter(top / "adapter", iotools.linear_shapes(tensors), 8)
+    shutil.copytree(top / "adapter", top / "second")
     iotools.graph(top / "graph", top / "base", tensors)
     before = signal.getsignal(signal.SIGTERM)
     merge = ["merge", str(top / "base"), str(top / "adapter"), "-o", str(top / "merged")]
@@ -170,8 +171,9 @@ def test_killed_in_the_middle(verb, medium, tmp_path):
 
 # Sends itself a signal while torch is being imported.
 _AT_THE_START = """
-import os, sys
+import os, signal, sys
 number = int(sys.argv.pop(1))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
 def hook(event, values):
     if event == "import" and values[0] == "torch.nn.modules":
         os.kill(os.getpid(), number)

@@ -304,7 +304,7 @@ def test_names_that_say_nothing(work: Path, tmp_path: Path) -> None:
             file.write(bytes(4))
 
     path = spoilt(work, tmp_path / "f", both)
-    with pytest.raises(MismatchError, match=r"1 weights, such as onnx::MatMul_1 .* running the"):
+    with pytest.raises(MismatchError, match=r"1 weight, such as onnx::MatMul_1 .* running the"):
         lora_tools.verify(path, against=work / "base", weights_only=True)
     assert "differs from torch by" in refused(path, work)
 

@@ -56,8 +56,6 @@ def brought_whole(base: Checkpoint, adapters: Sequence[Weighted]) -> dict[str, B
         MismatchError: ambiguous prefixes.
     """
     found: dict[str, Brought] = {}
-    weights = base.weights
-    known = [*weights]
     for weighted in adapters:
         adapter = weighted.adapter
         names = {key: name for name, key in adapter.whole.items()}
@@ -67,6 +65,8 @@ def brought_whole(base: Checkpoint, adapters: Sequence[Weighted]) -> dict[str, B
         # The others say which prefix the names have.
         wanted += [(m.weight, Part(weighted, m, "lora")) for m in adapter.modules.values()]
         wanted += [(f"{m}.weight", Part(weighted, t, "rows")) for m, t in adapter.tokens.items()]
+        there = base.specs.keys() >= {name for name, _ in wanted}
+        known = [*(base.specs if there else base.weights)]  # the class is asked for the others only
         wanted = by_own_names(wanted, base, known)
         mapping, _ = align([name for name, _ in wanted], known)
         for name, part in wanted:

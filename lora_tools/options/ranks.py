@@ -96,6 +96,6 @@ class Size:
         if left <= 0:
             raise UsageError(
                 f"--budget {self.most} bytes: tensors saved whole and the file's header take more; "
-                "allow more, or leave such tensors out with --rest skip"
+                "allow more, or leave such tensors out"
             )
         return left

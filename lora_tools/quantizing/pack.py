@@ -74,7 +74,7 @@ def pack(
         if not made.is_finite:
             raise NonFiniteError(
                 f"{name}: holds an inf or a NaN, which has no four-bit form, or its scales are so "
-                "large that their mean overflows; see --no-double-quant"
+                "large that double quantization, which takes their mean, overflows"
             )
         if writer is not None:
             writer.write(name, as_bytes(room))

@@ -20,6 +20,7 @@ from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.names import modules_matched
 from lora_tools.formats.shards import Shards
 from lora_tools.linalg.scaling import scaling
+from lora_tools.merging.fit import fit_base
 from lora_tools.merging.plan import plan_merge
 from lora_tools.records import Action
 from lora_tools.sources.transformers_names import loaded, why_unknown
@@ -106,7 +107,8 @@ class Base:
             why = why_unknown(checkpoint.config, checkpoint.specs) if how is None else ""
             base = dataclasses.replace(base, memory=frozenset(memory), unknown=why)
         try:
-            plan = plan_merge(checkpoint, [Weighted(given, 1.0, str(given.path))], True)
+            mine = [Weighted(given, 1.0, str(given.path))]
+            plan = plan_merge(fit_base(checkpoint, mine, allow_unmatched=True), mine, True)
         except MismatchError as error:
             return dataclasses.replace(base, misfit=str(error))
         except AdapterError:  # none of it matches
@@ -251,8 +253,6 @@ def _names(
 
 def _shapes(given: Adapter, consumer: Consumer, base: Base) -> Iterator[Finding]:
     """What is of another size than the base's."""
-    if base.misfit:
-        yield Finding("shapes", f"other shapes than the base's: {base.misfit}", [], mended=False)
     specs = base.checkpoint.specs if base.checkpoint is not None else {}
     other = [
         name
@@ -265,6 +265,8 @@ def _shapes(given: Adapter, consumer: Consumer, base: Base) -> Iterator[Finding]
             f"{specs[other[0]].shape[0]}: it has to be resized before the adapter is loaded"
         )
         yield Finding("vocabulary", what, other, mended=False)
+    elif base.misfit:
+        yield Finding("shapes", f"other shapes than the base's: {base.misfit}", [], mended=False)
 
 
 def heads_to_add(given: Adapter, consumer: Consumer, base: Base | None) -> list[str]:

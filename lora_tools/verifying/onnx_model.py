@@ -82,8 +82,8 @@ def verify_onnx(
     if found.strangers and run is None:
         raise MismatchError(
             f"{paths[0]}: {counted(len(found.strangers), 'weight')}, such as {found.strangers[0]} "
-            f"{found.weights.specs[found.strangers[0]].dtype}, have neither the name nor the "
-            "numbers of a tensor of the checkpoint (are they quantized, or formed of several?): "
+            f"{found.weights.specs[found.strangers[0]].dtype}, without the name and the "
+            "numbers of any tensor of the checkpoint (are they quantized, or formed of several?): "
             "only running the model can compare them; leave --weights-only out"
         )
     verdict = _verdict(found.checked, found.packed, found.weights, source, name)

@@ -144,8 +144,8 @@ def sign_of(
 
 
 def _unknown(specs: Mapping[str, TensorSpec]) -> Found | None:
-    """A module that holds a matrix of whole numbers and floats, and no weight and no other module:
-    codes and scales, whatever made them. Masks, positions and counters lie otherwise."""
+    """A module that holds a matrix of whole numbers and floats, and no weight, nor a layer with
+    one: codes and scales, whatever made them. Masks, positions and counters lie otherwise."""
     candidates = {
         spec.name.rpartition(".")[0]: spec
         for spec in specs.values()
@@ -155,12 +155,11 @@ def _unknown(specs: Mapping[str, TensorSpec]) -> Found | None:
     floats: set[str] = set()
     for name, spec in specs.items() if candidates else ():
         module, _, parameter = name.rpartition(".")
-        if parameter == "weight":
-            candidates.pop(module, None)
         if spec.is_float:
             floats.add(module)
-        while module := module.rpartition(".")[0]:
-            candidates.pop(module, None)  # it has a module of its own
+        while parameter == "weight" and module:  # or one of a module of its own
+            candidates.pop(module, None)
+            module = module.rpartition(".")[0]
     for module, spec in candidates.items():
         if module in floats:
             return Found("a scheme that is not known", f"{spec.name} ({spec.dtype})", _ORIGINAL)
