@@ -24,7 +24,6 @@ from lora_tools.merging.targets import Target
 from lora_tools.options import Running
 from lora_tools.options.parse import need
 from lora_tools.records import Action, Fate, Input, ProgressCallback, TensorSpec, counted
-from lora_tools.sources.dequantized import Dequantized
 from lora_tools.sources.weighted import Weighted
 from lora_tools.totals import VerifyTotals
 from lora_tools.verifying.findings import FINE, Findings
@@ -334,8 +333,8 @@ def _compare(
         raise UsageError(
             f"{paths[0].parent}: {', '.join(task.files())} are needed for --task {task.name}"
         )
-    if dtype is None and isinstance(source, Dequantized):
-        dtype = next(iter(source.quantized.values())).plain.dtype
+    if dtype is None and source.scheme is not None:
+        dtype = next(s.dtype for name, s in source.specs.items() if source.decoded_bytes(name))
     with tempfile.TemporaryDirectory(prefix="loratools-") as scratch, one_torch_thread():
         folder = source.path
         if weighted or dtype:
