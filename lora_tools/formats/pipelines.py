@@ -14,7 +14,6 @@ from typing import Any
 from lora_tools.errors import CheckpointError
 
 NAME = "modules.json"
-_CONFIG = "config.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 
@@ -41,9 +40,9 @@ class Module:
         """Before the names of its tensors, where it is not the first."""
         return self.path.replace("/", ".")
 
-    def config(self) -> dict[str, Any]:
-        """What is set of it. Raises CheckpointError."""
-        path = self.folder / _CONFIG
+    def config(self, name: str = "config.json") -> dict[str, Any]:
+        """What a file of its folder sets. Raises CheckpointError."""
+        path = self.folder / name
         if not path.is_file():
             return {}
         try:

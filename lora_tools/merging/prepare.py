@@ -26,6 +26,7 @@ from lora_tools.sources.weighted import Weighted, open_weighted
 
 Adapters = Sequence[str | Path | tuple[str | Path, float]]
 SIDECAR = ".sidecar"  # of a bare file
+OUTSIDE = "outside the transformer"
 
 
 def copied_modules(source: Checkpoint) -> Iterator[Fate]:
@@ -34,7 +35,7 @@ def copied_modules(source: Checkpoint) -> Iterator[Fate]:
         root = source.pipeline.root
         for path in source.pipeline.files():
             name, nbytes = path.relative_to(root).as_posix(), path.stat().st_size
-            yield Fate(name, Action.COPY, "outside the transformer", nbytes)
+            yield Fate(name, Action.COPY, OUTSIDE, nbytes)
 
 
 def dtype_of(storage: Storage) -> str | None:

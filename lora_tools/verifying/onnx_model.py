@@ -321,14 +321,18 @@ def _compare(
     """Run it against torch; base + adapter lies in a temporary folder meanwhile."""
     from lora_tools.engine.threads import one_torch_thread
     from lora_tools.onnx.check import compare
-    from lora_tools.onnx.tasks import task_of
+    from lora_tools.onnx.initializers import load
+    from lora_tools.onnx.sentence import plain, sentence_task
 
     if not (source.is_folder and source.config):
         raise UsageError(
             f"{source.path}: a folder with a config.json is needed to run it; --weights-only does "
             "without"
         )
-    task = task_of(source.config, run.task)
+    task, _ = sentence_task(source.pipeline, source.config, run.task)
+    outputs = {value.name for value in load(paths[0]).graph.output}
+    if task.steps and not outputs.issuperset(task.outputs):  # made of the transformer alone
+        task = plain(task)
     if len(paths) != len(task.files()):
         raise UsageError(
             f"{paths[0].parent}: {', '.join(task.files())} are needed for --task {task.name}"
