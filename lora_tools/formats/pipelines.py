@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lora_tools.errors import CheckpointError
+from lora_tools.formats.digest import file_sha256
 
 NAME = "modules.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
@@ -39,6 +40,10 @@ class Module:
     def name(self) -> str:
         """Before the names of its tensors, where it is not the first."""
         return self.path.replace("/", ".")
+
+    def contents(self) -> list[tuple[str, str]]:
+        """Names and hashes of its files of weights."""
+        return [(path.name, file_sha256(path)) for path in weight_files(self.folder)]
 
     def config(self, name: str = "config.json") -> dict[str, Any]:
         """What a file of its folder sets. Raises CheckpointError."""
