@@ -77,6 +77,7 @@ class Pooling(nn.Module):
             raise CheckpointError(f"{step.folder}: {unknown[0]!r} is no mode of pooling")
 
     def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Of (batch, length, width) and (batch, length)."""
         return torch.cat([_POOLED[mode](tokens, mask) for mode in self._modes], -1)
 
 
@@ -164,6 +165,7 @@ class Dense(nn.Module):
             self.residual = nn.Linear(*sizes, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Of (…, width)."""
         y: torch.Tensor = self.activation(self.linear(x))
         if not self._adds:
             return y
@@ -191,6 +193,7 @@ class Normalize(nn.Module):
         super().__init__()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Of (…, width)."""
         return nn.functional.normalize(x, p=2.0, dim=-1)
 
 
@@ -202,6 +205,7 @@ class LayerNorm(nn.Module):
         self.norm = nn.LayerNorm(int(step.config["dimension"]))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Of (…, width)."""
         y: torch.Tensor = self.norm(x)
         return y
 
@@ -213,6 +217,7 @@ class Dropout(nn.Module):
         super().__init__()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Of (…, width)."""
         return x
 
 
