@@ -382,7 +382,6 @@ def test_an_activation_that_is_none_is_refused(made: Path, tmp_path: Path) -> No
 
 
 def test_modules_are_computed_as_the_library_does(tmp_path: Path) -> None:
-    pytest.importorskip("sentence_transformers")
     from sentence_transformers.sentence_transformer import modules as theirs
 
     torch.manual_seed(0)
