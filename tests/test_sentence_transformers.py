@@ -320,6 +320,16 @@ def test_it_is_used_again_with_an_adapter_and_in_whole_numbers(
     assert (tmp_path / "deep" / "modules.json").is_file()
 
 
+def test_a_graph_of_half_precision_keeps_its_dense_layer(
+    made: Path, exported: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "half"
+    lora_tools.export(made / "base", out, dtype="bfloat16", graph=exported / "model.onnx")
+    verdict = lora_tools.verify(out, against=made / "base").totals["verdict"]
+    assert "F32 stored as BF16" in verdict
+    assert "its outputs are torch's" in verdict
+
+
 def test_a_graph_with_other_pooling_is_not_used_again(
     made: Path, exported: Path, tmp_path: Path
 ) -> None:

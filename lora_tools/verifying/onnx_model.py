@@ -304,8 +304,10 @@ def _inputs(
 
 def _cast(checked: Sequence[Checked], weights: GraphWeights, source: Checkpoint) -> str | None:
     """The dtype that the graph's weights were rounded to, for torch to start from the same."""
-    there = {weights.specs[c.target.spec.name].dtype for c in checked if c.target.spec.is_float}
-    before = {source.specs[c.target.base_name].dtype for c in checked if c.target.spec.is_float}
+    targets = [c.target for c in checked if c.target.spec.is_float]
+    targets = [target for target in targets if target.base_name not in source.outside]
+    there = {weights.specs[target.spec.name].dtype for target in targets}
+    before = {source.specs[target.base_name].dtype for target in targets}
     return there.pop() if len(there) == 1 and before != there else None
 
 
