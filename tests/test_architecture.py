@@ -150,6 +150,7 @@ NUMERIC = {
     "onnx/graphs.py",
     "onnx/model.py",
     "onnx/parts.py",
+    "onnx/sentence_modules.py",
     "onnx/trace.py",
     "onnx/weights.py",
     "onnx/linears.py",

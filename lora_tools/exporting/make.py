@@ -15,6 +15,7 @@ from lora_tools.exporting.quantized import Quantization
 from lora_tools.exporting.runtime_adapters import SUFFIX, RuntimeAdapters
 from lora_tools.formats.checkpoint import Checkpoint, with_theta
 from lora_tools.formats.output import Prepared, copy_synced, write_synced
+from lora_tools.merging.prepare import copied_modules
 from lora_tools.onnx import genai
 from lora_tools.onnx.tasks import Task
 from lora_tools.options import Check, Graphs, Running
@@ -45,6 +46,7 @@ class Export:
         plain: writes the weights with none quantized, where those lie nowhere yet.
         runtime: adapters that are inputs of the graph.
         keep: where an output that differs too much is left.
+        said: notes on what the graph is.
     """
 
     source: Checkpoint
@@ -62,6 +64,7 @@ class Export:
     in_place: bool
     force: bool
     keep: Path | None
+    said: tuple[str, ...]
 
     def files(self) -> tuple[str, ...]:
         """What is added to the checkpoint's files, a graph first."""
@@ -78,6 +81,7 @@ class Export:
             plan=(*plan.plan, *graphs),
             inputs=_as_bases(plan.inputs),
             command=command,
+            notes=(*plan.notes, *self.said),
         )
 
     def _copying(self) -> Report[ExportTotals]:
@@ -85,9 +89,11 @@ class Export:
         action = Action.KEEP if self.in_place else Action.COPY
         nbytes = 0 if self.in_place else sum(f.path.stat().st_size for f in self.source.files)
         fates = (Fate(s.name, action, "", s.nbytes) for s in self.source.stored.specs.values())
+        modules = () if self.in_place else copied_modules(self.source)
         inputs = (Input("base", self.given),)
         totals: ExportTotals = {"bytes": nbytes}
-        return Report("export", tool_version(), inputs, "", False, tuple(fates), totals=totals)
+        plan = (*fates, *modules)
+        return Report("export", tool_version(), inputs, "", False, plan, totals=totals)
 
     def space(self) -> int:
         """Bytes that are needed while it is made; the graphs are small."""
@@ -118,7 +124,7 @@ class Export:
     ) -> Report[ExportTotals]:
         """A new folder."""
         if self.weights:
-            report = _with_digests(report, self.weights.write(folder))
+            report = _with_digests(report, self.weights.write(folder), self.said)
         else:
             _copy(self.source, folder)
         _name_theta(folder / "config.json")
@@ -249,12 +255,12 @@ def _as_bases(inputs: Sequence[Input]) -> tuple[Input, ...]:
 
 
 def _with_digests(
-    report: Report[ExportTotals], merged: Report[ExportTotals]
+    report: Report[ExportTotals], merged: Report[ExportTotals], said: Sequence[str]
 ) -> Report[ExportTotals]:
     return dataclasses.replace(
         report,
         inputs=_as_bases(merged.inputs),
-        notes=merged.notes,
+        notes=(*merged.notes, *said),
         totals=merged.totals,
         tensors=merged.tensors,
     )

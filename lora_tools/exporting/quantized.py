@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from lora_tools.errors import UsageError
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.quantized.bitsandbytes import reason_to_keep
+from lora_tools.merging.prepare import OUTSIDE
 from lora_tools.onnx.schemes import AFFINE, NF4, SCHEMES
 from lora_tools.onnx.tasks import DECODER, Task
 from lora_tools.options.parse import read_text
@@ -128,6 +129,8 @@ class Quantization:
 
     def _settled(self, fate: Fate, built: Built, bundled: bool) -> Fate:
         if fate.action == Action.GRAPH or fate.tensor in built.quantized:
+            return fate
+        if fate.reason == OUTSIDE:
             return fate
         if fate.tensor not in built.used and built.formed:
             return Fate(fate.tensor, Action.FORM, "goes into a weight that transformers forms")

@@ -128,6 +128,12 @@ class ExtractPair(PairTask):
         let_go(pair, sides)
         if not outcome.change and pair.base is not None:  # the same values in another dtype
             return
+        if pair.action == "refuse" and pair.outside:
+            raise MismatchError(
+                f"{pair.name}: changed, and lies outside the transformer, where PEFT puts no "
+                "adapter: --rest skip leaves it out (and counts it); copy its folder from TUNED "
+                "into what the adapter is merged into"
+            )
         if pair.action == "refuse":
             raise MismatchError(
                 f"{pair.name}: changed, and it has no low-rank form; --rest save keeps it whole, "

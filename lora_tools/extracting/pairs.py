@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal
 
 from lora_tools.errors import MismatchError, UsageError
@@ -42,6 +42,8 @@ class Pair:
         reason: why this action.
         followed_by: modules whose weight is tied to this one, such as the output head of an input
             embedding: what is done to the one is done to the others.
+        outside: it is of a module that no PEFT adapter acts on: sentence-transformers' others than
+            the transformer.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Pair:
     layout: Layout | None = None
     reason: str = ""
     followed_by: tuple[str, ...] = ()
+    outside: bool = False
 
     @property
     def spec(self) -> TensorSpec:
@@ -129,6 +132,7 @@ class _Treat:
     rest: str
     chosen: Callable[[str], bool]
     unread: Callable[[str], bool]
+    outside: Collection[str]
 
 
 def make_plan(
@@ -140,12 +144,14 @@ def make_plan(
     embeddings: Literal["lora", "save", "skip"],
     rest: Literal["save", "skip", "error"],
     unread: Callable[[str], bool] = lambda module: False,
+    outside: Collection[str] = (),
 ) -> Plan:
     """Pair the tensors of both sides and settle what to do with each.
 
     Args:
         kinds: layer kinds of modules in whose names a pattern is found, instead of what name and
             shape tell; None for no low-rank form. The last that is found counts.
+        outside: tensors that an adapter cannot hold in any form.
 
     Raises:
         UsageError: a kind does not fit a weight that it is named for, or is for none.
@@ -180,7 +186,7 @@ def make_plan(
         notes.append(
             "the adapter carries the tuned side's names, since some tensors are only there"
         )
-    treat = _Treat(embeddings, rest, chosen, unread)
+    treat = _Treat(embeddings, rest, chosen, unread, outside)
     to_tuned = {name: own for own, name in to_base.items()}
     for name, spec in ours.items():
         if name not in theirs:
@@ -193,8 +199,8 @@ def make_plan(
         pair = _pair(shown, (ours[name], theirs[name]), weight.is_head, kind, treat)
         pairs.append(dataclasses.replace(pair, followed_by=followed.get(name, ())))
     _refuse_idle(kinds, pairs)
-    pairs += [_one_sided(theirs[name], rest) for name in added]
-    modules = {m for p in pairs for m in (p.module, *p.followed_by) if m}
+    pairs += [_one_sided(theirs[name], treat) for name in added]
+    modules = {m for p in pairs if not p.outside for m in (p.module, *p.followed_by) if m}
     return Plan(tuple(pairs), tuple(settled), frozenset(modules), tuple(notes))
 
 
@@ -299,6 +305,8 @@ def _pair(
     treat: _Treat,
 ) -> Pair:
     (base, tuned), (module, parameter) = sides, split_tensor(name)
+    if name in treat.outside and treat.chosen(module):
+        return _outside(name, sides, treat.rest)
     embedding = kind is not None and kind.name == "embedding"
     resizable = embedding or is_head
     if base.shape != tuned.shape:
@@ -330,7 +338,17 @@ def _pair(
     return Pair(name, base, tuned, action, reason=f"{why} (--rest {treat.rest})")
 
 
-def _one_sided(spec: TensorSpec, rest: str) -> Pair:
+def _outside(name: str, sides: tuple[TensorSpec | None, TensorSpec], rest: str) -> Pair:
+    """Of a module that no adapter acts on: left out where that is asked for."""
+    action: Treatment = "skip" if rest == "skip" else "refuse"
+    reason = f"outside the transformer, which adapters act on (--rest {rest})"
+    return Pair(name, *sides, action, reason=reason, outside=True)
+
+
+def _one_sided(spec: TensorSpec, treat: _Treat) -> Pair:
+    rest = treat.rest
+    if spec.name in treat.outside:
+        return _outside(spec.name, (None, spec), rest)
     if rest == "error":
         raise MismatchError(
             f"{spec.name}: only the tuned side has it; --rest save keeps it whole, --rest skip "

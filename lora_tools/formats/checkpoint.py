@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Mapping
-from pathlib import Path, PurePosixPath
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import CheckpointError, UnsafeInput
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.dtypes import torch_dtype
+from lora_tools.formats.pipelines import Pipeline
 from lora_tools.formats.quantized.packed import StoredFormat
 from lora_tools.formats.reopen import SmallFile
 from lora_tools.formats.safetensors_file import SafetensorsFile
@@ -57,11 +58,15 @@ class Checkpoint(Shards):
         config: ``config.json``, or an empty dict.
         index_name: name of the shard index, or None.
         notes: what to say of how it is read.
+        pipeline: the sentence-transformers folder that it is the first module of, or None.
+        outside: names of tensors of that folder's other modules, where they are here as well.
     """
 
     says: Says = None
     replaced_files: Mapping[str, Path] = {}
     notes: tuple[str, ...] = ()
+    pipeline: Pipeline | None = None
+    outside: Collection[str] = frozenset()
 
     def __init__(
         self, path: Path, files: Iterable[TensorFile], is_folder: bool, index_name: str | None
@@ -147,7 +152,8 @@ class Checkpoint(Shards):
         if not self.is_folder:
             return [], []
         own = {file.path for file in self.files}
-        whole = self._module_folders()
+        in_root = self.pipeline is not None and self.pipeline.root == self.path
+        whole = self.pipeline.folders if self.pipeline is not None and in_root else set()
         adapters = {path.parent for path in self.path.glob("*/adapter_config.json")}
         travel, left = [], []
         for path in sorted(self.path.rglob("*")):
@@ -166,16 +172,6 @@ class Checkpoint(Shards):
             else:
                 travel.append(relative)
         return travel, left
-
-    def _module_folders(self) -> set[str]:
-        path = self.path / "modules.json"
-        if not path.is_file():
-            return set()
-        try:
-            modules = json.loads(path.read_bytes())
-            return {PurePosixPath(m["path"]).parts[0] for m in modules if m.get("path")}
-        except (ValueError, RecursionError, TypeError, AttributeError, LookupError):
-            return set()  # whatever it is, it names no folders
 
 
 def with_theta(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_tools.errors import LoraToolsError, OutputError
+from lora_tools.formats.pipelines import Pipeline
 from lora_tools.records import Report
 
 _MARK = ".loratools-"
@@ -37,6 +38,7 @@ class Prepared:
         beside: suffixes of files that are written beside the output; ``dropped`` of those that
             belong to the one replaced.
         added: where only these files are put into the output, a folder that exists.
+        pipeline: the sentence-transformers folder that the output is made as, where it is one.
     """
 
     report: Report[Any]
@@ -46,6 +48,7 @@ class Prepared:
     beside: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
     added: tuple[str, ...] = ()
+    pipeline: Pipeline | None = None
 
 
 def overlap(one: Path, other: Path) -> bool:

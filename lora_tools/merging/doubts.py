@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_tools.formats.adapters.peft import Adapter
+from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.names import modules_matched, split_tensor
+from lora_tools.formats.pipelines import Pipeline
 from lora_tools.linalg.scaling import scaling
 from lora_tools.sources.weighted import Weighted
 
 if TYPE_CHECKING:
-    from lora_tools.formats.checkpoint import Checkpoint
     from lora_tools.merging.targets import BaseOutline, Part
 
 # A model's name goes on so where its weights are stored in other numbers.
@@ -33,12 +34,15 @@ def doubts(
     Args:
         parts: what acts on each tensor of the base.
     """
+    pipeline = base.pipeline if isinstance(base, Checkpoint) else None
+    path = pipeline.root if pipeline is not None else base.path
     for each in weighted:
         acted_on = [n for n, acting in parts.items() if any(p.weighted is each for p in acting)]
         found = (
             _idle(each.adapter),
-            _other_base(each.adapter, base.path, base.config),
+            _other_base(each.adapter, path, base.config),
             _missing_layers(each.adapter, acted_on, base.specs),
+            _own_modules(each.adapter, pipeline),
         )
         yield from (f"{each.path}: {said}" for said in found if said)
 
@@ -93,6 +97,21 @@ def _missing_layers(adapter: Adapter, acted_on: Collection[str], base: Collectio
     return (
         f"target_modules in its config name {len(missing)} more modules than it has factors for, "
         f"such as {missing[0]}; was it saved whole? (layers_to_transform says which are meant)"
+    )
+
+
+def _own_modules(adapter: Adapter, base: Pipeline | None) -> str:
+    """Where sentence-transformers saved the adapter with modules that the base has not."""
+    mine = Pipeline.at(adapter.path)
+    theirs = base.others if base is not None else ()
+    same = {(each.path, *each.contents()) for each in theirs}
+    own = [e.path for e in (mine.others if mine else ()) if (e.path, *e.contents()) not in same]
+    if not own:
+        return ""
+    return (
+        f"lies with modules that are to run after the transformer and are not the base's "
+        f"({', '.join(own)}): they are not merged; copy their folders and modules.json from there "
+        "into what is written"
     )
 
 

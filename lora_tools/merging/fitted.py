@@ -63,7 +63,7 @@ class FittedBase(Checkpoint):
             home = homes.get(each.spec.name, home)
             files[home].specs[each.spec.name] = each.spec
         super().__init__(source.path, files, source.is_folder, source.index_name)
-        self.config = config
+        self.config, self.pipeline, self.outside = config, source.pipeline, source.outside
         self.says = functools.partial(class_says, config, self.specs)
 
     @property

@@ -4,7 +4,7 @@ verbs that merge on the way."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,22 @@ from lora_tools.merging.plan import MergePlan, plan_merge
 from lora_tools.merging.rewrite import Rewrite, signed
 from lora_tools.options import Matching, Running, Storage
 from lora_tools.provenance import command_of, tool_version
-from lora_tools.records import Fate, Input, Report
+from lora_tools.records import Action, Fate, Input, Report
 from lora_tools.sources.checkpoints import open_checkpoint
 from lora_tools.sources.weighted import Weighted, open_weighted
 
 Adapters = Sequence[str | Path | tuple[str | Path, float]]
 SIDECAR = ".sidecar"  # of a bare file
+OUTSIDE = "outside the transformer"
+
+
+def copied_modules(source: Checkpoint) -> Iterator[Fate]:
+    """Fates of weights outside the transformer of a sentence-transformers folder, file by file."""
+    if source.pipeline is not None:
+        root = source.pipeline.root
+        for path in source.pipeline.files():
+            name, nbytes = path.relative_to(root).as_posix(), path.stat().st_size
+            yield Fate(name, Action.COPY, OUTSIDE, nbytes)
 
 
 def dtype_of(storage: Storage) -> str | None:
@@ -68,7 +78,7 @@ class Planned:
             (Input(self.role, self.given), *(Input("adapter", w.as_given) for w in self.adapters)),
             "",
             False,
-            tuple(fates),
+            (*fates, *copied_modules(self.source)),
             totals=dict(totals),
             notes=self.plan.notes,
             command=command,
@@ -147,6 +157,7 @@ def prepare_merge(
         lambda out: merge_checkpoint(job(out), reversible),
         beside=bare if reversible else (),
         dropped=() if reversible else bare,
+        pipeline=base.pipeline,
     )
 
 

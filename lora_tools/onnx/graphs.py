@@ -16,6 +16,7 @@ from lora_tools.formats.tensors import as_bytes
 from lora_tools.onnx import genai
 from lora_tools.onnx.linears import is_quantized
 from lora_tools.onnx.runtime_adapters import Branch, Replacement, add_branches, remove_branches
+from lora_tools.onnx.sentence import described, with_modules
 from lora_tools.onnx.tasks import DECODER, Task
 from lora_tools.onnx.weights import (
     BUNDLE,
@@ -31,6 +32,7 @@ from lora_tools.records import TensorSpec
 from lora_tools.sources.checkpoints import open_checkpoint
 
 _COPY_STEP = 8 << 20
+_MODULES = "sentence_modules"
 # Fields of config.json that say nothing of the graph.
 _ABOUT_FILES = {
     "_name_or_path",
@@ -104,7 +106,8 @@ class Build:
             MismatchError: ``graph`` is not one of this checkpoint's architecture.
             UnsupportedAdapter: a branch has no layer.
         """
-        folder, checkpoint = self.folder, open_checkpoint(self.plain or self.folder)
+        folder = self.folder
+        checkpoint = with_modules(open_checkpoint(self.plain or folder), self.task)
         models, converted = self._models(checkpoint)
         if not converted:
             for file, model in models.items():
@@ -114,7 +117,7 @@ class Build:
         unused = add_branches(models, self.branches, self.replacements, formed=bool(converted))
         for file, model in models.items():
             attach(model, where)
-            onnx.helper.set_model_props(model, dict(self.made))
+            onnx.helper.set_model_props(model, {**self.made, **_modules_said(self.task)})
             write_synced(folder / file, model.SerializeToString(deterministic=True))
         first = next(iter(models.values()))
         cached = any(value.name.startswith("past_key_values.") for value in first.graph.input)
@@ -180,13 +183,15 @@ class Build:
                 checkpoint.config,
                 lambda name: state[name] if name in converted else checkpoint.tensor(name),
             )
-            packed = quantize_linears(models.values(), how)
+            packed = quantize_linears(models.values(), how, checkpoint.outside)
         own = sorted(names - converted - packed.keys())
         shared = self.weights == "shared"
-        where = places(stored, own) if shared else {}
+        # Modules beside the transformer may lie outside the folder.
+        apart = checkpoint.outside if shared else checkpoint.specs.keys()
+        where = places(stored, [name for name in own if name not in apart]) if shared else {}
         if shared and packed:
             where |= how.places(packed)
-        specs = [] if shared else [checkpoint.specs[n] for n in own if n in checkpoint.specs]
+        specs = [checkpoint.specs[name] for name in own if name in apart]
         specs += [
             TensorSpec(name, "F32", tuple(state[name].shape))
             for name in sorted(converted - packed.keys())
@@ -212,13 +217,19 @@ class Build:
         return where, frozenset(packed)
 
 
+def _modules_said(task: Task) -> dict[str, str]:
+    """What a graph's metadata says of the modules in it."""
+    said = described(task)
+    return {_MODULES: said} if said else {}
+
+
 def _folder(graph: Path) -> Path:
     return graph if graph.is_dir() else graph.parent
 
 
 def _again(graph: Path, checkpoint: Checkpoint, task: Task) -> dict[str, onnx.ModelProto]:
     """Graphs of another checkpoint of the same architecture, bare."""
-    folder = _folder(graph)
+    folder, modules = _folder(graph), _modules_said(task)
     models = {}
     for file in task.files():
         try:
@@ -233,6 +244,13 @@ def _again(graph: Path, checkpoint: Checkpoint, task: Task) -> dict[str, onnx.Mo
             raise MismatchError(
                 f"{folder / file}: its linear layers are quantized; --graph takes one exported "
                 "without --nf4, --int8 and --int4, and can be given together with these"
+            )
+        said = {p.key: p.value for p in model.metadata_props if p.key == _MODULES}
+        if said != modules:
+            raise MismatchError(
+                f"{folder / file}: made with other modules of sentence-transformers after the "
+                f"model ({said.get(_MODULES, 'none')}) than the checkpoint's "
+                f"({modules.get(_MODULES, 'none')}); export without --graph"
             )
         models[file] = model
     _same_config(folder / "config.json", checkpoint)

@@ -13,6 +13,7 @@ import torch
 from lora_tools.onnx.model import loaded
 from lora_tools.onnx.parts import decoder_inputs, image_size, is_speech, speech_shape, text_inputs
 from lora_tools.onnx.runs import Arrays, Played, Run, positions
+from lora_tools.onnx.sentence_modules import run
 from lora_tools.onnx.tasks import DECODER, ENCODER_DECODER, IMAGE, Task
 
 _LENGTHS = (7, 13)  # of a single sequence and of the longest in a batch of three
@@ -99,14 +100,18 @@ class InTorch:
         with torch.no_grad():
             for call in range(calls):
                 result = self.model(**given, return_dict=True)
-                played.outputs.append(self._outputs(result))
+                played.outputs.append(self._outputs(result, given))
                 if run.generate:
                     played.tokens.append(int(result.logits[0, -1].argmax()))
                 if call + 1 < calls:
                     given = self._next(run, given, result, call, played.tokens)
         return played
 
-    def _outputs(self, result: Any) -> Arrays:
+    def _outputs(self, result: Any, given: Mapping[str, Any]) -> Arrays:
+        if self.task.steps:
+            hidden, mask = result["last_hidden_state"], given["attention_mask"]
+            made = run(self.model, self.task.steps, hidden, mask)
+            return {name: made[name].numpy() for name in self.task.outputs}
         names = ("logits",) if self.task.kind in (DECODER, ENCODER_DECODER) else self.task.outputs
         outputs = {name: result[name].numpy() for name in names}
         if self.task.kind == ENCODER_DECODER:

@@ -7,6 +7,7 @@ is never touched, so that tracing costs no more of it than the graph.
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from lora_tools.errors import CheckpointError
+from lora_tools.onnx.sentence_modules import attach
 from lora_tools.onnx.tasks import Task
 
 # Their attention adds a bias that transformers hands to the eager implementation only.
@@ -27,6 +29,11 @@ def class_of(task: Task, config: Any) -> Any:
     import transformers
 
     names = config.architectures or [""]
+    if task.steps:  # sentence-transformers takes the bare model, or an encoder–decoder's encoder
+        encoder = re.sub(r"(Model|ForConditionalGeneration)$", "EncoderModel", names[0])
+        own = encoder if config.is_encoder_decoder else names[0]
+        bare = own.endswith(task.endings) and not own.endswith("LMHeadModel")
+        return getattr(transformers, own if bare else task.auto, getattr(transformers, task.auto))
     if names[0].endswith(task.endings) and task.endings and hasattr(transformers, names[0]):
         return getattr(transformers, names[0])
     return getattr(transformers, task.auto)
@@ -82,6 +89,8 @@ def weightless(folder: Path, task: Task, trust_remote_code: bool = False) -> nn.
         model.set_experts_implementation("batched_mm")  # the others loop over what they route
     model.eval()
     model.tie_weights()
+    with init_empty_weights(include_buffers=False):
+        attach(model, task, weights=False)
     return model  # type: ignore[no-any-return]
 
 
@@ -103,6 +112,7 @@ def loaded(folder: Path, task: Task, trust_remote_code: bool = False) -> Any:
             raise CheckpointError(
                 f"{folder}: transformers does not load it ({text:.300})"
             ) from None
+    attach(model, task, weights=True)
     return model.eval()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_tools.onnx.sentence_modules import run
 from lora_tools.onnx.tasks import DECODER, ENCODER_DECODER, IMAGE, Task
 
 # Example sizes, each unlike the others and unlike 0 and 1, which torch.export takes for constants.
@@ -80,6 +81,20 @@ class _Plain(nn.Module):
         return tuple(result[name] for name in self._outputs)
 
 
+class _Sentence(nn.Module):
+    """A transformer and the modules of a sentence-transformers folder after it."""
+
+    def __init__(self, inner: nn.Module, names: tuple[str, ...], task: Task) -> None:
+        super().__init__()
+        self.inner, self._names, self._task = inner, names, task
+
+    def forward(self, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        named = dict(zip(self._names, given, strict=True))
+        hidden = self.inner(**named, return_dict=True)["last_hidden_state"]
+        found = run(self.inner, self._task.steps, hidden, named["attention_mask"])
+        return tuple(found[name] for name in self._task.outputs)
+
+
 def text_inputs(model: nn.Module) -> tuple[str, ...]:
     """Names of an encoder's inputs: segment ids only where there is more than one segment."""
     config: Any = model.config
@@ -96,7 +111,8 @@ def _text(model: nn.Module, config: Any, task: Task) -> GraphPart:
     if "token_type_ids" in args:
         args["token_type_ids"] = torch.zeros(BATCH, SOURCE, dtype=torch.int64)
     axes = {name: {0: "batch", 1: "sequence"} for name in names}
-    return GraphPart("model.onnx", _Plain(model, names, task.outputs), args, axes, task.outputs)
+    kind = _Sentence(model, names, task) if task.steps else _Plain(model, names, task.outputs)
+    return GraphPart("model.onnx", kind, args, axes, task.outputs)
 
 
 def image_size(config: Any) -> tuple[int, int]:

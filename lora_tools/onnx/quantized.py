@@ -210,12 +210,13 @@ def packing(
 
 
 def quantize_linears(
-    models: Iterable[onnx.ModelProto], how: Packing
+    models: Iterable[onnx.ModelProto], how: Packing, kept: Collection[str] = ()
 ) -> dict[str, tuple[TensorSpec, ...]]:
     """Put the operator in the place of every linear layer whose weight ``how`` takes.
 
     Args:
         models: the bare graphs of one checkpoint.
+        kept: weights that stay as they are.
 
     Returns:
         what stands in the graphs for each weight.
@@ -227,7 +228,7 @@ def quantize_linears(
     models = list(models)
     others = {name for model in models for name in _other_uses(model)}
     for model in models:
-        chosen = [each for each in linears(model) if how.takes(each)]
+        chosen = [e for e in linears(model) if e.weight not in kept and how.takes(e)]
         if isinstance(how, NBits):
             chosen = [each for each in chosen if each.weight not in others]
         for linear in chosen:

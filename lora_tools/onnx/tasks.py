@@ -4,11 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lora_tools.errors import CheckpointError, UsageError
 
 TEXT, DECODER, ENCODER_DECODER, IMAGE = "text", "decoder", "encoder-decoder", "image"
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A module of a sentence-transformers folder that is put into the graph.
+
+    Attributes:
+        folder: where its weights lie, if it has any; name: before the names of these.
+        kind: the name of its class in sentence-transformers.
+        config: its ``config.json``.
+    """
+
+    folder: Path
+    name: str
+    kind: str
+    config: Mapping[str, Any] = dataclasses.field(hash=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +38,7 @@ class Task:
         endings: how the names of the classes end that ``config.json`` gives for it.
         kind: "text", "decoder", "encoder-decoder" or "image": which inputs its graphs have.
         outputs: of an architecture without a cache.
+        steps: modules of a sentence-transformers folder that run on what the model gives.
     """
 
     name: str
@@ -28,6 +46,7 @@ class Task:
     endings: tuple[str, ...]
     kind: str
     outputs: tuple[str, ...] = ("logits",)
+    steps: tuple[Step, ...] = ()
 
     def files(self) -> tuple[str, ...]:
         """The graphs it is exported to, by the names Optimum's runtimes look for."""

@@ -79,6 +79,7 @@ def prepare_quantize(
         planned.paths(),
         nbytes,
         lambda out: quantize_checkpoint(job(out), plan, how, settings),
+        pipeline=base.pipeline,
     )
 
 
@@ -107,7 +108,11 @@ def prepare_dequantize(
     report = dataclasses.replace(report, notes=())
     job = planned.rewrite(report, shards, running)
     return Prepared(
-        report, planned.paths(), nbytes, lambda out: dequantize_checkpoint(job(out), view)
+        report,
+        planned.paths(),
+        nbytes,
+        lambda out: dequantize_checkpoint(job(out), view),
+        pipeline=view.pipeline,
     )
 
 

@@ -82,6 +82,7 @@ def prepare_requantize(
         nbytes,
         lambda out: requantized(job(out), view, work),
         dropped=() if view.is_folder else (SIDECAR,),
+        pipeline=view.pipeline,
     )
 
 

@@ -39,6 +39,7 @@ class LoadedView(Checkpoint):
         self._view = _LoadedFile(source, how)
         super().__init__(source.path, [self._view], source.is_folder, source.index_name)
         self.config, self.notes = source.config, source.notes
+        self.pipeline, self.outside = source.pipeline, source.outside
         says = in_memory(how)
         self.says = dataclasses.replace(says, layouts=_layouts(how, source.config))
 
@@ -123,10 +124,12 @@ def notes_on_names(side: Checkpoint) -> list[str]:
             f"such as {first.spec.name} for {first.pieces[0].stored}; --names stored keeps those "
             "of the files"
         )
-    if isinstance(side, LoadedView) and side.how.other:
+    other = side.how.other if isinstance(side, LoadedView) else ()
+    other = tuple(name for name in other if name not in side.outside)
+    if isinstance(side, LoadedView) and other:
         notes.append(
-            f"{side.how.by} does not load {len(side.how.other)} tensors as they are, such as "
-            f"{side.how.other[0]}: what changed in them is not loaded by PEFT either"
+            f"{side.how.by} does not load {len(other)} tensors as they are, such as {other[0]}: "
+            "what changed in them is not loaded by PEFT either"
         )
     return notes
 

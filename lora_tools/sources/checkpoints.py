@@ -11,6 +11,7 @@ from lora_tools.errors import CheckpointError
 from lora_tools.formats import hub
 from lora_tools.formats.checkpoint import PICKLE_SUFFIXES, Checkpoint, open_weights
 from lora_tools.formats.folders import meant
+from lora_tools.formats.pipelines import Pipeline, weight_files
 from lora_tools.formats.quantized.signs import FILES, Found, sign_of
 from lora_tools.formats.shards import INDEX_SUFFIX, check_index, read_index
 from lora_tools.formats.wrapped_names import (
@@ -77,6 +78,7 @@ def by_plain_names(stored: Checkpoint) -> Checkpoint:
         return stored
     files = [Renamed(file, names) for file in stored.files]
     plain = Checkpoint(stored.path, files, stored.is_folder, stored.index_name)
+    plain.pipeline = stored.pipeline
     plain.notes = (f"{stored.path}: {said}",)
     return plain
 
@@ -128,8 +130,24 @@ def _open(source: str | Path, allow_pickle: bool) -> Checkpoint:
     if path.is_file():
         checkpoint = Checkpoint(path, [open_weights(path, allow_pickle)], False, None)
     else:
-        checkpoint = _open_folder(path, allow_pickle)
-    _refuse_adapter(path, checkpoint.specs)
+        checkpoint = _open_pipeline(path, allow_pickle)
+    _refuse_adapter(checkpoint.path, checkpoint.specs)
+    return checkpoint
+
+
+def _open_pipeline(folder: Path, allow_pickle: bool) -> Checkpoint:
+    """A folder, or the first module of one of sentence-transformers: it is what adapters act on."""
+    pipeline = Pipeline.at(folder)
+    if pipeline is None:
+        return _open_folder(folder, allow_pickle)
+    main = pipeline.main
+    if pipeline.is_deeper and not weight_files(main.folder):
+        raise CheckpointError(
+            f"{folder}: a sentence-transformers folder whose first module, {main.path} "
+            f"({main.kind}), holds no weights itself; give the folder of one of its transformers"
+        )
+    checkpoint = _open_folder(main.folder, allow_pickle)
+    checkpoint.pipeline = pipeline
     return checkpoint
 
 

@@ -35,6 +35,7 @@ class Dequantized(Checkpoint, Generic[P]):
         files = [_PlainFile(file, self) for file in stored.files]
         super().__init__(stored.path, files, stored.is_folder, stored.index_name)
         self.config, self.notes = scheme.plain_config(stored.config), stored.notes
+        self.pipeline = stored.pipeline
 
     @property
     def stored(self) -> Checkpoint:

@@ -21,7 +21,7 @@ from lora_tools.linalg.ranks import RankRule
 from lora_tools.options import Search, Tensors, View
 from lora_tools.options.parse import name_filter
 from lora_tools.records import Action, Fate, Input, ModuleSpectrum, ProgressCallback, Report
-from lora_tools.sources.checkpoints import open_checkpoint
+from lora_tools.sources.pipelines import open_whole
 from lora_tools.totals import DiffTotals
 from lora_tools.verbs.frame import Call, Look, verb
 
@@ -58,7 +58,7 @@ def diff(
     chosen = name_filter(tensors.include, tensors.exclude)
     target = check_plot(view.plot)
     allow_pickle = call.running.allow_pickle
-    sides = open_checkpoint(base, allow_pickle), open_checkpoint(tuned, allow_pickle)
+    sides = open_whole(base, allow_pickle), open_whole(tuned, allow_pickle)
     plan = make_plan(
         *sides, chosen=chosen, embeddings="skip" if _resized(*sides) else "lora", rest="skip"
     )

@@ -13,9 +13,10 @@ from lora_tools.exporting.weights import Weights
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.output import Prepared
 from lora_tools.merging.fit import fit_base
-from lora_tools.onnx.tasks import task_of
+from lora_tools.onnx.sentence import sentence_task
 from lora_tools.options import Adding, Check, Graphs, Matching, Quantized, Storage
 from lora_tools.sources.checkpoints import open_checkpoint
+from lora_tools.sources.pipelines import other_modules
 from lora_tools.sources.weighted import open_weighted
 from lora_tools.verbs.frame import Call, verb
 
@@ -53,7 +54,9 @@ def export(
     if to_merge:  # they may make another class of it
         opened = open_weighted(to_merge, call.running.allow_pickle, source)
         fitted = fit_base(source, opened, matching.allow_unmatched)
-    task = task_of(fitted.config, graphs.task)
+    task, said = sentence_task(source.pipeline, fitted.config, graphs.task)
+    if task.steps:  # whose weights may be pickles
+        other_modules(source.pipeline, call.running.allow_pickle)
     quantization = plan_quantization(
         source,
         task,
@@ -85,6 +88,7 @@ def export(
         in_place,
         call.writing.force,
         out.with_name(out.name + FAILED) if check.keep_failed else None,
+        said,
     )
     return _prepared(work, call)
 
@@ -110,4 +114,5 @@ def _prepared(work: Export, call: Call) -> Prepared:
         lambda path: work.write(report, path),
         beside=(FAILED,) if work.keep and not work.in_place else (),
         added=work.files() if work.in_place else (),
+        pipeline=None if work.in_place else work.source.pipeline,
     )

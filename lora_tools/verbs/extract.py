@@ -21,7 +21,7 @@ from lora_tools.options.parse import consumer_named, layer_kinds, name_filter
 from lora_tools.options.ranks import rank_rule, refuse_shared, size_of
 from lora_tools.records import Input, Report
 from lora_tools.sources.as_loaded import loaded_view, notes_on_names
-from lora_tools.sources.checkpoints import open_checkpoint
+from lora_tools.sources.pipelines import open_whole
 from lora_tools.totals import ExtractTotals
 from lora_tools.verbs.frame import Call, verb
 
@@ -59,6 +59,7 @@ def extract(
         embeddings=tensors.embeddings,
         rest=tensors.rest,
         unread=lambda module: options.consumer.refuses_factors(module, sides[0].config),
+        outside={*sides[0].outside, *sides[1].outside},
     )
     plan = dataclasses.replace(plan, notes=(*said, *plan.notes))
     inputs = [Input("base", str(base)), Input("tuned", str(tuned))]
@@ -123,7 +124,7 @@ def _sides(
     base: str | Path, tuned: str | Path, allow_pickle: bool, options: Decomposition, names: str
 ) -> tuple[Sides, Sequence[str]]:
     """Both checkpoints by the names that the adapter is to have, and what to say of these."""
-    sides = open_checkpoint(base, allow_pickle), open_checkpoint(tuned, allow_pickle)
+    sides = open_whole(base, allow_pickle), open_whole(tuned, allow_pickle)
     quantized = [side for side in sides if side.scheme is not None]
     if quantized and options.rule.policy in ("noise_floor", "gavish_donoho"):
         raise UsageError(

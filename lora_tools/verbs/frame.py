@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from lora_tools.errors import QualityGateError
 from lora_tools.formats.output import Prepared, check_destination, check_space, staged
+from lora_tools.formats.pipeline_output import write_whole
 from lora_tools.options import RECORDS, Running, Writing
 from lora_tools.options.spelling import errors_for_python
 from lora_tools.provenance import command_of, tool_version
@@ -173,7 +174,7 @@ def _write(prepared: Prepared, out: Path, force: bool) -> Report[Any]:
         check_destination(path, force)
     check_space(out, prepared.nbytes)
     with staged(made[0]) as staging:
-        report = prepared.write(staging / "out")
+        report = write_whole(prepared, staging / "out")
     for suffix in prepared.dropped if force else ():
         out.with_name(out.name + suffix).unlink(missing_ok=True)
     return report

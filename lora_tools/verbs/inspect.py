@@ -193,6 +193,11 @@ def _open_weights(checkpoint: Checkpoint) -> _Thing:
         kind = f"quantized checkpoint ({sign.title})"
     if sign is not None:
         notes.append(f"quantized (by {sign.where}), which no other verb reads: {sign.advice}")
+    if checkpoint.pipeline is not None:
+        root = checkpoint.pipeline.root
+        apart = [path.relative_to(root).as_posix() for path in checkpoint.pipeline.files()]
+        if apart:
+            notes.append(f"outside the transformer, and in no figure here: {', '.join(apart)}")
     head, embedding = checkpoint.weights.tied_pair
     if head:
         stored = "stored all the same" if head in checkpoint.specs else "not stored"

@@ -12,7 +12,7 @@ from lora_tools.formats.checkpoint_writer import Shard, lay_out
 from lora_tools.formats.output import Prepared
 from lora_tools.formats.sidecar import Sidecar, sidecar_path
 from lora_tools.merging.plan import MergePlan, adapter_digest, plan_merge
-from lora_tools.merging.prepare import Adapters
+from lora_tools.merging.prepare import Adapters, copied_modules
 from lora_tools.merging.rewrite import Rewrite
 from lora_tools.merging.undo import (
     base_outline,
@@ -74,7 +74,7 @@ def unmerge(
     nbytes = sum(shard.nbytes for shard in shards)
     report = call.report(
         (Input("merged", str(merged)), *_inputs(weighted, digests)),
-        _fates(plan, memory),
+        (*_fates(plan, memory), *copied_modules(checkpoint)),
         totals={"bytes": nbytes},
         notes=plan.notes,
     )
@@ -88,6 +88,7 @@ def unmerge(
         lambda out: unmerge_checkpoint(
             Rewrite(report, checkpoint, weighted, plan, shards, out, jobs, progress), memory
         ),
+        pipeline=checkpoint.pipeline,
     )
 
 

@@ -14,6 +14,7 @@ from lora_tools.options import Check, Comparison, Graphs, Running
 from lora_tools.records import Report
 from lora_tools.sources.checkpoints import open_checkpoint
 from lora_tools.sources.dequantized import Dequantized
+from lora_tools.sources.pipelines import open_whole
 from lora_tools.sources.schemes import BITSANDBYTES
 from lora_tools.sources.weighted import Weighted, open_weighted
 from lora_tools.totals import VerifyTotals
@@ -80,8 +81,8 @@ def _adapter(path: str | Path, comparison: Comparison, running: Running) -> _Com
     """Whether an adapter turns the base into the fine-tuned copy."""
     assert comparison.base is not None
     assert comparison.tuned is not None
-    base = open_checkpoint(comparison.base, running.allow_pickle)
-    tuned = open_checkpoint(comparison.tuned, running.allow_pickle)
+    base = open_whole(comparison.base, running.allow_pickle)
+    tuned = open_whole(comparison.tuned, running.allow_pickle)
     [adapter] = open_weighted([(path, 1.0)], running.allow_pickle, base)
     roles = [("adapter", path), ("base", comparison.base), ("tuned", comparison.tuned)]
     return (
@@ -97,7 +98,8 @@ def _checkpoint(
     path: str | Path, comparison: Comparison, run: GraphRun | None, running: Running
 ) -> _Comparing:
     """Whether a checkpoint is another, in some form, or base + adapter."""
-    source = open_checkpoint(comparison.against or comparison.base or "", running.allow_pickle)
+    opened = open_whole if comparison.against is not None and graphs_at(path) else open_checkpoint
+    source = opened(comparison.against or comparison.base or "", running.allow_pickle)
     weighted: list[Weighted] = []
     if comparison.adapters:
         weighted = open_weighted(comparison.adapters, running.allow_pickle, source)
@@ -118,7 +120,9 @@ def _checkpoint(
         roles = [("merged", path), ("base", comparison.base)]
 
         def work() -> Findings:
-            return verify_merged(merged, source, weighted, running.jobs, running.progress)
+            return verify_merged(
+                merged, source, weighted, running.allow_pickle, running.jobs, running.progress
+            )
     else:
         roles = [("checkpoint", path), ("against", comparison.against or "")]
 
@@ -165,4 +169,4 @@ def _against(
             f"{path}: is neither in four bits nor an ONNX model; give --base and --adapter for a "
             "merged checkpoint"
         )
-    return verify_nf4(view, source, weighted, max_error, jobs, progress)
+    return verify_nf4(view, source, weighted, max_error, allow_pickle, jobs, progress)

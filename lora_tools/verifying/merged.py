@@ -20,6 +20,7 @@ from lora_tools.records import Action, Fate, Input, ProgressCallback
 from lora_tools.sources.weighted import Weighted
 from lora_tools.totals import AgreementTotals
 from lora_tools.verifying.findings import FINE, NEAR, Findings, times
+from lora_tools.verifying.modules import compare_modules
 
 if TYPE_CHECKING:
     from lora_tools.linalg.compare import Match
@@ -39,6 +40,7 @@ def verify_merged(
     merged: Checkpoint,
     base: Checkpoint,
     weighted: Sequence[Weighted],
+    allow_pickle: bool,
     jobs: int | None,
     progress: ProgressCallback | None,
 ) -> Findings:
@@ -56,6 +58,7 @@ def verify_merged(
     fates = [c.fate for c in checked]
     fates += left_over(merged, targets)
     fates += tied_astray(merged, plan)
+    fates += compare_modules(merged, base, allow_pickle)
     base_hashes = {c.target.base_name: c.hashes[0] for c in checked}
     merged_hashes = {c.target.spec.name: c.hashes[1] for c in checked if c.hashes[1]}
     for name in merged.specs.keys() - merged_hashes.keys():

@@ -24,7 +24,6 @@ from lora_tools.merging.targets import Target
 from lora_tools.options import Running
 from lora_tools.options.parse import need
 from lora_tools.records import Action, Fate, Input, ProgressCallback, TensorSpec, counted
-from lora_tools.sources.dequantized import Dequantized
 from lora_tools.sources.weighted import Weighted
 from lora_tools.totals import VerifyTotals
 from lora_tools.verifying.findings import FINE, Findings
@@ -305,8 +304,10 @@ def _inputs(
 
 def _cast(checked: Sequence[Checked], weights: GraphWeights, source: Checkpoint) -> str | None:
     """The dtype that the graph's weights were rounded to, for torch to start from the same."""
-    there = {weights.specs[c.target.spec.name].dtype for c in checked if c.target.spec.is_float}
-    before = {source.specs[c.target.base_name].dtype for c in checked if c.target.spec.is_float}
+    targets = [c.target for c in checked if c.target.spec.is_float]
+    targets = [target for target in targets if target.base_name not in source.outside]
+    there = {weights.specs[target.spec.name].dtype for target in targets}
+    before = {source.specs[target.base_name].dtype for target in targets}
     return there.pop() if len(there) == 1 and before != there else None
 
 
@@ -322,20 +323,24 @@ def _compare(
     """Run it against torch; base + adapter lies in a temporary folder meanwhile."""
     from lora_tools.engine.threads import one_torch_thread
     from lora_tools.onnx.check import compare
-    from lora_tools.onnx.tasks import task_of
+    from lora_tools.onnx.initializers import load
+    from lora_tools.onnx.sentence import plain, sentence_task
 
     if not (source.is_folder and source.config):
         raise UsageError(
             f"{source.path}: a folder with a config.json is needed to run it; --weights-only does "
             "without"
         )
-    task = task_of(source.config, run.task)
+    task, _ = sentence_task(source.pipeline, source.config, run.task)
+    outputs = {value.name for value in load(paths[0]).graph.output}
+    if task.steps and not outputs.issuperset(task.outputs):  # made of the transformer alone
+        task = plain(task)
     if len(paths) != len(task.files()):
         raise UsageError(
             f"{paths[0].parent}: {', '.join(task.files())} are needed for --task {task.name}"
         )
-    if dtype is None and isinstance(source, Dequantized):
-        dtype = next(iter(source.quantized.values())).plain.dtype
+    if dtype is None and source.scheme is not None:
+        dtype = next(s.dtype for name, s in source.specs.items() if source.decoded_bytes(name))
     with tempfile.TemporaryDirectory(prefix="loratools-") as scratch, one_torch_thread():
         folder = source.path
         if weighted or dtype:

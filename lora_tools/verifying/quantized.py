@@ -24,6 +24,7 @@ from lora_tools.sources.weighted import Weighted
 from lora_tools.totals import VerifyTotals
 from lora_tools.verifying.findings import FINE, Findings, times
 from lora_tools.verifying.merged import left_over, tied_astray
+from lora_tools.verifying.modules import compare_modules
 from lora_tools.verifying.quantized_tensor import PLAIN, SEARCHED, Checked, CheckItem, is_scaled
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def verify_nf4(
     source: Checkpoint,
     weighted: Sequence[Weighted],
     max_error: float | None,
+    allow_pickle: bool,
     jobs: int | None,
     progress: ProgressCallback | None,
 ) -> Findings:
@@ -53,6 +55,7 @@ def verify_nf4(
     tasks = [CheckItem(_item(target, view), max_error) for target in targets]
     checked = list(threads.run(tasks, (view, source), None, jobs=jobs, progress=progress))
     fates = [c.fate for c in checked] + left_over(view, targets) + tied_astray(view, plan)
+    fates += compare_modules(view, source, allow_pickle)
     if view.stored.config:
         faults = view.scheme.faults(view.stored.config, view.stored.specs, view.quantized)
         fates += [Fate("config.json", Action.DIFFERENT, said) for said in faults]
