@@ -81,3 +81,28 @@ def test_what_peft_refuses_is_saved_whole(kind: str, tmp_path: Path) -> None:
     lora_tools.extract(
         tmp_path / "base", tmp_path / "tuned", tmp_path / "b", rank=64, consumer="vllm", rest="skip"
     )
+
+
+def test_a_config_with_an_infinite_number_is_read_as_its_library_does(tmp_path: Path) -> None:
+    """Written as {"__float__": "Infinity"}; unread, nobody would know the names of the experts."""
+    config = hf.GraniteMoeHybridConfig(
+        **_SMALL | _HEADS,
+        mamba_n_heads=4,
+        mamba_d_head=8,
+        mamba_d_state=4,
+        layer_types=["mamba", "attention"],
+        num_local_experts=2,
+        num_experts_per_tok=2,
+        shared_intermediate_size=8,
+    )
+    torch.manual_seed(0)
+    model = models.quietly(lambda: hf.GraniteMoeHybridForCausalLM(config)).eval()
+    models.perturb(model, 0.1, 0)
+    models.save(model, tmp_path / "base")
+    assert "__float__" in (tmp_path / "base" / "config.json").read_text()
+    models.perturb(model, 0.05, 1, only="experts")
+    models.save(model, tmp_path / "tuned")
+    lora_tools.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "a", rank=64)
+    peft = models.attach(tmp_path / "base", tmp_path / "a")
+    wanted = models.quietly(lambda: models.outputs(model))
+    torch.testing.assert_close(models.outputs(peft), wanted, rtol=1e-4, atol=1e-4)

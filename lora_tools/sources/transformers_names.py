@@ -197,7 +197,9 @@ def weightless(name: str, config: Mapping[str, Any]) -> Any:
         kind = getattr(transformers, name)
         if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
             raise TypeError(f"{name} is no model of transformers")
-        return kind(CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)))
+        settings = CONFIG_MAPPING[config["model_type"]]
+        # An infinite number is written as {"__float__": "Infinity"}.
+        return kind(settings.from_dict(settings._decode_special_floats(dict(config))))
 
 
 def _most_layers(config: Mapping[str, Any]) -> int:
