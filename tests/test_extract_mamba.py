@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 
 import lora_tools
+from lora_tools.errors import UnsupportedAdapter
 
 from . import models
 
@@ -106,3 +108,40 @@ def test_a_config_with_an_infinite_number_is_read_as_its_library_does(tmp_path: 
     peft = models.attach(tmp_path / "base", tmp_path / "a")
     wanted = models.quietly(lambda: models.outputs(model))
     torch.testing.assert_close(models.outputs(peft), wanted, rtol=1e-4, atol=1e-4)
+
+
+def _dt_proj_adapter(tmp_path: Path) -> torch.nn.Module:
+    """One on Mamba, whose mixer takes the weight of dt_proj; as PEFT loads it."""
+    torch.manual_seed(0)
+    models.save(models.quietly(MODELS["mamba"]), tmp_path / "base")
+    targets = {"target_modules": ["x_proj", "dt_proj"], "init_lora_weights": False}
+    return models.adapt(tmp_path / "base", tmp_path / "a", targets)
+
+
+def test_what_is_read_without_a_call_is_not_merged(tmp_path: Path) -> None:
+    """PEFT's layer around it is passed by: merged, the factors would begin to count."""
+    peft = _dt_proj_adapter(tmp_path)
+    with pytest.raises(UnsupportedAdapter, match=r"dt_proj.*no effect.*allow_unmatched"):
+        lora_tools.merge(tmp_path / "base", [tmp_path / "a"], tmp_path / "m")
+    report = lora_tools.merge(
+        tmp_path / "base", [tmp_path / "a"], tmp_path / "m", allow_unmatched=True
+    )
+    left_out = {fate.tensor for fate in report.plan if fate.action == "unmatched"}
+    assert left_out == {f"backbone.layers.{i}.mixer.dt_proj.weight" for i in (0, 1)}
+    merged = models.outputs(models.load(tmp_path / "m"))
+    torch.testing.assert_close(merged, models.outputs(peft), rtol=1e-5, atol=1e-5)
+
+
+def test_factors_of_it_that_were_never_trained_are_merged(tmp_path: Path) -> None:
+    """No gradient reaches them, so that a target of all linear layers leaves them at 0."""
+    _dt_proj_adapter(tmp_path)
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for key in tensors:
+        if "dt_proj.lora_B" in key:
+            tensors[key].zero_()
+    save_file(tensors, file)
+    peft = models.attach(tmp_path / "base", tmp_path / "a")
+    lora_tools.merge(tmp_path / "base", [tmp_path / "a"], tmp_path / "m")
+    merged = models.outputs(models.load(tmp_path / "m"))
+    torch.testing.assert_close(merged, models.outputs(peft), rtol=1e-5, atol=1e-5)
