@@ -21,11 +21,12 @@ def part_passed_by(
     the rest, which is left out. Factors of a product 0, as training leaves those, change nothing
     either way and stay.
 
+    Args:
+        allow_unmatched: leave out the rest; None where that cannot be asked for.
+
     Raises:
         UnsupportedAdapter: there is a rest, and it may not be left out.
     """
-    if allow_unmatched is None:
-        return matched, []
     kept, left_out = [], []
     for name, target, part in matched:
         if not _is_passed_by(target, part, base):
@@ -33,11 +34,11 @@ def part_passed_by(
             continue
         said = f"{part.weighted.path}: the model reads this weight past PEFT's layer around it"
         if not allow_unmatched:
-            hint = "--allow-unmatched leaves them out"
+            hint = "" if allow_unmatched is None else ". --allow-unmatched leaves them out"
             if calls_in_four_bits(base.config):
-                hint += "; if they were trained on a base in four bits, merge them into that one"
+                hint += ". If they were trained on a base in four bits, merge them into that one"
             raise UnsupportedAdapter(
-                f"{said}, so that factors of {name} have no effect; merged, they would. {hint}"
+                f"{said}, so that factors of {name} have no effect; merged, they would{hint}"
             )
         left_out.append(Fate(name, Action.UNMATCHED, said))
     return kept, left_out
