@@ -213,6 +213,22 @@ def test_an_adapter_of_transformers_4_as_peft_reads_it(tmp_path: Path) -> None:
     assert not torch.allclose(found, models.outputs(model), atol=1e-3)
 
 
+@pytest.mark.parametrize("modules", [["k_proj"], r".*\.k_proj"], ids=["list", "regex"])
+@pytest.mark.parametrize("parameters", [["gate_up_proj", "down_proj"], ["down_proj"]])
+def test_a_parameter_named_without_its_module(
+    modules: list[str] | str, parameters: list[str], tmp_path: Path
+) -> None:
+    """It is that of the modules which hold such a one, not of linear layers beside them."""
+    torch.manual_seed(0)
+    model = CLASSES["qwen2_moe"]()
+    models.save(model, tmp_path / "base")
+    config = {"r": 2, "target_modules": modules, "target_parameters": parameters}
+    peft = models.adapt(tmp_path / "base", tmp_path / "a", config)
+    lora_tools.merge(tmp_path / "base", [tmp_path / "a"], tmp_path / "m")
+    found = models.outputs(models.load(tmp_path / "m"))
+    torch.testing.assert_close(found, models.outputs(peft), rtol=1e-5, atol=1e-5)
+
+
 def test_tensors_saved_whole(tmp_path: Path) -> None:
     """They replace the experts', whatever form both are in."""
     before, after = experts.matrices((8, 6), 0), experts.matrices((8, 6), 1)

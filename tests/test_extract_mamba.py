@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 
 import lora_tools
+from lora_tools.errors import UnsupportedAdapter
 
 from . import models
 
@@ -81,3 +83,65 @@ def test_what_peft_refuses_is_saved_whole(kind: str, tmp_path: Path) -> None:
     lora_tools.extract(
         tmp_path / "base", tmp_path / "tuned", tmp_path / "b", rank=64, consumer="vllm", rest="skip"
     )
+
+
+def test_a_config_with_an_infinite_number_is_read_as_its_library_does(tmp_path: Path) -> None:
+    """Written as {"__float__": "Infinity"}; unread, nobody would know the names of the experts."""
+    config = hf.GraniteMoeHybridConfig(
+        **_SMALL | _HEADS,
+        mamba_n_heads=4,
+        mamba_d_head=8,
+        mamba_d_state=4,
+        layer_types=["mamba", "attention"],
+        num_local_experts=2,
+        num_experts_per_tok=2,
+        shared_intermediate_size=8,
+    )
+    torch.manual_seed(0)
+    model = models.quietly(lambda: hf.GraniteMoeHybridForCausalLM(config)).eval()
+    models.perturb(model, 0.1, 0)
+    models.save(model, tmp_path / "base")
+    assert "__float__" in (tmp_path / "base" / "config.json").read_text()
+    models.perturb(model, 0.05, 1, only="experts")
+    models.save(model, tmp_path / "tuned")
+    lora_tools.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "a", rank=64)
+    peft = models.attach(tmp_path / "base", tmp_path / "a")
+    wanted = models.quietly(lambda: models.outputs(model))
+    torch.testing.assert_close(models.outputs(peft), wanted, rtol=1e-4, atol=1e-4)
+
+
+def _dt_proj_adapter(tmp_path: Path) -> torch.nn.Module:
+    """One on Mamba, whose mixer takes the weight of dt_proj; as PEFT loads it."""
+    torch.manual_seed(0)
+    models.save(models.quietly(MODELS["mamba"]), tmp_path / "base")
+    targets = {"target_modules": ["x_proj", "dt_proj"], "init_lora_weights": False}
+    return models.adapt(tmp_path / "base", tmp_path / "a", targets)
+
+
+def test_what_is_read_without_a_call_is_not_merged(tmp_path: Path) -> None:
+    """PEFT's layer around it is passed by: merged, the factors would begin to count."""
+    peft = _dt_proj_adapter(tmp_path)
+    with pytest.raises(UnsupportedAdapter, match=r"dt_proj.*no effect.*allow_unmatched"):
+        lora_tools.merge(tmp_path / "base", [tmp_path / "a"], tmp_path / "m")
+    report = lora_tools.merge(
+        tmp_path / "base", [tmp_path / "a"], tmp_path / "m", allow_unmatched=True
+    )
+    left_out = {fate.tensor for fate in report.plan if fate.action == "unmatched"}
+    assert left_out == {f"backbone.layers.{i}.mixer.dt_proj.weight" for i in (0, 1)}
+    merged = models.outputs(models.load(tmp_path / "m"))
+    torch.testing.assert_close(merged, models.outputs(peft), rtol=1e-5, atol=1e-5)
+
+
+def test_factors_of_it_that_were_never_trained_are_merged(tmp_path: Path) -> None:
+    """No gradient reaches them, so that a target of all linear layers leaves them at 0."""
+    _dt_proj_adapter(tmp_path)
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for key in tensors:
+        if "dt_proj.lora_B" in key:
+            tensors[key].zero_()
+    save_file(tensors, file)
+    peft = models.attach(tmp_path / "base", tmp_path / "a")
+    lora_tools.merge(tmp_path / "base", [tmp_path / "a"], tmp_path / "m")
+    merged = models.outputs(models.load(tmp_path / "m"))
+    torch.testing.assert_close(merged, models.outputs(peft), rtol=1e-5, atol=1e-5)

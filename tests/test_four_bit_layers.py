@@ -7,12 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 import transformers as hf
 
 import lora_tools
-from lora_tools.errors import MismatchError
+from lora_tools.errors import CheckpointError, MismatchError
 from lora_tools.sources import transformers_names
 from tests import models
 
@@ -60,6 +61,12 @@ KINDS: dict[str, tuple[Callable[[], Any], str]] = {
             hf.MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=1)
         ),
         "backbone.layers.0.mixer.dt_proj",
+    ),
+    "rwkv": (
+        lambda: hf.RwkvForCausalLM(
+            hf.RwkvConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, context_length=8)
+        ),
+        "rwkv.blocks.0.feed_forward.value",
     ),
 }
 
@@ -123,3 +130,39 @@ def test_without_transformers_what_names_do_not_tell_stays(
     assert f"{stays}.weight" not in {f.tensor for f in report.plan if f.action == "quantize"}
     loaded = models.quietly(lambda: type(model).from_pretrained(tmp_path / "q"))
     assert forward(loaded.eval()).isfinite().all()
+
+
+def test_what_the_model_rescales_in_place_is_not_rounded_twice(tmp_path: Path) -> None:
+    """RWKV does so before the first run, and rounds codes again, to others."""
+    torch.manual_seed(0)
+    model = models.quietly(KINDS["rwkv"][0])
+    models.perturb(model, 0.1, 0)
+    models.save(model, tmp_path / "base")
+    report = lora_tools.quantize(tmp_path / "base", tmp_path / "q")
+    reasons = {fate.tensor: fate.reason for fate in report.plan}
+    for part in ("attention.output", "feed_forward.value"):
+        assert "rescaled in place" in reasons[f"rwkv.blocks.1.{part}.weight"]
+    lora_tools.dequantize(tmp_path / "q", tmp_path / "plain")
+    loaded = models.quietly(lambda: hf.RwkvForCausalLM.from_pretrained(tmp_path / "q")).eval()
+    for module in loaded.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.compute_dtype = torch.float32
+            module.support_avx512bf16_for_cpu = False
+    wanted = forward(models.load(tmp_path / "plain"))
+    torch.testing.assert_close(forward(loaded), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["by its class", "by name"])
+def test_experts_that_the_loader_looks_for_by_other_names(
+    known: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Llama 4's; its dense layers alone are none of them."""
+    config = hf.Llama4TextConfig(**TEXT, num_local_experts=2, moe_layers=[0])
+    models.save(models.quietly(lambda: hf.Llama4ForCausalLM(config)), tmp_path / "base")
+    if not known:
+        monkeypatch.setattr(transformers_names, "find_spec", lambda _: None)
+    with pytest.raises(CheckpointError, match=r"experts.*transformers does not find"):
+        lora_tools.quantize(tmp_path / "base", tmp_path / "q")
+    dense = hf.Llama4TextConfig(**TEXT, moe_layers=[])
+    models.save(models.quietly(lambda: hf.Llama4ForCausalLM(dense)), tmp_path / "dense")
+    assert lora_tools.quantize(tmp_path / "dense", tmp_path / "q")

@@ -22,6 +22,7 @@ from lora_tools.merging.doubts import doubts
 from lora_tools.merging.experts import as_base_holds, fit_share
 from lora_tools.merging.fitted import FittedBase
 from lora_tools.merging.names_in_memory import by_own_names, replaced
+from lora_tools.merging.passed_by import part_passed_by
 from lora_tools.merging.targets import BaseOutline, Part, Target, blocks_of, key_of
 from lora_tools.merging.tied_weights import part_tied, ties_of
 from lora_tools.records import Action, Fate, TensorSpec
@@ -82,6 +83,7 @@ def plan_merge(
 
     Raises:
         AdapterError: a key matches nothing (unless allowed), or two adapters replace one tensor.
+        UnsupportedAdapter: factors have no effect in PEFT's own model (unless allowed).
         MismatchError: shapes that do not fit.
     """
     parts: dict[str, list[Part]] = {}
@@ -94,6 +96,8 @@ def plan_merge(
         matched, sentence = _matched(mine, base, sources)
         if sentence:
             notes.append(f"{weighted.path}: {sentence} to match the base")
+        matched, passed_by = part_passed_by(matched, base, allow_unmatched)
+        unmatched += passed_by
         notes += note_on_no_head(base.config, weighted)
         for name, target, part in matched:
             if part.kind == "ia3" and target not in base.specs and target.endswith(".bias"):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
-from lora_tools.errors import MismatchError, UsageError
+from lora_tools.errors import CheckpointError, MismatchError, UsageError
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.checkpoint_writer import Shard, lay_out
 from lora_tools.formats.names import split_tensor
@@ -23,7 +23,12 @@ from lora_tools.formats.weights import Weight
 from lora_tools.merging.plan import MergePlan
 from lora_tools.merging.targets import Target
 from lora_tools.records import DTYPE_BITS, Action, Fate, TensorSpec
-from lora_tools.sources.four_bit_layers import FourBitLayers, four_bit_layers, is_surely_linear
+from lora_tools.sources.four_bit_layers import (
+    FourBitLayers,
+    experts_by_name,
+    four_bit_layers,
+    is_surely_linear,
+)
 from lora_tools.sources.transformers_names import keeps_names
 
 
@@ -127,11 +132,13 @@ def plan_quantize(
 
     Raises:
         MismatchError: nothing is left to quantize.
+        CheckpointError: no such model in four bits would load.
         UsageError: a weight is float64, which bitsandbytes does not have.
     """
     targets = (*merge.targets, *merge.untied)
     tied = bool(base.weights.head) and not merge.unties
     layers = four_bit_layers(merge.config or base.config, specs)
+    _refuse_parted(base, experts_by_name(base.config, specs) if layers is None else layers.parted)
     reasons: dict[str, str] = {}
     skip: set[str] = set()
     weights = [base.weights.of(specs[target.spec.name]) for target in targets]
@@ -159,6 +166,15 @@ def plan_quantize(
             f"{base.path}: holds no linear layer to quantize{loader}, or all of them were left out"
         )
     return QuantizePlan(items, tuple(sorted(skip)), merge)
+
+
+def _refuse_parted(base: Checkpoint, experts: Sequence[str]) -> None:
+    if experts:
+        raise CheckpointError(
+            f"{base.path}: {experts[0]}: fused experts, which transformers does not find in a "
+            "checkpoint in four bits: it looks for each of them by a name of its own there, and "
+            "makes them at random. Keep this model plain"
+        )
 
 
 def _reason(

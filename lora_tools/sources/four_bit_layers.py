@@ -19,8 +19,10 @@ _LINEAR = re.compile(
     r"|value|qkv\w*|query_key_value|c_attn|c_proj|c_fc|q_attn|lin\d?|linear\w*|Wqkv|W[qkvio]|to_[qkv]"
     r"|to_out|lm_head|dense_h_to_4h|dense_4h_to_h|up|down|x_proj|dt_proj|ff\d?"
 )
-# Architectures whose linear layers are of a class of their own.
-_OWN_LINEARS = ("falcon",)
+# Architectures whose linear layers are of a class of their own, or are rescaled in place.
+_OWN_LINEARS = ("falcon", "rwkv")
+# Architectures whose fused experts the loader looks for one by one.
+_PARTED_EXPERTS = ("llama4", "llama4_text")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +35,15 @@ class FourBitLayers:
         transposed: those among them that a plain checkpoint stores as (in, out).
         kept: those among them that must stay → why, or that it leaves alone in any case.
         absent: such layers, by their names in memory, whose weight is not stored.
+        parted: fused experts that it looks for one by one, by other names, where it loads a
+            checkpoint in four bits.
     """
 
     modules: Mapping[str, str]
     transposed: frozenset[str]
     kept: Mapping[str, str]
     absent: frozenset[str]
+    parted: tuple[str, ...]
 
 
 def four_bit_layers(
@@ -61,12 +66,21 @@ def four_bit_layers(
             kept[name] = "kept in full precision by transformers"
         elif module in how.facts.read:
             kept[name] = "read by another layer, which would take codes for numbers"
+        elif module in how.facts.rescaled:
+            kept[name] = "rescaled in place by its model, which would round codes again"
     return FourBitLayers(
         modules,
         frozenset(name for name, module in modules.items() if linears[module]),
         kept,
         frozenset(linears.keys() - set(modules.values())),
+        how.facts.parted,
     )
+
+
+def experts_by_name(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> tuple[str, ...]:
+    """``FourBitLayers.parted`` of a class that nobody knows."""
+    known = config.get("model_type") in _PARTED_EXPERTS
+    return tuple(n for n in specs if known and n.endswith(".experts.gate_up_proj"))
 
 
 def is_surely_linear(name: str, config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 _READ = re.compile(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device)\b)")
+_RESCALED = re.compile(r"\w\.(\w+(?:\.\w+)+)\.weight\.(?:mul|div)_\(")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,10 @@ class ModelFacts:
         kept: what it leaves alone all the same, as its list of modules to skip has it.
         read: those layers whose weights other layers read, instead of calling them: there, codes
             would be taken for numbers. (Mamba's.)
+        rescaled: those layers whose weights the model multiplies in place; codes it would round
+            again, and not as they were. (RWKV's.)
+        parted: fused experts in whose place the loader puts a layer for each where it loads them in
+            four bits, by other names. (Llama 4's.)
     """
 
     groups: tuple[tuple[str, ...], ...]
@@ -39,6 +45,8 @@ class ModelFacts:
     linears: Mapping[str, bool]
     kept: tuple[str, ...]
     read: frozenset[str]
+    rescaled: frozenset[str]
+    parted: tuple[str, ...]
 
 
 def facts_of(model: Any, state: Mapping[str, torch.Tensor]) -> ModelFacts:
@@ -47,7 +55,10 @@ def facts_of(model: Any, state: Mapping[str, torch.Tensor]) -> ModelFacts:
 
     linears: dict[str, bool] = {}
     modules = dict(model.named_modules())
-    parts = {kind: _parts_read(kind) for kind in set(map(type, modules.values()))}
+    sources = {kind: _source(kind) for kind in set(map(type, modules.values()))}
+    parts = {kind: _READ.findall(text) for kind, text in sources.items()}
+    rescaled = [part for text in sources.values() for part in _RESCALED.findall(text)]
+    fused = _parted_in_four_bits()
     read = {f"{name}.{part}" for name, module in modules.items() for part in parts[type(module)]}
     for name, module in modules.items():
         if type(module) is nn.Linear:
@@ -61,15 +72,24 @@ def facts_of(model: Any, state: Mapping[str, torch.Tensor]) -> ModelFacts:
         linears,
         tuple(sorted(getattr(model, "_keep_in_fp32_modules", None) or ())),
         frozenset(read & linears.keys()),
+        frozenset(name for name in linears if any(name.endswith(f".{r}") for r in rescaled)),
+        tuple(name for name, module in modules.items() if type(module).__name__ in fused),
     )
 
 
-def _parts_read(kind: type) -> list[str]:
-    """Parts of a module whose weights' numbers or shapes its class's own code names."""
+def _source(kind: type) -> str:
+    """The code of a class, which says of what parts of a module it names the weights."""
     try:
-        return _READ.findall(inspect.getsource(kind))
+        return inspect.getsource(kind)
     except (OSError, TypeError):  # written in no file
-        return []
+        return ""
+
+
+def _parted_in_four_bits() -> set[str]:
+    """Names of classes for which bitsandbytes' loader puts others."""
+    loader = sys.modules.get("transformers.quantizers.base")  # there with any model of its
+    table = getattr(loader, "MODULES_TO_PATCH_FOR_QUANTIZATION", {})
+    return {name for name, row in table.items() if "bitsandbytes" in row["quantization_methods"]}
 
 
 def groups_of(state: Mapping[str, torch.Tensor]) -> tuple[tuple[str, ...], ...]:

@@ -49,9 +49,14 @@ _READ = {
     "deberta-v2": re.compile(r"rel_embeddings$"),
     "falcon_mamba": re.compile(r"mixer\.dt_proj$"),
     "jamba": re.compile(r"mamba\.dt_proj$"),
+    "longcat_flash": re.compile(r"router\.classifier$"),
     "mamba": re.compile(r"mixer\.dt_proj$"),
+    "mobilebert": re.compile(r"predictions\.(dense|decoder)$"),
+    "wavlm": re.compile(r"attention\.([qkv]|out)_proj$"),
     "whisper": re.compile(r"encoder\.(conv[12]|embed_positions)$"),
 }
+# Those of them that call such layers all the same where the model is quantized.
+_CALLED_IN_FOUR_BITS = ("falcon_mamba", "jamba")
 # Names of old files that transformers changes whatever the architecture.
 _LEGACY = re.compile(r"LayerNorm\.(gamma|beta)|\.weight_[gv]$|language_model\.model\.")
 
@@ -113,6 +118,17 @@ def loaded(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> Loaded
 def keeps_names(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> bool:
     """Whether it is known without transformers that it makes nothing else of the tensors."""
     return config.get("model_type") in SAME_NAMES and not any(map(_LEGACY.search, specs))
+
+
+def is_read_past(module: str, config: Mapping[str, Any]) -> bool:
+    """Whether its model, by config.json, reads a module's weight instead of calling the module."""
+    read = _READ.get(str(config.get("model_type")))
+    return read is not None and read.search(module) is not None
+
+
+def calls_in_four_bits(config: Mapping[str, Any]) -> bool:
+    """Whether that model calls such modules where it is loaded quantized."""
+    return config.get("model_type") in _CALLED_IN_FOUR_BITS
 
 
 def why_unknown(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> str:
@@ -197,7 +213,9 @@ def weightless(name: str, config: Mapping[str, Any]) -> Any:
         kind = getattr(transformers, name)
         if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
             raise TypeError(f"{name} is no model of transformers")
-        return kind(CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)))
+        settings = CONFIG_MAPPING[config["model_type"]]
+        # An infinite number is written as {"__float__": "Infinity"}.
+        return kind(settings.from_dict(settings._decode_special_floats(dict(config))))
 
 
 def _most_layers(config: Mapping[str, Any]) -> int:
@@ -291,8 +309,8 @@ def _layer(model: Any, name: str) -> tuple[str | None, int]:
     module, _, parameter = name.rpartition(".")
     if parameter != "weight":
         return "", 1
-    layer, read = model.get_submodule(module), _READ.get(model.config.model_type)
-    if read is not None and read.search(module):
+    layer = model.get_submodule(module)
+    if is_read_past(module, {"model_type": model.config.model_type}):
         return None, 1
     if isinstance(layer, nn.Embedding) and not hasattr(layer, "embed_scale"):
         # PEFT looks rows up itself, whatever a subclass does (it knows of a scale).

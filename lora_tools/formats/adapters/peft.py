@@ -10,14 +10,15 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import AdapterError, UnsupportedAdapter
+from lora_tools.formats.adapters.target_parameters import TargetParameters
 from lora_tools.formats.adapters.unmergeable import refuse_unmergeable
 from lora_tools.formats.checkpoint import open_weights
-from lora_tools.formats.names import as_held, split_tensor
+from lora_tools.formats.names import split_tensor
 from lora_tools.formats.reopen import SmallFile
 from lora_tools.formats.shards import Shards, check_index, read_index, shards_named
 from lora_tools.formats.tensor_file import TensorFile
@@ -176,6 +177,7 @@ class Adapter:
 
     def _classify(self) -> None:
         parts: dict[str, dict[str, str]] = {}
+        targeted = TargetParameters(self.path, self.config)
         for key in self.file.specs:
             name = key.removeprefix(PREFIX)
             if self.is_ia3 and (match := _IA3.fullmatch(name)):
@@ -196,9 +198,8 @@ class Adapter:
             else:
                 self._add_whole(name, key)
         for nested, keys in sorted(parts.items()):
-            module = nested.replace(".base_layer", "")
-            parameter = self._parameter(module, nested.count(".base_layer"), parts)
-            found = self._module(module, parameter, keys)
+            parameter = targeted.acted_on(nested, parts)
+            found = self._module(nested.replace(".base_layer", ""), parameter, keys)
             self.modules[found.name] = found
         if not (self.modules or self.whole or self.tokens or self.multipliers):
             raise self._fail("holds no tensors")
@@ -244,41 +245,6 @@ class Adapter:
                 f"{what}; it can be merged into weights (loratools merge)"
             )
 
-    def _parameter(self, module: str, depth: int, parts: Collection[str]) -> str:
-        """The parameter that factors under ``depth`` times ``.base_layer`` act on.
-
-        PEFT nests one wrapper in another where several parameters of one module are targeted, in
-        the order in which the module holds them, and does not say which is which.
-        """
-        named = self._parameters(module)
-        if not named:
-            if depth:
-                raise self._fail(f"{module}: .base_layer, and no target_parameters in {CONFIG}")
-            return "weight"
-        deepest = max(
-            n.count(".base_layer") for n in parts if n.replace(".base_layer", "") == module
-        )
-        if deepest + 1 != len(named):
-            raise self._fail(
-                f"{module}: target_parameters name {', '.join(named)}, and the file has factors "
-                f"for {deepest + 1}"
-            )
-        if len(named) > 2 or (len(named) == 2 and named[1] != "down_proj"):
-            raise UnsupportedAdapter(
-                f"{self.path}: {module}: target_parameters name {', '.join(named)} of one module, "
-                "and the file does not say which of its factors are for which"
-            )
-        return named[deepest - depth]
-
-    def _parameters(self, module: str) -> list[str]:
-        """The parameters of a module that target_parameters name, in the module's order."""
-        given = self.config.get("target_parameters") or []
-        if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
-            raise self._fail(f"{CONFIG}: target_parameters is no list of names")
-        split = (split_tensor(name) for name in given)
-        mine = {p for m, p in split if m == module or module.endswith("." + m) or not m}
-        return as_held(mine)
-
     def _module(self, module: str, parameter: str, keys: dict[str, str]) -> LoraModule:
         embedding = "lora_embedding_A" in keys or "lora_embedding_B" in keys
         a, b = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
@@ -304,7 +270,7 @@ class Adapter:
                 f"lora_magnitude_vector is {list(self.shape(keys['lora_magnitude_vector']))}"
             )
         form = "embedding" if embedding else "matrix" if len(A) == 2 else "conv"
-        name = f"{module}.{parameter}" if self._parameters(module) else module
+        name = f"{module}.{parameter}" if parameter else module
         r = self.pattern("rank_pattern", name, self.config.get("r"))
         alpha = self.pattern("alpha_pattern", name, self.config.get("lora_alpha"))
         experts = 0
@@ -323,7 +289,7 @@ class Adapter:
             keys.get("lora_magnitude_vector"),
             r,
             float(alpha),
-            parameter,
+            parameter or "weight",
             experts=experts,
         )
 

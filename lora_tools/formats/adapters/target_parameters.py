@@ -1,0 +1,82 @@
+"""Parameters that a PEFT config's ``target_parameters`` name, such as fused experts, and which of
+an adapter's factors are for which."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_tools.errors import AdapterError, UnsupportedAdapter
+from lora_tools.formats.names import as_held, modules_matched, split_tensor
+
+_CONFIG = "adapter_config.json"
+_WRAPPED = ".base_layer"
+
+
+class TargetParameters:
+    """Of one adapter, by its config.
+
+    Raises:
+        AdapterError: they are no list of names.
+    """
+
+    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
+        given = config.get("target_parameters") or []
+        if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
+            raise AdapterError(f"{path}: {_CONFIG}: target_parameters is no list of names")
+        self._path, self._names = path, [split_tensor(name) for name in given]
+        self._modules = config.get("target_modules") or []
+
+    def acted_on(self, nested: str, factors: Collection[str]) -> str:
+        """The parameter that the factors of a module act on; "" where it is not by this list that
+        they are there.
+
+        PEFT nests one wrapper in another where several parameters of one module are targeted, in
+        the order in which the module holds them, and does not say which is which.
+
+        Args:
+            nested: the module's name in the file, with ``.base_layer`` for each wrapper around it.
+            factors: all such names.
+
+        Raises:
+            AdapterError, UnsupportedAdapter: list and file do not fit, or leave it open.
+        """
+        module, depth = nested.replace(_WRAPPED, ""), nested.count(_WRAPPED)
+        deepest = max(n.count(_WRAPPED) for n in factors if n.replace(_WRAPPED, "") == module)
+        named = self._named(module, deepest > 0)
+        if not named:
+            if depth:
+                raise self._fail(
+                    f"{module}: {_WRAPPED}, and no target_parameters in adapter_config.json"
+                )
+            return ""
+        listed = ", ".join(named)
+        if deepest + 1 != len(named):
+            raise self._fail(
+                f"{module}: target_parameters name {listed}, and the file has factors for "
+                f"{deepest + 1}"
+            )
+        if len(named) > 2 or (len(named) == 2 and named[1] != "down_proj"):
+            raise UnsupportedAdapter(
+                f"{self._path}: {module}: target_parameters name {listed} of one module, "
+                "and the file does not say which of its factors are for which"
+            )
+        return named[deepest - depth]
+
+    def _fail(self, what: str) -> AdapterError:
+        return AdapterError(f"{self._path}: {what}")
+
+    def _named(self, module: str, wrapped_twice: bool) -> list[str]:
+        """The parameters of a module that are named, in the module's order. A name without a module
+        is for all that hold such a parameter; what ``target_modules`` select does not."""
+        bare = wrapped_twice or not self._is_selected(module)
+        return as_held({p for m, p in self._names if (modules_matched(m, [module]) if m else bare)})
+
+    def _is_selected(self, module: str) -> bool:
+        """Whether ``target_modules`` select a module, by PEFT's rule."""
+        if isinstance(self._modules, str):
+            every = self._modules == "all-linear"
+            return every or re.fullmatch(self._modules, module) is not None
+        return any(modules_matched(str(name), [module]) for name in self._modules)
