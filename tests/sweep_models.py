@@ -210,7 +210,7 @@ EXPERTS |= rows(
         "Glm4Moe": {"n_routed_experts": 4, "head_dim": 8, "first_k_dense_replace": 1},
         "Ernie4_5_Moe": {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1},
         "DeepseekV2": LATENT | {"n_routed_experts": 4, "first_k_dense_replace": 1},
-        "Dots1": {"n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+        "Dots1": {"n_routed_experts": 4, "first_k_dense_replace": 1, "n_shared_experts": 1},
         "FlexOlmo": {"num_experts": 3},
         "MiniMax": {"num_local_experts": 3, "head_dim": 8, "block_size": 8},
         "HunYuanMoEV1": {"num_experts": 3, "moe_topk": 2, "head_dim": 8},
@@ -244,7 +244,7 @@ EXPERTS |= {
         n_layers=2,
         max_seq_len=64,
         ffn_config={"ffn_hidden_size": 48, "moe_num_experts": 2, "moe_top_k": 1},
-        attn_config={"kv_n_heads": 2},
+        attn_config={"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
     ),
     "Llama-4": functools.partial(
         hf.Llama4ForCausalLM,
@@ -340,7 +340,7 @@ SEQ2SEQ = (
             num_encoder_attention_heads=4,
             num_decoder_attention_heads=4,
             max_position_embeddings=64,
-        ),
+        )
     }
 )
 ENCODERS = {
@@ -422,9 +422,7 @@ SEEING = {
 } | {"ViT": EXPORTED["ViT"], "Gemma-3, vision": OTHERS["Gemma-3, vision"]}
 SEEING |= {name: VLMS[name] for name in ("qwen2-vl", "qwen2.5-vl", "qwen3-vl")}
 SEEING |= {
-    "SigLIP": functools.partial(
-        make, "Siglip", "Model", text_config=TEXT, vision_config=VIEW
-    ),
+    "SigLIP": functools.partial(make, "Siglip", "Model", text_config=TEXT, vision_config=VIEW),
     "Llama-3.2, vision": _sees(
         "Mllama",
         TEXT | {"cross_attention_layers": [1]},
@@ -487,15 +485,11 @@ SEEING |= {
     ),
     "BLIP-2": _sees(
         "Blip2",
-        {
-            "model_type": "opt",
-            **PLAIN,
-            "ffn_dim": 48,
-            "word_embed_proj_dim": 32,
-        },
+        {"model_type": "opt", **PLAIN, "ffn_dim": 48, "word_embed_proj_dim": 32},
         SIGHT,
         qformer_config=PLAIN | {"encoder_hidden_size": 32},
         num_query_tokens=4,
+        image_token_index=90,
     ),
     "Florence-2": _sees(
         "Florence2",

@@ -5,6 +5,7 @@ one on the meta device."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import re
 from collections.abc import Mapping
@@ -64,12 +65,14 @@ def facts_of(model: Any, state: Mapping[str, torch.Tensor]) -> ModelFacts:
     )
 
 
-def _parts_read(kind: type) -> list[str]:
+@functools.cache
+def _parts_read(kind: type) -> tuple[str, ...]:
     """Parts of a module whose weights' numbers or shapes its class's own code names."""
-    try:
-        return _READ.findall(inspect.getsource(kind))
+    functions = filter(inspect.isfunction, vars(kind).values())
+    try:  # a whole class is found by parsing its whole file, a function by its line
+        return tuple(part for f in functions for part in _READ.findall(inspect.getsource(f)))
     except (OSError, TypeError):  # written in no file
-        return []
+        return ()
 
 
 def groups_of(state: Mapping[str, torch.Tensor]) -> tuple[tuple[str, ...], ...]:

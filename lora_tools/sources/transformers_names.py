@@ -50,6 +50,7 @@ _READ = {
     "falcon_mamba": re.compile(r"mixer\.dt_proj$"),
     "jamba": re.compile(r"mamba\.dt_proj$"),
     "mamba": re.compile(r"mixer\.dt_proj$"),
+    "prophetnet": re.compile(r"ngram_embeddings$"),
     "whisper": re.compile(r"encoder\.(conv[12]|embed_positions)$"),
 }
 # Names of old files that transformers changes whatever the architecture.
