@@ -98,8 +98,8 @@ def part_tied(
     if after.computes_otherwise:
         raise UnsupportedAdapter(
             f"{', '.join(loose[0][1:])} and {loose[0][0]} are tied, the adapter acts on some of "
-            f"them only, and {after.computes_otherwise} computes otherwise where they are not tied, "
-            "so that they cannot be parted"
+            f"them only, and {after.computes_otherwise} computes otherwise where they are not "
+            "tied, so that they cannot be parted"
         )
     names = {}
     for group in every:
