@@ -337,7 +337,9 @@ def cell(name: str, what: str, base: Path, top: Path) -> str:
 
 def _in_short(error: Exception, top: Path) -> str:
     """The first sentence, without paths."""
-    said = re.sub(rf"{re.escape(str(top))}[^:]*: ", "", " ".join(str(error).split()))
+    said = " ".join(str(error).split())
+    said = re.sub(rf"^{re.escape(str(top))}[^:]*: ", "", said)
+    said = re.sub(rf"{re.escape(str(top))}[^\s,:]*", "the adapter", said)
     return said.partition(". ")[0].partition("; ")[0].replace("|", "/")
 
 
