@@ -48,6 +48,7 @@ PAGES = [
     "docs/verify.md",
     "docs/check.md",
     "docs/inspect.md",
+    "docs/architectures.md",
 ]
 FENCE = re.compile(
     r"(?:^<!-- (?P<mark>[\w:-]+) -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.M | re.S

@@ -62,11 +62,28 @@ def _bert() -> transformers.PreTrainedModel:
     return transformers.BertForMaskedLM(models._bert_config(16))
 
 
+def _bart() -> transformers.PreTrainedModel:
+    """Its bias has a column for each token."""
+    sizes = {
+        f"{side}_{of}": n
+        for side in ("encoder", "decoder")
+        for of, n in {"layers": 1, "attention_heads": 2, "ffn_dim": 24}.items()
+    }
+    config = transformers.BartConfig(vocab_size=models.VOCAB, d_model=16, **sizes)
+    model = transformers.BartForConditionalGeneration(config)
+    torch.nn.init.normal_(model.final_logits_bias)
+    return model
+
+
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("bases")
     kinds = {k: models.save(models.make(k), root / k) for k in ("llama", "llama-tied", "gpt2")}
-    made: dict[str, Callable[[], transformers.PreTrainedModel]] = {"phi": _phi, "bert": _bert}
+    made: dict[str, Callable[[], transformers.PreTrainedModel]] = {
+        "phi": _phi,
+        "bert": _bert,
+        "bart": _bart,
+    }
     for name, make in made.items():
         torch.manual_seed(0)
         model = make()
@@ -149,6 +166,7 @@ def test_every_form_of_it(
         ("phi", {}),
         ("gpt2", {"target_modules": ["c_attn"], "modules_to_save": ["wte"]}),
         ("bert", {"target_modules": ["query"]}),
+        ("bart", {}),
     ],
 )
 def test_biases_and_names_of_other_architectures(
@@ -159,12 +177,13 @@ def test_biases_and_names_of_other_architectures(
     assert_close(logits(loaded(tmp_path / "m", rows), rows), logits(trained, rows))
 
 
+@pytest.mark.parametrize(("kind", "saved"), [("phi", "embed_tokens"), ("bart", "shared")])
 def test_without_transformers_the_names_tell(
-    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, saved: str, bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trained = train(bases["phi"], SMALLER, tmp_path / "a", modules_to_save=["embed_tokens"])
+    trained = train(bases[kind], SMALLER, tmp_path / "a", modules_to_save=[saved])
     monkeypatch.setattr("lora_tools.sources.class_fit.find_spec", lambda name: None)
-    lora_tools.merge(bases["phi"], [tmp_path / "a"], tmp_path / "m")
+    lora_tools.merge(bases[kind], [tmp_path / "a"], tmp_path / "m")
     assert_close(logits(loaded(tmp_path / "m", SMALLER), SMALLER), logits(trained, SMALLER))
 
 

@@ -121,10 +121,13 @@ class Weights(Mapping[str, Weight]):
         return ((embedding, head),) if head and embedding else ()
 
     def groups_with(self, names: Collection[str]) -> tuple[tuple[str, ...], ...]:
-        """Those that some of the names may belong to; of plain layers nobody is asked."""
+        """Those that some of the names may belong to; of plain layers nobody is asked. A name that
+        is not stored may be another one for what is: all groups are given then."""
         if all(name in self._specs and not self._may_be_tied(name) for name in names):
             return ()
         wanted = set(names)
+        if not wanted.issubset(self._specs):
+            return self.groups
         return tuple(group for group in self.groups if wanted.intersection(group))
 
     @functools.cached_property

@@ -62,6 +62,7 @@ def brought_whole(base: Checkpoint, adapters: Sequence[Weighted]) -> dict[str, B
         wanted = [(name, Part(weighted, key, "saved")) for key, name in names.items()]
         if not wanted:
             continue
+        known = [*base.weights]  # for which its class may have to be asked
         # The others say which prefix the names have.
         wanted += [(m.weight, Part(weighted, m, "lora")) for m in adapter.modules.values()]
         wanted += [(f"{m}.weight", Part(weighted, t, "rows")) for m, t in adapter.tokens.items()]

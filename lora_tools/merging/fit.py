@@ -180,7 +180,9 @@ class _Fitting:
         for name, shape in fit.wanted.items():
             stored = fit.tensors[name].pieces[0].stored
             found = fit.tensors[name].spec.shape
-            if found == (old, *shape[1:]) and shape[0] == new:
+            if (found, shape) == ((1, old), (1, new)) or (
+                found == (old, *shape[1:]) and shape[0] == new
+            ):
                 mine.add(stored)
         return mine
 

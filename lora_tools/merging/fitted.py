@@ -26,7 +26,8 @@ class Made:
 
     Attributes:
         spec: name, dtype and shape that it has there.
-        source: the tensor of the base whose first rows it is, or a key of ``adapter``.
+        source: the tensor of the base whose first rows it is (of a bias with a column for each
+            token the first columns, and zeros after them), or a key of ``adapter``.
     """
 
     spec: TensorSpec
@@ -117,7 +118,12 @@ class _FittedFile:
         if each.adapter is not None:
             return each.adapter.tensor(each.source)
         tensor = self._view.source.tensor(each.source)
-        return tensor if self._view.is_same(name) else tensor[: each.spec.shape[0]]
+        if self._view.is_same(name):
+            return tensor
+        found = tensor.new_zeros(each.spec.shape)
+        kept = tensor.flatten()[: each.spec.numel]
+        found.view(-1)[: kept.numel()] = kept
+        return found
 
     def raw(self, name: str) -> memoryview:
         """The tensor's bytes."""
@@ -125,7 +131,9 @@ class _FittedFile:
 
         each = self._view.made[name]
         if each.adapter is None:
-            return self._view.source.raw(each.source)[: each.spec.nbytes]
+            kept = self._view.source.raw(each.source)[: each.spec.nbytes]
+            lacking = each.spec.nbytes - len(kept)
+            return memoryview(bytes(kept) + bytes(lacking)) if lacking else kept
         return as_bytes(self.tensor(name).to(torch_dtype(each.spec.dtype)))
 
     def release(self, name: str, start: int = 0, stop: int | None = None) -> None:

@@ -95,6 +95,12 @@ def part_tied(
     if isinstance(base, BaseOutline) and base.renamed is not None:  # live: there is no loader
         return Parted({}, base.config)
     after = untie(base.config, base.specs)
+    if after.computes_otherwise:
+        raise UnsupportedAdapter(
+            f"{', '.join(loose[0][1:])} and {loose[0][0]} are tied, the adapter acts on some of "
+            f"them only, and {after.computes_otherwise} computes otherwise where they are not "
+            "tied, so that they cannot be parted"
+        )
     names = {}
     for group in every:
         for name in group[1:]:

@@ -31,6 +31,9 @@ _TOKENIZER = (
     "vocab.json",
     "vocab.txt",
 )
+# What a config.json calls the rows of the embedding, of those that Gemma-3n has for each layer, and
+# of Marian's in its decoder.
+_SIZES = ("vocab_size", "vocab_size_per_layer_input", "decoder_vocab_size")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +78,7 @@ def _rows(base: Checkpoint) -> int:
     """Rows of the base's vocabulary, or 0."""
     embedding = base.weights.embedding
     if embedding:
-        return base.specs[embedding].shape[0]
+        return base.weights[embedding].spec.shape[0]
     return next((size for size in _sizes(base.config)), 0)
 
 
@@ -104,8 +107,11 @@ def with_vocabulary(config: Mapping[str, Any], vocabulary: Vocabulary) -> dict[s
     while levels:
         level = levels.pop()
         levels += [inner for inner in level.values() if isinstance(inner, dict)]
-        if level.get("vocab_size") == vocabulary.old:
-            level["vocab_size"] = vocabulary.new
+        for key in _SIZES:
+            if level.get(key) == vocabulary.old and (
+                key != "decoder_vocab_size" or level.get("share_encoder_decoder_embeddings", True)
+            ):
+                level[key] = vocabulary.new
     if changed and not any(_sizes(changed)):
         changed["vocab_size"] = vocabulary.new  # it was the class's own default
     return changed
@@ -123,6 +129,8 @@ def resized(
         MismatchError: it does not.
     """
     name, new = spec.name, vocabulary.new
+    if spec.shape[0] != vocabulary.old:  # a bias as BART has it, of zeros for what is new
+        return Made(dataclasses.replace(spec, shape=(1, new)), name)
     shaped = dataclasses.replace(spec, shape=(new, *spec.shape[1:]))
     ties = base.weights.ties
     same = {name, *(head for head, source in ties.items() if source == name)}
@@ -159,6 +167,8 @@ def is_left_behind(spec: TensorSpec, base: Checkpoint, vocabulary: Vocabulary) -
     Raises:
         MismatchError: it has as many rows, and is none that is known.
     """
+    if spec.shape == (1, vocabulary.old):
+        return split_tensor(spec.name)[1] == "final_logits_bias"
     if not spec.shape or spec.shape[0] != vocabulary.old:
         return False
     weight = base.weights[spec.name]

@@ -5,6 +5,7 @@ one on the meta device."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import re
 import sys
@@ -77,10 +78,13 @@ def facts_of(model: Any, state: Mapping[str, torch.Tensor]) -> ModelFacts:
     )
 
 
+@functools.cache
 def _source(kind: type) -> str:
-    """The code of a class, which says of what parts of a module it names the weights."""
+    """The code of a class's functions, which says of what parts of a module it names the weights.
+    (That of a whole class is found by parsing its whole file.)"""
+    functions = filter(inspect.isfunction, vars(kind).values())
     try:
-        return inspect.getsource(kind)
+        return "\n".join(map(inspect.getsource, functions))
     except (OSError, TypeError):  # written in no file
         return ""
 

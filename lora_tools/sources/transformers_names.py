@@ -53,6 +53,7 @@ _READ = {
     "mamba": re.compile(r"mixer\.dt_proj$"),
     "mobilebert": re.compile(r"predictions\.(dense|decoder)$"),
     "wavlm": re.compile(r"attention\.([qkv]|out)_proj$"),
+    "prophetnet": re.compile(r"ngram_embeddings$"),
     "whisper": re.compile(r"encoder\.(conv[12]|embed_positions)$"),
 }
 # Those of them that call such layers all the same where the model is quantized.
@@ -213,9 +214,10 @@ def weightless(name: str, config: Mapping[str, Any]) -> Any:
         kind = getattr(transformers, name)
         if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
             raise TypeError(f"{name} is no model of transformers")
-        settings = CONFIG_MAPPING[config["model_type"]]
-        # An infinite number is written as {"__float__": "Infinity"}.
-        return kind(settings.from_dict(settings._decode_special_floats(dict(config))))
+        config_class = CONFIG_MAPPING[config["model_type"]]
+        # Infinity is {"__float__": "Infinity"} in a file.
+        decoded = getattr(config_class, "_decode_special_floats", dict)(dict(config))
+        return kind(config_class.from_dict(decoded))
 
 
 def _most_layers(config: Mapping[str, Any]) -> int:
@@ -315,12 +317,31 @@ def _layer(model: Any, name: str) -> tuple[str | None, int]:
     if isinstance(layer, nn.Embedding) and not hasattr(layer, "embed_scale"):
         # PEFT looks rows up itself, whatever a subclass does (it knows of a scale).
         return "embedding" if type(layer).forward is nn.Embedding.forward else None, 1
+    if isinstance(layer, nn.Linear) and not _stands_beside(layer):
+        return None, 1
     for kind, form in ((nn.Linear, "linear"), (nn.Embedding, "embedding"), (Conv1D, "conv1d")):
         if isinstance(layer, kind):
             return form, 1
     if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return "conv", layer.groups
     return None, 1
+
+
+def _stands_beside(layer: torch.nn.Linear) -> bool:
+    """Whether a layer of PEFT's can: not beside what MultiheadAttention reads without calling it,
+    nor beside a router that gives more than one tensor."""
+    import torch
+    from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+    if isinstance(layer, NonDynamicallyQuantizableLinear):
+        return False
+    if type(layer).forward is torch.nn.Linear.forward:
+        return True
+    try:
+        found = layer(torch.empty(1, layer.in_features, device="meta", dtype=layer.weight.dtype))
+    except Exception:  # it is called with something else
+        return True
+    return isinstance(found, torch.Tensor)
 
 
 def rows_of(spec: TensorSpec) -> int:

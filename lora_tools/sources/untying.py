@@ -4,6 +4,7 @@ whether what was made of a checkpoint can be loaded: by the class itself, where 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -21,10 +22,12 @@ class Untied:
     Attributes:
         config: it, with what else would change with the tie set as it was.
         groups: names in memory that are one tensor all the same, as T5's embeddings always are.
+        computes_otherwise: the class, where its own arithmetic asks whether they are tied; or "".
     """
 
     config: dict[str, Any]
     groups: tuple[tuple[str, ...], ...] = ()
+    computes_otherwise: str = ""
 
 
 def untie(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> Untied:
@@ -37,7 +40,10 @@ def untie(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> Untied:
     had, has = before.config.to_dict(), after.config.to_dict()
     # T5 no longer scales what goes into its head, if it is not told to.
     changed |= {key: value for key, value in had.items() if _moved(key, value, has)}
-    return Untied(changed, groups_of(after.state_dict(keep_vars=True)))
+    kind, key = type(after), "tie_word_embeddings"
+    asks = has.get(key) != had.get(key) and key in inspect.getsource(kind.forward)  # Switch scales
+    groups = groups_of(after.state_dict(keep_vars=True))
+    return Untied(changed, groups, kind.__name__ if asks else "")
 
 
 def _moved(key: str, value: Any, has: Mapping[str, Any]) -> bool:
