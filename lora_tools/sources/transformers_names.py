@@ -317,10 +317,25 @@ def _layer(model: Any, name: str) -> tuple[str | None, int]:
         return "embedding" if type(layer).forward is nn.Embedding.forward else None, 1
     for kind, form in ((nn.Linear, "linear"), (nn.Embedding, "embedding"), (Conv1D, "conv1d")):
         if isinstance(layer, kind):
-            return form, 1
+            return form if _gives_a_tensor(layer) else None, 1
     if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return "conv", layer.groups
     return None, 1
+
+
+def _gives_a_tensor(layer: Any) -> bool:
+    """Whether a layer on the meta device gives a tensor, to which PEFT could add; a router that is
+    a linear layer of a class of its own may give several."""
+    import torch
+    from torch import nn
+
+    if type(layer).forward is nn.Linear.forward or not isinstance(layer, nn.Linear):
+        return True
+    try:
+        given = torch.empty(2, layer.in_features, dtype=layer.weight.dtype, device="meta")
+        return isinstance(layer(given), torch.Tensor)
+    except Exception:  # it asks for more than that
+        return False
 
 
 def rows_of(spec: TensorSpec) -> int:
