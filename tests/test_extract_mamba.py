@@ -11,7 +11,7 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 import lora_tools
-from lora_tools.errors import UnsupportedAdapter
+from lora_tools.errors import MismatchError, UnsupportedAdapter
 
 from . import models
 
@@ -145,3 +145,50 @@ def test_factors_of_it_that_were_never_trained_are_merged(tmp_path: Path) -> Non
     lora_tools.merge(tmp_path / "base", [tmp_path / "a"], tmp_path / "m")
     merged = models.outputs(models.load(tmp_path / "m"))
     torch.testing.assert_close(merged, models.outputs(peft), rtol=1e-5, atol=1e-5)
+
+
+def _mobilebert() -> Any:
+    """Its head reads the weights of both its layers, one of which is the embedding's."""
+    config = hf.MobileBertConfig(
+        vocab_size=models.VOCAB,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        embedding_size=8,
+        intra_bottleneck_size=8,
+        num_feedforward_networks=1,
+    )
+    return hf.MobileBertForMaskedLM(config)
+
+
+def _llama4() -> Any:
+    """Its router is a linear layer that gives two tensors."""
+    sizes = _SMALL | _HEADS | {"num_local_experts": 2, "head_dim": 8, "moe_layers": [0]}
+    return hf.Llama4ForCausalLM(hf.Llama4TextConfig(**sizes))
+
+
+def _tuned(make: Any, tmp_path: Path) -> Any:
+    torch.manual_seed(0)
+    model = models.quietly(make).eval()
+    models.save(model, tmp_path / "base")
+    models.perturb(model, 0.05, 1)
+    models.save(model, tmp_path / "tuned")
+    return model
+
+
+def test_a_router_that_is_a_linear_layer_is_saved_whole(tmp_path: Path) -> None:
+    model = _tuned(_llama4, tmp_path)
+    lora_tools.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "a", rank=64)
+    peft = models.attach(tmp_path / "base", tmp_path / "a")
+    wanted = models.quietly(lambda: models.outputs(model))
+    torch.testing.assert_close(models.outputs(peft), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_an_embedding_that_the_head_reads_is_refused(tmp_path: Path) -> None:
+    _tuned(_mobilebert, tmp_path)
+    sides = tmp_path / "base", tmp_path / "tuned", tmp_path / "a"
+    with pytest.raises(MismatchError, match=r"decoder, whose weight the model reads past PEFT"):
+        lora_tools.extract(*sides, rank=64)
+    lora_tools.extract(*sides, rank=64, embeddings="skip")
+    models.attach(tmp_path / "base", tmp_path / "a")

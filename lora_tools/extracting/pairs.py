@@ -17,6 +17,7 @@ from lora_tools.formats.names import split_tensor
 from lora_tools.linalg.layouts import Layout
 from lora_tools.linalg.ranks import RankRule
 from lora_tools.records import Action, Fate, TensorSpec
+from lora_tools.sources.transformers_names import is_read_past
 from lora_tools.sources.weights import kind_of
 
 # What is done with a pair if its two tensors turn out to differ.
@@ -155,8 +156,8 @@ def make_plan(
 
     Raises:
         UsageError: a kind does not fit a weight that it is named for, or is for none.
-        MismatchError: little in common, ambiguous prefixes, shapes that differ, or a weight that
-            one side stores in a way that is not known.
+        MismatchError: little in common, ambiguous prefixes, shapes that differ, a weight that one
+            side stores in a way that is not known, or one on which PEFT acts in part only.
     """
     notes = [*base.notes, *tuned.notes]
     to_base, sentence = align(list(tuned.specs), list(base.specs))
@@ -195,9 +196,12 @@ def make_plan(
         shown = to_tuned.get(name, name) if own_names else name
         spec = dataclasses.replace(spec, name=shown)
         weight = base.weights[name]
+        followers = followed.get(name, ())
+        if embeddings != "skip" and chosen(weight.module):
+            _refuse_read_past(name, followers, base)
         kind = _kind(spec, kind_of(weight), kinds)
         pair = _pair(shown, (ours[name], theirs[name]), weight.is_head, kind, treat)
-        pairs.append(dataclasses.replace(pair, followed_by=followed.get(name, ())))
+        pairs.append(dataclasses.replace(pair, followed_by=followers))
     _refuse_idle(kinds, pairs)
     pairs += [_one_sided(theirs[name], treat) for name in added]
     modules = {m for p in pairs if not p.outside for m in (p.module, *p.followed_by) if m}
@@ -271,6 +275,17 @@ def _settle_ties(
                 specs[name] = specs[source]
                 notes.append(f"{name} is tied to {source} on one side only: they are parted")
     return followed
+
+
+def _refuse_read_past(name: str, followers: Sequence[str], base: Checkpoint) -> None:
+    """Raises MismatchError for a weight that one of its modules is read by, and not called: factors
+    would act at its other places only."""
+    for module in followers:
+        if is_read_past(module, base.config):
+            raise MismatchError(
+                f"{name} is tied to {module}, whose weight the model reads past PEFT's layer "
+                "around it; --embeddings skip leaves it out"
+            )
 
 
 def _kind(
