@@ -51,6 +51,7 @@ _READ = {
     "jamba": re.compile(r"mamba\.dt_proj$"),
     "mamba": re.compile(r"mixer\.dt_proj$"),
     "prophetnet": re.compile(r"ngram_embeddings$"),
+    "wavlm": re.compile(r"attention\.(q|k|v|out)_proj$"),
     "whisper": re.compile(r"encoder\.(conv[12]|embed_positions)$"),
 }
 # Names of old files that transformers changes whatever the architecture.
