@@ -34,9 +34,11 @@ from .sweep_models import ALL
 MARK = "<!-- table -->"
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
 NEW_ROWS = 8
-# Their kernels read the weights of these without calling the layers, which PEFT does not stand.
-STATE_SPACE = ("falcon_h1", "falcon_mamba", "jamba", "mamba", "mamba2", "nemotron_h")
-PASSED_BY = ("out_proj", "dt_proj")
+# Models that read the weights of these layers without calling them, which PEFT does not stand.
+_STATE_SPACE = ("falcon_h1", "falcon_mamba", "jamba", "mamba", "mamba2", "nemotron_h")
+PASSED_BY = dict.fromkeys(_STATE_SPACE, ("out_proj", "dt_proj")) | {
+    "wavlm": ("q_proj", "k_proj", "v_proj", "out_proj")
+}
 CONV1D = transformers.pytorch_utils.Conv1D
 
 
@@ -138,7 +140,7 @@ def embeddings_of(model: Any) -> list[str]:
 def linears_of(model: Any) -> list[str]:
     """Linear layers but the head. (What is within ``MultiheadAttention`` is not called.)"""
     head = layers(model).get(head_of(model))
-    passed_by = PASSED_BY if model.config.model_type in STATE_SPACE else ()
+    passed_by = PASSED_BY.get(model.config.model_type, ())
     return [
         name
         for name, module in model.named_modules()

@@ -54,6 +54,7 @@ _READ = {
     "mobilebert": re.compile(r"predictions\.(dense|decoder)$"),
     "wavlm": re.compile(r"attention\.([qkv]|out)_proj$"),
     "prophetnet": re.compile(r"ngram_embeddings$"),
+    "wavlm": re.compile(r"attention\.(q|k|v|out)_proj$"),
     "whisper": re.compile(r"encoder\.(conv[12]|embed_positions)$"),
 }
 # Those of them that call such layers all the same where the model is quantized.
