@@ -132,6 +132,13 @@ def modules_matched(name: str, modules: Iterable[str]) -> set[str]:
     return {m for m in modules if m == name or m.endswith("." + name)}
 
 
+def is_targeted(module: str, targets: Any) -> bool:
+    """Whether ``target_modules`` of a PEFT config, names or a pattern, selects a module."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, module) is not None
+    return any(modules_matched(str(name), [module]) for name in targets or ())
+
+
 def compact(chosen: Collection[str], everything: Collection[str]) -> list[str]:
     """The shortest list of names by which PEFT selects exactly ``chosen`` out of ``everything``.
 

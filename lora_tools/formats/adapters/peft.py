@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lora_tools.errors import AdapterError, UnsupportedAdapter
 from lora_tools.formats.adapters.unmergeable import refuse_unmergeable
 from lora_tools.formats.checkpoint import open_weights
-from lora_tools.formats.names import as_held, modules_matched, split_tensor
+from lora_tools.formats.names import as_held, is_targeted, split_tensor
 from lora_tools.formats.reopen import SmallFile
 from lora_tools.formats.shards import Shards, check_index, read_index, shards_named
 from lora_tools.formats.tensor_file import TensorFile
@@ -278,16 +278,10 @@ class Adapter:
         split = [split_tensor(name) for name in given]
         mine = {p for m, p in split if m == module or module.endswith("." + m)}
         alone = {p for m, p in split if not m}
-        if alone and not self._is_targeted(module):  # a linear layer has no such parameter
+        targets = self.config.get("target_modules")
+        if alone and not is_targeted(module, targets):  # a linear layer has no such parameter
             mine |= alone
         return as_held(mine)
-
-    def _is_targeted(self, module: str) -> bool:
-        """Whether target_modules selects the module itself."""
-        targets = self.config.get("target_modules") or ()
-        if isinstance(targets, str):
-            return re.fullmatch(targets, module) is not None
-        return any(modules_matched(str(name), [module]) for name in targets)
 
     def _module(self, module: str, parameter: str, keys: dict[str, str]) -> LoraModule:
         embedding = "lora_embedding_A" in keys or "lora_embedding_B" in keys
