@@ -356,7 +356,7 @@ def read_page() -> dict[str, list[str]]:
         [cell.strip() for cell in row.split(" | ")]
         for row in re.findall(r"^\| (.*) \|$", table, re.M)
     ]
-    return {row[0]: row[1:] for row in rows[1:]}
+    return {row[0]: row[1:] for row in rows[2:]}
 
 
 def counted(rows: dict[str, list[str]]) -> str:

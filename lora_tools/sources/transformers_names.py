@@ -52,9 +52,8 @@ _READ = {
     "longcat_flash": re.compile(r"router\.classifier$"),
     "mamba": re.compile(r"mixer\.dt_proj$"),
     "mobilebert": re.compile(r"predictions\.(dense|decoder)$"),
-    "wavlm": re.compile(r"attention\.([qkv]|out)_proj$"),
     "prophetnet": re.compile(r"ngram_embeddings$"),
-    "wavlm": re.compile(r"attention\.(q|k|v|out)_proj$"),
+    "wavlm": re.compile(r"attention\.([qkv]|out)_proj$"),
     "whisper": re.compile(r"encoder\.(conv[12]|embed_positions)$"),
 }
 # Those of them that call such layers all the same where the model is quantized.
