@@ -90,9 +90,9 @@ def left_over(folder: Path, out: Path) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("force", [False, True], ids=["new", "force"])
 @pytest.mark.parametrize("verb", VERBS)
-def test_killed_before_every_step(verb, force, small, tmp_path):
-    """Every state that a kill can leave behind is met. The next run is made after each third; and
-    what ``--force`` adds begins at the end."""
+def test_killed_before_every_step(verb, force, small, tmp_path, full):
+    """Every state that a kill can leave behind is met. In CI the next run is made after each third,
+    and before what ``--force`` adds, which begins at the end, each fourth step is met."""
     out, old = tmp_path / "here" / "out", tmp_path / "old"
     out.parent.mkdir()
     flags = ("--force",) if force else ()
@@ -106,7 +106,7 @@ def test_killed_before_every_step(verb, force, small, tmp_path):
     shutil.rmtree(out)
     told = killing.telling(kinds)
     assert len(told) > 12
-    if force:
+    if force and not full:
         appears = next(i for i, kind in enumerate(kinds) if kind.startswith("os.rename"))
         told = [step for i, step in enumerate(told) if i % 4 == 0 or step > appears]
     seen = set()
@@ -122,7 +122,7 @@ def test_killed_before_every_step(verb, force, small, tmp_path):
         elif force:  # between the two renames: the old one lies beside, whole
             (aside,) = out.parent.glob(".out.loratools-*/old")
             assert is_complete(aside), step
-        if i % 3 == 0 or state == "new" or (force and state == "absent"):
+        if full or i % 3 == 0 or state == "new" or (force and state == "absent"):
             assert forks.run(*line).returncode == (1 if state == "new" and not force else 0), step
             assert is_complete(out)
             assert not _is_old(out)
@@ -142,7 +142,7 @@ def _is_old(out: Path) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
-def test_killed_in_the_middle(verb, medium, tmp_path):
+def test_killed_in_the_middle(verb, medium, tmp_path, full):
     """At steps by chance, most of them amid the bytes of a tensor, while other threads write."""
     out, first = tmp_path / "here" / "out", tmp_path / "first"
     out.parent.mkdir()
@@ -150,7 +150,9 @@ def test_killed_in_the_middle(verb, medium, tmp_path):
     untouched = iotools.tree(medium)
     count = len(killing.steps(command(verb, medium, first / "out"), first, tmp_path / "log"))
     whole = iotools.tree(first / "out")
-    for i, step in enumerate(random.Random(verb).sample(range(1, count + 1), 5)):
+    for i, step in enumerate(
+        random.Random(verb).sample(range(1, count + 1), min(count, 50 if full else 5))
+    ):
         force = i % 2 == 1
         shutil.rmtree(out, ignore_errors=True)
         if force:
