@@ -215,11 +215,26 @@ def test_a_value_head_is_refused(bases: dict[str, Path], tmp_path: Path) -> None
     lora_tools.merge(bases["llama"], [tmp_path / "a"], tmp_path / "m", allow_unmatched=True)
 
 
-def test_a_head_of_two_classes_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("base", ["bert", "bert-lm"])  # the second has no pooler
+def test_a_head_of_two_classes_is_refused(
+    base: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
     train(bases["bert"], "SEQ_CLS", tmp_path / "a", 3)
     renamed(tmp_path / "a", "", "", task_type=None)
-    with pytest.raises(AdapterError, match=r"BertForSequenceClassification and BertForToken.*task"):
-        lora_tools.merge(bases["bert"], [tmp_path / "a"], tmp_path / "m")
+    with pytest.raises(AdapterError, match=r"Bert\w+ and Bert\w+ alike: set task_type"):
+        lora_tools.merge(bases[base], [tmp_path / "a"], tmp_path / "m", allow_other_base=True)
+
+
+def test_an_added_head_has_an_effect(bases: dict[str, Path], tmp_path: Path) -> None:
+    train(bases["llama"], "SEQ_CLS", tmp_path / "a", 3)
+    report = lora_tools.merge(bases["llama"], [tmp_path / "a"], tmp_path / "m")
+    assert not any("did not change" in note for note in report.notes)
+
+
+def test_it_is_merged_whole_or_not_at_all(bases: dict[str, Path], tmp_path: Path) -> None:
+    train(bases["llama"], "SEQ_CLS", tmp_path / "a", 3)
+    with pytest.raises(MismatchError, match="brings it whole, which cannot be merged in part"):
+        lora_tools.merge(bases["llama"], [(tmp_path / "a", 0.5)], tmp_path / "m")
 
 
 def test_a_head_without_transformers_is_refused(

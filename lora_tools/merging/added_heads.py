@@ -116,7 +116,7 @@ def class_with(
             f"{refused}: it is the value head of TRL, which no class of transformers loads; "
             "--allow-unmatched leaves it out"
         )
-    found, reasons = _fitting(heads, config, specs, task)
+    found, near, reasons = _fitting(heads, config, specs, task)
     if not found and not (task in TASKS or any(map(_part, heads))):
         return None
     if not found:
@@ -125,11 +125,11 @@ def class_with(
             f"{refused}, and as a head it cannot be added: {why}. Give the base of the class that "
             "the adapter was trained on; --allow-unmatched leaves such keys out"
         )
-    if len(found) > 1:
-        names = " and ".join(new.fit.name for new in found)
+    names = [new.fit.name for new in found] + (near if task not in TASKS else [])
+    if len(names) > 1:  # one that lacks another part may be meant all the same
         raise AdapterError(
-            f"{refused}; as a head it fits {names} alike: set task_type in the adapter's "
-            f"adapter_config.json to one of {', '.join(TASKS)}"
+            f"{refused}; as a head it fits {' and '.join(names)} alike: set task_type in the "
+            f"adapter's adapter_config.json to one of {', '.join(TASKS)}"
         )
     return found[0]
 
@@ -139,15 +139,17 @@ def _fitting(
     config: Mapping[str, Any],
     specs: Mapping[str, TensorSpec],
     task: str,
-) -> tuple[list[NewClass], list[str]]:
-    """Classes that fit, and of others why they do not."""
+) -> tuple[list[NewClass], list[str], list[str]]:
+    """Classes that fit; names of those that have the heads, too, and lack another part; and of all
+    others why they do not."""
     everything = {**specs, **{name: each.spec for name, each in heads.items()}}
     found: list[NewClass] = []
+    near: list[str] = []
     reasons: list[str] = []
     try:
         names = classes_of(str(config.get("model_type")), task if task in TASKS else None)
     except LookupError as error:
-        return [], [str(error)]
+        return [], [], [str(error)]
     for name in names:
         for number in _possible_labels(heads, config):
             with_class = with_labels({**config, "architectures": [name]}, number)
@@ -161,7 +163,9 @@ def _fitting(
                 found.append(NewClass(fit, with_class, heads))
                 break
             reasons.append(fault)
-    return found, reasons
+            if fit.tensors.keys() >= heads.keys() and not fit.wanted.keys() & heads.keys():
+                near.append(name)
+    return found, list(dict.fromkeys(near)), reasons
 
 
 def _possible_labels(heads: Mapping[str, Brought], config: Mapping[str, Any]) -> list[int]:

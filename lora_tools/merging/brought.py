@@ -80,6 +80,11 @@ def brought_whole(base: Checkpoint, adapters: Sequence[Weighted]) -> dict[str, B
 
 def refuse_in_part(each: Brought, spec: TensorSpec) -> None:
     """Raises MismatchError where a tensor of another shape is to be merged with a weight."""
+    if each.weighted.weight != 1 and spec.shape == each.shape:
+        raise MismatchError(
+            f"{spec.name}: the base has none, and {each.weighted.path} brings it whole, which "
+            "cannot be merged in part: give the adapter the weight 1"
+        )
     if each.weighted.weight != 1:
         raise MismatchError(
             f"{spec.name}: base is {spec.shape}, {each.weighted.path} brings {each.shape} (saved), "

@@ -63,8 +63,11 @@ def merge_checkpoint(job: Rewrite, reversible: bool) -> Report[MergeTotals]:
                     sidecar.add(target.base_name, listing)
             changed = changed_files(base, plan, specs)
             report = job.finish(writer, changed, (SIDECAR_NAME,))
+        # What an adapter brought whole stands in the base already.
+        brings = base.brings if isinstance(base, FittedBase) else lambda name: False
+        mine = [t for t in targets if not brings(t.base_name)]
         report = dataclasses.replace(
-            report, notes=(*report.notes, *_unmoved(targets, job.hashes, out_hashes))
+            report, notes=(*report.notes, *_unmoved(mine, job.hashes, out_hashes))
         )
         totals: MergeTotals = {
             **report.totals,

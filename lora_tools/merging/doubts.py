@@ -13,6 +13,7 @@ from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.names import modules_matched, split_tensor
 from lora_tools.formats.pipelines import Pipeline
 from lora_tools.linalg.scaling import scaling
+from lora_tools.records import counted
 from lora_tools.sources.weighted import Weighted
 
 if TYPE_CHECKING:
@@ -89,14 +90,23 @@ def _missing_layers(adapter: Adapter, acted_on: Collection[str], base: Collectio
     listed = [t for t in targets if "." not in t] if isinstance(targets, list | tuple) else []
     if any(config.get(f) for f in ("layers_to_transform", "exclude_modules")) or not listed:
         return ""
+    acted = {split_tensor(name)[0] for name in acted_on}
+    whole = [t for t in listed if not modules_matched(t, acted)]
+    whole = [t for t in whole if modules_matched(t, {split_tensor(name)[0] for name in base})]
+    if whole:
+        return (
+            f"target_modules in its config name {', '.join(whole)}, and it has no factors for any "
+            "such module; was it saved whole?"
+        )
     there = {_layer(name) for name in acted_on}
     modules = {split_tensor(n)[0]: n for n in base if _layer(n) in there and n not in acted_on}
     missing = sorted(m for t in listed for m in modules_matched(t, modules))
     if not missing:
         return ""
     return (
-        f"target_modules in its config name {len(missing)} more modules than it has factors for, "
-        f"such as {missing[0]}; was it saved whole? (layers_to_transform says which are meant)"
+        f"target_modules in its config name {counted(len(missing), 'more module')} than it has "
+        f"factors for, such as {missing[0]}; was it saved whole? (layers_to_transform says which "
+        "are meant)"
     )
 
 

@@ -77,6 +77,10 @@ class FittedBase(Checkpoint):
         """The source as it lies there."""
         return self.source.stored
 
+    def brings(self, name: str) -> bool:
+        """Whether a tensor is an adapter's."""
+        return self.made[name].adapter is not None
+
     def is_same(self, name: str) -> bool:
         """Whether a tensor is one of the source's, whatever its name."""
         each = self.made[name]

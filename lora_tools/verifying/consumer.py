@@ -285,6 +285,8 @@ def _targets(
         return
     plain = [m for m, key in modules.items() if ".lora_" in key and base.has(m)]
     plain = [m for m in plain if not _EXPERTS.search(m)]  # these are target_parameters
+    if given.config.get("ensure_weight_tying"):  # then the head's come with the embedding's
+        plain = [m for m in plain if m != base.names.tied]
     left = [modules[module] for module in plain if not _selected(given, module)]
     if left:
         what = "keys of modules that target_modules of its config does not select"
