@@ -7,14 +7,14 @@ travel along with what is made of the weights.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_tools.errors import CheckpointError, UnsafeInput
+from lora_tools.errors import UnsafeInput
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.dtypes import torch_dtype
+from lora_tools.formats.json_file import read_object
 from lora_tools.formats.pipelines import Pipeline
 from lora_tools.formats.quantized.packed import StoredFormat
 from lora_tools.formats.reopen import SmallFile
@@ -78,15 +78,7 @@ class Checkpoint(Shards):
     def _read_config(self) -> dict[str, Any]:
         path = self.path / "config.json"
         self._config_file = SmallFile.of(path)
-        if not (self.is_folder and path.is_file()):
-            return {}
-        try:
-            config = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path}: not JSON ({error})") from None
-        if not isinstance(config, dict):
-            raise CheckpointError(f"{path}: not a JSON object")
-        return config
+        return read_object(path) if self.is_folder and path.is_file() else {}
 
     @property
     def scheme(self) -> StoredFormat | None:
@@ -172,6 +164,31 @@ class Checkpoint(Shards):
             else:
                 travel.append(relative)
         return travel, left
+
+
+class View(Checkpoint):
+    """``source`` seen as something else: what a view does not say itself, the source says.
+
+    Nothing is read for it, not even config.json again.
+    """
+
+    def __init__(self, source: Checkpoint, files: Iterable[TensorFile]) -> None:
+        Shards.__init__(self, source.path, files)
+        self.source = source
+        self.is_folder, self.index_name = source.is_folder, source.index_name
+        self.config, self.notes, self.says = source.config, source.notes, source.says
+        self.pipeline, self.outside = source.pipeline, source.outside
+        self.replaced_files = source.replaced_files
+
+    @property
+    def scheme(self) -> StoredFormat | None:
+        """The source's."""
+        return self.source.scheme
+
+    @property
+    def stored(self) -> Checkpoint:
+        """The source as it lies there."""
+        return self.source.stored
 
 
 def with_theta(config: Mapping[str, Any]) -> dict[str, Any]:

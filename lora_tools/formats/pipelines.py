@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lora_tools.errors import CheckpointError
 from lora_tools.formats.digest import file_sha256
+from lora_tools.formats.json_file import read_object
 
 NAME = "modules.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
@@ -48,15 +48,7 @@ class Module:
     def config(self, name: str = "config.json") -> dict[str, Any]:
         """What a file of its folder sets. Raises CheckpointError."""
         path = self.folder / name
-        if not path.is_file():
-            return {}
-        try:
-            config = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path}: not JSON ({error})") from None
-        if not isinstance(config, dict):
-            raise CheckpointError(f"{path}: not a JSON object")
-        return config
+        return read_object(path) if path.is_file() else {}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_tools.formats.adapters.peft import Adapter
-from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.formats.checkpoint import Checkpoint, View
 from lora_tools.formats.dtypes import torch_dtype
-from lora_tools.formats.quantized.packed import StoredFormat
 from lora_tools.records import Fate, TensorSpec
 from lora_tools.sources.class_says import class_says
 
@@ -35,7 +34,7 @@ class Made:
     adapter: Adapter | None = None
 
 
-class FittedBase(Checkpoint):
+class FittedBase(View):
     """``source`` with the tensors ``made``: some renamed, cut, brought by an adapter, or left out.
 
     Attributes:
@@ -54,28 +53,18 @@ class FittedBase(Checkpoint):
         notes: tuple[str, ...],
         left_out: tuple[Fate, ...],
     ) -> None:
-        self.source, self.made = source, {each.spec.name: each for each in made}
-        self.aliases, self.replaced_files = aliases, replaced_files
-        self.notes, self.left_out = (*source.notes, *notes), left_out
+        self.made = {each.spec.name: each for each in made}
+        self.aliases, self.left_out = aliases, left_out
         homes = {name: i for i, file in enumerate(source.files) for name in file.specs}
         files = [_FittedFile(file.path, file.metadata, self) for file in source.files]
         for each in made:
             home = -1 if each.adapter is not None else homes[each.source]
             home = homes.get(each.spec.name, home)
             files[home].specs[each.spec.name] = each.spec
-        super().__init__(source.path, files, source.is_folder, source.index_name)
-        self.config, self.pipeline, self.outside = config, source.pipeline, source.outside
+        super().__init__(source, files)
+        self.config, self.replaced_files = config, replaced_files
+        self.notes = (*source.notes, *notes)
         self.says = functools.partial(class_says, config, self.specs)
-
-    @property
-    def scheme(self) -> StoredFormat | None:
-        """That of the source."""
-        return self.source.scheme
-
-    @property
-    def stored(self) -> Checkpoint:
-        """The source as it lies there."""
-        return self.source.stored
 
     def brings(self, name: str) -> bool:
         """Whether a tensor is an adapter's."""

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.formats.checkpoint import Checkpoint, View
 from lora_tools.formats.names import layout_name
-from lora_tools.formats.quantized.packed import StoredFormat
 from lora_tools.sources.class_says import in_memory
 from lora_tools.sources.transformers_names import Loaded, Piece, loaded, rows_of, why_unknown
 
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 _OF_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
-class LoadedView(Checkpoint):
+class LoadedView(View):
     """``source`` by names in memory. What is not loaded, or changed in ways that are not followed,
     keeps its name.
 
@@ -34,29 +33,17 @@ class LoadedView(Checkpoint):
     """
 
     def __init__(self, source: Checkpoint, how: Loaded) -> None:
-        self._source, self.how = source, how
+        self.how = how
         self.others = [t for t in how.tensors.values() if t.pieces[0].stored != t.spec.name]
         self._view = _LoadedFile(source, how)
-        super().__init__(source.path, [self._view], source.is_folder, source.index_name)
-        self.config, self.notes = source.config, source.notes
-        self.pipeline, self.outside = source.pipeline, source.outside
+        super().__init__(source, [self._view])
         says = in_memory(how)
         self.says = dataclasses.replace(says, layouts=_layouts(how, source.config))
-
-    @property
-    def scheme(self) -> StoredFormat | None:
-        """That of what is loaded."""
-        return self._source.scheme
-
-    @property
-    def stored(self) -> Checkpoint:
-        """What is loaded, as it lies there."""
-        return self._source.stored
 
     def decoded_bytes(self, name: str) -> int:
         """That of all it is made of."""
         stored = {piece.stored for piece in self._view.pieces(name)}
-        return sum(map(self._source.decoded_bytes, stored))
+        return sum(map(self.source.decoded_bytes, stored))
 
     def rows(self, name: str, matrix: tuple[int, int], start: int, stop: int) -> torch.Tensor:
         """Only what these rows are made of is read."""
@@ -68,7 +55,7 @@ class LoadedView(Checkpoint):
         for piece, part in zip(pieces, self._view.parts(name), strict=True):
             state.update(part)
             if len(pieces) > 1:
-                self._source.release(piece.stored)
+                self.source.release(piece.stored)
         return state.hexdigest()
 
     def digest(self, known: Mapping[str, str]) -> str:
@@ -76,11 +63,11 @@ class LoadedView(Checkpoint):
         mine = {}
         for name, value in known.items():
             pieces = self._view.pieces(name)
-            if len(pieces) == 1 and self._source.specs[pieces[0].stored].shape == (
+            if len(pieces) == 1 and self.source.specs[pieces[0].stored].shape == (
                 self.specs[name].shape
             ):
                 mine[pieces[0].stored] = value
-        return self._source.digest(mine)
+        return self.source.digest(mine)
 
 
 def loaded_view(source: Checkpoint) -> Checkpoint:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Generic
 
 from lora_tools.errors import NonFiniteError
-from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.formats.checkpoint import Checkpoint, View
 from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.formats.quantized.bitsandbytes import QuantizedTensor
 from lora_tools.formats.quantized.packed import PackedWeight
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class Dequantized(Checkpoint, Generic[P]):
+class Dequantized(View, Generic[P]):
     """``stored`` with its quantized weights in their own names, dtype and orientation.
 
     ``tensor`` of a quantized weight is float32, not yet rounded to the dtype that ``specs`` names,
@@ -31,16 +31,9 @@ class Dequantized(Checkpoint, Generic[P]):
     """
 
     def __init__(self, stored: Checkpoint, scheme: Scheme[P], quantized: Mapping[str, P]) -> None:
-        self._stored, self._scheme, self.quantized = stored, scheme, quantized
-        files = [_PlainFile(file, self) for file in stored.files]
-        super().__init__(stored.path, files, stored.is_folder, stored.index_name)
-        self.config, self.notes = scheme.plain_config(stored.config), stored.notes
-        self.pipeline = stored.pipeline
-
-    @property
-    def stored(self) -> Checkpoint:
-        """The checkpoint as it lies there."""
-        return self._stored
+        self._scheme, self.quantized = scheme, quantized
+        super().__init__(stored, [_PlainFile(file, self) for file in stored.files])
+        self.config = scheme.plain_config(stored.config)
 
     @property
     def scheme(self) -> Scheme[P]:

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.formats.checkpoint import Checkpoint, View
 from lora_tools.formats.pipelines import Pipeline
-from lora_tools.formats.quantized.packed import StoredFormat
 from lora_tools.formats.shards import Shards
 from lora_tools.formats.wrapped_names import Renamed
 from lora_tools.sources.checkpoints import open_checkpoint
@@ -51,7 +50,7 @@ def open_whole(source: str | Path, allow_pickle: bool = False) -> Checkpoint:
     return whole(open_checkpoint(source, allow_pickle), allow_pickle)
 
 
-class WholePipeline(Checkpoint):
+class WholePipeline(View):
     """``source``, and beside it the modules after the first.
 
     Attributes:
@@ -59,37 +58,23 @@ class WholePipeline(Checkpoint):
     """
 
     def __init__(self, source: Checkpoint, others: Shards) -> None:
-        self._source, self.others = source, others
-        super().__init__(source.path, [source, *others.files], source.is_folder, source.index_name)
-        self.config, self.notes, self.says = source.config, source.notes, source.says
-        self.pipeline, self.outside = source.pipeline, frozenset(others.specs)
-
-    @property
-    def scheme(self) -> StoredFormat | None:
-        """That of the source."""
-        return self._source.scheme
-
-    @property
-    def stored(self) -> Checkpoint:
-        """The source as it lies there."""
-        return self._source.stored
+        super().__init__(source, [source, *others.files])
+        self.others, self.outside = others, frozenset(others.specs)
 
     def decoded_bytes(self, name: str) -> int:
         """What the source takes for it."""
-        return 0 if name in self.outside else self._source.decoded_bytes(name)
+        return 0 if name in self.outside else self.source.decoded_bytes(name)
 
     def rows(self, name: str, matrix: tuple[int, int], start: int, stop: int) -> torch.Tensor:
         """Only these rows are read."""
         if name in self.outside:
             return super().rows(name, matrix, start, stop)
-        return self._source.rows(name, matrix, start, stop)
+        return self.source.rows(name, matrix, start, stop)
 
     def hash(self, name: str) -> str:
         """Hash of the tensor's bytes."""
-        return super().hash(name) if name in self.outside else self._source.hash(name)
+        return super().hash(name) if name in self.outside else self.source.hash(name)
 
     def digest(self, known: Mapping[str, str]) -> str:
         """That of the source."""
-        return self._source.digest(
-            {n: value for n, value in known.items() if n not in self.outside}
-        )
+        return self.source.digest({n: value for n, value in known.items() if n not in self.outside})

@@ -7,7 +7,6 @@ Every key of the file is classified; a key that is none of the known kinds is an
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from lora_tools.errors import AdapterError, UnsupportedAdapter
 from lora_tools.formats.adapters.target_parameters import TargetParameters
 from lora_tools.formats.adapters.unmergeable import refuse_unmergeable
 from lora_tools.formats.checkpoint import open_weights
+from lora_tools.formats.json_file import read_object
 from lora_tools.formats.names import split_tensor
 from lora_tools.formats.reopen import SmallFile
 from lora_tools.formats.shards import Shards, check_index, read_index, shards_named
@@ -321,14 +321,9 @@ class Adapter:
 def read_config(path: Path) -> dict[str, Any]:
     """An adapter_config.json. Raises AdapterError where it is absent or no JSON object."""
     try:
-        config = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{path}: not JSON ({error})") from None
+        return read_object(path, AdapterError)
     except FileNotFoundError:
         raise AdapterError(f"{path.parent}: no {path.name} there") from None
-    if not isinstance(config, dict):
-        raise AdapterError(f"{path}: not a JSON object")
-    return config
 
 
 def open_peft(source: str | Path, folder: Path, allow_pickle: bool = False) -> Adapter:
