@@ -38,7 +38,7 @@ def doubts(
     pipeline = base.pipeline if isinstance(base, Checkpoint) else None
     path = pipeline.root if pipeline is not None else base.path
     for each in weighted:
-        acted_on = [n for n, acting in parts.items() if any(p.weighted is each for p in acting)]
+        acted_on = {n for n, acting in parts.items() if any(p.weighted is each for p in acting)}
         found = (
             _idle(each.adapter),
             _other_base(each.adapter, path, base.config),
@@ -90,16 +90,15 @@ def _missing_layers(adapter: Adapter, acted_on: Collection[str], base: Collectio
     listed = [t for t in targets if "." not in t] if isinstance(targets, list | tuple) else []
     if any(config.get(f) for f in ("layers_to_transform", "exclude_modules")) or not listed:
         return ""
-    acted = {split_tensor(name)[0] for name in acted_on}
-    whole = [t for t in listed if not modules_matched(t, acted)]
-    whole = [t for t in whole if modules_matched(t, {split_tensor(name)[0] for name in base})]
+    acted, there = ({split_tensor(name)[0] for name in names} for names in (acted_on, base))
+    whole = [t for t in listed if modules_matched(t, there) and not modules_matched(t, acted)]
     if whole:
         return (
             f"target_modules in its config name {', '.join(whole)}, and it has no factors for any "
             "such module; was it saved whole?"
         )
-    there = {_layer(name) for name in acted_on}
-    modules = {split_tensor(n)[0]: n for n in base if _layer(n) in there and n not in acted_on}
+    layers = {_layer(name) for name in acted_on}
+    modules = {split_tensor(n)[0]: n for n in base if _layer(n) in layers and n not in acted_on}
     missing = sorted(m for t in listed for m in modules_matched(t, modules))
     if not missing:
         return ""

@@ -10,6 +10,8 @@ is said here is what it does. Written against transformers 5.23; PEFT uses the s
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import re
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
@@ -17,6 +19,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from lora_tools.calibration import quietly
+from lora_tools.formats.names import class_name
 from lora_tools.records import TensorSpec
 from lora_tools.sources.model_facts import ModelFacts, facts_of
 
@@ -158,17 +161,17 @@ def look(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> tuple[Lo
 
 def model_of(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> tuple[Any | None, str]:
     """The model of a checkpoint with these tensors on the meta device; or None, and why not."""
-    names = config.get("architectures")
-    if not (isinstance(names, list) and names):
+    name = class_name(config)
+    if not name:
         return None, "config.json names no class"
     if find_spec("transformers") is None:
         return None, "transformers is not installed"
     if _most_layers(config) > max(len(specs), 1000):
         return None, "config.json claims more layers than there are tensors"
     try:
-        return weightless(str(names[0]), config), ""
+        return weightless(name, config), ""
     except Exception as error:  # an older transformers, a class that it does not know, …
-        return None, f"transformers cannot make a {names[0]} ({_said(error)})"
+        return None, f"transformers cannot make a {name} ({_said(error)})"
 
 
 def _said(error: Exception) -> str:
@@ -204,7 +207,13 @@ def renamed(model: Any, names: Iterable[str]) -> dict[str, str]:
 
 
 def weightless(name: str, config: Mapping[str, Any]) -> Any:
-    """A model on the meta device. Raises what transformers does, TypeError where it is no model."""
+    """A model on the meta device, not to be changed. Raises what transformers does, TypeError where
+    it is no model."""
+    return _weightless(name, json.dumps(config, default=str))
+
+
+@functools.lru_cache(maxsize=2)  # as it is, and as an adapter makes it: each is asked several times
+def _weightless(name: str, config: str) -> Any:
     import torch
     import transformers
     import transformers.conversion_mapping
@@ -214,9 +223,10 @@ def weightless(name: str, config: Mapping[str, Any]) -> Any:
         kind = getattr(transformers, name)
         if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
             raise TypeError(f"{name} is no model of transformers")
-        config_class = CONFIG_MAPPING[config["model_type"]]
+        settings = json.loads(config)
+        config_class = CONFIG_MAPPING[settings["model_type"]]
         # Infinity is {"__float__": "Infinity"} in a file.
-        decoded = getattr(config_class, "_decode_special_floats", dict)(dict(config))
+        decoded = getattr(config_class, "_decode_special_floats", dict)(settings)
         return kind(config_class.from_dict(decoded))
 
 
