@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+import lora_tools
 from lora_tools.formats.digest import file_sha256
 
 # Options of an export of the checkpoints below that starts neither transformers nor ONNX Runtime.
@@ -67,6 +68,15 @@ def checkpoint(folder: Path, tensors: Mapping[str, torch.Tensor], shards: int = 
         mine = {k: v for k, v in tensors.items() if weight_map[k] == file}
         save_file(mine, folder / file, {"format": "pt"})
     write_index(folder, weight_map)
+    return folder
+
+
+def extracted(folder: Path) -> Path:
+    """``base`` and ``tuned`` in a folder, of one layer; ``adapter``, extracted of them."""
+    base = weights(layers=1)
+    checkpoint(folder / "base", base)
+    checkpoint(folder / "tuned", moved(base))
+    lora_tools.extract(folder / "base", folder / "tuned", folder / "adapter", rank=1)
     return folder
 
 

@@ -79,6 +79,14 @@ def perturb(model: torch.nn.Module, size: float, seed: int, only: str = "") -> N
                 parameter += size * torch.randn(parameter.shape, generator=noise)
 
 
+def noisy(make: Callable[[], Any], folder: Path) -> Path:
+    """A model with noise on every parameter, the same each time, saved to a folder."""
+    torch.manual_seed(0)
+    model = make()
+    perturb(model, 0.1, 1)
+    return save(model, folder)
+
+
 def save(model: torch.nn.Module, folder: Path, **options: Any) -> Path:
     """``save_pretrained``, with the folder returned."""
     model.save_pretrained(folder, **options)  # type: ignore[operator]

@@ -67,13 +67,7 @@ TARGETS = ["q_proj", "query", "c_attn"]
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("bases")
-    made = {}
-    for name, make in BASES.items():
-        torch.manual_seed(0)
-        model = make()
-        models.perturb(model, 0.1, 1)
-        made[name] = models.save(model, root / name)
-    return made
+    return {name: models.noisy(make, root / name) for name, make in BASES.items()}
 
 
 def with_head(base: Path, task: str, **options: Any) -> transformers.PreTrainedModel:

@@ -28,7 +28,7 @@ from lora_tools.sources.as_loaded import LoadedView
 from lora_tools.sources.checkpoints import open_checkpoint
 from lora_tools.sources.schemes import Scheme
 from lora_tools.sources.transformers_names import Loaded, LoadedTensor, Piece
-from tests.iotools import adapter, checkpoint, graph, linear_shapes, moved, tree, weights
+from tests.iotools import adapter, checkpoint, extracted, graph, linear_shapes, moved, tree, weights
 
 F8 = torch.float8_e4m3fn
 Q = "model.layers.0.q_proj.weight"
@@ -207,10 +207,7 @@ def make(kind: str, folder: Path, tensors: Tensors) -> Path:
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``base`` and ``tuned``, plain; ``adapter``, extracted of them; ``text``."""
     folder = tmp_path_factory.mktemp("plain")
-    base = weights(layers=1)
-    checkpoint(folder / "base", base)
-    checkpoint(folder / "tuned", moved(base))
-    lora_tools.extract(folder / "base", folder / "tuned", folder / "adapter", rank=1)
+    extracted(folder)
     (folder / "text").write_text("some words")
     return folder
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import lora_tools
 from lora_tools.errors import MismatchError
-from tests.iotools import checkpoint, moved, weights
+from tests.iotools import checkpoint, extracted, moved, weights
 
 UP = "model.layers.0.up_proj"
 Tensors = dict[str, torch.Tensor]
@@ -27,12 +27,7 @@ OTHERWISE: dict[str, Callable[[torch.Tensor], Tensors]] = {
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("plain")
-    base = weights(layers=1)
-    checkpoint(folder / "base", base)
-    checkpoint(folder / "tuned", moved(base))
-    lora_tools.extract(folder / "base", folder / "tuned", folder / "adapter", rank=1)
-    return folder
+    return extracted(tmp_path_factory.mktemp("plain"))
 
 
 def stored(to: Path, how: str, tensors: Tensors) -> Path:

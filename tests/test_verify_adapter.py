@@ -15,7 +15,7 @@ import lora_tools
 from lora_tools.cli import run
 from lora_tools.errors import MismatchError
 from lora_tools.records import Fate
-from tests.iotools import checkpoint, moved, weights
+from tests.iotools import checkpoint, extracted, moved, weights
 
 UP = "model.layers.0.up_proj.weight"
 Tensors = Mapping[str, torch.Tensor]
@@ -23,12 +23,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pair")
-    base = weights(layers=1)
-    checkpoint(folder / "base", base)
-    checkpoint(folder / "tuned", moved(base))
-    lora_tools.extract(folder / "base", folder / "tuned", folder / "adapter", rank=1)
-    return folder
+    return extracted(tmp_path_factory.mktemp("pair"))
 
 
 def fates(report: lora_tools.Report) -> dict[str, Fate]:

@@ -84,12 +84,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "bert": _bert,
         "bart": _bart,
     }
-    for name, make in made.items():
-        torch.manual_seed(0)
-        model = make()
-        models.perturb(model, 0.1, 1)
-        kinds[name] = models.save(model, root / name)
-    return kinds
+    return kinds | {name: models.noisy(make, root / name) for name, make in made.items()}
 
 
 def resized(base: Path, rows: int) -> transformers.PreTrainedModel:
