@@ -11,7 +11,7 @@ from lora_tools.adapting.convert_module import strength_of
 from lora_tools.errors import UnsupportedAdapter
 from lora_tools.formats.adapters.outline import Made
 from lora_tools.formats.adapters.peft import LoraModule
-from lora_tools.formats.adapters.reformed import NewModule
+from lora_tools.formats.adapters.reformed import NewModule, renamed
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.expert_names import ExpertName, Experts, expert_name
 from lora_tools.linalg.scaling import scaling
@@ -81,12 +81,9 @@ def _zeros(layer: Layer, shape: tuple[int, int]) -> Made:
 
 
 def _as_it_is(layer: Layer, module: LoraModule, name: str) -> NewModule:
-    specs = layer.weighted.adapter.file.specs
-    keys = {"lora_A.weight": module.A, "lora_B.weight": module.B}
     if module.bias or module.magnitude:
         raise layer.refuse("has DoRA or lora_bias")
-    parts = {part: Made(specs[key], (key,)) for part, key in keys.items()}
-    return NewModule(name, parts, module.r, module.alpha)
+    return renamed(layer.weighted.adapter, module, name)
 
 
 def _cut(layer: Layer, module: LoraModule, share: Share) -> NewModule:

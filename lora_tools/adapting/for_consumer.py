@@ -5,9 +5,8 @@ from __future__ import annotations
 
 from lora_tools.adapting.expert_layers import Layer, all_in_one, one_by_one
 from lora_tools.formats.adapters.consumers import Consumer
-from lora_tools.formats.adapters.outline import Made
 from lora_tools.formats.adapters.peft import Adapter, LoraModule
-from lora_tools.formats.adapters.reformed import NewModule, Reformed
+from lora_tools.formats.adapters.reformed import NewModule, Reformed, renamed
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.expert_names import expert_name
 from lora_tools.formats.names import split_tensor
@@ -90,14 +89,3 @@ def _layers(weighted: Weighted, base: Checkpoint) -> dict[str, Layer]:
         for layer, modules in mine.items()
         if layer in found
     }
-
-
-def renamed(given: Adapter, module: LoraModule, name: str) -> NewModule:
-    """The module as it is, by another name."""
-    keys = {"lora_B.bias": module.bias, "lora_magnitude_vector": module.magnitude}
-    if module.form == "embedding":
-        keys |= {"lora_embedding_A": module.A, "lora_embedding_B": module.B}
-    else:
-        keys |= {"lora_A.weight": module.A, "lora_B.weight": module.B}
-    parts = {part: Made(given.file.specs[key], (key,)) for part, key in keys.items() if key}
-    return NewModule(name, parts, module.r, module.alpha)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_tools.formats.adapters.outline import Compute, Made, View
-from lora_tools.formats.adapters.peft import PREFIX, Adapter
+from lora_tools.formats.adapters.peft import PREFIX, Adapter, LoraModule
 from lora_tools.records import TensorSpec
 
 
@@ -38,6 +38,17 @@ class NewModule:
     def prefix(self) -> str:
         """How its keys begin."""
         return f"{PREFIX}{self.name}{'.base_layer' * self.depth}"
+
+
+def renamed(given: Adapter, module: LoraModule, name: str) -> NewModule:
+    """The module as it is, by another name."""
+    keys = {"lora_B.bias": module.bias, "lora_magnitude_vector": module.magnitude}
+    if module.form == "embedding":
+        keys |= {"lora_embedding_A": module.A, "lora_embedding_B": module.B}
+    else:
+        keys |= {"lora_A.weight": module.A, "lora_B.weight": module.B}
+    parts = {part: Made(given.file.specs[key], (key,)) for part, key in keys.items() if key}
+    return NewModule(name, parts, module.r, module.alpha)
 
 
 class Reformed(Adapter):
