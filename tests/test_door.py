@@ -26,7 +26,7 @@ from lora_tools.records import TensorSpec
 from lora_tools.sources import schemes
 from lora_tools.sources.as_loaded import LoadedView
 from lora_tools.sources.checkpoints import open_checkpoint
-from lora_tools.sources.schemes import Scheme
+from lora_tools.sources.schemes.row import Scheme
 from lora_tools.sources.transformers_names import Loaded, LoadedTensor, Piece
 from tests.iotools import adapter, checkpoint, extracted, graph, linear_shapes, moved, tree, weights
 

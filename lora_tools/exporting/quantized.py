@@ -16,7 +16,7 @@ from lora_tools.onnx.schemes import AFFINE, NF4, SCHEMES
 from lora_tools.onnx.tasks import DECODER, Task
 from lora_tools.options.parse import read_text
 from lora_tools.records import Action, Fate, Input, Report
-from lora_tools.sources.schemes import BITSANDBYTES
+from lora_tools.sources.schemes.bitsandbytes import BITSANDBYTES
 from lora_tools.totals import ExportTotals
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def plan_quantization(
     if len(chosen) > 1:
         raise UsageError(f"{' and '.join(f'--{name}' for name in chosen)} exclude each other")
     scheme = chosen[0] if chosen else None
-    stored = source.scheme is BITSANDBYTES
+    stored = source.scheme == BITSANDBYTES
     if stored and scheme != NF4:
         raise UsageError(
             f"{source.path}: its weights are in four bits; pass --nf4, or make them plain with "

@@ -1,4 +1,5 @@
-"""How large a random matrix is whose entries have unequal variances."""
+"""What rounding adds: how large its errors are, and a random matrix of entries of unequal
+variances."""
 
 from __future__ import annotations
 
@@ -20,6 +21,20 @@ def magnitude_(x: torch.Tensor, least: float) -> torch.Tensor:
     # The exponent's bits alone are that power.
     x.view(bits).bitwise_and_(torch.tensor(torch.inf, dtype=x.dtype).view(bits))
     return x.clamp_(min=least)
+
+
+def rounding_errors(values: torch.Tensor) -> torch.Tensor:
+    """The mean square of what rounding to each of these values costs, (n,) float64.
+
+    A number that came to a value is taken to have lain anywhere between the midpoints to its
+    neighbours alike; beyond an end, as far as towards the other side.
+
+    Args:
+        values: (n,) what codes stand for, ascending, n > 1.
+    """
+    gaps = values.double().diff() / 2
+    below, above = torch.cat([gaps[:1], gaps]), torch.cat([gaps, gaps[-1:]])
+    return (below**3 + above**3) / (3 * (below + above))
 
 
 def edge(rows: torch.Tensor, cols: torch.Tensor) -> float:

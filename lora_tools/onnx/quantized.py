@@ -34,7 +34,7 @@ from lora_tools.onnx.schemes import AFFINE, NF4, Affine
 from lora_tools.onnx.weights import Place, places
 from lora_tools.records import TensorSpec
 from lora_tools.sources.dequantized import stored_parts
-from lora_tools.sources.schemes import four_bit_scales
+from lora_tools.sources.schemes.bitsandbytes import four_bit_scales
 
 # The operator's numbers for the codebooks that it knows.
 BNB4_TYPES = {"fp4": 0, "nf4": 1}

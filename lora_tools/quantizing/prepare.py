@@ -29,7 +29,7 @@ from lora_tools.quantizing.plan import FourBitForm, QuantizePlan, plan_quantize
 from lora_tools.records import Action, Fate
 from lora_tools.sources.checkpoints import open_checkpoint
 from lora_tools.sources.dequantized import Dequantized
-from lora_tools.sources.schemes import BITSANDBYTES
+from lora_tools.sources.schemes.bitsandbytes import BITSANDBYTES
 from lora_tools.sources.weighted import open_weighted
 
 
@@ -50,7 +50,7 @@ def prepare_quantize(
     """
     chosen = name_filter(tensors.include, tensors.exclude)
     base = open_checkpoint(checkpoint, running.allow_pickle)
-    if base.scheme is BITSANDBYTES:
+    if base.scheme == BITSANDBYTES:
         raise CheckpointError(
             f"{base.path}: quantized already, in {base.scheme.title}; make it plain with "
             "`loratools dequantize` first"

@@ -27,7 +27,7 @@ from lora_tools.quantizing.plan import Item, QuantizePlan
 from lora_tools.quantizing.tensor import QuantizedItem, merged_for
 from lora_tools.records import Action, Fate, Report, TensorSpec
 from lora_tools.sources.dequantized import Dequantized, FourBits
-from lora_tools.sources.schemes import BITSANDBYTES
+from lora_tools.sources.schemes.bitsandbytes import BITSANDBYTES
 from lora_tools.totals import MergeTotals
 
 if TYPE_CHECKING:
@@ -59,12 +59,12 @@ def prepare_requantize(
         UsageError: the base is not in four bits, or should be given back by a sidecar.
     """
     view = planned.source
-    if isinstance(view, FittedBase) and view.scheme is BITSANDBYTES:
+    if isinstance(view, FittedBase) and view.scheme == BITSANDBYTES:
         raise UsageError(
             "--requantize keeps the tensors of BASE, and the adapter brings another vocabulary or "
             "head: `loratools dequantize` it, merge, and quantize again"
         )
-    if not (isinstance(view, Dequantized) and view.scheme is BITSANDBYTES):
+    if not (isinstance(view, Dequantized) and view.scheme == BITSANDBYTES):
         raise UsageError("--requantize needs a BASE in four bits (bitsandbytes)")
     if reversible:
         refuse_quantized_undo(view)

@@ -14,7 +14,7 @@ from lora_tools.formats.quantized.bitsandbytes import QuantizedTensor
 from lora_tools.formats.quantized.packed import PackedWeight
 from lora_tools.formats.tensor_file import TensorFile
 from lora_tools.records import TensorSpec
-from lora_tools.sources.schemes import P, Scheme
+from lora_tools.sources.schemes.row import P, Scheme
 
 if TYPE_CHECKING:
     import torch

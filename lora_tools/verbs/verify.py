@@ -15,7 +15,7 @@ from lora_tools.records import Report
 from lora_tools.sources.checkpoints import open_checkpoint
 from lora_tools.sources.dequantized import Dequantized
 from lora_tools.sources.pipelines import open_whole
-from lora_tools.sources.schemes import BITSANDBYTES
+from lora_tools.sources.schemes.bitsandbytes import BITSANDBYTES
 from lora_tools.sources.weighted import Weighted, open_weighted
 from lora_tools.totals import VerifyTotals
 from lora_tools.verbs.frame import Call, Look, verb
@@ -111,7 +111,7 @@ def _checkpoint(
         if merged.scheme is not None:
             instead = (
                 "give --against instead of --base"
-                if merged.scheme is BITSANDBYTES
+                if merged.scheme == BITSANDBYTES
                 else "what it was rounded from is not known; compare what `loratools dequantize` "
                 "makes of it"
             )
@@ -164,7 +164,7 @@ def _against(
             raise UsageError("--max-error is for four bits; an ONNX model has --atol and --rtol")
         return verify_onnx(graphs, source, weighted, run, allow_pickle, jobs, progress)
     view = open_checkpoint(path, allow_pickle)
-    if not (isinstance(view, Dequantized) and view.scheme is BITSANDBYTES):
+    if not (isinstance(view, Dequantized) and view.scheme == BITSANDBYTES):
         raise UsageError(
             f"{path}: is neither in four bits nor an ONNX model; give --base and --adapter for a "
             "merged checkpoint"

@@ -16,7 +16,7 @@ from lora_tools.quantizing.plan import Item
 from lora_tools.quantizing.tensor import QuantizeItem, merged_for
 from lora_tools.records import Action, Fate, TensorResult
 from lora_tools.sources.dequantized import Dequantized, FourBits
-from lora_tools.sources.schemes import BITSANDBYTES, four_bit_scales
+from lora_tools.sources.schemes.bitsandbytes import BITSANDBYTES, four_bit_scales
 from lora_tools.verifying.findings import NEAR, times
 from lora_tools.verifying.merged import check_tensor
 
@@ -133,7 +133,7 @@ class _Comparison:
         """Of a four-bit base: codes that no adapter acts on stay as they are."""
         if self.item.target.parts or not isinstance(self.source, Dequantized):
             return False
-        if self.source.scheme is not BITSANDBYTES:
+        if self.source.scheme != BITSANDBYTES:
             return False
         theirs = self.source.quantized.get(self.item.target.base_name)
         mine, other = self.view.stored, self.source.stored

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
+from lora_tools.formats.dtypes import FLOAT_NAMES, parse_float_dtype
 from lora_tools.records import TensorSpec
 
 
@@ -38,3 +40,29 @@ class StoredFormat(Protocol):
     @property
     def files(self) -> tuple[str, ...]:
         """Small files that say something of it, and do not go with plain numbers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """A ``PackedWeight`` of which nothing more need be known; others add fields to it.
+
+    Attributes:
+        specs: the stored tensors by what they are of it; the first lies where the weight would, and
+            what is of no use to its numbers (scales of activations) comes last.
+    """
+
+    plain: TensorSpec
+    specs: Mapping[str, TensorSpec]
+    label: str
+
+
+def plain_dtype(config: Mapping[str, Any]) -> str:
+    """The dtype of a plain copy of a quantized checkpoint, by safetensors' name: what config.json
+    says (``dtype``, ``torch_dtype``, of the model or of its text), and BF16 where it says none."""
+    text = config.get("text_config")
+    for said in (config, text if isinstance(text, Mapping) else {}):
+        for key in ("dtype", "torch_dtype"):
+            name = str(said.get(key)).removeprefix("torch.")
+            if name in FLOAT_NAMES:
+                return parse_float_dtype(name)
+    return "BF16"

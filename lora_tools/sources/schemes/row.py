@@ -1,0 +1,80 @@
+"""What a row of the table of stored number formats says."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.formats.quantized.packed import PackedWeight
+from lora_tools.formats.quantized.signs import without_entries
+from lora_tools.records import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+P = TypeVar("P", bound=PackedWeight)
+Parts = Mapping[str, "torch.Tensor"]
+
+
+def facts(weights: Mapping[str, PackedWeight]) -> dict[str, Any]:
+    """How many weights, of which kinds, read back in which dtypes, and their size."""
+    numbers = sum(weight.plain.numel for weight in weights.values())
+    nbytes = sum(spec.nbytes for weight in weights.values() for spec in weight.specs.values())
+    return {
+        "weights": len(weights),
+        "schemes": dict(Counter(weight.label for weight in weights.values())),
+        "dtypes": dict(Counter(weight.plain.dtype for weight in weights.values())),
+        "numbers": numbers,
+        "bits_per_parameter": 8 * nbytes / max(numbers, 1),
+    }
+
+
+def no_faults(
+    config: Mapping[str, Any], specs: Mapping[str, TensorSpec], weights: Mapping[str, PackedWeight]
+) -> Sequence[str]:
+    """Nothing keeps the format's library from loading them, as far as is known."""
+    return ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme(Generic[P]):
+    """A stored number format. What is called here are functions of modules, so that a row can be
+    pickled.
+
+    Attributes:
+        name: a short one.
+        title: as people call it, after "a checkpoint in".
+        find: its weights in a checkpoint as it is stored, by the plain ones' names; none where it
+            is not in this format. Reads headers, and what is as small. Raises CheckpointError for
+            one that is broken.
+        decode: (weight, its stored tensors, out, first): fills ``out`` (n, cols), of any float
+            dtype, with rows [first, first + n) of the plain weight as a matrix of its last
+            dimension (of a vector: cols is 1), computed in float32 and rounded once.
+        facts: what ``inspect`` tells of such weights: what ``facts`` here does, at least.
+        faults: (config.json, stored tensors, weights): what keeps the format's own library from
+            loading them, in sentences.
+        encode: (weight, x): what is stored of the weight for the numbers x, float32 of its plain
+            shape, by the names of its parts, each of the dtype and shape that ``specs`` gives; None
+            where this tool does not write the format. Raises NonFiniteError.
+        rounding: (weight, its stored tensors): the square of the Frobenius norm that rounding to
+            the format is expected to have cost, by the distances of the numbers that it holds near
+            each code (``linalg.noise.rounding_errors``); None where that is not known.
+        plain_config: config.json without what it says of the format.
+        files: small files that say something of the format, and do not go with plain numbers.
+    """
+
+    name: str
+    title: str
+    find: Callable[[Checkpoint], Mapping[str, P]]
+    decode: Callable[[P, Parts, torch.Tensor, int], None]
+    facts: Callable[[Mapping[str, P]], dict[str, Any]] = facts
+    faults: Callable[
+        [Mapping[str, Any], Mapping[str, TensorSpec], Mapping[str, P]], Sequence[str]
+    ] = no_faults
+    encode: Callable[[P, torch.Tensor], dict[str, torch.Tensor]] | None = None
+    rounding: Callable[[P, Parts], float] | None = None
+    plain_config: Callable[[Mapping[str, Any]], dict[str, Any]] = without_entries
+    files: tuple[str, ...] = ()
