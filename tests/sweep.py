@@ -27,6 +27,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 import lora_tools
 from lora_tools.errors import LoraToolsError
+from tests import plain_bitsandbytes  # noqa: F401 - on every machine the same
 
 from . import models
 from .sweep_models import ALL
@@ -314,7 +315,6 @@ def _four_bit_outputs(model: Any) -> torch.Tensor:
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.compute_dtype = torch.float32
-            module.support_avx512bf16_for_cpu = False  # its kernels want wider layers
     return outputs(model)
 
 

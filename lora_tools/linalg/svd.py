@@ -327,9 +327,10 @@ def _top_eigh(G: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
 def _krylov(A: torch.Tensor, wanted: Wanted, tolerance: float, seed: int) -> TruncatedSVD | None:
     """Randomized block Krylov iteration; None where it would cost more than an exact method.
 
-    Q (m, k) is an orthonormal basis of [AΩ, (AAᵀ)AΩ, …], Z = AᵀQ. Products with A are made in A's
-    dtype, the rest in float32, the small k × k problem in float64. Products are scaled by a power
-    of two to be near 1, whatever the size of A: float32 would not hold the squares of 1e-25.
+    Q (m, k) is an orthonormal basis of [AΩ, (AAᵀ)AΩ, …], Z = AᵀQ / ‖A‖. Products
+    with A are made in A's dtype, the rest in float32, the small k × k problem in float64. All are
+    scaled by a power of two to be near 1, whatever the size of A: float32 would not hold the
+    squares of 1e-25, nor of 1e25.
     """
     m, n = A.shape
     block = min(_BLOCK, m)
@@ -389,16 +390,16 @@ def _krylov(A: torch.Tensor, wanted: Wanted, tolerance: float, seed: int) -> Tru
             return None
         # Once more after normalising: what is left may have lost its digits to the first time.
         Y = torch.linalg.qr(project_out(Y, Q.all)).Q
-        X = (Y.T.to(A.dtype) @ A).float().T
-        near_1 = X * unit * unit
+        X = (Y.T.to(A.dtype) @ A).float().T * unit
+        near_1 = X * unit
         Q.append(Y)
         Z.append(X)
-        cross = (Z.all.T @ X.to(wide)).double().cpu()
+        cross = (Z.all.T @ X.to(wide)).double().cpu() / unit / unit
         T = torch.cat((torch.cat((T, cross[:-block]), 1), cross.T), 0)
     S = values[:rank].sqrt()
     W = W[:, :rank].to(A.device)
     U = Q.all @ W.float()
-    Vh = (Z.all @ (W / S.to(A.device)).to(wide)).T.float()
+    Vh = (Z.all @ (W / (S * unit).to(A.device)).to(wide)).T.float()
     gain = min(gain, max(wanted.total - captured, 0.0))
     # Values beyond the rank have not converged: they are no part of what is known, but for the one
     # by which a rule that counts has decided.
