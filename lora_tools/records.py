@@ -131,6 +131,9 @@ class ModuleResult:
         method: how the factorisation was found ("krylov", "gram", "dense", "resize").
         weighted_error: ‖(Δ − s·B·A)R^½‖_F / ‖ΔR^½‖_F of the factors as written, R the second
             moment of the module's inputs; NaN where no activations were given.
+        quantization_noise: E‖E‖²_F / ‖Δ‖²_F, E being what rounding to a stored number format of few
+            bits is expected to have put into Δ; NaN where the format does not tell, 0 where both
+            sides are plain.
     """
 
     module: str
@@ -144,6 +147,7 @@ class ModuleResult:
     relative_change: float
     method: str
     weighted_error: float = math.nan
+    quantization_noise: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -102,6 +102,7 @@ class ExtractTotals(ErrorTotals, LeftOutTotals, total=False):
     parameters_replaced: int
     bytes: int
     expected_bytes_at_most: int
+    quantization_noise: float
 
 
 class MergeTotals(SurvivalTotals, total=False):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -400,15 +401,44 @@ def test_four_bits_on_either_side_of_extract(
         torch.testing.assert_close(mine[key], tensor, atol=1e-5, rtol=1e-4)
     stored = [open_checkpoint(path, decoded=False).digest({}) for path in given.values()]
     assert [i.digest for i in done.inputs[:2]] == stored
-    notes = [note for note in done.notes if note.endswith("seen as what it dequantizes to")]
+    notes = [note for note in done.notes if note.endswith("seen as the numbers it stands for")]
     assert len(notes) == len(sides.split(" and "))
 
 
-def test_the_noise_of_four_bits_is_not_that_of_rounding(
-    four: Path, plain: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(UsageError, match="quantized, and noise_floor=True"):
-        lora_tools.extract(four / "base", plain / "tuned", tmp_path / "a", noise_floor=True)
+def test_no_rank_is_spent_on_the_noise_of_codes(tmp_path: Path) -> None:
+    """What four bits cost is foretold by the codes; of rank four are found four directions."""
+    noise = torch.Generator().manual_seed(0)
+    plain = {Q: torch.randn(320, 256, generator=noise) * 0.02}
+    planted = torch.randn(320, 4, generator=noise) @ torch.randn(4, 256, generator=noise)
+    base = checkpoint(tmp_path / "plain", plain)
+    tuned = checkpoint(tmp_path / "tuned", {Q: plain[Q] + planted * 2e-3})
+    same = {"blocksize": 64, "double_quant": False, "quant_type": "fp4"}
+    for name, options in (("nf4", {}), ("fp4", same)):
+        report = lora_tools.quantize(base, tmp_path / name, **options)
+        lost = (report.tensors[0].relative_error * report.tensors[0].norm) ** 2
+        pair = tmp_path / name, tuned
+        done = lora_tools.extract(*pair, tmp_path / f"a-{name}", noise_floor=True)
+        [module] = done.modules
+        assert module.rank == 4
+        said = module.quantization_noise * module.delta_norm**2
+        assert said == pytest.approx(lost, rel=0.1)
+        assert done.totals["quantization_noise"] == pytest.approx(module.quantization_noise)
+        assert done.notes[-1].startswith(f"{module.quantization_noise:.1%} of the change's energy")
+        assert lora_tools.diff(*pair).spectra[0].rank == 4
+    with pytest.raises(UsageError, match="whose rounding gavish_donoho=True does not know"):
+        lora_tools.extract(*pair, tmp_path / "a", gavish_donoho=True)
+
+
+def test_a_scheme_that_tells_no_noise(stepped: dict[str, Path], tmp_path: Path) -> None:
+    pair = stepped["base"], stepped["tuned"]
+    done = lora_tools.extract(*pair, tmp_path / "a", rank=1)
+    assert all(math.isnan(module.quantization_noise) for module in done.modules)
+    assert math.isnan(done.totals["quantization_noise"])
+    assert not any("energy is what rounding" in note for note in done.notes)
+    with pytest.raises(UsageError, match="whose rounding noise_floor=True does not know"):
+        lora_tools.extract(*pair, tmp_path / "b", noise_floor=True)
+    [first, *_] = lora_tools.diff(*pair).notes
+    assert first.endswith("and its noise floor is not known")
 
 
 def test_a_quantized_tensor_saved_whole_is_rounded(four: Path, plain: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from lora_tools.extracting.decompose import Decomposition, Sides
 from lora_tools.extracting.pair_work import Outcome, digests_of
 from lora_tools.extracting.pairs import Plan
 from lora_tools.extracting.saved_whole import complete_saved
-from lora_tools.extracting.totals import extract_totals, uncovered
+from lora_tools.extracting.totals import extract_totals, noise_note, uncovered
 from lora_tools.formats.adapters.consumers import Consumer
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.names import EMBEDDING, task_type
@@ -88,6 +88,8 @@ def extract_adapter(
     place = {pair: i for i, pair in enumerate(plan.pairs)}
     outcomes.sort(key=lambda outcome: place[outcome.pair])
     modules = tuple(o.result for o in outcomes if o.result is not None)
+    totals = extract_totals(outcomes, folder)
+    notes += noise_note(totals, sides)
     return Report(
         "extract",
         tool_version(),
@@ -102,7 +104,7 @@ def extract_adapter(
             *plan.settled,
         ),
         modules,
-        extract_totals(outcomes, folder),
+        totals,
         tuple(notes),
         command=command,
     )

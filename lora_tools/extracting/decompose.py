@@ -67,13 +67,14 @@ class Decomposition:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """One region's decomposition with what is known of it: ‖Δ‖²_F and ‖W_base‖²_F; no ``svd`` where
-    nothing changed. Where activations weigh it, the decomposition's own total is that of the
-    weighted delta."""
+    """One region's decomposition with what is known of it: ‖Δ‖²_F, ‖W_base‖²_F, and what both
+    sides are expected to have lost by being stored in few bits; no ``svd`` where nothing changed.
+    Where activations weigh it, the decomposition's own total is that of the weighted delta."""
 
     svd: TruncatedSVD | None
     total: float
     base: float
+    quantization: float = 0.0
 
     @property
     def rank(self) -> int:
@@ -88,6 +89,7 @@ class Found:
         facts: dict[str, Any] = {
             "total": self.total,
             "base": self.base,
+            "quantization": self.quantization,
             "gain": self.svd.gain,
             "weighted": self.svd.total,
             "method": self.svd.method,
@@ -120,7 +122,7 @@ def restore(stored: StoredSpectrum) -> Found:
         facts["method"],
         known,
     )
-    return Found(svd, facts["total"], facts["base"])
+    return Found(svd, facts["total"], facts["base"], facts.get("quantization", 0.0))
 
 
 def regions_of(pair: Pair) -> tuple[Region, ...]:
@@ -212,25 +214,38 @@ def find(
     Raises:
         NonFiniteError: one side holds an inf or a NaN.
     """
+    noise = quantization_noise(pair, sides) / max(pair.spec.numel, 1)
     return [
-        _find(pair, delta_of(pair, sides, at), options, buffers, half) for at in regions_of(pair)
+        _find(pair, delta_of(pair, sides, at), options, buffers, half, noise * at.rows * at.cols)
+        for at in regions_of(pair)
     ]
 
 
+def quantization_noise(pair: Pair, sides: Sides) -> float:
+    """E‖E‖²_F of what both sides lost by being stored in few bits; NaN where that is not known."""
+    both = zip(sides, (pair.base, pair.tuned), strict=True)
+    return math.fsum(side.quantization_noise(spec.name) for side, spec in both if spec is not None)
+
+
 def _find(
-    pair: Pair, delta: Delta, options: Decomposition, buffers: Buffers, half: torch.dtype | None
+    pair: Pair,
+    delta: Delta,
+    options: Decomposition,
+    buffers: Buffers,
+    half: torch.dtype | None,
+    quantization: float,
 ) -> Found:
     from lora_tools.linalg.svd import sketched, sum_of_squares, truncated
 
     weighting = weighting_of(pair, options)
     with buffers.lend(delta.shape, half or delta.dtype) as buffer:
-        energies = delta.fill(buffer, options.measured)
+        energies = delta.fill(buffer, options.measured, quantization)
         total = energies.delta
         if not math.isfinite(total):
             side = "tuned" if math.isfinite(energies.base) else "base"
             raise NonFiniteError(f"{pair.name}: the {side} side holds an inf or a NaN")
         if total == 0:
-            return Found(None, 0.0, energies.base)
+            return Found(None, 0.0, energies.base, quantization)
         matrix = buffer.to(options.device)
         if weighting is not None:
             matrix = _weighted(pair, matrix, weighting)
@@ -257,7 +272,7 @@ def _find(
                 rounding=energies.rounding,
             )
         del matrix
-    return Found(svd, total, energies.base)
+    return Found(svd, total, energies.base, quantization)
 
 
 def weighting_of(pair: Pair, options: Decomposition) -> Weighting | None:

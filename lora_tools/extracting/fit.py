@@ -174,6 +174,7 @@ class _Measure:
             relative_change=math.sqrt(self.total / self.base) if self.base else math.inf,
             method="+".join(sorted(methods)),
             weighted_error=math.sqrt(max(weighted, 0.0) / self.searched),
+            quantization_noise=math.fsum(f.quantization for f in self.found) / self.total,
         )
 
 

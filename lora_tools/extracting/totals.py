@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_tools.figures import Total, left_out_totals, module_total, no_floats
+from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.records import Action
 from lora_tools.totals import ExtractTotals
 
@@ -30,6 +31,8 @@ def extract_totals(outcomes: Sequence[Outcome], folder: Path) -> ExtractTotals:
     total = module_total(held) + whole + left
     gain = math.fsum(m.gain_bound * m.delta_norm**2 for m in held)
     ranks = sorted(m.rank for m in modules)
+    noise = math.fsum(m.quantization_noise * m.delta_norm**2 for m in modules)
+    quantized: ExtractTotals = {} if noise == 0 else {"quantization_noise": noise / total.energy}
     return {
         "modules": len(held),
         "relative_error": total.relative_error,
@@ -42,7 +45,20 @@ def extract_totals(outcomes: Sequence[Outcome], folder: Path) -> ExtractTotals:
         "parameters": sum(o.parameters for o in outcomes),
         "parameters_replaced": sum(math.prod(m.shape) for m in held),
         "bytes": sum(path.stat().st_size for path in folder.iterdir()),
+        **quantized,
     }
+
+
+def noise_note(totals: ExtractTotals, sides: Sequence[Checkpoint]) -> list[str]:
+    """How much of the change is the rounding of sides that are stored in few bits."""
+    share = totals.get("quantization_noise")
+    if share is None or math.isnan(share):
+        return []
+    schemes = " and ".join(dict.fromkeys(s.scheme.title for s in sides if s.scheme is not None))
+    return [
+        f"{min(share, 1):.1%} of the change's energy is what rounding to {schemes} is expected to "
+        "have cost, and no learning: ranks that hold it are wasted (--noise-floor keeps none)"
+    ]
 
 
 def left_out(outcomes: Sequence[Outcome]) -> list[Outcome]:

@@ -109,6 +109,11 @@ class Checkpoint(Shards):
         """Memory that ``tensor`` takes for numbers that are not stored as such; 0 where mapped."""
         return 0
 
+    def quantization_noise(self, name: str) -> float:
+        """E‖E‖²_F, the square of what rounding to codes is expected to have cost, where a scheme
+        decodes them: NaN where it does not tell. 0 for numbers that are stored as such."""
+        return 0.0
+
     def rounded(self, name: str) -> torch.Tensor:
         """The tensor in the dtype that its spec names, where ``tensor`` may be wider: to be written
         as it is. Never write to it."""

@@ -66,9 +66,12 @@ class Delta:
             yield start, stop, run
             self._done(start, stop)
 
-    def fill(self, out: torch.Tensor, rounding: bool = False) -> Energies:
+    def fill(
+        self, out: torch.Tensor, rounding: bool = False, quantization: float = 0.0
+    ) -> Energies:
         """Write Δ into ``out`` (rows, cols), rounded to its dtype, and measure it unrounded; with
-        ``rounding`` also what rounding can have put into it."""
+        ``rounding`` also what rounding can have put into it, to the dtypes of both sides and, with
+        the energy ``quantization``, to codes that were decoded into them."""
         energy = 0.0
         seen = _RoundingSums(self.shape) if rounding else None
         for start, stop, run in self.runs():
@@ -80,7 +83,9 @@ class Delta:
             energy,
             self.base_energy,
             self._noise(energy),
-            seen.result() if seen is not None and energy and math.isfinite(energy) else None,
+            seen.result(quantization)
+            if seen is not None and energy and math.isfinite(energy)
+            else None,
         )
 
     def measure(self) -> Energies:
@@ -131,10 +136,12 @@ class _RoundingSums:
         self._seen_rows[start:stop] = seen.sum(1)
         self._seen_cols += seen.sum(0)
 
-    def result(self) -> Rounding:
-        """Of all rows together."""
-        edge = noise.edge(
-            torch.minimum(self._up_rows / 12, self._seen_rows),
-            torch.minimum(self._up_cols / 12, self._seen_cols),
-        )
-        return Rounding(float(self._up_rows.sum()) / 12, edge)
+    def result(self, quantization: float) -> Rounding:
+        """Of all rows together. How the noise of codes lies over rows and columns is not known:
+        then it is taken to lie as Δ does, most of which it is where it matters."""
+        rows, cols = self._seen_rows, self._seen_cols
+        if not quantization:
+            rows = torch.minimum(self._up_rows / 12, rows)
+            cols = torch.minimum(self._up_cols / 12, cols)
+        energy = float(self._up_rows.sum()) / 12 + quantization
+        return Rounding(energy, noise.edge(rows, cols))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 
 _POINTS, _ROUNDS, _HALVINGS = 33, 3, 50
+_CODES = 1 << 18  # bytes of codes that are looked at in one go
 
 
 def spacing(x: torch.Tensor) -> torch.Tensor:
@@ -35,6 +36,33 @@ def rounding_errors(values: torch.Tensor) -> torch.Tensor:
     gaps = values.double().diff() / 2
     below, above = torch.cat([gaps[:1], gaps]), torch.cat([gaps, gaps[-1:]])
     return (below**3 + above**3) / (3 * (below + above))
+
+
+def nibbles_noise(
+    packed: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, blocksize: int
+) -> float:
+    """E‖E‖²_F of numbers rounded to a codebook of four bits times the scale of their block, which is
+    the largest of their magnitudes: one number of each block is held as it is.
+
+    Args:
+        packed: (⌈n / 2⌉,) uint8, two codes each.
+        values: (16,) what the codes stand for, in any order.
+        scales: (⌈n / blocksize⌉,).
+        blocksize: even.
+    """
+    order = values.argsort(stable=True)
+    errors = torch.empty(16, dtype=torch.float64)
+    errors[order] = rounding_errors(values[order])
+    exact = errors[values.abs() == values.abs().max()].mean()
+    of_byte = (errors[:, None] + errors).float().flatten()
+    wide, sums = blocksize // 2, []
+    step = max(_CODES // wide, 1) * wide
+    for start in range(0, len(packed), step):
+        costs = of_byte[packed[start : start + step].int()]
+        lacking = -len(costs) % wide  # the last block may be short
+        sums.append(torch.nn.functional.pad(costs, (0, lacking)).view(-1, wide).sum(1).double())
+    costs = torch.cat(sums) - exact if sums else torch.zeros(0, dtype=torch.float64)
+    return float(costs.clamp(min=0) @ scales.double().square())
 
 
 def edge(rows: torch.Tensor, cols: torch.Tensor) -> float:

@@ -86,6 +86,11 @@ class FittedBase(View):
         each = self.made[name]
         return 0 if each.adapter is not None else self.source.decoded_bytes(each.source)
 
+    def quantization_noise(self, name: str) -> float:
+        """The source's."""
+        each = self.made[name]
+        return 0.0 if each.adapter is not None else self.source.quantization_noise(each.source)
+
     def digest(self, known: Mapping[str, str]) -> str:
         """That of the source."""
         mine = {self.made[n].source: value for n, value in known.items() if self.is_same(n)}

@@ -4,6 +4,7 @@ blocks parted where it does so."""
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,15 @@ class LoadedView(View):
         """That of all it is made of."""
         stored = {piece.stored for piece in self._view.pieces(name)}
         return sum(map(self.source.decoded_bytes, stored))
+
+    def quantization_noise(self, name: str) -> float:
+        """That of all it is made of, by their rows."""
+        return math.fsum(
+            self.source.quantization_noise(piece.stored)
+            * piece.rows
+            / max(rows_of(self.source.specs[piece.stored]), 1)
+            for piece in self._view.pieces(name)
+        )
 
     def rows(self, name: str, matrix: tuple[int, int], start: int, stop: int) -> torch.Tensor:
         """Only what these rows are made of is read."""

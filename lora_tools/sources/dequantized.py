@@ -44,6 +44,13 @@ class Dequantized(View, Generic[P]):
         """Of a quantized weight, that of its numbers in float32."""
         return 4 * self.specs[name].numel if name in self.quantized else 0
 
+    def quantization_noise(self, name: str) -> float:
+        """As its scheme knows it."""
+        if name not in self.quantized:
+            return 0.0
+        known = self.scheme.rounding
+        return math.nan if known is None else known(self.quantized[name], self.parts(name))
+
     def rows(self, name: str, matrix: tuple[int, int], start: int, stop: int) -> torch.Tensor:
         """Of a quantized weight only these rows are decoded, where they are rows of its own."""
         if name in self.quantized and matrix == _matrix(self.specs[name]):

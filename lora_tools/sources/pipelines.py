@@ -65,6 +65,10 @@ class WholePipeline(View):
         """What the source takes for it."""
         return 0 if name in self.outside else self.source.decoded_bytes(name)
 
+    def quantization_noise(self, name: str) -> float:
+        """The source's."""
+        return 0.0 if name in self.outside else self.source.quantization_noise(name)
+
     def rows(self, name: str, matrix: tuple[int, int], start: int, stop: int) -> torch.Tensor:
         """Only these rows are read."""
         if name in self.outside:

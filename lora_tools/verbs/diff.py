@@ -76,7 +76,7 @@ def diff(
 
 
 def _options(sides: Sides, search: Search) -> Decomposition:
-    plain = all(side.scheme is None for side in sides)
+    known = all(side.scheme is None or side.scheme.rounding is not None for side in sides)
     return Decomposition(
         RankRule("rank", DEPTH),
         None,
@@ -87,7 +87,7 @@ def _options(sides: Sides, search: Search) -> Decomposition:
         search.seed,
         search.device,
         CONSUMERS["peft"],
-        measured=plain,
+        measured=known,
     )
 
 
@@ -110,7 +110,8 @@ def _found(
     fates = (*(s.fate for s in seen), *plan.settled)
     counts = [fate.action for fate in fates]
     notes = [
-        f"{side.path}: quantized; seen as what it dequantizes to, and its noise floor is not known"
+        f"{side.path}: in {side.scheme.title}; seen as the numbers it stands for"
+        + ("" if side.scheme.rounding is not None else ", and its noise floor is not known")
         for side in sides
         if side.scheme is not None
     ]

@@ -14,8 +14,10 @@ from lora_tools.extracting.pair_work import PairWork
 from lora_tools.extracting.pairs import make_plan
 from lora_tools.figures import above
 from lora_tools.formats.activations import Activations
+from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.dtypes import parse_float_dtype
 from lora_tools.formats.output import Prepared
+from lora_tools.formats.quantized.packed import StoredFormat
 from lora_tools.options import AdapterForm, Ranks, Search, Tensors
 from lora_tools.options.parse import consumer_named, layer_kinds, name_filter
 from lora_tools.options.ranks import rank_rule, refuse_shared, size_of
@@ -125,17 +127,27 @@ def _sides(
 ) -> tuple[Sides, Sequence[str]]:
     """Both checkpoints by the names that the adapter is to have, and what to say of these."""
     sides = open_whole(base, allow_pickle), open_whole(tuned, allow_pickle)
-    quantized = [side for side in sides if side.scheme is not None]
-    if quantized and options.rule.policy in ("noise_floor", "gavish_donoho"):
-        raise UsageError(
-            f"{quantized[0].path}: quantized, and --noise-floor and --gavish-donoho know the noise "
-            "of rounding only: choose ranks by --rank, --energy or --budget"
-        )
-    said = [f"{side.path}: quantized; seen as what it dequantizes to" for side in quantized]
+    said = []
+    for side in sides:
+        if side.scheme is None:
+            continue
+        said.append(f"{side.path}: in {side.scheme.title}; seen as the numbers it stands for")
+        _refuse_noise(side, side.scheme, options.rule.policy)
     if names == "loaded" and options.consumer.loads:
         sides = loaded_view(sides[0]), loaded_view(sides[1])
         said = [*notes_on_names(sides[0]), *said]
     return sides, said
+
+
+def _refuse_noise(side: Checkpoint, scheme: StoredFormat, policy: str) -> None:
+    """Raises UsageError for a policy that would take the rounding of such codes for a change."""
+    known = scheme.rounding is not None
+    if policy == "gavish_donoho" or (policy == "noise_floor" and not known):
+        instead = "--noise-floor, " if known else ""
+        raise UsageError(
+            f"{side.path}: in {scheme.title}, whose rounding --{policy.replace('_', '-')} does not "
+            f"know: choose ranks by {instead}--rank, --energy or --budget"
+        )
 
 
 def _gated(report: Report[ExtractTotals], max_error: float | None) -> Report[ExtractTotals]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from lora_tools.formats.dtypes import FLOAT_NAMES, parse_float_dtype
@@ -36,6 +36,10 @@ class StoredFormat(Protocol):
     @property
     def title(self) -> str:
         """As people call it."""
+
+    @property
+    def rounding(self) -> Callable[..., float] | None:
+        """What rounding to it is expected to have cost; None where that is not known."""
 
     @property
     def files(self) -> tuple[str, ...]:

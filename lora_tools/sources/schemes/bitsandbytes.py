@@ -53,6 +53,17 @@ def _decode_four_bits(
     out.copy_(whole.T[first : first + out.shape[0]])
 
 
+def _rounding(weight: bitsandbytes.QuantizedTensor, parts: Parts) -> float:
+    import torch
+
+    from lora_tools.linalg import noise
+
+    packed = parts[""].reshape(-1).view(torch.uint8)
+    scales = torch.from_numpy(four_bit_scales(weight, parts))
+    values = parts[bitsandbytes.QUANT_MAP].float()
+    return noise.nibbles_noise(packed, values, scales, weight.state.blocksize)
+
+
 def _four_bit_faults(
     config: Mapping[str, Any],
     specs: Mapping[str, TensorSpec],
@@ -72,4 +83,5 @@ BITSANDBYTES = Scheme(
     _decode_four_bits,
     bitsandbytes.facts,
     _four_bit_faults,
+    rounding=_rounding,
 )
