@@ -345,6 +345,7 @@ def test_every_total_and_action_is_documented(
         lora_tools.quantize(base, out / "q"),
         lora_tools.quantize(base, out / "l", compensate=1),
         lora_tools.dequantize(out / "q", out / "d"),
+        lora_tools.extract(out / "q", tuned, out / "from q", rank=1),
         lora_tools.merge(out / "q", [pair / "adapter"], out / "mq"),
         lora_tools.merge(out / "q", [pair / "adapter"], out / "rq", requantize=True),
         lora_tools.export(base, out / "e", graph=traced("llama").graph),

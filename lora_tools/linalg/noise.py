@@ -41,8 +41,9 @@ def rounding_errors(values: torch.Tensor) -> torch.Tensor:
 def nibbles_noise(
     packed: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, blocksize: int
 ) -> float:
-    """E‖E‖²_F of numbers rounded to a codebook of four bits times the scale of their block, which is
-    the largest of their magnitudes: one number of each block is held as it is.
+    """E‖E‖²_F of numbers rounded to a codebook of four bits times the scale of their block.
+
+    The scale is the largest of their magnitudes, so one number of each block is held as it is.
 
     Args:
         packed: (⌈n / 2⌉,) uint8, two codes each.
