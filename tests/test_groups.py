@@ -467,6 +467,34 @@ def test_eight_bits_to_the_bit(tmp_path: Path) -> None:
     assert torch.equal(found.decode(f"{Q}.weight", 7, 20, torch.bfloat16), theirs[7:20].bfloat16())
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_eight_bits_as_transformers_saves_and_reads_them(kind: str, tmp_path: Path) -> None:
+    """Its own ``dequantize`` gives the same, where it leaves linear layers for GPT-2's Conv1D."""
+    pytest.importorskip("bitsandbytes")
+    import transformers
+
+    sizes = {"vocab_size": 40, "bos_token_id": 0, "eos_token_id": 1}
+    own = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, **sizes
+    )
+    if kind == "gpt2":
+        own = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(own, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "plain")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    said = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    eight = load(tmp_path / "plain", quantization_config=said, device_map={"": "cpu"})
+    eight.save_pretrained(tmp_path / "q")
+    found = decoded(tmp_path / "q")
+    theirs = load(tmp_path / "q", device_map={"": "cpu"}).dequantize().state_dict()
+    assert found.quantized
+    for name in found.quantized:
+        wanted = theirs[name].T if kind == "gpt2" else theirs[name]
+        assert torch.equal(found.rounded(name), wanted), name
+        assert found.specs[name].shape == model.get_parameter(name).shape
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(-12, 12))
 def test_eight_bits_are_made_to_the_bit(rows: int, cols: int, power: int) -> None:

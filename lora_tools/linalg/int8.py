@@ -19,7 +19,9 @@ def dequantize_rows(codes: torch.Tensor, absmax: torch.Tensor, out: torch.Tensor
         absmax: (rows,) float32.
         out: (rows, cols) of any float dtype.
     """
-    return out.copy_(codes * absmax[:, None] * _STEP)
+    x = out if out.dtype == torch.float32 else torch.empty(codes.shape)
+    x.copy_(codes).mul_(absmax[:, None]).mul_(_STEP)
+    return out if x is out else out.copy_(x)
 
 
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,6 @@ import torch
 
 from lora_tools.linalg.bits import unpack
 
-_AWQ = (0, 4, 1, 5, 2, 6, 3, 7)  # where outputs 0, 1, 2, … of an element are
 _ALIGNED = 32  # so many numbers end with a word, of whatever bits
 
 
@@ -28,7 +27,8 @@ def awq_stream(words: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     """As ``stream`` of four bits, where an element holds its numbers in AWQ's order."""
     cut = _bytes(words[:, start // 8 : -(stop // -8)])
     nibbles = unpack(cut, 4, 2 * cut.shape[1])
-    ordered = nibbles.view(len(words), -1, 8)[:, :, list(_AWQ)].flatten(1)
+    # Of eight numbers, the even ones come first.
+    ordered = nibbles.view(len(words), -1, 2, 4).transpose(2, 3).flatten(1)
     return ordered[:, start % 8 : start % 8 + stop - start]
 
 

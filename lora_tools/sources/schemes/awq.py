@@ -35,7 +35,9 @@ def _decode(weight: QWeight, parts: Parts, out: torch.Tensor, first: int) -> Non
             "zero_point false: libraries read it in two ways; give the model that it was quantized "
             "from"
         )
-    times_scales(codes.T, parts[SCALES][:, first:last].T, (1, weight.group), out, 0, zeros.T)
+    times_scales(
+        codes.T.contiguous(), parts[SCALES][:, first:last].T, (1, weight.group), out, 0, zeros.T
+    )
 
 
 def _rounding(weight: QWeight, parts: Parts) -> float:
