@@ -159,6 +159,8 @@ NUMERIC = {
     "linalg/bits.py",
     "linalg/e2m1.py",
     "linalg/scaled.py",
+    "linalg/words.py",
+    "linalg/int8.py",
     "linalg/weighting.py",
     "linalg/compare.py",
     "onnx/initializers.py",

@@ -61,20 +61,12 @@ def awq(module: str, w: torch.Tensor) -> Tensors:
     }
 
 
-def int8(module: str, w: torch.Tensor) -> Tensors:
-    scale = w.float().abs().amax(1)
-    return {
-        f"{module}.weight": (w.float() / scale[:, None] * 127).round().to(torch.int8),
-        f"{module}.SCB": scale,
-        f"{module}.weight_format": torch.tensor(0, dtype=torch.uint8),
-    }
-
-
 def four_bits_without_states(module: str, w: torch.Tensor) -> Tensors:
     return {f"{module}.weight": packed((w.numel() // 2, 1))}
 
 
-# How one linear layer is stored: tensors by name.
+# How one linear layer is stored: tensors by name. GPTQ, AWQ and MLX are read only where a config
+# says how.
 LAYERS: dict[str, Callable[[str, torch.Tensor], Tensors]] = {
     "fp8": lambda m, w: {f"{m}.weight": w.to(F8)},
     "fp8 e5m2": lambda m, w: {f"{m}.weight": w.to(torch.float8_e5m2)},
@@ -99,7 +91,6 @@ LAYERS: dict[str, Callable[[str, torch.Tensor], Tensors]] = {
     },
     "gptq": gptq,
     "awq": awq,
-    "int8": int8,
     "int8 alone": lambda m, w: {f"{m}.weight": packed(tuple(w.shape), torch.int8)},
     "four bits without states": four_bits_without_states,
     "packed": lambda m, w: {
@@ -284,7 +275,6 @@ def test_a_bare_file_has_no_config_and_is_known(
         ("comfy", "scaled FP8 of ComfyUI", "scaled_fp8 (F8_E4M3)"),
         ("gptq", "GPTQ", "q_proj.qweight (I32)"),
         ("awq", "AWQ", "q_proj.qweight (I32)"),
-        ("int8", "bitsandbytes int8", "q_proj.SCB (F32)"),
         ("packed", "compressed-tensors", "q_proj.weight_packed (I32)"),
         ("nvfp4", "NVFP4", f"{Q} (U8)"),
         ("mxfp4", "MXFP4", "q_proj_blocks (U8)"),

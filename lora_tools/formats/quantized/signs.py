@@ -23,6 +23,10 @@ _NARROW = (*_WHOLE, *_EIGHT_BITS, *_FEWER_BITS)
 _SAVE = "save it in bfloat16, and give that"
 _AGAIN = f"load it with the library that made it, {_SAVE}"
 _ORIGINAL = "give the model that it was quantized from, which its model card names"
+_WITH_CONFIG = (
+    "it is read with the config.json that was saved with it (quant_method, bits, group_size); else "
+    "give the model that it was quantized from, which its model card names"
+)
 
 
 def _load(how: str) -> str:
@@ -59,8 +63,9 @@ class Sign:
 
 # The first that shows is named: those that say most come first.
 SIGNS = (
-    Sign("GPTQ", (".qweight", ".g_idx"), advice=_ORIGINAL, methods=("gptq",)),
-    Sign("AWQ or GPTQ", (".qweight", ".qzeros", ".scales"), advice=_ORIGINAL, methods=("awq",)),
+    Sign("GPTQ", (".qweight", ".g_idx"), advice=_WITH_CONFIG, methods=("gptq",)),
+    Sign("AWQ or GPTQ", (".qweight", ".qzeros", ".scales"), advice=_WITH_CONFIG,
+         methods=("awq",)),
     Sign("GPTQ, AWQ or one of their kin", (".qweight",), _NARROW, _ORIGINAL),
     Sign("bitsandbytes int8", (".SCB",), advice=_load("call its dequantize()"),
          methods=("bitsandbytes",)),
@@ -74,7 +79,8 @@ SIGNS = (
     Sign("MXFP4", ("_blocks", "_scales"), ("U8",), _load("Mxfp4Config(dequantize=True)"),
          ("mxfp4",)),
     Sign("MLX", (".weight", ".scales"), ("U32",),
-         "make it plain with `mlx_lm.convert --dequantize`, and give that"),
+         "it is read with the config.json that was saved with it (quantization); else make it "
+         "plain with `mlx_lm.convert --dequantize`, and give that"),
     Sign("scaled FP8 of ComfyUI", (".scaled_fp8",)),
     Sign("scaled FP8 of ComfyUI", (".weight", ".scale_weight"), _NARROW),
     Sign("ComfyUI's quantized form", (".comfy_quant",)),

@@ -12,11 +12,15 @@ from typing import Any
 
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.quantized.packed import PackedWeight
+from lora_tools.sources.schemes.awq import AWQ
 from lora_tools.sources.schemes.bitsandbytes import BITSANDBYTES
+from lora_tools.sources.schemes.bitsandbytes_int8 import BITSANDBYTES_INT8
+from lora_tools.sources.schemes.gptq import GPTQ
+from lora_tools.sources.schemes.mlx import MLX
 from lora_tools.sources.schemes.row import Scheme
 
 # The first that finds weights of its own is taken: those that know most come first.
-SCHEMES: tuple[Scheme[Any], ...] = (BITSANDBYTES,)
+SCHEMES: tuple[Scheme[Any], ...] = (BITSANDBYTES, BITSANDBYTES_INT8, GPTQ, AWQ, MLX)
 
 
 def scheme_of(stored: Checkpoint) -> tuple[Scheme[Any], Mapping[str, PackedWeight]] | None:
