@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_tools.errors import UsageError
+from lora_tools.errors import CheckpointError, UsageError
 from lora_tools.formats import digest as hashing
 from lora_tools.formats import sidecar as sidecars
 from lora_tools.formats.activations import MARK as ACTIVATIONS
@@ -182,7 +182,12 @@ def _open_weights(checkpoint: Checkpoint) -> _Thing:
         "model_type": config.get("model_type"),
         "files": [file.path.name for file in checkpoint.files],
     }
-    kind, (view, sign) = "checkpoint", as_plain(checkpoint)
+    kind = "checkpoint"
+    try:
+        view, sign = as_plain(checkpoint)
+    except CheckpointError as error:  # broken, or in a variant that is not read: still looked at
+        kind, view, sign = "quantized checkpoint", checkpoint, None
+        notes.append(f"quantized, and no other verb reads it: {error}")
     if isinstance(view, Dequantized):
         kind = f"checkpoint in {view.scheme.title}"
         facts["quantized"] = view.scheme.facts(view.quantized)
