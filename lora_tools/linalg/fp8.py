@@ -29,20 +29,24 @@ def absmax(x: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
 
 
 def encode_blocks(
-    x: torch.Tensor, block: tuple[int, int], codes: torch.dtype, scales: torch.dtype
+    x: torch.Tensor,
+    block: tuple[int, int],
+    codes: torch.dtype,
+    scales: torch.dtype,
+    powers: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x in eight bits with a scale for each block, as transformers 5.23 makes them
     (``integrations.finegrained_fp8.Fp8Quantize``) where blocks divide x; a ragged last block is one
     by itself, as in DeepSeek-V3's own ``weight_dequant``, and numbers near 1e-38 stay finite.
 
-    A block's numbers are multiplied by largest / absmax, and 1 / (largest / absmax) is stored. In
-    ``float8_e8m0fnu`` that is rounded up to a power of two; in other dtypes to nearest; what the
-    numbers are divided by is what is stored. A block of zeros has the scale 1.
+    A block's numbers are multiplied by largest / absmax, and 1 / (largest / absmax) is stored,
+    rounded up to a power of two where ``powers``, and to nearest in other dtypes than float32; the
+    numbers are then divided by what is stored. A block of zeros has the scale 1.
 
     Args:
         x: (rows, cols) float32.
         codes: an eight-bit float dtype.
-        scales: the dtype of the scales.
+        scales: the dtype of the scales; ``float8_e8m0fnu`` holds powers of two only.
 
     Returns:
         The codes (rows, cols), and the scales (⌈rows / block[0]⌉, ⌈cols / block[1]⌉); W is their
@@ -52,10 +56,10 @@ def encode_blocks(
     forward = (torch.finfo(codes).max / most).clamp_(max=torch.finfo(torch.float32).max)
     forward = torch.where(most == 0, 1.0, forward)
     stored = 1.0 / forward
-    if scales == torch.float8_e8m0fnu:
+    if powers or scales == torch.float8_e8m0fnu:
         tiny = torch.finfo(torch.float32).tiny
         stored = torch.pow(2.0, torch.ceil(torch.log2(stored.clamp(min=tiny))))
-    if scales != torch.float32:
+    if powers or scales != torch.float32:
         stored = stored.to(scales)
         forward = 1.0 / stored.float()
     scaled = times_scales(x, forward, block, torch.empty_like(x))
