@@ -27,7 +27,7 @@ from lora_tools.sources.checkpoints import open_checkpoint
 from lora_tools.sources.dequantized import Dequantized
 from lora_tools.sources.schemes.fp8 import COMFY, FLOATS
 from tests.forms_fp8 import E4M3, E5M2, E8M0, FORMS, Tensors, blocks, json_bytes
-from tests.iotools import checkpoint, weights
+from tests.iotools import adapter, checkpoint, linear_shapes, weights
 
 Q = "model.layers.0.q_proj.weight"
 UP = "model.layers.0.up_proj.weight"
@@ -130,6 +130,72 @@ def test_a_folder_without_its_config_is_said_to_be_one(tmp_path: Path) -> None:
         assert len(FLOATS.faults(view.stored.config, view.stored.specs, view.quantized)) == faults
 
 
+def test_modelopt_says_it_in_a_file_of_its_own(tmp_path: Path) -> None:
+    """It is left behind with the scales; where it lies, codes without a scale are not numbers."""
+    stored, _, plain = FORMS["modelopt"](weights(layers=1))
+    path = made(tmp_path / "q", stored)
+    (path / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+    lora_tools.dequantize(path, tmp_path / "plain")
+    assert not (tmp_path / "plain/hf_quant_config.json").exists()
+    written = load_file(tmp_path / "plain/model.safetensors")
+    assert all(torch.equal(written[name], tensor) for name, tensor in plain.items())
+    save_file(FORMS["fp8"](weights(layers=1))[0], path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="is expected beside it"):
+        open_checkpoint(path)
+
+
+# ------------------------------------------------------------------------------------------ verbs
+
+VERBS = ["fp8 ragged blocks", "fbgemm", "modelopt", "comfy", "comfy quant", "fp8 everywhere"]
+
+
+@pytest.mark.parametrize("kind", VERBS)
+def test_merge_adds_to_the_numbers(kind: str, tmp_path: Path) -> None:
+    """In float32, rounded once; the rest goes on as it stands for, and no part of the format."""
+    stored, config, plain = FORMS[kind](weights(layers=1))
+    view = opened(tmp_path / "q", stored, config)
+    lora = adapter(tmp_path / "lora", linear_shapes(plain))
+    lora_tools.merge(tmp_path / "q", [lora], tmp_path / "out", allow_other_base=True)
+    merged = load_file(tmp_path / "out/model.safetensors")
+    factors = load_file(lora / "adapter_model.safetensors")
+    assert merged.keys() == plain.keys()
+    for name, tensor in plain.items():
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{module}.lora_A.weight" not in factors:
+            assert torch.equal(merged[name], tensor)
+            continue
+        product = factors[f"{module}.lora_B.weight"] @ factors[f"{module}.lora_A.weight"]
+        wanted = (view.tensor(name) + product).bfloat16()
+        torch.testing.assert_close(merged[name], wanted, atol=1e-6, rtol=2**-7)
+        assert (merged[name] == wanted).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("kind", VERBS)
+@pytest.mark.parametrize("plain_side", ["base", "tuned", ""])
+def test_extract_finds_the_change_between_numbers(
+    kind: str, plain_side: str, tmp_path: Path
+) -> None:
+    """Whichever sides are of eight bits: full ranks give all of it, and what is alike has none."""
+    sides = {"base": weights(layers=1), "tuned": weights(layers=1)}
+    sides["tuned"][UP] = sides["tuned"][UP] + torch.outer(torch.ones(32), torch.ones(16))
+    changes = []
+    for side, tensors in sides.items():
+        stored, config, plain = FORMS[kind](tensors)
+        given = (plain, {}) if side == plain_side else (stored, config)
+        made(tmp_path / side, *given)
+        changes.append(open_checkpoint(tmp_path / side).tensor(UP).float())
+    base, tuned, out = (tmp_path / name for name in ("base", "tuned", "lora"))
+    lora_tools.extract(base, tuned, out, rank=16, dtype="float32")
+    factors = load_file(out / "adapter_model.safetensors")
+    key = f"base_model.model.{UP.removesuffix('.weight')}"
+    change = factors[f"{key}.lora_B.weight"] @ factors[f"{key}.lora_A.weight"]
+    torch.testing.assert_close(change, changes[1] - changes[0], atol=1e-4, rtol=1e-4)
+    if not plain_side:
+        assert len(factors) == 2
+        changed = lora_tools.diff(base, tuned).spectra
+        assert [s.module for s in changed] == [UP.removesuffix(".weight")]
+
+
 # ---------------------------------------------------------------------------------- transformers
 
 
@@ -210,6 +276,7 @@ def test_encoding_is_transformers_own(block: tuple[int, int], power: bool) -> No
 
 @pytest.mark.parametrize("strategy", ["channel", "tensor"])
 def test_encoding_by_division_is_that_of_compressed_tensors(strategy: str) -> None:
+    pytest.importorskip("compressed_tensors")
     from compressed_tensors.quantization import QuantizationArgs
     from compressed_tensors.quantization.lifecycle.forward import quantize
     from compressed_tensors.quantization.utils.helpers import calculate_qparams
