@@ -6,12 +6,14 @@ An inf or a NaN in a block makes its scale one: callers look at the scales.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from lora_tools.linalg.noise import rounding_errors
-from lora_tools.linalg.scaled import times_scales
+from lora_tools.linalg.scaled import by_blocks, times_scales
 
-_ROWS = 1 << 18  # elements at a time where a table is looked up: its index is eight bytes each
+_RUN = 1 << 16  # elements at a time, which stay in cache
 
 
 def absmax(x: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
@@ -22,10 +24,18 @@ def absmax(x: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
         x: (rows, cols) float32.
     """
     (rows, cols), (high, wide) = x.shape, block
-    high, wide = min(high, max(rows, 1)), min(wide, max(cols, 1))
-    across = [part.abs().amax(1) for part in torch.split(x, wide, 1)]
-    lines = torch.stack(across, 1)
-    return lines if high == 1 else torch.stack([b.amax(0) for b in torch.split(lines, high)])
+    most = torch.empty(rows, -(cols // -wide))
+    whole = cols - cols % wide
+    step = max(_RUN // max(cols, 1), 1)
+    for start in range(0, rows, step):
+        run = x[start : start + step].abs()
+        at = most[start : start + step]
+        if whole:
+            blocks = run[:, :whole].view(len(run), whole // wide, wide)
+            torch.amax(blocks, 2, out=at[:, : whole // wide])
+        if whole < cols:
+            at[:, -1] = run[:, whole:].amax(1)
+    return most if high == 1 else torch.stack([b.amax(0) for b in torch.split(most, high)])
 
 
 def encode_blocks(
@@ -62,8 +72,7 @@ def encode_blocks(
     if powers or scales != torch.float32:
         stored = stored.to(scales)
         forward = 1.0 / stored.float()
-    scaled = times_scales(x, forward, block, torch.empty_like(x))
-    return _rounded(scaled, codes), stored
+    return _rounded(torch.Tensor.mul_, x, forward, block, codes), stored
 
 
 def encode_divided(
@@ -76,7 +85,7 @@ def encode_divided(
     """
     stored = (absmax(x, block) / torch.finfo(codes).max).to(scales)
     stored = torch.where(stored == 0, torch.finfo(scales).eps, stored.float()).to(scales)
-    return _rounded(_divided(x, stored.float(), block), codes), stored
+    return _rounded(torch.Tensor.div_, x, stored, block, codes), stored
 
 
 def rounding_loss(
@@ -91,7 +100,7 @@ def rounding_loss(
     """
     table = _errors(codes.dtype)
     cols = max(codes.shape[1], 1)
-    step = max(_ROWS // cols, 1)
+    step = max(_RUN // cols, 1)
     total = 0.0
     for first in range(0, len(codes), step):
         at = codes[first : first + step].contiguous().view(torch.uint8)
@@ -113,14 +122,20 @@ def _errors(dtype: torch.dtype) -> torch.Tensor:
     return table
 
 
-def _rounded(x: torch.Tensor, codes: torch.dtype) -> torch.Tensor:
-    """To nearest, after the largest are brought within the range: torch makes NaNs of them."""
+def _rounded(
+    operate: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    x: torch.Tensor,
+    scales: torch.Tensor,
+    block: tuple[int, int],
+    codes: torch.dtype,
+) -> torch.Tensor:
+    """x times or by its scales, to nearest. The largest are brought within the range before: torch
+    makes NaNs of them."""
     largest = torch.finfo(codes).max
-    return x.clamp_(-largest, largest).to(codes)
-
-
-def _divided(x: torch.Tensor, scales: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    (rows, cols), (high, wide) = x.shape, block
-    by = scales.repeat_interleave(high, 0)[:rows] if high < rows else scales
-    by = by.repeat_interleave(wide, 1)[:, :cols] if wide < cols else by
-    return x / by
+    rounded = torch.empty(x.shape, dtype=codes)
+    step = max(_RUN // max(x.shape[1], 1), 1)
+    for start in range(0, len(x), step):
+        run = x[start : start + step].clone()
+        by_blocks(operate, run, scales, block, start)
+        rounded[start : start + step] = run.clamp_(-largest, largest)
+    return rounded

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+
+from lora_tools.linalg.eight_bits import widen
+
+_RUN = 1 << 16  # elements that are worked on at a time, and stay in cache
 
 
 def times_scales(
@@ -24,20 +30,42 @@ def times_scales(
         out: (n, cols) of any float dtype.
     """
     n, cols = codes.shape
-    high, wide = block
+    step = max(_RUN // max(cols, 1), 1)
+    direct = out.dtype == torch.float32
+    room = torch.empty(0 if direct else min(step, n), cols)
+    for start in range(0, n, step):
+        stop = min(start + step, n)
+        x = out[start:stop] if direct else room[: stop - start]
+        widen(codes[start:stop], x)
+        if zeros is not None:
+            by_blocks(torch.Tensor.sub_, x, zeros, block, first + start)
+        by_blocks(torch.Tensor.mul_, x, scales, block, first + start)
+        if not direct:
+            out[start:stop] = x
+    return out
+
+
+def by_blocks(
+    operate: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    x: torch.Tensor,
+    table: torch.Tensor,
+    block: tuple[int, int],
+    first: int = 0,
+) -> None:
+    """``operate`` in place on each number of x with that of its block in the table.
+
+    Args:
+        x: (n, cols) float32, contiguous in its rows: rows [first, first + n) of the weight.
+        table: (⌈rows / block[0]⌉, ⌈cols / block[1]⌉), one of each block of the whole weight.
+    """
+    (n, cols), (high, wide) = x.shape, block
     lines = torch.arange(first, first + n) // high
-    x = out if out.dtype == torch.float32 else torch.empty(n, cols)
-    x.copy_(codes)
-    for operate, table in ((torch.Tensor.sub_, zeros), (torch.Tensor.mul_, scales)):
-        if table is None:
-            continue
-        each = table.float()[lines]  # (n, blocks across)
-        whole = cols - cols % wide
-        if whole:
-            operate(x[:, :whole].view(n, whole // wide, wide), each[:, : whole // wide, None])
-        if whole < cols:
-            operate(x[:, whole:], each[:, -1:])
-    return out if x is out else out.copy_(x)
+    each = table.float()[lines]  # (n, blocks across)
+    whole = cols - cols % wide
+    if whole:
+        operate(x[:, :whole].view(n, whole // wide, wide), each[:, : whole // wide, None])
+    if whole < cols:
+        operate(x[:, whole:], each[:, -1:])
 
 
 def times_indexed_scales(

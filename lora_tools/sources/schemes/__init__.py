@@ -21,15 +21,7 @@ from lora_tools.sources.schemes.mlx import MLX
 from lora_tools.sources.schemes.row import Scheme
 
 # The first that finds weights of its own is taken: those that know most come first.
-SCHEMES: tuple[Scheme[Any], ...] = (
-    BITSANDBYTES,
-    BITSANDBYTES_INT8,
-    GPTQ,
-    AWQ,
-    MLX,
-    COMFY,
-    FLOATS,
-)
+SCHEMES: tuple[Scheme[Any], ...] = (BITSANDBYTES, BITSANDBYTES_INT8, GPTQ, AWQ, MLX, COMFY, FLOATS)
 
 
 def scheme_of(stored: Checkpoint) -> tuple[Scheme[Any], Mapping[str, PackedWeight]] | None:
