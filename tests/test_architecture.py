@@ -93,7 +93,7 @@ LIBRARIES = {
     "sources": {"torch", "xxhash", "transformers"},
     "engine": {"torch", "dask", "distributed"},
     "formats": {"torch", "numpy", "huggingface_hub", "xxhash", "zstandard", "gguf", "onnxruntime"},
-    "linalg": {"torch", "numpy", "scipy"},
+    "linalg": {"torch", "numpy", "scipy", "gguf"},
     "calibration": {"torch", "transformers"},
     "plots": {"matplotlib"},
 }
@@ -159,6 +159,7 @@ NUMERIC = {
     "linalg/bits.py",
     "linalg/e2m1.py",
     "linalg/scaled.py",
+    "linalg/ggml.py",
     "linalg/weighting.py",
     "linalg/compare.py",
     "onnx/initializers.py",
