@@ -58,6 +58,13 @@ def open_checkpoint(
     return checkpoint
 
 
+def from_file(checkpoint: Checkpoint) -> str:
+    """What to do where a folder is needed, and this is a file that one can be made of; or ""."""
+    if not checkpoint.is_folder or checkpoint.path.is_dir():
+        return ""
+    return f"; make one of it: loratools dequantize {checkpoint.path} -o FOLDER"
+
+
 def by_plain_names(stored: Checkpoint) -> Checkpoint:
     """A checkpoint without what wrappers put into its names; itself where there is none of it.
 
