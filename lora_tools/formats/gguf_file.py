@@ -17,7 +17,7 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_tools.errors import CheckpointError, TensorNotFound
+from lora_tools.errors import CheckpointError, LoraToolsError, TensorNotFound
 from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.formats.mapped import MappedFile
 from lora_tools.formats.reopen import Reopened, Stamp
@@ -38,14 +38,12 @@ _MAX_DIMS = 8
 _MAX_SIZE = 2**48
 
 
-def package() -> Any:
-    """The ``gguf`` package. Raises CheckpointError where it is not installed."""
+def package(fail: type[LoraToolsError] = CheckpointError) -> Any:
+    """The ``gguf`` package. Raises ``fail`` where it is not installed."""
     try:
         import gguf
     except ImportError:
-        raise CheckpointError(
-            "GGUF files need the gguf package: pip install 'loratools[gguf]'"
-        ) from None
+        raise fail("GGUF files need the gguf package: pip install 'loratools[gguf]'") from None
     return gguf
 
 
@@ -112,6 +110,7 @@ class GgufFile(Reopened):
 
     def __init__(self, path: Path) -> None:
         self.path, self.header = path, b""
+        package()
         try:
             with path.open("rb") as file:
                 self.stamp = Stamp.of(file.fileno())
@@ -120,7 +119,9 @@ class GgufFile(Reopened):
                 self._map = MappedFile(file)
             head = _Header(self._map.view)
         except CheckpointError as error:
-            raise CheckpointError(f"{path}: not a whole GGUF file ({error})") from None
+            raise CheckpointError(
+                f"{path}: not a whole GGUF file, or none that is read ({error})"
+            ) from None
         except OSError as error:
             raise CheckpointError(f"{path}: {error.strerror or error}") from None
         self.fields, self.stored = head.fields, head.tensors
