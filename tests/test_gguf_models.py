@@ -423,7 +423,7 @@ def test_people_are_told(made: Any, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "checkpoint in GGUF" in said
     assert "in Q8_0" in said
     assert run(["dequantize", str(path), "-o", str(tmp_path / "o")]) == 0
-    assert "its tokenizer is not taken along" in capsys.readouterr().err
+    assert "whose tokenizer stays in it" in capsys.readouterr().err
     assert sorted(p.name for p in (tmp_path / "o").iterdir()) == [
         "config.json",
         "model.safetensors",
@@ -585,6 +585,19 @@ def test_factors_that_are_not_llama_3s(tmp_path: Path) -> None:
     freqs = {"rope_freqs.weight": torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0])}
     path = plain_llama(tmp_path / "m.gguf", tensors=freqs)
     assert "not made as Llama 3's is" in open_checkpoint(path).notes[0]
+
+
+def test_llama_3s_factors() -> None:
+    """They are what transformers divides its frequencies by."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaled = {**LLAMA3, "original_max_position_embeddings": 8192, "rope_theta": 5e5}
+    config = transformers.LlamaConfig(
+        head_dim=128, rope_parameters={"rope_type": "llama3", **scaled}
+    )
+    found, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    plain = 5e5 ** (-torch.arange(0, 128, 2) / 128)
+    torch.testing.assert_close(torch.tensor(llama3_factors(5e5, 128, 8.0)), plain / found)
 
 
 @pytest.mark.parametrize("size", [0, 3, 4, 10, 30, 200, 2000, -1])

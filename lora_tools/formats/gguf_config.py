@@ -30,6 +30,7 @@ _TOKENS = {
 _KNOWN = {
     *_FIELDS.values(),
     "vocab_size",
+    "tensor_data_layout",
     "attention.head_count_kv",
     "attention.key_length",
     "attention.value_length",

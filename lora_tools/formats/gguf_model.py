@@ -91,8 +91,8 @@ class GgufCheckpoint(Checkpoint):
         ends = [f"-{i:05}-of-{len(files):05}" * bool(files[1:]) for i in range(1, 1 + len(files))]
         self.file_names = tuple(f"model{end}.safetensors" for end in ends)
         lead = (
-            f"{path}: a GGUF model; its tokenizer is not taken along: put the original model's "
-            "tokenizer files beside what is made of it"
+            f"{path}: a GGUF model, whose tokenizer stays in it: a folder made of it needs the "
+            "original model's tokenizer files"
         )
         try:
             self.config = _config(files, model)
