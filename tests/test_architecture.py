@@ -93,7 +93,7 @@ LIBRARIES = {
     "sources": {"torch", "xxhash", "transformers"},
     "engine": {"torch", "dask", "distributed"},
     "formats": {"torch", "numpy", "huggingface_hub", "xxhash", "zstandard", "gguf", "onnxruntime"},
-    "linalg": {"torch", "numpy", "scipy"},
+    "linalg": {"torch", "numpy", "scipy", "gguf"},
     "calibration": {"torch", "transformers"},
     "plots": {"matplotlib"},
 }
@@ -163,6 +163,7 @@ NUMERIC = {
     "linalg/scaled.py",
     "linalg/words.py",
     "linalg/int8.py",
+    "linalg/ggml.py",
     "linalg/weighting.py",
     "linalg/compare.py",
     "onnx/initializers.py",

@@ -28,9 +28,9 @@ import lora_tools
 import lora_tools.nn
 from lora_tools.errors import AdapterError, CheckpointError, UnsupportedAdapter
 from lora_tools.formats.adapters.format import FEATURES
-from lora_tools.formats.adapters.gguf import GgufFile
 from lora_tools.formats.adapters.table import FORMATS, title_of
 from lora_tools.formats.digest import PROVENANCE
+from lora_tools.formats.gguf_file import GgufFile
 from lora_tools.sources.adapters import open_adapter
 from lora_tools.sources.checkpoints import open_checkpoint
 

@@ -50,8 +50,11 @@ class Checkpoint(Shards):
     Attributes:
         says: what the model's class says of the tensors, or how to ask it.
         replaced_files: small files that travel in place of those of these names.
+        made_files: small files that lie nowhere, and belong to what is made of it.
+        file_names: of the weight files of a copy, where they are not called as these are.
         path: the folder or file, as resolved.
-        is_folder: whether it is a folder (then ``companions`` travel with the weights).
+        is_folder: whether it is a folder (then ``companions`` travel with the weights), or what is
+            made of it is one.
         files: the weight files, in the order of their names.
         specs: every tensor's name, dtype and shape, in file order.
         home: the file that each of them is in.
@@ -64,6 +67,8 @@ class Checkpoint(Shards):
 
     says: Says = None
     replaced_files: Mapping[str, Path] = {}
+    made_files: Mapping[str, bytes] = {}
+    file_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     pipeline: Pipeline | None = None
     outside: Collection[str] = frozenset()
@@ -183,7 +188,8 @@ class View(Checkpoint):
         self.is_folder, self.index_name = source.is_folder, source.index_name
         self.config, self.notes, self.says = source.config, source.notes, source.says
         self.pipeline, self.outside = source.pipeline, source.outside
-        self.replaced_files = source.replaced_files
+        self.replaced_files, self.made_files = source.replaced_files, source.made_files
+        self.file_names = source.file_names
 
     @property
     def scheme(self) -> StoredFormat | None:

@@ -90,7 +90,7 @@ def lay_out(
         groups = [[] for _ in source.files]
         for name, unit in together.items():
             groups[place.get(name, -1)] += unit
-        names = [safetensors_name(file.path) for file in source.files]
+        names = source.file_names or [safetensors_name(file.path) for file in source.files]
         metadatas: Sequence[Mapping[str, str]] = [each or metadata for each in given]
         return [
             Shard(name, tuple(group), meta)

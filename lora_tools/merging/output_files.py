@@ -30,7 +30,8 @@ def changed_files(
     base: Checkpoint, plan: MergePlan, specs: dict[str, TensorSpec]
 ) -> dict[str, bytes]:
     """Small files of the output whose contents differ from the base's."""
-    files = {name: path.read_bytes() for name, path in base.replaced_files.items()}
+    replaced = {name: path.read_bytes() for name, path in base.replaced_files.items()}
+    files = {**base.made_files, **replaced}
     if not base.stored.config:
         return files
     config: dict[str, Any] = json.loads(json.dumps(plan.config or base.config))

@@ -126,8 +126,9 @@ def is_adapter(source: str | Path, allow_pickle: bool = False) -> bool:
         return False
     if (path.parent / peft.CONFIG).is_file() and _is_named_as_one(path):
         return True
-    if by_bytes(path) is not None:
-        return True
+    form = by_bytes(path)
+    if form is not None:
+        return form.holds_adapter is None or form.holds_adapter(path)
     if path.suffix in _PICKLES and not allow_pickle:
         return False
     return bool(title_of(of_adapter(open_weights(path, allow_pickle).specs)[0].values()))

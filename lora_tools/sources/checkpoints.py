@@ -11,6 +11,8 @@ from lora_tools.errors import CheckpointError
 from lora_tools.formats import hub
 from lora_tools.formats.checkpoint import PICKLE_SUFFIXES, Checkpoint, open_weights
 from lora_tools.formats.folders import meant
+from lora_tools.formats.gguf_file import is_gguf
+from lora_tools.formats.gguf_model import open_gguf
 from lora_tools.formats.pipelines import Pipeline, weight_files
 from lora_tools.formats.quantized.signs import FILES, Found, sign_of
 from lora_tools.formats.shards import INDEX_SUFFIX, check_index, read_index
@@ -54,6 +56,13 @@ def open_checkpoint(
             f"{sign.advice}"
         )
     return checkpoint
+
+
+def from_file(checkpoint: Checkpoint) -> str:
+    """What to do where a folder is needed, and this is a file that one can be made of; or ""."""
+    if not checkpoint.is_folder or checkpoint.path.is_dir():
+        return ""
+    return f"; make one of it: loratools dequantize {checkpoint.path} -o FOLDER"
 
 
 def by_plain_names(stored: Checkpoint) -> Checkpoint:
@@ -126,6 +135,8 @@ def _open(source: str | Path, allow_pickle: bool) -> Checkpoint:
     if not (path.is_file() or path.is_dir()):
         raise CheckpointError(f"{path}: neither a file nor a folder")
     path = meant(path, CheckpointError)
+    if path.is_file() and is_gguf(path):
+        return open_gguf(path)
     _refuse_adapter(path)
     if path.is_file():
         checkpoint = Checkpoint(path, [open_weights(path, allow_pickle)], False, None)
@@ -161,8 +172,6 @@ def _refuse_adapter(path: Path, names: Iterable[str] = ()) -> None:
 
 
 def _refuse_titled(path: Path, title: str) -> None:
-    if title == "GGUF":
-        raise CheckpointError(f"{path}: a GGUF file; a checkpoint in safetensors is wanted here")
     if title:
         raise CheckpointError(
             f"{path}: this is an adapter ({title}), not a checkpoint; merge it into its base "
@@ -201,6 +210,9 @@ def _open_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
             )
         if files:
             return Checkpoint(folder, [open_weights(files[0], allow_pickle)], True, None)
+    models = sorted(folder.glob("*.gguf"))
+    if models:
+        raise CheckpointError(f"{folder}: GGUF files: {_names(models)}; pass one of them")
     raise CheckpointError(f"{folder}: no .safetensors file in it; is the download complete?")
 
 

@@ -18,7 +18,7 @@ from lora_tools.linalg.layouts import LAYOUTS
 from lora_tools.options import Running, Sampling, Search
 from lora_tools.options.parse import read_text
 from lora_tools.records import Action, Fate, Input, Progress, Report, TensorSpec
-from lora_tools.sources.checkpoints import open_checkpoint
+from lora_tools.sources.checkpoints import from_file, open_checkpoint
 from lora_tools.totals import CollectStatsTotals
 from lora_tools.verbs.frame import Call, verb
 
@@ -49,8 +49,11 @@ def collect_stats(
         raise UsageError("--length: at least 1 is needed, and --max-tokens at least one sequence")
     calibration.check_library()
     checkpoint = open_checkpoint(model, call.running.allow_pickle)
-    if not checkpoint.is_folder:
-        raise CheckpointError(f"{model}: a bare file; a folder that transformers loads is needed")
+    if not checkpoint.path.is_dir():
+        raise CheckpointError(
+            f"{model}: a bare file; a folder that transformers loads is needed"
+            f"{from_file(checkpoint)}"
+        )
     content = read_text(Path(text))
     fates = _plan(checkpoint, sampling.kind)
     nbytes = sum(fate.nbytes for fate in fates)

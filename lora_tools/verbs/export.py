@@ -15,7 +15,7 @@ from lora_tools.formats.output import Prepared
 from lora_tools.merging.fit import fit_base
 from lora_tools.onnx.sentence import sentence_task
 from lora_tools.options import Adding, Check, Graphs, Matching, Quantized, Storage
-from lora_tools.sources.checkpoints import open_checkpoint
+from lora_tools.sources.checkpoints import from_file, open_checkpoint
 from lora_tools.sources.pipelines import other_modules
 from lora_tools.sources.weighted import open_weighted
 from lora_tools.verbs.frame import Call, verb
@@ -45,8 +45,10 @@ def export(
         LoraToolsError: any other of the tree; the destination is untouched then.
     """
     source = open_checkpoint(checkpoint, call.running.allow_pickle)
-    if not source.is_folder or not source.config:
-        raise CheckpointError(f"{source.path}: a folder with a config.json is needed to export")
+    if not source.path.is_dir() or not source.config:
+        raise CheckpointError(
+            f"{source.path}: a folder with a config.json is needed to export{from_file(source)}"
+        )
     out, to_merge = Path(call.out), () if adding.runtime_adapters else adding.adapters
     in_place = out.exists() and out.resolve() == source.path.resolve()
     runtime = _runtime(source, adding, matching, call)

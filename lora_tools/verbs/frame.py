@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_tools.errors import QualityGateError
+from lora_tools.errors import QualityGateError, UsageError
 from lora_tools.formats.output import Prepared, check_destination, check_space, staged
 from lora_tools.formats.pipeline_output import write_whole
-from lora_tools.options import RECORDS, Running, Writing
+from lora_tools.options import RECORDS, Running, Storage, Writing
 from lora_tools.options.spelling import errors_for_python
 from lora_tools.provenance import command_of, tool_version
 from lora_tools.records import Fate, Input, ProgressCallback, Report
@@ -114,6 +114,7 @@ def carry_out(row: Verb, given: Mapping[str, Any], report_file: Path | None = No
     started = time.perf_counter()
     asked = row.ask(given)
     call, paths = _call(row, given, asked), Paths.of(row, given, asked, report_file)
+    _refuse_gguf(row, call.out)
     paths.check(call.writing.dry_run)
     if report_file is not None:
         check_report_file(report_file)
@@ -144,6 +145,15 @@ def _call(row: Verb, given: Mapping[str, Any], asked: Mapping[str, Any]) -> Call
         asked.get("writing", Writing()),
         asked["running"],
     )
+
+
+def _refuse_gguf(row: Verb, out: str) -> None:
+    """Raises UsageError where a checkpoint is to become a GGUF model, which is not written here."""
+    if row.writes and Storage in row.records.values() and Path(out).suffix == ".gguf":
+        raise UsageError(
+            f"--out {out}: GGUF models are read and not written; name a folder, which is written "
+            "in safetensors, and make a GGUF of that with llama.cpp's convert_hf_to_gguf.py"
+        )
 
 
 def _work(

@@ -52,6 +52,7 @@ class Format:
             are called as factors are, such as ``down``.)
         knows: whether a key of a safetensors file or pickle is one of its own; None where the bytes
             of the file tell.
+        holds_adapter: whether a file of that ``magic`` is one; None where all are.
         open_file: opens a file that is neither safetensors nor a pickle.
         read: None for PEFT, which the others are read as.
     """
@@ -75,6 +76,7 @@ class Format:
     magic: tuple[int, bytes] | None = None
     marks: tuple[str, ...] = ("lora",)
     knows: Callable[[str], bool] | None = None
+    holds_adapter: Callable[[Path], bool] | None = None
     open_file: Callable[[Path], Any] | None = None
     read: Callable[[Path, Any, Context], Outline] | None = None
 

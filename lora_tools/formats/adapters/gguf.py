@@ -8,93 +8,34 @@ llama.cpp's interleaved order. The base's names and config are needed both ways.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lora_tools.errors import AdapterError, CheckpointError, TensorNotFound, UnsupportedAdapter
+from lora_tools.errors import AdapterError, CheckpointError, UnsupportedAdapter
 from lora_tools.formats.adapters.architectures import architecture, heads, is_rotated, layers
 from lora_tools.formats.adapters.base_names import BaseNames
 from lora_tools.formats.adapters.format import READ_AND_WRITTEN, Format
 from lora_tools.formats.adapters.outline import Compute, Context, Outline, group_parts, pair
 from lora_tools.formats.adapters.writer import Factors, Writer
+from lora_tools.formats.gguf_file import MADE, MAGIC, PLAIN, GgufFile, package
 from lora_tools.formats.output import sync_file
-from lora_tools.formats.reopen import Reopened, Stamp
-from lora_tools.formats.tensors import as_bytes
-from lora_tools.records import TensorSpec
 
 if TYPE_CHECKING:
     import torch
 
-MAGIC = b"GGUF"
-_DTYPES = {"F32": "F32", "F16": "F16", "BF16": "BF16", "F64": "F64"}
 _PARTS = ("lora_a", "lora_b")
 _EMBEDDING = "token_embd.weight"
 
 
-def _package() -> Any:
-    try:
-        import gguf
-    except ImportError:
-        raise AdapterError(
-            "GGUF adapters need the gguf package: pip install 'loratools[gguf]'"
-        ) from None
-    return gguf
-
-
-_MADE = "loratools."  # before the fields that say how an adapter was made
-
-
-class GgufFile(Reopened):
-    """The tensors and fields of a GGUF file, with the face of a ``TensorFile``."""
-
-    def __init__(self, path: Path) -> None:
-        gguf = _package()
-        self.path, self.header = path, b""
-        try:
-            self.stamp = Stamp.of(path)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # numpy's, of a file that lies of its sizes
-                reader = gguf.GGUFReader(path)
-        except Exception as error:  # the reader raises nearly anything on a malformed file
-            raise CheckpointError(f"{path}: not a whole GGUF file ({error})") from None
-        self.fields = {name: field.contents() for name, field in reader.fields.items()}
-        made = {k.removeprefix(_MADE): v for k, v in self.fields.items() if k.startswith(_MADE)}
-        self.metadata = {k: v for k, v in made.items() if isinstance(v, str)}
-        self._data: dict[str, Any] = {}
-        self.specs: dict[str, TensorSpec] = {}
-        for tensor in reader.tensors:
-            kind = tensor.tensor_type.name
-            dtype = _DTYPES.get(kind)
-            if dtype is None:
-                raise CheckpointError(f"{path}: tensor {tensor.name!r} is quantized ({kind})")
-            shape = tuple(int(n) for n in reversed(tensor.shape))
-            self.specs[tensor.name] = TensorSpec(tensor.name, dtype, shape)
-            self._data[tensor.name] = tensor.data
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """The tensor, copied out of the file."""
-        import torch
-
-        from lora_tools.formats.dtypes import torch_dtype
-
-        if name not in self.specs:
-            raise TensorNotFound(f"{self.path}: no tensor {name!r}")
-        spec = self.specs[name]
-        data = bytearray(self._data[name].tobytes())
-        return torch.frombuffer(data, dtype=torch_dtype(spec.dtype)).reshape(spec.shape)
-
-    def raw(self, name: str) -> memoryview:
-        """The tensor's bytes."""
-        return as_bytes(self.tensor(name))
-
-    def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
-        """Nothing to give back: the package owns the mapping."""
+def holds_adapter(path: Path) -> bool:
+    """Whether it is no model. Raises CheckpointError where it is broken."""
+    return GgufFile(path).fields.get("general.type") == "adapter"
 
 
 def open_file(path: Path) -> GgufFile:
     """Open it. Raises UnsupportedAdapter where it is a model and no adapter."""
+    package(AdapterError)
     file = GgufFile(path)
     if file.fields.get("general.type") != "adapter":
         raise UnsupportedAdapter(f"{path}: a GGUF model; an adapter is wanted here")
@@ -102,12 +43,15 @@ def open_file(path: Path) -> GgufFile:
         raise UnsupportedAdapter(
             f"{path}: adapter.type is {file.fields.get('adapter.type')!r}, and only lora is read"
         )
+    for name, stored in file.stored.items():
+        if stored.kind not in PLAIN:
+            raise CheckpointError(f"{path}: tensor {name!r} is quantized ({stored.kind})")
     return file
 
 
 def _names(base: BaseNames, path: Path) -> dict[str, str]:
     """Every module of the base → GGUF's name of its tensor."""
-    gguf = _package()
+    gguf = package(AdapterError)
     row = architecture(base, path, "GGUF")
     [arch] = [key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == row.gguf]
     mapping = gguf.get_tensor_name_map(arch, layers(base))
@@ -152,7 +96,7 @@ class GgufWriter(Writer):
 
     def __init__(self, out: Path, base: BaseNames | None, compute: Compute) -> None:
         super().__init__(out, base, compute)
-        gguf = _package()
+        gguf = package(AdapterError)
         if base is None:
             raise AdapterError("GGUF has its own names and order of rows: give --base CHECKPOINT")
         self._base, self._row = base, architecture(base, base.path, "GGUF")
@@ -180,12 +124,12 @@ class GgufWriter(Writer):
 
     def finish(self) -> None:
         """Write the file."""
-        gguf = _package()
+        gguf = package(AdapterError)
         self._writer.add_string(gguf.Keys.General.TYPE, gguf.GGUFType.ADAPTER)
         self._writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         self._writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(self._alpha or 0))
         for key, value in self.made.items():
-            self._writer.add_string(_MADE + key, value)
+            self._writer.add_string(MADE + key, value)
         self._writer.write_header_to_file()
         self._writer.write_kv_data_to_file()
         self._writer.write_tensors_to_file()
@@ -211,6 +155,7 @@ FORMAT = Format(
     "gguf 0.17, llama.cpp",
     base=READ_AND_WRITTEN,
     tied_embedding=False,
+    holds_adapter=holds_adapter,
     open_file=open_file,
     read=read,
     writer=GgufWriter,

@@ -16,12 +16,22 @@ from lora_tools.sources.schemes.awq import AWQ
 from lora_tools.sources.schemes.bitsandbytes import BITSANDBYTES
 from lora_tools.sources.schemes.bitsandbytes_int8 import BITSANDBYTES_INT8
 from lora_tools.sources.schemes.fp8 import COMFY, FLOATS
+from lora_tools.sources.schemes.gguf import GGUF
 from lora_tools.sources.schemes.gptq import GPTQ
 from lora_tools.sources.schemes.mlx import MLX
 from lora_tools.sources.schemes.row import Scheme
 
 # The first that finds weights of its own is taken: those that know most come first.
-SCHEMES: tuple[Scheme[Any], ...] = (BITSANDBYTES, BITSANDBYTES_INT8, GPTQ, AWQ, MLX, COMFY, FLOATS)
+SCHEMES: tuple[Scheme[Any], ...] = (
+    GGUF,
+    BITSANDBYTES,
+    BITSANDBYTES_INT8,
+    GPTQ,
+    AWQ,
+    MLX,
+    COMFY,
+    FLOATS,
+)
 
 
 def scheme_of(stored: Checkpoint) -> tuple[Scheme[Any], Mapping[str, PackedWeight]] | None:
