@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from lora_tools.errors import CheckpointError, TensorNotFound
 from lora_tools.formats.dtypes import torch_dtype
+from lora_tools.formats.lfs import HEAD, refuse_pointer
 from lora_tools.formats.mapped import MappedFile
 from lora_tools.formats.reopen import Reopened, Stamp
 from lora_tools.formats.tensors import as_bytes
@@ -128,6 +129,7 @@ def map_file(path: Path) -> MappedFile:
     """A file's bytes, mapped. Raises CheckpointError."""
     try:
         with path.open("rb") as file:
+            refuse_pointer(path, file.read(HEAD))
             return MappedFile(file)
     except (OSError, ValueError) as error:  # a ValueError: an empty one
         said = error.strerror if isinstance(error, OSError) else "an empty file"

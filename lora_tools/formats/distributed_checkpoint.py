@@ -16,6 +16,7 @@ from lora_tools.errors import CheckpointError, UnsafeInput
 from lora_tools.formats.assembled import Assembled, Part, check_parts
 from lora_tools.formats.dtypes import dtype_name
 from lora_tools.formats.inert_pickle import Record, kind_of, read_pickle
+from lora_tools.formats.lfs import refuse_pointer
 from lora_tools.formats.shards import is_plain_name
 from lora_tools.formats.torch_zip import read_saved, saved_tensor
 from lora_tools.records import TensorSpec, counted
@@ -51,7 +52,9 @@ class DistributedCheckpoint(Assembled):
 
     def __init__(self, path: Path) -> None:
         try:
-            said = _fields(read_pickle(path.read_bytes()), "metadata.Metadata")
+            data = path.read_bytes()
+            refuse_pointer(path, data)
+            said = _fields(read_pickle(data), "metadata.Metadata")
             entries = said.get("state_dict_metadata")
             if type(entries) is not dict or not all(type(name) is str for name in entries):
                 raise CheckpointError("its metadata names no tensors")
@@ -210,7 +213,10 @@ def model_names(names: Iterable[str], planner_data: Any) -> tuple[dict[str, str]
             'not said; save {"model": model.state_dict()}'
         )
     if not kept:
-        raise CheckpointError("holds no tensors of a model")
+        raise CheckpointError(
+            "holds no tensors of a model, only what training keeps; is the model in a folder "
+            "beside it?"
+        )
     return {own: path[0] for own, path in kept.items()}, [n for n in paths if n not in kept]
 
 

@@ -156,7 +156,7 @@ def _block(part: _Local, mesh: Sequence[int]) -> Block:
             offsets[dim] += begin
             sizes[dim] = min(step, sizes[dim] - begin)
     held = part.saved.shape
-    if held != tuple(sizes) and (math.prod(held) or math.prod(sizes)):
+    if held != tuple(sizes) and (0 not in held or 0 not in sizes):
         raise CheckpointError(
             f"the process at {list(part.place)} holds {list(held)} of {list(part.shape)}, and "
             f"{sizes} is expected; are all files there?"
