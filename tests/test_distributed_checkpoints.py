@@ -10,6 +10,8 @@ import math
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from lora_tools.errors import CheckpointError, LoraToolsError, UnsafeInput
 from lora_tools.formats.assembled import Part, check_parts
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.distributed_checkpoint import model_names
+from lora_tools.formats.tensors import as_bytes
 from lora_tools.sources.adapters import open_adapter
 from lora_tools.sources.checkpoints import open_checkpoint
 from tests import distributed
@@ -43,8 +46,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, tor
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n"
 
 
-def opened(path: Path) -> Checkpoint:
-    return open_checkpoint(path, allow_pickle=True)
+def opened(path: Path, decoded: bool = True) -> Checkpoint:
+    return open_checkpoint(path, allow_pickle=True, decoded=decoded)
 
 
 def same(found: Checkpoint, wanted: dict[str, torch.Tensor]) -> bool:
@@ -52,8 +55,7 @@ def same(found: Checkpoint, wanted: dict[str, torch.Tensor]) -> bool:
     return found.specs.keys() == wanted.keys() and all(
         found.tensor(name).dtype == tensor.dtype
         and found.tensor(name).shape == tensor.shape
-        and bytes(found.raw(name))
-        == tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        and bytes(found.raw(name)) == bytes(as_bytes(tensor))
         for name, tensor in wanted.items()
     )
 
@@ -72,7 +74,7 @@ def cut_tensors(draw: st.DrawFn) -> tuple[torch.Tensor, list[list[int]]]:
     return numbers(shape, draw(st.sampled_from(DTYPES))), cuts
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(cut_tensors(), min_size=1, max_size=3), st.integers(1, 3))
 def test_parts_of_any_shape(tmp_path_factory, drawn, files):
     folder = tmp_path_factory.mktemp("cut") / "x"
@@ -82,8 +84,9 @@ def test_parts_of_any_shape(tmp_path_factory, drawn, files):
     distributed.cut_up(folder, tensors, cuts, files)
     empty = {f"model.{name}": torch.zeros_like(tensor) for name, tensor in tensors.items()}
     oracle = distributed.load(empty, folder)
-    assert all(torch.equal(oracle[f"model.{n}"].float(), t.float()) for n, t in tensors.items())
-    assert same(opened(folder), tensors)
+    found = opened(folder, decoded=False)
+    assert same(found, {name.removeprefix("model."): read for name, read in oracle.items()})
+    assert same(found, tensors)
 
 
 STATES: dict[str, Callable[[dict[str, Any], Any], dict[str, Any]]] = {
@@ -143,6 +146,12 @@ def test_it_opens_without_torch_and_without_reading(tmp_path: Path) -> None:
     distributed.save({"model": {"a": torch.ones(4)}}, tmp_path / "x")
     [file] = (tmp_path / "x").glob("*.distcp")
     file.write_bytes(b"\0" * file.stat().st_size)
+    look = (
+        "import sys; from lora_tools.sources.checkpoints import open_checkpoint; "
+        f"assert open_checkpoint({str(tmp_path / 'x')!r}, True).specs['a'].shape == (4,); "
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", look], check=True)
     found = opened(tmp_path / "x")
     with pytest.raises(CheckpointError, match=r"a: at byte \d+ of __0_0.distcp: not a file that"):
         found.tensor("a")
@@ -230,7 +239,7 @@ EVIL = {
     "os": lambda mark: (os.system, (f"touch {mark}",)),
     "eval": lambda mark: (eval, (f"open({str(mark)!r}, 'w')",)),
     "torch": lambda mark: (torch.save, ({}, str(mark))),  # taken as a name
-    "getattr": lambda mark: (getattr, (os, "system")),
+    "getattr": lambda mark: (getattr, (Path, "touch")),
     "path": lambda mark: (Path.touch, (Path(mark),)),
 }
 
@@ -241,21 +250,18 @@ def test_nothing_is_run(how: str, where: str, tmp_path: Path) -> None:
     mark, folder = tmp_path / "mark", tmp_path / "x"
     metadata = distributed.cut_up(folder, {"a": torch.ones(2)}, {"a": [[]]}, 1)
     evil = Evil(EVIL[how](mark))
-    try:
-        if where == "instead":
-            distributed.write(folder, evil)
-        elif where == "within":
-            metadata.planner_data = {"model.a": evil}
-            distributed.write(folder, metadata)
-        elif where == "part":
-            torch.save(evil, folder / "__0_0.distcp")
-            info(metadata).length = (folder / "__0_0.distcp").stat().st_size
-            distributed.write(folder, metadata)
-        else:
-            (folder / ".metadata").unlink()
-            torch.save({"a": evil}, folder / "model_world_size_1_rank_0.pt")
-    except (pickle.PicklingError, TypeError):
-        pytest.skip("not to be pickled")
+    if where == "instead":
+        distributed.write(folder, evil)
+    elif where == "within":
+        metadata.planner_data = {"model.a": evil}
+        distributed.write(folder, metadata)
+    elif where == "part":
+        torch.save(evil, folder / "__0_0.distcp")
+        info(metadata).length = (folder / "__0_0.distcp").stat().st_size
+        distributed.write(folder, metadata)
+    else:
+        (folder / ".metadata").unlink()
+        torch.save({"a": evil}, folder / "model_world_size_1_rank_0.pt")
     with contextlib.suppress(CheckpointError):
         opened(folder).tensor("a")
     assert not mark.exists()
@@ -270,7 +276,7 @@ def test_truncated_metadata(length: int, tmp_path: Path) -> None:
         opened(tmp_path / "x")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_metadata_of_noise(tmp_path_factory, data):
     """Whatever bytes are there: read, or refused."""
@@ -287,7 +293,7 @@ def test_metadata_of_noise(tmp_path_factory, data):
             found.tensor(name)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_parts_cover_once(data):
     """Blocks of a grid are a tensor; without one of them, or with one moved, they are not."""
@@ -300,7 +306,7 @@ def test_parts_cover_once(data):
         check_parts("a", shape, blocks[1:])
     if len(blocks) > 1:
         moved = dataclasses.replace(blocks[0], offsets=blocks[1].offsets)
-        with pytest.raises(CheckpointError, match="a part of|overlap|numbers of a tensor"):
+        with pytest.raises(CheckpointError, match=r"a part of|overlap|numbers of a tensor"):
             check_parts("a", shape, [moved, *blocks[1:]])
 
 
@@ -319,7 +325,7 @@ MESHES: dict[tuple[int, ...], list[tuple[Any, ...]]] = {
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(data=st.data())
 def test_dtensors_of_any_placement(mesh, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
@@ -329,7 +335,7 @@ def test_dtensors_of_any_placement(mesh, data, tmp_path_factory):
         tensors[f"t{i}"] = numbers(shape, data.draw(st.sampled_from(DTYPES)))
         placements[f"t{i}"] = placement
     distributed.save_ranks(folder, tensors, mesh, placements)
-    assert same(opened(folder), tensors)
+    assert same(opened(folder, decoded=False), tensors)
 
 
 def test_verl_s_folder(tmp_path: Path) -> None:
@@ -338,6 +344,7 @@ def test_verl_s_folder(tmp_path: Path) -> None:
     cut = {name: (Shard(0),) for name in model}
     step = tmp_path / "global_step_5"
     step.mkdir()
+    torch.save({}, step / "data.pt")  # the dataloader's state
     actor = distributed.save_ranks(step / "actor", model, (3,), cut)
     for rank in range(3):
         torch.save({}, actor / f"optim_world_size_3_rank_{rank}.pt")
@@ -458,8 +465,8 @@ def test_every_verb_reads_it(stored: Path, tmp_path: Path) -> None:
     a, b = (load_file(tmp_path / out / "model.safetensors") for out in "ab")
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
-    totals = lora_tools.diff(tmp_path / "plain", stored, allow_pickle=True).totals
-    assert totals["tensors_changed"] == 0
+    report = lora_tools.diff(tmp_path / "plain", stored, allow_pickle=True)
+    assert {str(fate.action) for fate in report.plan} == {"unchanged"}
     given = opened(stored)
     again = pickle.loads(pickle.dumps(given))
     assert same(again, model)

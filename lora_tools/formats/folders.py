@@ -15,7 +15,9 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".onnx_adap
 # Files beside weights, or of what has them deeper: PEFT, diffusers, sentence-transformers, torch.
 _SIGNS = (ADAPTER_CONFIG, "model_index.json", "modules.json", ".metadata")
 # What a training run leaves beside weights, and where there are none.
-_LEFT = re.compile(r"(training_args|optim|scheduler|scaler|rng_state|random_states|extra_state).*")
+_LEFT = re.compile(
+    r"(training_args|optim|scheduler|scaler|rng_state|random_states|extra_state).*|data"
+)
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _REPOSITORY = re.compile(r"models--.+")
 _DEEPEST = 5  # a cache, a repository, its snapshot, a checkpoint, an adapter's folder
