@@ -227,13 +227,8 @@ def test_an_adapter_is_no_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     "names",
     [
-        [
-            "base_model.model.q.base_layer.weight",
-            "base_model.model.q.lora_A.default.weight",
-            "base_model.model.q.lora_B.default.weight",
-            "base_model.model.norm.weight",
-        ],
         ["base_model.model.q.weight", "base_model.model.norm.weight"],  # merged in its wrapper
+        ["net.base_layer.weight", "net.norm.weight"],  # a module of its own that is called so
         ["net.q.weight", "net.q.lora_A", "net.q.lora_B", "net.q.bias"],  # loralib's whole model
         ["x.m"],
     ],

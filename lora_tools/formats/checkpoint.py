@@ -15,10 +15,12 @@ from lora_tools.errors import UnsafeInput
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.formats.json_file import read_object
+from lora_tools.formats.lfs import HEAD, refuse_pointer
 from lora_tools.formats.pipelines import Pipeline
 from lora_tools.formats.quantized.packed import StoredFormat
 from lora_tools.formats.reopen import SmallFile
 from lora_tools.formats.safetensors_file import SafetensorsFile
+from lora_tools.formats.sharded import refuse_part
 from lora_tools.formats.shards import INDEX_SUFFIX, Shards
 from lora_tools.formats.tensor_file import TensorFile
 from lora_tools.formats.weights import Says, Weights, ties_embeddings
@@ -32,6 +34,7 @@ _WEIGHT_SUFFIXES = (
     ".bin",
     ".pt",
     ".pth",
+    ".distcp",
     ".ckpt",
     ".h5",
     ".msgpack",
@@ -61,6 +64,7 @@ class Checkpoint(Shards):
         config: ``config.json``, or an empty dict.
         index_name: name of the shard index, or None.
         notes: what to say of how it is read.
+        part_files: files that its weight files are put together of.
         pipeline: the sentence-transformers folder that it is the first module of, or None.
         outside: names of tensors of that folder's other modules, where they are here as well.
     """
@@ -70,6 +74,7 @@ class Checkpoint(Shards):
     made_files: Mapping[str, bytes] = {}
     file_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    part_files: Collection[Path] = ()
     pipeline: Pipeline | None = None
     outside: Collection[str] = frozenset()
 
@@ -153,7 +158,7 @@ class Checkpoint(Shards):
         """
         if not self.is_folder:
             return [], []
-        own = {file.path for file in self.files}
+        own = {*self.part_files, *(file.path for file in self.files)}
         in_root = self.pipeline is not None and self.pipeline.root == self.path
         whole = self.pipeline.folders if self.pipeline is not None and in_root else set()
         adapters = {path.parent for path in self.path.glob("*/adapter_config.json")}
@@ -190,6 +195,7 @@ class View(Checkpoint):
         self.pipeline, self.outside = source.pipeline, source.outside
         self.replaced_files, self.made_files = source.replaced_files, source.made_files
         self.file_names = source.file_names
+        self.part_files = source.part_files
 
     @property
     def scheme(self) -> StoredFormat | None:
@@ -213,8 +219,11 @@ def with_theta(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def open_weights(path: Path, allow_pickle: bool) -> TensorFile:
     """One file of tensors, safetensors or a pickle. Raises UnsafeInput, CheckpointError."""
+    refuse_part(path)
     if path.suffix not in PICKLE_SUFFIXES:
         return SafetensorsFile(path)
+    with path.open("rb") as file:
+        refuse_pointer(path, file.read(HEAD))
     if not allow_pickle:
         raise UnsafeInput(
             f"{path}: a pickle, which can hold code. Convert it to safetensors, or pass "

@@ -34,6 +34,8 @@ _UNITS = {
 
 
 _INDEX = "model.safetensors.index.json"
+# Files that stand for a whole model in parts, and accelerate's of a whole one.
+_OF_PARTS = re.compile(r"\.metadata|model_world_size_.+\.pt|pytorch_model_fsdp.*\.bin")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +66,8 @@ def safetensors_name(path: Path) -> str:
     ``pytorch_model….bin`` becomes ``model….safetensors``."""
     if path.suffix == ".safetensors":
         return path.name
+    if _OF_PARTS.fullmatch(path.name):
+        return "model.safetensors"
     return path.with_suffix(".safetensors").name.removeprefix("pytorch_")
 
 

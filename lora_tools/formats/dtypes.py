@@ -43,8 +43,8 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """torch dtype → safetensors' name."""
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """torch dtype, or its dotted name → safetensors' name. Raises CheckpointError."""
     wanted = str(dtype).removeprefix("torch.")
     for name, torch_name in _TORCH_NAMES.items():
         if torch_name == wanted:

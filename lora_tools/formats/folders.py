@@ -8,13 +8,16 @@ import re
 from pathlib import Path
 
 from lora_tools.errors import LoraToolsError
+from lora_tools.formats.sharded import inner_parts
 
 ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".onnx_adapter")
 # Files beside weights, or of what has them deeper: PEFT, diffusers, sentence-transformers, torch.
 _SIGNS = (ADAPTER_CONFIG, "model_index.json", "modules.json", ".metadata")
 # What a training run leaves beside weights, and where there are none.
-_LEFT = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states).*")
+_LEFT = re.compile(
+    r"(training_args|optim|scheduler|scaler|rng_state|random_states|extra_state).*|data"
+)
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _REPOSITORY = re.compile(r"models--.+")
 _DEEPEST = 5  # a cache, a repository, its snapshot, a checkpoint, an adapter's folder
@@ -59,13 +62,14 @@ def _inside(folder: Path, fail: type[LoraToolsError]) -> list[Path]:
         return _snapshots(folder, fail)
     folders = [path for path in sorted(folder.iterdir()) if path.is_dir()]
     runs = [path for path in folders if _CHECKPOINT.fullmatch(path.name)]
-    runs = [path for path in runs if _holds_weights(path) or named_adapters(path)]
+    runs = [p for p in runs if _holds_weights(p) or named_adapters(p) or inner_parts(p)]
     others = [
         path
         for path in folders
         if (path / ADAPTER_CONFIG).is_file() or _REPOSITORY.fullmatch(path.name)
     ]
     others = [path for path in others if path not in runs]
+    others += inner_parts(folder)
     return others + sorted(runs, key=lambda path: int(path.name.rpartition("-")[2]))
 
 

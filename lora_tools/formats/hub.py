@@ -10,7 +10,7 @@ from lora_tools.errors import CheckpointError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-_PICKLES = ("*.bin", "*.bin.index.json", "*.pt", "*.pth")
+_PICKLES = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.metadata", "*.distcp")
 _SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "*.md", "*.py", "LICENSE*")
 
 

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from lora_tools.errors import CheckpointError, LoraToolsError
+from lora_tools.formats.lfs import refuse_pointer
 
 
 def read_object(path: Path, fail: type[LoraToolsError] = CheckpointError) -> dict[str, Any]:
     """What it holds. Raises ``fail`` for what is no JSON object, and OSError."""
     try:
-        found = json.loads(path.read_bytes())
+        data = path.read_bytes()
+        refuse_pointer(path, data, fail)
+        found = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise fail(f"{path}: not JSON ({error})") from None
     if not isinstance(found, dict):

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import CheckpointError, OutputError, TensorNotFound
 from lora_tools.formats.dtypes import torch_dtype
+from lora_tools.formats.lfs import HEAD, refuse_pointer
 from lora_tools.formats.mapped import MappedFile
 from lora_tools.formats.reopen import Reopened, Stamp
 from lora_tools.records import DTYPE_BITS, TensorSpec
@@ -140,12 +141,15 @@ class SafetensorsFile(Reopened):
             with path.open("rb") as file:
                 self.stamp = Stamp.of(file.fileno())
                 size = self.stamp.nbytes
-                length = int.from_bytes(file.read(8), "little")
+                head = file.read(HEAD)
+                refuse_pointer(path, head)
+                length = int.from_bytes(head[:8], "little")
                 if size < 8 or length > min(size - 8, _MAX_HEADER):
                     raise CheckpointError(
                         f"the first 8 bytes promise a header of {length} bytes and the file has "
                         f"{size}; it is truncated or not safetensors"
                     )
+                file.seek(8)
                 self.header = file.read(length)
                 self._start = 8 + length
                 self.specs, self._offsets, self.metadata = parse_header(
@@ -153,7 +157,9 @@ class SafetensorsFile(Reopened):
                 )
                 self._map = MappedFile(file)
         except CheckpointError as error:
-            raise CheckpointError(f"{path}: {error}") from None
+            said = str(error)
+            said = said if said.startswith(str(path)) else f"{path}: {said}"
+            raise CheckpointError(said) from None
         except OSError as error:
             raise CheckpointError(f"{path}: {error.strerror or error}") from None
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_tools.errors import CheckpointError, TensorNotFound, UnsafeInput
+from lora_tools.formats.lfs import refuse_pointer
 from lora_tools.formats.safetensors_file import strict_json
 from lora_tools.formats.tensor_file import TensorFile
 from lora_tools.records import TensorSpec
@@ -92,8 +93,10 @@ def read_index(path: Path) -> dict[str, str]:
         CheckpointError: it is none, or a file is missing.
         UnsafeInput: it names a file outside its folder.
     """
+    data = path.read_bytes()
+    refuse_pointer(path, data)
     try:
-        index = strict_json(path.read_bytes())
+        index = strict_json(data)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     names = index.get("weight_map") if isinstance(index, dict) else None

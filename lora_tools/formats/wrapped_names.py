@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_tools.errors import AdapterError
+from lora_tools.formats.sharded import empty_weights
 from lora_tools.formats.tensor_file import TensorFile
 
 if TYPE_CHECKING:
@@ -89,12 +90,40 @@ def _one_to_one(plain: dict[str, str]) -> dict[str, str]:
     return plain
 
 
+def of_wrapped_layers(names: Collection[str], always: bool) -> list[str]:
+    """Tensors of layers that PEFT put an adapter on, in a model saved with it.
+
+    Args:
+        always: whether ``base_layer`` is no other's name, even without a factor beside it.
+    """
+    named = {match[1].rpartition(".")[0] for name in names if (match := _NAMED.fullmatch(name))}
+    found = []
+    for name in names:
+        stem, is_base, _ = name.rpartition(".base_layer.")
+        # PEFT before 0.5 put the factors beside the weight itself
+        if (is_base and (always or stem in named)) or name.rpartition(".weight")[0] in named:
+            found.append(name)
+    return found
+
+
+def saved_whole(path: Path, layers: Sequence[str]) -> str:
+    """What to say of a model that was saved with its adapter in it, by such tensors' names."""
+    return (
+        f"{path}: a model saved with its adapter in it ({layers[0]}), which transformers does not "
+        "load; save it merged (model.merge_and_unload()), or the adapter by itself "
+        "(model.save_pretrained(OUT))"
+    )
+
+
 def adapter_file(path: Path, file: TensorFile) -> tuple[TensorFile, tuple[str, ...]]:
     """An adapter's file by plain names, and what to say of them.
 
     Raises:
-        AdapterError: two keys become one, or the file holds several adapters.
+        AdapterError: two keys become one, the file holds several adapters, or factors are empty.
     """
+    empty = [spec.name for spec in file.specs.values() if spec.is_float and spec.shape == (0,)]
+    if empty:
+        raise AdapterError(f"{path}: {empty_weights(empty)}")
     try:
         plain, adapters = of_adapter(file.specs)
         _one_to_one(plain)

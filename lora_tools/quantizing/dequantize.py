@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Collection
 
 from lora_tools.formats import digest as hashing
+from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.merging.output_files import changed_files
 from lora_tools.merging.rewrite import Rewrite
 from lora_tools.merging.tensor import MergeTensor
 from lora_tools.records import Report
-from lora_tools.sources.dequantized import Dequantized
 from lora_tools.totals import DequantizeTotals
 
 
-def dequantize_checkpoint(job: Rewrite, view: Dequantized[Any]) -> Report[DequantizeTotals]:
-    """Write the plain checkpoint."""
+def dequantize_checkpoint(
+    job: Rewrite, view: Checkpoint, quantized: Collection[str]
+) -> Report[DequantizeTotals]:
+    """Write the plain checkpoint. ``quantized``: names of the weights that are decoded."""
     specs = {spec.name: spec for shard in job.shards for spec in shard.specs}
     with job.writer() as writer:
         targets = job.plan.targets
@@ -26,8 +28,8 @@ def dequantize_checkpoint(job: Rewrite, view: Dequantized[Any]) -> Report[Dequan
         report = job.finish(writer, changed)
     totals: DequantizeTotals = {
         **report.totals,
-        "tensors_dequantized": len(view.quantized),
-        "tensors_copied": len(specs) - len(view.quantized),
+        "tensors_dequantized": len(quantized),
+        "tensors_copied": len(specs) - len(quantized),
         "output_digest": hashing.digest(specs.values(), hashes),
     }
     return dataclasses.replace(report, totals=totals)

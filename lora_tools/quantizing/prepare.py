@@ -86,21 +86,22 @@ def prepare_quantize(
 def prepare_dequantize(
     checkpoint: str | Path, storage: Storage, running: Running, command: str
 ) -> Prepared:
-    """The plain checkpoint that one in four bits stands for.
+    """The plain checkpoint that one in four bits stands for, or that one in pickles does.
 
     Raises:
-        MismatchError: nothing there is quantized.
+        MismatchError: nothing there is quantized, and all is safetensors.
     """
     view = open_checkpoint(checkpoint, running.allow_pickle)
-    if not isinstance(view, Dequantized):
+    quantized = view.quantized if isinstance(view, Dequantized) else {}
+    if not quantized and all(file.path.suffix == ".safetensors" for file in view.files):
         raise MismatchError(f"{view.path}: its numbers are plain already: no four-bit weights")
     planned = Planned(str(checkpoint), "checkpoint", view, (), plan_merge(view, []))
     specs = out_specs(planned.plan, dtype_of(storage))
     shards = signed(lay_out(view, specs, limit_of(storage, view)), command, [])
     nbytes = sum(shard.nbytes for shard in shards)
     fates = [
-        Fate(name, Action.DEQUANTIZE, view.quantized[name].label, spec.nbytes)
-        if name in view.quantized
+        Fate(name, Action.DEQUANTIZE, quantized[name].label, spec.nbytes)
+        if name in quantized
         else Fate(name, Action.COPY, "", spec.nbytes)
         for name, spec in specs.items()
     ]
@@ -111,7 +112,7 @@ def prepare_dequantize(
         report,
         planned.paths(),
         nbytes,
-        lambda out: dequantize_checkpoint(job(out), view),
+        lambda out: dequantize_checkpoint(job(out), view, quantized),
         pipeline=view.pipeline,
     )
 

@@ -21,7 +21,13 @@ from lora_tools.formats.adapters.peft import Adapter
 from lora_tools.formats.adapters.table import FORMATS, by_bytes, by_keys, format_named, title_of
 from lora_tools.formats.checkpoint import Checkpoint, open_weights
 from lora_tools.formats.folders import meant, named_adapters
-from lora_tools.formats.wrapped_names import adapter_file, of_adapter
+from lora_tools.formats.rank_files import is_rank_file
+from lora_tools.formats.wrapped_names import (
+    adapter_file,
+    of_adapter,
+    of_wrapped_layers,
+    saved_whole,
+)
 from lora_tools.linalg.scaling import scaling
 from lora_tools.sources.base_names import base_names
 
@@ -74,7 +80,10 @@ def open_adapter(
     if form is not None and form.open_file is not None:
         file = form.open_file(file_path)
     else:
-        file, said = adapter_file(path, open_weights(file_path, allow_pickle))
+        stored = open_weights(file_path, allow_pickle)
+        if layers := of_wrapped_layers(stored.specs, always=False):
+            raise AdapterError(saved_whole(path, layers))
+        file, said = adapter_file(path, stored)
         refuse_by_keys(path, file.specs)
         form = form or by_keys(path, file.specs)
     names = base_names(base, allow_pickle) if base is not None else None
@@ -129,7 +138,7 @@ def is_adapter(source: str | Path, allow_pickle: bool = False) -> bool:
     form = by_bytes(path)
     if form is not None:
         return form.holds_adapter is None or form.holds_adapter(path)
-    if path.suffix in _PICKLES and not allow_pickle:
+    if path.suffix in _PICKLES and (not allow_pickle or is_rank_file(path)):
         return False
     return bool(title_of(of_adapter(open_weights(path, allow_pickle).specs)[0].values()))
 

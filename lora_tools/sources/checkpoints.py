@@ -15,14 +15,26 @@ from lora_tools.formats.gguf_file import is_gguf
 from lora_tools.formats.gguf_model import open_gguf
 from lora_tools.formats.pipelines import Pipeline, weight_files
 from lora_tools.formats.quantized.signs import FILES, Found, sign_of
+from lora_tools.formats.sharded import (
+    empty_weights,
+    home_of,
+    open_parts,
+    refuse_folder,
+    refuse_slices,
+    refuse_steps,
+    title_of,
+)
 from lora_tools.formats.shards import INDEX_SUFFIX, check_index, read_index
 from lora_tools.formats.wrapped_names import (
     Renamed,
     TwoNamesError,
     note,
     of_adapter,
+    of_wrapped_layers,
+    saved_whole,
     without_wrappers,
 )
+from lora_tools.records import counted
 from lora_tools.sources.class_says import class_says
 from lora_tools.sources.dequantized import Dequantized
 from lora_tools.sources.schemes import scheme_of
@@ -72,12 +84,11 @@ def by_plain_names(stored: Checkpoint) -> Checkpoint:
     none of it: a bare file may be for a model that has it.
 
     Raises:
-        CheckpointError: two tensors become one; or such a folder holds an adapter's layers, which
-            transformers would pass by, or empty weights.
+        CheckpointError: two tensors become one; or the model was saved with its adapter in it,
+            which transformers would pass by, or with empty weights.
     """
     is_loaded = bool(stored.config.get("model_type"))
-    if is_loaded:
-        _refuse_unloadable(stored)
+    _refuse_unloadable(stored, is_loaded)
     try:
         names = without_wrappers(stored.specs, outer=is_loaded)
     except TwoNamesError as error:
@@ -88,27 +99,28 @@ def by_plain_names(stored: Checkpoint) -> Checkpoint:
     files = [Renamed(file, names) for file in stored.files]
     plain = Checkpoint(stored.path, files, stored.is_folder, stored.index_name)
     plain.pipeline = stored.pipeline
-    plain.notes = (f"{stored.path}: {said}",)
+    plain.part_files = stored.part_files
+    plain.notes = (*stored.notes, f"{stored.path}: {said}")
     return plain
 
 
-def _refuse_unloadable(stored: Checkpoint) -> None:
-    """Raises CheckpointError for a folder of which transformers would make other weights."""
-    layers = [name for name in stored.specs if ".base_layer." in name]
+def _refuse_unloadable(stored: Checkpoint, is_loaded: bool) -> None:
+    """Raises CheckpointError for weights that are not what their names say.
+
+    Args:
+        is_loaded: whether transformers is to load them. A bare file may be for a model that has a
+            module called ``base_layer``, or an empty tensor, of its own.
+    """
+    layers = of_wrapped_layers(stored.specs, always=is_loaded)
     if layers:
-        raise CheckpointError(
-            f"{stored.path}: a model saved with its adapter in it ({layers[0]}), which "
-            "transformers does not load; save it merged (model.merge_and_unload()), or the adapter "
-            "by itself (model.save_pretrained(OUT))"
-        )
-    empty = [s.name for s in stored.specs.values() if s.is_float and s.shape == (0,)]
+        raise CheckpointError(saved_whole(stored.path, layers))
+    empty = [
+        spec.name
+        for spec in stored.specs.values()
+        if spec.is_float and spec.shape == (0,) and (is_loaded or spec.name.endswith("weight"))
+    ]
     if empty:
-        more = f" and {len(empty) - 1} more" if empty[1:] else ""
-        raise CheckpointError(
-            f"{stored.path}: {empty[0]}{more}: empty, of shape [0], as DeepSpeed's ZeRO-3 leaves "
-            "weights whose partitions are not gathered for saving; run zero_to_fp32.py on its own "
-            "checkpoint, or save with stage3_gather_16bit_weights_on_model_save"
-        )
+        raise CheckpointError(f"{stored.path}: {empty_weights(empty)}")
 
 
 def as_plain(stored: Checkpoint) -> tuple[Checkpoint, Found | None]:
@@ -142,6 +154,8 @@ def _open(source: str | Path, allow_pickle: bool) -> Checkpoint:
         checkpoint = Checkpoint(path, [open_weights(path, allow_pickle)], False, None)
     else:
         checkpoint = _open_pipeline(path, allow_pickle)
+    for file in checkpoint.files:
+        refuse_slices(file)
     _refuse_adapter(checkpoint.path, checkpoint.specs)
     return checkpoint
 
@@ -180,7 +194,35 @@ def _refuse_titled(path: Path, title: str) -> None:
 
 
 def _open_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
-    suffixes = (".safetensors", *PICKLE_SUFFIXES)
+    refuse_folder(folder)
+    found = _open_files(folder, (".safetensors",), allow_pickle)
+    if found is None:
+        found = _open_parts(folder, allow_pickle)
+    if found is None:
+        found = _open_files(folder, PICKLE_SUFFIXES, allow_pickle)
+    if found is None:
+        refuse_steps(folder)
+        models = sorted(folder.glob("*.gguf"))
+        if models:
+            raise CheckpointError(f"{folder}: GGUF files: {_names(models)}; pass one of them")
+        raise CheckpointError(f"{folder}: no .safetensors file in it; is the download complete?")
+    return found
+
+
+def _open_parts(folder: Path, allow_pickle: bool) -> Checkpoint | None:
+    """A model in parts, as distributed training leaves it. None where there is none."""
+    file = open_parts(folder, allow_pickle)
+    if file is None:
+        return None
+    checkpoint = Checkpoint(home_of(folder), [file], True, None)
+    checkpoint.part_files = file.part_files
+    said = f"read of {title_of(file)}, in {counted(len(file.part_files), 'file')}"
+    checkpoint.notes = tuple(f"{folder}: {note}" for note in (said, *file.notes))
+    return checkpoint
+
+
+def _open_files(folder: Path, suffixes: Iterable[str], allow_pickle: bool) -> Checkpoint | None:
+    """A folder's one file of weights, or those that its index names. None where there is none."""
     for suffix in suffixes:
         indexes = sorted(folder.glob(f"*{suffix}{INDEX_SUFFIX}"))
         files = sorted(folder.glob(f"*{suffix}"))
@@ -210,10 +252,7 @@ def _open_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
             )
         if files:
             return Checkpoint(folder, [open_weights(files[0], allow_pickle)], True, None)
-    models = sorted(folder.glob("*.gguf"))
-    if models:
-        raise CheckpointError(f"{folder}: GGUF files: {_names(models)}; pass one of them")
-    raise CheckpointError(f"{folder}: no .safetensors file in it; is the download complete?")
+    return None
 
 
 def _names(paths: Iterable[Path]) -> str:

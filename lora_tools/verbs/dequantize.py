@@ -15,13 +15,14 @@ def dequantize(call: Call, checkpoint: str | Path, storage: Storage) -> Prepared
     """Write to ``out`` the plain checkpoint that a four-bit one of bitsandbytes stands for.
 
     Each weight is value · scale in float32, rounded once; ``quantization_config`` leaves
-    config.json.
+    config.json. Plain numbers that are not in safetensors (pickles, a distributed checkpoint) are
+    written as they are.
 
     Args:
         checkpoint: a folder, a safetensors file or a hub id.
 
     Raises:
-        MismatchError: nothing there is quantized.
+        MismatchError: nothing there is quantized, and all is safetensors.
         LoraToolsError: any other of the tree, with nothing written.
     """
     return prepare_dequantize(checkpoint, storage, call.running, call.command)

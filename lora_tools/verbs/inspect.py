@@ -176,7 +176,7 @@ def _layer(module: str) -> str:
 
 
 def _open_weights(checkpoint: Checkpoint) -> _Thing:
-    config, notes = checkpoint.config, []
+    config, notes = checkpoint.config, [*checkpoint.notes]
     facts: InspectTotals = {
         "architectures": config.get("architectures"),
         "model_type": config.get("model_type"),

@@ -19,6 +19,7 @@ from lora_tools.formats.adapters import (
     torchtune,
 )
 from lora_tools.formats.adapters.format import Format
+from lora_tools.formats.lfs import HEAD, refuse_pointer
 
 # Where two know as many keys of a file, the first is meant: LyCORIS knows all that kohya does.
 _MODULES = (peft_format, kohya, lycoris, diffusers, torchtune, mlx, loralib, gguf, onnxruntime)
@@ -35,7 +36,8 @@ def format_named(name: str, option: str) -> Format:
 def by_bytes(path: Path) -> Format | None:
     """The format that a file's first bytes give away."""
     with path.open("rb") as file:
-        head = file.read(16)
+        head = file.read(HEAD)
+    refuse_pointer(path, head)
     for form in FORMATS.values():
         if form.magic is not None and head[form.magic[0] :].startswith(form.magic[1]):
             return form
