@@ -34,7 +34,10 @@ def _find(stored: Checkpoint) -> Mapping[str, CompressedWeight]:
     def read(name: str) -> list[int]:
         return [int(n) for n in stored.tensor(name).tolist()]
 
-    return find_compressed(stored.specs, stored.config, read)
+    try:
+        return find_compressed(stored.specs, stored.config, read)
+    except CheckpointError as error:
+        raise CheckpointError(f"{stored.path}: {error}") from None
 
 
 def _numbers(
