@@ -279,6 +279,20 @@ def test_experts_of_three_dimensions() -> None:
     assert torch.equal(decoded(COMPRESSED_TENSORS, weight, parts, 10, 5), wanted[10:15])
 
 
+@pytest.mark.parametrize("kind", ["float-quantized", "pack-quantized"])
+def test_many_rows(kind: str) -> None:
+    """More than are unpacked at a time, in blocks that end between."""
+    more: dict[str, Any] = {"num_bits": 4, "strategy": "group", "group_size": 8, "symmetric": False}
+    if kind == "float-quantized":
+        more = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [100, 7]}
+    scheme = scheme_of(kind, **more)
+    state = compress(torch.randn(2100, 16), scheme, torch.float32)
+    weight, parts = found(state, config_of({"g": scheme}))
+    wanted = decompress(state, scheme)
+    assert torch.equal(decoded(COMPRESSED_TENSORS, weight, parts), wanted)
+    assert torch.equal(decoded(COMPRESSED_TENSORS, weight, parts, 950, 1100), wanted[950:2050])
+
+
 def test_every_code_of_few_bits() -> None:
     """Packing is undone by unpacking; codes that rounding gives are the nearest."""
     for number in range(1, 9):

@@ -77,7 +77,7 @@ SIGNS = (
     Sign("MXFP4", ("_blocks", "_scales"), ("U8",), _load("Mxfp4Config(dequantize=True)"),
          ("mxfp4",)),
     Sign("MXFP4 by OpenAI's own names", (".blocks", ".scales"), ("U8",),
-         "give the checkpoint beside it that transformers loads"),
+         f"give the checkpoint beside it that transformers loads, or {_ORIGINAL[5:]}"),
     Sign("MLX", (".weight", ".scales"), ("U32",),
          "make it plain with `mlx_lm.convert --dequantize`, and give that"),
     Sign("scaled FP8 of ComfyUI", (".scaled_fp8",)),
