@@ -112,8 +112,14 @@ def is_codes(spec: TensorSpec, specs: Mapping[str, TensorSpec]) -> bool:
     return True
 
 
-def find_fp8(specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> dict[str, FP8]:
+def find_fp8(
+    specs: Mapping[str, TensorSpec], config: Mapping[str, Any], is_scaled: bool = False
+) -> dict[str, FP8]:
     """Every weight of eight-bit floats, by name; none where config.json names another scheme.
+
+    Args:
+        is_scaled: matrices are known to have scales, as they do where config.json names a scheme,
+            or one of them has.
 
     Raises:
         CheckpointError: a scale is missing, left over, lies beside other parts, or is of a dtype
@@ -124,7 +130,7 @@ def find_fp8(specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> dict
     _stated(config)
     codes = [spec for spec in specs.values() if is_codes(spec, specs)]
     scales = {spec.name: scale_of(spec, specs, config) for spec in codes}
-    is_scaled = any(scales.values()) or bool(settings(config))
+    is_scaled = is_scaled or any(scales.values()) or bool(settings(config))
     dtype = plain_dtype(config)
     found = {}
     for spec in codes:
@@ -184,10 +190,10 @@ def fp8_weight(
         raise _unfit(codes, scale, "in F32, BF16, F16, or as powers of two (F8_E8M0, U8)")
     found = _layout(codes, scale, config)
     if found is None:
-        size = "x".join(map(str, _stated(config) or BLOCK))
-        raise _unfit(
-            codes, scale, f"one for all of it, one a row, or one for each block of {size} numbers"
-        )
+        stated = _stated(config)
+        size = "x".join(map(str, stated or BLOCK))
+        others = "" if stated else "one for all of it, one a row, or "
+        raise _unfit(codes, scale, f"as {others}one for each block of {size} numbers")
     grid, block, label = found
     if scale.dtype == "U8" and not scale.name.endswith("_scale_inv") and block != (1, 32):
         raise _unfit(codes, scale, "as floats; bytes are powers of two, of 32 numbers each")
