@@ -36,6 +36,7 @@ from lora_tools.formats.quantized.compressed_tensors import (
     settings_for,
     why_not,
 )
+from lora_tools.formats.quantized.modelopt import find_nvfp4
 from lora_tools.linalg import bits, e2m1, noise, scaled
 from lora_tools.records import TensorSpec
 from lora_tools.sources.checkpoints import open_checkpoint
@@ -608,6 +609,39 @@ def test_what_does_not_fit_is_refused_by_name(lie: str, tmp_path: Path) -> None:
     made(tmp_path / "q", stored, config)
     with pytest.raises(CheckpointError, match=said):
         open_checkpoint(tmp_path / "q")
+
+
+JUNK = (None, 0, -1, 3, 10**9, 1.5, True, "x", "re:(", "128x128", [], [1], {}, {"a": 1}, ["a"])
+
+
+@pytest.mark.parametrize("kind", ["mixed", "fp8 in blocks", "mxfp4", "modelopt"])
+def test_configs_of_anything(kind: str) -> None:
+    """Whatever stands in a config's place: it is read, or refused in words."""
+    stored, config, _ = form(kind)
+    specs = {n: TensorSpec(n, dtype_name(t.dtype), tuple(t.shape)) for n, t in stored.items()}
+    paths: list[tuple[Any, ...]] = []
+
+    def walk(value: Any, path: tuple[Any, ...]) -> None:
+        paths.append(path)
+        for key in value if isinstance(value, dict) else ():
+            walk(value[key], (*path, key))
+
+    walk(config["quantization_config"], ("quantization_config",))
+    outcomes = set()
+    for *path, last in paths:
+        for junk in JUNK:
+            lying = json.loads(json.dumps(config))
+            inner = lying
+            for key in path:
+                inner = inner[key]
+            inner[last] = junk
+            try:
+                find_compressed(specs, lying, lambda name: stored[name].tolist())
+                find_nvfp4(specs, lying, {})
+                outcomes.add("read")
+            except CheckpointError:
+                outcomes.add("refused")
+    assert outcomes == {"read", "refused"}
 
 
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])
