@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 import lora_tools
 from lora_tools.sources.checkpoints import open_checkpoint
 from lora_tools.sources.dequantized import Dequantized
-from tests import forms_fp8, forms_groups
+from tests import forms_compressed, forms_fp8, forms_groups
 from tests.iotools import adapter, checkpoint, linear_shapes, weights
 
 Tensors = dict[str, torch.Tensor]
-FORMS = {**forms_groups.FORMS, **forms_fp8.FORMS}
+FORMS = {**forms_groups.FORMS, **forms_fp8.FORMS, **forms_compressed.FORMS}
 UP = "model.layers.0.up_proj.weight"
 
 

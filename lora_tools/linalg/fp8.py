@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from lora_tools.linalg.noise import rounding_errors
+from lora_tools.linalg.noise import errors_by_code
 from lora_tools.linalg.scaled import by_blocks, times_scales
 
 _RUN = 1 << 16  # elements at a time, which stay in cache
@@ -114,12 +114,7 @@ def rounding_loss(
 def _errors(dtype: torch.dtype) -> torch.Tensor:
     """(256,) float32, the root mean square of what rounding to each code costs; 0 of no number."""
     values = torch.arange(256, dtype=torch.uint8).view(dtype).float()
-    finite = torch.isfinite(values)
-    held = torch.unique(values[finite])  # ascending, and one zero
-    table = torch.zeros(256)
-    at = torch.searchsorted(held, values[finite])
-    table[finite] = rounding_errors(held).sqrt().float()[at]
-    return table
+    return errors_by_code(values).sqrt().float()
 
 
 def _rounded(

@@ -38,6 +38,16 @@ def rounding_errors(values: torch.Tensor) -> torch.Tensor:
     return (below**3 + above**3) / (3 * (below + above))
 
 
+def errors_by_code(values: torch.Tensor) -> torch.Tensor:
+    """``rounding_errors`` of what each code stands for, (n,) in any order and some of them alike;
+    0 for those that are not finite."""
+    finite = torch.isfinite(values)
+    distinct = torch.unique(values[finite])
+    errors = torch.zeros(len(values), dtype=torch.float64)
+    errors[finite] = rounding_errors(distinct)[torch.searchsorted(distinct, values[finite])]
+    return errors
+
+
 def nibbles_noise(
     packed: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, blocksize: int
 ) -> float:
@@ -51,9 +61,7 @@ def nibbles_noise(
         scales: (⌈n / blocksize⌉,).
         blocksize: even.
     """
-    order = values.argsort(stable=True)
-    errors = torch.empty(16, dtype=torch.float64)
-    errors[order] = rounding_errors(values[order])
+    errors = errors_by_code(values)
     exact = errors[values.abs() == values.abs().max()].mean()
     of_byte = (errors[:, None] + errors).float().flatten()
     wide, sums = blocksize // 2, []

@@ -15,10 +15,13 @@ from lora_tools.formats.quantized.packed import PackedWeight
 from lora_tools.sources.schemes.awq import AWQ
 from lora_tools.sources.schemes.bitsandbytes import BITSANDBYTES
 from lora_tools.sources.schemes.bitsandbytes_int8 import BITSANDBYTES_INT8
+from lora_tools.sources.schemes.compressed_tensors import COMPRESSED_TENSORS
 from lora_tools.sources.schemes.fp8 import COMFY, FLOATS
 from lora_tools.sources.schemes.gguf import GGUF
 from lora_tools.sources.schemes.gptq import GPTQ
 from lora_tools.sources.schemes.mlx import MLX
+from lora_tools.sources.schemes.modelopt import MODELOPT
+from lora_tools.sources.schemes.mxfp4 import MXFP4
 from lora_tools.sources.schemes.row import Scheme
 
 # The first that finds weights of its own is taken: those that know most come first.
@@ -26,6 +29,9 @@ SCHEMES: tuple[Scheme[Any], ...] = (
     GGUF,
     BITSANDBYTES,
     BITSANDBYTES_INT8,
+    COMPRESSED_TENSORS,
+    MODELOPT,
+    MXFP4,
     GPTQ,
     AWQ,
     MLX,
