@@ -27,9 +27,8 @@ from lora_tools.formats.quantized.fp8 import (
     refuse_orphans,
     scale_of,
     settings,
-    with_activations,
 )
-from lora_tools.formats.quantized.packed import plain_dtype
+from lora_tools.formats.quantized.packed import plain_dtype, with_activations
 from lora_tools.formats.safetensors_file import strict_json
 from lora_tools.records import TensorSpec
 
@@ -74,7 +73,7 @@ def find_comfy(
         if is_codes(spec, specs):
             found[spec.name] = fp8_weight(spec, scale_of(spec, specs, config), dtype, config)
     _check(said, found, specs)
-    with_activations(found, specs)
+    found = with_activations(found, specs)
     for mark in marks if found else ():
         weight = mark.name.removesuffix(LAYER) + "weight"
         put_aside(found, weight if weight in found else next(iter(found)), mark)

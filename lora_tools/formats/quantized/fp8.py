@@ -26,7 +26,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_tools.errors import CheckpointError
-from lora_tools.formats.quantized.packed import ASIDE, Packed, plain_dtype
+from lora_tools.formats.quantized.packed import (
+    ACTIVATIONS,
+    ASIDE,
+    Packed,
+    plain_dtype,
+    with_activations,
+)
 from lora_tools.records import FLOAT_DTYPES, TensorSpec
 
 CODES, SCALE = "", "scale"
@@ -40,17 +46,13 @@ BLOCK = (128, 128)
 
 _SCALES = ("_scale_inv", "_scale")  # added to the weight's whole name
 _SCALES_BESIDE = (".scale", ".qscale_weight", ".scale_weight")  # in place of ".weight"
-_ACTIVATIONS = (
-    "input_scale", "activation_scale", "output_scale", "scale_input", "qscale_act",
-    "k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale", "input_scale_ub",
-)  # fmt: skip
 # What only lies beside codes of other kinds, or changes what the codes stand for.
 _OTHER_PARTS = (
     "weight_scale_2", "weight_zero_point", "weight_g_idx", "weight_shape", "pre_quant_scale",
     "weight_scalar", "weight_global_scale",
 )  # fmt: skip
 _NO_WEIGHTS = {
-    *_ACTIVATIONS, *_OTHER_PARTS, "weight_scale", "weight_scale_inv", "scale_weight",
+    *ACTIVATIONS, *_OTHER_PARTS, "weight_scale", "weight_scale_inv", "scale_weight",
     "qscale_weight", "scaled_fp8",
 }  # fmt: skip
 _BY_A_WEIGHT = ("_scale_inv", "weight_scale", "qscale_weight", "scale_weight")
@@ -141,7 +143,7 @@ def find_fp8(
                 "none, and its codes alone are not its numbers; is the download complete?"
             )
         found[spec.name] = fp8_weight(spec, scale, dtype, config)
-    with_activations(found, specs)
+    found = with_activations(found, specs)
     refuse_orphans(found, specs)
     return found
 
@@ -315,20 +317,6 @@ def _side(length: int, count: int, stated: int | None) -> int:
         return BLOCK[0]
     size, rest = divmod(length, count)
     return size if not rest and size >= 16 and not size & (size - 1) else 0
-
-
-def with_activations(found: dict[str, FP8], specs: Mapping[str, TensorSpec]) -> None:
-    """Scales of activations and caches put aside, each with the first weight that it lies by."""
-    by_module: dict[str, str] = {}
-    for name in found:
-        parts = name.split(".")
-        for n in range(1, len(parts) + 1):
-            by_module.setdefault(".".join(parts[:n]), name)
-    for spec in specs.values():
-        ending = next((a for a in _ACTIVATIONS if spec.name.endswith((f".{a}", f"_{a}"))), "")
-        owner = by_module.get(spec.name[: -len(ending) - 1]) if ending else None
-        if owner is not None and spec.is_float:
-            put_aside(found, owner, spec)
 
 
 def put_aside(found: dict[str, FP8], owner: str, spec: TensorSpec) -> None:

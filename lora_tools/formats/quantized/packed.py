@@ -13,11 +13,14 @@ from lora_tools.records import TensorSpec
 # activations, marks): they are not read, and lie in no plain copy.
 ASIDE = "aside: "
 # Parameters of a module that are of its activations, or of its attention's keys, values, queries.
-ACTIVATIONS = tuple(
-    f"{of}_{what}"
-    for of in ("input", "output", "k", "v", "q")
-    for what in ("scale", "zero_point", "global_scale")
-)
+ACTIVATIONS = (
+    *(
+        f"{of}_{what}"
+        for of in ("input", "output", "k", "v", "q")
+        for what in ("scale", "zero_point", "global_scale")
+    ),
+    "activation_scale", "scale_input", "qscale_act", "kv_scale", "prob_scale", "input_scale_ub",
+)  # fmt: skip
 
 
 class PackedWeight(Protocol):
@@ -86,20 +89,18 @@ W = TypeVar("W", bound=Packed)
 
 
 def with_activations(found: Mapping[str, W], specs: Mapping[str, TensorSpec]) -> dict[str, W]:
-    """The weights with the ``ACTIVATIONS`` put aside, each with the weight of its own module or the
-    first that lies in it: so they are in no plain copy."""
+    """The weights with the ``ACTIVATIONS`` put aside, each with the first weight of the module, or
+    the parameter, that it is named after: so they are in no plain copy."""
     owners: dict[str, str] = {}
     for name in found:
-        module = name.rpartition(".")[0]
-        owners[module] = name
-        while "." in module:
-            module = module.rpartition(".")[0]
-            owners.setdefault(module, name)
+        parts = name.split(".")
+        for n in range(1, len(parts) + 1):
+            owners.setdefault(".".join(parts[:n]), name)
     result = dict(found)
-    for spec in specs.values():
-        module, _, leaf = spec.name.rpartition(".")
-        if leaf in ACTIVATIONS and module in owners:
-            weight = result[owners[module]]
-            parts = {**weight.specs, ASIDE + spec.name: spec}
-            result[owners[module]] = dataclasses.replace(weight, specs=parts)
+    for name, spec in specs.items():
+        ending = next((a for a in ACTIVATIONS if name.endswith((f".{a}", f"_{a}"))), "")
+        owner = owners.get(name[: -len(ending) - 1]) if ending else None
+        if owner is not None:
+            parts_of = {**result[owner].specs, ASIDE + name: spec}
+            result[owner] = dataclasses.replace(result[owner], specs=parts_of)
     return result
