@@ -447,14 +447,11 @@ def test_a_dry_run_imports_nothing_heavy(base: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_same_graph_from_the_command_line(
-    traced: Callable[[str], Traced], tmp_path: Path
-) -> None:
+def test_the_same_graph_from_the_command_line(base: Path, exported: Any, tmp_path: Path) -> None:
     """In another process, traced anew: the same bytes."""
-    made = traced("gpt2")
-    line = [sys.executable, "-m", "lora_tools", "export", made.base, "-o", tmp_path / "out"]
+    line = [sys.executable, "-m", "lora_tools", "export", base, "-o", tmp_path / "out"]
     done = subprocess.run([*line, "--json", "--no-verify"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["verb"] == "export"
-    assert iotools.tree(tmp_path / "out") == iotools.tree(made.graph)
+    assert iotools.tree(tmp_path / "out") == iotools.tree(exported[0])
