@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # some hundred processes would compile the package
 
 import functools
+import gc
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -40,16 +41,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of a test that is a sweep, one in so many of its cases, the same ones each time."""
+    """Of a test that is a sweep, one in so many of its cases, the same ones each time. A case's own
+    mark is heard rather than its test's."""
     if config.getoption("--full"):
         return
-    sweeps: dict[str, tuple[int, list[pytest.Item]]] = {}
+    sweeps: dict[tuple[str, int], list[pytest.Item]] = {}
     for item in items:
-        sweep = item.get_closest_marker("sweep")
-        if sweep is not None:
-            sweeps.setdefault(item.nodeid.split("[")[0], (sweep.args[0], []))[1].append(item)
+        if marks := [mark for mark in item.own_markers if mark.name == "sweep"]:
+            part = marks[-1].args[0]  # those of a case come after those of its test
+            sweeps.setdefault((item.nodeid.split("[")[0], part), []).append(item)
     left = set()
-    for name, (part, cases) in sweeps.items():
+    for (name, part), cases in sweeps.items():
         count = math.ceil(len(cases) / part) if part else 0
         chosen = random.Random(name).sample(cases, count)
         left |= set(cases) - set(chosen)
@@ -67,6 +69,16 @@ def full(pytestconfig: pytest.Config) -> bool:
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _imports_are_no_garbage() -> Iterator[None]:
+    """What was imported stays: the collector, which torch.onnx calls at every trace, need not walk
+    the libraries' objects again and again."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,5 +1,5 @@
-"""Tiny random models of the architectures that export is tried on: two layers, or in one or two of
-each kind enough that some are repeated."""
+"""Tiny random models of the architectures that export is tried on: a layer or two, or in one or two
+of each kind enough that some are repeated."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def _whisper() -> Any:
         vocab_size=96,
         num_mel_bins=8,
         d_model=32,
-        encoder_layers=2,
-        decoder_layers=2,
+        encoder_layers=1,
+        decoder_layers=1,
         encoder_attention_heads=4,
         decoder_attention_heads=4,
         encoder_ffn_dim=48,
@@ -136,7 +136,9 @@ def _convnext() -> Any:
 
 ARCHITECTURES: dict[str, Callable[[], Any]] = {
     "BERT": lambda: hf.BertModel(hf.BertConfig(**_ENCODER)),
-    "BERT, classifier": lambda: hf.BertForSequenceClassification(hf.BertConfig(**_ENCODER)),
+    "BERT, classifier": lambda: hf.BertForSequenceClassification(
+        hf.BertConfig(**_ENCODER | {"num_hidden_layers": 2})
+    ),
     "RoBERTa": lambda: hf.RobertaForMaskedLM(hf.RobertaConfig(**_ENCODER)),
     "DistilBERT": lambda: hf.DistilBertForTokenClassification(
         hf.DistilBertConfig(
@@ -147,7 +149,7 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
     "GPT-2": _gpt2,
     "Llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_DECODER, tie_word_embeddings=True)),
     "Mistral, sliding window": lambda: hf.MistralForCausalLM(
-        hf.MistralConfig(**_DECODER, sliding_window=8)
+        hf.MistralConfig(**_SHALLOW, sliding_window=8)
     ),
     "Qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**_SHALLOW)),
     "Qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**_SHALLOW)),

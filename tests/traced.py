@@ -27,7 +27,7 @@ class Traced:
 
 
 def traced(name: str, root: Path) -> Traced:
-    """The architecture of ``export_models`` or the kind of ``models`` with that name, exported
+    """The model of ``export_models`` or the kind of ``models`` with that name, exported
     below ``root``, which all workers share; by the first of them that asks."""
     folder = root / name
     with (root / f"{name}.lock").open("w") as lock:
@@ -40,7 +40,7 @@ def traced(name: str, root: Path) -> Traced:
 def _make(name: str, folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
     folder.mkdir()
-    if name in export_models.ARCHITECTURES:
+    if name in export_models.ARCHITECTURES | export_models.REPEATING:
         export_models.make(name, folder / "base")
     else:
         models.save(models.make(name), folder / "base")
