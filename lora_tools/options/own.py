@@ -34,6 +34,7 @@ from lora_tools.options.tables import (
     formats,
     methods,
     quant_types,
+    schemes,
     storages,
     task_help,
     tasks,
@@ -188,10 +189,21 @@ class Combining:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FourBits:
-    """A four-bit form of linear layers, as bitsandbytes has it."""
+class NumberFormat:
+    """How the numbers of linear layers are stored; all but the first are settings of the four bits
+    of bitsandbytes (nf4, fp4)."""
 
-    quant_type: str = option("nf4", "The codebook.", FOUR_BITS, choices=quant_types)
+    scheme: str | None = option(
+        None,
+        "The stored number format (docs/quantize.md). The options below, but for --dtype, go "
+        "with nf4 and fp4.",
+        FOUR_BITS,
+        choices=schemes,
+        unset="nf4",
+    )
+    quant_type: str | None = option(
+        None, "An older name of --scheme.", FOUR_BITS, choices=quant_types, unset="--scheme"
+    )
     blocksize: int = option(
         64,
         "Numbers that share a scale: a power of two from 32 to 4096.",

@@ -58,6 +58,13 @@ def methods() -> Iterable[str]:
     return METHODS
 
 
+def schemes() -> Iterable[str]:
+    """Stored number formats that are written."""
+    from lora_tools.formats.quantized.forms import FORMS
+
+    return FORMS
+
+
 def quant_types() -> Iterable[str]:
     """Codebooks of four bits."""
     from lora_tools.formats.quantized.bitsandbytes import QUANT_TYPES

@@ -8,24 +8,25 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lora_tools.errors import CheckpointError, MismatchError
+from lora_tools.errors import CheckpointError, MismatchError, UsageError
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.checkpoint_writer import lay_out
 from lora_tools.formats.output import Prepared
-from lora_tools.formats.quantized.bitsandbytes import STORAGES, quantization_config
+from lora_tools.formats.quantized.bitsandbytes import QUANT_TYPES
+from lora_tools.formats.quantized.forms import FORMS, Form, four_bits
 from lora_tools.merging.fit import fit_base
 from lora_tools.merging.loadable import refuse_unloadable
 from lora_tools.merging.output_files import out_specs
 from lora_tools.merging.plan import plan_merge
 from lora_tools.merging.prepare import Adapters, Planned, dtype_of, limit_of
 from lora_tools.merging.rewrite import signed
-from lora_tools.options import FourBits, Matching, Running, Storage, Tensors
+from lora_tools.options import Matching, NumberFormat, Running, Storage, Tensors
 from lora_tools.options.parse import name_filter
 from lora_tools.quantizing.checkpoint import quantize_checkpoint
 from lora_tools.quantizing.compensate import plan_compensation
 from lora_tools.quantizing.dequantize import dequantize_checkpoint
 from lora_tools.quantizing.pack import torch_name
-from lora_tools.quantizing.plan import FourBitForm, QuantizePlan, plan_quantize
+from lora_tools.quantizing.plan import QuantizePlan, plan_quantize
 from lora_tools.records import Action, Fate
 from lora_tools.sources.checkpoints import open_checkpoint
 from lora_tools.sources.dequantized import Dequantized
@@ -36,18 +37,19 @@ from lora_tools.sources.weighted import open_weighted
 def prepare_quantize(
     checkpoint: str | Path,
     adapters: Adapters,
-    four_bits: FourBits,
+    numbers: NumberFormat,
     tensors: Tensors,
     storage: Storage,
     matching: Matching,
     running: Running,
     command: str,
 ) -> Prepared:
-    """The checkpoint, adapters merged, with its linear layers in four bits.
+    """The checkpoint, adapters merged, with its linear layers in another number format.
 
     Raises:
         LoraToolsError: it cannot be read, or not be quantized so.
     """
+    form = form_of(numbers)
     chosen = name_filter(tensors.include, tensors.exclude)
     base = open_checkpoint(checkpoint, running.allow_pickle)
     if base.scheme == BITSANDBYTES:
@@ -58,18 +60,19 @@ def prepare_quantize(
     limit = limit_of(storage, base)
     weighted = open_weighted(adapters, running.allow_pickle, base) if adapters else []
     base = fit_base(base, weighted, matching.allow_unmatched)
-    how = plan_compensation(base, four_bits.compensate, four_bits.compensate_iterations, weighted)
+    how = plan_compensation(base, numbers.compensate, numbers.compensate_iterations, weighted)
     merge = plan_merge(base, [] if how else weighted, matching.allow_unmatched)
     planned = Planned(
         str(checkpoint), "checkpoint", base, weighted, merge, matching.allow_other_base
     )
     specs = out_specs(merge, dtype_of(storage))
     refuse_unloadable(base, merge, specs)
-    plan = plan_quantize(base, merge, specs, _form(four_bits), chosen, tensors.lm_head)
+    search, head = numbers.scale_search, tensors.lm_head
+    plan = plan_quantize(base, merge, specs, form, chosen, head, search)
     shards = signed(plan.shards(base, limit), command, weighted)
     fates = plan.fates() + (how.fates(plan) if how else ())
     nbytes = sum(shard.nbytes for shard in shards) + (fates[-1].nbytes if how else 0)
-    settings = _settings(four_bits, plan)
+    settings = form.settings(plan.skip)
     report = planned.report("quantize", fates, {"expected_bytes_at_most": nbytes}, command)
     notes = _notes(base, plan, tensors, settings)
     report = dataclasses.replace(report, notes=(*report.notes, *notes))
@@ -116,24 +119,31 @@ def prepare_dequantize(
     )
 
 
-def _form(four_bits: FourBits) -> FourBitForm:
-    return FourBitForm(
-        four_bits.quant_type,
-        four_bits.blocksize,
-        four_bits.double_quant,
-        STORAGES[four_bits.quant_storage],
-        four_bits.scale_search,
-    )
-
-
-def _settings(four_bits: FourBits, plan: QuantizePlan) -> dict[str, Any]:
-    return quantization_config(
-        four_bits.quant_type,
-        four_bits.double_quant,
-        torch_name(four_bits.compute_dtype),
-        four_bits.quant_storage,
-        plan.skip,
-    )
+def form_of(numbers: NumberFormat) -> Form:
+    """What is asked for. Raises UsageError for settings that the form does not have."""
+    if numbers.scheme and numbers.quant_type and numbers.scheme != numbers.quant_type:
+        raise UsageError(
+            f"--scheme {numbers.scheme} and --quant-type {numbers.quant_type} exclude each other: "
+            "the latter is the older name of the former"
+        )
+    form = FORMS[numbers.scheme or numbers.quant_type or QUANT_TYPES[0]]
+    if form.name in QUANT_TYPES:
+        return four_bits(
+            form.name,
+            numbers.blocksize,
+            numbers.double_quant,
+            torch_name(numbers.compute_dtype),
+            numbers.quant_storage,
+        )
+    for field in dataclasses.fields(numbers):
+        given = getattr(numbers, field.name) != field.default
+        if given and field.name not in ("scheme", "quant_type"):
+            option = field.name.replace("_", "-")
+            raise UsageError(
+                f"--{option} goes with {' and '.join(QUANT_TYPES)}, which bitsandbytes makes: "
+                f"--scheme {form.name} has no such setting"
+            )
+    return form
 
 
 def _notes(

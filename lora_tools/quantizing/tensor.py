@@ -13,7 +13,7 @@ from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.merging.in_memory import merge_into
 from lora_tools.merging.tensor import MergeTensor
 from lora_tools.quantizing.compensate import ErrorFactors, ErrorFit
-from lora_tools.quantizing.pack import pack
+from lora_tools.quantizing.pack import pack, way_of
 from lora_tools.quantizing.plan import Item
 from lora_tools.records import TensorResult
 
@@ -56,8 +56,10 @@ class QuantizeItem:
     def nbytes(self) -> int:
         """A merged or transposed tensor is held whole, and so are its codes; its error, and what is
         read back of it, too."""
-        item = self.item
-        codes = item.spec.numel // 2 if item.packed else 0
+        item, codes = self.item, 0
+        way = way_of(item.scheme) if item.scheme is not None else None
+        if way is not None:
+            codes = next(iter(item.specs)).nbytes + way.bytes_each * item.spec.numel
         if self.fit and item.packed:
             codes += 4 * item.spec.numel + item.spec.nbytes
         formed = bool(item.target.parts or self.decoded)

@@ -8,7 +8,7 @@ from pathlib import Path
 from lora_tools.errors import QualityGateError
 from lora_tools.figures import exceeded
 from lora_tools.formats.output import Prepared
-from lora_tools.options import Adding, FourBits, Matching, Storage, Tensors
+from lora_tools.options import Adding, Matching, NumberFormat, Storage, Tensors
 from lora_tools.quantizing.prepare import prepare_quantize
 from lora_tools.records import Report, TensorResult
 from lora_tools.totals import QuantizeTotals
@@ -22,7 +22,7 @@ def quantize(
     adding: Adding,
     matching: Matching,
     tensors: Tensors,
-    four_bits: FourBits,
+    number_format: NumberFormat,
     storage: Storage,
 ) -> Prepared:
     """Write to ``out`` the checkpoint with its linear layers in four bits (bitsandbytes 0.50).
@@ -40,7 +40,7 @@ def quantize(
     prepared = prepare_quantize(
         checkpoint,
         adding.adapters,
-        four_bits,
+        number_format,
         tensors,
         storage,
         matching,

@@ -1,0 +1,93 @@
+"""The stored number formats that ``quantize`` writes, by the names of ``--scheme``.
+
+A form says in which row of ``sources.schemes`` its weights are found again, what is stored of a
+weight, and what config.json says for the loaders that it is written for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from lora_tools.formats.quantized.bitsandbytes import (
+    QUANT_TYPES,
+    STORAGES,
+    QuantizedTensor,
+    QuantState,
+    loader_skips,
+    quantization_config,
+    quantized_tensor,
+    skip_entry,
+)
+from lora_tools.formats.quantized.packed import PackedWeight
+from lora_tools.records import TensorSpec
+
+
+def _fits(spec: TensorSpec) -> str:
+    return ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """One of them.
+
+    Attributes:
+        name: that of ``--scheme``.
+        scheme: the name of its row in ``sources.schemes``.
+        lay_out: (weight, whether it is a Conv1D's): what is stored of it. Raises CheckpointError.
+        settings: (modules of linear layers that stay): config.json's ``quantization_config``.
+        unfit: why a weight of that shape has to stay; "" where it has not.
+        entry: what to list for a linear layer that stays.
+        skips: whether a loader takes a module for one of those in its list.
+        turns: whether Conv1D layers are written, too, whose weights are stored transposed.
+        replaces_experts: whether a loader puts layers of its own in the place of fused experts,
+            too, unless it is told to leave them.
+        parts_experts: whether transformers looks for fused experts one by one in such a checkpoint
+            (``sources.four_bit_layers``).
+        needs_config: what the numbers stand for is said in config.json alone.
+    """
+
+    name: str
+    scheme: str
+    lay_out: Callable[[TensorSpec, bool], PackedWeight]
+    settings: Callable[[Sequence[str]], dict[str, Any]]
+    unfit: Callable[[TensorSpec], str] = _fits
+    entry: Callable[[str], str] = skip_entry
+    skips: Callable[[str, Collection[str]], bool] = loader_skips
+    turns: bool = False
+    replaces_experts: bool = False
+    parts_experts: bool = False
+    needs_config: bool = True
+
+
+def four_bits(
+    quant_type: str,
+    blocksize: int = 64,
+    double: bool = True,
+    compute_dtype: str = "bfloat16",
+    storage: str = "uint8",
+) -> Form:
+    """bitsandbytes' four bits, with its settings (see ``formats.quantized.bitsandbytes``)."""
+    return Form(
+        quant_type,
+        "bitsandbytes",
+        functools.partial(_four_bit_tensor, quant_type, blocksize, double, STORAGES[storage]),
+        functools.partial(quantization_config, quant_type, double, compute_dtype, storage),
+        turns=True,
+        parts_experts=True,
+        needs_config=False,
+    )
+
+
+def _four_bit_tensor(
+    quant_type: str, blocksize: int, double: bool, storage: str, spec: TensorSpec, conv1d: bool
+) -> QuantizedTensor:
+    shape = spec.shape[::-1] if conv1d else spec.shape
+    state = QuantState(quant_type, blocksize, spec.dtype, shape, 0.0 if double else None)
+    packed = quantized_tensor(spec.name, state, storage)
+    return dataclasses.replace(packed, transposed=conv1d)
+
+
+FORMS: Mapping[str, Form] = {form.name: form for form in map(four_bits, QUANT_TYPES)}
