@@ -158,6 +158,7 @@ NUMERIC = {
     "linalg/noise.py",
     "linalg/bits.py",
     "linalg/e2m1.py",
+    "linalg/fp8.py",
     "linalg/scaled.py",
     "linalg/weighting.py",
     "linalg/compare.py",

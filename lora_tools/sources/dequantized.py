@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Generic
 from lora_tools.errors import NonFiniteError
 from lora_tools.formats.checkpoint import Checkpoint, View
 from lora_tools.formats.dtypes import torch_dtype
-from lora_tools.formats.quantized.packed import PackedWeight
+from lora_tools.formats.quantized.packed import ASIDE, PackedWeight
 from lora_tools.formats.tensor_file import TensorFile
 from lora_tools.records import TensorSpec
 from lora_tools.sources.schemes.row import P, Scheme
@@ -65,8 +65,8 @@ class Dequantized(View, Generic[P]):
             self.scheme.decode(self.quantized[name], self.parts(name), out, start)
             if not _is_finite(out):
                 raise NonFiniteError(
-                    f"{name}: decodes to an inf or a NaN in {out.dtype}: its scales are too large "
-                    f"for its codes; {_AGAIN}"
+                    f"{name}: decodes to an inf or a NaN in {out.dtype}: a code is one, or its "
+                    f"scales are too large for its codes; {_AGAIN}"
                 )
         return out
 
@@ -93,15 +93,16 @@ _AGAIN = "get the file again, or quantize the original model anew"
 
 
 def stored_parts(stored: Checkpoint, weight: PackedWeight) -> dict[str, torch.Tensor]:
-    """``Dequantized.parts`` of a weight of the checkpoint as it is stored.
+    """``Dequantized.parts`` of a weight of the checkpoint as it is stored, without those put aside.
 
     The first part is codes, whatever dtype's elements hold them, and any of these may look like a
     NaN: only what they decode to tells.
     """
-    parts = {part: stored.tensor(spec.name) for part, spec in weight.specs.items()}
-    for spec, tensor in list(zip(weight.specs.values(), parts.values(), strict=True))[1:]:
+    names = {p: spec.name for p, spec in weight.specs.items() if not p.startswith(ASIDE)}
+    parts = {part: stored.tensor(name) for part, name in names.items()}
+    for name, tensor in list(zip(names.values(), parts.values(), strict=True))[1:]:
         if tensor.is_floating_point() and not _is_finite(tensor):
-            raise NonFiniteError(f"{spec.name}: holds an inf or a NaN; {_AGAIN}")
+            raise NonFiniteError(f"{name}: holds an inf or a NaN; {_AGAIN}")
     return parts
 
 
@@ -125,7 +126,9 @@ class _PlainFile:
 
     def __init__(self, file: TensorFile, view: Dequantized[P]) -> None:
         self.path: Path = file.path
-        self.header, self.metadata = b"", file.metadata
+        known = view.scheme.metadata
+        self.header = b""
+        self.metadata = {key: v for key, v in file.metadata.items() if key not in known}
         self._file, self._view = file, view
         parts = {spec.name for w in view.quantized.values() for spec in w.specs.values()}
         heads = {next(iter(w.specs.values())).name: w.plain for w in view.quantized.values()}

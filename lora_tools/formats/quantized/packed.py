@@ -9,6 +9,10 @@ from typing import Any, Protocol
 from lora_tools.formats.dtypes import FLOAT_NAMES, parse_float_dtype
 from lora_tools.records import TensorSpec
 
+# What the names of parts begin with that are of no use to a weight's numbers (scales of
+# activations, marks): they are not read, and lie in no plain copy.
+ASIDE = "aside: "
+
 
 class PackedWeight(Protocol):
     """One weight that is stored as other numbers than its own, in one tensor or in several."""

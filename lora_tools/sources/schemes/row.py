@@ -64,6 +64,7 @@ class Scheme(Generic[P]):
             each code (``linalg.noise.rounding_errors``); None where that is not known.
         plain_config: config.json without what it says of the format.
         files: small files that say something of the format, and do not go with plain numbers.
+        metadata: keys of the files' metadata that do not, either.
     """
 
     name: str
@@ -78,3 +79,4 @@ class Scheme(Generic[P]):
     rounding: Callable[[P, Parts], float] | None = None
     plain_config: Callable[[Mapping[str, Any]], dict[str, Any]] = without_entries
     files: tuple[str, ...] = ()
+    metadata: tuple[str, ...] = ()

@@ -1,0 +1,140 @@
+"""Eight-bit floats with scales or without, and ComfyUI's: rows of the table of stored number
+formats."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lora_tools.errors import NonFiniteError
+from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.formats.dtypes import torch_dtype
+from lora_tools.formats.quantized import comfy_fp8, fp8
+from lora_tools.formats.quantized.fp8 import CODES, FP8, SCALE
+from lora_tools.records import TensorSpec
+from lora_tools.sources.schemes.row import Parts, Scheme
+
+if TYPE_CHECKING:
+    import torch
+
+_INVERSES = ("_scale_inv", ".scale", ".qscale_weight")
+
+
+def _find(stored: Checkpoint) -> Mapping[str, FP8]:
+    if comfy_fp8.shows(stored.specs, stored.metadata):
+        return {}
+    return fp8.find_fp8(stored.specs, stored.config)
+
+
+def _find_comfy(stored: Checkpoint) -> Mapping[str, FP8]:
+    return comfy_fp8.find_comfy(stored.specs, stored.raw, stored.config, stored.metadata)
+
+
+def _scales(weight: FP8, parts: Parts) -> torch.Tensor | None:
+    """(matrices, down, across), powers of two in one byte as float32; None without scales."""
+    import torch
+
+    if weight.grid is None:
+        return None
+    scales = parts[SCALE]
+    if scales.itemsize == 1:
+        scales = scales.view(torch.float8_e8m0fnu).float()  # 255 is a NaN
+    return scales.reshape(weight.grid)
+
+
+def _decode(weight: FP8, parts: Parts, out: torch.Tensor, first: int) -> None:
+    """W = code · scale in float32, as transformers' ``Fp8Dequantize`` computes it."""
+    from lora_tools.linalg.scaled import times_scales
+
+    _, rows, cols = weight.matrices
+    n = len(out)
+    codes = parts[CODES].reshape(-1, cols)[first : first + n]
+    scales = _scales(weight, parts)
+    if scales is None:
+        out.copy_(codes)
+        return
+    at = 0
+    while at < n:
+        matrix, row = divmod(first + at, rows)
+        stop = min(n, at + rows - row)
+        times_scales(codes[at:stop], scales[matrix], weight.block, out[at:stop], row)
+        at = stop
+
+
+def _encode(weight: FP8, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Scales by transformers' names are made as transformers does, others as compressed-tensors and
+    ModelOpt do: they differ in the last bits."""
+    import torch
+
+    from lora_tools.linalg import fp8 as linalg
+
+    codes_spec = weight.specs[CODES]
+    dtype = torch_dtype(codes_spec.dtype)
+    if weight.grid is None:
+        largest = torch.finfo(dtype).max
+        _check_finite(weight, x)
+        return {CODES: x.clamp(-largest, largest).to(dtype)}
+    spec = weight.specs[SCALE]
+    held = torch.float8_e8m0fnu if spec.dtype in fp8.POWERS else torch_dtype(spec.dtype)
+    as_blocks = weight.is_power or spec.name.endswith(_INVERSES)
+    codes = torch.empty(weight.matrices, dtype=dtype)
+    scales = torch.empty(weight.grid, dtype=held)
+    for i, matrix in enumerate(x.reshape(weight.matrices) if x.numel() else ()):
+        if as_blocks:
+            found = linalg.encode_blocks(matrix, weight.block, dtype, held, weight.is_power)
+        else:
+            found = linalg.encode_divided(matrix, weight.block, dtype, held)
+        codes[i], scales[i] = found
+    _check_finite(weight, scales.float().reciprocal())
+    _check_finite(weight, scales.float())
+    stored = scales.reshape(spec.shape)
+    stored = stored.view(torch.uint8) if spec.dtype == "U8" else stored
+    return {CODES: codes.reshape(codes_spec.shape), SCALE: stored}
+
+
+def _check_finite(weight: FP8, x: torch.Tensor) -> None:
+    import torch
+
+    if not bool(torch.isfinite(x).all()):
+        raise NonFiniteError(
+            f"{weight.plain.name}: holds an inf or a NaN, which has no scale in eight-bit floats"
+        )
+
+
+def _rounding(weight: FP8, parts: Parts) -> float:
+    from lora_tools.linalg.fp8 import rounding_loss
+
+    codes, scales = parts[CODES], _scales(weight, parts)
+    if scales is None:
+        return rounding_loss(codes.reshape(1, -1), None, weight.block)
+    stacked = codes.reshape(weight.matrices)
+    return sum(rounding_loss(c, s, weight.block) for c, s in zip(stacked, scales, strict=True))
+
+
+def _faults(
+    config: Mapping[str, Any], specs: Mapping[str, TensorSpec], weights: Mapping[str, FP8]
+) -> Sequence[str]:
+    if fp8.settings(config) or not any(weight.grid for weight in weights.values()):
+        return ()
+    return ("has no quantization_config: a loader takes codes for weights",)
+
+
+FLOATS = Scheme(
+    "fp8",
+    "eight-bit floats (FP8)",
+    _find,
+    _decode,
+    faults=_faults,
+    encode=_encode,
+    rounding=_rounding,
+    files=(fp8.FILE,),
+)
+COMFY = Scheme(
+    "comfy-fp8",
+    "scaled FP8 of ComfyUI",
+    _find_comfy,
+    _decode,
+    encode=_encode,
+    rounding=_rounding,
+    metadata=(comfy_fp8.METADATA,),
+)
