@@ -37,6 +37,16 @@ def rounding_errors(values: torch.Tensor) -> torch.Tensor:
     return (below**3 + above**3) / (3 * (below + above))
 
 
+def errors_by_code(values: torch.Tensor) -> torch.Tensor:
+    """``rounding_errors`` of what each code stands for, (n,) in any order and some of them alike;
+    0 for those that are not finite."""
+    finite = torch.isfinite(values)
+    distinct = torch.unique(values[finite])
+    errors = torch.zeros(len(values), dtype=torch.float64)
+    errors[finite] = rounding_errors(distinct)[torch.searchsorted(distinct, values[finite])]
+    return errors
+
+
 def edge(rows: torch.Tensor, cols: torch.Tensor) -> float:
     """‖E‖²_2 / ‖E‖²_F, in the limit, of a matrix E of independent entries of mean zero whose
     variances are proportional to rows_i · cols_j (float64 vectors, of any scale).

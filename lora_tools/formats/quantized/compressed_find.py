@@ -1,0 +1,207 @@
+"""The weights of a checkpoint that compressed-tensors stored, each with its tensors checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from lora_tools.errors import CheckpointError
+from lora_tools.formats.names import split_tensor
+from lora_tools.formats.quantized.compressed_config import Groups, groups_of
+from lora_tools.formats.quantized.compressed_tensors import (
+    ALIGNED,
+    DENSE,
+    G_IDX,
+    METHOD,
+    PACKED,
+    SCALE,
+    SHAPE,
+    WEIGHT,
+    ZERO_POINT,
+    CompressedWeight,
+    Settings,
+    scale_shape,
+    stored_shapes,
+    words,
+)
+from lora_tools.formats.quantized.packed import Packed, plain_dtype
+from lora_tools.records import FLOAT_DTYPES, TensorSpec
+
+Read = Callable[[str], Sequence[int]]  # the whole numbers of a small tensor
+Own = Mapping[str, TensorSpec]  # a module's tensors by their names in it
+
+# What belongs to activations: of a module, or of its attention's keys, values and queries.
+ACTIVATIONS = tuple(
+    f"{of}_{what}"
+    for of in ("input", "output", "k", "v", "q")
+    for what in ("scale", "zero_point", "global_scale")
+)
+_CODES = ("F8_E4M3", "F8_E5M2", "I8", "I16", "I32", "U8")
+_PACK = "pack-quantized"
+_AGAIN = "get the file again, or quantize the original model anew"
+
+
+def find_compressed(
+    specs: Mapping[str, TensorSpec], config: Mapping[str, Any], read: Read
+) -> dict[str, CompressedWeight]:
+    """The weights that are stored so, by their plain names; none where config.json says nothing of
+    it.
+
+    Raises:
+        CheckpointError: a weight's tensors are not all there, or not of the dtypes and shapes that
+            its settings give.
+    """
+    groups = groups_of(config)
+    if groups is None:
+        return {}
+    modules: dict[str, dict[str, TensorSpec]] = defaultdict(dict)
+    for spec in specs.values():
+        module, leaf = split_tensor(spec.name)
+        if leaf.startswith(WEIGHT) or leaf in ACTIVATIONS:
+            modules[module][leaf] = spec
+    found = [_weight(m, own, groups, config, read) for m, own in modules.items() if _is_code(own)]
+    packing = _packing([weight for weight in found if weight.settings.form == _PACK])
+    checked = [
+        _checked(dataclasses.replace(w, packing=packing) if w.settings.form == _PACK else w)
+        for w in found
+    ]
+    return with_activations({weight.plain.name: weight for weight in checked}, specs)
+
+
+def _is_code(own: Own) -> bool:
+    """Whether a module's weight is codes, or has a scale as if it were."""
+    weight = own.get(WEIGHT)
+    return PACKED in own or (weight is not None and (SCALE in own or weight.dtype in _CODES))
+
+
+def _weight(
+    module: str, own: Own, groups: Groups, config: Mapping[str, Any], read: Read
+) -> CompressedWeight:
+    """A module's weight, its tensors not yet checked."""
+    name = f"{module}.{WEIGHT}" if module else WEIGHT
+    codes = own[PACKED if PACKED in own else WEIGHT]
+    if groups.ignores(module):
+        raise CheckpointError(
+            f"{codes.name}: stored as codes, and config.json says that {module} is not quantized "
+            f"(ignore); {_AGAIN}"
+        )
+    settings = groups.settings_of(module)
+    plain = TensorSpec(name, plain_dtype(config), _shape(codes, own, settings, read))
+    return CompressedWeight(plain, own, settings.label, settings)
+
+
+def _shape(codes: TensorSpec, own: Own, settings: Settings, read: Read) -> tuple[int, ...]:
+    """That of the plain weight."""
+    shape = codes.shape
+    if settings.form == _PACK:
+        spec = own.get(SHAPE)
+        if spec is None or spec.dtype not in ("I64", "I32") or not 2 <= spec.numel <= 4:
+            stem = codes.name.removesuffix(PACKED).removesuffix(WEIGHT)
+            raise CheckpointError(
+                f"{stem}{SHAPE}: expected the two or three numbers of a shape, found {spec}; "
+                f"{_AGAIN}"
+            )
+        shape = tuple(read(spec.name))
+    elif settings.form.endswith(_PACK) and shape:
+        shape = (*shape[:-1], shape[-1] * 8 // settings.bits)
+    if len(shape) < 2 or min(shape) < 1 or (settings.strategy == "block" and len(shape) > 2):
+        raise CheckpointError(f"{codes}: a weight of the shape {list(shape)} is not read here")
+    return shape
+
+
+def _packing(weights: Iterable[CompressedWeight]) -> str:
+    """How all of them lie in words: one version of the library wrote them.
+
+    Raises:
+        CheckpointError: their shapes go with neither way, or with both where these differ.
+    """
+    possible, unsure = {DENSE, ALIGNED}, None
+    for weight in weights:
+        codes, bits = weight.specs.get(PACKED), weight.settings.bits
+        cols = weight.plain.shape[-1]
+        if codes is None or 32 % bits == 0 or not codes.shape:
+            continue  # both ways are the same, or it is refused as its tensors are checked
+        fits = {p for p in (DENSE, ALIGNED) if words(cols, bits, p) == codes.shape[-1]}
+        if len(fits) == 2 and cols > 32 // bits:
+            unsure = codes
+        possible &= fits or possible
+        if not possible:
+            raise CheckpointError(f"{codes.name}: not packed as the weights before it; {_AGAIN}")
+    if unsure is not None and len(possible) > 1:
+        raise CheckpointError(
+            f"{unsure}: packed as versions of {METHOD} before or after dense packing, which cannot "
+            "be told by its shape; load it with the version that made it, save it in bfloat16, and "
+            "give that"
+        )
+    return DENSE if DENSE in possible else ALIGNED
+
+
+def _checked(weight: CompressedWeight) -> CompressedWeight:
+    """The weight with its tensors in order. Raises CheckpointError for what does not fit."""
+    plain, settings, own = weight.plain, weight.settings, weight.specs
+    size, cols = settings.group_size, plain.shape[-1]
+    if size and cols % size:
+        raise CheckpointError(
+            f"{plain.name}: rows of {cols} numbers are no multiple of groups of {size}, as "
+            f"config.json gives them; {_AGAIN}"
+        )
+    expected = stored_shapes(plain, settings, weight.packing)
+    if ZERO_POINT in own and ZERO_POINT not in expected:  # older versions stored those that are 0
+        expected[ZERO_POINT] = "I8", scale_shape(plain.shape, settings)
+    if G_IDX in own and settings.strategy == "group":
+        expected[G_IDX] = "I32", (cols,)
+    parts = {}
+    for part, (dtype, shape) in expected.items():
+        spec = own.get(part)
+        single = math.prod(shape) == 1 and part != SHAPE
+        fits = spec is not None and (spec.shape == shape or (single and spec.numel == 1))
+        if spec is None or not fits or spec.dtype not in _dtypes(part, dtype, settings):
+            raise CheckpointError(
+                f"{plain.name.removesuffix(WEIGHT)}{part}: expected {dtype} {list(shape)} beside a "
+                f"weight {list(plain.shape)} of {weight.label}, found "
+                f"{f'{spec.dtype} {list(spec.shape)}' if spec else 'none'}; {_AGAIN}"
+            )
+        parts[part] = spec
+    for part, spec in own.items():
+        if part not in parts and part not in ACTIVATIONS:
+            raise CheckpointError(f"{spec}: not known beside a weight of {weight.label}; {_AGAIN}")
+    return dataclasses.replace(weight, specs=parts)
+
+
+def _dtypes(part: str, dtype: str, settings: Settings) -> tuple[str, ...]:
+    """Those that a part may be of, which the library would write as this dtype."""
+    if dtype in FLOAT_DTYPES and part == SCALE:
+        return FLOAT_DTYPES
+    if part == SCALE:
+        return (dtype, "F8_E8M0") if dtype == "U8" else (dtype,)
+    if part == ZERO_POINT and dtype != "I32":
+        return ("I8", "F8_E4M3", *FLOAT_DTYPES)
+    return ("I64", "I32") if part in (SHAPE, G_IDX) else (dtype,)
+
+
+def with_activations(found: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> dict[str, Any]:
+    """The weights with the tensors that belong to activations as their last parts, so that these
+    leave with the codes: those of a weight's own module, or else of its attention."""
+    if not found:
+        return {}
+    result: dict[str, Packed] = dict(found)
+    owners = {split_tensor(name)[0]: name for name in found}
+    for spec in specs.values():
+        module, leaf = split_tensor(spec.name)
+        if leaf not in ACTIVATIONS:
+            continue
+        near = f"{module}.{leaf[0]}_proj"
+        owner = owners.get(module) or owners.get(near) or _inside(module, owners)
+        if owner is not None:
+            weight = result[owner]
+            parts = {**weight.specs, spec.name if owner != owners.get(module) else leaf: spec}
+            result[owner] = dataclasses.replace(weight, specs=parts)
+    return result
+
+
+def _inside(module: str, owners: Mapping[str, str]) -> str | None:
+    """The first weight within the module."""
+    return next((name for m, name in owners.items() if m.startswith(f"{module}.")), None)
