@@ -95,11 +95,11 @@ def torch_name(dtype: str) -> str:
     return next(name for name in FLOAT_NAMES if parse_float_dtype(name) == wanted)
 
 
-def config_with(base: Checkpoint, changed: dict[str, bytes], settings: Any) -> None:
-    """Put ``quantization_config`` into the changed small files."""
+def config_with(base: Checkpoint, changed: dict[str, bytes], entries: Mapping[str, Any]) -> None:
+    """Put ``quantization_config`` and what else there is into the changed small files."""
     if base.stored.config:
         config = json.loads(changed.get("config.json", b"null")) or dict(base.config)
-        config["quantization_config"] = settings
+        config.update(entries)
         changed["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
 
 

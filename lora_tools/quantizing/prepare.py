@@ -14,6 +14,7 @@ from lora_tools.formats.checkpoint_writer import lay_out
 from lora_tools.formats.output import Prepared
 from lora_tools.formats.quantized.bitsandbytes import QUANT_TYPES
 from lora_tools.formats.quantized.forms import FORMS, Form, four_bits
+from lora_tools.formats.quantized.packed import plain_dtype
 from lora_tools.merging.fit import fit_base
 from lora_tools.merging.loadable import refuse_unloadable
 from lora_tools.merging.output_files import out_specs
@@ -25,12 +26,11 @@ from lora_tools.options.parse import name_filter
 from lora_tools.quantizing.checkpoint import quantize_checkpoint
 from lora_tools.quantizing.compensate import plan_compensation
 from lora_tools.quantizing.dequantize import dequantize_checkpoint
-from lora_tools.quantizing.pack import torch_name
+from lora_tools.quantizing.pack import config_with, torch_name
 from lora_tools.quantizing.plan import QuantizePlan, plan_quantize
-from lora_tools.records import Action, Fate
+from lora_tools.records import DTYPE_BITS, Action, Fate
 from lora_tools.sources.checkpoints import open_checkpoint
 from lora_tools.sources.dequantized import Dequantized
-from lora_tools.sources.schemes.bitsandbytes import BITSANDBYTES
 from lora_tools.sources.weighted import open_weighted
 
 
@@ -52,7 +52,7 @@ def prepare_quantize(
     form = form_of(numbers)
     chosen = name_filter(tensors.include, tensors.exclude)
     base = open_checkpoint(checkpoint, running.allow_pickle)
-    if base.scheme == BITSANDBYTES:
+    if base.scheme is not None and base.scheme.name == form.scheme:
         raise CheckpointError(
             f"{base.path}: quantized already, in {base.scheme.title}; make it plain with "
             "`loratools dequantize` first"
@@ -61,6 +61,11 @@ def prepare_quantize(
     weighted = open_weighted(adapters, running.allow_pickle, base) if adapters else []
     base = fit_base(base, weighted, matching.allow_unmatched)
     how = plan_compensation(base, numbers.compensate, numbers.compensate_iterations, weighted)
+    if form.needs_config and not base.stored.config:
+        raise UsageError(
+            f"{base.path}: no config.json, where alone it can be said what numbers in {form.name} "
+            "stand for; give a folder with one, or quantize to nf4"
+        )
     merge = plan_merge(base, [] if how else weighted, matching.allow_unmatched)
     planned = Planned(
         str(checkpoint), "checkpoint", base, weighted, merge, matching.allow_other_base
@@ -72,16 +77,18 @@ def prepare_quantize(
     shards = signed(plan.shards(base, limit), command, weighted)
     fates = plan.fates() + (how.fates(plan) if how else ())
     nbytes = sum(shard.nbytes for shard in shards) + (fates[-1].nbytes if how else 0)
-    settings = form.settings(plan.skip)
+    entries = {**_dtype_entry(base, plan, form), "quantization_config": form.settings(plan.skip)}
     report = planned.report("quantize", fates, {"expected_bytes_at_most": nbytes}, command)
-    notes = _notes(base, plan, tensors, settings)
+    notes = _notes(base, plan, tensors, entries)
     report = dataclasses.replace(report, notes=(*report.notes, *notes))
     job = planned.rewrite(report, shards, running)
     return Prepared(
         report,
         planned.paths(),
         nbytes,
-        lambda out: quantize_checkpoint(job(out), plan, how, settings),
+        lambda out: quantize_checkpoint(
+            job(out), plan, how, lambda changed: config_with(base, changed, entries)
+        ),
         pipeline=base.pipeline,
     )
 
@@ -146,8 +153,18 @@ def form_of(numbers: NumberFormat) -> Form:
     return form
 
 
+def _dtype_entry(base: Checkpoint, plan: QuantizePlan, form: Form) -> dict[str, str]:
+    """What config.json says of the weights' own dtype, where only that tells it of a weight that is
+    quantized, and it does not say so yet."""
+    dtypes = {item.spec.dtype for item in plan.items if item.packed is not None}
+    if not form.needs_config or dtypes == {plain_dtype(base.config)}:
+        return {}
+    key = "torch_dtype" if "torch_dtype" in base.config else "dtype"
+    return {key: torch_name(max(dtypes, key=DTYPE_BITS.__getitem__))}
+
+
 def _notes(
-    base: Checkpoint, plan: QuantizePlan, tensors: Tensors, settings: dict[str, Any]
+    base: Checkpoint, plan: QuantizePlan, tensors: Tensors, entries: dict[str, Any]
 ) -> list[str]:
     notes = []
     if base.scheme is not None:
@@ -159,6 +176,6 @@ def _notes(
     if not base.config:
         notes.append(
             "no config.json to write quantization_config into; a loader needs "
-            + json.dumps(settings)
+            + json.dumps(entries["quantization_config"])
         )
     return notes

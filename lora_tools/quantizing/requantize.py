@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import functools
+import json
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import UsageError
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.checkpoint import Checkpoint
-from lora_tools.formats.checkpoint_writer import Sink
+from lora_tools.formats.checkpoint_writer import Shard, Sink
 from lora_tools.formats.output import Prepared
 from lora_tools.formats.quantized.bitsandbytes import STATE
 from lora_tools.formats.quantized.packed import PackedWeight
@@ -79,7 +82,8 @@ def prepare_requantize(
     specs = out_specs(planned.plan, dtype_of(storage))
     refuse_unloadable(view, planned.plan, specs)
     work = plan_requantize(view, way, planned.plan, specs)
-    shards = signed(work.shards(view, limit), command, planned.adapters)
+    shards = _marked(work.shards(view, limit), view)
+    shards = signed(shards, command, planned.adapters)
     nbytes = sum(shard.nbytes for shard in shards)
     report = planned.report("merge", planned.plan.fates(), {"bytes": nbytes}, command)
     job = planned.rewrite(report, shards, running)
@@ -93,11 +97,22 @@ def prepare_requantize(
     )
 
 
+def _marked(shards: Sequence[Shard], view: Dequantized[Any]) -> list[Shard]:
+    """The files with what the metadata of the stored ones says of how they are stored."""
+    said = [
+        {key: file.metadata[key] for key in view.scheme.metadata if key in file.metadata}
+        for file in view.stored.files
+    ]
+    if len(said) != len(shards):
+        said = [functools.reduce(operator.or_, said)] * len(shards)
+    pairs = zip(shards, said, strict=True)
+    return [dataclasses.replace(s, metadata={**s.metadata, **own}) for s, own in pairs]
+
+
 def requantized(job: Rewrite, view: Dequantized[Any], plan: QuantizePlan) -> Report[MergeTotals]:
     """Write it; the report's ``tensors`` hold the error of each weight that has new codes."""
     tasks = [RequantizeItem(item) for item in plan.items]
-    settings = view.stored.config.get("quantization_config")
-    report, nbytes, done = write_packed(job, plan, tasks, settings)
+    report, nbytes, done = write_packed(job, plan, tasks, functools.partial(_as_stored, view))
     merged = sum(bool(i.target.parts) for i in plan.items)
     totals: MergeTotals = {
         "bytes": nbytes,
@@ -107,6 +122,18 @@ def requantized(job: Rewrite, view: Dequantized[Any], plan: QuantizePlan) -> Rep
     }
     fates = tuple(_fate(fate, view) for fate in report.plan)
     return dataclasses.replace(report, plan=fates, totals=totals)
+
+
+def _as_stored(view: Dequantized[Any], changed: dict[str, bytes]) -> None:
+    """Small files that say how its weights are stored, as they were, but for a new dtype."""
+    for name in view.scheme.files:
+        if view.is_folder and (view.stored.path / name).is_file():
+            changed[name] = (view.stored.path / name).read_bytes()
+    new = json.loads(changed.pop("config.json", b"{}"))
+    config = dict(view.stored.config)
+    config.update({key: new[key] for key in ("torch_dtype", "dtype") if key in new})
+    if config != view.stored.config:
+        changed["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
 
 
 def _fate(fate: Fate, view: Dequantized[Any]) -> Fate:

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from lora_tools.formats.quantized import compressed_tensors, fp8
 from lora_tools.formats.quantized.bitsandbytes import (
     QUANT_TYPES,
     STORAGES,
@@ -90,4 +91,77 @@ def _four_bit_tensor(
     return dataclasses.replace(packed, transposed=conv1d)
 
 
-FORMS: Mapping[str, Form] = {form.name: form for form in map(four_bits, QUANT_TYPES)}
+def _fp8_blocks() -> Form:
+    """DeepSeek's form of FP8, ``weight_scale_inv``: transformers' and vLLM's ``fp8``."""
+    return Form(
+        "fp8-block", "fp8", _fp8_weight, _fp8_settings, _partial_block, replaces_experts=True
+    )
+
+
+def _fp8_weight(spec: TensorSpec, conv1d: bool) -> PackedWeight:
+    down, across = (-(n // -side) for n, side in zip(spec.shape, fp8.BLOCK, strict=True))
+    codes = dataclasses.replace(spec, dtype="F8_E4M3")
+    scale = TensorSpec(f"{spec.name}_scale_inv", "F32", (down, across))
+    return fp8.fp8_weight(codes, scale, spec.dtype, {"quantization_config": _fp8_settings(())})
+
+
+def _fp8_settings(skip: Sequence[str]) -> dict[str, Any]:
+    return {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "modules_to_not_convert": sorted(skip),
+        "quant_method": "fp8",
+        "weight_block_size": list(fp8.BLOCK),
+    }
+
+
+def _partial_block(spec: TensorSpec) -> str:
+    """transformers takes a block for a weight's rows over its scales' rows, and vLLM's kernels take
+    whole ones where layers are split or joined."""
+    high, wide = fp8.BLOCK
+    if spec.shape[0] % high or spec.shape[1] % wide:
+        return f"{list(spec.shape)} is not of whole blocks of {high} x {wide}"
+    return ""
+
+
+def _compressed(name: str) -> Form:
+    """One of compressed-tensors' forms. Its list of layers is of whole names, or of patterns."""
+    settings = compressed_tensors.settings_for(name)
+    return Form(
+        name,
+        "compressed-tensors",
+        functools.partial(_compressed_weight, settings),
+        functools.partial(compressed_tensors.quantization_config, settings),
+        functools.partial(compressed_tensors.why_not, settings=settings),
+        _ignored,
+        _is_ignored,
+        replaces_experts=True,
+        parts_experts=True,
+    )
+
+
+_EXPERTS = r"re:.*\.experts(\..*)?$"
+
+
+def _compressed_weight(
+    settings: compressed_tensors.Settings, spec: TensorSpec, conv1d: bool
+) -> PackedWeight:
+    return compressed_tensors.compressed_weight(spec, settings)
+
+
+def _ignored(module: str) -> str:
+    return _EXPERTS if ".experts." in f"{module}." else module
+
+
+def _is_ignored(module: str, ignore: Collection[str]) -> bool:
+    return module in ignore
+
+
+FORMS: Mapping[str, Form] = {
+    form.name: form
+    for form in (
+        *map(four_bits, QUANT_TYPES),
+        _fp8_blocks(),
+        *map(_compressed, ("fp8-channel", "nvfp4", "mxfp4", "int8", "int4")),
+    )
+}
