@@ -27,18 +27,12 @@ from lora_tools.formats.quantized.compressed_tensors import (
     stored_shapes,
     words,
 )
-from lora_tools.formats.quantized.packed import Packed, plain_dtype
+from lora_tools.formats.quantized.packed import ACTIVATIONS, plain_dtype, with_activations
 from lora_tools.records import FLOAT_DTYPES, TensorSpec
 
 Read = Callable[[str], Sequence[int]]  # the whole numbers of a small tensor
 Own = Mapping[str, TensorSpec]  # a module's tensors by their names in it
 
-# What belongs to activations: of a module, or of its attention's keys, values and queries.
-ACTIVATIONS = tuple(
-    f"{of}_{what}"
-    for of in ("input", "output", "k", "v", "q")
-    for what in ("scale", "zero_point", "global_scale")
-)
 _CODES = ("F8_E4M3", "F8_E5M2", "I8", "I16", "I32", "U8")
 _PACK = "pack-quantized"
 _AGAIN = "get the file again, or quantize the original model anew"
@@ -180,28 +174,3 @@ def _dtypes(part: str, dtype: str, settings: Settings) -> tuple[str, ...]:
     if part == ZERO_POINT and dtype != "I32":
         return ("I8", "F8_E4M3", *FLOAT_DTYPES)
     return ("I64", "I32") if part in (SHAPE, G_IDX) else (dtype,)
-
-
-def with_activations(found: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> dict[str, Any]:
-    """The weights with the tensors that belong to activations as their last parts, so that these
-    leave with the codes: those of a weight's own module, or else of its attention."""
-    if not found:
-        return {}
-    result: dict[str, Packed] = dict(found)
-    owners = {split_tensor(name)[0]: name for name in found}
-    for spec in specs.values():
-        module, leaf = split_tensor(spec.name)
-        if leaf not in ACTIVATIONS:
-            continue
-        near = f"{module}.{leaf[0]}_proj"
-        owner = owners.get(module) or owners.get(near) or _inside(module, owners)
-        if owner is not None:
-            weight = result[owner]
-            parts = {**weight.specs, spec.name if owner != owners.get(module) else leaf: spec}
-            result[owner] = dataclasses.replace(weight, specs=parts)
-    return result
-
-
-def _inside(module: str, owners: Mapping[str, str]) -> str | None:
-    """The first weight within the module."""
-    return next((name for m, name in owners.items() if m.startswith(f"{module}.")), None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from lora_tools.formats.dtypes import FLOAT_NAMES, parse_float_dtype
 from lora_tools.records import TensorSpec
@@ -12,6 +12,12 @@ from lora_tools.records import TensorSpec
 # What the names of parts begin with that are of no use to a weight's numbers (scales of
 # activations, marks): they are not read, and lie in no plain copy.
 ASIDE = "aside: "
+# Parameters of a module that are of its activations, or of its attention's keys, values, queries.
+ACTIVATIONS = tuple(
+    f"{of}_{what}"
+    for of in ("input", "output", "k", "v", "q")
+    for what in ("scale", "zero_point", "global_scale")
+)
 
 
 class PackedWeight(Protocol):
@@ -70,3 +76,26 @@ def plain_dtype(config: Mapping[str, Any]) -> str:
             if name in FLOAT_NAMES:
                 return parse_float_dtype(name)
     return "BF16"
+
+
+W = TypeVar("W", bound=Packed)
+
+
+def with_activations(found: Mapping[str, W], specs: Mapping[str, TensorSpec]) -> dict[str, W]:
+    """The weights with the ``ACTIVATIONS`` put aside, each with the weight of its own module or the
+    first that lies in it: so they are in no plain copy."""
+    owners: dict[str, str] = {}
+    for name in found:
+        module = name.rpartition(".")[0]
+        owners[module] = name
+        while "." in module:
+            module = module.rpartition(".")[0]
+            owners.setdefault(module, name)
+    result = dict(found)
+    for spec in specs.values():
+        module, _, leaf = spec.name.rpartition(".")
+        if leaf in ACTIVATIONS and module in owners:
+            weight = result[owners[module]]
+            parts = {**weight.specs, ASIDE + spec.name: spec}
+            result[owners[module]] = dataclasses.replace(weight, specs=parts)
+    return result

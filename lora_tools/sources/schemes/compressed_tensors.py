@@ -269,7 +269,10 @@ def _in_words(codes: torch.Tensor, weight: CompressedWeight) -> torch.Tensor:
     if weight.packing == ALIGNED:
         return bits.pack_words(unsigned, number)
     packed = bits.pack(unsigned, number)
-    return torch.nn.functional.pad(packed, (0, -packed.shape[1] % 4)).view(torch.int32)
+    rows, count = packed.shape
+    words = torch.zeros(rows, -(count // -4), 4, dtype=torch.uint8)
+    words.view(rows, -1)[:, :count] = packed
+    return words.view(torch.int32).squeeze(-1)
 
 
 def _ends(settings: Settings) -> tuple[float, float]:
