@@ -43,6 +43,7 @@ class Item:
         scheme: the row that it is in then.
         reason: why it stays.
         searched: its scales are searched for (``linalg.nf4_search``).
+        joined: the tensors, itself among them, that it has a scale in common with.
     """
 
     target: Target
@@ -51,6 +52,7 @@ class Item:
     scheme: Scheme[Any] | None = None
     reason: str = ""
     searched: bool = False
+    joined: tuple[tuple[Target, TensorSpec], ...] = ()
 
     @property
     def name(self) -> str:
@@ -166,7 +168,26 @@ def plan_quantize(
         raise MismatchError(
             f"{base.path}: holds no linear layer to quantize{loader}, or all of them were left out"
         )
-    return QuantizePlan(items, tuple(sorted(skip)), merge)
+    return QuantizePlan(joined(items) if form.joins else items, tuple(sorted(skip)), merge)
+
+
+def joined(items: Sequence[Item]) -> tuple[Item, ...]:
+    """Those that may have a scale in common: layers of one module with as many inputs, whether a
+    loader puts them into one or not, which depends on its own class of the model."""
+
+    def place(item: Item) -> tuple[str, int]:
+        return split_tensor(item.name)[0].rpartition(".")[0], item.spec.shape[-1]
+
+    together: dict[tuple[str, int], list[tuple[Target, TensorSpec]]] = {}
+    for item in items:
+        if item.packed is not None:
+            together.setdefault(place(item), []).append((item.target, item.spec))
+    return tuple(
+        item
+        if item.packed is None
+        else dataclasses.replace(item, joined=tuple(together[place(item)]))
+        for item in items
+    )
 
 
 def _refuse_parted(base: Checkpoint, experts: Sequence[str]) -> None:

@@ -27,8 +27,8 @@ from lora_tools.merging.tensor import MergeTensor, as_matrix, copy_tensor, survi
 from lora_tools.options import Running, Storage
 from lora_tools.quantizing.checkpoint import write_packed
 from lora_tools.quantizing.pack import Way, pack, way_of
-from lora_tools.quantizing.plan import Item, QuantizePlan
-from lora_tools.quantizing.tensor import QuantizedItem, merged_for
+from lora_tools.quantizing.plan import Item, QuantizePlan, joined
+from lora_tools.quantizing.tensor import QuantizedItem, merged_for, with_scale, with_shared_scale
 from lora_tools.records import Action, Fate, Report, TensorSpec
 from lora_tools.sources.dequantized import Dequantized
 from lora_tools.totals import MergeTotals
@@ -49,7 +49,7 @@ def plan_requantize(
             packed = way.anew(packed, spec)
         reason = "" if packed else "not quantized"
         items.append(Item(target, spec, packed, view.scheme if packed else None, reason))
-    return QuantizePlan(tuple(items), (), merge)
+    return QuantizePlan(joined(items), (), merge)
 
 
 def prepare_requantize(
@@ -175,7 +175,7 @@ class RequantizeItem:
         """What the row does not make, such as scales of activations, stays as it was."""
         import torch
 
-        item, noting = self.item, Noting(sink)
+        item, noting = _with_shared_scale(self.item, source), Noting(sink)
         with merged_for(item, source, buffers) as (x, base_hash):
             shape = tuple(x.shape)
             with buffers.lend(shape, torch.float32) as back:
@@ -185,6 +185,23 @@ class RequantizeItem:
                 survival = survival_of(matrix, item.target, source, item.spec)
         _copy([s for s in packed.specs.values() if s.name not in noting.written], source, sink)
         return QuantizedItem(base_hash, result, survival=survival)
+
+
+def _with_shared_scale(item: Item, source: Dequantized[Any]) -> Item:
+    """The item with the scale that it has in common with others: the stored one, unless an adapter
+    acts on all of them."""
+
+    def stored(name: str) -> float | None:
+        shared: float | None = source.scheme.shared(source.quantized[name], source.parts(name))
+        return shared
+
+    scale = stored(item.target.base_name)
+    if scale is None:
+        return item
+    others = tuple(each for each in item.joined if stored(each[0].base_name) == scale)
+    if not all(target.parts for target, _ in others):
+        return with_scale(item, scale)
+    return with_shared_scale(dataclasses.replace(item, joined=others), source)
 
 
 class Noting:

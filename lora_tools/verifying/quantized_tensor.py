@@ -13,7 +13,7 @@ from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.formats.quantized.packed import PackedWeight
 from lora_tools.quantizing.pack import pack, way_of
 from lora_tools.quantizing.plan import Item
-from lora_tools.quantizing.tensor import QuantizeItem, merged_for
+from lora_tools.quantizing.tensor import QuantizeItem, merged_for, with_scale
 from lora_tools.records import Action, Fate, TensorResult
 from lora_tools.sources.dequantized import Dequantized
 from lora_tools.verifying.findings import NEAR, times
@@ -175,7 +175,9 @@ class _Comparison:
         assert way is not None
         bits = 8 * sum(spec.nbytes for spec in packed.specs.values()) / item.spec.numel
         tried: list[tuple[set[str], Coded]] = []
-        for again in way.ways(item, self.view.parts(name)):
+        parts = self.view.parts(name)
+        item = with_scale(item, self.view.scheme.shared(packed, parts))
+        for again in way.ways(item, parts):
             stored = _Stored(self.view.stored)
             done = QuantizeItem(again).run(self.source, stored, self.buffers)
             differing = stored.differing | self._carried(packed, stored)

@@ -47,6 +47,8 @@ class Form:
             too, unless it is told to leave them.
         parts_experts: whether transformers looks for fused experts one by one in such a checkpoint
             (``sources.four_bit_layers``).
+        joins: whether the layers of one module that take the same inputs have a scale in common
+            (``Scheme.shared``).
         needs_config: what the numbers stand for is said in config.json alone.
     """
 
@@ -60,6 +62,7 @@ class Form:
     turns: bool = False
     replaces_experts: bool = False
     parts_experts: bool = False
+    joins: bool = False
     needs_config: bool = True
 
 
@@ -137,6 +140,7 @@ def _compressed(name: str) -> Form:
         _is_ignored,
         replaces_experts=True,
         parts_experts=True,
+        joins=name == "nvfp4",
     )
 
 
