@@ -103,3 +103,13 @@ def group_scales(largest: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
     an eighth where that is 0, as compressed-tensors has it."""
     scales = (whole * (largest / LARGEST)).clamp(max=_LARGEST_E4M3).to(torch.float8_e4m3fn)
     return torch.where(scales.float() == 0, 0.125, scales.float()).to(torch.float8_e4m3fn)
+
+
+def two_scales(largest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """NVFP4's scales of groups of these largest magnitudes, E4M3, and the one that all of them are
+    multiplied by, () float32: ModelOpt's ``get_weights_scaling_factor``."""
+    whole = largest.amax() / (LARGEST * _LARGEST_E4M3)
+    whole = torch.where(whole == 0, 1.0, whole)
+    scales = largest / (LARGEST * whole)
+    scales = torch.where(scales == 0, 1.0, scales)
+    return scales.clamp_(2**-9, _LARGEST_E4M3).to(torch.float8_e4m3fn), whole

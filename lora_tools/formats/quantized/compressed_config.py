@@ -124,10 +124,20 @@ def _entry(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     for holder in (config, text if isinstance(text, Mapping) else {}):
         for key in _ENTRIES:
             entry = holder.get(key)
-            if isinstance(entry, Mapping) and entry.get("quant_method", METHOD) == METHOD:
+            if isinstance(entry, Mapping) and _is_own(entry):
                 inner = entry.get("quantization_config")  # of files by sparseml
                 return inner if isinstance(inner, Mapping) else entry
     return None
+
+
+def _is_own(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry is compressed-tensors', whose older files do not say so."""
+    method = entry.get("quant_method")
+    if method is None:
+        return "quant_algo" not in entry and (
+            "config_groups" in entry or "quantization_config" in entry
+        )
+    return bool(method == METHOD)
 
 
 def _refuse_otherwise(entry: Mapping[str, Any], config: Mapping[str, Any]) -> None:

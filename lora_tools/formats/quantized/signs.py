@@ -73,6 +73,8 @@ SIGNS = (
          advice=_load("FineGrainedFP8Config(dequantize=True)"), methods=("fp8",)),
     Sign("MXFP4", ("_blocks", "_scales"), ("U8",), _load("Mxfp4Config(dequantize=True)"),
          ("mxfp4",)),
+    Sign("MXFP4 by OpenAI's own names", (".blocks", ".scales"), ("U8",),
+         "give the checkpoint beside it that transformers loads"),
     Sign("MLX", (".weight", ".scales"), ("U32",),
          "make it plain with `mlx_lm.convert --dequantize`, and give that"),
     Sign("scaled FP8 of ComfyUI", (".scaled_fp8",)),

@@ -15,10 +15,19 @@ from lora_tools.formats.quantized.packed import PackedWeight
 from lora_tools.sources.schemes.bitsandbytes import BITSANDBYTES
 from lora_tools.sources.schemes.compressed_tensors import COMPRESSED_TENSORS
 from lora_tools.sources.schemes.fp8 import COMFY, FLOATS
+from lora_tools.sources.schemes.modelopt import MODELOPT
+from lora_tools.sources.schemes.mxfp4 import MXFP4
 from lora_tools.sources.schemes.row import Scheme
 
 # The first that finds weights of its own is taken: those that know most come first.
-SCHEMES: tuple[Scheme[Any], ...] = (BITSANDBYTES, COMPRESSED_TENSORS, COMFY, FLOATS)
+SCHEMES: tuple[Scheme[Any], ...] = (
+    BITSANDBYTES,
+    COMPRESSED_TENSORS,
+    MODELOPT,
+    MXFP4,
+    COMFY,
+    FLOATS,
+)
 
 
 def scheme_of(stored: Checkpoint) -> tuple[Scheme[Any], Mapping[str, PackedWeight]] | None:

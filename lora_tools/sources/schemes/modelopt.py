@@ -1,0 +1,96 @@
+"""NVFP4 of ModelOpt, and FP8 beside it: a row of the table of stored number formats."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from lora_tools.errors import NonFiniteError
+from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.formats.json_file import read_object
+from lora_tools.formats.quantized.fp8 import FP8, find_fp8
+from lora_tools.formats.quantized.modelopt import CODES, FILE, GROUP, SCALE, WHOLE, find_nvfp4
+from lora_tools.formats.quantized.packed import Packed
+from lora_tools.sources.schemes.fp8 import FLOATS
+from lora_tools.sources.schemes.row import Parts, Scheme
+
+if TYPE_CHECKING:
+    import torch
+
+_ROWS = 1024  # at a time, where all of a weight are gone through
+
+
+def _find(stored: Checkpoint) -> Mapping[str, Packed]:
+    """Where some weights are in NVFP4, those in FP8, too: ``MIXED_PRECISION`` has both."""
+    path = stored.path / FILE
+    said = read_object(path) if stored.is_folder and path.is_file() else {}
+    found = find_nvfp4(stored.specs, stored.config, said)
+    if not found:
+        return {}
+    taken = {spec.name for weight in found.values() for spec in weight.specs.values()}
+    others = {name: spec for name, spec in stored.specs.items() if name not in taken}
+    return {**found, **find_fp8(others, stored.config)}
+
+
+def _scales(parts: Parts, rows: slice) -> torch.Tensor:
+    """Rows of the scales of groups, (n, groups) float32."""
+    return parts[SCALE][rows].float() * parts[WHOLE].reshape(())
+
+
+def _decode(weight: Packed, parts: Parts, out: torch.Tensor, first: int) -> None:
+    """code · (weight_scale · weight_scale_2), as ModelOpt 0.47's ``NVFP4QTensor.dequantize``."""
+    if isinstance(weight, FP8):
+        FLOATS.decode(weight, parts, out, first)
+        return
+    from lora_tools.linalg import e2m1, scaled
+
+    rows = slice(first, first + len(out))
+    numbers = e2m1.unpack_e2m1(parts[CODES][rows])
+    scaled.times_scales(numbers, _scales(parts, rows), (1, GROUP), out)
+
+
+def _encode(weight: Packed, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """As ModelOpt 0.47's ``NVFP4QTensor.quantize``; of zeros only, ``weight_scale_2`` is 1."""
+    import torch
+
+    from lora_tools.linalg import e2m1, scaled
+
+    if isinstance(weight, FP8):
+        assert FLOATS.encode is not None
+        return FLOATS.encode(weight, x)
+    if not bool(torch.isfinite(x).all()):
+        name = weight.plain.name
+        raise NonFiniteError(f"{name}: holds an inf or a NaN, which NVFP4 cannot store")
+    x = x.float()
+    low, high = scaled.extremes(x, (1, GROUP))
+    scales, whole = e2m1.two_scales(torch.maximum(-low, high))
+    codes = e2m1.nearest_e2m1(scaled.over_scales(x, scales.float() * whole, (1, GROUP)))
+    whole = whole.reshape(weight.specs[WHOLE].shape)
+    return {CODES: e2m1.pack_e2m1(codes), SCALE: scales, WHOLE: whole}
+
+
+def _rounding(weight: Packed, parts: Parts) -> float:
+    import torch
+
+    from lora_tools.linalg import e2m1, noise
+
+    if isinstance(weight, FP8):
+        return FLOATS.rounding(weight, parts) if FLOATS.rounding else 0.0
+    table, total = noise.errors_by_code(e2m1.values()).float(), 0.0
+    for first in range(0, len(parts[CODES]), _ROWS):
+        rows = slice(first, first + _ROWS)
+        scales, costs = _scales(parts, rows), e2m1.unpack_e2m1(parts[CODES][rows], table)
+        costs = costs.view(*scales.shape, GROUP).sum(-1, dtype=torch.float64)
+        total += float((costs * scales.double().square()).sum())
+    return total
+
+
+MODELOPT = Scheme(
+    "modelopt",
+    "NVFP4 (ModelOpt)",
+    _find,
+    _decode,
+    encode=_encode,
+    rounding=_rounding,
+    files=(FILE,),
+)
