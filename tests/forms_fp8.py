@@ -149,7 +149,7 @@ FORMS: dict[str, Form] = {
     "fp8 static": scaled(VLLM, (-1, -1), first, _modelopt),
     "fbgemm": scaled(FBGEMM, (1, -1)),
     "fp8 channels, no config": scaled({}, (1, -1), lambda s: s[:, 0].clone()),
-    "fp8 per tensor, bfloat16 scale": scaled({}, (-1, -1), lambda s: s[0].clone()),
+    "fp8 per tensor, as a vector": scaled({}, (-1, -1), lambda s: s[0].clone()),
     "modelopt": scaled(MODELOPT, (-1, -1), first, _modelopt),
     "modelopt blocks": scaled(MODELOPT, (128, 128), lambda s: s[:, None, :, None].clone()),
     "comfy": scaled({}, (-1, -1), first, lambda m: {f"{m}.scale_input": torch.ones(())},

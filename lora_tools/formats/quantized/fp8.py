@@ -53,6 +53,7 @@ _NO_WEIGHTS = {
     *_ACTIVATIONS, *_OTHER_PARTS, "weight_scale", "weight_scale_inv", "scale_weight",
     "qscale_weight", "scaled_fp8",
 }  # fmt: skip
+_BY_A_WEIGHT = ("_scale_inv", "weight_scale", "qscale_weight", "scale_weight")
 _MIXED = "give the model that it was quantized from"
 
 
@@ -120,6 +121,7 @@ def find_fp8(specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> dict
     """
     if method(config) not in ("", *METHODS):
         return {}
+    _stated(config)
     codes = [spec for spec in specs.values() if is_codes(spec, specs)]
     scales = {spec.name: scale_of(spec, specs, config) for spec in codes}
     is_scaled = any(scales.values()) or bool(settings(config))
@@ -331,16 +333,18 @@ def put_aside(found: dict[str, FP8], owner: str, spec: TensorSpec) -> None:
 
 
 def refuse_orphans(found: Mapping[str, FP8], specs: Mapping[str, TensorSpec]) -> None:
-    """Raises CheckpointError for a scale by a weight's name that is no eight-bit weight's."""
+    """Raises CheckpointError for a scale by a weight's name that is no eight-bit weight's; what
+    lies beside codes of another kind is left to their own signs."""
     taken = {spec.name for weight in found.values() for spec in weight.specs.values()}
-    for spec in specs.values() if found else ():
-        for ending in ("_scale_inv", "weight_scale", "qscale_weight", "scale_weight"):
-            if spec.name in taken or not spec.name.endswith(ending):
-                continue
-            stem = spec.name.removesuffix("_scale_inv").removesuffix("_scale")
-            weight = specs.get(stem, specs.get(f"{spec.name.rpartition('.')[0]}.weight"))
-            if weight is None or weight.is_float:
-                raise CheckpointError(
-                    f"{spec}: a scale, and no eight-bit weight goes with it"
-                    + (f" ({weight})" if weight else "; is the download complete?")
-                )
+    left = [spec for spec in specs.values() if spec.name not in taken] if found else []
+    scales = [spec for spec in left if spec.name.endswith(_BY_A_WEIGHT)]
+    names = {spec.name for spec in scales}
+    others = {s.name.rpartition(".")[0] for s in left if not s.is_float and s.name not in names}
+    for spec in scales:
+        module = spec.name.rpartition(".")[0]
+        if module not in others:
+            lies = specs.get(f"{module}.weight") if module else None
+            raise CheckpointError(
+                f"{spec}: a scale, and no eight-bit weight goes with it; "
+                + (f"found {lies}" if lies else "is the download complete?")
+            )
