@@ -143,11 +143,11 @@ def form_of(numbers: NumberFormat) -> Form:
             numbers.quant_storage,
         )
     for field in dataclasses.fields(numbers):
-        given = getattr(numbers, field.name) != field.default
-        if given and field.name not in ("scheme", "quant_type"):
-            option = field.name.replace("_", "-")
+        given = getattr(numbers, field.name)
+        if given != field.default and field.name not in ("scheme", "quant_type"):
+            option = "--" + "no-" * (given is False) + field.name.replace("_", "-")
             raise UsageError(
-                f"--{option} goes with {' and '.join(QUANT_TYPES)}, which bitsandbytes makes: "
+                f"{option} goes with {' and '.join(QUANT_TYPES)}, which bitsandbytes makes: "
                 f"--scheme {form.name} has no such setting"
             )
     return form

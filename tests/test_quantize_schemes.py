@@ -1,0 +1,467 @@
+"""``quantize --scheme``, ``merge --requantize`` and ``verify`` in every stored number format that
+is written: laws, loaders, and what is refused."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import save_file
+
+import lora_tools
+from lora_tools.cli import run
+from lora_tools.errors import (
+    CheckpointError,
+    MismatchError,
+    NonFiniteError,
+    QualityGateError,
+    UsageError,
+)
+from lora_tools.formats.quantized.forms import FORMS
+from lora_tools.quantizing.pack import way_of
+from lora_tools.sources.schemes import SCHEMES
+
+from . import iotools, models
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+# Checkpoints as other tools store them, of every room's tests.
+STORED = {
+    name: form
+    for path in sorted(Path(__file__).parent.glob("forms_*.py"))
+    for name, form in importlib.import_module(f"{__package__}.{path.stem}").FORMS.items()
+}
+NEW = [name for name in FORMS if name not in ("nf4", "fp4")]
+NAME = "model.layers.0.self_attn.q_proj"
+Q = f"{NAME}.weight"
+# The most that the relative error of normal numbers may be in each, and bits for a number.
+COST = {
+    "fp8-block": (0.03, 8.01),
+    "fp8-channel": (0.03, 8.1),
+    "nvfp4": (0.1, 4.51),
+    "mxfp4": (0.12, 4.26),
+    "int8": (0.01, 8.1),
+    "int4": (0.12, 4.2),
+}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base with a tied head, an adapter on it, and the base in each format."""
+    top = tmp_path_factory.mktemp("schemes")
+    base = models.save(models.make("llama-tied", width=256).bfloat16(), top / "base")
+    config = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"]}
+    models.train(base, top / "adapter", config)
+    for scheme in NEW:
+        lora_tools.quantize(base, top / scheme, scheme=scheme)
+    return top
+
+
+def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def test_every_row_that_can_be_written_is_a_form_or_comes_from_elsewhere() -> None:
+    rows = {scheme.name for scheme in SCHEMES if way_of(scheme) is not None}
+    assert {form.scheme for form in FORMS.values()} <= rows
+    assert set(COST) == set(NEW)
+
+
+@pytest.mark.parametrize("scheme", NEW)
+def test_there_and_back_costs_the_rounding_and_nothing_more(
+    work: Path, tmp_path: Path, scheme: str
+) -> None:
+    report = lora_tools.quantize(work / "base", tmp_path / "again", scheme=scheme, jobs=3)
+    assert iotools.tree(tmp_path / "again") == iotools.tree(work / scheme)
+    lora_tools.dequantize(work / scheme, tmp_path / "plain")
+    base, plain = models.tensors(work / "base"), models.tensors(tmp_path / "plain")
+    assert {k: (v.dtype, v.shape) for k, v in plain.items()} == {
+        k: (v.dtype, v.shape) for k, v in base.items()
+    }
+    assert {r.tensor for r in report.tensors} == {n for n in base if n.endswith("_proj.weight")}
+    for result in report.tensors:
+        found = error(plain[result.tensor], base[result.tensor])
+        assert result.relative_error == pytest.approx(found, rel=1e-5)
+        assert 0 < found < COST[scheme][0]
+    for name in base.keys() - {r.tensor for r in report.tensors}:
+        assert torch.equal(plain[name], base[name]), name
+    assert report.totals["bits_per_quantized_parameter"] < COST[scheme][1]
+    files = list((tmp_path / "again").glob("*.safetensors"))
+    assert report.totals["bytes"] == sum(file.stat().st_size for file in files)
+    configs = [json.loads((work / d / "config.json").read_text()) for d in ("base", scheme)]
+    assert configs[1].pop("quantization_config")
+    assert configs[0] == configs[1]
+    assert json.loads((tmp_path / "plain" / "config.json").read_text()) == configs[0]
+
+
+@pytest.mark.parametrize("scheme", NEW)
+def test_transformers_loads_the_numbers_that_dequantize_gives(
+    work: Path, tmp_path: Path, scheme: str
+) -> None:
+    lora_tools.dequantize(work / scheme, tmp_path / "plain")
+    how: Any = hf.CompressedTensorsConfig(dequantize=True)
+    if scheme == "fp8-block":
+        how = hf.FineGrainedFP8Config(dequantize=True)
+    load = hf.AutoModelForCausalLM.from_pretrained
+    loaded, info = load(work / scheme, quantization_config=how, output_loading_info=True)
+    assert not any(info.values())
+    wanted = load(tmp_path / "plain")
+    states = loaded.state_dict(), wanted.state_dict()
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(ids).logits, wanted.eval()(ids).logits)
+
+
+@pytest.mark.parametrize("scheme", ["nvfp4", "mxfp4", "int4"])
+def test_transformers_runs_what_keeps_its_activations(
+    work: Path, tmp_path: Path, scheme: str
+) -> None:
+    """Loaded as it is, with layers of compressed-tensors' own."""
+    lora_tools.dequantize(work / scheme, tmp_path / "plain")
+    load = hf.AutoModelForCausalLM.from_pretrained
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        found = load(work / scheme).eval()(ids).logits
+        assert torch.equal(found, load(tmp_path / "plain").eval()(ids).logits)
+
+
+@pytest.mark.parametrize("scheme", NEW)
+def test_merged_and_written_again_is_what_quantizing_the_merged_gives(
+    work: Path, tmp_path: Path, scheme: str
+) -> None:
+    base, adapters = work / scheme, [(work / "adapter", 0.05)]
+    report = lora_tools.merge(base, adapters, tmp_path / "m", requantize=True)
+    before, after = models.tensors(base), models.tensors(tmp_path / "m")
+    assert {k: (v.dtype, v.shape) for k, v in before.items()} == {
+        k: (v.dtype, v.shape) for k, v in after.items()
+    }
+    acted = ("q_proj.", "up_proj.")
+    for name in before:
+        same = torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8))
+        assert same or any(part in name for part in acted), name
+    kept = report.totals["delta_kept"]
+    assert _kept(base, tmp_path / "m", adapters, tmp_path) == pytest.approx(kept, rel=1e-3)
+    found = lora_tools.verify(tmp_path / "m", against=base, adapters=adapters)
+    assert found.totals["bit_for_bit"] == 14
+    config = "config.json"
+    assert (base / config).read_bytes() == (tmp_path / "m" / config).read_bytes()
+    fates = {fate.tensor: fate.action for fate in report.plan}
+    assert fates[Q] == "requantize"
+    assert {t.tensor for t in report.tensors} == {t for t, a in fates.items() if a == "requantize"}
+    lora_tools.merge(base, adapters, tmp_path / "plain")
+    if scheme != "nvfp4":  # its global scales are found anew
+        lora_tools.quantize(tmp_path / "plain", tmp_path / "two", scheme=scheme)
+        two = models.tensors(tmp_path / "two")
+        for name in after:
+            if any(part in name for part in acted):
+                assert torch.equal(after[name].view(torch.uint8), two[name].view(torch.uint8))
+
+
+def _kept(base: Path, merged: Path, adapters: list[Any], tmp_path: Path) -> float:
+    """The share of the adapters' change that is left, from the files alone."""
+    lora_tools.dequantize(base, tmp_path / "wide", dtype="float32")
+    lora_tools.merge(tmp_path / "wide", adapters, tmp_path / "exact")
+    lora_tools.dequantize(merged, tmp_path / "found", dtype="float32")
+    b, e, f = (models.tensors(tmp_path / name) for name in ("wide", "exact", "found"))
+    moved = wanted = 0.0
+    for name in b:
+        delta = e[name].double() - b[name].double()
+        wanted += float((delta * delta).sum())
+        moved += float(((f[name].double() - b[name].double()) * delta).sum())
+    return moved / wanted
+
+
+def test_eight_bits_keep_most_of_a_small_change_and_four_bits_do_not(
+    work: Path, tmp_path: Path
+) -> None:
+    kept = {}
+    for scheme in NEW:
+        out = tmp_path / scheme
+        report = lora_tools.merge(work / scheme, [(work / "adapter", 0.02)], out, requantize=True)
+        kept[scheme] = report.totals["delta_kept"]
+    assert min(kept["int8"], kept["fp8-block"], kept["fp8-channel"]) > 0.7, kept
+    assert max(kept["nvfp4"], kept["mxfp4"], kept["int4"]) < kept["fp8-block"], kept
+
+
+@pytest.mark.parametrize("form", STORED)
+def test_written_again_as_others_store_it(tmp_path: Path, form: str) -> None:
+    """What no adapter acts on, scales of activations, marks and config files stay as they were."""
+    tensors = {k: v.bfloat16() for k, v in iotools.weights(width=16).items()}
+    stored, config, plain = STORED[form](tensors)
+    iotools.checkpoint(tmp_path / "base", stored)
+    said = {"model_type": "llama", **config}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(said))
+    name = next(n for n in plain if n.endswith("q_proj.weight"))
+    shape = tuple(plain[name].shape)
+    iotools.adapter(tmp_path / "adapter", {name.removesuffix(".weight"): shape}, r=2)
+    out, adapters = tmp_path / "out", [tmp_path / "adapter"]
+    try:
+        report = lora_tools.merge(tmp_path / "base", adapters, out, requantize=True)
+    except (UsageError, CheckpointError) as refusal:
+        said_instead = str(refusal)
+    else:
+        said_instead = ""
+    if said_instead:
+        assert "plain" in said_instead or "dequantize" in said_instead
+        return
+    before, after = models.tensors(tmp_path / "base"), models.tensors(out)
+    assert {k: (v.dtype, v.shape) for k, v in before.items()} == {
+        k: (v.dtype, v.shape) for k, v in after.items()
+    }
+    changed = {k for k in before if raw(before[k]) != raw(after[k])}
+    module = name.removesuffix(".weight")
+    assert changed
+    assert all(k.startswith(module) and "input" not in k for k in changed), changed
+    trees = [iotools.tree(tmp_path / "base"), iotools.tree(out)]
+    assert all(trees[0][k] == trees[1][k] for k in trees[0] if not k.endswith(".safetensors"))
+    lora_tools.merge(tmp_path / "base", adapters, tmp_path / "plain")
+    lora_tools.dequantize(out, tmp_path / "back")
+    wanted, found = models.tensors(tmp_path / "plain"), models.tensors(tmp_path / "back")
+    assert wanted.keys() == found.keys()
+    [result] = report.tensors
+    assert result.relative_error == pytest.approx(error(found[name], wanted[name]), rel=1e-4)
+    looked = verified(out, tmp_path / "base", adapters)
+    assert looked.totals["bit_for_bit"] == looked.totals["tensors_quantized"]
+    # No config entry that a loader needs: the base has none, either.
+    assert {f.tensor for f in looked.plan if f.action == "different"} <= {"config.json"}
+
+
+def raw(tensor: torch.Tensor) -> bytes:
+    return bytes(tensor.contiguous().reshape(-1).view(torch.uint8).tolist())
+
+
+def verified(path: Path, against: Path, adapters: list[Any]) -> Any:
+    """The report, whether all is as it should be or not."""
+    try:
+        return lora_tools.verify(path, against=against, adapters=adapters)
+    except QualityGateError as gate:
+        return gate.report
+
+
+def test_layers_that_loaders_put_into_one_have_one_global_scale(work: Path, tmp_path: Path) -> None:
+    """vLLM takes the largest of q's, k's and v's for all three: any other would be read wrong."""
+    every = models.tensors(work / "nvfp4")
+    places = {"self_attn.": ("q_proj", "k_proj", "v_proj"), "mlp.": ("gate_proj", "up_proj")}
+    base = models.tensors(work / "base")
+    for place, parts in places.items():
+        modules = [f"model.layers.1.{place}{part}" for part in parts]
+        scales = {float(every[f"{m}.weight_global_scale"]) for m in modules}
+        inputs = base[f"{modules[0]}.weight"].shape[1]
+        joined = [n for n in base if n.startswith(f"model.layers.1.{place}")]
+        joined = [n for n in joined if base[n].dim() == 2 and base[n].shape[1] == inputs]
+        largest = max(float(base[n].abs().max()) for n in joined)
+        assert scales == {float(torch.tensor(448.0) * 6 / torch.tensor(largest))}
+
+    def scales_of(folder: Path) -> dict[str, float]:
+        found = models.tensors(folder)
+        return {k: float(v) for k, v in found.items() if k.endswith("global_scale")}
+
+    config = {"r": 2, "lora_alpha": 64, "target_modules": ["v_proj"]}
+    models.train(work / "base", tmp_path / "one", config)
+    lora_tools.merge(work / "nvfp4", [tmp_path / "one"], tmp_path / "m", requantize=True)
+    assert scales_of(tmp_path / "m") == scales_of(work / "nvfp4")
+    config["target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    models.train(work / "base", tmp_path / "all", config)
+    lora_tools.merge(work / "nvfp4", [tmp_path / "all"], tmp_path / "n", requantize=True)
+    before, after = scales_of(work / "nvfp4"), scales_of(tmp_path / "n")
+    for layer in range(2):
+        place = f"model.layers.{layer}.self_attn."
+        mine = {after[k] for k in after if k.startswith(place)}
+        assert len(mine) == 1
+        assert mine != {before[f"{place}q_proj.weight_global_scale"]}
+    report = lora_tools.verify(tmp_path / "n", against=work / "nvfp4", adapters=[tmp_path / "all"])
+    assert report.totals["bit_for_bit"] == 14
+
+
+def test_settings_of_bitsandbytes_are_refused_with_others(work: Path, tmp_path: Path) -> None:
+    for option, value in (
+        ("blocksize", 128),
+        ("double_quant", False),
+        ("compute_dtype", "float16"),
+        ("quant_storage", "bfloat16"),
+        ("scale_search", True),
+        ("compensate", 4),
+        ("compensate_iterations", 2),
+    ):
+        with pytest.raises(UsageError, match=rf"{option}(=\w+)? goes with nf4 and fp4"):
+            lora_tools.quantize(
+                work / "base", tmp_path / "x", scheme="fp8-block", **{option: value}
+            )
+    with pytest.raises(UsageError, match="exclude each other"):
+        lora_tools.quantize(work / "base", tmp_path / "x", scheme="int8", quant_type="fp4")
+    lora_tools.quantize(work / "base", tmp_path / "a", scheme="fp4")
+    lora_tools.quantize(work / "base", tmp_path / "b", quant_type="fp4")
+    a, b = (models.tensors(tmp_path / name) for name in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    with pytest.raises(UsageError, match="scheme .int3.: one of nf4, fp4"):
+        lora_tools.quantize(work / "base", tmp_path / "x", scheme="int3")
+
+
+def test_what_cannot_be_written_is_refused(work: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    save_file({Q: torch.randn(256, 256)}, tmp_path / "bare.safetensors")
+    with pytest.raises(UsageError, match=r"no config\.json"):
+        lora_tools.quantize(tmp_path / "bare.safetensors", out, scheme="int4")
+    with pytest.raises(CheckpointError, match="quantized already"):
+        lora_tools.quantize(work / "int8", out, scheme="int4")
+    with pytest.raises(UsageError, match="needs a BASE that is quantized"):
+        lora_tools.merge(work / "base", [work / "adapter"], out, requantize=True)
+    with pytest.raises(QualityGateError, match="relative error above"):
+        lora_tools.quantize(work / "base", out, scheme="int4", max_error=0.01)
+    for value in (float("nan"), float("inf")):
+        iotools.checkpoint(tmp_path / f"{value}", {Q: torch.full((256, 256), value)})
+        for scheme in NEW:
+            with pytest.raises(NonFiniteError, match=Q):
+                lora_tools.quantize(tmp_path / f"{value}", out, scheme=scheme)
+    iotools.checkpoint(tmp_path / "wide", {Q: torch.zeros(256, 256, dtype=torch.float64)})
+    with pytest.raises(UsageError, match="float64"):
+        lora_tools.quantize(tmp_path / "wide", out, scheme="int8")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("scheme", NEW)
+def test_zeros_and_what_is_hardly_more(tmp_path: Path, scheme: str) -> None:
+    for value in (0.0, 1e-30, 2.0):
+        folder = tmp_path / f"{value}"
+        iotools.checkpoint(folder, {Q: torch.full((256, 256), value).bfloat16()})
+        lora_tools.quantize(folder, tmp_path / f"q{value}", scheme=scheme)
+        lora_tools.dequantize(tmp_path / f"q{value}", tmp_path / f"p{value}")
+        found = models.tensors(tmp_path / f"p{value}")[Q].float()
+        assert float((found - value).abs().max()) <= max(0.07 * value, 1e-20)
+
+
+def test_what_does_not_fit_stays_and_the_loader_is_told(tmp_path: Path) -> None:
+    tensors = {
+        Q: torch.randn(256, 256),
+        f"{NAME[:-6]}k_proj.weight": torch.randn(192, 256),
+        f"{NAME[:-6]}v_proj.weight": torch.randn(256, 200),
+        "model.layers.0.mlp.experts.0.up_proj.weight": torch.randn(256, 256),
+        "model.layers.0.mlp.gate.weight": torch.randn(4, 256),
+        "lm_head.weight": torch.randn(256, 256),
+    }
+    iotools.checkpoint(tmp_path / "base", tensors)
+    stay = {
+        "fp8-block": {"k_proj": "not of whole blocks of 128 x 128", "v_proj": "[256, 200]"},
+        "fp8-channel": {},
+        "int8": {},
+        "int4": {"v_proj": "200 columns are no multiple of 128"},
+        "nvfp4": {"v_proj": "200 columns are no multiple of 16"},
+        "mxfp4": {"v_proj": "200 columns are no multiple of 32"},
+    }
+    for scheme, reasons in stay.items():
+        out = tmp_path / scheme
+        report = lora_tools.quantize(tmp_path / "base", out, scheme=scheme)
+        said = {fate.tensor: fate.reason for fate in report.plan}
+        modules = {name.removesuffix(".weight") for name in tensors}
+        quantized = {t.tensor.removesuffix(".weight") for t in report.tensors}
+        assert len(quantized) == 3 - len(reasons)
+        for part, reason in reasons.items():
+            assert reason in said[f"{NAME[:-6]}{part}.weight"]
+        config = json.loads((out / "config.json").read_text())["quantization_config"]
+        if scheme == "fp8-block":
+            listed = config["modules_to_not_convert"]
+            assert "model.layers.0.mlp.experts" in listed
+            assert not any(name in quantized for name in listed)
+        else:
+            listed = config["ignore"]
+            import re
+
+            [pattern] = [name[3:] for name in listed if name.startswith("re:")]
+            inside = [name for name in modules if re.match(pattern, name)]
+            assert inside == ["model.layers.0.mlp.experts.0.up_proj"]
+        kept = {name for name in modules - quantized if ".experts." not in name}
+        assert kept <= set(listed)
+        lora_tools.dequantize(out, tmp_path / f"{scheme}-plain")
+
+
+def test_a_conv1d_stays(tmp_path: Path) -> None:
+    """GPT-2's layers are none of those that these loaders take."""
+    base = models.save(models.make("gpt2", width=128), tmp_path / "base")
+    for scheme in NEW:
+        with pytest.raises(MismatchError, match="no linear layer"):
+            lora_tools.quantize(base, tmp_path / "x", scheme=scheme)
+
+
+def flip(tensors: dict[str, torch.Tensor], key: str) -> None:
+    """One code to one that is far away, or a scale to another."""
+    flat = tensors[key].reshape(-1).view(torch.uint8)
+    flat[7] = flat[7] ^ 0x44
+
+
+@pytest.mark.parametrize("scheme", NEW)
+def test_planted_faults(work: Path, tmp_path: Path, scheme: str) -> None:
+    stored = models.tensors(work / scheme)
+    for key in [k for k in stored if k.startswith(f"{NAME}.weight") and "shape" not in k]:
+        out = tmp_path / key
+        shutil.copytree(work / scheme, out)
+        tensors = {k: v.clone() for k, v in stored.items()}
+        if "global" in key:
+            tensors[key] *= 1.5
+        elif "scale" in key and tensors[key].itemsize > 1:
+            tensors[key].view(-1)[0] *= 1.5
+        else:
+            flip(tensors, key)
+        save_file(tensors, out / "model.safetensors", {"format": "pt"})
+        with pytest.raises(QualityGateError) as caught:
+            lora_tools.verify(out, against=work / "base")
+        assert Q in str(caught.value), key
+
+
+@pytest.mark.parametrize("scheme", NEW)
+def test_what_is_merged_otherwise_is_told(
+    work: Path, tmp_path: Path, scheme: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    base, adapter = work / "base", work / "adapter"
+    lora_tools.quantize(base, tmp_path / "q", scheme=scheme, adapters=[(adapter, 2)])
+    with pytest.raises(QualityGateError, match="the adapter is applied twice"):
+        lora_tools.verify(tmp_path / "q", against=base, adapters=[adapter])
+    with pytest.raises(QualityGateError, match="the adapter is applied not at all"):
+        lora_tools.verify(work / scheme, against=base, adapters=[adapter])
+    assert run(["verify", str(work / scheme), "--against", str(base)]) == 0
+    assert "byte for byte as quantize writes it" in capfd.readouterr().err
+
+
+def test_a_scale_of_another_rounding_is_no_fault(work: Path, tmp_path: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{Q}_scale_inv"] *= 1 + 1e-6
+
+    shutil.copytree(work / "fp8-block", tmp_path / "q")
+    tensors = models.tensors(work / "fp8-block")
+    change(tensors)
+    save_file(tensors, tmp_path / "q" / "model.safetensors", {"format": "pt"})
+    report = lora_tools.verify(tmp_path / "q", against=work / "base")
+    assert "to rounding: 13 of 14" in report.totals["verdict"]
+
+
+def test_from_one_format_into_another(work: Path, tmp_path: Path) -> None:
+    """Of what the first stands for; no entry of it is left."""
+    report = lora_tools.quantize(work / "fp8-block", tmp_path / "q", scheme="nvfp4")
+    assert any("errors are those against what it dequantizes to" in n for n in report.notes)
+    config = json.loads((tmp_path / "q" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    assert not any(name.endswith("_scale_inv") for name in models.tensors(tmp_path / "q"))
+    report = lora_tools.verify(tmp_path / "q", against=work / "fp8-block")
+    assert report.totals["bit_for_bit"] == 14
+    lora_tools.quantize(work / "int8", tmp_path / "nf4")
+    lora_tools.dequantize(tmp_path / "nf4", tmp_path / "plain")
+
+
+def test_a_dtype_that_config_does_not_name_is_written_down(tmp_path: Path) -> None:
+    """It is what the numbers are read back as."""
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        folder = tmp_path / str(dtype)
+        iotools.checkpoint(folder, {Q: torch.randn(256, 256, dtype=dtype)})
+        for scheme in NEW:
+            out = tmp_path / f"{dtype} {scheme}"
+            lora_tools.quantize(folder, out, scheme=scheme)
+            lora_tools.dequantize(out, tmp_path / f"{out.name} plain")
+            assert models.tensors(tmp_path / f"{out.name} plain")[Q].dtype == dtype
+            assert lora_tools.verify(out, against=folder).totals["bit_for_bit"] == 1
