@@ -107,9 +107,13 @@ LAYERS: dict[str, Callable[[str, torch.Tensor], Tensors]] = {
         f"{m}.weight_shape": torch.tensor(w.shape),
     },
     "nvfp4": lambda m, w: {
-        f"{m}.weight": packed((len(w), w.shape[1] // 2)),
+        f"{m}.weight_packed": packed((len(w), w.shape[1] // 2)),
         f"{m}.weight_scale": torch.ones(len(w), 1).to(F8),
-        f"{m}.weight_scale_2": torch.tensor(1.0),
+        f"{m}.weight_global_scale": torch.ones(1),
+    },
+    "mxfp4 of openai": lambda m, w: {
+        f"{m}.blocks": packed((1, len(w), 1, w.shape[1] // 2)),
+        f"{m}.scales": packed((1, len(w), 1)),
     },
     "mxfp4": lambda m, w: {
         f"{m}_blocks": packed((1, len(w), 1, w.shape[1] // 2)),
@@ -285,7 +289,8 @@ def test_a_bare_file_has_no_config_and_is_known(
         ("awq", "AWQ", "q_proj.qweight (I32)"),
         ("int8", "bitsandbytes int8", "q_proj.SCB (F32)"),
         ("packed", "compressed-tensors", "q_proj.weight_packed (I32)"),
-        ("nvfp4", "NVFP4", f"{Q} (U8)"),
+        ("nvfp4", "NVFP4", f"{Q}_packed (U8)"),
+        ("mxfp4 of openai", "MXFP4 by OpenAI's own names", "q_proj.blocks (U8)"),
         ("mxfp4", "MXFP4", "q_proj_blocks (U8)"),
         ("mlx", "MLX", f"{Q} (U32)"),
         ("vptq", "VPTQ", "q_proj.indices (I32)"),
