@@ -301,7 +301,7 @@ def test_settings_of_bitsandbytes_are_refused_with_others(work: Path, tmp_path: 
     lora_tools.quantize(work / "base", tmp_path / "b", quant_type="fp4")
     a, b = (models.tensors(tmp_path / name) for name in "ab")
     assert all(torch.equal(a[name], b[name]) for name in a)
-    with pytest.raises(UsageError, match="scheme .int3.: one of nf4, fp4"):
+    with pytest.raises(UsageError, match=r"scheme .int3.: one of nf4, fp4"):
         lora_tools.quantize(work / "base", tmp_path / "x", scheme="int3")
 
 
@@ -343,7 +343,7 @@ def test_what_does_not_fit_stays_and_the_loader_is_told(tmp_path: Path) -> None:
         Q: torch.randn(256, 256),
         f"{NAME[:-6]}k_proj.weight": torch.randn(192, 256),
         f"{NAME[:-6]}v_proj.weight": torch.randn(256, 200),
-        "model.layers.0.mlp.experts.0.up_proj.weight": torch.randn(256, 256),
+        "model.layers.0.mlp.experts.gate_up_proj": torch.randn(2, 256, 256),
         "model.layers.0.mlp.gate.weight": torch.randn(4, 256),
         "lm_head.weight": torch.randn(256, 256),
     }
@@ -376,7 +376,7 @@ def test_what_does_not_fit_stays_and_the_loader_is_told(tmp_path: Path) -> None:
 
             [pattern] = [name[3:] for name in listed if name.startswith("re:")]
             inside = [name for name in modules if re.match(pattern, name)]
-            assert inside == ["model.layers.0.mlp.experts.0.up_proj"]
+            assert inside == ["model.layers.0.mlp.experts.gate_up_proj"]
         kept = {name for name in modules - quantized if ".experts." not in name}
         assert kept <= set(listed)
         lora_tools.dequantize(out, tmp_path / f"{scheme}-plain")
@@ -465,3 +465,122 @@ def test_a_dtype_that_config_does_not_name_is_written_down(tmp_path: Path) -> No
             lora_tools.dequantize(out, tmp_path / f"{out.name} plain")
             assert models.tensors(tmp_path / f"{out.name} plain")[Q].dtype == dtype
             assert lora_tools.verify(out, against=folder).totals["bit_for_bit"] == 1
+
+
+def _moe(kind: str) -> Any:
+    sizes: dict[str, Any] = {
+        "hidden_size": 128,
+        "intermediate_size": 128,
+        "num_hidden_layers": 1,
+        "num_experts_per_tok": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "vocab_size": 64,
+    }
+    if kind == "mixtral":
+        return hf.MixtralForCausalLM(hf.MixtralConfig(num_local_experts=3, **sizes))
+    config = hf.Qwen3MoeConfig(num_experts=3, moe_intermediate_size=128, head_dim=32, **sizes)
+    return hf.Qwen3MoeForCausalLM(config)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_experts_that_are_stored_one_by_one(tmp_path: Path, kind: str) -> None:
+    """As transformers, which fuses them, loads them: all of them, or none."""
+    torch.manual_seed(0)
+    base = models.save(_moe(kind).bfloat16(), tmp_path / "base")
+    load = hf.AutoModelForCausalLM.from_pretrained
+    ids = torch.arange(8)[None]
+    first = next(n for n in models.tensors(base) if ".experts.1." in n)
+    for scheme, without in (
+        ("fp8-block", False),
+        ("fp8-channel", False),
+        ("int4", False),
+        ("fp8-block", True),
+        ("fp8-channel", True),
+    ):
+        out, plain = tmp_path / f"{scheme} {without}", tmp_path / f"{scheme} {without} plain"
+        options = {"exclude": [first.removesuffix(".weight")]} if without else {}
+        report = lora_tools.quantize(base, out, scheme=scheme, **options)
+        assert report.totals["tensors_quantized"] == 4 + 9 * (not without)
+        lora_tools.dequantize(out, plain)
+        how: Any = hf.CompressedTensorsConfig(dequantize=True)
+        if scheme == "fp8-block":
+            how = hf.FineGrainedFP8Config(dequantize=True)
+        loaded, info = load(out, quantization_config=how, output_loading_info=True)
+        assert not any(info.values()), info
+        with torch.no_grad():
+            assert torch.equal(loaded.eval()(ids).logits, load(plain).eval()(ids).logits)
+        assert lora_tools.verify(out, against=base).totals["same"]
+        listed = json.loads((out / "config.json").read_text())["quantization_config"]
+        names = listed.get("ignore") or listed["modules_to_not_convert"]
+        assert any(name.endswith(".gate") for name in names)  # vLLM's router is a linear layer
+        assert any("experts" in name for name in names) == without
+    for scheme in ("int8", "nvfp4", "mxfp4"):
+        with pytest.raises(CheckpointError, match="does not load plain experts"):
+            lora_tools.quantize(base, tmp_path / "x", scheme=scheme)
+    with pytest.raises(CheckpointError, match="left out by include or exclude"):
+        lora_tools.quantize(base, tmp_path / "x", scheme="int4", exclude=[r"experts\.1"])
+
+
+def test_experts_of_gpt_oss_are_written_again(tmp_path: Path) -> None:
+    config = hf.GptOssConfig(
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_local_experts=3,
+        num_experts_per_tok=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=64,
+        layer_types=["full_attention"],
+    )
+    torch.manual_seed(0)
+    base = models.save(hf.GptOssForCausalLM(config).bfloat16(), tmp_path / "base")
+    told = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}
+    models.train(base, tmp_path / "adapter", {"r": 2, "lora_alpha": 4, **told})
+    stored = {}
+    for name, tensor in models.tensors(base).items():
+        if name.endswith((".gate_up_proj", ".down_proj")):
+            experts, cols, rows = tensor.shape
+            shape = (experts, rows, cols // 32)
+            stored[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8)
+            stored[f"{name}_scales"] = torch.randint(118, 122, shape, dtype=torch.uint8)
+        else:
+            stored[name] = tensor
+    said = json.loads((base / "config.json").read_text())
+    (tmp_path / "q").mkdir()
+    said["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (tmp_path / "q" / "config.json").write_text(json.dumps(said))
+    save_file(stored, tmp_path / "q" / "model.safetensors", {"format": "pt"})
+    adapters = [tmp_path / "adapter"]
+    report = lora_tools.merge(tmp_path / "q", adapters, tmp_path / "m", requantize=True)
+    fates = {fate.tensor.rpartition(".")[2]: fate.action for fate in report.plan}
+    assert fates["gate_up_proj"] == "requantize"
+    assert fates["down_proj"] == "copy"
+    assert lora_tools.verify(tmp_path / "m", against=tmp_path / "q", adapters=adapters)
+    lora_tools.dequantize(tmp_path / "m", tmp_path / "p")
+    load = hf.AutoModelForCausalLM.from_pretrained
+    found = load(tmp_path / "m", quantization_config=hf.Mxfp4Config(dequantize=True)).state_dict()
+    wanted = load(tmp_path / "p").state_dict()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_layers_of_kin_classes_are_listed(tmp_path: Path) -> None:
+    """compressed-tensors takes subclasses of nn.Linear, too, as that of torch's own attention."""
+    config = hf.SiglipVisionConfig(
+        hidden_size=128, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
+        image_size=16, patch_size=8,
+    )  # fmt: skip
+    base = models.save(hf.SiglipVisionModel(config).bfloat16(), tmp_path / "base")
+    lora_tools.quantize(base, tmp_path / "q", scheme="fp8-channel")
+    listed = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]
+    [name] = [name for name in listed["ignore"] if name.endswith("head.attention.out_proj")]
+    lora_tools.dequantize(tmp_path / "q", tmp_path / "p")
+    how = hf.CompressedTensorsConfig(dequantize=True)
+    for options in ({}, {"quantization_config": how}):
+        loaded, info = hf.SiglipVisionModel.from_pretrained(
+            tmp_path / "q", output_loading_info=True, **options
+        )
+        assert not any(info.values()), info
+        assert loaded.get_submodule(name).weight.dtype == torch.bfloat16

@@ -4,6 +4,7 @@ file."""
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,8 @@ from lora_tools.sources.four_bit_layers import (
 from lora_tools.sources.schemes import SCHEMES
 from lora_tools.sources.schemes.row import Scheme
 from lora_tools.sources.transformers_names import keeps_names
+
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,10 +155,13 @@ def plan_quantize(
         reasons[weight.spec.name] = reason
         if reason and linear:
             skip.update(map(form.entry, _modules(weight.spec.name, layers)))
+    for weight in _all_experts_or_none(base, weights, reasons, form):
+        skip.update(map(form.entry, _modules(weight.spec.name, layers)))
     _follow_the_loader(reasons, skip, layers, form)
     quantized = {m for name, why in reasons.items() if not why for m in _modules(name, layers)}
     absent = {split_tensor(base.weights.head)[0]} if tied else set()
-    absent |= layers.absent if layers is not None else set()
+    if layers is not None:
+        absent |= layers.absent | (layers.kin if form.tells_all else set())
     for module in absent.union(ADDED_HEADS) - {""}:
         if not any(form.skips(name, {module}) for name in quantized):
             skip.add(module)
@@ -205,13 +211,15 @@ def _reason(
     """Why a weight stays ("" if it does not), and whether a loader must be told of it."""
     name = weight.spec.name
     reason, linear = reason_to_keep(weight, base.config, head)
-    expert = form.replaces_experts and ".experts." in name
+    told = form.tells_all and (linear or ".experts." in name)
+    if form.experts is not False and _is_expert(weight):
+        return form.unfit(weight.spec), told
     if layers is None:
         named = bool(base.config.get("architectures")) and not keeps_names(base.config, base.specs)
         if not reason and named and not is_surely_linear(name, base.config, base.specs):
             reason = "not known to be a linear layer's"
     elif name not in layers.modules:
-        return reason or "not of a layer that transformers quantizes", expert
+        return reason or "not of a layer that transformers quantizes", told
     else:
         linear = True
         reason = reason or layers.kept.get(name, "")
@@ -219,7 +227,34 @@ def _reason(
             reason = "stored transposed, or not, against its architecture"
     if not reason and weight.layout == "conv1d" and not form.turns:
         return f"a Conv1D, which no loader of {form.name} takes", False
-    return reason or form.unfit(weight.spec), linear or expert
+    return reason or form.unfit(weight.spec), linear or told
+
+
+def _is_expert(weight: Weight) -> bool:
+    """Whether it is that of one expert by itself."""
+    return weight.layout == "linear" and _EXPERT.search(weight.module) is not None
+
+
+def _all_experts_or_none(
+    base: Checkpoint, weights: Sequence[Weight], reasons: dict[str, str], form: Form
+) -> list[Weight]:
+    """Experts that stay since others do, as transformers fuses those of a layer into one.
+
+    Raises:
+        CheckpointError: experts stay beside layers in this form, which transformers does not load.
+    """
+    experts = [weight for weight in weights if form.tells_all and _is_expert(weight)]
+    staying = [weight for weight in experts if reasons[weight.spec.name]]
+    if staying and form.experts is not True:
+        name = staying[0].spec.name
+        raise CheckpointError(
+            f"{base.path}: {name} stays ({reasons[name]}), and transformers does not load plain "
+            f"experts beside layers in {form.name}; fp8-block and fp8-channel are loaded so"
+        )
+    others = [weight for weight in experts if not reasons[weight.spec.name]] if staying else []
+    for weight in others:
+        reasons[weight.spec.name] = "another expert stays, and loaders take all or none"
+    return others
 
 
 def _modules(name: str, layers: FourBitLayers | None) -> set[str]:

@@ -43,8 +43,11 @@ class Form:
         entry: what to list for a linear layer that stays.
         skips: whether a loader takes a module for one of those in its list.
         turns: whether Conv1D layers are written, too, whose weights are stored transposed.
-        replaces_experts: whether a loader puts layers of its own in the place of fused experts,
-            too, unless it is told to leave them.
+        tells_all: whether every linear layer that stays is listed, whatever transformers makes of
+            it, and fused experts, too: other loaders, or its own, would quantize them.
+        experts: what becomes of experts that are stored one by one and that transformers fuses:
+            True: they are written as linear layers are, all or none. None: so, and they must be.
+            False: they stay; a checkpoint with them cannot be written, where ``tells_all``.
         parts_experts: whether transformers looks for fused experts one by one in such a checkpoint
             (``sources.four_bit_layers``).
         joins: whether the layers of one module that take the same inputs have a scale in common
@@ -60,7 +63,8 @@ class Form:
     entry: Callable[[str], str] = skip_entry
     skips: Callable[[str, Collection[str]], bool] = loader_skips
     turns: bool = False
-    replaces_experts: bool = False
+    tells_all: bool = False
+    experts: bool | None = False
     parts_experts: bool = False
     joins: bool = False
     needs_config: bool = True
@@ -97,7 +101,7 @@ def _four_bit_tensor(
 def _fp8_blocks() -> Form:
     """DeepSeek's form of FP8, ``weight_scale_inv``: transformers' and vLLM's ``fp8``."""
     return Form(
-        "fp8-block", "fp8", _fp8_weight, _fp8_settings, _partial_block, replaces_experts=True
+        "fp8-block", "fp8", _fp8_weight, _fp8_settings, _partial_block, tells_all=True, experts=True
     )
 
 
@@ -138,7 +142,8 @@ def _compressed(name: str) -> Form:
         functools.partial(compressed_tensors.why_not, settings=settings),
         _ignored,
         _is_ignored,
-        replaces_experts=True,
+        tells_all=True,
+        experts={"fp8-channel": True, "int4": None}.get(name, False),
         parts_experts=True,
         joins=name == "nvfp4",
     )
