@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+
+from lora_tools.formats.quantized.fp8 import FP8
+from lora_tools.sources.checkpoints import open_checkpoint
+from lora_tools.sources.dequantized import Dequantized
+from tests.iotools import checkpoint
 
 Tensors = dict[str, torch.Tensor]
 Form = Callable[[Tensors], tuple[Tensors, dict[str, Any], Tensors]]
@@ -163,3 +170,26 @@ FORMS: dict[str, Form] = {
     "fp8 e5m2": cast(E5M2),
     "fp8 everywhere": cast(E4M3, everything=True),
 }  # fmt: skip
+
+
+def made(folder: Path, tensors: Tensors, config: dict[str, Any] | None = None, **meta: str) -> Path:
+    """A checkpoint of these tensors and entries of config.json."""
+    checkpoint(folder, {})
+    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors", meta)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **(config or {})}))
+    return folder
+
+
+def opened(folder: Path, *args: Any, **meta: str) -> Dequantized[FP8]:
+    view = open_checkpoint(made(folder, *args, **meta))
+    assert isinstance(view, Dequantized)
+    return view
+
+
+def fp8_config(block: list[Any] | None = None, **more: Any) -> dict[str, Any]:
+    entry = {"quant_method": "fp8", "weight_block_size": block, **more}
+    return {"quantization_config": entry}
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)

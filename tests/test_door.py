@@ -75,26 +75,18 @@ def four_bits_without_states(module: str, w: torch.Tensor) -> Tensors:
 
 # How one linear layer is stored: tensors by name.
 LAYERS: dict[str, Callable[[str, torch.Tensor], Tensors]] = {
-    "fp8": lambda m, w: {f"{m}.weight": w.to(F8)},
-    "fp8 e5m2": lambda m, w: {f"{m}.weight": w.to(torch.float8_e5m2)},
-    "fp8 in blocks": lambda m, w: {
-        f"{m}.weight": w.to(F8),
-        f"{m}.weight_scale_inv": torch.ones(1, 1),
-    },
-    "fp8 by channels": lambda m, w: {
-        f"{m}.weight": w.to(F8),
-        f"{m}.weight_scale": torch.ones(len(w), 1),
-        f"{m}.input_scale": torch.ones(1),
-    },
     "codes of fp8 in bfloat16": lambda m, w: {
         f"{m}.weight": w.bfloat16(),
         f"{m}.weight_scale_inv": torch.ones(1, 1),
     },
-    "comfy": lambda m, w: {f"{m}.weight": w.to(F8), f"{m}.scale_weight": torch.tensor(1.0)},
-    "comfy quant": lambda m, w: {
+    "codes of comfy in bfloat16": lambda m, w: {
+        f"{m}.weight": w.bfloat16(),
+        f"{m}.scale_weight": torch.tensor(1.0),
+    },
+    "comfy mxfp8": lambda m, w: {
         f"{m}.weight": w.to(F8),
-        f"{m}.weight_scale": torch.tensor(1.0),
-        f"{m}.comfy_quant": torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8),
+        f"{m}.weight_scale": torch.ones(128, 4).to(torch.float8_e8m0fnu),
+        f"{m}.comfy_quant": torch.tensor(list(b'{"format": "mxfp8"}'), dtype=torch.uint8),
     },
     "gptq": gptq,
     "awq": awq,
@@ -197,7 +189,7 @@ def make(kind: str, folder: Path, tensors: Tensors) -> Path:
             stored |= LAYERS[kind](name.removesuffix(".weight"), tensor)
         else:
             stored[name] = tensor
-    if kind == "comfy":
+    if kind == "codes of comfy in bfloat16":
         stored["scaled_fp8"] = torch.empty(2, dtype=F8)
     checkpoint(folder, {name: tensor.contiguous() for name, tensor in stored.items()})
     if kind in CONFIGS:
@@ -281,10 +273,9 @@ def test_a_bare_file_has_no_config_and_is_known(
 @pytest.mark.parametrize(
     ("kind", "title", "where"),
     [
-        ("fp8", "eight-bit floats (FP8)", f"{Q} (F8_E4M3)"),
-        ("fp8 in blocks", "FP8 with block scales", f"{Q}_scale_inv (F32)"),
-        ("fp8 by channels", "FP8 with scales", f"{Q} (F8_E4M3)"),
-        ("comfy", "scaled FP8 of ComfyUI", "scaled_fp8 (F8_E4M3)"),
+        ("codes of fp8 in bfloat16", "FP8 with block scales", f"{Q}_scale_inv (F32)"),
+        ("codes of comfy in bfloat16", "scaled FP8 of ComfyUI", "scaled_fp8 (F8_E4M3)"),
+        ("comfy mxfp8", "ComfyUI's quantized form", "q_proj.comfy_quant (U8)"),
         ("gptq", "GPTQ", "q_proj.qweight (I32)"),
         ("awq", "AWQ", "q_proj.qweight (I32)"),
         ("int8", "bitsandbytes int8", "q_proj.SCB (F32)"),

@@ -112,8 +112,14 @@ def is_codes(spec: TensorSpec, specs: Mapping[str, TensorSpec]) -> bool:
     return True
 
 
-def find_fp8(specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> dict[str, FP8]:
+def find_fp8(
+    specs: Mapping[str, TensorSpec], config: Mapping[str, Any], is_scaled: bool = False
+) -> dict[str, FP8]:
     """Every weight of eight-bit floats, by name; none where config.json names another scheme.
+
+    Args:
+        is_scaled: matrices are known to have scales, as they do where config.json names a scheme,
+            or one of them has.
 
     Raises:
         CheckpointError: a scale is missing, left over, lies beside other parts, or is of a dtype
@@ -124,7 +130,7 @@ def find_fp8(specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> dict
     _stated(config)
     codes = [spec for spec in specs.values() if is_codes(spec, specs)]
     scales = {spec.name: scale_of(spec, specs, config) for spec in codes}
-    is_scaled = any(scales.values()) or bool(settings(config))
+    is_scaled = is_scaled or any(scales.values()) or bool(settings(config))
     dtype = plain_dtype(config)
     found = {}
     for spec in codes:

@@ -23,7 +23,8 @@ _INVERSES = ("_scale_inv", ".scale", ".qscale_weight")
 def _find(stored: Checkpoint) -> Mapping[str, FP8]:
     if comfy_fp8.shows(stored.specs, stored.metadata):
         return {}
-    return fp8.find_fp8(stored.specs, stored.config)
+    by_modelopt = stored.is_folder and (stored.path / fp8.FILE).is_file()
+    return fp8.find_fp8(stored.specs, stored.config, by_modelopt)
 
 
 def _find_comfy(stored: Checkpoint) -> Mapping[str, FP8]:
