@@ -53,10 +53,10 @@ class Merging:
     )
     requantize: bool = option(
         False,
-        "Where BASE is in four bits, write four bits again; most of a small change is lost, and "
-        "the report says how much.",
+        "Where BASE is quantized, write its number format again; in four bits most of a small "
+        "change is lost, and the report says how much is kept.",
         OUTPUT,
-        unset="a four-bit BASE becomes plain",
+        unset="a quantized BASE becomes plain",
     )
 
 
@@ -195,8 +195,8 @@ class NumberFormat:
 
     scheme: str | None = option(
         None,
-        "The stored number format (docs/quantize.md). The options below, but for --dtype, go "
-        "with nf4 and fp4.",
+        "The stored number format (docs/quantize.md). The other options of this group go with nf4 "
+        "and fp4.",
         FOUR_BITS,
         choices=schemes,
         unset="nf4",
@@ -346,7 +346,7 @@ class Comparison:
     )
     against: str | Path | None = option(
         None,
-        "PATH is in four bits, or an ONNX model, and should be this.",
+        "PATH is quantized, or an ONNX model, and should be this.",
         AGAINST,
         metavar="CHECKPOINT",
         path="input",
@@ -369,7 +369,7 @@ class Comparison:
     max_error: float | None = option(
         None,
         "With --tuned: exit 3 if the relative error of a module, or of all together, exceeds X. "
-        "Of four bits: take any codes whose relative error is at most X, tensor by tensor.",
+        "Of quantized weights: take any codes whose relative error is at most X, tensor by tensor.",
         AGAINST,
         metavar="X",
         allowed=FROM_0,

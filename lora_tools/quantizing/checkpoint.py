@@ -1,4 +1,4 @@
-"""The four-bit checkpoint that ``quantize`` writes."""
+"""The quantized checkpoint that ``quantize`` writes."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Into four bits and out of them, from options to something that can be written anywhere: for
-``quantize`` and ``dequantize``, and for ``export``."""
+"""Into a stored number format and out of it, from options to something that can be written
+anywhere: for ``quantize`` and ``dequantize``, and for ``export``."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def prepare_quantize(
 def prepare_dequantize(
     checkpoint: str | Path, storage: Storage, running: Running, command: str
 ) -> Prepared:
-    """The plain checkpoint that one in four bits stands for.
+    """The plain checkpoint that a quantized one stands for.
 
     Raises:
         MismatchError: nothing there is quantized.

@@ -33,6 +33,8 @@ from lora_tools.records import Action, Fate, Report, TensorSpec
 from lora_tools.sources.dequantized import Dequantized
 from lora_tools.totals import MergeTotals
 
+_LITTLE = 0.5  # of an adapter, below which a merge is hardly one
+
 if TYPE_CHECKING:
     from lora_tools.engine.buffers import Buffers
 
@@ -121,7 +123,20 @@ def requantized(job: Rewrite, view: Dequantized[Any], plan: QuantizePlan) -> Rep
         **survival_totals([d.survival for d in done if d.survival is not None]),
     }
     fates = tuple(_fate(fate, view) for fate in report.plan)
-    return dataclasses.replace(report, plan=fates, totals=totals)
+    notes = (*report.notes, *_lost(totals, view))
+    return dataclasses.replace(report, plan=fates, totals=totals, notes=notes)
+
+
+def _lost(totals: MergeTotals, view: Dequantized[Any]) -> list[str]:
+    """A note where little of the change is left."""
+    kept = totals.get("delta_kept", 1.0)
+    if kept >= _LITTLE:
+        return []
+    return [
+        f"{view.scheme.title} keep{'s' * (not view.scheme.title.endswith('s'))} {kept:.0%} of the "
+        "adapters' change: most of it is smaller than their rounding. Leave --requantize out for a "
+        "plain checkpoint, or load the adapter beside BASE"
+    ]
 
 
 def _as_stored(view: Dequantized[Any], changed: dict[str, bytes]) -> None:
