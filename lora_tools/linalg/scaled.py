@@ -67,7 +67,7 @@ def times_indexed_scales(
         groups: (cols,) the group of each column.
     """
     at = groups.long()
-    x = codes.float()
+    x = codes.to(torch.float32, copy=True)
     if zeros is not None:
         x.sub_(zeros.float()[:, at])
     return out.copy_(x.mul_(scales.float()[:, at]))

@@ -114,16 +114,13 @@ def _packing(weights: Iterable[CompressedWeight]) -> str:
     """
     possible, unsure = {DENSE, ALIGNED}, None
     for weight in weights:
-        codes, bits = weight.specs.get(PACKED), weight.settings.bits
-        cols = weight.plain.shape[-1]
-        if codes is None or 32 % bits == 0 or not codes.shape:
-            continue  # both ways are the same, or it is refused as its tensors are checked
-        fits = {p for p in (DENSE, ALIGNED) if words(cols, bits, p) == codes.shape[-1]}
-        if len(fits) == 2 and cols > 32 // bits:
-            unsure = codes
-        possible &= fits or possible
+        fits = {way for way in (DENSE, ALIGNED) if _lies(weight, way)}
+        if len(fits) == 2 and 32 % weight.settings.bits and _crosses(weight):
+            unsure = weight.specs[PACKED]
+        possible &= fits or possible  # what goes with neither is refused as it is checked
         if not possible:
-            raise CheckpointError(f"{codes.name}: not packed as the weights before it; {_AGAIN}")
+            name = weight.plain.name
+            raise CheckpointError(f"{name}: not packed as the weights before it; {_AGAIN}")
     if unsure is not None and len(possible) > 1:
         raise CheckpointError(
             f"{unsure}: packed as versions of {METHOD} before or after dense packing, which cannot "
@@ -131,6 +128,22 @@ def _packing(weights: Iterable[CompressedWeight]) -> str:
             "give that"
         )
     return DENSE if DENSE in possible else ALIGNED
+
+
+def _lies(weight: CompressedWeight, way: str) -> bool:
+    """Whether the shapes of its integers go with a way of packing."""
+    number, (*_, rows, cols) = weight.settings.bits, weight.plain.shape
+    codes, zeros = weight.specs.get(PACKED), weight.specs.get(ZERO_POINT)
+    if codes is None or codes.shape[-1:] != (words(cols, number, way),):
+        return False
+    is_packed = zeros is not None and zeros.dtype == "I32" and len(zeros.shape) > 1
+    return not (zeros and is_packed) or zeros.shape[-2] == words(rows, number, way)
+
+
+def _crosses(weight: CompressedWeight) -> bool:
+    """Whether the ways of packing differ in what they make of its words."""
+    *_, rows, cols = weight.plain.shape
+    return max(cols, rows if ZERO_POINT in weight.specs else 0) > 32 // weight.settings.bits
 
 
 def _checked(weight: CompressedWeight) -> CompressedWeight:

@@ -190,10 +190,10 @@ def fp8_weight(
         raise _unfit(codes, scale, "in F32, BF16, F16, or as powers of two (F8_E8M0, U8)")
     found = _layout(codes, scale, config)
     if found is None:
-        size = "x".join(map(str, _stated(config) or BLOCK))
-        raise _unfit(
-            codes, scale, f"one for all of it, one a row, or one for each block of {size} numbers"
-        )
+        stated = _stated(config)
+        size = "x".join(map(str, stated or BLOCK))
+        others = "" if stated else "one for all of it, one a row, or "
+        raise _unfit(codes, scale, f"as {others}one for each block of {size} numbers")
     grid, block, label = found
     if scale.dtype == "U8" and not scale.name.endswith("_scale_inv") and block != (1, 32):
         raise _unfit(codes, scale, "as floats; bytes are powers of two, of 32 numbers each")

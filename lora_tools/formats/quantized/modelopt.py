@@ -60,9 +60,10 @@ def find_nvfp4(
     found, inner = {}, file.get("quantization")
     for spec in specs.values():
         module, _, leaf = spec.name.rpartition(".")
+        if leaf != CODES or spec.dtype != "U8":
+            continue
         scale, whole = (specs.get(f"{module}.{part}") for part in (SCALE, WHOLE))
-        is_code = leaf == CODES and spec.dtype == "U8"
-        if is_code and whole is not None and (scale is None or scale.dtype == "F8_E4M3"):
+        if whole is not None and (scale is None or scale.dtype == "F8_E4M3"):
             found[spec.name] = _weight(spec, scale, whole, plain_dtype(config))
     if found:
         for each in (said, inner if isinstance(inner, Mapping) else {}):

@@ -23,6 +23,10 @@ _NARROW = (*_WHOLE, *_EIGHT_BITS, *_FEWER_BITS)
 _SAVE = "save it in bfloat16, and give that"
 _AGAIN = f"load it with the library that made it, {_SAVE}"
 _ORIGINAL = "give the model that it was quantized from, which its model card names"
+_WITH_CONFIG = (
+    "give its folder with the config.json that it came with, which says how many bits a weight is "
+    "of, or the model that it was quantized from"
+)
 
 
 def _load(how: str) -> str:
@@ -65,16 +69,15 @@ SIGNS = (
     Sign("bitsandbytes int8", (".SCB",), advice=_load("call its dequantize()"),
          methods=("bitsandbytes",)),
     Sign("NVFP4", (".weight", ".weight_scale_2"), _NARROW, _ORIGINAL, ("nvfp4", "modelopt")),
-    Sign("NVFP4", (".weight_packed", ".weight_global_scale"), advice=_ORIGINAL),
-    Sign("compressed-tensors", (".weight_packed",),
-         advice=_load("CompressedTensorsConfig(run_compressed=False)"),
+    Sign("NVFP4", (".weight_packed", ".weight_global_scale"), advice=_WITH_CONFIG),
+    Sign("compressed-tensors", (".weight_packed",), advice=_WITH_CONFIG,
          methods=("compressed-tensors",)),
     Sign("FP8 with block scales", (".weight_scale_inv", ".weight"),
          advice=_load("FineGrainedFP8Config(dequantize=True)"), methods=("fp8",)),
     Sign("MXFP4", ("_blocks", "_scales"), ("U8",), _load("Mxfp4Config(dequantize=True)"),
          ("mxfp4",)),
     Sign("MXFP4 by OpenAI's own names", (".blocks", ".scales"), ("U8",),
-         "give the checkpoint beside it that transformers loads"),
+         f"give the checkpoint beside it that transformers loads, or {_ORIGINAL[5:]}"),
     Sign("MLX", (".weight", ".scales"), ("U32",),
          "make it plain with `mlx_lm.convert --dequantize`, and give that"),
     Sign("scaled FP8 of ComfyUI", (".scaled_fp8",)),

@@ -24,7 +24,7 @@ from lora_tools.sources.schemes.row import Parts, Scheme
 if TYPE_CHECKING:
     import torch
 
-_ROWS = 1024  # at a time, where all of a weight are gone through
+_ROWS = 1024  # at a time: codes are unpacked into wider numbers
 # By bits of a float: the exponent of the largest, and the bits of mantissa that scales in E8M0 are
 # rounded by (of E4M3, too, the package takes those of E2M1).
 _EXPONENTS = {4: (2, 1), 6: (2, 3), 8: (8, 1)}
@@ -34,7 +34,10 @@ def _find(stored: Checkpoint) -> Mapping[str, CompressedWeight]:
     def read(name: str) -> list[int]:
         return [int(n) for n in stored.tensor(name).tolist()]
 
-    return find_compressed(stored.specs, stored.config, read)
+    try:
+        return find_compressed(stored.specs, stored.config, read)
+    except CheckpointError as error:
+        raise CheckpointError(f"{stored.path}: {error}") from None
 
 
 def _numbers(
@@ -141,8 +144,11 @@ def _decode(weight: CompressedWeight, parts: Parts, out: torch.Tensor, first: in
     """(code − zero point) · scale, as ``lifecycle.forward_helpers._dequantize`` has it. That
     computes in the dtype of the scales, and this in float32: the same where a plain weight is of
     the scales' dtype, and not rounded to it where it is wider."""
-    numbers = _numbers(weight, parts, slice(first, first + len(out)))
-    _times_scales(weight, parts, numbers, out, first)
+    for start in range(0, len(out), _ROWS):
+        mine = out[start : start + _ROWS]
+        at = first + start
+        numbers = _numbers(weight, parts, slice(at, at + len(mine)))
+        _times_scales(weight, parts, numbers, mine, at)
 
 
 def _rounding(weight: CompressedWeight, parts: Parts) -> float:

@@ -25,7 +25,7 @@ from lora_tools.sources.schemes.row import Parts, Scheme
 if TYPE_CHECKING:
     import torch
 
-_ROWS = 1024  # at a time, where all of a weight are gone through
+_ROWS = 1024  # at a time: codes are unpacked into wider numbers
 
 
 def _find(stored: Checkpoint) -> Mapping[str, Packed]:
@@ -52,9 +52,11 @@ def _decode(weight: Packed, parts: Parts, out: torch.Tensor, first: int) -> None
         return
     from lora_tools.linalg import e2m1, scaled
 
-    rows = slice(first, first + len(out))
-    numbers = e2m1.unpack_e2m1(parts[CODES][rows])
-    scaled.times_scales(numbers, _scales(parts, rows), (1, GROUP), out)
+    for start in range(0, len(out), _ROWS):
+        mine = out[start : start + _ROWS]
+        rows = slice(first + start, first + start + len(mine))
+        numbers = e2m1.unpack_e2m1(parts[CODES][rows])
+        scaled.times_scales(numbers, _scales(parts, rows), (1, GROUP), mine)
 
 
 def _encode(weight: Packed, x: torch.Tensor) -> dict[str, torch.Tensor]:
