@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from lora_tools.linalg.noise import rounding_errors
+from lora_tools.linalg.noise import errors_by_code
 from lora_tools.linalg.scaled import times_scales
 
 _ROWS = 1 << 18  # elements at a time where a table is looked up: its index is eight bytes each
@@ -105,12 +105,7 @@ def rounding_loss(
 def _errors(dtype: torch.dtype) -> torch.Tensor:
     """(256,) float32, the root mean square of what rounding to each code costs; 0 of no number."""
     values = torch.arange(256, dtype=torch.uint8).view(dtype).float()
-    finite = torch.isfinite(values)
-    held = torch.unique(values[finite])  # ascending, and one zero
-    table = torch.zeros(256)
-    at = torch.searchsorted(held, values[finite])
-    table[finite] = rounding_errors(held).sqrt().float()[at]
-    return table
+    return errors_by_code(values).sqrt().float()
 
 
 def _rounded(x: torch.Tensor, codes: torch.dtype) -> torch.Tensor:

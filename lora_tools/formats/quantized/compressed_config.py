@@ -115,7 +115,9 @@ def groups_of(config: Mapping[str, Any]) -> Groups | None:
             f"config.json: quantization_config of {METHOD} has no config_groups, which say how "
             f"many bits a weight is of; {_NEXT}"
         )
-    ignore = entry.get("ignore") or ()
+    ignore = entry.get("ignore") or []
+    if not isinstance(ignore, list):
+        raise CheckpointError(f"config.json: ignore is no list of modules; {_NEXT}")
     return Groups(tuple(groups), tuple(str(name) for name in ignore)) if groups else None
 
 

@@ -92,7 +92,7 @@ def _shape(codes: TensorSpec, own: Own, settings: Settings, read: Read) -> tuple
     shape = codes.shape
     if settings.form == _PACK:
         spec = own.get(SHAPE)
-        if spec is None or spec.dtype not in ("I64", "I32") or not 2 <= spec.numel <= 4:
+        if spec is None or spec.dtype not in ("I64", "I32") or spec.shape not in ((2,), (3,)):
             stem = codes.name.removesuffix(PACKED).removesuffix(WEIGHT)
             raise CheckpointError(
                 f"{stem}{SHAPE}: expected the two or three numbers of a shape, found {spec}; "
