@@ -23,10 +23,10 @@ from lora_tools.options import Check as Check
 from lora_tools.options import Combining as Combining
 from lora_tools.options import Comparison as Comparison
 from lora_tools.options import Formats as Formats
-from lora_tools.options import FourBits as FourBits
 from lora_tools.options import Graphs as Graphs
 from lora_tools.options import Matching as Matching
 from lora_tools.options import Merging as Merging
+from lora_tools.options import NumberFormat as NumberFormat
 from lora_tools.options import Origin as Origin
 from lora_tools.options import Quantized as Quantized
 from lora_tools.options import Ranks as Ranks
@@ -247,7 +247,8 @@ def quantize(
     out: str | Path,
     *,
     adapters: Sequence[str | Path | tuple[str | Path, float]] = (),
-    quant_type: Literal['nf4', 'fp4'] = 'nf4',
+    scheme: Literal['nf4', 'fp4', 'fp8-block', 'fp8-channel', 'nvfp4', 'mxfp4', 'int8', 'int4'] | None = None,
+    quant_type: Literal['nf4', 'fp4'] | None = None,
     blocksize: int = 64,
     double_quant: bool = True,
     compute_dtype: str = 'bfloat16',
@@ -271,7 +272,7 @@ def quantize(
     adding: Adding | None = None,
     matching: Matching | None = None,
     tensors: Tensors | None = None,
-    four_bits: FourBits | None = None,
+    number_format: NumberFormat | None = None,
     storage: Storage | None = None,
     writing: Writing | None = None,
     running: Running | None = None,

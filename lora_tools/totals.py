@@ -31,14 +31,14 @@ class ResizedTotals(ErrorTotals, LeftOutTotals, total=False):
 
 
 class SurvivalTotals(TypedDict, total=False):
-    """How much of the adapters' change outlasted the rounding to four bits."""
+    """How much of the adapters' change outlasted the rounding to a number format."""
 
     delta_kept: float
     delta_error: float
 
 
 class FourBitTotals(TypedDict, total=False):
-    """Of a checkpoint in four bits."""
+    """Of a quantized checkpoint."""
 
     tensors_quantized: int
     tensors_kept: int
@@ -228,7 +228,7 @@ class VerifyTotals(
     relative_error_acted_on: float
     relative_error_of_all: float
     one_sided: int
-    # of four bits
+    # of quantized weights
     expected_error: float
     bit_for_bit: int
     # of an ONNX model

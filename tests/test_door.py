@@ -589,7 +589,7 @@ def test_every_verb_reads_a_new_row(stepped: dict[str, Path], tmp_path: Path) ->
     }
     with pytest.raises(UsageError, match="in steps of rows; what it was rounded from"):
         lora_tools.verify(stepped["tuned"], base=stepped["base"], adapters=[stepped["adapter"]])
-    with pytest.raises(UsageError, match="requantize=True needs a BASE in four bits"):
+    with pytest.raises(UsageError, match=r"requantize=True: .* is read here and not written"):
         lora_tools.merge(stepped["base"], [stepped["adapter"]], tmp_path / "x", requantize=True)
     with pytest.raises(UsageError, match="reversible=True cannot give back a BASE in steps"):
         lora_tools.merge(stepped["base"], [stepped["adapter"]], tmp_path / "x", reversible=True)

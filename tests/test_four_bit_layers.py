@@ -114,7 +114,7 @@ def test_linear_layers_of_a_class_of_their_own(
         vocab_size=96, hidden_size=32, num_hidden_layers=1, num_attention_heads=2
     )
     models.save(models.quietly(lambda: hf.FalconForCausalLM(config)), tmp_path / "base")
-    with pytest.raises(MismatchError, match="that transformers' loader puts into four bits"):
+    with pytest.raises(MismatchError, match="that transformers' loader quantizes"):
         lora_tools.quantize(tmp_path / "base", tmp_path / "q")
     monkeypatch.setattr(transformers_names, "find_spec", lambda _: None)
     with pytest.raises(MismatchError, match="no linear layer to quantize"):

@@ -492,7 +492,7 @@ CONTAINERS: dict[str, Row] = {
     ),
     "quantizing float64": (
         UsageError,
-        r"float64, which bitsandbytes does not quantize; pass --dtype float32",
+        r"float64, which is not quantized; pass --dtype float32",
         lambda t: lora_tools.quantize(base(t, q_weight=torch.ones(8, 8).double()), t / "out"),
     ),
     "quantizing what is quantized": (

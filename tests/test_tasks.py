@@ -59,6 +59,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, config in ADAPTERS.items():
         models.train(base, folder / name, config, save_embedding_layers=False)
     lora_tools.quantize(base, folder / "nf4")
+    lora_tools.quantize(base, folder / "nvfp4", scheme="nvfp4")
     lora_tools.merge(base, [folder / "dora"], folder / "merged", reversible=True)
     lora_tools.merge(base, [folder / "plain"], folder / "plainly")
     moments = {
@@ -323,7 +324,11 @@ JOBS: dict[str, Job] = {
     "unmerge without a sidecar": lambda w, out: lora_tools.unmerge(
         w / "plainly", [w / "plain"], out
     ),
+    "requantize into groups": lambda w, out: lora_tools.merge(
+        w / "nvfp4", [w / "plain"], out, requantize=True
+    ),
     "quantize": lambda w, out: lora_tools.quantize(w / "base", out),
+    "quantize into groups": lambda w, out: lora_tools.quantize(w / "base", out, scheme="nvfp4"),
     "quantize base and adapter": lambda w, out: lora_tools.quantize(
         w / "base", out, adapters=[w / "plain"], double_quant=False, scale_search=True
     ),

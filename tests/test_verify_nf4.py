@@ -276,7 +276,7 @@ def test_calls_that_make_no_sense(work: Path, capfd: pytest.CaptureFixture[str])
     ):
         with pytest.raises(UsageError):
             lora_tools.verify(work / "plain", **options)
-    with pytest.raises(UsageError, match="neither in four bits nor an ONNX model"):
+    with pytest.raises(UsageError, match="neither quantized nor an ONNX model"):
         lora_tools.verify(base, against=base)
     with pytest.raises(UsageError, match="give against"):
         lora_tools.verify(work / "plain", base=base, adapters=[work / "adapter"])

@@ -331,7 +331,7 @@ def test_what_is_no_model(work: Path, tmp_path: Path) -> None:
     shutil.copy(work / "bundled" / "model.onnx", tmp_path / "a.onnx")
     with pytest.raises(UsageError, match="several models"):
         lora_tools.verify(tmp_path, against=work / "base")
-    with pytest.raises(UsageError, match="max_error is for four bits"):
+    with pytest.raises(UsageError, match="max_error is for quantized weights"):
         lora_tools.verify(work / "shared", against=work / "base", max_error=0.1)
     with pytest.raises(UsageError, match=r"encoder_model.onnx.* are needed"):
         lora_tools.verify(work / "shared", against=work / "base", task="seq2seq")

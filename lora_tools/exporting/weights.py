@@ -8,7 +8,7 @@ from pathlib import Path
 from lora_tools.exporting.quantized import Quantization
 from lora_tools.formats.output import Prepared
 from lora_tools.merging.prepare import Adapters, plan_merging, prepare_merge
-from lora_tools.options import FourBits, Matching, Running, Storage, Tensors
+from lora_tools.options import Matching, NumberFormat, Running, Storage, Tensors
 from lora_tools.provenance import command_of
 from lora_tools.quantizing.prepare import prepare_dequantize, prepare_quantize
 
@@ -40,7 +40,7 @@ class Weights:
         return prepare_quantize(
             self.checkpoint,
             self.adapters,
-            FourBits(),
+            NumberFormat(),
             Tensors(),
             self.storage,
             self.matching,

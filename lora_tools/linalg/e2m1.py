@@ -105,11 +105,18 @@ def group_scales(largest: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
     return torch.where(scales.float() == 0, 0.125, scales.float()).to(torch.float8_e4m3fn)
 
 
-def two_scales(largest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def whole_scale(largest: torch.Tensor) -> torch.Tensor:
+    """ModelOpt's ``weight_scale_2`` for this largest magnitude, float32; of zeros 1."""
+    whole = largest / (LARGEST * _LARGEST_E4M3)
+    return torch.where(whole == 0, 1.0, whole)
+
+
+def two_scales(
+    largest: torch.Tensor, whole: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """NVFP4's scales of groups of these largest magnitudes, E4M3, and the one that all of them are
-    multiplied by, () float32: ModelOpt's ``get_weights_scaling_factor``."""
-    whole = largest.amax() / (LARGEST * _LARGEST_E4M3)
-    whole = torch.where(whole == 0, 1.0, whole)
+    multiplied by, () float32, if it is not given: ModelOpt's ``get_weights_scaling_factor``."""
+    whole = whole_scale(largest.amax()) if whole is None else whole
     scales = largest / (LARGEST * whole)
     scales = torch.where(scales == 0, 1.0, scales)
     return scales.clamp_(2**-9, _LARGEST_E4M3).to(torch.float8_e4m3fn), whole

@@ -45,6 +45,17 @@ def merged_in(target: Target, source: Checkpoint, dtype: str) -> tuple[torch.Ten
     return out, merge_into(out, target, source, spec)
 
 
+def largest_in(target: Target, source: Checkpoint, spec: TensorSpec) -> float:
+    """The largest magnitude of the merged tensor; NaN where it holds one."""
+    import torch
+
+    dtype = torch_dtype(spec.dtype)
+    runs = (run.exact.to(dtype) for run in MergedRuns(target, source, spec))
+    found = [run.abs().amax().float() for run in runs if run.numel()]
+    source.release(target.base_name)
+    return float(torch.stack(found).amax()) if found else 0.0
+
+
 def survival_of(
     written: torch.Tensor, target: Target, source: Checkpoint, spec: TensorSpec
 ) -> Survival | None:

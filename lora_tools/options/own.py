@@ -34,6 +34,7 @@ from lora_tools.options.tables import (
     formats,
     methods,
     quant_types,
+    schemes,
     storages,
     task_help,
     tasks,
@@ -52,10 +53,10 @@ class Merging:
     )
     requantize: bool = option(
         False,
-        "Where BASE is in four bits, write four bits again; most of a small change is lost, and "
-        "the report says how much.",
+        "Where BASE is quantized, write its number format again; in four bits most of a small "
+        "change is lost, and the report says how much is kept.",
         OUTPUT,
-        unset="a four-bit BASE becomes plain",
+        unset="a quantized BASE becomes plain",
     )
 
 
@@ -188,10 +189,21 @@ class Combining:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FourBits:
-    """A four-bit form of linear layers, as bitsandbytes has it."""
+class NumberFormat:
+    """How the numbers of linear layers are stored; all but the first are settings of the four bits
+    of bitsandbytes (nf4, fp4)."""
 
-    quant_type: str = option("nf4", "The codebook.", FOUR_BITS, choices=quant_types)
+    scheme: str | None = option(
+        None,
+        "The stored number format (docs/quantize.md). The other options of this group go with nf4 "
+        "and fp4.",
+        FOUR_BITS,
+        choices=schemes,
+        unset="nf4",
+    )
+    quant_type: str | None = option(
+        None, "An older name of --scheme.", FOUR_BITS, choices=quant_types, unset="--scheme"
+    )
     blocksize: int = option(
         64,
         "Numbers that share a scale: a power of two from 32 to 4096.",
@@ -334,7 +346,7 @@ class Comparison:
     )
     against: str | Path | None = option(
         None,
-        "PATH is in four bits, or an ONNX model, and should be this.",
+        "PATH is quantized, or an ONNX model, and should be this.",
         AGAINST,
         metavar="CHECKPOINT",
         path="input",
@@ -357,7 +369,7 @@ class Comparison:
     max_error: float | None = option(
         None,
         "With --tuned: exit 3 if the relative error of a module, or of all together, exceeds X. "
-        "Of four bits: take any codes whose relative error is at most X, tensor by tensor.",
+        "Of quantized weights: take any codes whose relative error is at most X, tensor by tensor.",
         AGAINST,
         metavar="X",
         allowed=FROM_0,

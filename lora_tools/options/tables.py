@@ -12,7 +12,7 @@ from lora_tools.options.fields import one_of
 
 RANK, TENSORS, ADAPTER, ADAPTERS = "Rank", "Which tensors", "Adapter", "Adapters"
 DECOMPOSITION, OUTPUT, RUNNING, FORMAT = "Decomposition", "Output", "Running", "Format"
-STRENGTH, METHOD, FOUR_BITS, GRAPH = "Strength", "Method", "Four bits", "Graph"
+STRENGTH, METHOD, FOUR_BITS, GRAPH = "Strength", "Method", "Number format", "Graph"
 QUANTIZED, CHECK, AGAINST, TEXT, PICTURE = "Quantized", "Check", "Against what", "Text", "Picture"
 
 ABOVE_0 = (lambda x: 0 < x < math.inf, "a number above 0 is needed")
@@ -56,6 +56,13 @@ def methods() -> Iterable[str]:
     from lora_tools.linalg.combine import METHODS
 
     return METHODS
+
+
+def schemes() -> Iterable[str]:
+    """Stored number formats that are written."""
+    from lora_tools.formats.quantized.forms import FORMS
+
+    return FORMS
 
 
 def quant_types() -> Iterable[str]:

@@ -1,1 +1,1 @@
-"""Checkpoints put into four bits, and made plain again."""
+"""Checkpoints put into other number formats, and made plain again."""

@@ -1,10 +1,10 @@
-"""The four-bit checkpoint that ``quantize`` writes."""
+"""The quantized checkpoint that ``quantize`` writes."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lora_tools.engine.tasks import Task
@@ -15,7 +15,7 @@ from lora_tools.formats.names import split_tensor
 from lora_tools.merging.output_files import changed_files
 from lora_tools.merging.rewrite import Rewrite
 from lora_tools.quantizing.compensate import FOLDER, Compensation, ErrorFit, finish
-from lora_tools.quantizing.pack import config_with, totals_of
+from lora_tools.quantizing.pack import totals_of
 from lora_tools.quantizing.plan import QuantizePlan
 from lora_tools.quantizing.tensor import QuantizedItem, QuantizeItem
 from lora_tools.records import Report
@@ -24,18 +24,19 @@ from lora_tools.totals import QuantizeTotals
 if TYPE_CHECKING:
     from lora_tools.formats.adapters.peft_writer import PeftWriter
 
+Configure = Callable[[dict[str, bytes]], None]
 Packing = Task[Checkpoint, CheckpointWriter, QuantizedItem]
 
 
 def quantize_checkpoint(
-    job: Rewrite, plan: QuantizePlan, how: Compensation | None, settings: dict[str, Any]
+    job: Rewrite, plan: QuantizePlan, how: Compensation | None, configure: Configure
 ) -> Report[QuantizeTotals]:
     """Write the quantized checkpoint, and the adapter for its error where one is wanted."""
     if how is None:
         tasks = _tasks(job, plan, None)
-        report, nbytes, _ = write_packed(job, plan, tasks, settings)
+        report, nbytes, _ = write_packed(job, plan, tasks, configure)
     else:
-        report, nbytes = _compensated(job, plan, how, settings)
+        report, nbytes = _compensated(job, plan, how, configure)
     totals: QuantizeTotals = {**totals_of(plan, report.tensors, nbytes)}
     left = [
         (r.norm, r.compensated_error) for r in report.tensors if r.compensated_error is not None
@@ -53,7 +54,7 @@ def _tasks(job: Rewrite, plan: QuantizePlan, fit: ErrorFit | None) -> list[Quant
 
 
 def _compensated(
-    job: Rewrite, plan: QuantizePlan, how: Compensation, settings: dict[str, Any]
+    job: Rewrite, plan: QuantizePlan, how: Compensation, configure: Configure
 ) -> tuple[Report[QuantizeTotals], int]:
     from lora_tools.formats.adapters.peft_writer import PeftWriter
 
@@ -61,7 +62,7 @@ def _compensated(
     beside.mkdir()
     with contextlib.closing(PeftWriter(beside)) as peft:
         tasks = _tasks(job, plan, how.fit)
-        report, nbytes, _ = write_packed(job, plan, tasks, settings, peft)
+        report, nbytes, _ = write_packed(job, plan, tasks, configure, peft)
         return report, nbytes + finish(peft, beside, job.source, how, job.out / FOLDER, job.jobs)
 
 
@@ -69,12 +70,13 @@ def write_packed(
     job: Rewrite,
     plan: QuantizePlan,
     tasks: Sequence[Packing],
-    settings: Any,
+    configure: Configure,
     peft: PeftWriter | None = None,
 ) -> tuple[Report[Any], int, list[QuantizedItem]]:
-    """Write what the tasks make of the plan's items, with ``settings`` as quantization_config.
+    """Write what the tasks make of the plan's items.
 
     Args:
+        configure: changes the small files that differ from the source's.
         peft: takes the factors for what was lost.
 
     Returns:
@@ -89,7 +91,7 @@ def write_packed(
             done.append(dataclasses.replace(each, factors=None))
         specs = {item.name: item.spec for item in plan.items}
         changed = changed_files(job.source, plan.merge, specs)
-        config_with(job.source, changed, settings)
+        configure(changed)
         report = job.finish(writer, changed)
     results = tuple(each.result for each in done if each.result is not None)
     return dataclasses.replace(report, tensors=results), writer.nbytes, done

@@ -1,47 +1,77 @@
-"""One tensor packed in four bits and written, and figures over all of them."""
+"""One weight quantized and written, in whatever scheme; and figures over all of them."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
-from lora_tools.errors import NonFiniteError
 from lora_tools.figures import Total
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.checkpoint_writer import Sink
 from lora_tools.formats.dtypes import FLOAT_NAMES, parse_float_dtype
-from lora_tools.formats.quantized.bitsandbytes import (
-    ABSMAX,
-    NESTED_ABSMAX,
-    NESTED_MAP,
-    QUANT_MAP,
-    STATE,
-)
+from lora_tools.formats.quantized.packed import PackedWeight
+from lora_tools.quantizing import encoded, four_bits
 from lora_tools.quantizing.plan import Item, QuantizePlan
-from lora_tools.records import TensorResult
+from lora_tools.records import TensorResult, TensorSpec
+from lora_tools.sources.schemes.bitsandbytes import BITSANDBYTES
+from lora_tools.sources.schemes.row import Scheme
 from lora_tools.totals import FourBitTotals
 
 if TYPE_CHECKING:
     import torch
 
     from lora_tools.engine.buffers import Buffers
+    from lora_tools.sources.schemes.row import Parts
 
 
-def torch_name(dtype: str) -> str:
-    """``bf16`` → ``bfloat16``, as configs spell it. Raises UsageError."""
-    wanted = parse_float_dtype(dtype)
-    return next(name for name in FLOAT_NAMES if parse_float_dtype(name) == wanted)
+class Pack(Protocol):
+    """See ``Way.pack``."""
+
+    def __call__(
+        self,
+        item: Item,
+        x: torch.Tensor,
+        writer: Sink | None,
+        buffers: Buffers,
+        done: Callable[[int, int], None] = ...,
+        back: torch.Tensor | None = None,
+    ) -> TensorResult: ...
 
 
-def config_with(base: Checkpoint, changed: dict[str, bytes], settings: Any) -> None:
-    """Put ``quantization_config`` into the changed small files."""
-    if base.stored.config:
-        config = json.loads(changed.get("config.json", b"null")) or dict(base.config)
-        config["quantization_config"] = settings
-        changed["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """How the weights of a scheme are written.
+
+    Attributes:
+        pack: quantizes a flat tensor and writes all that is stored of it, unless ``writer`` is
+            None; into ``back`` (n,), if given, goes what a reader makes of that. ``done`` hears of
+            numbers that will not be read again. Raises NonFiniteError.
+        anew: (weight, its plain spec): what is stored of it with other numbers.
+        ways: (item, what is stored of it): the item in the ways that it may have been written, the
+            likeliest first.
+        block: how many numbers share a rounding of their scale that moves their codes.
+        bytes_each: working memory beside the weight and its codes, for each number.
+    """
+
+    pack: Pack
+    anew: Callable[[PackedWeight, TensorSpec], PackedWeight]
+    ways: Callable[[Item, Parts], Sequence[Item]]
+    block: Callable[[PackedWeight], int]
+    bytes_each: int
+
+
+_ENCODED = Way(encoded.pack, encoded.anew, encoded.ways, encoded.block, 12)
+_OWN: Mapping[str, Way] = {
+    BITSANDBYTES.name: Way(four_bits.pack, four_bits.anew, four_bits.ways, four_bits.block, 0)
+}
+
+
+def way_of(scheme: Scheme[Any]) -> Way | None:
+    """How a scheme's weights are written; None where this tool does not write it."""
+    return _OWN.get(scheme.name, _ENCODED if scheme.encode is not None else None)
 
 
 def pack(
@@ -52,50 +82,25 @@ def pack(
     done: Callable[[int, int], None] = lambda start, stop: None,
     back: torch.Tensor | None = None,
 ) -> TensorResult:
-    """Quantize a flat tensor and write all that is stored of it, unless ``writer`` is None; into
-    ``back`` (n,), if given, goes what a reader makes of that."""
-    import torch
+    """``Way.pack`` of the item's scheme."""
+    assert item.scheme is not None
+    way = way_of(item.scheme)
+    assert way is not None
+    return way.pack(item, x, writer, buffers, done, back)
 
-    from lora_tools.formats.tensors import as_bytes
-    from lora_tools.linalg import codebooks, nf4
-    from lora_tools.linalg.nf4_search import quantize_searched
 
-    assert item.packed is not None
-    state, name = item.packed.state, item.name
-    book = codebooks.CODEBOOKS[state.quant_type]
-    n = x.numel()
-    with (
-        buffers.lend((nf4.SCRATCH_BYTES,), torch.uint8) as store,
-        buffers.lend((nf4.packed_size(n),), torch.uint8) as room,
-    ):
-        scratch = nf4.Scratch(store)
-        work = quantize_searched if item.searched else nf4.quantize_whole
-        made = work(x, book, state.blocksize, state.nested, room, scratch)
-        if not made.is_finite:
-            raise NonFiniteError(
-                f"{name}: holds an inf or a NaN, which has no four-bit form, or its scales are so "
-                "large that double quantization, which takes their mean, overflows"
-            )
-        if writer is not None:
-            writer.write(name, as_bytes(room))
-        error, energy = nf4.measure(
-            x, made.packed, made.scales, book, state.blocksize, scratch, done
-        )
-        if back is not None:
-            nf4.dequantize(made.packed, made.scales, book, state.blocksize, back, scratch)
-    stored = dict(zip((ABSMAX, NESTED_ABSMAX), made.tensors(), strict=False))
-    stored[QUANT_MAP] = torch.from_numpy(book.table)
-    if made.nested is not None:
-        stored[NESTED_MAP] = torch.from_numpy(codebooks.dynamic_map())
-        state = dataclasses.replace(state, nested_offset=float(made.nested.offset))
-    text = state.to_json()
-    if writer is not None:
-        for end, tensor in stored.items():
-            writer.write(name + end, as_bytes(tensor))
-        writer.write_last(name + STATE + state.quant_type, text)
-    nbytes = item.nbytes - item.packed.state.most_json + len(text)
-    relative = math.sqrt(error / energy) if energy else 0.0
-    return TensorResult(name, item.spec.shape, 8 * nbytes / n, relative, math.sqrt(energy))
+def torch_name(dtype: str) -> str:
+    """``bf16`` → ``bfloat16``, as configs spell it. Raises UsageError."""
+    wanted = parse_float_dtype(dtype)
+    return next(name for name in FLOAT_NAMES if parse_float_dtype(name) == wanted)
+
+
+def config_with(base: Checkpoint, changed: dict[str, bytes], entries: Mapping[str, Any]) -> None:
+    """Put ``quantization_config`` and what else there is into the changed small files."""
+    if base.stored.config:
+        config = json.loads(changed.get("config.json", b"null")) or dict(base.config)
+        config.update(entries)
+        changed["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
 
 
 def totals_of(plan: QuantizePlan, results: Sequence[TensorResult], nbytes: int) -> FourBitTotals:

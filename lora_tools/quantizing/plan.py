@@ -1,9 +1,12 @@
-"""The plan of a quantization: which tensors become four bits, which stay and why, in which file."""
+"""The plan of a quantization: which tensors are stored otherwise, which stay and why, in which
+file."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from lora_tools.errors import CheckpointError, MismatchError, UsageError
 from lora_tools.formats.checkpoint import Checkpoint
@@ -13,12 +16,10 @@ from lora_tools.formats.quantized.bitsandbytes import (
     ADDED_HEADS,
     STATE,
     QuantizedTensor,
-    QuantState,
-    loader_skips,
-    quantized_tensor,
     reason_to_keep,
-    skip_entry,
 )
+from lora_tools.formats.quantized.forms import Form
+from lora_tools.formats.quantized.packed import PackedWeight
 from lora_tools.formats.weights import Weight
 from lora_tools.merging.plan import MergePlan
 from lora_tools.merging.targets import Target
@@ -29,18 +30,11 @@ from lora_tools.sources.four_bit_layers import (
     four_bit_layers,
     is_surely_linear,
 )
+from lora_tools.sources.schemes import SCHEMES
+from lora_tools.sources.schemes.row import Scheme
 from lora_tools.sources.transformers_names import keeps_names
 
-
-@dataclasses.dataclass(frozen=True)
-class FourBitForm:
-    """How tensors are quantized: see ``formats.bitsandbytes`` and ``linalg.nf4``."""
-
-    quant_type: str
-    blocksize: int
-    double: bool
-    storage: str
-    search: bool = False
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,21 +43,28 @@ class Item:
 
     Attributes:
         packed: its quantized form, or None where it stays.
-        transposed: it is stored as (in, out) and quantized as (out, in).
+        scheme: the row that it is in then.
         reason: why it stays.
         searched: its scales are searched for (``linalg.nf4_search``).
+        joined: the tensors, itself among them, that it has a scale in common with.
     """
 
     target: Target
     spec: TensorSpec
-    packed: QuantizedTensor | None
-    transposed: bool
-    reason: str
+    packed: PackedWeight | None
+    scheme: Scheme[Any] | None = None
+    reason: str = ""
     searched: bool = False
+    joined: tuple[tuple[Target, TensorSpec], ...] = ()
 
     @property
     def name(self) -> str:
         return self.spec.name
+
+    @property
+    def transposed(self) -> bool:
+        """Whether it is stored as (in, out) and quantized as (out, in)."""
+        return isinstance(self.packed, QuantizedTensor) and self.packed.transposed
 
     @property
     def specs(self) -> tuple[TensorSpec, ...]:
@@ -89,7 +90,7 @@ class QuantizePlan:
         for item, merged in zip(self.items, self.merge.fates(), strict=False):
             if item.packed is not None:
                 bits = 8 * item.nbytes / item.spec.numel
-                reason = f"{item.packed.state.quant_type}, {bits:.3f} bits a parameter"
+                reason = f"{item.packed.label}, {bits:.3f} bits a parameter"
                 action = Action.QUANTIZE
             else:
                 bits = DTYPE_BITS[item.spec.dtype]
@@ -119,9 +120,10 @@ def plan_quantize(
     base: Checkpoint,
     merge: MergePlan,
     specs: Mapping[str, TensorSpec],
-    scheme: FourBitForm,
+    form: Form,
     chosen: Callable[[str], bool],
     head: bool,
+    search: bool = False,
 ) -> QuantizePlan:
     """Choose what to quantize.
 
@@ -129,71 +131,130 @@ def plan_quantize(
         specs: the plain checkpoint's tensors by name, as they would be written.
         chosen: whether a module is wanted.
         head: quantize the output head as well, where it has weights of its own.
+        search: for scales of less error.
 
     Raises:
         MismatchError: nothing is left to quantize.
-        CheckpointError: no such model in four bits would load.
-        UsageError: a weight is float64, which bitsandbytes does not have.
+        CheckpointError: no such model in that form would load.
+        UsageError: a weight is float64, which no form has.
     """
     targets = (*merge.targets, *merge.untied)
     tied = bool(base.weights.head) and not merge.unties
     layers = four_bit_layers(merge.config or base.config, specs)
-    _refuse_parted(base, experts_by_name(base.config, specs) if layers is None else layers.parted)
+    if form.parts_experts:
+        _refuse_parted(
+            base, experts_by_name(base.config, specs) if layers is None else layers.parted
+        )
     reasons: dict[str, str] = {}
     skip: set[str] = set()
     weights = [base.weights.of(specs[target.spec.name]) for target in targets]
     for weight in weights:
-        reason, linear = _reason(weight, base, layers, head and not tied)
+        reason, linear = _reason(weight, base, layers, form, head and not tied)
         if not reason and not chosen(weight.module):
             reason = "left out by --include or --exclude"
         reasons[weight.spec.name] = reason
         if reason and linear:
-            skip.update(map(skip_entry, _modules(weight.spec.name, layers)))
-    _follow_the_loader(reasons, skip, layers)
+            skip.update(map(form.entry, _modules(weight.spec.name, layers)))
+    for weight in _all_experts_or_none(base, weights, reasons, form):
+        skip.update(map(form.entry, _modules(weight.spec.name, layers)))
+    _follow_the_loader(reasons, skip, layers, form)
     quantized = {m for name, why in reasons.items() if not why for m in _modules(name, layers)}
     absent = {split_tensor(base.weights.head)[0]} if tied else set()
-    absent |= layers.absent if layers is not None else set()
+    if layers is not None:
+        absent |= layers.absent | (layers.kin if form.tells_all else set())
     for module in absent.union(ADDED_HEADS) - {""}:
-        if not any(loader_skips(name, {module}) for name in quantized):
+        if not any(form.skips(name, {module}) for name in quantized):
             skip.add(module)
     items = tuple(
-        _item(target, weight, reasons, scheme)
+        _item(target, weight, reasons[weight.spec.name], form, search)
         for target, weight in zip(targets, weights, strict=True)
     )
     if not any(item.packed for item in items):
-        loader = "" if layers is None else " that transformers' loader puts into four bits"
+        loader = "" if layers is None else " that transformers' loader quantizes"
         raise MismatchError(
             f"{base.path}: holds no linear layer to quantize{loader}, or all of them were left out"
         )
-    return QuantizePlan(items, tuple(sorted(skip)), merge)
+    return QuantizePlan(joined(items) if form.joins else items, tuple(sorted(skip)), merge)
+
+
+def joined(items: Sequence[Item]) -> tuple[Item, ...]:
+    """Those that may have a scale in common: layers of one module with as many inputs, whether a
+    loader puts them into one or not, which depends on its own class of the model."""
+
+    def place(item: Item) -> tuple[str, int]:
+        return split_tensor(item.name)[0].rpartition(".")[0], item.spec.shape[-1]
+
+    together: dict[tuple[str, int], list[tuple[Target, TensorSpec]]] = {}
+    for item in items:
+        if item.packed is not None:
+            together.setdefault(place(item), []).append((item.target, item.spec))
+    return tuple(
+        item
+        if item.packed is None
+        else dataclasses.replace(item, joined=tuple(together[place(item)]))
+        for item in items
+    )
 
 
 def _refuse_parted(base: Checkpoint, experts: Sequence[str]) -> None:
     if experts:
         raise CheckpointError(
-            f"{base.path}: {experts[0]}: fused experts, which transformers does not find in a "
-            "checkpoint in four bits: it looks for each of them by a name of its own there, and "
-            "makes them at random. Keep this model plain"
+            f"{base.path}: {experts[0]}: fused experts, which transformers does not find in such a "
+            "checkpoint: it looks for each of them by a name of its own there, and makes them at "
+            "random. Keep this model plain"
         )
 
 
 def _reason(
-    weight: Weight, base: Checkpoint, layers: FourBitLayers | None, head: bool
+    weight: Weight, base: Checkpoint, layers: FourBitLayers | None, form: Form, head: bool
 ) -> tuple[str, bool]:
     """Why a weight stays ("" if it does not), and whether a loader must be told of it."""
     name = weight.spec.name
     reason, linear = reason_to_keep(weight, base.config, head)
+    told = form.tells_all and (linear or ".experts." in name)
+    if form.experts is not False and _is_expert(weight):
+        return form.unfit(weight.spec), told
     if layers is None:
         named = bool(base.config.get("architectures")) and not keeps_names(base.config, base.specs)
         if not reason and named and not is_surely_linear(name, base.config, base.specs):
             reason = "not known to be a linear layer's"
-        return reason, linear
-    if name not in layers.modules:
-        return reason or "not of a layer that transformers puts into four bits", False
-    reason = reason or layers.kept.get(name, "")
-    if not reason and (weight.layout == "conv1d") != (name in layers.transposed):
-        reason = "stored transposed, or not, against its architecture"
-    return reason, True
+    elif name not in layers.modules:
+        return reason or "not of a layer that transformers quantizes", told
+    else:
+        linear = True
+        reason = reason or layers.kept.get(name, "")
+        if not reason and (weight.layout == "conv1d") != (name in layers.transposed):
+            reason = "stored transposed, or not, against its architecture"
+    if not reason and weight.layout == "conv1d" and not form.turns:
+        return f"a Conv1D, which no loader of {form.name} takes", False
+    return reason or form.unfit(weight.spec), linear or told
+
+
+def _is_expert(weight: Weight) -> bool:
+    """Whether it is that of one expert by itself."""
+    return weight.layout == "linear" and _EXPERT.search(weight.module) is not None
+
+
+def _all_experts_or_none(
+    base: Checkpoint, weights: Sequence[Weight], reasons: dict[str, str], form: Form
+) -> list[Weight]:
+    """Experts that stay since others do, as transformers fuses those of a layer into one.
+
+    Raises:
+        CheckpointError: experts stay beside layers in this form, which transformers does not load.
+    """
+    experts = [weight for weight in weights if form.tells_all and _is_expert(weight)]
+    staying = [weight for weight in experts if reasons[weight.spec.name]]
+    if staying and form.experts is not True:
+        name = staying[0].spec.name
+        raise CheckpointError(
+            f"{base.path}: {name} stays ({reasons[name]}), and transformers does not load plain "
+            f"experts beside layers in {form.name}; fp8-block and fp8-channel are loaded so"
+        )
+    others = [weight for weight in experts if not reasons[weight.spec.name]] if staying else []
+    for weight in others:
+        reasons[weight.spec.name] = "another expert stays, and loaders take all or none"
+    return others
 
 
 def _modules(name: str, layers: FourBitLayers | None) -> set[str]:
@@ -203,7 +264,7 @@ def _modules(name: str, layers: FourBitLayers | None) -> set[str]:
 
 
 def _follow_the_loader(
-    reasons: dict[str, str], skip: set[str], layers: FourBitLayers | None
+    reasons: dict[str, str], skip: set[str], layers: FourBitLayers | None, form: Form
 ) -> None:
     """A loader takes a name in its list for every layer whose name ends or begins alike; those
     cannot be quantized either."""
@@ -212,23 +273,18 @@ def _follow_the_loader(
         again = False
         for name, reason in reasons.items():
             modules = _modules(name, layers)
-            if not reason and any(loader_skips(module, skip) for module in modules):
+            if not reason and any(form.skips(module, skip) for module in modules):
                 reasons[name] = "its name is like that of a layer that stays"
-                skip.update(map(skip_entry, modules))
+                skip.update(map(form.entry, modules))
                 again = True
 
 
-def _item(target: Target, weight: Weight, reasons: Mapping[str, str], scheme: FourBitForm) -> Item:
-    spec, reason = weight.spec, reasons[weight.spec.name]
+def _item(target: Target, weight: Weight, reason: str, form: Form, search: bool) -> Item:
+    spec = weight.spec
     if reason:
-        return Item(target, spec, None, False, reason)
+        return Item(target, spec, None, reason=reason)
     if spec.dtype == "F64":
-        raise UsageError(
-            f"{spec.name}: float64, which bitsandbytes does not quantize; pass --dtype float32"
-        )
-    transposed = weight.layout == "conv1d"
-    shape = spec.shape[::-1] if transposed else spec.shape
-    offset = 0.0 if scheme.double else None
-    state = QuantState(scheme.quant_type, scheme.blocksize, spec.dtype, shape, offset)
-    packed = quantized_tensor(spec.name, state, scheme.storage)
-    return Item(target, spec, packed, transposed, "", scheme.search)
+        raise UsageError(f"{spec.name}: float64, which is not quantized; pass --dtype float32")
+    packed = form.lay_out(spec, weight.layout == "conv1d")
+    scheme = next(scheme for scheme in SCHEMES if scheme.name == form.scheme)
+    return Item(target, spec, packed, scheme, searched=search)

@@ -1,5 +1,5 @@
-"""Into four bits and out of them, from options to something that can be written anywhere: for
-``quantize`` and ``dequantize``, and for ``export``."""
+"""Into a stored number format and out of it, from options to something that can be written
+anywhere: for ``quantize`` and ``dequantize``, and for ``export``."""
 
 from __future__ import annotations
 
@@ -8,49 +8,51 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lora_tools.errors import CheckpointError, MismatchError
+from lora_tools.errors import CheckpointError, MismatchError, UsageError
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.checkpoint_writer import lay_out
 from lora_tools.formats.output import Prepared
-from lora_tools.formats.quantized.bitsandbytes import STORAGES, quantization_config
+from lora_tools.formats.quantized.bitsandbytes import QUANT_TYPES
+from lora_tools.formats.quantized.forms import FORMS, Form, four_bits
+from lora_tools.formats.quantized.packed import plain_dtype
 from lora_tools.merging.fit import fit_base
 from lora_tools.merging.loadable import refuse_unloadable
 from lora_tools.merging.output_files import out_specs
 from lora_tools.merging.plan import plan_merge
 from lora_tools.merging.prepare import Adapters, Planned, dtype_of, limit_of
 from lora_tools.merging.rewrite import signed
-from lora_tools.options import FourBits, Matching, Running, Storage, Tensors
+from lora_tools.options import Matching, NumberFormat, Running, Storage, Tensors
 from lora_tools.options.parse import name_filter
 from lora_tools.quantizing.checkpoint import quantize_checkpoint
 from lora_tools.quantizing.compensate import plan_compensation
 from lora_tools.quantizing.dequantize import dequantize_checkpoint
-from lora_tools.quantizing.pack import torch_name
-from lora_tools.quantizing.plan import FourBitForm, QuantizePlan, plan_quantize
-from lora_tools.records import Action, Fate
+from lora_tools.quantizing.pack import config_with, torch_name
+from lora_tools.quantizing.plan import QuantizePlan, plan_quantize
+from lora_tools.records import DTYPE_BITS, Action, Fate
 from lora_tools.sources.checkpoints import open_checkpoint
 from lora_tools.sources.dequantized import Dequantized
-from lora_tools.sources.schemes.bitsandbytes import BITSANDBYTES
 from lora_tools.sources.weighted import open_weighted
 
 
 def prepare_quantize(
     checkpoint: str | Path,
     adapters: Adapters,
-    four_bits: FourBits,
+    numbers: NumberFormat,
     tensors: Tensors,
     storage: Storage,
     matching: Matching,
     running: Running,
     command: str,
 ) -> Prepared:
-    """The checkpoint, adapters merged, with its linear layers in four bits.
+    """The checkpoint, adapters merged, with its linear layers in another number format.
 
     Raises:
         LoraToolsError: it cannot be read, or not be quantized so.
     """
+    form = form_of(numbers)
     chosen = name_filter(tensors.include, tensors.exclude)
     base = open_checkpoint(checkpoint, running.allow_pickle)
-    if base.scheme == BITSANDBYTES:
+    if base.scheme is not None and base.scheme.name == form.scheme:
         raise CheckpointError(
             f"{base.path}: quantized already, in {base.scheme.title}; make it plain with "
             "`loratools dequantize` first"
@@ -58,27 +60,35 @@ def prepare_quantize(
     limit = limit_of(storage, base)
     weighted = open_weighted(adapters, running.allow_pickle, base) if adapters else []
     base = fit_base(base, weighted, matching.allow_unmatched)
-    how = plan_compensation(base, four_bits.compensate, four_bits.compensate_iterations, weighted)
+    how = plan_compensation(base, numbers.compensate, numbers.compensate_iterations, weighted)
+    if form.needs_config and not base.stored.config:
+        raise UsageError(
+            f"{base.path}: no config.json, where alone it can be said what numbers in {form.name} "
+            "stand for; give a folder with one, or quantize to nf4"
+        )
     merge = plan_merge(base, [] if how else weighted, matching.allow_unmatched)
     planned = Planned(
         str(checkpoint), "checkpoint", base, weighted, merge, matching.allow_other_base
     )
     specs = out_specs(merge, dtype_of(storage))
     refuse_unloadable(base, merge, specs)
-    plan = plan_quantize(base, merge, specs, _form(four_bits), chosen, tensors.lm_head)
+    search, head = numbers.scale_search, tensors.lm_head
+    plan = plan_quantize(base, merge, specs, form, chosen, head, search)
     shards = signed(plan.shards(base, limit), command, weighted)
     fates = plan.fates() + (how.fates(plan) if how else ())
     nbytes = sum(shard.nbytes for shard in shards) + (fates[-1].nbytes if how else 0)
-    settings = _settings(four_bits, plan)
+    entries = {**_dtype_entry(base, plan, form), "quantization_config": form.settings(plan.skip)}
     report = planned.report("quantize", fates, {"expected_bytes_at_most": nbytes}, command)
-    notes = _notes(base, plan, tensors, settings)
+    notes = _notes(base, plan, tensors, entries)
     report = dataclasses.replace(report, notes=(*report.notes, *notes))
     job = planned.rewrite(report, shards, running)
     return Prepared(
         report,
         planned.paths(),
         nbytes,
-        lambda out: quantize_checkpoint(job(out), plan, how, settings),
+        lambda out: quantize_checkpoint(
+            job(out), plan, how, lambda changed: config_with(base, changed, entries)
+        ),
         pipeline=base.pipeline,
     )
 
@@ -86,7 +96,7 @@ def prepare_quantize(
 def prepare_dequantize(
     checkpoint: str | Path, storage: Storage, running: Running, command: str
 ) -> Prepared:
-    """The plain checkpoint that one in four bits stands for, or that one in pickles does.
+    """The plain checkpoint that a quantized one stands for, or that one in pickles does.
 
     Raises:
         MismatchError: nothing there is quantized, and all is safetensors.
@@ -94,7 +104,7 @@ def prepare_dequantize(
     view = open_checkpoint(checkpoint, running.allow_pickle)
     quantized = view.quantized if isinstance(view, Dequantized) else {}
     if not quantized and all(file.path.suffix == ".safetensors" for file in view.files):
-        raise MismatchError(f"{view.path}: its numbers are plain already: no four-bit weights")
+        raise MismatchError(f"{view.path}: its numbers are plain already: no weight is quantized")
     planned = Planned(str(checkpoint), "checkpoint", view, (), plan_merge(view, []))
     specs = out_specs(planned.plan, dtype_of(storage))
     shards = signed(lay_out(view, specs, limit_of(storage, view)), command, [])
@@ -117,28 +127,45 @@ def prepare_dequantize(
     )
 
 
-def _form(four_bits: FourBits) -> FourBitForm:
-    return FourBitForm(
-        four_bits.quant_type,
-        four_bits.blocksize,
-        four_bits.double_quant,
-        STORAGES[four_bits.quant_storage],
-        four_bits.scale_search,
-    )
+def form_of(numbers: NumberFormat) -> Form:
+    """What is asked for. Raises UsageError for settings that the form does not have."""
+    if numbers.scheme and numbers.quant_type and numbers.scheme != numbers.quant_type:
+        raise UsageError(
+            f"--scheme {numbers.scheme} and --quant-type {numbers.quant_type} exclude each other: "
+            "the latter is the older name of the former"
+        )
+    form = FORMS[numbers.scheme or numbers.quant_type or QUANT_TYPES[0]]
+    if form.name in QUANT_TYPES:
+        return four_bits(
+            form.name,
+            numbers.blocksize,
+            numbers.double_quant,
+            torch_name(numbers.compute_dtype),
+            numbers.quant_storage,
+        )
+    for field in dataclasses.fields(numbers):
+        given = getattr(numbers, field.name)
+        if given != field.default and field.name not in ("scheme", "quant_type"):
+            option = "--" + "no-" * (given is False) + field.name.replace("_", "-")
+            raise UsageError(
+                f"{option} goes with {' and '.join(QUANT_TYPES)}, which bitsandbytes makes: "
+                f"--scheme {form.name} has no such setting"
+            )
+    return form
 
 
-def _settings(four_bits: FourBits, plan: QuantizePlan) -> dict[str, Any]:
-    return quantization_config(
-        four_bits.quant_type,
-        four_bits.double_quant,
-        torch_name(four_bits.compute_dtype),
-        four_bits.quant_storage,
-        plan.skip,
-    )
+def _dtype_entry(base: Checkpoint, plan: QuantizePlan, form: Form) -> dict[str, str]:
+    """What config.json says of the weights' own dtype, where only that tells it of a weight that is
+    quantized, and it does not say so yet."""
+    dtypes = {item.spec.dtype for item in plan.items if item.packed is not None}
+    if not form.needs_config or dtypes == {plain_dtype(base.config)}:
+        return {}
+    key = "torch_dtype" if "torch_dtype" in base.config else "dtype"
+    return {key: torch_name(max(dtypes, key=DTYPE_BITS.__getitem__))}
 
 
 def _notes(
-    base: Checkpoint, plan: QuantizePlan, tensors: Tensors, settings: dict[str, Any]
+    base: Checkpoint, plan: QuantizePlan, tensors: Tensors, entries: dict[str, Any]
 ) -> list[str]:
     notes = []
     if base.scheme is not None:
@@ -150,6 +177,6 @@ def _notes(
     if not base.config:
         notes.append(
             "no config.json to write quantization_config into; a loader needs "
-            + json.dumps(settings)
+            + json.dumps(entries["quantization_config"])
         )
     return notes

@@ -1,17 +1,21 @@
-"""Merging into a four-bit base whose weights become four bits again, in its own scheme."""
+"""Merging into a base in a stored number format whose weights go back into that format."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+import functools
+import json
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import UsageError
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.checkpoint import Checkpoint
-from lora_tools.formats.checkpoint_writer import Sink
+from lora_tools.formats.checkpoint_writer import Shard, Sink
 from lora_tools.formats.output import Prepared
-from lora_tools.formats.quantized.bitsandbytes import STATE, QuantizedTensor, quantized_tensor
+from lora_tools.formats.quantized.bitsandbytes import STATE
+from lora_tools.formats.quantized.packed import PackedWeight
 from lora_tools.merging.fitted import FittedBase
 from lora_tools.merging.in_memory import survival_of
 from lora_tools.merging.loadable import refuse_unloadable
@@ -19,60 +23,69 @@ from lora_tools.merging.output_files import out_specs
 from lora_tools.merging.plan import MergePlan
 from lora_tools.merging.prepare import SIDECAR, Planned, dtype_of, limit_of, refuse_quantized_undo
 from lora_tools.merging.rewrite import Rewrite, signed
-from lora_tools.merging.tensor import MergeTensor, copy_tensor, survival_totals
+from lora_tools.merging.tensor import MergeTensor, as_matrix, copy_tensor, survival_totals
 from lora_tools.options import Running, Storage
 from lora_tools.quantizing.checkpoint import write_packed
-from lora_tools.quantizing.pack import pack
-from lora_tools.quantizing.plan import Item, QuantizePlan
-from lora_tools.quantizing.tensor import QuantizedItem, merged_for
+from lora_tools.quantizing.pack import Way, pack, way_of
+from lora_tools.quantizing.plan import Item, QuantizePlan, joined
+from lora_tools.quantizing.tensor import QuantizedItem, merged_for, with_scale, with_shared_scale
 from lora_tools.records import Action, Fate, Report, TensorSpec
-from lora_tools.sources.dequantized import Dequantized, FourBits
-from lora_tools.sources.schemes.bitsandbytes import BITSANDBYTES
+from lora_tools.sources.dequantized import Dequantized
 from lora_tools.totals import MergeTotals
+
+_LITTLE = 0.5  # of an adapter, below which a merge is hardly one
 
 if TYPE_CHECKING:
     from lora_tools.engine.buffers import Buffers
 
 
 def plan_requantize(
-    view: FourBits, merge: MergePlan, specs: Mapping[str, TensorSpec]
+    view: Dequantized[Any], way: Way, merge: MergePlan, specs: Mapping[str, TensorSpec]
 ) -> QuantizePlan:
-    """Every tensor: one in four bits stays so, with new codes where an adapter acts on it."""
+    """Every tensor: one in the format stays so, with new codes where an adapter acts on it."""
     items = []
     for target in (*merge.targets, *merge.untied):
         spec = specs[target.spec.name]
         packed = view.quantized.get(spec.name)
-        transposed = packed is not None and packed.transposed
         if packed is not None and target.parts:
-            state = dataclasses.replace(packed.state, dtype=spec.dtype)
-            packed = quantized_tensor(spec.name, state, packed.specs[""].dtype)
-        items.append(Item(target, spec, packed, transposed, "" if packed else "not quantized"))
-    return QuantizePlan(tuple(items), (), merge)
+            packed = way.anew(packed, spec)
+        reason = "" if packed else "not quantized"
+        items.append(Item(target, spec, packed, view.scheme if packed else None, reason))
+    return QuantizePlan(joined(items), (), merge)
 
 
 def prepare_requantize(
     planned: Planned, storage: Storage, running: Running, command: str, reversible: bool = False
 ) -> Prepared:
-    """A merge into a four-bit base that stays in four bits.
+    """A merge into a base in a stored number format that stays in it.
 
     Raises:
-        UsageError: the base is not in four bits, or should be given back by a sidecar.
+        UsageError: the base is plain, or in a format that is not written; or it should be given
+            back by a sidecar.
     """
     view = planned.source
-    if isinstance(view, FittedBase) and view.scheme == BITSANDBYTES:
+    if view.scheme is None:
+        raise UsageError("--requantize needs a BASE that is quantized, and its numbers are plain")
+    if isinstance(view, FittedBase):
         raise UsageError(
             "--requantize keeps the tensors of BASE, and the adapter brings another vocabulary or "
             "head: `loratools dequantize` it, merge, and quantize again"
         )
-    if not (isinstance(view, Dequantized) and view.scheme == BITSANDBYTES):
-        raise UsageError("--requantize needs a BASE in four bits (bitsandbytes)")
+    assert isinstance(view, Dequantized)
+    way = way_of(view.scheme)
+    if way is None:
+        raise UsageError(
+            f"--requantize: {view.scheme.title} is read here and not written; leave it out, and "
+            "the merged checkpoint is plain"
+        )
     if reversible:
         refuse_quantized_undo(view)
     limit = limit_of(storage, view)
     specs = out_specs(planned.plan, dtype_of(storage))
     refuse_unloadable(view, planned.plan, specs)
-    work = plan_requantize(view, planned.plan, specs)
-    shards = signed(work.shards(view, limit), command, planned.adapters)
+    work = plan_requantize(view, way, planned.plan, specs)
+    shards = _marked(work.shards(view, limit), view)
+    shards = signed(shards, command, planned.adapters)
     nbytes = sum(shard.nbytes for shard in shards)
     report = planned.report("merge", planned.plan.fates(), {"bytes": nbytes}, command)
     job = planned.rewrite(report, shards, running)
@@ -86,11 +99,22 @@ def prepare_requantize(
     )
 
 
-def requantized(job: Rewrite, view: FourBits, plan: QuantizePlan) -> Report[MergeTotals]:
+def _marked(shards: Sequence[Shard], view: Dequantized[Any]) -> list[Shard]:
+    """The files with what the metadata of the stored ones says of how they are stored."""
+    said = [
+        {key: file.metadata[key] for key in view.scheme.metadata if key in file.metadata}
+        for file in view.stored.files
+    ]
+    if len(said) != len(shards):
+        said = [functools.reduce(operator.or_, said)] * len(shards)
+    pairs = zip(shards, said, strict=True)
+    return [dataclasses.replace(s, metadata={**s.metadata, **own}) for s, own in pairs]
+
+
+def requantized(job: Rewrite, view: Dequantized[Any], plan: QuantizePlan) -> Report[MergeTotals]:
     """Write it; the report's ``tensors`` hold the error of each weight that has new codes."""
     tasks = [RequantizeItem(item) for item in plan.items]
-    settings = view.stored.config.get("quantization_config")
-    report, nbytes, done = write_packed(job, plan, tasks, settings)
+    report, nbytes, done = write_packed(job, plan, tasks, functools.partial(_as_stored, view))
     merged = sum(bool(i.target.parts) for i in plan.items)
     totals: MergeTotals = {
         "bytes": nbytes,
@@ -99,10 +123,35 @@ def requantized(job: Rewrite, view: FourBits, plan: QuantizePlan) -> Report[Merg
         **survival_totals([d.survival for d in done if d.survival is not None]),
     }
     fates = tuple(_fate(fate, view) for fate in report.plan)
-    return dataclasses.replace(report, plan=fates, totals=totals)
+    notes = (*report.notes, *_lost(totals, view))
+    return dataclasses.replace(report, plan=fates, totals=totals, notes=notes)
 
 
-def _fate(fate: Fate, view: FourBits) -> Fate:
+def _lost(totals: MergeTotals, view: Dequantized[Any]) -> list[str]:
+    """A note where little of the change is left."""
+    kept = totals.get("delta_kept", 1.0)
+    if kept >= _LITTLE:
+        return []
+    return [
+        f"{view.scheme.title} keep{'s' * (not view.scheme.title.endswith('s'))} {kept:.0%} of the "
+        "adapters' change: most of it is smaller than their rounding. Leave --requantize out for a "
+        "plain checkpoint, or load the adapter beside BASE"
+    ]
+
+
+def _as_stored(view: Dequantized[Any], changed: dict[str, bytes]) -> None:
+    """Small files that say how its weights are stored, as they were, but for a new dtype."""
+    for name in view.scheme.files:
+        if view.is_folder and (view.stored.path / name).is_file():
+            changed[name] = (view.stored.path / name).read_bytes()
+    new = json.loads(changed.pop("config.json", b"{}"))
+    config = dict(view.stored.config)
+    config.update({key: new[key] for key in ("torch_dtype", "dtype") if key in new})
+    if config != view.stored.config:
+        changed["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
+
+
+def _fate(fate: Fate, view: Dequantized[Any]) -> Fate:
     if fate.action == Action.MERGE and fate.tensor in view.quantized:
         return dataclasses.replace(fate, action=Action.REQUANTIZE)
     return fate
@@ -110,8 +159,8 @@ def _fate(fate: Fate, view: FourBits) -> Fate:
 
 @dataclasses.dataclass(frozen=True)
 class RequantizeItem:
-    """A task: merge one tensor of a four-bit checkpoint and quantize it again, or copy its codes
-    where nothing acts on it."""
+    """A task: merge one tensor of a checkpoint and quantize it again, or copy its codes where
+    nothing acts on it."""
 
     item: Item
 
@@ -131,23 +180,66 @@ class RequantizeItem:
             done = MergeTensor(item.target, item.spec, measured=True).run(source, sink)
             return QuantizedItem(done.base_hash, survival=done.survival)
         if not item.target.parts:
-            for spec in packed.specs.values():
-                if STATE in spec.name:
-                    sink.write_last(spec.name, bytes(source.stored.raw(spec.name)))
-                else:
-                    copy_tensor(source.stored, spec.name, sink)
+            _copy(packed.specs.values(), source, sink)
             return QuantizedItem(hashing.tensor_hash(source.raw(item.name)))
         return self._again(packed, source, sink, buffers)
 
     def _again(
-        self, packed: QuantizedTensor, source: FourBits, sink: Sink, buffers: Buffers
+        self, packed: PackedWeight, source: Dequantized[Any], sink: Sink, buffers: Buffers
     ) -> QuantizedItem:
+        """What the row does not make, such as scales of activations, stays as it was."""
         import torch
 
-        item = self.item
-        with buffers.lend(packed.state.shape, torch.float32) as back:
-            with merged_for(item, source, buffers) as (x, base_hash):
-                result = pack(item, x.reshape(-1), sink, buffers, back=back.reshape(-1))
-            written = back.T.contiguous() if item.transposed else back
-            survival = survival_of(written, item.target, source, item.spec)
+        item, noting = _with_shared_scale(self.item, source), Noting(sink)
+        with merged_for(item, source, buffers) as (x, base_hash):
+            shape = tuple(x.shape)
+            with buffers.lend(shape, torch.float32) as back:
+                result = pack(item, x.reshape(-1), noting, buffers, back=back.reshape(-1))
+                written = back.T.contiguous() if item.transposed else back
+                matrix = as_matrix(written, item.target)
+                survival = survival_of(matrix, item.target, source, item.spec)
+        _copy([s for s in packed.specs.values() if s.name not in noting.written], source, sink)
         return QuantizedItem(base_hash, result, survival=survival)
+
+
+def _with_shared_scale(item: Item, source: Dequantized[Any]) -> Item:
+    """The item with the scale that it has in common with others: the stored one, unless an adapter
+    acts on all of them."""
+
+    def stored(name: str) -> float | None:
+        shared: float | None = source.scheme.shared(source.quantized[name], source.parts(name))
+        return shared
+
+    scale = stored(item.target.base_name)
+    if scale is None:
+        return item
+    others = tuple(each for each in item.joined if stored(each[0].base_name) == scale)
+    if not all(target.parts for target, _ in others):
+        return with_scale(item, scale)
+    return with_shared_scale(dataclasses.replace(item, joined=others), source)
+
+
+class Noting:
+    """Passes tensors on, and notes which ones."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+        self.written: set[str] = set()
+
+    def write(self, name: str, data: memoryview, offset: int = 0) -> None:
+        """Some bytes of a tensor."""
+        self.written.add(name)
+        self._sink.write(name, data, offset)
+
+    def write_last(self, name: str, data: bytes) -> None:
+        """The whole of a tensor."""
+        self.written.add(name)
+        self._sink.write_last(name, data)
+
+
+def _copy(specs: Iterable[TensorSpec], source: Dequantized[Any], sink: Sink) -> None:
+    for spec in specs:
+        if STATE in spec.name:
+            sink.write_last(spec.name, bytes(source.stored.raw(spec.name)))
+        else:
+            copy_tensor(source.stored, spec.name, sink)

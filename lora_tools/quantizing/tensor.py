@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.checkpoint_writer import Sink
 from lora_tools.formats.dtypes import torch_dtype
-from lora_tools.merging.in_memory import merge_into
+from lora_tools.merging.in_memory import largest_in, merge_into
 from lora_tools.merging.tensor import MergeTensor
 from lora_tools.quantizing.compensate import ErrorFactors, ErrorFit
-from lora_tools.quantizing.pack import pack
+from lora_tools.quantizing.pack import pack, way_of
 from lora_tools.quantizing.plan import Item
 from lora_tools.records import TensorResult
 
@@ -56,8 +56,10 @@ class QuantizeItem:
     def nbytes(self) -> int:
         """A merged or transposed tensor is held whole, and so are its codes; its error, and what is
         read back of it, too."""
-        item = self.item
-        codes = item.spec.numel // 2 if item.packed else 0
+        item, codes = self.item, 0
+        way = way_of(item.scheme) if item.scheme is not None else None
+        if way is not None:
+            codes = next(iter(item.specs)).nbytes + way.bytes_each * item.spec.numel
         if self.fit and item.packed:
             codes += 4 * item.spec.numel + item.spec.nbytes
         formed = bool(item.target.parts or self.decoded)
@@ -66,22 +68,24 @@ class QuantizeItem:
 
     def run(self, base: Checkpoint, sink: Sink, buffers: Buffers) -> QuantizedItem:
         """Write all that is stored of the tensor. Raises NonFiniteError."""
-        item, stored = self.item, base.specs[self.item.target.base_name]
+        item, stored = with_shared_scale(self.item, base), base.specs[self.item.target.base_name]
         if item.packed is None:
             done = MergeTensor(item.target, item.spec).run(base, sink)
             return QuantizedItem(done.base_hash)
         same = item.name == item.target.base_name and stored.dtype == item.spec.dtype
         lies = same and base.scheme is None  # else it may have to be decoded and rounded first
         if lies and not (item.target.parts or item.transposed):
-            return self._as_it_lies(base, sink, buffers)
+            return self._as_it_lies(item, base, sink, buffers)
         with merged_for(item, base, buffers) as (x, base_hash):
             if self.fit is not None:
                 return QuantizedItem(base_hash, *self.fit.compensate(item, x, sink, buffers))
             return QuantizedItem(base_hash, pack(item, x.reshape(-1), sink, buffers))
 
-    def _as_it_lies(self, base: Checkpoint, sink: Sink, buffers: Buffers) -> QuantizedItem:
+    def _as_it_lies(
+        self, item: Item, base: Checkpoint, sink: Sink, buffers: Buffers
+    ) -> QuantizedItem:
         """A tensor that nothing is done to beforehand, giving pages back as they are read."""
-        item, name = self.item, self.item.name
+        name = item.name
         x, base_hash = base.tensor(name), base.hash(name)
         width = x.element_size()
         if self.fit is not None:
@@ -94,6 +98,22 @@ class QuantizeItem:
 
         result = pack(item, x.reshape(-1), sink, buffers, read)
         return QuantizedItem(base_hash, result)
+
+
+def with_shared_scale(item: Item, base: Checkpoint) -> Item:
+    """The item with the scale that it has in common with others, if it has."""
+    if len(item.joined) < 2 or item.scheme is None or item.packed is None:
+        return item
+    largest = max(largest_in(target, base, spec) for target, spec in item.joined)
+    return with_scale(item, item.scheme.shared_for(item.packed, largest))
+
+
+def with_scale(item: Item, shared: float | None) -> Item:
+    """The item, to be encoded with that scale."""
+    if shared is None:
+        return item
+    packed: Any = item.packed
+    return dataclasses.replace(item, packed=dataclasses.replace(packed, shared=shared), joined=())
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Generic
 from lora_tools.errors import NonFiniteError
 from lora_tools.formats.checkpoint import Checkpoint, View
 from lora_tools.formats.dtypes import torch_dtype
-from lora_tools.formats.quantized.bitsandbytes import QuantizedTensor
 from lora_tools.formats.quantized.packed import ASIDE, PackedWeight
 from lora_tools.formats.tensor_file import TensorFile
 from lora_tools.records import TensorSpec
@@ -97,7 +96,6 @@ class Dequantized(View, Generic[P]):
         return [path for path in travel if path.name not in self.scheme.files], left
 
 
-FourBits = Dequantized[QuantizedTensor]
 _AGAIN = "get the file again, or quantize the original model anew"
 
 

@@ -35,6 +35,7 @@ class FourBitLayers:
         transposed: those among them that a plain checkpoint stores as (in, out).
         kept: those among them that must stay → why, or that it leaves alone in any case.
         absent: such layers, by their names in memory, whose weight is not stored.
+        kin: layers of subclasses of nn.Linear, which it leaves alone and other loaders do not.
         parted: fused experts that it looks for one by one, by other names, where it loads a
             checkpoint in four bits.
     """
@@ -44,6 +45,7 @@ class FourBitLayers:
     kept: Mapping[str, str]
     absent: frozenset[str]
     parted: tuple[str, ...]
+    kin: frozenset[str] = frozenset()
 
 
 def four_bit_layers(
@@ -74,6 +76,7 @@ def four_bit_layers(
         kept,
         frozenset(linears.keys() - set(modules.values())),
         how.facts.parted,
+        how.facts.kin,
     )
 
 

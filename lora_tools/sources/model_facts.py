@@ -31,6 +31,7 @@ class ModelFacts:
         embedding: the weight of the input embedding, or "".
         linears: the layers that transformers' loader puts into four bits → whether each is a
             Conv1D, which is stored transposed. It takes none of a subclass of nn.Linear.
+        kin: the layers of such a subclass, which other loaders take.
         kept: what it leaves alone all the same, as its list of modules to skip has it.
         read: those layers whose weights other layers read, instead of calling them: there, codes
             would be taken for numbers. (Mamba's.)
@@ -48,6 +49,7 @@ class ModelFacts:
     read: frozenset[str]
     rescaled: frozenset[str]
     parted: tuple[str, ...]
+    kin: frozenset[str] = frozenset()
 
 
 def facts_of(model: Any, state: Mapping[str, torch.Tensor]) -> ModelFacts:
@@ -75,6 +77,7 @@ def facts_of(model: Any, state: Mapping[str, torch.Tensor]) -> ModelFacts:
         frozenset(read & linears.keys()),
         frozenset(name for name in linears if any(name.endswith(f".{r}") for r in rescaled)),
         tuple(name for name, module in modules.items() if type(module).__name__ in fused),
+        frozenset(n for n, m in modules.items() if isinstance(m, nn.Linear) and n not in linears),
     )
 
 

@@ -14,10 +14,10 @@ from lora_tools.options import (
     Combining,
     Comparison,
     Formats,
-    FourBits,
     Graphs,
     Matching,
     Merging,
+    NumberFormat,
     Origin,
     Quantized,
     Ranks,
@@ -214,22 +214,22 @@ VERBS = {
                 ),
                 *take(Matching),
                 *take(Tensors, "include", "exclude", "lm_head"),
-                *take(FourBits),
+                *take(NumberFormat),
                 *take(Storage),
                 *take(Writing, max_error=_gate("a tensor")),
                 *_RUNNING,
             ),
-            "Store CHECKPOINT in four bits (NF4, bitsandbytes).",
+            "Store CHECKPOINT in four or eight bits (NF4, FP8, NVFP4, …).",
             """Write CHECKPOINT with its linear layers in four bits, as bitsandbytes and
-            transformers do.
+            transformers do, or in another number format that vLLM and transformers load (--scheme).
 
             CHECKPOINT is a Hugging Face folder, a .safetensors file or a hub id
             (org/name[@revision]); --out loads with from_pretrained as it is. Embeddings, norms and
             heads stay as they are.""",
             "loratools quantize base --adapter style=0.7 -o base-nf4",
-            "adapters quant_type blocksize double_quant compute_dtype quant_storage scale_search "
-            "compensate compensate_iterations include exclude lm_head dtype shard_size max_error "
-            "allow_unmatched allow_other_base",
+            "adapters scheme quant_type blocksize double_quant compute_dtype quant_storage "
+            "scale_search compensate compensate_iterations include exclude lm_head dtype "
+            "shard_size max_error allow_unmatched allow_other_base",
         ),
         Verb(
             "dequantize",
@@ -239,10 +239,12 @@ VERBS = {
                 *_WRITING,
                 *_RUNNING,
             ),
-            "Turn a four-bit CHECKPOINT into a plain one.",
-            """Write the plain checkpoint that CHECKPOINT, in four bits by bitsandbytes, stands for.
+            "Turn a quantized CHECKPOINT into a plain one.",
+            """Write the plain checkpoint that CHECKPOINT, in any number format that is read, stands
+            for.
 
-            Each weight is its code's value times its block's scale in float32, rounded once.""",
+            Each weight is computed in float32, its code's value times its scale, and rounded
+            once.""",
             "loratools dequantize base-nf4 -o base --dtype bfloat16",
         ),
         Verb(
@@ -339,7 +341,7 @@ VERBS = {
             A merged checkpoint (--base, --adapter): base + adapter to rounding, and by which
             rounding; or the adapter applied twice, at another scale, to another base, tensors left
             out, tied ones apart. An adapter (--base, --tuned): its true error, from the merged
-            weights and not from the factors. Four bits (--against): whether quantizing the
+            weights and not from the factors. Quantized (--against): whether quantizing the
             checkpoint gives these bytes, else the error. ONNX (--against): every weight, bit for
             bit, and the outputs in ONNX Runtime against torch's.""",
             "loratools verify merged --base org/base --adapter style=0.7",

@@ -1,4 +1,4 @@
-"""``dequantize``: a checkpoint in four bits (bitsandbytes) as a plain one."""
+"""``dequantize``: a quantized checkpoint as a plain one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lora_tools.verbs.frame import Call, verb
 
 @verb
 def dequantize(call: Call, checkpoint: str | Path, storage: Storage) -> Prepared:
-    """Write to ``out`` the plain checkpoint that a four-bit one of bitsandbytes stands for.
+    """Write to ``out`` the plain checkpoint that a quantized one stands for.
 
     Each weight is value · scale in float32, rounded once; ``quantization_config`` leaves
     config.json. Plain numbers that are not in safetensors (pickles, a distributed checkpoint) are

@@ -21,8 +21,8 @@ def merge(
 ) -> Prepared:
     """Write to ``out`` the base with every adapter added: W + Σ weight · (its effect on W).
 
-    The sum is formed in float32 (float64 for float64 tensors) and rounded once. A base in four bits
-    (bitsandbytes) is dequantized on the way, and the report states how much of the adapters was
+    The sum is formed in float32 (float64 for float64 tensors) and rounded once. A quantized base
+    is dequantized on the way, and the report states how much of the adapters was
     kept.
 
     Args:

@@ -1,4 +1,4 @@
-"""``quantize``: a checkpoint, perhaps with adapters added, in four bits as bitsandbytes has it."""
+"""``quantize``: a checkpoint, perhaps with adapters added, in another number format."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from lora_tools.errors import QualityGateError
 from lora_tools.figures import exceeded
 from lora_tools.formats.output import Prepared
-from lora_tools.options import Adding, FourBits, Matching, Storage, Tensors
+from lora_tools.options import Adding, Matching, NumberFormat, Storage, Tensors
 from lora_tools.quantizing.prepare import prepare_quantize
 from lora_tools.records import Report, TensorResult
 from lora_tools.totals import QuantizeTotals
@@ -22,13 +22,14 @@ def quantize(
     adding: Adding,
     matching: Matching,
     tensors: Tensors,
-    four_bits: FourBits,
+    number_format: NumberFormat,
     storage: Storage,
 ) -> Prepared:
-    """Write to ``out`` the checkpoint with its linear layers in four bits (bitsandbytes 0.50).
+    """Write to ``out`` the checkpoint with its linear layers in another number format.
 
-    The bytes are those of ``merge`` followed by transformers' ``load_in_4bit`` and
-    ``save_pretrained`` on a CPU with one torch thread.
+    By default four bits: the bytes are those of ``merge`` followed by transformers'
+    ``load_in_4bit`` (bitsandbytes 0.50) and ``save_pretrained`` on a CPU with one torch thread. The
+    others are as compressed-tensors 0.20 or transformers 5.23 round them.
 
     Args:
         checkpoint: a folder, a safetensors file or a hub id.
@@ -40,7 +41,7 @@ def quantize(
     prepared = prepare_quantize(
         checkpoint,
         adding.adapters,
-        four_bits,
+        number_format,
         tensors,
         storage,
         matching,
@@ -66,8 +67,8 @@ def _gated(report: Report[QuantizeTotals], max_error: float | None) -> Report[Qu
     said = exceeded(max_error, [(worst.tensor, error(worst), "")], total)
     if said:
         raise QualityGateError(
-            f"{said}; nothing was written. A smaller --blocksize, --scale-search or --compensate "
-            "lowers it",
+            f"{said}; nothing was written. More bits lower it; of four (nf4, fp4), a smaller "
+            "--blocksize, --scale-search or --compensate, too",
             report,
         )
     return report

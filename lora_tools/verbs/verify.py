@@ -11,11 +11,11 @@ from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.merging.fit import fit_base
 from lora_tools.onnx.files import graphs_at
 from lora_tools.options import Check, Comparison, Graphs, Running
+from lora_tools.quantizing.pack import way_of
 from lora_tools.records import Report
 from lora_tools.sources.checkpoints import open_checkpoint
 from lora_tools.sources.dequantized import Dequantized
 from lora_tools.sources.pipelines import open_whole
-from lora_tools.sources.schemes.bitsandbytes import BITSANDBYTES
 from lora_tools.sources.weighted import Weighted, open_weighted
 from lora_tools.totals import VerifyTotals
 from lora_tools.verbs.frame import Call, Look, verb
@@ -23,20 +23,20 @@ from lora_tools.verifying.adapter import verify_adapter
 from lora_tools.verifying.findings import Findings
 from lora_tools.verifying.merged import verify_merged
 from lora_tools.verifying.onnx_model import GraphRun, verify_onnx
-from lora_tools.verifying.quantized import verify_nf4
+from lora_tools.verifying.quantized import verify_quantized
 
 
 @verb
 def verify(
     call: Call, path: str | Path, comparison: Comparison, graphs: Graphs, check: Check
 ) -> Look:
-    """Check a merged checkpoint, an adapter, a four-bit checkpoint or an ONNX model against what it
-    was made of.
+    """Check a merged checkpoint, an adapter, a quantized checkpoint or an ONNX model against what
+    it was made of.
 
     Args:
         path: with ``base`` and ``adapters``, a checkpoint that should be ``base`` with these
             merged; with ``base`` and ``tuned``, an adapter that should turn ``base`` into it; with
-            ``against``, that checkpoint in four bits (bitsandbytes) or as ONNX, ``adapters``
+            ``against``, that checkpoint in a stored number format or as ONNX, ``adapters``
             merged.
 
     Returns:
@@ -111,7 +111,7 @@ def _checkpoint(
         if merged.scheme is not None:
             instead = (
                 "give --against instead of --base"
-                if merged.scheme == BITSANDBYTES
+                if isinstance(merged, Dequantized) and way_of(merged.scheme) is not None
                 else "what it was rounded from is not known; compare what `loratools dequantize` "
                 "makes of it"
             )
@@ -161,12 +161,19 @@ def _against(
     graphs = graphs_at(path)
     if graphs:
         if max_error is not None:
-            raise UsageError("--max-error is for four bits; an ONNX model has --atol and --rtol")
+            raise UsageError(
+                "--max-error is for quantized weights; an ONNX model has --atol and --rtol"
+            )
         return verify_onnx(graphs, source, weighted, run, allow_pickle, jobs, progress)
     view = open_checkpoint(path, allow_pickle)
-    if not (isinstance(view, Dequantized) and view.scheme == BITSANDBYTES):
+    if not isinstance(view, Dequantized):
         raise UsageError(
-            f"{path}: is neither in four bits nor an ONNX model; give --base and --adapter for a "
+            f"{path}: is neither quantized nor an ONNX model; give --base and --adapter for a "
             "merged checkpoint"
         )
-    return verify_nf4(view, source, weighted, max_error, allow_pickle, jobs, progress)
+    if way_of(view.scheme) is None:
+        raise UsageError(
+            f"{path}: is in {view.scheme.title}, which is read here and not written, so that it "
+            "is not known what quantizing gives; `loratools diff` says how far it is from another"
+        )
+    return verify_quantized(view, source, weighted, max_error, allow_pickle, jobs, progress)

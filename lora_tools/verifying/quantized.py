@@ -1,5 +1,5 @@
-"""Is a four-bit checkpoint what quantizing a plain one, or base + adapter, gives? Tensor by tensor,
-by quantizing again into a writer that compares; and where it is not, how far off it is."""
+"""Is a quantized checkpoint what quantizing a plain one, or base + adapter, gives? Tensor by
+tensor, by quantizing again into a writer that compares; and where it is not, how far off it is."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import functools
 import operator
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_tools.figures import Total
 from lora_tools.formats import digest as hashing
@@ -19,7 +19,7 @@ from lora_tools.merging.targets import Target
 from lora_tools.quantizing.pack import totals_of
 from lora_tools.quantizing.plan import Item, QuantizePlan
 from lora_tools.records import Action, Fate, Input, ProgressCallback
-from lora_tools.sources.dequantized import FourBits
+from lora_tools.sources.dequantized import Dequantized
 from lora_tools.sources.weighted import Weighted
 from lora_tools.totals import VerifyTotals
 from lora_tools.verifying.findings import FINE, Findings, times
@@ -27,12 +27,14 @@ from lora_tools.verifying.merged import left_over, tied_astray
 from lora_tools.verifying.modules import compare_modules
 from lora_tools.verifying.quantized_tensor import PLAIN, SEARCHED, Checked, CheckItem, is_scaled
 
+View = Dequantized[Any]
+
 if TYPE_CHECKING:
     from lora_tools.linalg.compare import Coded
 
 
-def verify_nf4(
-    view: FourBits,
+def verify_quantized(
+    view: View,
     source: Checkpoint,
     weighted: Sequence[Weighted],
     max_error: float | None,
@@ -62,8 +64,9 @@ def verify_nf4(
     totals = _totals(view, checked, plan)
     wrong = [fate for fate in fates if fate.action not in FINE]
     name = "base + adapter" if weighted else "the checkpoint"
-    offence = _diagnosis(checked, wrong, totals, name) if wrong else ""
-    verdict = f"not {name} in four bits" if wrong else _verdict(checked, name, max_error)
+    named = f"{name} in {view.scheme.title.partition(' (')[0]}"
+    offence = _diagnosis(checked, wrong, totals, named) if wrong else ""
+    verdict = f"not {named}" if wrong else _verdict(view, checked, named, max_error)
     notes = [*plan.notes, *view.notes, *([f"its names: {sentence}"] if sentence else [])]
     inputs = _inputs(checked, view, source, weighted)
     notes += _provenance(view, inputs, weighted)
@@ -79,16 +82,16 @@ def verify_nf4(
 
 
 def _named(target: Target, own: str | None) -> Target:
-    """The target under the name that the four-bit checkpoint has for it."""
+    """The target under the name that the quantized checkpoint has for it."""
     spec = dataclasses.replace(target.spec, name=own) if own else target.spec
     return dataclasses.replace(target, spec=spec)
 
 
-def _item(target: Target, view: FourBits) -> Item:
-    """The tensor as the four-bit checkpoint has it: its scheme, dtype and orientation."""
+def _item(target: Target, view: View) -> Item:
+    """The tensor as the quantized checkpoint has it: its scheme, dtype and orientation."""
     spec = view.specs.get(target.spec.name, target.spec)
     packed = view.quantized.get(spec.name)
-    return Item(target, spec, packed, packed is not None and packed.transposed, "")
+    return Item(target, spec, packed, view.scheme if packed is not None else None)
 
 
 def _own_error(checked: Checked) -> float:
@@ -99,7 +102,7 @@ def _own_error(checked: Checked) -> float:
     return (checked.result.relative_error * checked.result.norm) ** 2
 
 
-def _totals(view: FourBits, checked: Sequence[Checked], merge: MergePlan) -> VerifyTotals:
+def _totals(view: View, checked: Sequence[Checked], merge: MergePlan) -> VerifyTotals:
     """Those of ``quantize``, of what is stored."""
     results = [c.result for c in checked if c.result is not None]
     items = tuple(c.item for c in checked if c.fate.action != Action.MISSING)
@@ -114,22 +117,21 @@ def _totals(view: FourBits, checked: Sequence[Checked], merge: MergePlan) -> Ver
     }
 
 
-def _verdict(checked: Sequence[Checked], name: str, max_error: float | None) -> str:
+def _verdict(view: View, checked: Sequence[Checked], name: str, max_error: float | None) -> str:
     quantized = [c for c in checked if c.item.packed is not None]
-    scheme = ", ".join(
-        dict.fromkeys(c.item.packed.state.scheme for c in quantized if c.item.packed is not None)
-    )
+    named = {c.item.name: c.item.packed for c in quantized}
+    said = f"{name} ({', '.join(view.scheme.facts(named)['schemes'])})"
     inexact = [c for c in quantized if not c.is_exact]
     if not inexact:
         how = {c.fate.reason for c in quantized}
         ways = "byte for byte as quantize writes it"
         if SEARCHED in how:
             ways += " with --scale-search" + (" (and some without)" if PLAIN in how else "")
-        return f"{name} in four bits ({scheme}), {ways}"
+        return f"{said}, {ways}"
     if max_error is not None:
-        return f"{name} in four bits ({scheme}), no error above {max_error:g}"
+        return f"{said}, no error above {max_error:g}"
     return (
-        f"{name} in four bits ({scheme}), to rounding: {len(quantized) - len(inexact)} of "
+        f"{said}, to rounding: {len(quantized) - len(inexact)} of "
         f"{len(quantized)} weights byte for byte as quantize writes them"
     )
 
@@ -142,7 +144,7 @@ def _diagnosis(
     many = ", ".join(f"{n} {action}" for action, n in counts.most_common())
     bad = {fate.tensor for fate in wrong}
     off = [c for c in checked if c.coded is not None and c.fate.tensor in bad]
-    said = f"not {name} in four bits ({many})"
+    said = f"not {name} ({many})"
     if not off:
         return f"{said}: {wrong[0].tensor}: {wrong[0].reason}"
     worst = max(off, key=lambda c: _excess(c.coded)).fate
@@ -172,7 +174,7 @@ def _excess(coded: Coded | None) -> float:
 
 
 def _inputs(
-    checked: Sequence[Checked], view: FourBits, source: Checkpoint, weighted: Sequence[Weighted]
+    checked: Sequence[Checked], view: View, source: Checkpoint, weighted: Sequence[Weighted]
 ) -> tuple[Input, ...]:
     stored = {name: h for c in checked for name, h in c.hashes.items()}
     for name in view.stored.specs.keys() - stored.keys():
@@ -185,7 +187,7 @@ def _inputs(
     )
 
 
-def _provenance(view: FourBits, inputs: Sequence[Input], weighted: Sequence[Weighted]) -> list[str]:
+def _provenance(view: View, inputs: Sequence[Input], weighted: Sequence[Weighted]) -> list[str]:
     """What its metadata says it was made of, where that is something else."""
     said = view.stored.files[0].metadata
     notes: list[str] = []

@@ -1,22 +1,21 @@
-"""One tensor of a four-bit checkpoint against what quantizing the source's gives: byte for byte, or
-else how far off it is."""
+"""One tensor of a quantized checkpoint against what quantizing the source's gives: byte for byte,
+or else how far off it is."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.dtypes import torch_dtype
-from lora_tools.formats.quantized.bitsandbytes import QuantizedTensor
-from lora_tools.quantizing.pack import pack
+from lora_tools.formats.quantized.packed import PackedWeight
+from lora_tools.quantizing.pack import pack, way_of
 from lora_tools.quantizing.plan import Item
-from lora_tools.quantizing.tensor import QuantizeItem, merged_for
+from lora_tools.quantizing.tensor import QuantizeItem, merged_for, with_scale
 from lora_tools.records import Action, Fate, TensorResult
-from lora_tools.sources.dequantized import Dequantized, FourBits
-from lora_tools.sources.schemes.bitsandbytes import BITSANDBYTES, four_bit_scales
+from lora_tools.sources.dequantized import Dequantized
 from lora_tools.verifying.findings import NEAR, times
 from lora_tools.verifying.merged import check_tensor
 
@@ -57,10 +56,12 @@ class _Stored:
 
     def __init__(self, stored: Checkpoint) -> None:
         self._stored = stored
+        self.written: set[str] = set()
         self.differing: set[str] = set()
 
     def write(self, name: str, data: memoryview, offset: int = 0) -> None:
         """Some bytes of a tensor."""
+        self.written.add(name)
         there = self._stored.raw(name)[offset : offset + data.nbytes]
         if there != data.cast("B"):
             self.differing.add(name)
@@ -68,6 +69,7 @@ class _Stored:
 
     def write_last(self, name: str, data: bytes) -> None:
         """The whole of a tensor."""
+        self.written.add(name)
         if bytes(self._stored.raw(name)) != data:
             self.differing.add(name)
 
@@ -87,7 +89,9 @@ class CheckItem:
     def nbytes(self) -> int:
         return (12 if self.item.packed else 4) * self.item.spec.numel
 
-    def run(self, sources: tuple[FourBits, Checkpoint], _: None, buffers: Buffers) -> Checked:
+    def run(
+        self, sources: tuple[Dequantized[Any], Checkpoint], _: None, buffers: Buffers
+    ) -> Checked:
         """What it comes to."""
         return _Comparison(self.item, self.max_error, *sources, buffers).checked()
 
@@ -98,7 +102,7 @@ class _Comparison:
 
     item: Item
     max_error: float | None
-    view: FourBits
+    view: Dequantized[Any]
     source: Checkpoint
     buffers: Buffers
 
@@ -129,40 +133,61 @@ class _Comparison:
         source_hash = hashing.tensor_hash(self.source.raw(self.item.target.base_name))
         return Checked(self.item, fate, source_hash, hashes)
 
-    def _is_untouched(self, packed: QuantizedTensor) -> bool:
-        """Of a four-bit base: codes that no adapter acts on stay as they are."""
-        if self.item.target.parts or not isinstance(self.source, Dequantized):
-            return False
-        if self.source.scheme != BITSANDBYTES:
-            return False
-        theirs = self.source.quantized.get(self.item.target.base_name)
-        mine, other = self.view.stored, self.source.stored
+    def _is_untouched(self, packed: PackedWeight) -> bool:
+        """Of a base in the same scheme: codes that no adapter acts on stay as they are."""
+        theirs = self._theirs()
         return (
-            theirs is not None
-            and theirs.state == packed.state
-            and all(
-                other.raw(theirs.specs[end].name) == mine.raw(packed.specs[end].name)
-                for end in packed.specs
-            )
+            not self.item.target.parts
+            and theirs is not None
+            and _how(theirs) == _how(packed)
+            and all(self._is_the_same(part, theirs) for part in packed.specs)
         )
 
-    def _quantized(self, packed: QuantizedTensor, hashes: dict[str, str]) -> Checked:
-        """Only scales that were searched for can be negative: then that is tried first."""
+    def _theirs(self) -> PackedWeight | None:
+        """What is stored of the source's tensor, where it is in the same scheme."""
+        source = self.source
+        if not isinstance(source, Dequantized) or source.scheme != self.view.scheme:
+            return None
+        found: PackedWeight | None = source.quantized.get(self.item.target.base_name)
+        return found
+
+    def _is_the_same(self, part: str, theirs: PackedWeight) -> bool:
+        assert self.item.packed is not None
+        mine, other = self.view.stored, self.source.stored
+        return bool(
+            other.raw(theirs.specs[part].name) == mine.raw(self.item.packed.specs[part].name)
+        )
+
+    def _carried(self, packed: PackedWeight, stored: _Stored) -> set[str]:
+        """What quantizing does not make, and is not the source's either."""
+        theirs = self._theirs()
+        return {
+            spec.name
+            for part, spec in packed.specs.items()
+            if spec.name not in stored.written
+            and (theirs is None or part not in theirs.specs or not self._is_the_same(part, theirs))
+        }
+
+    def _quantized(self, packed: PackedWeight, hashes: dict[str, str]) -> Checked:
+        """In each way that it may have been written."""
         item, name = self.item, self.item.name
-        bits = 8 * packed.nbytes / item.spec.numel
-        searched_first = _has_negative_scales(packed, self.view)
+        way = way_of(self.view.scheme)
+        assert way is not None
+        bits = 8 * sum(spec.nbytes for spec in packed.specs.values()) / item.spec.numel
         tried: list[tuple[set[str], Coded]] = []
-        for searched in sorted((False, True), key=lambda s: s != searched_first):
+        parts = self.view.parts(name)
+        item = with_scale(item, self.view.scheme.shared(packed, parts))
+        for again in way.ways(item, parts):
             stored = _Stored(self.view.stored)
-            again = dataclasses.replace(item, searched=searched)
             done = QuantizeItem(again).run(self.source, stored, self.buffers)
-            if not stored.differing:
+            differing = stored.differing | self._carried(packed, stored)
+            if not differing:
                 assert done.result is not None
-                fate = Fate(name, Action.SAME, SEARCHED if searched else PLAIN)
+                fate = Fate(name, Action.SAME, SEARCHED if again.searched else PLAIN)
                 result = dataclasses.replace(done.result, bits_per_parameter=bits)
                 return Checked(item, fate, done.base_hash, hashes, result)
-            coded = self._measure(again, packed)
-            tried.append((stored.differing, coded))
+            coded = self._measure(again, way.block(packed))
+            tried.append((differing, coded))
             if not coded.off:
                 break
         differing, coded = min(tried, key=lambda each: each[1].off)
@@ -171,7 +196,7 @@ class _Comparison:
         fate = _judge(item, packed, differing, coded, self.max_error)
         return Checked(item, fate, done.base_hash, hashes, result, coded)
 
-    def _measure(self, item: Item, packed: QuantizedTensor) -> Coded:
+    def _measure(self, item: Item, block: int) -> Coded:
         """The numbers read back, against those that should have been quantized, and what quantizing
         makes of those."""
         import torch
@@ -197,18 +222,22 @@ class _Comparison:
                     wanted[start:stop].float(),
                     stored[start:stop].to(dtype).float(),
                     back[start:stop].to(dtype).float(),
-                    packed.state.blocksize,
+                    block,
                     base[start:stop].float() if base is not None else None,
                 )
         return coded
 
 
-def _has_negative_scales(packed: QuantizedTensor, view: FourBits) -> bool:
-    return bool((four_bit_scales(packed, view.parts(packed.name)) < 0).any())
+def _how(packed: PackedWeight) -> dict[str, object]:
+    """What a record says of a weight besides its names: dtypes, shapes, settings."""
+    fields = dict(vars(packed))
+    specs = {part: (spec.dtype, spec.shape) for part, spec in packed.specs.items()}
+    plain = packed.plain
+    return {**fields, "name": "", "specs": specs, "plain": (plain.dtype, plain.shape)}
 
 
 def _judge(
-    item: Item, packed: QuantizedTensor, differing: set[str], coded: Coded, max_error: float | None
+    item: Item, packed: PackedWeight, differing: set[str], coded: Coded, max_error: float | None
 ) -> Fate:
     errors = f"relative error {coded.relative_error:.4g}, {coded.own_error:.4g} from quantizing"
     if max_error is not None and coded.relative_error <= max_error:

@@ -89,10 +89,12 @@ class CompressedWeight(Packed):
 
     Attributes:
         packing: ``DENSE`` or ``ALIGNED``, of integers in words; "" of others.
+        shared: the global scale to encode with, in common with other layers; None: its own.
     """
 
     settings: Settings
     packing: str = ""
+    shared: float | None = None
 
     @property
     def matrix(self) -> tuple[int, int]:

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -27,6 +28,17 @@ _METHODS = (None, "modelopt", "modelopt_fp4", "modelopt_mixed", "nvfp4")
 _ALGORITHMS = (None, "NVFP4", "NVFP4_AWQ", "W4A16_NVFP4", "MIXED_PRECISION")
 _AGAIN = "get the file again, or quantize the original model anew"
 _ORIGINAL = "give the model that it was quantized from"
+
+
+@dataclasses.dataclass(frozen=True)
+class NVFP4(Packed):
+    """A weight in NVFP4.
+
+    Attributes:
+        shared: the ``weight_scale_2`` to encode with, in common with other layers; None: its own.
+    """
+
+    shared: float | None = None
 
 
 def find_nvfp4(
@@ -75,7 +87,7 @@ def _weight(codes: TensorSpec, scale: TensorSpec | None, whole: TensorSpec, dtyp
     if whole.dtype != "F32" or whole.numel != 1:
         raise CheckpointError(f"{whole}: expected one number in F32; {_AGAIN}")
     parts = {CODES: codes, SCALE: scale, WHOLE: whole}
-    return Packed(TensorSpec(codes.name, dtype, shape), parts, LABEL)
+    return NVFP4(TensorSpec(codes.name, dtype, shape), parts, LABEL)
 
 
 def _check_said(said: Mapping[str, Any], modules: Collection[str]) -> None:

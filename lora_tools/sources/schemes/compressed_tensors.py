@@ -226,7 +226,8 @@ def _new_scales(
     low, high = scaled.extremes(x, weight.block)
     largest = torch.maximum(-low, high)
     if GLOBAL_SCALE in specs:
-        whole = e2m1.global_scale(largest.amax())
+        own = weight.shared is None
+        whole = e2m1.global_scale(largest.amax()) if own else torch.tensor([weight.shared])
         groups = e2m1.group_scales(largest, whole)
         return {GLOBAL_SCALE: whole, SCALE: groups}, groups.float() / whole, None
     if specs[SCALE].dtype in ("U8", "F8_E8M0"):
@@ -289,6 +290,22 @@ def _ends(settings: Settings) -> tuple[float, float]:
     return -half, half - 1
 
 
+def _shared(weight: CompressedWeight, parts: Parts) -> float | None:
+    return float(parts[GLOBAL_SCALE]) if GLOBAL_SCALE in weight.specs else None
+
+
+def _shared_for(weight: CompressedWeight, largest: float) -> float | None:
+    """The global scale of layers that are put into one: of q, k and v, of gate and up (vLLM takes
+    the largest of theirs for all, and llm-compressor writes the least)."""
+    import torch
+
+    from lora_tools.linalg.e2m1 import global_scale
+
+    if GLOBAL_SCALE not in weight.specs:
+        return None
+    return float(global_scale(torch.tensor(largest)))
+
+
 COMPRESSED_TENSORS = Scheme(
     "compressed-tensors",
     "compressed-tensors' formats",
@@ -296,4 +313,6 @@ COMPRESSED_TENSORS = Scheme(
     _decode,
     encode=_encode,
     rounding=_rounding,
+    shared=_shared,
+    shared_for=_shared_for,
 )

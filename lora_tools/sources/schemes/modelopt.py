@@ -9,7 +9,15 @@ from lora_tools.errors import NonFiniteError
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.json_file import read_object
 from lora_tools.formats.quantized.fp8 import FP8, find_fp8
-from lora_tools.formats.quantized.modelopt import CODES, FILE, GROUP, SCALE, WHOLE, find_nvfp4
+from lora_tools.formats.quantized.modelopt import (
+    CODES,
+    FILE,
+    GROUP,
+    NVFP4,
+    SCALE,
+    WHOLE,
+    find_nvfp4,
+)
 from lora_tools.formats.quantized.packed import Packed
 from lora_tools.sources.schemes.fp8 import FLOATS
 from lora_tools.sources.schemes.row import Parts, Scheme
@@ -65,7 +73,9 @@ def _encode(weight: Packed, x: torch.Tensor) -> dict[str, torch.Tensor]:
         raise NonFiniteError(f"{name}: holds an inf or a NaN, which NVFP4 cannot store")
     x = x.float()
     low, high = scaled.extremes(x, (1, GROUP))
-    scales, whole = e2m1.two_scales(torch.maximum(-low, high))
+    shared = weight.shared if isinstance(weight, NVFP4) else None
+    given = None if shared is None else torch.tensor(shared)
+    scales, whole = e2m1.two_scales(torch.maximum(-low, high), given)
     codes = e2m1.nearest_e2m1(scaled.over_scales(x, scales.float() * whole, (1, GROUP)))
     whole = whole.reshape(weight.specs[WHOLE].shape)
     return {CODES: e2m1.pack_e2m1(codes), SCALE: scales, WHOLE: whole}
@@ -87,6 +97,20 @@ def _rounding(weight: Packed, parts: Parts) -> float:
     return total
 
 
+def _shared(weight: Packed, parts: Parts) -> float | None:
+    return float(parts[WHOLE]) if isinstance(weight, NVFP4) else None
+
+
+def _shared_for(weight: Packed, largest: float) -> float | None:
+    """The ``weight_scale_2`` of layers that are put into one: loaders take the largest of theirs
+    for all."""
+    import torch
+
+    from lora_tools.linalg.e2m1 import whole_scale
+
+    return float(whole_scale(torch.tensor(largest))) if isinstance(weight, NVFP4) else None
+
+
 MODELOPT = Scheme(
     "modelopt",
     "NVFP4 (ModelOpt)",
@@ -94,5 +118,7 @@ MODELOPT = Scheme(
     _decode,
     encode=_encode,
     rounding=_rounding,
+    shared=_shared,
+    shared_for=_shared_for,
     files=(FILE,),
 )

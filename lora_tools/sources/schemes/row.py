@@ -39,6 +39,10 @@ def no_faults(
     return ()
 
 
+def _alone(weight: PackedWeight, _: object) -> None:
+    """No scale in common with others."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Scheme(Generic[P]):
     """A stored number format. What is called here are functions of modules, so that a row can be
@@ -62,6 +66,10 @@ class Scheme(Generic[P]):
         rounding: (weight, its stored tensors): the square of the Frobenius norm that rounding to
             the format is expected to have cost, by the distances of the numbers that it holds near
             each code (``linalg.noise.rounding_errors``); None where that is not known.
+        shared: (weight, its stored tensors): the scale that it may have in common with other
+            layers, since loaders put them into one with one scale; None where there is none. What
+            has one is a dataclass with a field ``shared``, the scale that it is encoded with.
+        shared_for: (weight, largest magnitude of all that have it in common): the scale for that.
         plain_config: config.json without what it says of the format.
         files: small files that say something of the format, and do not go with plain numbers.
         metadata: keys of the files' metadata that do not, either.
@@ -77,6 +85,8 @@ class Scheme(Generic[P]):
     ] = no_faults
     encode: Callable[[P, torch.Tensor], dict[str, torch.Tensor]] | None = None
     rounding: Callable[[P, Parts], float] | None = None
+    shared: Callable[[P, Parts], float | None] = _alone
+    shared_for: Callable[[P, float], float | None] = _alone
     plain_config: Callable[[Mapping[str, Any]], dict[str, Any]] = without_entries
     files: tuple[str, ...] = ()
     metadata: tuple[str, ...] = ()
