@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 from pathlib import Path
@@ -18,17 +17,13 @@ import lora_tools
 from lora_tools.cli import run
 from lora_tools.errors import CheckpointError, QualityGateError, UsageError
 
-from . import iotools, models
+from . import forms_compressed, forms_fp8, forms_groups, iotools, models
 from .written import NAME, NEW, Q, error, in_each_form, raw, verified
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-# Checkpoints as other tools store them, of every room's tests.
-STORED = {
-    name: form
-    for path in sorted(Path(__file__).parent.glob("forms_*.py"))
-    for name, form in importlib.import_module(f"{__package__}.{path.stem}").FORMS.items()
-}
+# Checkpoints as other tools store them.
+STORED = {**forms_groups.FORMS, **forms_fp8.FORMS, **forms_compressed.FORMS}
 
 
 @pytest.fixture(scope="module")
