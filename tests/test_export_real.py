@@ -1,4 +1,7 @@
-"""Export on real weights: README's whole story on all-MiniLM-L6-v2, and SmolLM2 with an adapter."""
+"""Export on real weights: README's whole story on all-MiniLM-L6-v2, and SmolLM2 with an adapter.
+
+With ``--full`` only, as CI runs this file after all others.
+"""
 
 from __future__ import annotations
 
@@ -48,6 +51,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.sweep(0)
 def test_sentence_embeddings_are_those_of_torch(story: Path) -> None:
     """Pooled and normalised, of sentences of unlike lengths: within 1e-5."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(story / "onnx")
