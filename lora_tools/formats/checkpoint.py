@@ -7,7 +7,7 @@ travel along with what is made of the weights.
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,8 @@ from lora_tools.formats.weights import Says, Weights, ties_embeddings
 if TYPE_CHECKING:
     import torch
 
+# (start, stop) → rows of a tensor
+Decoder = Callable[[int, int], "torch.Tensor"]
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 _WEIGHT_SUFFIXES = (
     ".safetensors",
@@ -138,9 +140,19 @@ class Checkpoint(Shards):
         """Rows [start, stop) of the tensor seen as that matrix (rows, cols). Never write to it."""
         return self.tensor(name).reshape(matrix)[start:stop]
 
+    def decoder(self, name: str, matrix: tuple[int, int]) -> Decoder | None:
+        """Gives rows [start, stop) of a tensor that has to be decoded, in float32, time and again;
+        None where it lies as it is, or is no such matrix as it is stored."""
+        return None
+
     def hash(self, name: str) -> str:
         """Hash of the tensor's bytes."""
         return hashing.tensor_hash(self.raw(name))
+
+    def stored_hash(self, name: str) -> str:
+        """``hash``, where the digest needs it: nothing of a tensor that has to be decoded, of which
+        the digest is that of what is stored."""
+        return "" if self.decoded_bytes(name) else self.hash(name)
 
     def digest(self, known: Mapping[str, str]) -> str:
         """Content digest of all tensors; those whose hash is not ``known`` are read."""

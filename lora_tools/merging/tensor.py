@@ -11,7 +11,6 @@ import xxhash
 
 from lora_tools.errors import NonFiniteError
 from lora_tools.figures import Total
-from lora_tools.formats import digest as hashing
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.checkpoint_writer import TensorSink
 from lora_tools.formats.dtypes import torch_dtype
@@ -66,7 +65,7 @@ class MergeTensor:
         if _is_copied(self.target, base, self.spec):
             digest = copy_tensor(base, self.spec.name, sink)
             return MergedTensor(digest, digest)
-        base_hash = hashing.tensor_hash(base.raw(self.target.base_name))
+        base_hash = base.stored_hash(self.target.base_name)
         out_hash, listing, survival = self._write(MergedRuns(self.target, base, self.spec), sink)
         base.release(self.target.base_name)
         return MergedTensor(base_hash, out_hash, listing, survival)
@@ -136,16 +135,24 @@ class MergedRuns:
     anew whenever it is gone through."""
 
     def __init__(self, target: Target, base: Checkpoint, spec: TensorSpec) -> None:
+        import torch
+
         from lora_tools.linalg.merge import TensorMerge
 
-        self.source = as_matrix(base.tensor(target.base_name), target)
-        self._working = working_dtype(self.source.dtype)
-        self.shape = (self.source.shape[0], self.source.shape[1])
+        self.shape = target.matrix(base.specs[target.base_name].shape)
+        self._decoded = base.decoder(target.base_name, self.shape)
+        if self._decoded is None:  # else decoded run by run, in memory that stays in cache
+            self.source = as_matrix(base.tensor(target.base_name), target)
+        self._working = working_dtype(
+            torch.float32 if self._decoded is not None else self.source.dtype
+        )
         self.effects = build_effects(target)
         self.work = TensorMerge(self.effects, self.shape, self.read, self._working)
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of the base in the working dtype, a copy."""
+        if self._decoded is not None:
+            return self._decoded(start, stop).to(self._working)
         return self.source[start:stop].to(self._working, copy=True)
 
     def __iter__(self) -> Iterator[MergedRun]:

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import UsageError
-from lora_tools.formats import digest as hashing
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.checkpoint_writer import Shard, Sink
 from lora_tools.formats.output import Prepared
@@ -181,7 +180,7 @@ class RequantizeItem:
             return QuantizedItem(done.base_hash, survival=done.survival)
         if not item.target.parts:
             _copy(packed.specs.values(), source, sink)
-            return QuantizedItem(hashing.tensor_hash(source.raw(item.name)))
+            return QuantizedItem(source.stored_hash(item.name))
         return self._again(packed, source, sink, buffers)
 
     def _again(

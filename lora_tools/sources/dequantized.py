@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Generic
 
 from lora_tools.errors import NonFiniteError
-from lora_tools.formats.checkpoint import Checkpoint, View
+from lora_tools.formats.checkpoint import Checkpoint, Decoder, View
 from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.formats.quantized.packed import ASIDE, PackedWeight
 from lora_tools.formats.tensor_file import TensorFile
 from lora_tools.records import TensorSpec
-from lora_tools.sources.schemes.row import P, Scheme
+from lora_tools.sources.schemes.row import P, Parts, Scheme
 
 if TYPE_CHECKING:
     import torch
@@ -56,10 +56,25 @@ class Dequantized(View, Generic[P]):
             return self.decode(name, start, stop)
         return super().rows(name, matrix, start, stop)
 
+    def decoder(self, name: str, matrix: tuple[int, int]) -> Decoder | None:
+        """Of a quantized weight, whose stored tensors are looked at once."""
+        if name not in self.quantized or matrix != _matrix(self.specs[name]):
+            return super().decoder(name, matrix)
+        parts = self.parts(name)
+        return lambda start, stop: self.decode(name, start, stop, parts=parts)
+
     def decode(
-        self, name: str, start: int, stop: int, dtype: torch.dtype | None = None
+        self,
+        name: str,
+        start: int,
+        stop: int,
+        dtype: torch.dtype | None = None,
+        parts: Parts | None = None,
     ) -> torch.Tensor:
         """Rows [start, stop) of a quantized weight as a matrix, in float32 by default.
+
+        Args:
+            parts: what ``parts`` gives, where it is at hand.
 
         Raises:
             NonFiniteError: what is stored beside its codes, or what it decodes to, holds an inf or
@@ -69,7 +84,7 @@ class Dequantized(View, Generic[P]):
 
         out = torch.empty(stop - start, _matrix(self.specs[name])[1], dtype=dtype or torch.float32)
         if out.numel():
-            self.scheme.decode(self.quantized[name], self.parts(name), out, start)
+            self.scheme.decode(self.quantized[name], parts or self.parts(name), out, start)
             if not _is_finite(out):
                 raise NonFiniteError(
                     f"{name}: decodes to an inf or a NaN in {out.dtype}: a code is one, or its "
