@@ -10,6 +10,7 @@ from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.formats.quantized import comfy_fp8, fp8
 from lora_tools.formats.quantized.fp8 import CODES, FP8, SCALE
+from lora_tools.formats.quantized.packed import entry_of
 from lora_tools.records import TensorSpec
 from lora_tools.sources.schemes.row import Parts, Scheme, refuse_non_finite
 
@@ -108,7 +109,7 @@ def _rounding(weight: FP8, parts: Parts) -> float:
 def _faults(
     config: Mapping[str, Any], specs: Mapping[str, TensorSpec], weights: Mapping[str, FP8]
 ) -> Sequence[str]:
-    if fp8.settings(config) or not any(weight.grid for weight in weights.values()):
+    if entry_of(config) or not any(weight.grid for weight in weights.values()):
         return ()
     return ("has no quantization_config: a loader takes codes for weights",)
 
