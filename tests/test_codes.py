@@ -44,6 +44,8 @@ def test_what_codes_cost(rows: int, cols: int, block: tuple[int, int]) -> None:
     spread = scales.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[:rows, :cols]
     wanted = float((errors[codes.long()] * spread.double().square()).sum())
     assert noise.codes_noise(codes, errors, scales, block) == pytest.approx(wanted, rel=1e-5)
+    shifted = torch.cat([codes.flatten()[:1], codes.flatten()])[1:].view(rows, cols)
+    assert noise.codes_noise(shifted, errors, scales, block) == pytest.approx(wanted, rel=1e-5)
     counts = scaled.block_sizes((rows, cols), block)
     x = torch.randn(rows, cols, generator=noisy)
     assert int(counts.sum()) == rows * cols

@@ -70,6 +70,8 @@ def codes_noise(
     (rows, cols), (high, wide) = codes.shape, block
     table = torch.nn.functional.pad(errors, (0, 256 - len(errors)))
     codes = codes.contiguous()
+    if codes.storage_offset() % 2:  # of which no view is wider
+        codes = codes.clone()
     if not (cols % 2 or wide % 2):  # two codes at a time
         table = (table[:, None] + table).flatten()
         codes, wide = codes.view(torch.uint16), wide // 2
