@@ -161,7 +161,6 @@ NUMERIC = {
     "linalg/eight_bits.py",
     "linalg/fp8.py",
     "linalg/scaled.py",
-    "linalg/words.py",
     "linalg/int8.py",
     "linalg/ggml.py",
     "linalg/weighting.py",

@@ -13,7 +13,7 @@ import torch
 import lora_tools
 from lora_tools.errors import CheckpointError, NonFiniteError
 from lora_tools.formats.checkpoint import Checkpoint
-from lora_tools.formats.quantized.fp8 import settings
+from lora_tools.formats.quantized.packed import entry_of
 from lora_tools.sources.checkpoints import open_checkpoint
 from lora_tools.sources.schemes.fp8 import COMFY, FLOATS
 from tests.forms_fp8 import (
@@ -98,7 +98,7 @@ def test_other_schemes_of_eight_bit_floats_are_not_ours(method: str, tmp_path: P
     path = made(tmp_path / "q", tensors, {"quantization_config": entry})
     stored = open_checkpoint(path, decoded=False)
     assert FLOATS.find(stored) == {}
-    assert settings(stored.config) == entry
+    assert entry_of(stored.config) == entry
 
 
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])

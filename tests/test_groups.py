@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 import lora_tools
 from lora_tools.errors import CheckpointError, LoraToolsError, NonFiniteError
 from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.linalg.bits import awq_stream, stream
 from lora_tools.linalg.int8 import dequantize_rows, quantize_rows
-from lora_tools.linalg.words import awq_stream, stream, uniform_noise
+from lora_tools.linalg.noise import uniform_noise
 from lora_tools.sources.checkpoints import open_checkpoint
 from lora_tools.sources.dequantized import Dequantized
 from lora_tools.sources.schemes import SCHEMES
@@ -120,7 +121,7 @@ def test_awq_order(eights: int, data: Any) -> None:
     packed = words(codes[:, [8 * (i // 8) + AWQ_ORDER[i % 8] for i in range(n)]], 4)
     start = data.draw(st.integers(0, n - 1))
     stop = data.draw(st.integers(start + 1, n))
-    assert torch.equal(awq_stream(packed, start, stop), codes[:, start:stop].byte())
+    assert torch.equal(awq_stream(packed, start, stop), codes[:, start:stop].byte().T)
 
 
 # -------------------------------------------------------------------------------------------- GPTQ

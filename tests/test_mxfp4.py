@@ -61,7 +61,7 @@ def test_modelopt_scales_of_groups() -> None:
         "weight_scale": TensorSpec("m.weight_scale", "F8_E4M3", (8, 4)),
         "weight_scale_2": TensorSpec("m.weight_scale_2", "F32", ()),
     }
-    weight: Any = SimpleNamespace(plain=spec, specs=parts)
+    weight: Any = SimpleNamespace(label="NVFP4", plain=spec, specs=parts)
     assert MODELOPT.encode
     stored = MODELOPT.encode(weight, x)
     assert stored["weight_scale_2"] == x.abs().max() / 2688

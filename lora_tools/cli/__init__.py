@@ -26,7 +26,7 @@ from lora_tools.verbs import VERBS
 @click.version_option(package_name="loratools", prog_name="loratools")
 def main() -> None:
     """Surgery on model weights, file to file: LoRA adapters out of fine-tunes and into checkpoints,
-    four bits, ONNX; and what a file is, what changed, whether it is right.
+    four or eight bits, ONNX; and what a file is, what changed, whether it is right.
 
     Each command has its own --help.
     """

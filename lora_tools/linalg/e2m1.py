@@ -4,10 +4,10 @@ two, E8M0."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
-
 import torch
+
+from lora_tools.linalg.bits import unpack
+from lora_tools.linalg.noise import codes_noise, errors_by_code
 
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 LARGEST = MAGNITUDES[-1]
@@ -21,40 +21,53 @@ def values() -> torch.Tensor:
     return torch.tensor([*MAGNITUDES, *(-m for m in MAGNITUDES)])
 
 
-def unpack_e2m1(packed: torch.Tensor, table: torch.Tensor | None = None) -> torch.Tensor:
+def unpack_e2m1(packed: torch.Tensor) -> torch.Tensor:
     """Two numbers a byte, the lower four bits first.
 
     Args:
         packed: (..., n) uint8.
-        table: (16,) what each code stands for; ``values()`` where it is not given.
 
     Returns:
         (..., 2 n) float32.
     """
-    table = values() if table is None else table
-    pairs = torch.cartesian_prod(table, table).flip(1)  # by byte: (low, high)
-    return pairs[packed.long()].flatten(-2)
+    pairs = torch.cartesian_prod(values(), values()).flip(1)  # by byte: (low, high)
+    both = pairs.view(torch.int64).view(-1).index_select(0, packed.flatten().int())
+    return both.view(torch.float32).view(*packed.shape[:-1], -1)
 
 
-def nearest(sizes: torch.Tensor, magnitudes: Sequence[float]) -> torch.Tensor:
-    """Which of the magnitudes, ascending, each size is nearest to, uint8; of two that are as near
-    the one of even place, as IEEE rounds. What is beyond the largest becomes that."""
-    places = torch.zeros(sizes.shape, dtype=torch.uint8)
-    for i, (low, high) in enumerate(itertools.pairwise(magnitudes)):
-        middle = (low + high) / 2
-        places += sizes > middle if i % 2 == 0 else sizes >= middle
-    return places
+def e2m1_noise(packed: torch.Tensor, scales: torch.Tensor, group: int) -> float:
+    """``noise.codes_noise`` of numbers as ``unpack_e2m1`` has them, (rows, n) uint8, of which
+    ``group`` share one of the scales (rows, 2 n / group)."""
+    codes = unpack(packed, 4, 2 * packed.shape[1])
+    return codes_noise(codes, errors_by_code(values()), scales, (1, group))
+
+
+def _nearest(sizes: torch.Tensor, mantissa: int) -> torch.Tensor:
+    """The codes of the nearest floats of two bits of exponent and some of mantissa, as float32, to
+    even ones where two are as near; what is beyond the largest becomes that.
+
+    Codes rise with 2^mantissa to each power of two, and slower from one to the next: so the least
+    of the lines is the right one.
+    """
+    steps = 1 << mantissa
+    codes = (sizes * steps).round_()
+    for above in (1, 2):
+        line = (sizes * (steps / (1 << above))).round_().add_(above * steps)
+        torch.minimum(codes, line, out=codes)
+    return codes.clamp_(max=4 * steps - 1)
 
 
 def nearest_e2m1(x: torch.Tensor) -> torch.Tensor:
     """The codes of the nearest values, uint8, in the shape of x: what rounds to 0 keeps its sign,
     but -0 is 0."""
-    return nearest(x.abs(), MAGNITUDES) | (x < 0).to(torch.uint8) << 3
+    signs = torch.sign(x).clamp_(max=0)
+    return _nearest(x.abs(), 1).sub_(signs, alpha=8).to(torch.uint8)
 
 
 def pack_e2m1(codes: torch.Tensor) -> torch.Tensor:
-    """The inverse of ``unpack_e2m1`` of codes: (..., 2 n) → (..., n) uint8."""
-    return codes[..., ::2] | codes[..., 1::2] << 4
+    """The inverse of ``unpack_e2m1`` of codes: (rows, 2 n) → (rows, n) uint8."""
+    pairs = codes.view(torch.int16)
+    return (pairs >> 4).bitwise_or_(pairs).to(torch.uint8)
 
 
 def powers(exponents: torch.Tensor) -> torch.Tensor:
@@ -86,7 +99,7 @@ def six_bit_values() -> torch.Tensor:
 
 def nearest_e2m3(x: torch.Tensor) -> torch.Tensor:
     """The codes of the nearest values, uint8, in the shape of x."""
-    return nearest(x.abs(), SIX_BITS) | torch.signbit(x).to(torch.uint8) << 5
+    return _nearest(x.abs(), 3).to(torch.uint8) | torch.signbit(x).to(torch.uint8) << 5
 
 
 def global_scale(largest: torch.Tensor) -> torch.Tensor:

@@ -10,32 +10,9 @@ from collections.abc import Callable
 
 import torch
 
-from lora_tools.linalg.noise import errors_by_code
-from lora_tools.linalg.scaled import by_blocks, times_scales
-
-_RUN = 1 << 16  # elements at a time, which stay in cache
-
-
-def absmax(x: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    """The largest magnitude of each block, (⌈rows / block[0]⌉, ⌈cols / block[1]⌉) float32; the last
-    blocks of a row and of a column may be ragged.
-
-    Args:
-        x: (rows, cols) float32.
-    """
-    (rows, cols), (high, wide) = x.shape, block
-    most = torch.empty(rows, -(cols // -wide))
-    whole = cols - cols % wide
-    step = max(_RUN // max(cols, 1), 1)
-    for start in range(0, rows, step):
-        run = x[start : start + step].abs()
-        at = most[start : start + step]
-        if whole:
-            blocks = run[:, :whole].view(len(run), whole // wide, wide)
-            torch.amax(blocks, 2, out=at[:, : whole // wide])
-        if whole < cols:
-            at[:, -1] = run[:, whole:].amax(1)
-    return most if high == 1 else torch.stack([b.amax(0) for b in torch.split(most, high)])
+from lora_tools.linalg.noise import codes_noise, errors_by_code
+from lora_tools.linalg.runs import row_runs
+from lora_tools.linalg.scaled import absmax, by_blocks
 
 
 def encode_blocks(
@@ -88,33 +65,15 @@ def encode_divided(
     return _rounded(torch.Tensor.div_, x, stored, block, codes), stored
 
 
-def rounding_loss(
-    codes: torch.Tensor, scales: torch.Tensor | None, block: tuple[int, int]
-) -> float:
-    """The square of the Frobenius norm that rounding to these codes is expected to have cost
-    (``noise.rounding_errors``).
+def rounding_loss(codes: torch.Tensor, scales: torch.Tensor, block: tuple[int, int]) -> float:
+    """``noise.codes_noise`` of eight-bit floats.
 
     Args:
-        codes: (rows, cols) of an eight-bit float dtype.
-        scales: (⌈rows / block[0]⌉, ⌈cols / block[1]⌉); 1 where they are not given.
+        codes: (rows, cols) of such a dtype.
+        scales: (⌈rows / block[0]⌉, ⌈cols / block[1]⌉).
     """
-    table = _errors(codes.dtype)
-    cols = max(codes.shape[1], 1)
-    step = max(_RUN // cols, 1)
-    total = 0.0
-    for first in range(0, len(codes), step):
-        at = codes[first : first + step].contiguous().view(torch.uint8)
-        errors = table[at.int()]
-        if scales is not None:
-            times_scales(errors, scales, block, errors, first)
-        total += float(torch.linalg.vector_norm(errors, dtype=torch.float64)) ** 2
-    return total
-
-
-def _errors(dtype: torch.dtype) -> torch.Tensor:
-    """(256,) float32, the root mean square of what rounding to each code costs; 0 of no number."""
-    values = torch.arange(256, dtype=torch.uint8).view(dtype).float()
-    return errors_by_code(values).sqrt().float()
+    values = torch.arange(256, dtype=torch.uint8).view(codes.dtype).float()
+    return codes_noise(codes.view(torch.uint8), errors_by_code(values), scales, block)
 
 
 def _rounded(
@@ -128,9 +87,8 @@ def _rounded(
     makes NaNs of them."""
     largest = torch.finfo(codes).max
     rounded = torch.empty(x.shape, dtype=codes)
-    step = max(_RUN // max(x.shape[1], 1), 1)
-    for start in range(0, len(x), step):
-        run = x[start : start + step].clone()
+    for start, stop in row_runs(*x.shape):
+        run = x[start:stop].clone()
         by_blocks(operate, run, scales, block, start)
-        rounded[start : start + step] = run.clamp_(-largest, largest)
+        rounded[start:stop] = run.clamp_(-largest, largest)
     return rounded

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 
 from lora_tools.errors import NonFiniteError
+from lora_tools.linalg.runs import row_runs
 
 LARGEST = 127
 _STEP = 7.874015718698502e-3  # bitsandbytes' 1 / 127
@@ -34,11 +35,15 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Raises:
         NonFiniteError: x holds what is no number in float16.
     """
-    half = x.to(torch.float16)
-    if not bool(torch.isfinite(half).all()):
-        raise NonFiniteError("a number is too large for float16, which LLM.int8() rounds to first")
-    if not half.numel():
-        return half.to(torch.int8), half.new_zeros(len(half), dtype=torch.float32)
-    absmax = half.abs().amax(1).float()
-    scales = torch.where(absmax > 0, LARGEST / absmax, 0.0)
-    return torch.round(half * scales[:, None]).to(torch.int8), absmax
+    codes, absmax = torch.empty(x.shape, dtype=torch.int8), torch.zeros(len(x))
+    for start, stop in row_runs(*x.shape) if x.numel() else ():
+        half = x[start:stop].to(torch.float16)
+        most = half.abs().amax(1).float()
+        if not bool(torch.isfinite(most).all()):
+            raise NonFiniteError(
+                "a number is too large for float16, which LLM.int8() rounds to first"
+            )
+        scales = torch.where(most > 0, LARGEST / most, 0.0)
+        codes[start:stop] = torch.round(half * scales[:, None])
+        absmax[start:stop] = most
+    return codes, absmax

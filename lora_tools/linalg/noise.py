@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import torch
 
+from lora_tools.linalg.runs import row_runs
+
 _POINTS, _ROUNDS, _HALVINGS = 33, 3, 50
 _CODES = 1 << 18  # bytes of codes that are looked at in one go
 
@@ -48,6 +50,42 @@ def errors_by_code(values: torch.Tensor) -> torch.Tensor:
     return errors
 
 
+def uniform_noise(scales: torch.Tensor, counts: torch.Tensor | float) -> float:
+    """Σ count · scale² / 12: the square of the Frobenius norm that rounding to steps of ``scales``
+    is expected to have cost, ``counts`` numbers for each of them (broadcast)."""
+    return float((scales.double().square() * counts).sum()) / 12
+
+
+def codes_noise(
+    codes: torch.Tensor, errors: torch.Tensor, scales: torch.Tensor, block: tuple[int, int]
+) -> float:
+    """E‖E‖²_F of numbers rounded to codes of unequal distances, times the scales of their blocks.
+
+    Args:
+        codes: (rows, cols) uint8.
+        errors: (at most 256,) of each code (see ``errors_by_code``).
+        scales: (⌈rows / block[0]⌉, ⌈cols / block[1]⌉); the last blocks of a row and of a column may
+            be ragged.
+    """
+    (rows, cols), (high, wide) = codes.shape, block
+    table = torch.nn.functional.pad(errors, (0, 256 - len(errors)))
+    codes = codes.contiguous()
+    if codes.storage_offset() % 2:  # of which no view is wider
+        codes = codes.clone()
+    if not (cols % 2 or wide % 2):  # two codes at a time
+        table = (table[:, None] + table).flatten()
+        codes, wide = codes.view(torch.uint16), wide // 2
+    table, total = table.float(), 0.0
+    for start, stop in row_runs(rows, cols):
+        run = codes[start:stop]
+        costs = table.index_select(0, run.flatten().int()).view(run.shape)
+        costs = torch.nn.functional.pad(costs, (0, -run.shape[1] % wide))
+        sums = costs.view(len(run), costs.shape[1] // wide, wide).sum(2).double()
+        each = scales[torch.arange(start, stop) // high].double()
+        total += float((sums * each.square()).sum())
+    return total
+
+
 def nibbles_noise(
     packed: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, blocksize: int
 ) -> float:
@@ -67,7 +105,7 @@ def nibbles_noise(
     wide, sums = blocksize // 2, []
     step = max(_CODES // wide, 1) * wide
     for start in range(0, len(packed), step):
-        costs = of_byte[packed[start : start + step].int()]
+        costs = of_byte.index_select(0, packed[start : start + step].int())
         lacking = -len(costs) % wide  # the last block may be short
         sums.append(torch.nn.functional.pad(costs, (0, lacking)).view(-1, wide).sum(1).double())
     costs = torch.cat(sums) - exact if sums else torch.zeros(0, dtype=torch.float64)

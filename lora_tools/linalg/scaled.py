@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 
 from lora_tools.linalg.eight_bits import widen
+from lora_tools.linalg.runs import row_runs
 
-_RUN = 1 << 16  # elements that are worked on at a time, and stay in cache
+_NARROW = 32  # blocks of fewer columns are reduced slowly where they lie
 
 
 def times_scales(
@@ -18,28 +19,27 @@ def times_scales(
     out: torch.Tensor,
     first: int = 0,
     zeros: torch.Tensor | None = None,
+    biases: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """W[i, j] = (code[i, j] − zero[i', j']) · scale[i', j'], with i' = i // block[0] and
-    j' = j // block[1], computed in float32 and rounded once into ``out``.
+    """W[i, j] = (code[i, j] − zero[i', j']) · scale[i', j'] + bias[i', j'], with i' = i // block[0]
+    and j' = j // block[1], computed in float32 and rounded once into ``out``.
 
     Args:
         codes: (n, cols) of any dtype that float32 holds: rows [first, first + n) of the weight.
         scales: (⌈rows / block[0]⌉, ⌈cols / block[1]⌉) of the whole weight; the last blocks of a row
             and of a column may be ragged.
-        zeros: as ``scales``; 0 where it is not given.
+        zeros, biases: as ``scales``; 0 where they are not given.
         out: (n, cols) of any float dtype.
     """
-    n, cols = codes.shape
-    step = max(_RUN // max(cols, 1), 1)
-    direct = out.dtype == torch.float32
-    room = torch.empty(0 if direct else min(step, n), cols)
-    for start in range(0, n, step):
-        stop = min(start + step, n)
-        x = out[start:stop] if direct else room[: stop - start]
+    for start, stop in row_runs(*codes.shape):
+        direct = out.dtype == torch.float32
+        x = out[start:stop] if direct else torch.empty(stop - start, codes.shape[1])
         widen(codes[start:stop], x)
         if zeros is not None:
             by_blocks(torch.Tensor.sub_, x, zeros, block, first + start)
         by_blocks(torch.Tensor.mul_, x, scales, block, first + start)
+        if biases is not None:
+            by_blocks(torch.Tensor.add_, x, biases, block, first + start)
         if not direct:
             out[start:stop] = x
     return out
@@ -59,8 +59,10 @@ def by_blocks(
         table: (⌈rows / block[0]⌉, ⌈cols / block[1]⌉), one of each block of the whole weight.
     """
     (n, cols), (high, wide) = x.shape, block
-    lines = torch.arange(first, first + n) // high
-    each = table.float()[lines]  # (n, blocks across)
+    low, top = first // high, -((first + n) // -high)
+    each = table[low:top].float()  # (n, blocks across), where a block is of one row
+    if high > 1:
+        each = each[torch.arange(first, first + n) // high - low]
     whole = cols - cols % wide
     if whole:
         operate(x[:, :whole].view(n, whole // wide, wide), each[:, : whole // wide, None])
@@ -82,11 +84,13 @@ def times_indexed_scales(
         scales: (n, groups), of the same rows.
         groups: (cols,) the group of each column.
     """
-    at = groups.long()
-    x = codes.to(torch.float32, copy=True)
-    if zeros is not None:
-        x.sub_(zeros.float()[:, at])
-    return out.copy_(x.mul_(scales.float()[:, at]))
+    at = groups.int()
+    for start, stop in row_runs(*codes.shape):
+        x = codes[start:stop].to(torch.float32, copy=True)
+        if zeros is not None:
+            x.sub_(zeros[start:stop].float().index_select(1, at))
+        out[start:stop] = x.mul_(scales[start:stop].float().index_select(1, at))
+    return out
 
 
 def extremes(x: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,27 +102,56 @@ def extremes(x: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, tor
     Returns:
         Two of (⌈rows / block[0]⌉, ⌈cols / block[1]⌉).
     """
-    high, wide = block
-    rows, cols = x.shape
-    if rows % high or cols % wide:
-        x = torch.nn.functional.pad(x, (0, -cols % wide, 0, -rows % high))
-    blocks = x.view(-(rows // -high), high, -(cols // -wide), wide)
-    return blocks.amin((1, 3)).clamp_(max=0), blocks.amax((1, 3)).clamp_(min=0)
+    (rows, cols), (high, wide) = x.shape, block
+    whole = cols - cols % wide
+    ends = torch.empty(2, rows, -(cols // -wide))
+    for start, stop in row_runs(rows, cols):
+        run = x[start:stop]
+        blocks = run[:, :whole].view(len(run), whole // wide, wide).transpose(1, 2)
+        if wide < _NARROW:
+            blocks = blocks.contiguous()
+        for end, reduce in zip(ends[:, start:stop], (torch.amin, torch.amax), strict=True):
+            if whole:
+                end[:, : whole // wide] = reduce(blocks, 1)
+            if whole < cols:
+                end[:, -1] = reduce(run[:, whole:], 1)
+    low, most = ends
+    if high > 1:
+        low = torch.stack([lines.amin(0) for lines in torch.split(low, high)])
+        most = torch.stack([lines.amax(0) for lines in torch.split(most, high)])
+    return low.clamp_(max=0), most.clamp_(min=0)
+
+
+def absmax(x: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+    """The largest magnitude of each block, as ``extremes``."""
+    low, high = extremes(x, block)
+    return torch.maximum(low.neg_(), high)
+
+
+def block_sizes(shape: tuple[int, int], block: tuple[int, int]) -> torch.Tensor:
+    """How many numbers each block holds, as ``extremes``."""
+    sides = zip(shape, block, strict=True)
+    down, across = (torch.arange(0, n, side).neg_().add_(n).clamp_(max=side) for n, side in sides)
+    return torch.outer(down, across)
 
 
 def over_scales(
-    x: torch.Tensor, scales: torch.Tensor, block: tuple[int, int], zeros: torch.Tensor | None = None
+    x: torch.Tensor,
+    scales: torch.Tensor,
+    block: tuple[int, int],
+    zeros: torch.Tensor | None = None,
+    first: int = 0,
 ) -> torch.Tensor:
     """X[i, j] / scale[i', j'] + zero[i', j'], in float32 and not yet rounded: what ``times_scales``
     undoes.
 
     Args:
-        x: (rows, cols) float32, the whole weight.
+        x: (n, cols) float32: rows [first, first + n) of the weight.
     """
-    result = x.clone()
-    by_blocks(torch.Tensor.div_, result, scales, block)
+    result = x.clone(memory_format=torch.contiguous_format)
+    by_blocks(torch.Tensor.div_, result, scales, block, first)
     if zeros is not None:
-        by_blocks(torch.Tensor.add_, result, zeros, block)
+        by_blocks(torch.Tensor.add_, result, zeros, block, first)
     return result
 
 

@@ -53,8 +53,8 @@ class Merging:
     )
     requantize: bool = option(
         False,
-        "Where BASE is quantized, write its number format again; in four bits most of a small "
-        "change is lost, and the report says how much is kept.",
+        "Where BASE is quantized, write its number format again, if it is one that is written; in "
+        "four bits most of a small change is lost, and the report says how much is kept.",
         OUTPUT,
         unset="a quantized BASE becomes plain",
     )

@@ -12,6 +12,7 @@ from lora_tools.formats.checkpoint_writer import Sink
 from lora_tools.formats.quantized.packed import PackedWeight
 from lora_tools.quantizing.plan import Item
 from lora_tools.records import TensorResult, TensorSpec
+from lora_tools.sources.schemes.row import is_finite
 
 if TYPE_CHECKING:
     import torch
@@ -56,14 +57,9 @@ def _encoded(item: Item, x: torch.Tensor, buffers: Buffers) -> dict[str, torch.T
     assert item.scheme.encode is not None
     with buffers.lend(item.spec.shape, torch.float32) as wide:
         wide.view(-1).copy_(x)
-        low, high = torch.aminmax(wide)
-        if not (math.isfinite(low) and math.isfinite(high)):
-            raise NonFiniteError(
-                f"{item.name}: holds an inf or a NaN, which has no form in {item.scheme.title}"
-            )
         parts = item.scheme.encode(item.packed, wide)
     for part, tensor in list(parts.items())[1:]:
-        if tensor.is_floating_point() and not tensor.float().isfinite().all():
+        if tensor.is_floating_point() and not is_finite(tensor):
             raise NonFiniteError(
                 f"{item.packed.specs[part].name}: its numbers are so large that a scale overflows"
             )

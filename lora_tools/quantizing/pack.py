@@ -63,7 +63,7 @@ class Way:
     bytes_each: int
 
 
-_ENCODED = Way(encoded.pack, encoded.anew, encoded.ways, encoded.block, 12)
+_ENCODED = Way(encoded.pack, encoded.anew, encoded.ways, encoded.block, 8)
 _OWN: Mapping[str, Way] = {
     BITSANDBYTES.name: Way(four_bits.pack, four_bits.anew, four_bits.ways, four_bits.block, 0)
 }

@@ -13,7 +13,7 @@ from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.formats.quantized.packed import ASIDE, PackedWeight
 from lora_tools.formats.tensor_file import TensorFile
 from lora_tools.records import TensorSpec
-from lora_tools.sources.schemes.row import P, Parts, Scheme
+from lora_tools.sources.schemes.row import P, Parts, Scheme, is_finite
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +85,7 @@ class Dequantized(View, Generic[P]):
         out = torch.empty(stop - start, _matrix(self.specs[name])[1], dtype=dtype or torch.float32)
         if out.numel():
             self.scheme.decode(self.quantized[name], parts or self.parts(name), out, start)
-            if not _is_finite(out):
+            if not is_finite(out):
                 raise NonFiniteError(
                     f"{name}: decodes to an inf or a NaN in {out.dtype}: a code is one, or its "
                     f"scales are too large for its codes; {_AGAIN}"
@@ -123,18 +123,9 @@ def stored_parts(stored: Checkpoint, weight: PackedWeight) -> dict[str, torch.Te
     names = {p: spec.name for p, spec in weight.specs.items() if not p.startswith(ASIDE)}
     parts = {part: stored.tensor(name) for part, name in names.items()}
     for name, tensor in list(zip(names.values(), parts.values(), strict=True))[1:]:
-        if tensor.is_floating_point() and not _is_finite(tensor):
+        if tensor.is_floating_point() and not is_finite(tensor):
             raise NonFiniteError(f"{name}: holds an inf or a NaN; {_AGAIN}")
     return parts
-
-
-def _is_finite(x: torch.Tensor) -> bool:
-    import torch
-
-    if not x.numel():
-        return True
-    low, high = torch.aminmax(x.float() if x.itemsize == 1 else x)  # of a NaN, both are NaN
-    return math.isfinite(float(low)) and math.isfinite(float(high))
 
 
 def _matrix(spec: TensorSpec) -> tuple[int, int]:

@@ -220,8 +220,9 @@ VERBS = {
                 *_RUNNING,
             ),
             "Store CHECKPOINT in four or eight bits (NF4, FP8, NVFP4, …).",
-            """Write CHECKPOINT with its linear layers in four bits, as bitsandbytes and
-            transformers do, or in another number format that vLLM and transformers load (--scheme).
+            """Write CHECKPOINT with its linear layers in fewer bits: in four, as bitsandbytes and
+            transformers do, or in the number format that --scheme names, which vLLM and
+            transformers load.
 
             CHECKPOINT is a Hugging Face folder, a .safetensors file or a hub id
             (org/name[@revision]); --out loads with from_pretrained as it is. Embeddings, norms and
@@ -240,11 +241,12 @@ VERBS = {
                 *_RUNNING,
             ),
             "Turn a quantized CHECKPOINT into a plain one.",
-            """Write the plain checkpoint that CHECKPOINT, in any number format that is read, stands
-            for.
+            """Write the plain checkpoint that CHECKPOINT stands for, in whatever number format that
+            is read (docs/inspect.md).
 
-            Each weight is computed in float32, its code's value times its scale, and rounded
-            once.""",
+            Each weight is computed in float32, as its format's library computes it, and rounded
+            once. Plain numbers in pickles, or in parts as distributed training leaves them, become
+            safetensors (--allow-pickle).""",
             "loratools dequantize base-nf4 -o base --dtype bfloat16",
         ),
         Verb(

@@ -14,12 +14,12 @@ from lora_tools.verbs.frame import Call, verb
 def dequantize(call: Call, checkpoint: str | Path, storage: Storage) -> Prepared:
     """Write to ``out`` the plain checkpoint that a quantized one stands for.
 
-    Each weight is value · scale in float32, rounded once; ``quantization_config`` leaves
-    config.json. Plain numbers that are not in safetensors (pickles, a distributed checkpoint) are
-    written as they are.
+    Each weight is computed in float32, as its format has it, and rounded once;
+    ``quantization_config`` leaves config.json. Plain numbers that are not in safetensors (pickles,
+    a distributed checkpoint) are written as they are.
 
     Args:
-        checkpoint: a folder, a safetensors file or a hub id.
+        checkpoint: a folder, a safetensors or GGUF file or a hub id.
 
     Raises:
         MismatchError: nothing there is quantized, and all is safetensors.

@@ -136,7 +136,7 @@ def _check_call(asked: Comparison) -> None:
     if (asked.base is None) == (asked.against is None):
         raise UsageError(
             "verify needs --base with --adapter (a merged checkpoint) or --tuned (an "
-            "adapter), or --against (four bits or ONNX)"
+            "adapter), or --against (a quantized checkpoint or ONNX)"
         )
     if asked.against is not None and asked.tuned is not None:
         raise UsageError("--tuned goes with --base")

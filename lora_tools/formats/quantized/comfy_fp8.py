@@ -19,16 +19,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lora_tools.errors import CheckpointError
-from lora_tools.formats.quantized.fp8 import (
-    FP8,
-    fp8_weight,
-    is_codes,
-    put_aside,
-    refuse_orphans,
-    scale_of,
-    settings,
-)
-from lora_tools.formats.quantized.packed import plain_dtype, with_activations
+from lora_tools.formats.quantized.fp8 import FP8, fp8_weight, is_codes, refuse_orphans, scale_of
+from lora_tools.formats.quantized.packed import entry_of, plain_dtype, put_aside, with_activations
 from lora_tools.formats.safetensors_file import strict_json
 from lora_tools.records import TensorSpec
 
@@ -62,7 +54,7 @@ def find_comfy(
         CheckpointError: a mark is not what is known here, a scale is missing or left over, or
             it does not fit its weight.
     """
-    if settings(config) or not shows(specs, metadata):
+    if entry_of(config) or not shows(specs, metadata):
         return {}
     marks = [spec for spec in specs.values() if spec.name.rpartition(".")[2] in (MARK, LAYER)]
     said = _layers(marks, read, metadata)
@@ -76,7 +68,8 @@ def find_comfy(
     found = with_activations(found, specs)
     for mark in marks if found else ():
         weight = mark.name.removesuffix(LAYER) + "weight"
-        put_aside(found, weight if weight in found else next(iter(found)), mark)
+        owner = weight if weight in found else next(iter(found))
+        found[owner] = put_aside(found[owner], mark)
     refuse_orphans(found, specs)
     return found
 

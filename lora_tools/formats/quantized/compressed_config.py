@@ -10,8 +10,8 @@ from typing import Any
 from lora_tools.errors import CheckpointError
 from lora_tools.formats.names import EMBEDDING
 from lora_tools.formats.quantized.compressed_tensors import METHOD, WRITTEN, Settings
+from lora_tools.formats.quantized.packed import ENTRIES, said_in
 
-_ENTRIES = ("quantization_config", "compression_config")
 # Formats whose name says how numbers are stored, whatever else a config says of them.
 _ALONE = {
     WRITTEN["nvfp4"].form: WRITTEN["nvfp4"],
@@ -122,13 +122,10 @@ def groups_of(config: Mapping[str, Any]) -> Groups | None:
 
 
 def _entry(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    text = config.get("text_config")
-    for holder in (config, text if isinstance(text, Mapping) else {}):
-        for key in _ENTRIES:
-            entry = holder.get(key)
-            if isinstance(entry, Mapping) and _is_own(entry):
-                inner = entry.get("quantization_config")  # of files by sparseml
-                return inner if isinstance(inner, Mapping) else entry
+    for entry in said_in(config, ENTRIES):
+        if isinstance(entry, Mapping) and _is_own(entry):
+            inner = entry.get("quantization_config")  # of files by sparseml
+            return inner if isinstance(inner, Mapping) else entry
     return None
 
 

@@ -28,8 +28,8 @@ from typing import Any
 from lora_tools.errors import CheckpointError
 from lora_tools.formats.quantized.packed import (
     ACTIVATIONS,
-    ASIDE,
     Packed,
+    entry_of,
     plain_dtype,
     with_activations,
 )
@@ -86,19 +86,9 @@ def matrices(shape: tuple[int, ...], stacked: int) -> tuple[int, int, int]:
     return stacked, math.prod(shape) // max(cols * stacked, 1), cols
 
 
-def settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What config.json says of how numbers are stored, of the model or of its text; else {}."""
-    text = config.get("text_config")
-    for said in (config, text if isinstance(text, Mapping) else {}):
-        for key in ("quantization_config", "compression_config"):
-            if isinstance(said.get(key), Mapping) and said[key]:
-                return said[key]  # type: ignore[no-any-return]
-    return {}
-
-
 def method(config: Mapping[str, Any]) -> str:
     """The scheme that config.json names, in lower case; "" where it names none."""
-    said = settings(config)
+    said = entry_of(config)
     return str(said.get("quant_method") or said.get("quant_algo") or bool(said) * "?").lower()
 
 
@@ -132,7 +122,7 @@ def find_fp8(
     _stated(config)
     codes = [spec for spec in specs.values() if is_codes(spec, specs)]
     scales = {spec.name: scale_of(spec, specs, config) for spec in codes}
-    is_scaled = is_scaled or any(scales.values()) or bool(settings(config))
+    is_scaled = is_scaled or any(scales.values()) or bool(entry_of(config))
     dtype = plain_dtype(config)
     found = {}
     for spec in codes:
@@ -199,7 +189,7 @@ def fp8_weight(
     grid, block, label = found
     if scale.dtype == "U8" and not scale.name.endswith("_scale_inv") and block != (1, 32):
         raise _unfit(codes, scale, "as floats; bytes are powers of two, of 32 numbers each")
-    is_power = scale.dtype in POWERS or settings(config).get("scale_fmt") == "ue8m0"
+    is_power = scale.dtype in POWERS or entry_of(config).get("scale_fmt") == "ue8m0"
     return FP8(plain, {CODES: codes, SCALE: scale}, f"{kind} {label}", grid, block, is_power)
 
 
@@ -289,7 +279,7 @@ def _is_gate_up(codes: TensorSpec) -> bool:
 
 def _stated(config: Mapping[str, Any]) -> tuple[int, int] | None:
     """The block size that config.json states, if it does. Raises CheckpointError."""
-    said = settings(config).get("weight_block_size")
+    said = entry_of(config).get("weight_block_size")
     if said is None:
         return None
     whole = isinstance(said, list) and all(type(n) is int and n > 0 for n in said)
@@ -317,13 +307,6 @@ def _side(length: int, count: int, stated: int | None) -> int:
         return BLOCK[0]
     size, rest = divmod(length, count)
     return size if not rest and size >= 16 and not size & (size - 1) else 0
-
-
-def put_aside(found: dict[str, FP8], owner: str, spec: TensorSpec) -> None:
-    """The tensor goes with a weight, and is of no use to its numbers."""
-    weight = found[owner]
-    specs = {**weight.specs, ASIDE + spec.name: spec}
-    found[owner] = dataclasses.replace(weight, specs=specs)
 
 
 def refuse_orphans(found: Mapping[str, FP8], specs: Mapping[str, TensorSpec]) -> None:

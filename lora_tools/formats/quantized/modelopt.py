@@ -17,7 +17,13 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from lora_tools.errors import CheckpointError
-from lora_tools.formats.quantized.packed import ACTIVATIONS, Packed, plain_dtype, with_activations
+from lora_tools.formats.quantized.packed import (
+    ACTIVATIONS,
+    Packed,
+    entry_of,
+    plain_dtype,
+    with_activations,
+)
 from lora_tools.records import TensorSpec
 
 FILE = "hf_quant_config.json"
@@ -53,8 +59,7 @@ def find_nvfp4(
         CheckpointError: parts are missing, of other shapes, or lie beside others that change what
             the weight is.
     """
-    entry = config.get("quantization_config")
-    said = entry if isinstance(entry, Mapping) else {}
+    said = entry_of(config)
     if said.get("quant_method") not in _METHODS:
         return {}
     found, inner = {}, file.get("quantization")

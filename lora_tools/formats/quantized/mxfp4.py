@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_tools.errors import CheckpointError
-from lora_tools.formats.quantized.packed import Packed, plain_dtype
+from lora_tools.formats.quantized.packed import Packed, entry_of, plain_dtype
 from lora_tools.records import TensorSpec
 
 BLOCKS, SCALES = "blocks", "scales"
@@ -33,9 +33,7 @@ def find_mxfp4(specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> di
     Raises:
         CheckpointError: blocks without scales or the other way round, or shapes that do not fit.
     """
-    entry = config.get("quantization_config")
-    said = entry.get("quant_method") if isinstance(entry, Mapping) else None
-    if said not in (None, "mxfp4"):
+    if entry_of(config).get("quant_method") not in (None, "mxfp4"):
         return {}
     found = {}
     for spec in specs.values():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from lora_tools.formats.dtypes import FLOAT_NAMES, parse_float_dtype
 from lora_tools.records import TensorSpec
 
+# Where a config.json says how numbers are stored.
+ENTRIES = ("quantization_config", "compression_config")
 # What the names of parts begin with that are of no use to a weight's numbers (scales of
 # activations, marks): they are not read, and lie in no plain copy.
 ASIDE = "aside: "
@@ -73,16 +75,25 @@ class Packed:
     label: str
 
 
+def said_in(config: Mapping[str, Any], keys: Sequence[str]) -> Iterator[Any]:
+    """What config.json says under these keys, of the model first and then of its text."""
+    text = config.get("text_config")
+    for holder in (config, text if isinstance(text, Mapping) else {}):
+        yield from (holder[key] for key in keys if key in holder)
+
+
+def entry_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What config.json says of how numbers are stored; {} where it says nothing of it."""
+    said = said_in(config, ENTRIES)
+    return next((entry for entry in said if isinstance(entry, Mapping) and entry), {})
+
+
 def plain_dtype(config: Mapping[str, Any]) -> str:
     """The dtype of a plain copy of a quantized checkpoint, by safetensors' name: what config.json
     says (``dtype``, ``torch_dtype``, of the model or of its text), and BF16 where it says none."""
-    text = config.get("text_config")
-    for said in (config, text if isinstance(text, Mapping) else {}):
-        for key in ("dtype", "torch_dtype"):
-            name = str(said.get(key)).removeprefix("torch.")
-            if name in FLOAT_NAMES:
-                return parse_float_dtype(name)
-    return "BF16"
+    names = (str(said).removeprefix("torch.") for said in said_in(config, ("dtype", "torch_dtype")))
+    known = next((name for name in names if name in FLOAT_NAMES), "bfloat16")
+    return parse_float_dtype(known)
 
 
 W = TypeVar("W", bound=Packed)
@@ -101,6 +112,10 @@ def with_activations(found: Mapping[str, W], specs: Mapping[str, TensorSpec]) ->
         ending = next((a for a in ACTIVATIONS if name.endswith((f".{a}", f"_{a}"))), "")
         owner = owners.get(name[: -len(ending) - 1]) if ending else None
         if owner is not None:
-            parts_of = {**result[owner].specs, ASIDE + name: spec}
-            result[owner] = dataclasses.replace(result[owner], specs=parts_of)
+            result[owner] = put_aside(result[owner], spec)
     return result
+
+
+def put_aside(weight: W, spec: TensorSpec) -> W:
+    """The weight with a tensor that goes with it, and is of no use to its numbers."""
+    return dataclasses.replace(weight, specs={**weight.specs, ASIDE + spec.name: spec})

@@ -9,6 +9,7 @@ from typing import Any
 from lora_tools.errors import CheckpointError
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.json_file import read_object
+from lora_tools.formats.quantized.packed import entry_of
 
 # What must not be said in two ways, since it says what codes stand for.
 _OF_CODES = ("bits", "group_size", "checkpoint_format", "format", "version", "zero_point")
@@ -26,12 +27,12 @@ def settings_of(
     Raises:
         CheckpointError: they contradict each other.
     """
-    entry = _entry(stored.config)
-    if entry is not None and str(entry.get("quant_method")).lower() not in methods:
+    entry = entry_of(stored.config)
+    if entry and str(entry.get("quant_method")).lower() not in methods:
         return None
     path, beside = _beside(stored, methods, files)
-    if entry is None or beside is None:
-        return entry if entry is not None else beside
+    if not entry or beside is None:
+        return entry or beside
     for key in _OF_CODES:
         if key in entry and beside.get(key, entry[key]) != entry[key]:
             raise CheckpointError(
@@ -52,12 +53,3 @@ def _beside(
             if str(named).lower() in methods:
                 return path, said
     return stored.path, None
-
-
-def _entry(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    text = config.get("text_config")
-    for said in (config, text if isinstance(text, Mapping) else {}):
-        entry = said.get("quantization_config")
-        if isinstance(entry, Mapping) and entry:
-            return entry
-    return None

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from lora_tools.formats.quantized.packed import ENTRIES
 from lora_tools.records import TensorSpec
 
 _WHOLE = ("I8", "U8", "I16", "U16", "I32", "U32")
@@ -113,7 +114,7 @@ SIGNS = (
     Sign("whole numbers in a weight's place", (".weight",), (*_WHOLE, "I64", "U64")),
 )  # fmt: skip
 # Entries of a config.json, at whatever depth, and files beside it.
-_ENTRIES = ("quantization_config", "compression_config", "quantization")
+_ENTRIES = (*ENTRIES, "quantization")
 FILES = {
     "hf_quant_config.json": "ModelOpt (FP8 or NVFP4)",
     "quantize_config.json": "GPTQ",

@@ -24,8 +24,8 @@ def _find(stored: Checkpoint) -> Mapping[str, QWeight]:
 def _decode(weight: QWeight, parts: Parts, out: torch.Tensor, first: int) -> None:
     """What ``dequantize_gemm`` of AutoAWQ and GPTQModel gives, which rounds to the scales' dtype
     the products that are rounded to the plain one here."""
+    from lora_tools.linalg.bits import awq_stream
     from lora_tools.linalg.scaled import times_scales
-    from lora_tools.linalg.words import awq_stream
 
     last = first + len(out)
     codes, zeros = (awq_stream(parts[part], first, last) for part in (QWEIGHT, QZEROS))
@@ -35,13 +35,12 @@ def _decode(weight: QWeight, parts: Parts, out: torch.Tensor, first: int) -> Non
             "zero_point false: libraries read it in two ways; give the model that it was quantized "
             "from"
         )
-    times_scales(
-        codes.T.contiguous(), parts[SCALES][:, first:last].T, (1, weight.group), out, 0, zeros.T
-    )
+    scales = parts[SCALES][:, first:last].T
+    times_scales(codes, scales, (1, weight.group), out, 0, zeros)
 
 
 def _rounding(weight: QWeight, parts: Parts) -> float:
-    from lora_tools.linalg.words import uniform_noise
+    from lora_tools.linalg.noise import uniform_noise
 
     return uniform_noise(parts[SCALES], weight.group)
 

@@ -48,7 +48,7 @@ def _encode(weight: Int8Weight, x: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def _rounding(weight: Int8Weight, parts: Parts) -> float:
     from lora_tools.linalg.int8 import LARGEST
-    from lora_tools.linalg.words import uniform_noise
+    from lora_tools.linalg.noise import uniform_noise
 
     return uniform_noise(parts[SCB] / LARGEST, weight.specs[CODES].shape[1])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from lora_tools.errors import CheckpointError, NonFiniteError
+from lora_tools.errors import CheckpointError
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.formats.quantized.compressed_find import find_compressed
@@ -19,12 +19,11 @@ from lora_tools.formats.quantized.compressed_tensors import (
     CompressedWeight,
     Settings,
 )
-from lora_tools.sources.schemes.row import Parts, Scheme
+from lora_tools.sources.schemes.row import Parts, Scheme, refuse_non_finite
 
 if TYPE_CHECKING:
     import torch
 
-_ROWS = 1024  # at a time: codes are unpacked into wider numbers
 # By bits of a float: the exponent of the largest, and the bits of mantissa that scales in E8M0 are
 # rounded by (of E4M3, too, the package takes those of E2M1).
 _EXPONENTS = {4: (2, 1), 6: (2, 3), 8: (8, 1)}
@@ -40,37 +39,52 @@ def _find(stored: Checkpoint) -> Mapping[str, CompressedWeight]:
         raise CheckpointError(f"{stored.path}: {error}") from None
 
 
-def _numbers(
-    weight: CompressedWeight, parts: Parts, rows: slice, errors: bool = False
-) -> torch.Tensor:
-    """Rows of what is scaled, (n, cols): what the codes stand for, or the mean square of what
-    rounding to each of them costs."""
+def _codes(weight: CompressedWeight, parts: Parts, rows: slice) -> torch.Tensor:
+    """Rows of what is stored in few bits, or of whole numbers, each by itself: (n, cols)."""
     import torch
 
-    from lora_tools.linalg import bits, e2m1, noise
+    from lora_tools.linalg import bits
 
-    settings, cols = weight.settings, weight.matrix[1]
     packed = parts[next(iter(weight.specs))]
     packed = packed.reshape(-1, packed.shape[-1])[rows]
-    if settings.kind == "int":
-        if errors:
-            return torch.full((1, 1), 1 / 12).expand(len(packed), cols)
-        return _integers(packed, weight, cols) if weight.packing else packed
+    if weight.settings.kind == "int":
+        return _integers(packed, weight, weight.matrix[1]) if weight.packing else packed
     if packed.dtype == torch.float8_e4m3fn:
-        if not errors:
-            return packed
-        every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-        return noise.errors_by_code(every).float()[packed.view(torch.uint8).long()]
-    table = e2m1.values() if settings.bits == 4 else e2m1.six_bit_values()
-    if errors:
-        table = noise.errors_by_code(table).float()
-    if settings.bits == 4:
-        return e2m1.unpack_e2m1(packed, table)
-    return table[bits.unpack(packed, settings.bits, cols).long()]
+        return packed.view(torch.uint8)
+    return bits.unpack(packed, weight.settings.bits, weight.matrix[1])
+
+
+def _values(weight: CompressedWeight) -> torch.Tensor:
+    """What each code of a float stands for, float32."""
+    import torch
+
+    from lora_tools.linalg import e2m1
+
+    if weight.settings.bits == 8:
+        return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    return e2m1.values() if weight.settings.bits == 4 else e2m1.six_bit_values()
+
+
+def _numbers(weight: CompressedWeight, parts: Parts, rows: slice) -> torch.Tensor:
+    """Rows of what is scaled, (n, cols)."""
+    import torch
+
+    from lora_tools.linalg import e2m1
+
+    settings = weight.settings
+    if settings.kind == "float" and settings.bits == 4:
+        packed = parts[next(iter(weight.specs))]
+        return e2m1.unpack_e2m1(packed.reshape(-1, packed.shape[-1])[rows])
+    codes = _codes(weight, parts, rows)
+    if settings.kind == "int":
+        return codes
+    if settings.bits == 8:
+        return codes.view(torch.float8_e4m3fn)
+    return _values(weight).index_select(0, codes.flatten().int()).view(codes.shape)
 
 
 def _integers(packed: torch.Tensor, weight: CompressedWeight, count: int) -> torch.Tensor:
-    """(rows, count) int16, of (rows, words) int32."""
+    """(rows, count) int8, of (rows, words) int32."""
     import torch
 
     from lora_tools.linalg import bits
@@ -79,10 +93,8 @@ def _integers(packed: torch.Tensor, weight: CompressedWeight, count: int) -> tor
     if weight.packing == ALIGNED:
         unsigned = bits.unpack_words(packed, number, count)
     else:
-        rows, width = packed.shape
-        flat = packed.contiguous().view(-1).view(torch.uint8)  # a column's own stride is no bytes'
-        unsigned = bits.unpack(flat.view(rows, 4 * width), number, count)
-    return unsigned.to(torch.int16) - (1 << (number - 1))
+        unsigned = bits.stream(packed, number, 0, count)
+    return (unsigned - (1 << (number - 1))).view(torch.int8)
 
 
 def _scales(weight: CompressedWeight, parts: Parts, lines: slice) -> torch.Tensor:
@@ -116,52 +128,40 @@ def _zeros(weight: CompressedWeight, parts: Parts, lines: slice) -> torch.Tensor
     return zeros.reshape(-1, zeros.shape[-1] if zeros.dim() else 1)[lines].float()
 
 
-def _times_scales(
-    weight: CompressedWeight,
-    parts: Parts,
-    numbers: torch.Tensor,
-    out: torch.Tensor,
-    first: int,
-    squared: bool = False,
-) -> None:
-    """Rows of numbers, less their zero points, times their scales, or the squares of these."""
-    from lora_tools.linalg import scaled
-
-    block = weight.block
-    rows = slice(first, first + len(out))
-    lines, start = (rows, 0) if block[0] == 1 else (slice(None), first)
-    scales = _scales(weight, parts, lines)
-    zeros = None if squared else _zeros(weight, parts, lines)
-    scales = scales.square() if squared else scales
-    groups = _groups(weight, parts) if G_IDX in weight.specs else None
-    if groups is None:
-        scaled.times_scales(numbers, scales, block, out, start, zeros)
-    else:
-        scaled.times_indexed_scales(numbers, scales, groups, out, zeros)
-
-
 def _decode(weight: CompressedWeight, parts: Parts, out: torch.Tensor, first: int) -> None:
     """(code − zero point) · scale, as ``lifecycle.forward_helpers._dequantize`` has it. That
     computes in the dtype of the scales, and this in float32: the same where a plain weight is of
     the scales' dtype, and not rounded to it where it is wider."""
-    for start in range(0, len(out), _ROWS):
-        mine = out[start : start + _ROWS]
-        at = first + start
-        numbers = _numbers(weight, parts, slice(at, at + len(mine)))
-        _times_scales(weight, parts, numbers, mine, at)
+    from lora_tools.linalg import scaled
+    from lora_tools.linalg.runs import row_runs
+
+    high, last = weight.block[0], first + len(out)
+    lines = slice(first // high, -(last // -high))
+    scales, zeros = _scales(weight, parts, lines), _zeros(weight, parts, lines)
+    groups = _groups(weight, parts) if G_IDX in weight.specs else None
+    for start, stop in row_runs(*out.shape):
+        run = out[start:stop]
+        numbers = _numbers(weight, parts, slice(first + start, first + stop))
+        if groups is None:
+            at = first + start - lines.start * high
+            scaled.times_scales(numbers, scales, weight.block, run, at, zeros)
+        else:
+            own = None if zeros is None else zeros[start:stop]
+            scaled.times_indexed_scales(numbers, scales[start:stop], groups, run, own)
 
 
 def _rounding(weight: CompressedWeight, parts: Parts) -> float:
-    import torch
+    from lora_tools.linalg import noise, scaled
 
-    rows, cols = weight.matrix
-    total = 0.0
-    for first in range(0, rows, _ROWS):
-        chunk = slice(first, min(first + _ROWS, rows))
-        costs = torch.empty(chunk.stop - first, cols)
-        _times_scales(weight, parts, _numbers(weight, parts, chunk, True), costs, first, True)
-        total += float(costs.sum(dtype=torch.float64))
-    return total
+    every = slice(None)
+    scales = _scales(weight, parts, every)
+    if weight.settings.kind == "int":
+        return noise.uniform_noise(scales, scaled.block_sizes(weight.matrix, weight.block))
+    codes, errors = _codes(weight, parts, every), noise.errors_by_code(_values(weight))
+    groups = _groups(weight, parts) if G_IDX in weight.specs else None
+    if groups is not None:
+        codes = codes[:, groups.argsort(stable=True)]
+    return noise.codes_noise(codes, errors, scales, weight.block)
 
 
 def _groups(weight: CompressedWeight, parts: Parts) -> torch.Tensor | None:
@@ -192,19 +192,21 @@ def _encode(weight: CompressedWeight, x: torch.Tensor) -> dict[str, torch.Tensor
     import torch
 
     from lora_tools.linalg import scaled
+    from lora_tools.linalg.runs import row_runs
 
-    name = weight.plain.name
-    if not bool(torch.isfinite(x).all()):
-        raise NonFiniteError(f"{name}: holds an inf or a NaN, which {weight.label} cannot store")
+    refuse_non_finite(weight, x)
     if G_IDX in weight.specs:
         raise CheckpointError(
-            f"{name}: its groups of columns are listed ({G_IDX}), and are not found anew here; "
-            "run loratools dequantize first"
+            f"{weight.plain.name}: its groups of columns are listed ({G_IDX}), and are not found "
+            "anew here; run loratools dequantize first"
         )
     x = x.float().reshape(weight.matrix)
     stored, scales, zeros = _new_scales(weight, x)
-    codes = _packed(weight, scaled.over_scales(x, scales, weight.block, zeros))
-    stored[next(iter(weight.specs))] = codes
+    runs = []
+    for start, stop in row_runs(*weight.matrix):
+        over = scaled.over_scales(x[start:stop], scales, weight.block, zeros, start)
+        runs.append(_packed(weight, over))
+    stored[next(iter(weight.specs))] = torch.cat(runs)
     if SHAPE in weight.specs:
         stored[SHAPE] = torch.tensor(weight.plain.shape)
     return {
@@ -223,17 +225,18 @@ def _new_scales(
     from lora_tools.linalg import e2m1, scaled
 
     specs, settings = weight.specs, weight.settings
-    low, high = scaled.extremes(x, weight.block)
-    largest = torch.maximum(-low, high)
     if GLOBAL_SCALE in specs:
+        largest = scaled.absmax(x, weight.block)
         own = weight.shared is None
         whole = e2m1.global_scale(largest.amax()) if own else torch.tensor([weight.shared])
         groups = e2m1.group_scales(largest, whole)
         return {GLOBAL_SCALE: whole, SCALE: groups}, groups.float() / whole, None
     if specs[SCALE].dtype in ("U8", "F8_E8M0"):
+        largest = scaled.absmax(x, weight.block)
         exponents = e2m1.shared_exponents(largest, *_EXPONENTS[settings.bits])
         as_stored = exponents.view(torch_dtype(specs[SCALE].dtype))
         return {SCALE: as_stored}, e2m1.powers(exponents), None
+    low, high = scaled.extremes(x, weight.block)
     scales, zeros = scaled.linear_scales(low, high, _ends(settings), settings.symmetric)
     scales = scales.to(torch_dtype(specs[SCALE].dtype))
     scales[scales == 0] = torch.finfo(scales.dtype).eps
@@ -262,7 +265,13 @@ def _packed(weight: CompressedWeight, codes: torch.Tensor) -> torch.Tensor:
     codes = codes.clamp_(*_ends(settings))
     if settings.kind == "float":
         return codes.to(torch.float8_e4m3fn)
-    return _in_words(codes.round_(), weight) if weight.packing else codes.round_()
+    codes.round_()
+    return _in_words(codes, weight) if weight.packing else codes.to(_dtype(weight))
+
+
+def _dtype(weight: CompressedWeight) -> torch.dtype:
+    """Of what holds the codes."""
+    return torch_dtype(next(iter(weight.specs.values())).dtype)
 
 
 def _in_words(codes: torch.Tensor, weight: CompressedWeight) -> torch.Tensor:
@@ -275,11 +284,7 @@ def _in_words(codes: torch.Tensor, weight: CompressedWeight) -> torch.Tensor:
     unsigned = (codes + (1 << (number - 1))).to(torch.uint8)
     if weight.packing == ALIGNED:
         return bits.pack_words(unsigned, number)
-    packed = bits.pack(unsigned, number)
-    rows, count = packed.shape
-    words = torch.zeros(rows, -(count // -4), 4, dtype=torch.uint8)
-    words.view(rows, -1)[:, :count] = packed
-    return words.view(torch.int32).squeeze(-1)
+    return bits.to_stream(unsigned, number)
 
 
 def _ends(settings: Settings) -> tuple[float, float]:

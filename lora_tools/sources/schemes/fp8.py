@@ -6,13 +6,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lora_tools.errors import NonFiniteError
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.formats.quantized import comfy_fp8, fp8
 from lora_tools.formats.quantized.fp8 import CODES, FP8, SCALE
+from lora_tools.formats.quantized.packed import entry_of
 from lora_tools.records import TensorSpec
-from lora_tools.sources.schemes.row import Parts, Scheme
+from lora_tools.sources.schemes.row import Parts, Scheme, refuse_non_finite
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +73,7 @@ def _encode(weight: FP8, x: torch.Tensor) -> dict[str, torch.Tensor]:
     dtype = torch_dtype(codes_spec.dtype)
     if weight.grid is None:
         largest = torch.finfo(dtype).max
-        _check_finite(weight, x)
+        refuse_non_finite(weight, x)
         return {CODES: x.clamp(-largest, largest).to(dtype)}
     spec = weight.specs[SCALE]
     held = torch.float8_e8m0fnu if spec.dtype in fp8.POWERS else torch_dtype(spec.dtype)
@@ -86,36 +86,30 @@ def _encode(weight: FP8, x: torch.Tensor) -> dict[str, torch.Tensor]:
         else:
             found = linalg.encode_divided(matrix, weight.block, dtype, held)
         codes[i], scales[i] = found
-    _check_finite(weight, scales.float().reciprocal())
-    _check_finite(weight, scales.float())
+    refuse_non_finite(weight, scales.float().reciprocal())
+    refuse_non_finite(weight, scales.float())
     stored = scales.reshape(spec.shape)
     stored = stored.view(torch.uint8) if spec.dtype == "U8" else stored
     return {CODES: codes.reshape(codes_spec.shape), SCALE: stored}
 
 
-def _check_finite(weight: FP8, x: torch.Tensor) -> None:
+def _rounding(weight: FP8, parts: Parts) -> float:
     import torch
 
-    if not bool(torch.isfinite(x).all()):
-        raise NonFiniteError(
-            f"{weight.plain.name}: holds an inf or a NaN, which has no scale in eight-bit floats"
-        )
-
-
-def _rounding(weight: FP8, parts: Parts) -> float:
     from lora_tools.linalg.fp8 import rounding_loss
 
-    codes, scales = parts[CODES], _scales(weight, parts)
+    scales, block = _scales(weight, parts), weight.block
     if scales is None:
-        return rounding_loss(codes.reshape(1, -1), None, weight.block)
-    stacked = codes.reshape(weight.matrices)
-    return sum(rounding_loss(c, s, weight.block) for c, s in zip(stacked, scales, strict=True))
+        _, rows, cols = weight.matrices
+        scales, block = torch.ones(1, 1, 1), (max(rows, 1), max(cols, 1))
+    stacked = parts[CODES].reshape(weight.matrices)
+    return sum(rounding_loss(c, s, block) for c, s in zip(stacked, scales, strict=True))
 
 
 def _faults(
     config: Mapping[str, Any], specs: Mapping[str, TensorSpec], weights: Mapping[str, FP8]
 ) -> Sequence[str]:
-    if fp8.settings(config) or not any(weight.grid for weight in weights.values()):
+    if entry_of(config) or not any(weight.grid for weight in weights.values()):
         return ()
     return ("has no quantization_config: a loader takes codes for weights",)
 

@@ -26,8 +26,8 @@ def _decode(weight: QWeight, parts: Parts, out: torch.Tensor, first: int) -> Non
     the same products to float16."""
     import torch
 
+    from lora_tools.linalg.bits import stream
     from lora_tools.linalg.scaled import times_indexed_scales, times_scales
-    from lora_tools.linalg.words import stream
 
     last, outs, inputs = first + len(out), parts[SCALES].shape[1], _inputs(weight)
     rows, cols = ((0, outs), (first, last)) if weight.transposed else ((first, last), (0, inputs))
@@ -87,7 +87,7 @@ def _groups(weight: QWeight, parts: Parts) -> torch.Tensor:
 def _rounding(weight: QWeight, parts: Parts) -> float:
     import torch
 
-    from lora_tools.linalg.words import uniform_noise
+    from lora_tools.linalg.noise import uniform_noise
 
     counts = torch.bincount(_groups(weight, parts), minlength=len(parts[SCALES]))
     return uniform_noise(parts[SCALES], counts[:, None])

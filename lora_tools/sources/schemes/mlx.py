@@ -23,25 +23,19 @@ def _decode(weight: MlxWeight, parts: Parts, out: torch.Tensor, first: int) -> N
     """What ``mx.dequantize`` gives for scales in float32, to the bit. In fewer bits that rounds the
     product and then the sum, by which half of its numbers differ from these: its error is three
     times that of rounding once, as is done here."""
-    import torch
-
+    from lora_tools.linalg.bits import stream
     from lora_tools.linalg.scaled import times_scales
-    from lora_tools.linalg.words import stream
 
     last, cols = first + len(out), out.shape[1]
     words, scales, biases = (
         parts[part].flatten(0, -2)[first:last] for part in (CODES, SCALES, BIASES)
     )
     codes = stream(words, weight.bits, 0, cols)
-    into = out if out.dtype == torch.float32 else torch.empty(out.shape)
-    times_scales(codes, scales, (1, weight.group), into)
-    into.view(len(out), -1, weight.group).add_(biases.float()[:, :, None])
-    if into is not out:
-        out.copy_(into)
+    times_scales(codes, scales, (1, weight.group), out, biases=biases)
 
 
 def _rounding(weight: MlxWeight, parts: Parts) -> float:
-    from lora_tools.linalg.words import uniform_noise
+    from lora_tools.linalg.noise import uniform_noise
 
     return uniform_noise(parts[SCALES], weight.group)
 

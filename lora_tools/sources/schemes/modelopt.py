@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from lora_tools.errors import NonFiniteError
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.json_file import read_object
 from lora_tools.formats.quantized.fp8 import FP8, find_fp8
@@ -20,12 +19,10 @@ from lora_tools.formats.quantized.modelopt import (
 )
 from lora_tools.formats.quantized.packed import Packed
 from lora_tools.sources.schemes.fp8 import FLOATS
-from lora_tools.sources.schemes.row import Parts, Scheme
+from lora_tools.sources.schemes.row import Parts, Scheme, refuse_non_finite
 
 if TYPE_CHECKING:
     import torch
-
-_ROWS = 1024  # at a time: codes are unpacked into wider numbers
 
 
 def _find(stored: Checkpoint) -> Mapping[str, Packed]:
@@ -51,12 +48,12 @@ def _decode(weight: Packed, parts: Parts, out: torch.Tensor, first: int) -> None
         FLOATS.decode(weight, parts, out, first)
         return
     from lora_tools.linalg import e2m1, scaled
+    from lora_tools.linalg.runs import row_runs
 
-    for start in range(0, len(out), _ROWS):
-        mine = out[start : start + _ROWS]
-        rows = slice(first + start, first + start + len(mine))
+    for start, stop in row_runs(*out.shape):
+        rows = slice(first + start, first + stop)
         numbers = e2m1.unpack_e2m1(parts[CODES][rows])
-        scaled.times_scales(numbers, _scales(parts, rows), (1, GROUP), mine)
+        scaled.times_scales(numbers, _scales(parts, rows), (1, GROUP), out[start:stop])
 
 
 def _encode(weight: Packed, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -64,37 +61,29 @@ def _encode(weight: Packed, x: torch.Tensor) -> dict[str, torch.Tensor]:
     import torch
 
     from lora_tools.linalg import e2m1, scaled
+    from lora_tools.linalg.runs import row_runs
 
     if isinstance(weight, FP8):
         assert FLOATS.encode is not None
         return FLOATS.encode(weight, x)
-    if not bool(torch.isfinite(x).all()):
-        name = weight.plain.name
-        raise NonFiniteError(f"{name}: holds an inf or a NaN, which NVFP4 cannot store")
-    x = x.float()
-    low, high = scaled.extremes(x, (1, GROUP))
+    refuse_non_finite(weight, x)
     shared = weight.shared if isinstance(weight, NVFP4) else None
     given = None if shared is None else torch.tensor(shared)
-    scales, whole = e2m1.two_scales(torch.maximum(-low, high), given)
-    codes = e2m1.nearest_e2m1(scaled.over_scales(x, scales.float() * whole, (1, GROUP)))
-    whole = whole.reshape(weight.specs[WHOLE].shape)
-    return {CODES: e2m1.pack_e2m1(codes), SCALE: scales, WHOLE: whole}
+    groups, whole = e2m1.two_scales(scaled.absmax(x, (1, GROUP)), given)
+    scales = groups.float() * whole
+    codes = torch.empty(weight.specs[CODES].shape, dtype=torch.uint8)
+    for start, stop in row_runs(*x.shape):
+        over = scaled.over_scales(x[start:stop], scales, (1, GROUP), None, start)
+        codes[start:stop] = e2m1.pack_e2m1(e2m1.nearest_e2m1(over))
+    return {CODES: codes, SCALE: groups, WHOLE: whole.reshape(weight.specs[WHOLE].shape)}
 
 
 def _rounding(weight: Packed, parts: Parts) -> float:
-    import torch
-
-    from lora_tools.linalg import e2m1, noise
+    from lora_tools.linalg.e2m1 import e2m1_noise
 
     if isinstance(weight, FP8):
         return FLOATS.rounding(weight, parts) if FLOATS.rounding else 0.0
-    table, total = noise.errors_by_code(e2m1.values()).float(), 0.0
-    for first in range(0, len(parts[CODES]), _ROWS):
-        rows = slice(first, first + _ROWS)
-        scales, costs = _scales(parts, rows), e2m1.unpack_e2m1(parts[CODES][rows], table)
-        costs = costs.view(*scales.shape, GROUP).sum(-1, dtype=torch.float64)
-        total += float((costs * scales.double().square()).sum())
-    return total
+    return e2m1_noise(parts[CODES], _scales(parts, slice(None)), GROUP)
 
 
 def _shared(weight: Packed, parts: Parts) -> float | None:

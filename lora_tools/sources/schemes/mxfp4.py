@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from lora_tools.errors import NonFiniteError
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.formats.quantized.mxfp4 import BLOCKS, GROUP, SCALES, find_mxfp4
 from lora_tools.formats.quantized.packed import Packed
-from lora_tools.sources.schemes.row import Parts, Scheme
+from lora_tools.sources.schemes.row import Parts, Scheme, refuse_non_finite
 
 if TYPE_CHECKING:
     import torch
@@ -53,30 +52,33 @@ def _encode(weight: Packed, x: torch.Tensor) -> dict[str, torch.Tensor]:
     not published how it chose its own."""
     import torch
 
-    from lora_tools.linalg import e2m1
+    from lora_tools.linalg import e2m1, scaled
+    from lora_tools.linalg.runs import row_runs
 
-    if not bool(torch.isfinite(x).all()):
-        name = weight.plain.name
-        raise NonFiniteError(f"{name}: holds an inf or a NaN, which MXFP4 cannot store")
+    refuse_non_finite(weight, x)
     blocks = torch.empty(weight.specs[BLOCKS].shape, dtype=torch.uint8)
     scales = torch.empty(weight.specs[SCALES].shape, dtype=torch.uint8)
     for i, expert in enumerate(x):
-        groups = expert.float().T.unflatten(1, (-1, GROUP))  # (out, groups, 32)
-        scales[i] = e2m1.shared_exponents(groups.abs().amax(-1))
-        codes = e2m1.nearest_e2m1(groups / e2m1.powers(scales[i])[..., None])
-        blocks[i] = e2m1.pack_e2m1(codes)
+        turned = expert.T.contiguous()
+        for start, stop in row_runs(*turned.shape):
+            run = turned[start:stop]
+            exponents = e2m1.shared_exponents(scaled.absmax(run, (1, GROUP)))
+            over = scaled.over_scales(run, e2m1.powers(exponents), (1, GROUP))
+            packed = e2m1.pack_e2m1(e2m1.nearest_e2m1(over))
+            scales[i, start:stop] = exponents
+            blocks[i, start:stop] = packed.view(blocks[i, start:stop].shape)
     return {BLOCKS: blocks, SCALES: scales.view(torch_dtype(weight.specs[SCALES].dtype))}
 
 
 def _rounding(weight: Packed, parts: Parts) -> float:
     import torch
 
-    from lora_tools.linalg import e2m1, noise
+    from lora_tools.linalg import e2m1
 
-    table, total = noise.errors_by_code(e2m1.values()).float(), 0.0
+    total = 0.0
     for blocks, scales in zip(parts[BLOCKS], parts[SCALES], strict=True):
-        costs = e2m1.unpack_e2m1(blocks, table).sum(-1, dtype=torch.float64)
-        total += float((costs * e2m1.powers(scales.view(torch.uint8)).double().square()).sum())
+        powers = e2m1.powers(scales.view(torch.uint8))
+        total += e2m1.e2m1_noise(blocks.flatten(1), powers, GROUP)
     return total
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from lora_tools.errors import NonFiniteError
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.quantized.packed import PackedWeight
 from lora_tools.formats.quantized.signs import without_entries
@@ -37,6 +39,24 @@ def no_faults(
 ) -> Sequence[str]:
     """Nothing keeps the format's library from loading them, as far as is known."""
     return ()
+
+
+def is_finite(x: torch.Tensor) -> bool:
+    """Whether no number is an inf or a NaN, without a copy in bools."""
+    import torch
+
+    if not x.numel():
+        return True
+    low, high = torch.aminmax(x.float() if x.itemsize == 1 else x)  # of a NaN, both are NaN
+    return math.isfinite(float(low)) and math.isfinite(float(high))
+
+
+def refuse_non_finite(weight: PackedWeight, x: torch.Tensor) -> None:
+    """Raises NonFiniteError for numbers that cannot be encoded."""
+    if not is_finite(x):
+        raise NonFiniteError(
+            f"{weight.plain.name}: holds an inf or a NaN, which {weight.label} cannot store"
+        )
 
 
 def _alone(weight: PackedWeight, _: object) -> None:
