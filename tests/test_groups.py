@@ -238,6 +238,12 @@ GPTQ_FAULTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "rotated": ({}, {"rotation": "hadamard"}, "rotated .hadamard. before"),
     "bits": ({}, {"bits": 8}, f"{Q}.qweight: 8 bits are said"),
     "no bits": ({}, {"bits": None}, "None bits are said"),
+    "bits of a float": ({}, {"bits": 4.0}, r"4\.0 bits are said"),
+    "scales of activations": (
+        {"act.scales": torch.ones(16)},
+        {},
+        f"{Q}.act.scales: scales, and no",
+    ),
     "bits in words": ({}, {"bits": "four"}, "'four' bits are said"),
     "group size": ({}, {"group": 16}, f"{Q}.scales: 1 groups of 16 inputs"),
     "group of none": ({}, {"group": 0}, f"{Q}.scales: group_size 0 is no size"),
@@ -334,6 +340,11 @@ AWQ_FAULTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "zeros cut": ({"qzeros": torch.zeros(2, 1).int()}, {}, f"{Q}.qzeros: I32 .2, 2. is expected"),
     "scales cut": ({"scales": torch.ones(2, 8).half()}, {}, f"{Q}.scales: F16 or BF16 or F32 .2,"),
     "no zeros": ({"qzeros": None}, {}, f"{Q}.qzeros: missing"),
+    "scales of activations": (
+        {"act.scales": torch.ones(16)},
+        {},
+        f"{Q}.act.scales: scales, and no",
+    ),
 }
 
 
@@ -416,6 +427,7 @@ MLX_FAULTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "bits": ({}, {"bits": 8}, f"{Q}.weight: U32 .16, 2. holds no whole groups of 16"),
     "other bits": ({}, {"bits": 2}, f"{Q}.scales: F16 or BF16 or F32 .16, 2. is expected"),
     "another layer's": ({}, {"model.k_proj": {"bits": 8}}, "names model.k_proj, which is not"),
+    "bits of a float": ({}, {"bits": 4.0}, rf"{Q}.weight: 4\.0 bits in groups"),
     "seven bits": ({}, {"bits": 7}, f"{Q}.weight: 7 bits in groups of 16"),
     "no group": ({}, {"group_size": 0}, "groups of 0 are said"),
     "no scales": ({"scales": None}, {}, f"{Q}.scales: missing beside"),
@@ -434,6 +446,16 @@ MLX_FAULTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"scales": torch.ones(16, 1).byte()},
         {},
         f"{Q}.scales: F16 or BF16 or F32 .16, 1. is",
+    ),
+    "another layer without codes": (
+        {"up.scales": torch.ones(4, 1)},
+        {},
+        f"{Q}.up.scales: U32 weight is expected",
+    ),
+    "another layer of floats": (
+        {"up.biases": torch.ones(4, 1), "up.weight": torch.ones(4, 4)},
+        {},
+        f"{Q}.up.biases: U32 weight is expected beside it in {Q}.up, found {Q}.up.weight F32",
     ),
     "a vector": ({"weight": torch.ones(16, dtype=torch.uint32)}, {}, f"{Q}.weight: U32 .16. holds"),
 }
