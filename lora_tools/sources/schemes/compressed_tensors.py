@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -191,10 +192,8 @@ def _encode(weight: CompressedWeight, x: torch.Tensor) -> dict[str, torch.Tensor
     that they are stored in before they are used."""
     import torch
 
-    from lora_tools.linalg import scaled
-
     name = weight.plain.name
-    if not bool(torch.isfinite(x).all()):
+    if x.numel() and not all(map(math.isfinite, torch.aminmax(x))):  # of a NaN, both are NaN
         raise NonFiniteError(f"{name}: holds an inf or a NaN, which {weight.label} cannot store")
     if G_IDX in weight.specs:
         raise CheckpointError(
@@ -203,8 +202,7 @@ def _encode(weight: CompressedWeight, x: torch.Tensor) -> dict[str, torch.Tensor
         )
     x = x.float().reshape(weight.matrix)
     stored, scales, zeros = _new_scales(weight, x)
-    codes = _packed(weight, scaled.over_scales(x, scales, weight.block, zeros))
-    stored[next(iter(weight.specs))] = codes
+    stored[next(iter(weight.specs))] = _codes(weight, x, scales, zeros)
     if SHAPE in weight.specs:
         stored[SHAPE] = torch.tensor(weight.plain.shape)
     return {
@@ -212,6 +210,28 @@ def _encode(weight: CompressedWeight, x: torch.Tensor) -> dict[str, torch.Tensor
         for part, spec in weight.specs.items()
         if part in stored
     }
+
+
+def _codes(
+    weight: CompressedWeight, x: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None
+) -> torch.Tensor:
+    """What is stored for x (rows, cols), made some rows at a time: whole rows of blocks, since the
+    steps on the way there are of wider numbers."""
+    import torch
+
+    from lora_tools.linalg import scaled
+
+    spec, (high, _) = next(iter(weight.specs.values())), weight.block
+    codes = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype)).view(-1, spec.shape[-1])
+    is_one = high >= len(x)
+    step = _ROWS if is_one else max(_ROWS // high, 1) * high
+    for first in range(0, len(x), step):
+        mine = x[first : first + step]
+        lines = slice(None) if is_one else slice(first // high, -((first + len(mine)) // -high))
+        own = zeros[lines] if zeros is not None else None
+        steps = scaled.over_scales(mine, scales[lines], weight.block, own)
+        codes[first : first + step].copy_(_packed(weight, steps))
+    return codes
 
 
 def _new_scales(
