@@ -640,3 +640,29 @@ def test_inspect_counts_them(tmp_path: Path) -> None:
     assert isinstance(open_checkpoint(folder, decoded=False), Checkpoint)
     plain, _, _ = form(gptq_layer(), {}, F16)(weights(layers=1))
     assert set(plain) == set(stored)
+
+
+def test_names_of_mlx_are_told(tmp_path: Path) -> None:
+    """mlx-lm stacks experts under a name of its own, which transformers would pass by."""
+    hf = pytest.importorskip("transformers")
+    model = hf.MixtralForCausalLM(
+        hf.MixtralConfig(
+            vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+            num_attention_heads=2, num_key_value_heads=2, num_local_experts=2,
+        )
+    )  # fmt: skip
+    model.bfloat16().save_pretrained(tmp_path / "plain")
+    tensors = load_file(tmp_path / "plain" / "model.safetensors")
+    names = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+    experts = "model.layers.0.block_sparse_moe"
+    for one, name in names.items():
+        stacked = [tensors.pop(f"{experts}.experts.{i}.{one}.weight") for i in range(2)]
+        tensors[f"{experts}.switch_mlp.{name}.weight"] = torch.stack(stacked)
+    stored, _ = mlx_layer(4, 32)("lm_head", tensors.pop("lm_head.weight").float())
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    said = {"group_size": 32, "bits": 4}
+    written(tmp_path / "mlx", tensors | stored, {**config, "quantization": said})
+    report = lora_tools.dequantize(tmp_path / "mlx", tmp_path / "out")
+    [note] = [n for n in report.notes if "names of tensors are MLX's" in n]
+    assert "find no model.layers.0.mlp.experts.down_proj" in note
+    assert "switch_mlp" in note

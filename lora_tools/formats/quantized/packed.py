@@ -59,6 +59,10 @@ class StoredFormat(Protocol):
     def files(self) -> tuple[str, ...]:
         """Small files that say something of it, and do not go with plain numbers."""
 
+    @property
+    def renames(self) -> bool:
+        """Whether its library has names of its own for some tensors."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
