@@ -136,6 +136,16 @@ LIES: dict[str, tuple[str, Change, str]] = {
         lambda t, _: t.pop(f"{Q}_global_scale"),
         rf"{Q}_global_scale: expected F32 \[1\]",
     ),
+    "no codes": (
+        "fp8",
+        lambda t, _: t.pop(Q),
+        rf"{Q}_scale: weight or weight_packed is expected beside it .* found none",
+    ),
+    "no packed codes": (
+        "int4 with zero points",
+        lambda t, _: t.pop(f"{Q}_packed"),
+        rf"{Q}_\w+: weight or weight_packed is expected beside it",
+    ),
     "plain, with a scale": (
         "fp8",
         lambda t, _: t.update({Q: t[Q].bfloat16()}),

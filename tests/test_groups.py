@@ -239,6 +239,12 @@ GPTQ_FAULTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "rotated": ({}, {"rotation": "hadamard"}, "rotated .hadamard. before"),
     "bits": ({}, {"bits": 8}, f"{Q}.qweight: 8 bits are said"),
     "no bits": ({}, {"bits": None}, "None bits are said"),
+    "bits of a float": ({}, {"bits": 4.0}, r"4\.0 bits are said"),
+    "scales of activations": (
+        {"act.scales": torch.ones(16)},
+        {},
+        f"{Q}.act.scales: scales, and no",
+    ),
     "bits in words": ({}, {"bits": "four"}, "'four' bits are said"),
     "group size": ({}, {"group": 16}, f"{Q}.scales: 1 groups of 16 inputs"),
     "group of none": ({}, {"group": 0}, f"{Q}.scales: group_size 0 is no size"),
@@ -335,6 +341,11 @@ AWQ_FAULTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "zeros cut": ({"qzeros": torch.zeros(2, 1).int()}, {}, f"{Q}.qzeros: I32 .2, 2. is expected"),
     "scales cut": ({"scales": torch.ones(2, 8).half()}, {}, f"{Q}.scales: F16 or BF16 or F32 .2,"),
     "no zeros": ({"qzeros": None}, {}, f"{Q}.qzeros: missing"),
+    "scales of activations": (
+        {"act.scales": torch.ones(16)},
+        {},
+        f"{Q}.act.scales: scales, and no",
+    ),
 }
 
 
@@ -417,6 +428,7 @@ MLX_FAULTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "bits": ({}, {"bits": 8}, f"{Q}.weight: U32 .16, 2. holds no whole groups of 16"),
     "other bits": ({}, {"bits": 2}, f"{Q}.scales: F16 or BF16 or F32 .16, 2. is expected"),
     "another layer's": ({}, {"model.k_proj": {"bits": 8}}, "names model.k_proj, which is not"),
+    "bits of a float": ({}, {"bits": 4.0}, rf"{Q}.weight: 4\.0 bits in groups"),
     "seven bits": ({}, {"bits": 7}, f"{Q}.weight: 7 bits in groups of 16"),
     "no group": ({}, {"group_size": 0}, "groups of 0 are said"),
     "no scales": ({"scales": None}, {}, f"{Q}.scales: missing beside"),
@@ -435,6 +447,16 @@ MLX_FAULTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"scales": torch.ones(16, 1).byte()},
         {},
         f"{Q}.scales: F16 or BF16 or F32 .16, 1. is",
+    ),
+    "another layer without codes": (
+        {"up.scales": torch.ones(4, 1)},
+        {},
+        f"{Q}.up.scales: U32 weight is expected",
+    ),
+    "another layer of floats": (
+        {"up.biases": torch.ones(4, 1), "up.weight": torch.ones(4, 4)},
+        {},
+        f"{Q}.up.biases: U32 weight is expected beside it in {Q}.up, found {Q}.up.weight F32",
     ),
     "a vector": ({"weight": torch.ones(16, dtype=torch.uint32)}, {}, f"{Q}.weight: U32 .16. holds"),
 }
@@ -619,3 +641,29 @@ def test_inspect_counts_them(tmp_path: Path) -> None:
     assert isinstance(open_checkpoint(folder, decoded=False), Checkpoint)
     plain, _, _ = form(gptq_layer(), {}, F16)(weights(layers=1))
     assert set(plain) == set(stored)
+
+
+def test_names_of_mlx_are_told(tmp_path: Path) -> None:
+    """mlx-lm stacks experts under a name of its own, which transformers would pass by."""
+    hf = pytest.importorskip("transformers")
+    model = hf.MixtralForCausalLM(
+        hf.MixtralConfig(
+            vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+            num_attention_heads=2, num_key_value_heads=2, num_local_experts=2,
+        )
+    )  # fmt: skip
+    model.bfloat16().save_pretrained(tmp_path / "plain")
+    tensors = load_file(tmp_path / "plain" / "model.safetensors")
+    names = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+    experts = "model.layers.0.block_sparse_moe"
+    for one, name in names.items():
+        stacked = [tensors.pop(f"{experts}.experts.{i}.{one}.weight") for i in range(2)]
+        tensors[f"{experts}.switch_mlp.{name}.weight"] = torch.stack(stacked)
+    stored, _ = mlx_layer(4, 32)("lm_head", tensors.pop("lm_head.weight").float())
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    said = {"group_size": 32, "bits": 4}
+    written(tmp_path / "mlx", tensors | stored, {**config, "quantization": said})
+    report = lora_tools.dequantize(tmp_path / "mlx", tmp_path / "out")
+    [note] = [n for n in report.notes if "names of tensors are MLX's" in n]
+    assert "find no model.layers.0.mlp.experts.down_proj" in note
+    assert "switch_mlp" in note

@@ -304,3 +304,21 @@ def test_a_bare_file_of_comfyui_keeps_what_its_metadata_says(tmp_path: Path) -> 
     lora_tools.merge(tmp_path / "base.safetensors", adapters, tmp_path / "plain.safetensors")
     with safe_open(tmp_path / "plain.safetensors", "pt") as file:
         assert "_quantization_metadata" not in file.metadata()
+
+
+@pytest.mark.parametrize("scheme", ["fp8-channel", "nf4"])
+def test_a_head_that_is_untied_is_said_to_be(tmp_path: Path, scheme: str) -> None:
+    """Else a loader takes the embedding for the head that was written."""
+    config = hf.LlamaConfig(
+        vocab_size=48, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    hf.LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "base")
+    lora_tools.quantize(tmp_path / "base", tmp_path / "q", scheme=scheme)
+    iotools.adapter(tmp_path / "adapter", {"lm_head": (48, 32)}, r=2)
+    lora_tools.merge(tmp_path / "q", [tmp_path / "adapter"], tmp_path / "m", requantize=True)
+    stored, made = (
+        json.loads((tmp_path / name / "config.json").read_text()) for name in ("q", "m")
+    )
+    assert "lm_head.weight" in models.tensors(tmp_path / "m")
+    assert made == {**stored, "tie_word_embeddings": False}

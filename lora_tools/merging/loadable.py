@@ -8,6 +8,7 @@ from lora_tools.errors import UnsupportedAdapter
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.merging.plan import MergePlan
 from lora_tools.records import TensorSpec
+from lora_tools.sources.transformers_names import keeps_names
 from lora_tools.sources.untying import loading_of
 
 
@@ -35,3 +36,22 @@ def refuse_unloadable(base: Checkpoint, plan: MergePlan, specs: Mapping[str, Ten
             "adapter act on all of the tied weights alike (ensure_weight_tying), or keep it apart "
             "from its base"
         )
+
+
+def notes_on_loading(base: Checkpoint) -> tuple[str, ...]:
+    """What transformers would not find in a copy of a base whose format's library renames tensors.
+    That library finds them, so nothing is refused."""
+    scheme = base.scheme
+    if scheme is None or not scheme.renames or keeps_names(base.config, base.specs):
+        return ()
+    loading = loading_of(base.config, base.specs)
+    if loading is None or not (loading.missing or loading.unexpected):
+        return ()
+    missing, others = sorted(loading.missing), sorted(loading.unexpected)
+    said = [f"would find no {missing[0]}"] if missing else []
+    said += [f"has no use for {others[0]}"] if others else []
+    return (
+        f"{base.path}: names of tensors are {scheme.title}'s, and so are those of what is made of "
+        f"it: transformers {' and '.join(said)} ({len(missing)} and {len(others)} such). Load it "
+        f"with {scheme.title}, or give the model that it was made from",
+    )

@@ -15,7 +15,7 @@ from lora_tools.formats.dtypes import parse_float_dtype
 from lora_tools.formats.output import Prepared
 from lora_tools.merging.checkpoint import merge_checkpoint, refuse_fitted
 from lora_tools.merging.fit import fit_base
-from lora_tools.merging.loadable import refuse_unloadable
+from lora_tools.merging.loadable import notes_on_loading, refuse_unloadable
 from lora_tools.merging.output_files import out_specs
 from lora_tools.merging.plan import MergePlan, plan_merge
 from lora_tools.merging.rewrite import Rewrite, signed
@@ -80,7 +80,7 @@ class Planned:
             False,
             (*fates, *copied_modules(self.source)),
             totals=dict(totals),
-            notes=self.plan.notes,
+            notes=(*self.plan.notes, *notes_on_loading(self.source)),
             command=command,
         )
 

@@ -116,7 +116,6 @@ def prepare_dequantize(
         for name, spec in specs.items()
     ]
     report = planned.report("dequantize", fates, {"bytes": nbytes}, command)
-    report = dataclasses.replace(report, notes=view.notes)
     job = planned.rewrite(report, shards, running)
     return Prepared(
         report,

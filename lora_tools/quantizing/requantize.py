@@ -139,15 +139,29 @@ def _lost(totals: MergeTotals, view: Dequantized[Any]) -> list[str]:
 
 
 def _as_stored(view: Dequantized[Any], changed: dict[str, bytes]) -> None:
-    """Small files that say how its weights are stored, as they were, but for a new dtype."""
+    """Small files that say how its weights are stored, as they were; what the merge changes in
+    config.json (a dtype, a tie) is changed there."""
     for name in view.scheme.files:
         if view.is_folder and (view.stored.path / name).is_file():
             changed[name] = (view.stored.path / name).read_bytes()
     new = json.loads(changed.pop("config.json", b"{}"))
-    config = dict(view.stored.config)
-    config.update({key: new[key] for key in ("torch_dtype", "dtype") if key in new})
+    config = _with_changes(view.stored.config, view.config, new)
     if config != view.stored.config:
         changed["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
+
+
+def _with_changes(
+    stored: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A config.json as stored, with the entries of ``after`` that are others in ``before``."""
+    config = dict(stored)
+    for key, value in after.items():
+        had, here = before.get(key), config.get(key)
+        if all(isinstance(each, Mapping) for each in (value, had, here)):
+            config[key] = _with_changes(here, had, value)  # type: ignore[arg-type]
+        elif value != had:
+            config[key] = value
+    return config
 
 
 def _fate(fate: Fate, view: Dequantized[Any]) -> Fate:

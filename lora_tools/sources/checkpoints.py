@@ -63,9 +63,11 @@ def open_checkpoint(
     stored = by_plain_names(stored)
     checkpoint, sign = as_plain(stored)
     if sign is not None:
+        beside = checkpoint.scheme
+        where = f"beside weights in {beside.title}" if beside is not None else "here"
         raise CheckpointError(
-            f"{stored.path}: quantized as {sign.title} (by {sign.where}), which is not read here: "
-            f"{sign.advice}"
+            f"{stored.path}: quantized as {sign.title} (by {sign.where}), which is not read "
+            f"{where}: {sign.advice}"
         )
     return checkpoint
 

@@ -15,6 +15,7 @@ from lora_tools.formats.quantized.compressed_tensors import (
     ALIGNED,
     DENSE,
     G_IDX,
+    GLOBAL_SCALE,
     METHOD,
     PACKED,
     SCALE,
@@ -27,13 +28,19 @@ from lora_tools.formats.quantized.compressed_tensors import (
     stored_shapes,
     words,
 )
-from lora_tools.formats.quantized.packed import ACTIVATIONS, plain_dtype, with_activations
+from lora_tools.formats.quantized.packed import (
+    ACTIVATIONS,
+    plain_dtype,
+    refuse_left_over,
+    with_activations,
+)
 from lora_tools.records import FLOAT_DTYPES, TensorSpec
 
 Read = Callable[[str], Sequence[int]]  # the whole numbers of a small tensor
 Own = Mapping[str, TensorSpec]  # a module's tensors by their names in it
 
 _CODES = ("F8_E4M3", "F8_E5M2", "I8", "I16", "I32", "U8")
+_BESIDE = (SCALE, GLOBAL_SCALE, SHAPE, ZERO_POINT, G_IDX)
 _PACK = "pack-quantized"
 _AGAIN = "get the file again, or quantize the original model anew"
 
@@ -62,7 +69,9 @@ def find_compressed(
         _checked(dataclasses.replace(w, packing=packing) if w.settings.form == _PACK else w)
         for w in found
     ]
-    return with_activations({weight.plain.name: weight for weight in checked}, specs)
+    weights = {weight.plain.name: weight for weight in checked}
+    refuse_left_over(weights, specs, _BESIDE, f"{WEIGHT} or {PACKED}")
+    return with_activations(weights, specs)
 
 
 def _is_code(own: Own) -> bool:

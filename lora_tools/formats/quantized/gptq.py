@@ -112,7 +112,7 @@ def _bits(
         if (rows, columns) == (_words(inputs[b], b), _words(out, b))
         and (b != 3 or not (inputs[b] % 32 or out % 32))  # that stream is cut in 32 numbers
     ]
-    if said in fits:
+    if type(said) is int and said in fits:
         return said, inputs[said]
     if rules and len(fits) == 1:
         return fits[0], inputs[fits[0]]

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_tools.errors import CheckpointError
-from lora_tools.formats.quantized.packed import Packed
+from lora_tools.formats.quantized.packed import Packed, refuse_left_over
 from lora_tools.formats.quantized.qweights import AGAIN, FLOATS, check
 from lora_tools.records import TensorSpec
 
@@ -71,6 +71,7 @@ def find_mlx(specs: Mapping[str, TensorSpec], settings: Mapping[str, Any]) -> di
         check(parts[BIASES], (scales.dtype,), groups)
         plain = TensorSpec(name, scales.dtype, shape)
         found[name] = MlxWeight(plain, parts, f"MLX of {bits} bits", bits, group)
+    refuse_left_over(found, specs, (SCALES, BIASES), f"U32 {CODES}")
     return found
 
 
@@ -106,7 +107,7 @@ def _said(module: str, name: str, settings: Mapping[str, Any]) -> tuple[int, int
     bits, group, mode = said["bits"], said["group_size"], said["mode"]
     if mode != "affine":
         raise CheckpointError(f"{name}: MLX's mode {mode} is not read here; {_ADVICE}")
-    if bits not in BITS or type(group) is not int or group < 1:
+    if type(bits) is not int or bits not in BITS or type(group) is not int or group < 1:
         raise CheckpointError(
             f"{name}: {bits!r} bits in groups of {group!r} are said, which MLX has not; {AGAIN}"
         )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
+from lora_tools.errors import CheckpointError
 from lora_tools.formats.dtypes import FLOAT_NAMES, parse_float_dtype
 from lora_tools.records import TensorSpec
 
@@ -60,6 +61,10 @@ class StoredFormat(Protocol):
     def files(self) -> tuple[str, ...]:
         """Small files that say something of it, and do not go with plain numbers."""
 
+    @property
+    def renames(self) -> bool:
+        """Whether its library has names of its own for some tensors."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
@@ -97,6 +102,27 @@ def plain_dtype(config: Mapping[str, Any]) -> str:
 
 
 W = TypeVar("W", bound=Packed)
+
+
+def refuse_left_over(
+    found: Mapping[str, Packed], specs: Mapping[str, TensorSpec], parts: Collection[str], codes: str
+) -> None:
+    """Raises CheckpointError for a tensor that is called as what lies beside codes, and is of no
+    weight that was found: then a weight, or what it takes, is missing.
+
+    Args:
+        parts: names of parameters that nothing else has.
+        codes: what is expected beside one.
+    """
+    taken = {spec.name for weight in found.values() for spec in weight.specs.values()}
+    for spec in specs.values():
+        module, _, leaf = spec.name.rpartition(".")
+        if leaf in parts and spec.name not in taken:
+            lies = specs.get(f"{module}.weight", "none")
+            raise CheckpointError(
+                f"{spec.name}: {codes} is expected beside it in {module or 'the file'}, found "
+                f"{lies}; get the file again, or give the model that it was quantized from"
+            )
 
 
 def with_activations(found: Mapping[str, W], specs: Mapping[str, TensorSpec]) -> dict[str, W]:

@@ -41,14 +41,21 @@ def layers(
     """Each module that has a ``qweight``, and its tensors of the names in ``known``.
 
     Raises:
-        CheckpointError: one of ``needed`` is missing, or is left over; a part has a shape or dtype
-            that none can have; the plain weight lies there as well.
+        CheckpointError: one of ``needed`` is missing, or is left over, as scales of activations
+            are; a part has a shape or dtype that none can have; the plain weight lies there as
+            well.
     """
     modules = [name[: -len(QWEIGHT) - 1] for name in specs if name.endswith(f".{QWEIGHT}")]
     for name in specs:
         stem, _, last = name.rpartition(".")
         if last in _MARKS and f"{stem}.{QWEIGHT}" not in specs:
             raise CheckpointError(f"{name}: {stem}.{QWEIGHT} is missing beside it; {AGAIN}")
+        if last == SCALES and modules and f"{stem}.{QWEIGHT}" not in specs:
+            raise CheckpointError(
+                f"{name}: scales, and no {stem}.{QWEIGHT} beside them: if they are of activations "
+                "(AWQ's of mlp.act), a plain model has no place for them, and its numbers would be "
+                f"others; {AGAIN}"
+            )
     for module in modules:
         if f"{module}.weight" in specs:
             raise CheckpointError(f"{module}: has a weight and a {QWEIGHT}, and one is wanted")

@@ -40,4 +40,4 @@ def _rounding(weight: MlxWeight, parts: Parts) -> float:
     return uniform_noise(parts[SCALES], weight.group)
 
 
-MLX = Scheme("mlx", "MLX", _find, _decode, rounding=_rounding)
+MLX = Scheme("mlx", "MLX", _find, _decode, rounding=_rounding, renames=True)

@@ -93,6 +93,7 @@ class Scheme(Generic[P]):
         plain_config: config.json without what it says of the format.
         files: small files that say something of the format, and do not go with plain numbers.
         metadata: keys of the files' metadata that do not, either.
+        renames: whether its library has names of its own for some tensors, such as experts.
     """
 
     name: str
@@ -110,3 +111,4 @@ class Scheme(Generic[P]):
     plain_config: Callable[[Mapping[str, Any]], dict[str, Any]] = without_entries
     files: tuple[str, ...] = ()
     metadata: tuple[str, ...] = ()
+    renames: bool = False
