@@ -112,7 +112,7 @@ class Export:
             QualityGateError: the outputs differ by more than allowed.
         """
         check_installed()
-        rows = self.quantization.rows(self.source)
+        rows = self.quantization.rows(self.source, self.graphs.trust_remote_code)
         if self.weights is None:
             report = _with_digest(report, self.source)
         made = self._add(report, out, rows) if self.in_place else self._make(report, out, rows)
