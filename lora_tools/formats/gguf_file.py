@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from lora_tools.errors import CheckpointError, LoraToolsError, TensorNotFound
 from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.formats.mapped import MappedFile
+from lora_tools.formats.regular_files import open_file
 from lora_tools.formats.reopen import Reopened, Stamp
 from lora_tools.records import TensorSpec
 
@@ -49,7 +50,7 @@ def package(fail: type[LoraToolsError] = CheckpointError) -> Any:
 
 def is_gguf(path: Path) -> bool:
     """Whether a file is one, by its first bytes: in ollama's store none has a suffix."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return file.read(len(MAGIC)) == MAGIC
 
 
@@ -112,7 +113,7 @@ class GgufFile(Reopened):
         self.path, self.header = path, b""
         package()
         try:
-            with path.open("rb") as file:
+            with open_file(path) as file:
                 self.stamp = Stamp.of(file.fileno())
                 if not self.stamp.nbytes:
                     raise CheckpointError("it is empty")

@@ -29,6 +29,7 @@ from lora_tools.errors import CheckpointError, OutputError, TensorNotFound
 from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.formats.lfs import HEAD, refuse_pointer
 from lora_tools.formats.mapped import MappedFile
+from lora_tools.formats.regular_files import open_file
 from lora_tools.formats.reopen import Reopened, Stamp
 from lora_tools.records import DTYPE_BITS, TensorSpec
 
@@ -138,7 +139,7 @@ class SafetensorsFile(Reopened):
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with path.open("rb") as file:
+            with open_file(path) as file:
                 self.stamp = Stamp.of(file.fileno())
                 size = self.stamp.nbytes
                 head = file.read(HEAD)

@@ -119,4 +119,5 @@ def _prepared(work: Export, call: Call) -> Prepared:
         beside=(FAILED,) if work.keep and not work.in_place else (),
         added=work.files() if work.in_place else (),
         pipeline=None if work.in_place else work.source.pipeline,
+        copied=() if work.in_place else work.source.stored.copied(),
     )

@@ -19,6 +19,7 @@ from lora_tools.formats.adapters.unmergeable import refuse_unmergeable
 from lora_tools.formats.checkpoint import open_weights
 from lora_tools.formats.json_file import read_object
 from lora_tools.formats.names import split_tensor
+from lora_tools.formats.regular_files import is_there
 from lora_tools.formats.reopen import SmallFile
 from lora_tools.formats.shards import Shards, check_index, read_index, shards_named
 from lora_tools.formats.tensor_file import TensorFile
@@ -332,7 +333,7 @@ def open_peft(source: str | Path, folder: Path, allow_pickle: bool = False) -> A
     Raises:
         AdapterError, UnsupportedAdapter, UnsafeInput, CheckpointError (a truncated file).
     """
-    if not (folder / CONFIG).is_file():
+    if not is_there(folder / CONFIG, AdapterError):
         raise AdapterError(f"{source}: no {CONFIG} there; is it a PEFT adapter folder?")
     config = read_config(folder / CONFIG)
     refuse_unmergeable(folder, config)
@@ -342,7 +343,7 @@ def open_peft(source: str | Path, folder: Path, allow_pickle: bool = False) -> A
 def _weights(folder: Path, allow_pickle: bool) -> TensorFile:
     """The file of tensors, or its shards; a pickle only where there is nothing else."""
     for suffix in (".safetensors", ".bin"):
-        if (folder / f"{STEM}{suffix}").is_file():
+        if is_there(folder / f"{STEM}{suffix}", AdapterError):
             return open_weights(folder / f"{STEM}{suffix}", allow_pickle)
         if found := shards_named(folder, STEM, suffix):
             index, files = found
