@@ -60,7 +60,7 @@ def refuse_steps(folder: Path) -> None:
 def refuse_slices(file: TensorFile) -> None:
     """Raises CheckpointError for slices of tensors, whatever their file is called."""
     said = file.metadata.get(_SHARDING, "")
-    if re.search(r'"saved_offsets":\s*\[[^\]]*[1-9]', said):
+    if re.search(r'"saved_offsets":\s*\[[\d\s,]*?[1-9]', said):
         raise _unmerged(file.path)
 
 

@@ -19,6 +19,7 @@ from lora_tools.formats.adapters.unmergeable import refuse_unmergeable
 from lora_tools.formats.checkpoint import open_weights
 from lora_tools.formats.json_file import read_object
 from lora_tools.formats.names import split_tensor
+from lora_tools.formats.patterns import ends_with, matches
 from lora_tools.formats.regular_files import is_there
 from lora_tools.formats.reopen import SmallFile
 from lora_tools.formats.shards import Shards, check_index, read_index, shards_named
@@ -227,7 +228,10 @@ class Adapter:
     def _add_multiplier(self, module: str, key: str) -> None:
         spec, given = self.file.specs[key], self.config.get("feedforward_modules") or []
         if isinstance(given, str):
-            on_input = re.fullmatch(given, module) is not None
+            try:
+                on_input = matches(given, module, whole=True)
+            except re.error as error:
+                raise self._fail(f"{CONFIG}: feedforward_modules is no pattern ({error})") from None
         else:
             on_input = any(module.endswith(str(name)) for name in given)
         along = 1 if on_input or len(spec.shape) > 2 else 0
@@ -299,14 +303,15 @@ class Adapter:
         patterns = self.config.get(which) or {}
         if not isinstance(patterns, dict):
             raise self._fail(f"{CONFIG}: {which} is no mapping of names to numbers")
-        for key, value in patterns.items():
-            try:
-                matches = re.match(rf"(.*\.)?({key})$", module)
-            except re.error as error:
-                raise self._fail(f"{CONFIG}: {which}: {key!r} is no pattern ({error})") from None
-            if matches:
-                return value
-        return default
+        fitting = (value for key, value in patterns.items() if self._fits(which, key, module))
+        return next(fitting, default)
+
+    def _fits(self, which: str, key: str, module: str) -> bool:
+        try:
+            return ends_with(key, module)
+        except re.error as error:
+            said = f"{CONFIG}: {which}: {key[:200]!r} is no pattern that is read ({error})"
+            raise self._fail(said) from None
 
     def _token_indices(self, module: str) -> tuple[int, ...]:
         given = self.config.get("trainable_token_indices")
