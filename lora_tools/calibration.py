@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lora_tools.errors import CheckpointError, NonFiniteError, UnsafeInput, UsageError
+from lora_tools.errors import CheckpointError, LoraToolsError, NonFiniteError, UsageError
 from lora_tools.pretrained import config_of, model_of, quietly, tokenizer_of
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def tokens_of(folder: Path, text: str, trusted: bool | None = None) -> list[int]
         tokenizer = tokenizer_of(folder, trusted)
         with quietly():
             tokens = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    except UnsafeInput:
+    except LoraToolsError:
         raise
     except Exception as error:  # transformers raises what it likes
         raise CheckpointError(
@@ -144,7 +144,7 @@ def _load(folder: Path, allow_pickle: bool) -> Any:
             use_safetensors=None if allow_pickle else True,
         )
         return model.eval()
-    except UnsafeInput:
+    except LoraToolsError:
         raise
     except Exception as error:  # transformers raises what it likes
         raise CheckpointError(f"{folder}: transformers cannot load it ({_first(error)})") from None

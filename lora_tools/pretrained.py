@@ -8,15 +8,25 @@ user allowed it; a test finds no call of these functions elsewhere.
 from __future__ import annotations
 
 import contextlib
+import json
+import math
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_tools.errors import UnsafeInput
+from lora_tools.errors import CheckpointError, UnsafeInput
 
 # What a config may set that transformers fetches from the hub, and runs, where it has a "/".
 _KERNELS = ("attn_implementation", "experts_implementation")
+
+
+# Of what transformers makes a part each, and how many it is asked for at most.
+_PARTS = re.compile(r"(layer|block|stage|depth|head|codebook)s?$|experts?$")
+_MOST_PARTS = 10_000
+_MOST_EXPERTS = 200_000  # of all layers together
+_MOST_LABELS = 1_000_000
 
 
 @contextlib.contextmanager
@@ -45,10 +55,13 @@ def config_of(folder: Path, trusted: bool | None = None) -> Any:
         trusted: whether code that comes with it may run; None where the verb has no option for it.
 
     Raises:
-        UnsafeInput: it needs code that may not run. Else whatever transformers raises.
+        UnsafeInput: it needs code that may not run.
+        CheckpointError: it asks for more parts than any model has.
+        Exception: whatever transformers raises.
     """
     from transformers import AutoConfig
 
+    _refuse_counts(folder)
     with quietly(), _refusing_code(folder, trusted):
         config = AutoConfig.from_pretrained(folder, **_options(trusted))
     _refuse_kernels(folder, config, trusted)
@@ -59,6 +72,7 @@ def tokenizer_of(folder: Path, trusted: bool | None = None) -> Any:
     """The tokenizer of a folder. See ``config_of``."""
     from transformers import AutoTokenizer
 
+    _refuse_counts(folder)
     with quietly(), _refusing_code(folder, trusted):
         return AutoTokenizer.from_pretrained(folder, **_options(trusted))
 
@@ -78,6 +92,42 @@ def weightless_of(kind: Any, config: Any, trusted: bool | None = None, **options
         if kind.__name__.startswith("Auto"):
             return kind.from_config(config, trust_remote_code=bool(trusted), **options)
         return kind._from_config(config, **options)
+
+
+def too_many(config: Mapping[str, Any]) -> str:
+    """What a config.json asks for more of than any model has, which would take all memory or time
+    to be made; or ""."""
+    found = list(_numbers("", config))
+    layers = max((n for key, n in found if re.search("layers?$", key)), default=1)
+    for key, number in found:
+        most = _MOST_PARTS if _PARTS.search(key) else math.inf
+        if re.search("experts?$", key):
+            most = _MOST_EXPERTS // max(layers, 1)
+        if key == "num_labels":
+            most = _MOST_LABELS
+        if number > most:
+            return f"config.json has {key} {number:,}, and at most {most:,} are made"
+    return ""
+
+
+def _numbers(key: str, value: Any) -> Iterator[tuple[str, int]]:
+    """Whole numbers in a config, with the key that each is under."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _numbers(str(name), inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _numbers(key, inner)
+    elif type(value) is int:
+        yield key, value
+
+
+def _refuse_counts(folder: Path) -> None:
+    """Raises CheckpointError for a folder whose config transformers should not be given."""
+    path = folder / "config.json"
+    said = too_many(json.loads(path.read_bytes())) if path.is_file() else ""
+    if said:
+        raise CheckpointError(f"{folder}: {said}")
 
 
 def without_kernels(settings: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from lora_tools.errors import CheckpointError, TensorNotFound
 from lora_tools.formats.dtypes import dtype_name
 from lora_tools.formats.reopen import Reopened, Stamp
+from lora_tools.formats.safetensors_file import MAX_NAME
 from lora_tools.formats.tensors import as_bytes
 from lora_tools.records import TensorSpec
 
@@ -61,6 +62,9 @@ class PickleFile(Reopened):
     def _spec(self, name: str, tensor: torch.Tensor) -> TensorSpec:
         import torch
 
+        if len(name) > MAX_NAME:
+            said = f"tensor {name[:50]!r}…: a name of {len(name):,} characters"
+            raise CheckpointError(f"{self.path}: {said}")
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
             raise CheckpointError(f"{self.path}: tensor {name!r} is not a plain, dense one")
         try:

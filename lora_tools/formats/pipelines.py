@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lora_tools.formats.digest import file_sha256
-from lora_tools.formats.json_file import read_object
+from lora_tools.formats.json_file import read_object, refuse_nested
 from lora_tools.formats.regular_files import is_there, read_file
 
 NAME = "modules.json"
@@ -72,7 +72,9 @@ class Pipeline:
         if not is_there(path):
             return None
         try:
-            given = json.loads(read_file(path))
+            data = read_file(path)
+            refuse_nested(data)
+            given = json.loads(data)
             modules = [_module(root, each) for each in given]
             return cls(root, modules[0], tuple(modules[1:]))
         except (ValueError, RecursionError, TypeError, LookupError):
