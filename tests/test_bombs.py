@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -201,3 +202,22 @@ def test_a_name_of_megabytes_is_refused(tmp_path: Path) -> None:
     for file in ("x.safetensors", "x.bin"):
         with pytest.raises(CheckpointError, match="a name of 2,000,000 characters"):
             lora_tools.inspect(tmp_path / file, allow_pickle=True)
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        (struct.pack("<IIQ", 9, 8, 1 << 40), "a list of 1,099,511,627,776"),
+        (struct.pack("<IIQ", 9, 6, 1 << 40), "a list of 1,099,511,627,776"),
+        (struct.pack("<IIQ", 9, 0, 4 << 30), "a list of 4,294,967,296"),
+        (struct.pack("<IQ", 8, 4 << 30), "a string of 4,294,967,296"),
+    ],
+)
+def test_a_gguf_with_holes_of_gigabytes_is_refused(field: bytes, said: str, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    path = tmp_path / "x.gguf"
+    with path.open("wb") as file:
+        file.write(b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"a" + field)
+        file.truncate(8 << 30)
+    with pytest.raises(CheckpointError, match=rf"x\.gguf: .*{said}"):
+        lora_tools.inspect(path)

@@ -108,11 +108,17 @@ def test_what_is_there_and_no_file_is_an_error(
     assert not os.path.lexists("out")
 
 
-def test_a_folder_in_the_place_of_a_small_file_is_an_error(work: Path) -> None:
-    Path("base/config.json").unlink()
-    Path("base/config.json").mkdir()
-    with pytest.raises(CheckpointError, match=r"config\.json: a folder, and not a file"):
-        lora_tools.merge("base", ["adapter"], "out")
+@pytest.mark.parametrize("place", sorted(PLACES.keys() - {"base/tokenizer.json", "base/README.md"}))
+def test_a_folder_in_the_place_of_a_file_is_an_error(
+    place: str, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(place)
+    path.unlink(missing_ok=True)
+    path.mkdir()
+    code, said = run(PLACES[place]), capsys.readouterr().err
+    assert code in (1, 2), said
+    assert path.name in said
+    assert not os.path.lexists("out")
 
 
 def test_a_report_is_not_written_into_a_pipe_that_nobody_reads(work: Path) -> None:
