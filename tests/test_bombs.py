@@ -16,10 +16,13 @@ import zstandard
 from safetensors.torch import save_file
 
 import lora_tools
+from lora_tools import pretrained
 from lora_tools.errors import CheckpointError
 from lora_tools.formats import digest as hashing
-from lora_tools.formats.safetensors_file import SafetensorsFile
+from lora_tools.formats import gguf_file, json_file, patterns, pickle_file, regular_files, sidecar
+from lora_tools.formats.safetensors_file import MAX_NAME, SafetensorsFile
 from lora_tools.formats.sidecar import NAME, Sidecar
+from lora_tools.options import parse
 from lora_tools.pretrained import config_of, tokenizer_of, too_many
 from lora_tools.sources.class_fit import fit_class
 from lora_tools.sources.transformers_names import look, weightless
@@ -221,3 +224,21 @@ def test_a_gguf_with_holes_of_gigabytes_is_refused(field: bytes, said: str, tmp_
         file.truncate(8 << 30)
     with pytest.raises(CheckpointError, match=rf"x\.gguf: .*{said}"):
         lora_tools.inspect(path)
+
+
+def test_the_bounds_are_those_that_are_documented() -> None:
+    page = (Path(__file__).parents[1] / "docs/untrusted.md").read_text()
+    for text in (
+        f"{regular_files.MOST // 10**6} MB; JSON of {json_file._MOST_NESTED:,} lists",
+        f"{MAX_NAME:,} characters",
+        f"{parse._MOST_TEXT >> 30} GiB",
+        f"{regular_files.MOST_OF_GRAPH + 1 >> 30} GiB (protobuf's)",
+        f"{gguf_file._MOST_LISTED:,} elements",
+        f"{pickle_file._UNFOLDED >> 30} GiB, or {pickle_file._RATIO} times",
+        f"{sidecar._UNFOLDED >> 20} MiB or {sidecar._RATIO} times",
+        f"{pretrained._MOST_PARTS:,} layers or heads, {pretrained._MOST_EXPERTS:,} experts",
+        f"{pretrained._MOST_LABELS:,} labels",
+        f"{patterns.LONGEST:,} characters; matched",
+        f"at most {patterns._WAYS:,} ways",
+    ):
+        assert text in page, text
