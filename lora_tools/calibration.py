@@ -3,14 +3,13 @@ ONNX export, that builds a model."""
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lora_tools.errors import CheckpointError, NonFiniteError, UsageError
+from lora_tools.errors import CheckpointError, LoraToolsError, NonFiniteError, UsageError
+from lora_tools.pretrained import config_of, model_of, quietly, tokenizer_of
 
 if TYPE_CHECKING:
     import torch
@@ -22,38 +21,23 @@ def check_library() -> None:
         raise UsageError("collect-stats needs transformers: pip install 'loratools[stats]'")
 
 
-@contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    """What transformers prints is not ours to print."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    bar = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()
-
-
-def tokens_of(folder: Path, text: str) -> list[int]:
+def tokens_of(folder: Path, text: str, trusted: bool | None = None) -> list[int]:
     """The text by the tokenizer in the folder, without special tokens.
 
+    Args:
+        trusted: see ``pretrained.config_of``.
+
     Raises:
+        UnsafeInput: the tokenizer is made by code that comes with it.
         CheckpointError: there is no tokenizer that transformers can load, or it does not know the
             text's words.
     """
-    from transformers import AutoTokenizer
-
     try:
+        tokenizer = tokenizer_of(folder, trusted)
         with quietly():
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             tokens = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    except LoraToolsError:
+        raise
     except Exception as error:  # transformers raises what it likes
         raise CheckpointError(
             f"{folder}: no tokenizer to be loaded ({_first(error)}); put the files of the model's "
@@ -114,6 +98,7 @@ def moments(
     frequencies, one added to each count (Laplace), so that no row is without weight.
 
     Raises:
+        UnsafeInput: it is made by code that comes with it, which is not run.
         CheckpointError: transformers cannot load the model.
         NonFiniteError: an inf or a NaN among the activations.
     """
@@ -149,16 +134,18 @@ def _load(folder: Path, allow_pickle: bool) -> Any:
     import transformers
 
     try:
-        with quietly():
-            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-            [architecture, *_] = config.architectures or ["AutoModel"]
-            kind = getattr(transformers, architecture)
-            return kind.from_pretrained(
-                folder,
-                local_files_only=True,
-                dtype=torch.float32,
-                use_safetensors=None if allow_pickle else True,
-            ).eval()
+        config = config_of(folder)
+        [architecture, *_] = config.architectures or ["AutoModel"]
+        model = model_of(
+            getattr(transformers, architecture),
+            folder,
+            config,
+            dtype=torch.float32,
+            use_safetensors=None if allow_pickle else True,
+        )
+        return model.eval()
+    except LoraToolsError:
+        raise
     except Exception as error:  # transformers raises what it likes
         raise CheckpointError(f"{folder}: transformers cannot load it ({_first(error)})") from None
 

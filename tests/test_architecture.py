@@ -52,6 +52,7 @@ ROOMS = (
     "formats",
     "linalg",
     "calibration",
+    "pretrained",
     "plots",
     "figures",
     "errors",
@@ -69,7 +70,8 @@ ONLY = {
     "provenance": {"formats", "errors", "records"},
     "formats": {"errors", "records"},
     "linalg": {"errors", "records"},
-    "calibration": {"errors", "records"},
+    "calibration": {"pretrained", "errors", "records"},
+    "pretrained": {"errors", "records"},
     "plots": {"errors", "records"},
     "figures": {"records", "totals"},
 }
@@ -95,6 +97,7 @@ LIBRARIES = {
     "formats": {"torch", "numpy", "huggingface_hub", "xxhash", "zstandard", "gguf", "onnxruntime"},
     "linalg": {"torch", "numpy", "scipy", "gguf"},
     "calibration": {"torch", "transformers"},
+    "pretrained": {"transformers"},
     "plots": {"matplotlib"},
 }
 

@@ -508,7 +508,7 @@ def test_small_files_travel_and_other_weights_and_hidden_files_do_not(tmp_path):
         ".cache/x/tokenizer.json",
         "code/.hidden",
     )
-    (folder / "broken").symlink_to("nowhere")
+    (folder / "folder").symlink_to("code")
     found = open_checkpoint(folder).companions()
     assert found[0] == sorted(Path(p) for p in (*travel, "config.json", "tokenizer.json"))
     assert found[1] == sorted(map(Path, left))

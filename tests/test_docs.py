@@ -49,6 +49,7 @@ PAGES = [
     "docs/check.md",
     "docs/inspect.md",
     "docs/architectures.md",
+    "docs/untrusted.md",
 ]
 FENCE = re.compile(
     r"(?:^<!-- (?P<mark>[\w:-]+) -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.M | re.S

@@ -15,6 +15,7 @@ from lora_tools.exporting.quantized import Quantization
 from lora_tools.exporting.runtime_adapters import SUFFIX, RuntimeAdapters
 from lora_tools.formats.checkpoint import Checkpoint, with_theta
 from lora_tools.formats.output import Prepared, copy_synced, write_synced
+from lora_tools.formats.regular_files import read_file
 from lora_tools.merging.prepare import copied_modules
 from lora_tools.onnx import genai
 from lora_tools.onnx.tasks import Task
@@ -112,7 +113,7 @@ class Export:
             QualityGateError: the outputs differ by more than allowed.
         """
         check_installed()
-        rows = self.quantization.rows(self.source)
+        rows = self.quantization.rows(self.source, self.graphs.trust_remote_code)
         if self.weights is None:
             report = _with_digest(report, self.source)
         made = self._add(report, out, rows) if self.in_place else self._make(report, out, rows)
@@ -340,7 +341,7 @@ def _copy(source: Checkpoint, folder: Path) -> None:
 
 def _name_theta(path: Path) -> None:
     """Readers before transformers 5 look for rope_theta at the top, and else take 10000."""
-    config = json.loads(path.read_bytes())
+    config = json.loads(read_file(path))
     named = with_theta(config)
     if named != config:
         path.unlink()

@@ -64,8 +64,11 @@ class Quantization:
         """``--weights``, or what it is if not given."""
         return asked or ("bundled" if self.affine and not in_place else "shared")
 
-    def rows(self, source: Checkpoint) -> torch.Tensor | None:
+    def rows(self, source: Checkpoint, trusted: bool) -> torch.Tensor | None:
         """The text in windows of tokens (n, length), or None without one.
+
+        Args:
+            trusted: whether code that comes with the tokenizer may run.
 
         Raises:
             UsageError: it has less than two tokens.
@@ -76,7 +79,7 @@ class Quantization:
 
         from lora_tools.calibration import tokens_of
 
-        tokens = tokens_of(source.path, self.text)
+        tokens = tokens_of(source.path, self.text, trusted)
         config = source.config
         most = config.get("max_position_embeddings") or config.get("n_positions") or _WINDOW
         length = min(_WINDOW, int(most), len(tokens))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,7 @@ def kept_spectra(keep: Path | None, scratch: Path, needed: bool) -> Iterator[Spe
     if keep is None and not needed:
         yield None
         return
-    spectra = Spectra(scratch, keep if keep is not None and keep.exists() else None)
+    spectra = Spectra(scratch, keep if keep is not None and os.path.lexists(keep) else None)
     try:
         yield spectra
         if keep is not None and spectra.changed:

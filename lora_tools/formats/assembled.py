@@ -13,6 +13,7 @@ from lora_tools.errors import CheckpointError, TensorNotFound
 from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.formats.lfs import HEAD, refuse_pointer
 from lora_tools.formats.mapped import MappedFile
+from lora_tools.formats.regular_files import open_file
 from lora_tools.formats.reopen import Reopened, Stamp
 from lora_tools.formats.tensors import as_bytes
 from lora_tools.records import TensorSpec
@@ -128,7 +129,7 @@ class Assembled(Reopened):
 def map_file(path: Path) -> MappedFile:
     """A file's bytes, mapped. Raises CheckpointError."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             refuse_pointer(path, file.read(HEAD))
             return MappedFile(file)
     except (OSError, ValueError) as error:  # a ValueError: an empty one

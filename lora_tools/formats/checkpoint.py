@@ -18,6 +18,7 @@ from lora_tools.formats.json_file import read_object
 from lora_tools.formats.lfs import HEAD, refuse_pointer
 from lora_tools.formats.pipelines import Pipeline
 from lora_tools.formats.quantized.packed import StoredFormat
+from lora_tools.formats.regular_files import is_there, open_file, refuse_outside
 from lora_tools.formats.reopen import SmallFile
 from lora_tools.formats.safetensors_file import SafetensorsFile
 from lora_tools.formats.sharded import refuse_part
@@ -90,7 +91,7 @@ class Checkpoint(Shards):
     def _read_config(self) -> dict[str, Any]:
         path = self.path / "config.json"
         self._config_file = SmallFile.of(path)
-        return read_object(path) if self.is_folder and path.is_file() else {}
+        return read_object(path) if self.is_folder and is_there(path) else {}
 
     @property
     def scheme(self) -> StoredFormat | None:
@@ -167,6 +168,10 @@ class Checkpoint(Shards):
 
         Folders named in a sentence-transformers ``modules.json`` travel whole: they are part of
         the model. Hidden files never travel, nor does a folder that holds a PEFT adapter.
+
+        Raises:
+            UnsafeInput: one that travels is a link that leads out of the folder.
+            CheckpointError: one is a link to nothing, a pipe or a device.
         """
         if not self.is_folder:
             return [], []
@@ -178,7 +183,7 @@ class Checkpoint(Shards):
         for path in sorted(self.path.rglob("*")):
             relative = path.relative_to(self.path)
             if (
-                not path.is_file()
+                path.is_dir()
                 or path in own
                 or path.name == self.index_name
                 or any(part.startswith(".") for part in relative.parts)
@@ -188,9 +193,14 @@ class Checkpoint(Shards):
             weights = weights or path.parent in adapters
             if weights and relative.parts[0] not in whole:
                 left.append(relative)
-            else:
+            elif is_there(path):
+                refuse_outside(path, self.pipeline.root if self.pipeline else self.path)
                 travel.append(relative)
         return travel, left
+
+    def copied(self) -> tuple[Path, ...]:
+        """Files that travel, where they lie. Raises what ``companions`` does."""
+        return tuple(self.path / path for path in self.companions()[0])
 
 
 class View(Checkpoint):
@@ -234,7 +244,7 @@ def open_weights(path: Path, allow_pickle: bool) -> TensorFile:
     refuse_part(path)
     if path.suffix not in PICKLE_SUFFIXES:
         return SafetensorsFile(path)
-    with path.open("rb") as file:
+    with open_file(path) as file:
         refuse_pointer(path, file.read(HEAD))
     if not allow_pickle:
         raise UnsafeInput(

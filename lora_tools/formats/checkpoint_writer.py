@@ -16,6 +16,7 @@ from lora_tools.errors import UnsafeInput, UsageError
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.digest import PROVENANCE
 from lora_tools.formats.output import copy_synced, write_synced
+from lora_tools.formats.regular_files import read_file
 from lora_tools.formats.safetensors_file import SafetensorsWriter, Written, encode_header
 from lora_tools.formats.shards import is_plain_name
 from lora_tools.records import TensorSpec
@@ -256,7 +257,7 @@ def _index(source: Checkpoint, specs: Sequence[tuple[TensorSpec, str]]) -> bytes
     """A shard index; what metadata the source's index has is kept, sizes are counted anew."""
     metadata: dict[str, Any] = {}
     if source.index_name:
-        given = json.loads((source.path / source.index_name).read_bytes()).get("metadata")
+        given = json.loads(read_file(source.path / source.index_name)).get("metadata")
         metadata = given if isinstance(given, dict) else {}
     metadata["total_size"] = sum(spec.nbytes for spec, _ in specs)
     if "total_parameters" in metadata:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import xxhash
 
+from lora_tools.formats.regular_files import open_file
 from lora_tools.records import TensorSpec
 
 PREFIX = "xxh3-128/sha256:"
@@ -34,7 +35,7 @@ def digest(specs: Iterable[TensorSpec], hashes: Mapping[str, str]) -> str:
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         if hasattr(hashlib, "file_digest"):
             return hashlib.file_digest(file, "sha256").hexdigest()
         state = hashlib.sha256()

@@ -17,6 +17,7 @@ from lora_tools.formats.assembled import Assembled, Part, check_parts
 from lora_tools.formats.dtypes import dtype_name
 from lora_tools.formats.inert_pickle import Record, kind_of, read_pickle
 from lora_tools.formats.lfs import refuse_pointer
+from lora_tools.formats.regular_files import MOST, is_there, read_file
 from lora_tools.formats.shards import is_plain_name
 from lora_tools.formats.torch_zip import read_saved, saved_tensor
 from lora_tools.records import TensorSpec, counted
@@ -52,7 +53,7 @@ class DistributedCheckpoint(Assembled):
 
     def __init__(self, path: Path) -> None:
         try:
-            data = path.read_bytes()
+            data = read_file(path, most=10 * MOST)
             refuse_pointer(path, data)
             said = _fields(read_pickle(data), "metadata.Metadata")
             entries = said.get("state_dict_metadata")
@@ -175,7 +176,7 @@ def _parts(folder: Path, name: str, said: Mapping[str, Any], places: _Places) ->
             )
         if type(file) is not str or not is_plain_name(file):
             raise UnsafeInput(f"{name}: lies in a file outside the folder: {file!r}")
-        if not (folder / file).is_file():
+        if not is_there(folder / file):
             raise CheckpointError(f"{name}: lies in {file}, which is missing; are all files there?")
         yield Part(offsets, sizes, folder / file, begin, begin + length)
 

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from lora_tools.errors import LoraToolsError
+from lora_tools.formats.regular_files import is_there, read_file
 from lora_tools.formats.sharded import inner_parts
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -66,7 +67,7 @@ def _inside(folder: Path, fail: type[LoraToolsError]) -> list[Path]:
     others = [
         path
         for path in folders
-        if (path / ADAPTER_CONFIG).is_file() or _REPOSITORY.fullmatch(path.name)
+        if is_there(path / ADAPTER_CONFIG, fail) or _REPOSITORY.fullmatch(path.name)
     ]
     others = [path for path in others if path not in runs]
     others += inner_parts(folder)
@@ -77,8 +78,8 @@ def _snapshots(repository: Path, fail: type[LoraToolsError]) -> list[Path]:
     """The snapshot that the repository's ``main`` is, or all where that is not there."""
     main = repository / "refs" / "main"
     found = [path for path in sorted(repository.glob("snapshots/*")) if path.is_dir()]
-    if main.is_file():
-        revision = main.read_text(encoding="utf-8", errors="replace").strip()
+    if is_there(main, fail):
+        revision = read_file(main, fail).decode(errors="replace").strip()
         found = [path for path in found if path.name == revision] or found
     if not found:
         name = repository.name.removeprefix("models--").replace("--", "/")

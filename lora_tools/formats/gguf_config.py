@@ -178,8 +178,9 @@ def _llama3(theta: float, head: int, factors: Sequence[float]) -> dict[str, Any]
     """Llama 3's, where the factors are those that its constants make."""
     most = _short(max(factors, default=0.0))
     found = {"rope_type": "llama3", "factor": most, **_LLAMA3}
-    wanted = llama3_factors(theta, head, most)
-    if len(wanted) != len(factors) or not all(
+    fits = (head + 1) // 2 == len(factors)  # a head of 2⁶⁰ is made of no file
+    wanted = llama3_factors(theta, head, most) if fits else []
+    if not fits or not all(
         math.isclose(a, b, rel_tol=1e-4) for a, b in zip(wanted, factors, strict=True)
     ):
         raise Unsure("rope_freqs.weight is not made as Llama 3's is")

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from lora_tools.errors import CheckpointError, LoraToolsError, TensorNotFound
 from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.formats.mapped import MappedFile
+from lora_tools.formats.regular_files import MOST, open_file
 from lora_tools.formats.reopen import Reopened, Stamp
 from lora_tools.records import TensorSpec
 
@@ -33,6 +34,7 @@ _VERSIONS = (2, 3)
 _SCALARS = "BbHhIif?"  # struct's letter of the types 0 to 7
 _LONG_SCALARS = {10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_MOST_LISTED = 10_000_000  # of a vocabulary and its merges
 _LONGEST_LIST = 4096  # numbers of a list that is kept; vocabularies have more, and need not be
 _MAX_DIMS = 8
 _MAX_SIZE = 2**48
@@ -49,7 +51,7 @@ def package(fail: type[LoraToolsError] = CheckpointError) -> Any:
 
 def is_gguf(path: Path) -> bool:
     """Whether a file is one, by its first bytes: in ollama's store none has a suffix."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return file.read(len(MAGIC)) == MAGIC
 
 
@@ -112,7 +114,7 @@ class GgufFile(Reopened):
         self.path, self.header = path, b""
         package()
         try:
-            with path.open("rb") as file:
+            with open_file(path) as file:
                 self.stamp = Stamp.of(file.fileno())
                 if not self.stamp.nbytes:
                     raise CheckpointError("it is empty")
@@ -216,6 +218,11 @@ class _Header:
             raise CheckpointError(f"tensor {name!r}: rows of {shape[-1]} are not blocks of {block}")
         return name, Stored(named, shape, offset, block, nbytes)
 
+    def _skip(self, n: int) -> None:
+        if n > len(self._view) - self._at:
+            self._take(n)
+        self._at += n
+
     def _take(self, n: int) -> bytes:
         if n > len(self._view) - self._at:
             raise CheckpointError(
@@ -229,7 +236,10 @@ class _Header:
         return value
 
     def _string(self) -> str:
-        return self._take(self._number("Q")).decode(errors="replace")
+        size = self._number("Q")
+        if size > MOST:
+            raise CheckpointError(f"a string of {size:,} bytes, and at most {MOST:,} are read")
+        return self._take(size).decode(errors="replace")
 
     def _value(self, kind: int) -> Any:
         if kind == _STRING:
@@ -240,9 +250,11 @@ class _Header:
 
     def _list(self, kind: int, count: int) -> list[Any] | None:
         """A list of numbers that is short; else None, with nothing of it kept."""
+        if count > _MOST_LISTED:
+            raise CheckpointError(f"a list of {count:,}, and at most {_MOST_LISTED:,} are read")
         if kind == _STRING:
-            for _ in range(count):  # ends with the file, whatever was promised
-                self._take(self._number("Q"))
+            for _ in range(count):
+                self._skip(self._number("Q"))
             return None
         letter = _letter(kind)  # of no list of lists: nothing writes any
         data = self._take(count * struct.calcsize("<" + letter))

@@ -8,13 +8,26 @@ from typing import Any
 
 from lora_tools.errors import CheckpointError, LoraToolsError
 from lora_tools.formats.lfs import refuse_pointer
+from lora_tools.formats.regular_files import read_file
+
+_MOST_NESTED = 5_000_000  # lists and objects, of some 60 bytes each in memory
+
+
+def refuse_nested(data: bytes | str) -> None:
+    """Raises ValueError for JSON of more lists and objects than any is that is meant."""
+    count = data.count("[") + data.count("{") if isinstance(data, str) else 0
+    if isinstance(data, bytes):
+        count = data.count(b"[") + data.count(b"{")
+    if count > _MOST_NESTED:
+        raise ValueError(f"it holds more than {_MOST_NESTED:,} lists and objects")
 
 
 def read_object(path: Path, fail: type[LoraToolsError] = CheckpointError) -> dict[str, Any]:
     """What it holds. Raises ``fail`` for what is no JSON object, and OSError."""
     try:
-        data = path.read_bytes()
+        data = read_file(path, fail)
         refuse_pointer(path, data, fail)
+        refuse_nested(data)
         found = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise fail(f"{path}: not JSON ({error})") from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import os
 import re
@@ -20,6 +21,7 @@ from typing import Any
 
 from lora_tools.errors import LoraToolsError, OutputError
 from lora_tools.formats.pipelines import Pipeline
+from lora_tools.formats.regular_files import open_file
 from lora_tools.records import Report
 
 _MARK = ".loratools-"
@@ -39,6 +41,7 @@ class Prepared:
             belong to the one replaced.
         added: where only these files are put into the output, a folder that exists.
         pipeline: the sentence-transformers folder that the output is made as, where it is one.
+        copied: small files that are copied into it, besides what ``nbytes`` counts.
     """
 
     report: Report[Any]
@@ -49,11 +52,17 @@ class Prepared:
     dropped: tuple[str, ...] = ()
     added: tuple[str, ...] = ()
     pipeline: Pipeline | None = None
+    copied: tuple[Path, ...] = ()
+
+
+def real(path: Path) -> Path:
+    """Where a path leads, links followed; of links that lead in a circle, one of them."""
+    return Path(os.path.realpath(path))
 
 
 def overlap(one: Path, other: Path) -> bool:
     """Whether two paths are the same, or one lies inside the other, links followed."""
-    a, b = one.resolve(), other.resolve()
+    a, b = real(one), real(other)
     return a == b or a in b.parents or b in a.parents
 
 
@@ -197,17 +206,43 @@ def write_synced(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def held_bytes(path: Path) -> int:
+    """Bytes that a copy of a file takes: of a sparse one, those that are not in a hole."""
+    with open_file(path) as file:
+        return sum(end - begin for begin, end in _data(file.fileno()))
+
+
+def _data(file: int) -> Iterator[tuple[int, int]]:
+    """Where in an open file there is something, [begin, end) by [begin, end)."""
+    size, end = os.fstat(file).st_size, 0
+    while end < size:
+        try:
+            begin = os.lseek(file, end, os.SEEK_DATA)
+            end = os.lseek(file, begin, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # the file system knows no holes
+                yield end, size
+            return
+        yield begin, end
+
+
 def copy_synced(source: Path, target: Path) -> None:
     """Copy a file's contents (never its link or its permissions) and sync it.
 
     Where the file system can (btrfs, XFS), the copy is a reflink: it shares the blocks on the disk
-    until one of the two changes.
+    until one of the two changes. Else what is a hole in the source is one in the copy.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    with source.open("rb") as reader, target.open("xb") as writer:
+    with open_file(source) as reader, target.open("xb") as writer:
         try:
             fcntl.ioctl(writer.fileno(), _FICLONE, reader.fileno())
         except OSError:  # the file system cannot, or source and target are not on the same one
-            shutil.copyfileobj(reader, writer, 1 << 20)
+            for begin, end in _data(reader.fileno()):
+                reader.seek(begin)
+                writer.seek(begin)
+                while begin < end and (piece := reader.read(min(end - begin, 1 << 20))):
+                    writer.write(piece)
+                    begin += len(piece)
+            writer.truncate(os.fstat(reader.fileno()).st_size)
         writer.flush()
         os.fsync(writer.fileno())

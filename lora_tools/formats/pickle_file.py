@@ -1,22 +1,30 @@
 """A PyTorch ``.bin``/``.pt`` file with the same face as ``SafetensorsFile``.
 
 Opened only when the user allows it, with ``weights_only=True`` (no code is run) and memory-mapped
-where the file is of the zip kind.
+where the file is of the zip kind and holds its tensors as they are.
 """
 
 from __future__ import annotations
 
+import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_tools.errors import CheckpointError, TensorNotFound
 from lora_tools.formats.dtypes import dtype_name
 from lora_tools.formats.reopen import Reopened, Stamp
+from lora_tools.formats.safetensors_file import MAX_NAME
 from lora_tools.formats.tensors import as_bytes
 from lora_tools.records import TensorSpec
 
 if TYPE_CHECKING:
     import torch
+
+
+# A compressed file is unfolded in memory: this much, or so many times its size, is no bomb.
+_UNFOLDED = 1 << 30
+_RATIO = 16
 
 
 class PickleFile(Reopened):
@@ -30,10 +38,13 @@ class PickleFile(Reopened):
         self.metadata: dict[str, str] = {}
         try:
             self.stamp = Stamp.of(path)
-            try:
-                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError:  # a legacy, non-zip file cannot be mapped
-                state = torch.load(path, map_location="cpu", weights_only=True)
+            members = _members(path)
+            if members is not None and (compressed := _is_compressed(members)):
+                _refuse_bomb(path, members, self.stamp.nbytes)
+            mapped = members is not None and not compressed
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        except CheckpointError:
+            raise
         except Exception as error:  # torch.load raises nearly anything on a malformed file
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(
@@ -51,6 +62,9 @@ class PickleFile(Reopened):
     def _spec(self, name: str, tensor: torch.Tensor) -> TensorSpec:
         import torch
 
+        if len(name) > MAX_NAME:
+            said = f"tensor {name[:50]!r}…: a name of {len(name):,} characters"
+            raise CheckpointError(f"{self.path}: {said}")
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
             raise CheckpointError(f"{self.path}: tensor {name!r} is not a plain, dense one")
         try:
@@ -77,3 +91,41 @@ class PickleFile(Reopened):
 
     def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
         """Nothing to give back: torch owns the mapping."""
+
+
+def refuse_compressed(paths: Iterable[Path]) -> None:
+    """Raises CheckpointError for a compressed file among these: transformers (5.23) maps it as if
+    it were none, and loads garbage."""
+    for path in paths:
+        members = _members(path) if path.suffix in (".bin", ".pt", ".pth") else None
+        if members is not None and _is_compressed(members):
+            raise CheckpointError(
+                f"{path}: compressed, which transformers does not load right; make safetensors of "
+                f"it first: loratools dequantize {path.parent} -o OUT --allow-pickle"
+            )
+
+
+def _members(path: Path) -> list[zipfile.ZipInfo] | None:
+    """What is in a file of the zip kind; None of a legacy one."""
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":  # what torch goes by
+            return None
+        with zipfile.ZipFile(file) as archive:
+            return archive.infolist()
+
+
+def _is_compressed(members: list[zipfile.ZipInfo]) -> bool:
+    """Whether some are. torch (2.13) maps these, too, and takes their bytes for numbers. Other
+    tools than it make them: ``zip``, 7z."""
+    return any(member.compress_type != zipfile.ZIP_STORED for member in members)
+
+
+def _refuse_bomb(path: Path, members: list[zipfile.ZipInfo], nbytes: int) -> None:
+    """Raises CheckpointError for a file that would unfold to far more than its size."""
+    unfolded = sum(member.file_size for member in members)
+    if unfolded > max(_UNFOLDED, _RATIO * nbytes):
+        raise CheckpointError(
+            f"{path}: {nbytes:,} bytes, compressed, that unfold to {unfolded:,}; such a file is "
+            f"read up to {_UNFOLDED:,} bytes, or {_RATIO} times its size: unpack it, and zip it "
+            "anew without compression (zip -0 -r)"
+        )

@@ -31,6 +31,14 @@ def write_whole(prepared: Prepared, out: Path) -> Report[Any]:
     return dataclasses.replace(report, notes=(*report.notes, said))
 
 
+def copied_files(prepared: Prepared) -> list[Path]:
+    """All files that are copied into what is made. Raises what ``Checkpoint.companions`` does."""
+    pipeline = prepared.pipeline
+    if pipeline is None or not pipeline.is_deeper:
+        return list(prepared.copied)
+    return [*prepared.copied, *(pipeline.root / path for path in _around(pipeline)[0])]
+
+
 def _around(pipeline: Pipeline) -> tuple[list[Path], list[Path]]:
     """Files outside the first module's folder that travel, and those that stay."""
     root = Checkpoint(pipeline.root, [], True, None)

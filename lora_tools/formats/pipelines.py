@@ -12,7 +12,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lora_tools.formats.digest import file_sha256
-from lora_tools.formats.json_file import read_object
+from lora_tools.formats.json_file import read_object, refuse_nested
+from lora_tools.formats.regular_files import is_there, read_file
 
 NAME = "modules.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
@@ -48,7 +49,7 @@ class Module:
     def config(self, name: str = "config.json") -> dict[str, Any]:
         """What a file of its folder sets. Raises CheckpointError."""
         path = self.folder / name
-        return read_object(path) if path.is_file() else {}
+        return read_object(path) if is_there(path) else {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +69,12 @@ class Pipeline:
     def at(cls, root: Path) -> Pipeline | None:
         """The pipeline of a folder; None where it is none, whatever its ``modules.json`` says."""
         path = root / NAME
-        if not path.is_file():
+        if not is_there(path):
             return None
         try:
-            given = json.loads(path.read_bytes())
+            data = read_file(path)
+            refuse_nested(data)
+            given = json.loads(data)
             modules = [_module(root, each) for each in given]
             return cls(root, modules[0], tuple(modules[1:]))
         except (ValueError, RecursionError, TypeError, LookupError):
@@ -107,7 +110,9 @@ class Pipeline:
 def weight_files(folder: Path) -> list[Path]:
     """Files of tensors that lie in a folder itself; none where it is not there."""
     files = folder.iterdir() if folder.is_dir() else ()
-    return sorted(path for path in files if path.suffix in _WEIGHTS and path.is_file())
+    return sorted(
+        path for path in files if path.suffix in _WEIGHTS and not path.is_dir() and is_there(path)
+    )
 
 
 def _module(root: Path, given: Any) -> Module:

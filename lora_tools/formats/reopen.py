@@ -11,6 +11,7 @@ from typing import Any
 import xxhash
 
 from lora_tools.errors import CheckpointError
+from lora_tools.formats.regular_files import is_there, read_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +66,8 @@ class SmallFile:
     @classmethod
     def of(cls, path: Path) -> SmallFile:
         """As it lies there now."""
-        there = path.is_file()
-        return cls(path.absolute(), xxhash.xxh3_128_hexdigest(path.read_bytes()) if there else "")
+        there = is_there(path)
+        return cls(path.absolute(), xxhash.xxh3_128_hexdigest(read_file(path)) if there else "")
 
     def __reduce__(self) -> tuple[Callable[..., SmallFile], tuple[Path, str]]:
         return _unchanged, (self.path, self.digest)

@@ -27,8 +27,10 @@ from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import CheckpointError, OutputError, TensorNotFound
 from lora_tools.formats.dtypes import torch_dtype
+from lora_tools.formats.json_file import refuse_nested
 from lora_tools.formats.lfs import HEAD, refuse_pointer
 from lora_tools.formats.mapped import MappedFile
+from lora_tools.formats.regular_files import open_file
 from lora_tools.formats.reopen import Reopened, Stamp
 from lora_tools.records import DTYPE_BITS, TensorSpec
 
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 _MAX_HEADER = 100_000_000  # the safetensors package's own limit
 _MAX_DIMS = 64  # numpy's limit
 _MAX_SIZE = 2**63 - 1  # torch's limit
+MAX_NAME = 10_000  # characters of a tensor's name: patterns go over it again and again
 WRITEBACK = 64 << 20  # start writing to disk in steps of this size
 
 
@@ -58,12 +61,15 @@ def strict_json(text: bytes | str) -> Any:
     """
     try:
         text = text.decode() if isinstance(text, bytes) else text
+        refuse_nested(text)
         return json.loads(text, object_pairs_hook=_pairs_without_duplicates)
     except (ValueError, RecursionError) as error:  # a ValueError, too, is an endless number
         raise CheckpointError(f"not JSON ({error})") from None
 
 
 def _parse_entry(name: str, entry: Any) -> tuple[TensorSpec, int, int]:
+    if len(name) > MAX_NAME:
+        raise CheckpointError(f"tensor {name[:50]!r}…: a name of {len(name):,} characters")
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         honest = (
@@ -138,7 +144,7 @@ class SafetensorsFile(Reopened):
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with path.open("rb") as file:
+            with open_file(path) as file:
                 self.stamp = Stamp.of(file.fileno())
                 size = self.stamp.nbytes
                 head = file.read(HEAD)

@@ -10,6 +10,7 @@ from pathlib import Path
 from lora_tools.errors import CheckpointError, UnsafeInput
 from lora_tools.formats import distributed_checkpoint, rank_files
 from lora_tools.formats.assembled import Assembled
+from lora_tools.formats.regular_files import is_there
 from lora_tools.formats.tensor_file import TensorFile
 
 # DeepSpeed's, and the safetensors that torch's HuggingFaceStorageWriter writes for each process.
@@ -59,7 +60,7 @@ def refuse_steps(folder: Path) -> None:
 def refuse_slices(file: TensorFile) -> None:
     """Raises CheckpointError for slices of tensors, whatever their file is called."""
     said = file.metadata.get(_SHARDING, "")
-    if re.search(r'"saved_offsets":\s*\[[^\]]*[1-9]', said):
+    if re.search(r'"saved_offsets":\s*\[[\d\s,]*?[1-9]', said):
         raise _unmerged(file.path)
 
 
@@ -98,8 +99,8 @@ def open_parts(folder: Path, allow_pickle: bool) -> Assembled | None:
         CheckpointError: it is not all there, or in a way that is not read.
     """
     metadata = folder / distributed_checkpoint.METADATA
-    files = [] if metadata.is_file() else rank_files.rank_files(folder)
-    if not (files or metadata.is_file()):
+    files = [] if is_there(metadata) else rank_files.rank_files(folder)
+    if not (files or is_there(metadata)):
         return None
     title = rank_files.TITLE if files else distributed_checkpoint.TITLE
     if not allow_pickle:
@@ -125,7 +126,7 @@ def home_of(folder: Path) -> Path:
     places = [folder, folder / "huggingface"]
     if _FSDP.fullmatch(folder.name):
         places.append(folder.parent)
-    return next((place for place in places if (place / "config.json").is_file()), folder)
+    return next((place for place in places if is_there(place / "config.json")), folder)
 
 
 def inner_parts(folder: Path) -> list[Path]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lora_tools.errors import CheckpointError, TensorNotFound, UnsafeInput
 from lora_tools.formats.lfs import refuse_pointer
+from lora_tools.formats.regular_files import is_there, read_file
 from lora_tools.formats.safetensors_file import strict_json
 from lora_tools.formats.tensor_file import TensorFile
 from lora_tools.records import TensorSpec
@@ -71,7 +72,7 @@ def shards_named(folder: Path, stem: str, suffix: str) -> tuple[Path, list[Path]
         UnsafeInput: the index names a file outside the folder.
     """
     index = folder / f"{stem}{suffix}{INDEX_SUFFIX}"
-    if index.is_file():
+    if is_there(index):
         return index, [folder / name for name in sorted(set(read_index(index).values()))]
     pattern = re.compile(rf"{re.escape(stem)}-(\d+)-of-(\d+){re.escape(suffix)}")
     found = sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name))
@@ -93,7 +94,7 @@ def read_index(path: Path) -> dict[str, str]:
         CheckpointError: it is none, or a file is missing.
         UnsafeInput: it names a file outside its folder.
     """
-    data = path.read_bytes()
+    data = read_file(path)
     refuse_pointer(path, data)
     try:
         index = strict_json(data)
@@ -105,7 +106,7 @@ def read_index(path: Path) -> dict[str, str]:
     for file in set(names.values()):
         if not is_plain_name(file):
             raise UnsafeInput(f"{path}: names a file outside its folder: {file!r}")
-        if not (path.parent / file).is_file():
+        if not is_there(path.parent / file):
             raise CheckpointError(f"{path}: shard {file} is missing; is the download complete?")
     return dict(names)
 

@@ -19,6 +19,7 @@ import zstandard
 
 from lora_tools.errors import CheckpointError
 from lora_tools.formats import digest as hashing
+from lora_tools.formats.regular_files import MOST
 from lora_tools.formats.safetensors_file import SafetensorsFile
 from lora_tools.formats.spool import SafetensorsSpool
 from lora_tools.records import TensorSpec
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 NAME = "loratools-unmerge.sidecar"
 _VERSION = "1"
+# What small files of it may unfold to in all: so much, or so many times its size.
+_UNFOLDED = 64 << 20
+_RATIO = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,9 +126,16 @@ class Sidecar:
     def __contains__(self, tensor: str) -> bool:
         return f"lengths/{tensor}" in self.file.specs
 
-    def _unpack(self, name: str) -> bytes:
+    def _unpack(self, name: str, most: int) -> bytes:
+        """An entry. Raises CheckpointError where it would unfold to more than ``most`` bytes."""
+        raw = self.file.raw(name)
         try:
-            return zstandard.ZstdDecompressor().decompress(self.file.raw(name))
+            if zstandard.frame_content_size(raw) > most:
+                raise CheckpointError(
+                    f"{self.path}: {name} would unfold to {zstandard.frame_content_size(raw):,} "
+                    f"bytes, and at most {most:,} are read; the sidecar is damaged, or hostile"
+                )
+            return zstandard.ZstdDecompressor().decompress(raw, max_output_size=max(most, 1))
         except zstandard.ZstdError as error:
             raise CheckpointError(f"{self.path}: {name} is damaged ({error})") from None
 
@@ -137,13 +148,20 @@ class Sidecar:
         return self._all("file/")
 
     def _all(self, prefix: str) -> dict[str, bytes]:
-        names = [name for name in self.file.specs if name.startswith(prefix)]
-        return {name.removeprefix(prefix): self._unpack(name) for name in names}
+        left = max(_UNFOLDED, _RATIO * self.file.stamp.nbytes)
+        found = {}
+        for name in self.file.specs:
+            if name.startswith(prefix):
+                found[name.removeprefix(prefix)] = self._unpack(name, min(left, MOST))
+                left -= len(found[name.removeprefix(prefix)])
+        return found
 
-    def listing(self, tensor: str) -> Listing:
-        """The listing of one tensor."""
+    def listing(self, tensor: str, numel: int) -> Listing:
+        """The listing of one tensor, which has so many elements: its distances take at most 8 bytes
+        for each of them, and its gaps 2."""
         lengths = self.file.tensor(f"lengths/{tensor}").tolist()
-        gaps, distances = self._unpack(f"gaps/{tensor}"), self._unpack(f"distances/{tensor}")
+        gaps = self._unpack(f"gaps/{tensor}", 2 * numel)
+        distances = self._unpack(f"distances/{tensor}", 8 * numel)
         runs, i, j = [], 0, 0
         for g, d in lengths:
             runs.append((gaps[i : i + g], distances[j : j + d]))

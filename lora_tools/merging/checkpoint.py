@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from lora_tools.errors import UsageError
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.formats.regular_files import read_file, refuse_outside
 from lora_tools.formats.safetensors_file import encode_header
 from lora_tools.formats.sidecar import NAME as SIDECAR_NAME
 from lora_tools.merging.fitted import FittedBase
@@ -112,7 +113,8 @@ def _write_sidecar(
         header = file.header or encode_header(file.specs.values())[0][8:]
         sidecar.add_header(file.path.with_suffix(".safetensors").name, header)
     for name in {*changed, *([base.index_name] if base.index_name else [])}:
-        sidecar.add_file(name, (base.path / name).read_bytes())
+        refuse_outside(base.path / name, base.path)
+        sidecar.add_file(name, read_file(base.path / name))
     digest, *others = job.digests
     used = [
         {"digest": other, "weight": w.weight} for other, w in zip(others, job.adapters, strict=True)

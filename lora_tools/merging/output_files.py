@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.dtypes import torch_dtype
+from lora_tools.formats.regular_files import read_file
 from lora_tools.merging.plan import MergePlan
 from lora_tools.records import TensorSpec
 
@@ -30,7 +31,7 @@ def changed_files(
     base: Checkpoint, plan: MergePlan, specs: dict[str, TensorSpec]
 ) -> dict[str, bytes]:
     """Small files of the output whose contents differ from the base's."""
-    replaced = {name: path.read_bytes() for name, path in base.replaced_files.items()}
+    replaced = {name: read_file(path) for name, path in base.replaced_files.items()}
     files = {**base.made_files, **replaced}
     if not base.stored.config:
         return files

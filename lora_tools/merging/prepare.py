@@ -158,6 +158,7 @@ def prepare_merge(
         beside=bare if reversible else (),
         dropped=() if reversible else bare,
         pipeline=base.pipeline,
+        copied=base.copied(),
     )
 
 

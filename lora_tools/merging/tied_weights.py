@@ -12,6 +12,7 @@ from lora_tools.errors import UnsupportedAdapter
 from lora_tools.formats.adapters.peft import LoraModule, TokenRows
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.names import is_output_head
+from lora_tools.formats.patterns import matches
 from lora_tools.linalg.scaling import scaling
 from lora_tools.merging.targets import BaseOutline, Part, blocks_of, key_of
 from lora_tools.sources.transformers_names import why_unknown
@@ -149,7 +150,10 @@ def _ensures_tying(config: Mapping[str, Any]) -> bool:
     targets = config.get("target_modules") or ()
     saved = config.get("modules_to_save") or ()
     if isinstance(targets, str):
-        named = any(re.fullmatch(targets, name) for name in _EMBEDDINGS)
+        try:
+            named = any(matches(targets, name, whole=True) for name in _EMBEDDINGS)
+        except re.error:  # nothing loads it
+            named = False
     else:
         named = any(name.rpartition(".")[2] in _EMBEDDINGS for name in targets)
     named = named or any(name.rpartition(".")[2] in _EMBEDDINGS for name in saved)

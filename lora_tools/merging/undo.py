@@ -208,7 +208,9 @@ class _RestoredRuns:
 
         self._name = target.spec.name
         self._source = as_matrix(merged.tensor(self._name), target)
-        self._listing = memory.listing(self._name) if memory is not None else None
+        self._listing = (
+            memory.listing(self._name, target.spec.numel) if memory is not None else None
+        )
         stored = self._source.dtype
         self._dtype = torch_dtype("F64") if stored.itemsize >= 4 else working_dtype(stored)
         norms = self._listing.norms if self._listing is not None else ()

@@ -13,6 +13,7 @@ from lora_tools.errors import MismatchError
 from lora_tools.formats.adapters.peft import Adapter
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.names import split_tensor
+from lora_tools.formats.regular_files import is_there, refuse_outside
 from lora_tools.merging.brought import Brought, refuse_in_part
 from lora_tools.merging.fitted import Made
 from lora_tools.records import TensorSpec
@@ -187,4 +188,8 @@ def tokenizer_files(adapter: Adapter) -> dict[str, Path]:
     """Files of the tokenizer that lie beside an adapter: it knows the new rows."""
     if not adapter.path.is_dir():
         return {}
-    return {name: adapter.path / name for name in _TOKENIZER if (adapter.path / name).is_file()}
+    found = {name: adapter.path / name for name in _TOKENIZER}
+    found = {name: path for name, path in found.items() if is_there(path)}
+    for path in found.values():
+        refuse_outside(path, adapter.path)
+    return found

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import CheckpointError
+from lora_tools.formats.regular_files import is_there, read_file
 from lora_tools.formats.safetensors_file import strict_json
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def retold(old: Path, folder: Path) -> bytes | None:
 
     What decides it beside the architecture are the special tokens.
     """
-    if not (old / NAME).is_file():
+    if not is_there(old / NAME):
         return None
     told = [
         (
@@ -30,13 +31,13 @@ def retold(old: Path, folder: Path) -> bytes | None:
         )
         for path in (old, folder)
     ]
-    return (old / NAME).read_bytes() if told[0] == told[1] else None
+    return read_file(old / NAME) if told[0] == told[1] else None
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a file; of no file, an empty one. Raises CheckpointError."""
     try:
-        found = strict_json(path.read_bytes()) if path.is_file() else {}
+        found = strict_json(read_file(path)) if is_there(path) else {}
     except (OSError, CheckpointError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from None
     if not isinstance(found, dict):

@@ -12,6 +12,7 @@ import onnx
 from lora_tools.errors import CheckpointError, MismatchError
 from lora_tools.formats.checkpoint import Checkpoint, with_theta
 from lora_tools.formats.output import write_synced
+from lora_tools.formats.regular_files import MOST_OF_GRAPH, is_there, read_file
 from lora_tools.formats.tensors import as_bytes
 from lora_tools.onnx import genai
 from lora_tools.onnx.linears import is_quantized
@@ -233,7 +234,9 @@ def _again(graph: Path, checkpoint: Checkpoint, task: Task) -> dict[str, onnx.Mo
     models = {}
     for file in task.files():
         try:
-            model = onnx.load(folder / file, load_external_data=False)
+            model = onnx.load_model_from_string(read_file(folder / file, most=MOST_OF_GRAPH))
+        except CheckpointError:
+            raise
         except (OSError, ValueError, onnx.checker.ValidationError) as error:
             raise CheckpointError(f"{folder / file}: cannot be read ({error})") from None
         except Exception as error:  # protobuf's DecodeError is Exception's own child
@@ -262,7 +265,7 @@ def _again(graph: Path, checkpoint: Checkpoint, task: Task) -> dict[str, onnx.Mo
 
 
 def _same_config(path: Path, checkpoint: Checkpoint) -> None:
-    if not path.is_file():
+    if not is_there(path):
         raise CheckpointError(f"{path}: is needed to tell whether the graph fits")
     config = genai.read_json(path)
     old, new = with_theta(config), with_theta(checkpoint.config)

@@ -20,6 +20,7 @@ from lora_tools.errors import CheckpointError, TensorNotFound
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.formats.mapped import MappedFile
+from lora_tools.formats.regular_files import MOST_OF_GRAPH, open_file, read_file
 from lora_tools.records import TensorSpec
 
 _DTYPES: dict[int, str] = {
@@ -120,7 +121,7 @@ class GraphFile:
     def _mapped(self, path: Path) -> MappedFile:
         if path not in self._files:
             try:
-                with path.open("rb") as opened:
+                with open_file(path) as opened:
                     self._files[path] = MappedFile(opened)
             except (OSError, ValueError):  # a ValueError: it is empty
                 self._files[path] = None
@@ -213,7 +214,9 @@ class GraphWeights(Checkpoint):
 def load(path: Path) -> onnx.ModelProto:
     """A graph without its external data. Raises CheckpointError."""
     try:
-        model = onnx.load(path, load_external_data=False)
+        model = onnx.load_model_from_string(read_file(path, most=MOST_OF_GRAPH))
+    except CheckpointError:
+        raise
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from None
     except Exception as error:  # protobuf's DecodeError is Exception's own child

@@ -6,10 +6,7 @@ is never touched, so that tracing costs no more of it than the graph.
 
 from __future__ import annotations
 
-import contextlib
 import re
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from torch import nn
 from lora_tools.errors import CheckpointError
 from lora_tools.onnx.sentence_modules import attach
 from lora_tools.onnx.tasks import Task
+from lora_tools.pretrained import config_of, model_of, weightless_of
 
 # Their attention adds a bias that transformers hands to the eager implementation only.
 _EAGER = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
@@ -44,13 +42,12 @@ def read_config(folder: Path, trust_remote_code: bool) -> Any:
     import transformers
 
     try:
-        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return config_of(folder, trust_remote_code)
     except (ValueError, KeyError, OSError, TypeError, AttributeError, ImportError) as error:
         text = " ".join(str(error).split())
-        hint = "; --trust-remote-code runs it" if "trust_remote_code" in text else ""
         raise CheckpointError(
             f"{folder}: transformers {transformers.__version__} cannot read its config.json "
-            f"({text:.300}){hint}"
+            f"({text:.300})"
         ) from None
 
 
@@ -75,11 +72,8 @@ def weightless(folder: Path, task: Task, trust_remote_code: bool = False) -> nn.
     if attention(config):
         options["attn_implementation"] = attention(config)
     try:
-        with init_empty_weights(include_buffers=False), _quiet():
-            if kind.__name__.startswith("Auto"):
-                model = kind.from_config(config, trust_remote_code=trust_remote_code, **options)
-            else:
-                model = kind._from_config(config, **options)
+        with init_empty_weights(include_buffers=False):
+            model = weightless_of(kind, config, trust_remote_code, **options)
     except (ValueError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         text = " ".join(str(error).split())
         raise CheckpointError(
@@ -101,38 +95,17 @@ def loaded(folder: Path, task: Task, trust_remote_code: bool = False) -> Any:
         CheckpointError: it does not load.
     """
     config = read_config(folder, trust_remote_code)
-    options = {"attn_implementation": attention(config)} if attention(config) else {}
-    with _quiet():
-        try:
-            model = class_of(task, config).from_pretrained(
-                folder, dtype=torch.float32, trust_remote_code=trust_remote_code, **options
-            )
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-            text = " ".join(str(error).split())
-            raise CheckpointError(
-                f"{folder}: transformers does not load it ({text:.300})"
-            ) from None
+    options: dict[str, Any] = {}
+    if attention(config):
+        options["attn_implementation"] = attention(config)
+    options["dtype"] = torch.float32
+    try:
+        model = model_of(class_of(task, config), folder, config, trust_remote_code, **options)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        text = " ".join(str(error).split())
+        raise CheckpointError(f"{folder}: transformers does not load it ({text:.300})") from None
     attach(model, task, weights=True)
     return model.eval()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers says nothing within: a library that is asked to be silent."""
-    import transformers
-
-    log: Any = transformers.logging
-    verbosity, bar = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.set_verbosity(verbosity)
-        if bar:
-            log.enable_progress_bar()
 
 
 def with_memory(model: nn.Module) -> None:

@@ -9,7 +9,11 @@ from pathlib import Path
 
 from lora_tools.errors import UsageError
 from lora_tools.formats.adapters.consumers import CONSUMERS, Consumer
+from lora_tools.formats.regular_files import read_file
 from lora_tools.linalg.layouts import Layout, named
+
+_MOST_TEXT = 1 << 30
+_HANDED_OVER = re.compile(r"/dev/stdin|(/dev|/proc/self)/fd/\d+")
 
 
 def need(*modules: str) -> None:
@@ -22,9 +26,20 @@ def need(*modules: str) -> None:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file that an option names. Raises UsageError."""
+    """A UTF-8 file that an option names, or a pipe that is open already, as a shell hands it over.
+
+    Raises:
+        UsageError: it is none, or larger than 1 GiB.
+    """
     try:
-        return path.read_text(encoding="utf-8")
+        if _HANDED_OVER.fullmatch(str(path)) and path.is_fifo():
+            with path.open("rb") as file:
+                data = file.read(_MOST_TEXT + 1)
+            if len(data) > _MOST_TEXT:
+                raise UsageError(f"{path}: more than {_MOST_TEXT:,} bytes")
+        else:
+            data = read_file(path, UsageError, _MOST_TEXT)
+        return data.decode().replace("\r\n", "\n").replace("\r", "\n")
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror or error}") from None
     except UnicodeDecodeError:

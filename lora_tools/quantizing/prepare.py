@@ -90,6 +90,7 @@ def prepare_quantize(
             job(out), plan, how, lambda changed: config_with(base, changed, entries)
         ),
         pipeline=base.pipeline,
+        copied=base.copied(),
     )
 
 
@@ -123,6 +124,7 @@ def prepare_dequantize(
         nbytes,
         lambda out: dequantize_checkpoint(job(out), view, quantized),
         pipeline=view.pipeline,
+        copied=view.copied(),
     )
 
 

@@ -15,6 +15,7 @@ from lora_tools.formats.checkpoint_writer import Shard, Sink
 from lora_tools.formats.output import Prepared
 from lora_tools.formats.quantized.bitsandbytes import STATE
 from lora_tools.formats.quantized.packed import PackedWeight
+from lora_tools.formats.regular_files import is_there, read_file
 from lora_tools.merging.fitted import FittedBase
 from lora_tools.merging.in_memory import survival_of
 from lora_tools.merging.loadable import refuse_unloadable
@@ -95,6 +96,7 @@ def prepare_requantize(
         lambda out: requantized(job(out), view, work),
         dropped=() if view.is_folder else (SIDECAR,),
         pipeline=view.pipeline,
+        copied=view.copied(),
     )
 
 
@@ -142,8 +144,8 @@ def _as_stored(view: Dequantized[Any], changed: dict[str, bytes]) -> None:
     """Small files that say how its weights are stored, as they were; what the merge changes in
     config.json (a dtype, a tie) is changed there."""
     for name in view.scheme.files:
-        if view.is_folder and (view.stored.path / name).is_file():
-            changed[name] = (view.stored.path / name).read_bytes()
+        if view.is_folder and is_there(view.stored.path / name):
+            changed[name] = read_file(view.stored.path / name)
     new = json.loads(changed.pop("config.json", b"{}"))
     config = _with_changes(view.stored.config, view.config, new)
     if config != view.stored.config:

@@ -22,6 +22,7 @@ from lora_tools.formats.adapters.table import FORMATS, by_bytes, by_keys, format
 from lora_tools.formats.checkpoint import Checkpoint, open_weights
 from lora_tools.formats.folders import meant, named_adapters
 from lora_tools.formats.rank_files import is_rank_file
+from lora_tools.formats.regular_files import is_there
 from lora_tools.formats.wrapped_names import (
     adapter_file,
     of_adapter,
@@ -67,7 +68,11 @@ def open_adapter(
     if not path.exists() and hub.looks_like_hub_id(str(source)):
         path = hub.fetch(str(source), allow_pickle)
     path = meant(path, AdapterError)
-    if path.is_file() and (path.parent / peft.CONFIG).is_file() and _is_named_as_one(path):
+    if (
+        path.is_file()
+        and is_there(path.parent / peft.CONFIG, AdapterError)
+        and _is_named_as_one(path)
+    ):
         path = path.parent
     config = path / peft.CONFIG
     if form is FORMATS["peft"] or (form is None and _is_peft(source, config)):
@@ -125,7 +130,7 @@ def is_adapter(source: str | Path, allow_pickle: bool = False) -> bool:
     """
     path = meant(Path(source), AdapterError)
     if path.is_dir():
-        if (path / peft.CONFIG).is_file():
+        if is_there(path / peft.CONFIG, AdapterError):
             return True
         weights = [p for p in path.iterdir() if p.suffix in _SUFFIXES]
         if len(weights) != 1:
@@ -133,7 +138,7 @@ def is_adapter(source: str | Path, allow_pickle: bool = False) -> bool:
         [path] = weights
     if not path.is_file():
         return False
-    if (path.parent / peft.CONFIG).is_file() and _is_named_as_one(path):
+    if is_there(path.parent / peft.CONFIG, AdapterError) and _is_named_as_one(path):
         return True
     form = by_bytes(path)
     if form is not None:
@@ -161,11 +166,15 @@ def _is_named_as_one(path: Path) -> bool:
 
 def _is_peft(source: str | Path, config_path: Path) -> bool:
     """Whether the config there is PEFT's. Raises AdapterError for one that is none."""
-    if not config_path.is_file():
+    if not is_there(config_path, AdapterError):
         return False
     config = peft.read_config(config_path)
     refuse_by_config(config_path.parent, config)
     return not ("fine_tune_type" in config or "lora_parameters" in config)
+
+
+def _is_file(path: Path) -> bool:
+    return not path.is_dir() and is_there(path, AdapterError)
 
 
 def _weights(source: str | Path, path: Path) -> Path:
@@ -174,8 +183,8 @@ def _weights(source: str | Path, path: Path) -> Path:
         return path
     if not path.is_dir():
         raise AdapterError(f"{source}: no such adapter; neither a file nor a folder is there")
-    named = [path / name for name in _NAMES if (path / name).is_file()]
-    found = named or [p for p in sorted(path.iterdir()) if p.suffix in _SUFFIXES and p.is_file()]
+    named = [path / name for name in _NAMES if is_there(path / name, AdapterError)]
+    found = named or [p for p in sorted(path.iterdir()) if p.suffix in _SUFFIXES and _is_file(p)]
     safe = [p for p in found if p.suffix not in _PICKLES] or found
     if not safe:
         raise AdapterError(

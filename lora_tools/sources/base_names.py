@@ -8,6 +8,7 @@ from lora_tools.errors import AdapterError, CheckpointError
 from lora_tools.formats.adapters.base_names import BaseNames, names_of
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.folders import meant
+from lora_tools.formats.regular_files import is_there
 from lora_tools.formats.weights import Weights
 from lora_tools.records import TensorSpec
 from lora_tools.sources.checkpoints import open_checkpoint
@@ -27,7 +28,7 @@ def base_names(
     if isinstance(source, Checkpoint):
         return names_of(source.path, source.weights, source.config)
     folder = meant(Path(source), CheckpointError)
-    if (folder / PIPELINE).is_file():
+    if is_there(folder / PIPELINE):
         return _pipeline(folder, allow_pickle)
     checkpoint = open_checkpoint(source, allow_pickle)
     return names_of(checkpoint.path, checkpoint.weights, checkpoint.config)
@@ -37,7 +38,7 @@ def checkpoint_or_pipeline(
     source: str | Path | None, allow_pickle: bool
 ) -> Checkpoint | Path | None:
     """What lies there, opened where it is a checkpoint; a diffusers pipeline stays a path."""
-    if source is None or (Path(source) / PIPELINE).is_file():
+    if source is None or is_there(Path(source) / PIPELINE):
         return None if source is None else Path(source)
     return open_checkpoint(source, allow_pickle)
 

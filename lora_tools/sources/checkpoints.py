@@ -15,6 +15,7 @@ from lora_tools.formats.gguf_file import is_gguf
 from lora_tools.formats.gguf_model import open_gguf
 from lora_tools.formats.pipelines import Pipeline, weight_files
 from lora_tools.formats.quantized.signs import FILES, Found, sign_of
+from lora_tools.formats.regular_files import is_there
 from lora_tools.formats.sharded import (
     empty_weights,
     home_of,
@@ -135,7 +136,7 @@ def as_plain(stored: Checkpoint) -> tuple[Checkpoint, Found | None]:
     files = [
         name
         for name in FILES
-        if stored.is_folder and name not in known and (stored.path / name).is_file()
+        if stored.is_folder and name not in known and is_there(stored.path / name)
     ]
     return checkpoint, sign_of(checkpoint.specs, checkpoint.config, files)
 

@@ -18,8 +18,8 @@ from copy import deepcopy
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from lora_tools.calibration import quietly
 from lora_tools.formats.names import class_name
+from lora_tools.pretrained import quietly, too_many, without_kernels
 from lora_tools.records import TensorSpec
 from lora_tools.sources.model_facts import ModelFacts, facts_of
 
@@ -208,7 +208,9 @@ def renamed(model: Any, names: Iterable[str]) -> dict[str, str]:
 
 def weightless(name: str, config: Mapping[str, Any]) -> Any:
     """A model on the meta device, not to be changed. Raises what transformers does, TypeError where
-    it is no model."""
+    it is no model, ValueError where it would have too many parts."""
+    if said := too_many(config):
+        raise ValueError(said)
     return _weightless(name, json.dumps(config, default=str))
 
 
@@ -223,7 +225,7 @@ def _weightless(name: str, config: str) -> Any:
         kind = getattr(transformers, name)
         if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
             raise TypeError(f"{name} is no model of transformers")
-        settings = json.loads(config)
+        settings = json.loads(config, object_hook=without_kernels)
         config_class = CONFIG_MAPPING[settings["model_type"]]
         # Infinity is {"__float__": "Infinity"} in a file.
         decoded = getattr(config_class, "_decode_special_floats", dict)(settings)

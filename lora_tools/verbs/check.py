@@ -13,6 +13,7 @@ from lora_tools.formats.adapters.consumers import Consumer
 from lora_tools.formats.adapters.peft import Adapter
 from lora_tools.formats.adapters.table import FORMATS
 from lora_tools.formats.folders import meant
+from lora_tools.formats.regular_files import is_there
 from lora_tools.options import Audience, Origin, Running
 from lora_tools.options.parse import consumer_named
 from lora_tools.records import Input, Report
@@ -47,7 +48,7 @@ def check(call: Call, adapter: str | Path, audience: Audience, origin: Origin) -
     consumer, allow_pickle = consumer_named(audience.consumer), call.running.allow_pickle
     base, names, checkpoint = origin.base, None, None
     if base is not None:
-        if (meant(Path(base), CheckpointError) / PIPELINE).is_file():
+        if is_there(meant(Path(base), CheckpointError) / PIPELINE):
             names = base_names(base, allow_pickle)
         else:
             checkpoint = open_checkpoint(base, allow_pickle)

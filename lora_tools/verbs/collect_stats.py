@@ -12,6 +12,7 @@ from lora_tools.formats.activations import MARK, VERSION
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.names import split_tensor
 from lora_tools.formats.output import Prepared
+from lora_tools.formats.pickle_file import refuse_compressed
 from lora_tools.formats.safetensors_file import SafetensorsWriter
 from lora_tools.formats.tensors import as_bytes
 from lora_tools.linalg.layouts import LAYOUTS
@@ -54,6 +55,7 @@ def collect_stats(
             f"{model}: a bare file; a folder that transformers loads is needed"
             f"{from_file(checkpoint)}"
         )
+    refuse_compressed(file.path for file in checkpoint.files)
     content = read_text(Path(text))
     fates = _plan(checkpoint, sampling.kind)
     nbytes = sum(fate.nbytes for fate in fates)

@@ -12,6 +12,7 @@ from lora_tools.exporting.runtime_adapters import RuntimeAdapters, plan_runtime_
 from lora_tools.exporting.weights import Weights
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.output import Prepared
+from lora_tools.formats.pickle_file import refuse_compressed
 from lora_tools.merging.fit import fit_base
 from lora_tools.onnx.sentence import sentence_task
 from lora_tools.options import Adding, Check, Graphs, Matching, Quantized, Storage
@@ -49,6 +50,7 @@ def export(
         raise CheckpointError(
             f"{source.path}: a folder with a config.json is needed to export{from_file(source)}"
         )
+    refuse_compressed(file.path for file in source.files)
     out, to_merge = Path(call.out), () if adding.runtime_adapters else adding.adapters
     in_place = out.exists() and out.resolve() == source.path.resolve()
     runtime = _runtime(source, adding, matching, call)
@@ -117,4 +119,5 @@ def _prepared(work: Export, call: Call) -> Prepared:
         beside=(FAILED,) if work.keep and not work.in_place else (),
         added=work.files() if work.in_place else (),
         pipeline=None if work.in_place else work.source.pipeline,
+        copied=() if work.in_place else work.source.stored.copied(),
     )

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora_tools.errors import QualityGateError, UsageError
-from lora_tools.formats.output import Prepared, check_destination, check_space, staged
-from lora_tools.formats.pipeline_output import write_whole
+from lora_tools.formats.output import Prepared, check_destination, check_space, held_bytes, staged
+from lora_tools.formats.pipeline_output import copied_files, write_whole
 from lora_tools.options import RECORDS, Running, Storage, Writing
 from lora_tools.options.spelling import errors_for_python
 from lora_tools.provenance import command_of, tool_version
@@ -170,19 +170,21 @@ def _work(
         return prepared.run()
     paths.write(prepared, Path(call.out))
     paths.check(call.writing.dry_run)
+    copied = copied_files(prepared)  # on a dry run, too: it refuses what may not be copied
     if call.writing.dry_run:
         return prepared.report
     paths.check_kept()
-    return _write(prepared, Path(call.out), call.writing.force)
+    nbytes = prepared.nbytes + sum(map(held_bytes, copied))
+    return _write(prepared, Path(call.out), nbytes, call.writing.force)
 
 
-def _write(prepared: Prepared, out: Path, force: bool) -> Report[Any]:
+def _write(prepared: Prepared, out: Path, nbytes: int, force: bool) -> Report[Any]:
     """Make the output beside its place, and put it there once it is complete."""
     made = [out / name for name in prepared.added] or [out]
     made += [out.with_name(out.name + suffix) for suffix in prepared.beside]
     for path in made:
         check_destination(path, force)
-    check_space(out, prepared.nbytes)
+    check_space(out, nbytes)
     with staged(made[0]) as staging:
         report = write_whole(prepared, staging / "out")
     for suffix in prepared.dropped if force else ():

@@ -16,6 +16,7 @@ from lora_tools.formats import sidecar as sidecars
 from lora_tools.formats.activations import MARK as ACTIVATIONS
 from lora_tools.formats.adapters.peft import CONFIG, Adapter, LoraModule
 from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.formats.regular_files import is_there
 from lora_tools.formats.spectra import MARK as SPECTRA
 from lora_tools.inspecting.onnx_model import open_model
 from lora_tools.inspecting.spectrum import check_plot, drawn, shown, summary
@@ -119,7 +120,7 @@ def _open(path: str | Path, allow_pickle: bool) -> _Thing:
         return _Thing(
             "ONNX model", model.graphs, {"graphs": model.facts}, model.notes, places=model.places
         )
-    if (given.is_file() and (given.parent / CONFIG).is_file()) or is_adapter(given, allow_pickle):
+    if (given.is_file() and is_there(given.parent / CONFIG)) or is_adapter(given, allow_pickle):
         return _open_adapter(given, allow_pickle)
     if given.suffix == ".sidecar" and given.is_file():
         sidecar = sidecars.Sidecar(given)

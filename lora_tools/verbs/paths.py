@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_tools.errors import OutputError, UsageError
-from lora_tools.formats.output import Prepared, check_destination, overlap, refuse_overlap
+from lora_tools.formats.output import Prepared, check_destination, overlap, real, refuse_overlap
 from lora_tools.sources.weighted import split_weight
 from lora_tools.verbs.row import Verb, called
 
@@ -87,7 +87,7 @@ class Paths:
             return
         for path in self.outputs.values():
             for source in self.inputs:
-                if source.resolve() != self.into:
+                if real(source) != self.into:
                     refuse_overlap(path, source)
         for (name, path), (other, place) in itertools.combinations(self.outputs.items(), 2):
             if overlap(path, place):

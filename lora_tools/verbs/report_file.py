@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_tools.errors import OutputError, UsageError
-from lora_tools.formats.output import staged, write_synced
+from lora_tools.formats.output import real, staged, write_synced
 from lora_tools.records import Report
 
 
@@ -33,7 +33,7 @@ def plain(report: Report[Any]) -> dict[str, Any]:
 
 def check_report_file(file: Path) -> None:
     """Raises UsageError where no report can be written there."""
-    target = file.resolve()
+    target = real(file)
     if target.is_dir():
         raise UsageError(f"--report {file}: is a folder; name a file")
     if not target.parent.is_dir():
@@ -55,19 +55,27 @@ def write_report(report: Report[Any], file: Path) -> None:
     Raises:
         OutputError: it cannot be written after all.
     """
-    target = file.resolve()
+    target = real(file)
     text = json.dumps(plain(report), indent=2, ensure_ascii=False) + "\n"
     try:
         if (number := _printed_to(target)) is not None:
             with os.fdopen(os.dup(number), "w", encoding="utf-8") as stream:
                 stream.write(text)
         elif _takes_a_stream(target):
-            target.write_text(text, encoding="utf-8")
+            _write_stream(target, text)
         else:
             with staged(target) as staging:
                 write_synced(staging / "out", text.encode())
     except OSError as error:
         raise OutputError(f"--report {file}: {error.strerror or error}") from None
+
+
+def _write_stream(target: Path, text: str) -> None:
+    """Raises OSError where it is a pipe that nobody reads: it would wait for ever."""
+    number = os.open(target, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    os.set_blocking(number, True)
+    with os.fdopen(number, "w", encoding="utf-8") as stream:
+        stream.write(text)
 
 
 def _takes_a_stream(target: Path) -> bool:

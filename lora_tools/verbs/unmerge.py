@@ -10,6 +10,7 @@ from lora_tools.errors import CheckpointError, MismatchError
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.checkpoint_writer import Shard, lay_out
 from lora_tools.formats.output import Prepared
+from lora_tools.formats.regular_files import is_there
 from lora_tools.formats.sidecar import Sidecar, sidecar_path
 from lora_tools.merging.plan import MergePlan, adapter_digest, plan_merge
 from lora_tools.merging.prepare import Adapters, copied_modules
@@ -89,15 +90,19 @@ def unmerge(
             Rewrite(report, checkpoint, weighted, plan, shards, out, jobs, progress), memory
         ),
         pipeline=checkpoint.pipeline,
+        copied=checkpoint.copied(),
     )
 
 
 def _memory(merged: Checkpoint, wanted: bool | None) -> Sidecar | None:
     """The sidecar, if it is there and not to be ignored. Raises MismatchError if it must be."""
     lies_at = sidecar_path(merged.path)
-    if wanted and not lies_at.is_file():
+    if wanted is False:
+        return None
+    there = is_there(lies_at)
+    if wanted and not there:
         raise MismatchError(f"{lies_at}: no sidecar there; `loratools merge --reversible` makes it")
-    return Sidecar(lies_at) if lies_at.is_file() and wanted is not False else None
+    return Sidecar(lies_at) if there else None
 
 
 def _shards(merged: Checkpoint, command: str) -> list[Shard]:

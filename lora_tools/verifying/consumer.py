@@ -18,6 +18,7 @@ from lora_tools.formats.adapters.peft import PREFIX, Adapter
 from lora_tools.formats.adapters.table import FORMATS
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.names import modules_matched
+from lora_tools.formats.patterns import matches
 from lora_tools.formats.shards import Shards
 from lora_tools.linalg.scaling import scaling
 from lora_tools.merging.fit import fit_base
@@ -310,7 +311,7 @@ def _selected(given: Adapter, module: str) -> bool:
 def _matches(names: object, module: str) -> bool:
     if isinstance(names, str):
         try:
-            return re.fullmatch(names, module) is not None
+            return matches(names, module, whole=True)
         except re.error:
             return False
     chosen: Collection[object] = names if isinstance(names, list) else ()

@@ -18,6 +18,7 @@ from lora_tools.errors import CheckpointError
 from lora_tools.formats.adapters.format import Format
 from lora_tools.formats.adapters.outline import Context, Outline, group_parts, pair
 from lora_tools.formats.adapters.writer import Factors, Keyed
+from lora_tools.formats.patterns import ends_with
 from lora_tools.formats.safetensors_file import strict_json
 from lora_tools.formats.tensor_file import TensorFile
 
@@ -126,7 +127,7 @@ def _configured(
     patterns = said.get(f"{component}.alpha_pattern") or {}
     for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
         try:
-            if re.match(rf"(.*\.)?({pattern})$", name):
+            if ends_with(pattern, name):
                 alpha = value
                 break
         except re.error as error:

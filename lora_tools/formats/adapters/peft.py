@@ -19,6 +19,8 @@ from lora_tools.formats.adapters.unmergeable import refuse_unmergeable
 from lora_tools.formats.checkpoint import open_weights
 from lora_tools.formats.json_file import read_object
 from lora_tools.formats.names import split_tensor
+from lora_tools.formats.patterns import ends_with, matches
+from lora_tools.formats.regular_files import is_there
 from lora_tools.formats.reopen import SmallFile
 from lora_tools.formats.shards import Shards, check_index, read_index, shards_named
 from lora_tools.formats.tensor_file import TensorFile
@@ -226,7 +228,10 @@ class Adapter:
     def _add_multiplier(self, module: str, key: str) -> None:
         spec, given = self.file.specs[key], self.config.get("feedforward_modules") or []
         if isinstance(given, str):
-            on_input = re.fullmatch(given, module) is not None
+            try:
+                on_input = matches(given, module, whole=True)
+            except re.error as error:
+                raise self._fail(f"{CONFIG}: feedforward_modules is no pattern ({error})") from None
         else:
             on_input = any(module.endswith(str(name)) for name in given)
         along = 1 if on_input or len(spec.shape) > 2 else 0
@@ -298,14 +303,15 @@ class Adapter:
         patterns = self.config.get(which) or {}
         if not isinstance(patterns, dict):
             raise self._fail(f"{CONFIG}: {which} is no mapping of names to numbers")
-        for key, value in patterns.items():
-            try:
-                matches = re.match(rf"(.*\.)?({key})$", module)
-            except re.error as error:
-                raise self._fail(f"{CONFIG}: {which}: {key!r} is no pattern ({error})") from None
-            if matches:
-                return value
-        return default
+        fitting = (value for key, value in patterns.items() if self._fits(which, key, module))
+        return next(fitting, default)
+
+    def _fits(self, which: str, key: str, module: str) -> bool:
+        try:
+            return ends_with(key, module)
+        except re.error as error:
+            said = f"{CONFIG}: {which}: {key[:200]!r} is no pattern that is read ({error})"
+            raise self._fail(said) from None
 
     def _token_indices(self, module: str) -> tuple[int, ...]:
         given = self.config.get("trainable_token_indices")
@@ -332,7 +338,7 @@ def open_peft(source: str | Path, folder: Path, allow_pickle: bool = False) -> A
     Raises:
         AdapterError, UnsupportedAdapter, UnsafeInput, CheckpointError (a truncated file).
     """
-    if not (folder / CONFIG).is_file():
+    if not is_there(folder / CONFIG, AdapterError):
         raise AdapterError(f"{source}: no {CONFIG} there; is it a PEFT adapter folder?")
     config = read_config(folder / CONFIG)
     refuse_unmergeable(folder, config)
@@ -342,7 +348,7 @@ def open_peft(source: str | Path, folder: Path, allow_pickle: bool = False) -> A
 def _weights(folder: Path, allow_pickle: bool) -> TensorFile:
     """The file of tensors, or its shards; a pickle only where there is nothing else."""
     for suffix in (".safetensors", ".bin"):
-        if (folder / f"{STEM}{suffix}").is_file():
+        if is_there(folder / f"{STEM}{suffix}", AdapterError):
             return open_weights(folder / f"{STEM}{suffix}", allow_pickle)
         if found := shards_named(folder, STEM, suffix):
             index, files = found

@@ -20,6 +20,7 @@ from lora_tools.formats.adapters import (
 )
 from lora_tools.formats.adapters.format import Format
 from lora_tools.formats.lfs import HEAD, refuse_pointer
+from lora_tools.formats.regular_files import open_file
 
 # Where two know as many keys of a file, the first is meant: LyCORIS knows all that kohya does.
 _MODULES = (peft_format, kohya, lycoris, diffusers, torchtune, mlx, loralib, gguf, onnxruntime)
@@ -35,7 +36,7 @@ def format_named(name: str, option: str) -> Format:
 
 def by_bytes(path: Path) -> Format | None:
     """The format that a file's first bytes give away."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         head = file.read(HEAD)
     refuse_pointer(path, head)
     for form in FORMATS.values():

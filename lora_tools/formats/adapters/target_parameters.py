@@ -10,6 +10,7 @@ from typing import Any
 
 from lora_tools.errors import AdapterError, UnsupportedAdapter
 from lora_tools.formats.names import as_held, modules_matched, split_tensor
+from lora_tools.formats.patterns import matches
 
 _CONFIG = "adapter_config.json"
 _WRAPPED = ".base_layer"
@@ -78,5 +79,8 @@ class TargetParameters:
         """Whether ``target_modules`` select a module, by PEFT's rule."""
         if isinstance(self._modules, str):
             every = self._modules == "all-linear"
-            return every or re.fullmatch(self._modules, module) is not None
+            try:
+                return every or matches(self._modules, module, whole=True)
+            except re.error as error:
+                raise self._fail(f"target_modules is no pattern that is read ({error})") from None
         return any(modules_matched(str(name), [module]) for name in self._modules)

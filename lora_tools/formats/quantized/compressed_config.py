@@ -9,6 +9,7 @@ from typing import Any
 
 from lora_tools.errors import CheckpointError
 from lora_tools.formats.names import EMBEDDING
+from lora_tools.formats.patterns import matches
 from lora_tools.formats.quantized.compressed_tensors import METHOD, WRITTEN, Settings
 from lora_tools.formats.quantized.packed import ENTRIES, said_in
 
@@ -88,7 +89,7 @@ def _matches(module: str, target: str) -> bool:
     if not target.startswith("re:"):
         return target == module
     try:
-        return re.match(target.removeprefix("re:"), module) is not None
+        return matches(target.removeprefix("re:"), module)
     except re.error as error:
         raise CheckpointError(f"config.json: {target!r} is no pattern ({error})") from None
 

@@ -10,6 +10,7 @@ from lora_tools.errors import CheckpointError
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.json_file import read_object
 from lora_tools.formats.quantized.packed import entry_of
+from lora_tools.formats.regular_files import is_there
 
 # What must not be said in two ways, since it says what codes stand for.
 _OF_CODES = ("bits", "group_size", "checkpoint_format", "format", "version", "zero_point")
@@ -47,7 +48,7 @@ def _beside(
 ) -> tuple[Path, Mapping[str, Any] | None]:
     for file in files:
         path = stored.path / file
-        if stored.is_folder and path.is_file():
+        if stored.is_folder and is_there(path):
             said = read_object(path)
             named = said.get("quant_method", "" if file != files[0] else next(iter(methods)))
             if str(named).lower() in methods:

@@ -11,6 +11,7 @@ from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.formats.quantized import comfy_fp8, fp8
 from lora_tools.formats.quantized.fp8 import CODES, FP8, SCALE
 from lora_tools.formats.quantized.packed import entry_of
+from lora_tools.formats.regular_files import is_there
 from lora_tools.records import TensorSpec
 from lora_tools.sources.schemes.row import Parts, Scheme, refuse_non_finite
 
@@ -23,7 +24,7 @@ _INVERSES = ("_scale_inv", ".scale", ".qscale_weight")
 def _find(stored: Checkpoint) -> Mapping[str, FP8]:
     if comfy_fp8.shows(stored.specs, stored.metadata):
         return {}
-    by_modelopt = stored.is_folder and (stored.path / fp8.FILE).is_file()
+    by_modelopt = stored.is_folder and is_there(stored.path / fp8.FILE)
     return fp8.find_fp8(stored.specs, stored.config, by_modelopt)
 
 

@@ -18,6 +18,7 @@ from lora_tools.formats.quantized.modelopt import (
     find_nvfp4,
 )
 from lora_tools.formats.quantized.packed import Packed
+from lora_tools.formats.regular_files import is_there
 from lora_tools.sources.schemes.fp8 import FLOATS
 from lora_tools.sources.schemes.row import Parts, Scheme, refuse_non_finite
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 def _find(stored: Checkpoint) -> Mapping[str, Packed]:
     """Where some weights are in NVFP4, those in FP8, too: ``MIXED_PRECISION`` has both."""
     path = stored.path / FILE
-    said = read_object(path) if stored.is_folder and path.is_file() else {}
+    said = read_object(path) if stored.is_folder and is_there(path) else {}
     found = find_nvfp4(stored.specs, stored.config, said)
     if not found:
         return {}

@@ -1,0 +1,105 @@
+"""Files that a folder holds, opened for what they are.
+
+A name in a folder may be a link to nothing, a pipe or a device. What is there and cannot be read is
+an error, never taken for absent; what waits or never ends is not opened; and a small file is read
+up to a bound.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+from pathlib import Path
+
+from lora_tools.errors import CheckpointError, LoraToolsError, UnsafeInput
+
+MOST = 100_000_000  # bytes of a small file that is read: as the header of a safetensors file
+MOST_OF_GRAPH = 2**31 - 1  # of a graph: protobuf's own limit
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def is_there(path: Path, fail: type[LoraToolsError] = CheckpointError) -> bool:
+    """Whether a file is there.
+
+    Raises:
+        fail: something is that is no file, or leads to none.
+    """
+    try:
+        mode = os.stat(path).st_mode  # noqa: PTH116 - Path.stat says as much
+    except (FileNotFoundError, NotADirectoryError):
+        if not os.path.islink(path):  # noqa: PTH114 - Path.is_symlink raises on an overlong name
+            return False
+        raise fail(
+            f"{path}: a link to {os.readlink(path)}, where nothing is; put the file itself there"  # noqa: PTH115
+        ) from None
+    except OSError as error:
+        raise fail(f"{path}: {error.strerror or error}") from None
+    _refuse_kind(path, mode, fail)
+    return True
+
+
+def open_file(path: Path, fail: type[LoraToolsError] = CheckpointError) -> io.BufferedReader:
+    """A file, open for reading.
+
+    Raises:
+        fail: it is a folder, or what waits or never ends: a pipe, a device.
+        OSError: as ``open`` does.
+    """
+    _refuse_kind(path, os.stat(path).st_mode, fail)  # noqa: PTH116 - opening a device may do things
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _refuse_kind(path, os.fstat(number).st_mode, fail)
+        return io.BufferedReader(io.FileIO(number))
+    except BaseException:
+        os.close(number)
+        raise
+
+
+def read_file(path: Path, fail: type[LoraToolsError] = CheckpointError, most: int = MOST) -> bytes:
+    """What a small file holds.
+
+    Raises:
+        fail: it is no file, or holds more than ``most`` bytes.
+        OSError: as ``open`` does.
+    """
+    with open_file(path, fail) as file:
+        size = os.fstat(file.fileno()).st_size
+        data = file.read(most + 1) if size <= most else b""  # what /proc holds has no size
+        if size > most or len(data) > most:
+            raise fail(f"{path}: {max(size, len(data)):,} bytes; at most {most:,} are read of it")
+    return data
+
+
+def refuse_outside(path: Path, folder: Path) -> None:
+    """A file of a folder whose contents are to be copied out of it.
+
+    Links are followed inside the folder, and from a snapshot of the hub's cache into the ``blobs``
+    of its repository.
+
+    Raises:
+        UnsafeInput: it is a link that leads elsewhere.
+    """
+    target = path.resolve()
+    root = folder.resolve()
+    blobs = [
+        parent.parent / "blobs"
+        for parent in root.parents
+        if parent.name == "snapshots" and parent.parent.name.startswith("models--")
+    ]
+    if not any(place in target.parents for place in (root, *blobs)):
+        raise UnsafeInput(
+            f"{path}: a link that leads out of its folder, to {target}, whose contents would be "
+            "copied; put the file itself there (cp -L), or remove the link"
+        )
+
+
+def _refuse_kind(path: Path, mode: int, fail: type[LoraToolsError]) -> None:
+    if not stat.S_ISREG(mode):
+        raise fail(f"{path}: {_KINDS.get(stat.S_IFMT(mode), 'something')}, and not a file")
