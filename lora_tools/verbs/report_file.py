@@ -64,7 +64,7 @@ def write_report(report: Report[Any], file: Path) -> None:
         elif _takes_a_stream(target):
             target.write_text(text, encoding="utf-8")
         else:
-            with staged(target) as staging:
+            with staged(target, force=True) as staging:
                 write_synced(staging / "out", text.encode())
     except OSError as error:
         raise OutputError(f"--report {file}: {error.strerror or error}") from None
