@@ -148,3 +148,48 @@ render.show = lambda *args, **options: os.kill(os.getpid(), number)
     assert done.stderr == f"Terminated; {out}, {report} were written.\n"
     assert out.is_dir()
     assert json.loads(report.read_text())["verb"] == "merge"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["merge", "convert"])
+def test_of_several_runs_at_once_one_writes(verb, work, tmp_path):
+    """None has seen another's output before all have begun; there is no --force."""
+    lines = {
+        "merge": ["merge", work / "base", work / "adapter"],
+        "convert": ["convert", work / "adapter", "--to", "kohya"],
+    }
+    code = """
+import json, time
+from pathlib import Path
+import lora_tools.formats.output as output
+given = json.loads(sys.argv.pop(1))
+commit = output._Staging.commit
+def together(self, force):
+    Path(given["here"], str(os.getpid())).touch()
+    while len(os.listdir(given["here"])) < 3:
+        time.sleep(0.001)
+    commit(self, force)
+output._Staging.commit = together
+"""
+    for attempt in range(3):
+        here, top = tmp_path / f"here{attempt}", tmp_path / f"top{attempt}"
+        here.mkdir()
+        top.mkdir()
+        out = top / "out"
+        given = json.dumps({"here": str(here)})
+        said = [(tmp_path / f"said{i}").open("w+") for i in range(3)]
+        line = [given, *lines[verb], "-o", out, "-q"]
+        runs = [forks.Run(line, code="import os, sys" + code + _END, stderr=each) for each in said]
+        codes = [each.wait() for each in runs]
+        texts = []
+        for each in said:
+            each.seek(0)
+            texts.append(each.read())
+            each.close()
+        assert sorted(codes) == [0, 1, 1]
+        loser = f"Error: {out} appeared while this ran, and stays as it is; choose another output"
+        assert sorted(texts) == ["", *[f"{loser} or pass --force\n"] * 2]
+        assert [path.name for path in top.iterdir()] == ["out"]
+        (alone := tmp_path / f"alone{attempt}").mkdir()
+        assert forks.run(*lines[verb], "-o", alone / "out", "-q").returncode == 0
+        assert files(top) == files(alone)
