@@ -91,6 +91,11 @@ def steps(command: Sequence[str], top: Path, log: Path, **options: Any) -> list[
     return [re.sub(r"loratools-\w+|\d+", "#", line) for line in lines]
 
 
+def mark(folder: Path) -> None:
+    """Have a folder pass for the staging folder of a command that was killed."""
+    (folder / f"loratools-{folder.stat().st_ino}").touch()
+
+
 def telling(kinds: Sequence[str]) -> list[int]:
     """The numbers of the steps after which things may stand differently: every step that is about
     a name, and of those that are about data the first and the last of each kind."""

@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 
 import lora_tools
 from lora_tools.errors import CheckpointError, MismatchError, UsageError
+from lora_tools.formats import spectra
 from lora_tools.formats.adapters.peft import CONFIG, WEIGHTS
-from lora_tools.formats.digest import file_sha256
+from lora_tools.formats.digest import file_sha256, tensor_hash
+from lora_tools.formats.safetensors_file import SafetensorsFile
 
 from . import iotools, models
 
@@ -89,6 +91,99 @@ def test_a_truncated_cache_is_refused(pair, tmp_path, length):
         lora_tools.extract(pair / "base", pair / "tuned", tmp_path / "b", spectrum_cache=kept)
     assert kept.read_bytes() == data
     assert not (tmp_path / "b").exists()
+
+
+def _flip(tensors, modules):
+    next(t for name, t in tensors.items() if name.startswith("right/")).view(torch.int32)[0, 3] ^= 1
+
+
+def _vectors(tensors, modules):
+    for name, right in tensors.items():
+        if name.startswith("right/"):
+            chance = torch.randn(right.shape[1], len(right), generator=torch.manual_seed(0))
+            right.copy_(torch.linalg.qr(chance).Q.T)
+
+
+def _facts(**factors):
+    def change(tensors, modules):
+        for entry in modules.values():
+            entry["facts"] |= {name: entry["facts"][name] * f for name, f in factors.items()}
+
+    return change
+
+
+def _scaled(part, factor):
+    def change(tensors, modules):
+        for name, tensor in tensors.items():
+            if name.startswith(part):
+                tensor *= factor
+
+    return change
+
+
+DAMAGES = {
+    "one bit of a vector": _flip,
+    "vectors by chance": _vectors,
+    "longer vectors": _scaled("right/", 1.5),
+    "vectors of NaN": _scaled("right/", float("nan")),
+    "larger values": _scaled("squared/", 100),
+    "negative values": _scaled("squared/", -1),
+    "values of NaN": _scaled("squared/", float("nan")),
+    "a larger total": _facts(total=100),
+    "a smaller total": _facts(total=0.01),
+    "a larger weighted total": _facts(weighted=2),
+    "a larger base": _facts(base=100),
+}
+
+
+def damage(kept, change, forged=False):
+    """Change what a cache holds, under the digest that it had, or one that fits."""
+    tensors, said = load_file(kept), metadata(kept)
+    modules = json.loads(said["modules"])
+    change(tensors, modules)
+    said["modules"] = json.dumps(modules, sort_keys=True)
+    save_file(tensors, kept, said)
+    if forged:
+        file = SafetensorsFile(kept)
+        hashes = {name: tensor_hash(file.raw(name)) for name in file.specs}
+        said["digest"] = spectra._digest(file.specs.values(), hashes, said["modules"])
+        save_file(tensors, kept, said)
+
+
+@pytest.mark.parametrize("policy", [{"rank": 4}, {"energy": 0.5}, {"budget": "6000"}], ids=str)
+@pytest.mark.parametrize("what", DAMAGES)
+def test_a_damaged_cache_is_refused(pair, tmp_path, what, policy):
+    kept, sides = tmp_path / "spectra", (pair / "base", pair / "tuned")
+    lora_tools.extract(*sides, tmp_path / "a", rank=4, spectrum_cache=kept)
+    damage(kept, DAMAGES[what])
+    before = kept.read_bytes()
+    with pytest.raises(CheckpointError, match=f"^{kept}: the spectrum cache is damaged"):
+        lora_tools.extract(*sides, tmp_path / "b", **policy, spectrum_cache=kept)
+    assert kept.read_bytes() == before
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("policy", [{"rank": 4}, {"energy": 0.5}, {"budget": "6000"}], ids=str)
+@pytest.mark.parametrize("facts", [{"total": 100}, {"total": 0.01}, {"base": 100}], ids=str)
+def test_a_cache_that_lies_of_the_weights_is_refused(pair, tmp_path, facts, policy):
+    """Its digest fits: somebody meant it."""
+    kept, sides = tmp_path / "spectra", (pair / "base", pair / "tuned")
+    lora_tools.extract(*sides, tmp_path / "a", rank=4, spectrum_cache=kept)
+    damage(kept, _facts(**facts), forged=True)
+    with pytest.raises(CheckpointError, match=rf"^{kept}: \S+ was kept with"):
+        lora_tools.extract(*sides, tmp_path / "b", **policy, spectrum_cache=kept)
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("what", ["one bit of a vector", "vectors by chance", "longer vectors"])
+def test_figures_are_those_of_what_was_written_whatever_was_kept(pair, tmp_path, what):
+    kept, sides = tmp_path / "spectra", (pair / "base", pair / "tuned")
+    lora_tools.extract(*sides, tmp_path / "a", rank=4, spectrum_cache=kept)
+    damage(kept, DAMAGES[what], forged=True)
+    said = lora_tools.extract(*sides, tmp_path / "b", rank=4, spectrum_cache=kept).totals
+    found = lora_tools.verify(tmp_path / "b", base=sides[0], tuned=sides[1]).totals
+    assert said["relative_error"] == pytest.approx(found["relative_error"], rel=1e-4)
+    assert 0 <= said["energy"] <= 1
 
 
 def test_a_cache_of_other_options_is_made_anew(pair, tmp_path):

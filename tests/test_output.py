@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from lora_tools import interruption
 from lora_tools.errors import CheckpointError, OutputError
-from lora_tools.formats import output
+from lora_tools.formats import output, renames
 from lora_tools.formats.output import (
     check_destination,
     check_space,
@@ -22,6 +27,7 @@ from lora_tools.formats.output import (
     write_synced,
 )
 
+from . import killing
 from .iotools import is_root, tree
 
 
@@ -64,7 +70,7 @@ def test_the_new_takes_the_place_of_the_old_only_at_the_end(old, new, tmp_path):
     out = tmp_path / "out"
     build(old, out, "old")
     before = tree(tmp_path)
-    with staged(out) as staging:
+    with staged(out, force=True) as staging:
         build(new, staging / "out", "new")
         during = {k: v for k, v in tree(tmp_path).items() if not k.startswith(".out.loratools-")}
         assert during == before
@@ -110,36 +116,147 @@ def test_nothing_made_is_an_error_and_the_old_stays(tmp_path):
     assert read(tmp_path / "out") == "old"
 
 
-@pytest.mark.parametrize("old", [kind for kind in OLD if kind != "nothing"])
+# What a system may lack of what ``renames`` goes by.
+SYSTEMS = ["renameat2", "links", "locks"]
+
+
+@pytest.fixture(params=SYSTEMS)
+def system(request, monkeypatch):
+    """A file system that cannot do all."""
+    if request.param != "renameat2":
+        monkeypatch.setattr(renames, "_renameat2", lambda: None)
+    if request.param == "locks":
+
+        def refuse(*args: object, **options: object) -> None:
+            raise PermissionError(1, "Operation not permitted")
+
+        monkeypatch.setattr(os, "link", refuse)
+    return request.param
+
+
+def test_this_system_renames_in_one_step():
+    assert renames._renameat2() is not None
+
+
+RENAMES = [(renames, "_rename"), (os, "link"), (os, "rename"), (os, "replace"), (os, "unlink")]
+
+
+def interrupt(monkeypatch, at: int, when: str, error: BaseException) -> list[str]:
+    """Raise the error before or after the so-many-th rename; returns the names of those met."""
+    met: list[str] = []
+
+    def watch(place: Any, name: str) -> None:
+        real = getattr(place, name)
+
+        def call(*args: object, **options: object) -> object:
+            met.append(name)
+            here = len(met) == at
+            if here and when == "before":
+                raise error
+            result = real(*args, **options)
+            if here:
+                raise error
+            return result
+
+        monkeypatch.setattr(place, name, call)
+
+    for place, name in RENAMES:
+        watch(place, name)
+    return met
+
+
+def put(out: Path, new: str, force: bool = True) -> None:
+    with staged(out, force=force) as staging:
+        build(new, staging / "out", "new")
+        (staging / "out.extra").write_text("new, too")
+
+
+@pytest.mark.parametrize("old", OLD)
+@pytest.mark.parametrize("new", ["file", "folder"])
 @pytest.mark.parametrize("error", [OSError(5, "it broke"), KeyboardInterrupt()], ids=repr)
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_interrupted_between_the_two_renames_the_old_comes_back(
-    old, error, when, tmp_path, monkeypatch
+def test_interrupted_at_any_rename_all_is_as_before_or_as_after(
+    old, new, error, when, system, tmp_path, monkeypatch
 ):
+    """Once all has been settled, which the command line has done at its end in any case."""
+    for at in range(1, 40):
+        top = tmp_path / str(at)
+        top.mkdir()
+        build(old, top / "out", "old")
+        (top / "out.extra").write_text("old, too")
+        before, course = tree(top), interruption.begin()
+        with monkeypatch.context() as patch, contextlib.suppress(type(error), OutputError):
+            met = interrupt(patch, at, when, error)
+            put(top / "out", new)
+        course.clear()
+        if tree(top) != before:
+            assert (read(top / "out"), (top / "out.extra").read_text()) == ("new", "new, too"), met
+            assert not [name for name in names(top) if name.startswith(".")]
+        assert bool(course.placed) is (tree(top) != before)
+        if len(met) < at:
+            break
+    assert at > 3
+    assert read(top / "out") == "new"
+
+
+@pytest.mark.parametrize("new", ["file", "folder"])
+@pytest.mark.parametrize("there", OLD[1:])
+def test_what_appears_meanwhile_stays(there, new, system, tmp_path):
+    """Without ``force`` another's output is not replaced, whoever made it."""
     out = tmp_path / "out"
-    build(old, out, "old")
-    before = tree(tmp_path)
-    rename, interrupted = Path.rename, []
+    other: dict[str, object] = {}
 
-    def interrupt(self: Path, target: Path) -> Path:
-        second = self.name == "out" and ".loratools-" in self.parent.name
-        if when == "before" and second and not interrupted:
-            interrupted.append(1)
-            raise error
-        result = rename(self, target)
-        if when == "after" and target.name == "old" and not interrupted:
-            interrupted.append(1)
-            raise error
-        return result
+    def work() -> None:
+        with staged(out) as staging:
+            build(new, staging / "out", "new")
+            (staging / "out.extra").write_text("beside")
+            build(there, out, "theirs")
+            other.update((k, v) for k, v in tree(tmp_path).items() if ".loratools-" not in k)
 
-    monkeypatch.setattr(Path, "rename", interrupt)
-    with (
-        pytest.raises(OutputError if isinstance(error, OSError) else KeyboardInterrupt),
-        staged(out) as staging,
-    ):
-        build("folder", staging / "out", "new")
-    assert interrupted
-    assert tree(tmp_path) == before
+    with pytest.raises(OutputError, match=f"^{out} appeared while this ran, and stays as it is"):
+        work()
+    assert tree(tmp_path) == other
+
+
+@pytest.mark.parametrize("new", ["file", "folder"])
+def test_a_file_beside_that_appears_meanwhile_stays(new, system, tmp_path):
+    out = tmp_path / "out"
+
+    def work() -> None:
+        with staged(out) as staging:
+            build(new, staging / "out", "new")
+            (staging / "out.extra").write_text("beside")
+            (tmp_path / "out.extra").write_text("theirs")
+
+    with pytest.raises(OutputError, match=r"out\.extra appeared while this ran"):
+        work()
+    assert names(tmp_path) == ["out.extra"]
+    assert (tmp_path / "out.extra").read_text() == "theirs"
+
+
+@pytest.mark.parametrize("new", ["file", "folder"])
+def test_of_many_at_once_one_wins_and_the_others_say_so(new, system, tmp_path):
+    """All begin before any ends, on threads here."""
+    out, count = tmp_path / "out", 6
+    begun = threading.Barrier(count)
+
+    def one(number: int) -> str | None:
+        try:
+            with staged(out) as staging:
+                build(new, staging / "out", str(number))
+                begun.wait()
+        except OutputError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(count) as pool:
+        said = list(pool.map(one, range(count)))
+    assert said.count(None) == 1
+    assert read(out) == str(said.index(None))
+    assert {text for text in said if text} == {
+        f"{out} appeared while this ran, and stays as it is; choose another output or pass --force"
+    }
+    assert names(tmp_path) == ["out"]
 
 
 def test_an_error_of_the_system_names_what_it_befell(tmp_path):
@@ -186,14 +303,15 @@ def test_folders_are_synced(tmp_path, monkeypatch):
 def stale(destination: Path, token: str) -> Path:
     folder = destination.with_name(f".{destination.name}.loratools-{token}")
     build("folder", folder / "out", "half")
+    killing.mark(folder)
     return folder
 
 
 def test_what_dead_processes_left_is_removed_and_what_living_ones_hold_is_kept(tmp_path):
     out = tmp_path / "out"
-    stale(out, "dead0001")
-    held = stale(out, "live0001")
-    others = [stale(tmp_path / "outer", "dead0002"), tmp_path / ".out.loratools-file"]
+    stale(out, "dead0a01")
+    held = stale(out, "11fe0001")
+    others = [stale(tmp_path / "outer", "dead0a02"), tmp_path / ".out.loratools-0000f11e"]
     others[1].write_text("a file")
     code = (
         "import fcntl, os, signal, sys\n"
@@ -229,7 +347,7 @@ def test_a_staging_folder_in_use_is_held(tmp_path):
 @pytest.mark.parametrize("old", [kind for kind in OLD if kind != "nothing"])
 def test_killed_between_the_two_renames_the_next_command_brings_the_old_back(old, tmp_path):
     out = tmp_path / "out"
-    left = stale(out, "dead0001")
+    left = stale(out, "dead0a01")
     build(old, out, "old")
     wanted = read(out)
     out.rename(left / "old")
@@ -241,7 +359,7 @@ def test_killed_between_the_two_renames_the_next_command_brings_the_old_back(old
 
 def test_a_complete_successor_wins_over_the_old_of_a_killed_command(tmp_path):
     out = tmp_path / "out"
-    left = stale(out, "dead0001")
+    left = stale(out, "dead0a01")
     build("folder", left / "old", "old")
     build("folder", out, "new")
     check_destination(out, force=True)
@@ -249,8 +367,92 @@ def test_a_complete_successor_wins_over_the_old_of_a_killed_command(tmp_path):
     assert read(out) == "new"
 
 
+FOREIGN = {
+    "another name": lambda folder: folder.rename(folder.with_name(".out.loratools-backup")),
+    "a longer name": lambda folder: folder.rename(folder.with_name(folder.name + "a")),
+    "without a mark": lambda folder: (folder / f"loratools-{folder.stat().st_ino}").unlink(),
+    "with the mark of another": lambda folder: (
+        folder / f"loratools-{folder.stat().st_ino}"
+    ).rename(folder / "loratools-1"),
+    "a copy": lambda folder: (
+        shutil.copytree(folder, folder.with_name("copy")),
+        shutil.rmtree(folder),
+        folder.with_name("copy").rename(folder),
+    ),
+    "a link": lambda folder: (
+        folder.rename(folder.with_name("elsewhere")),
+        folder.symlink_to("elsewhere"),
+    ),
+    "whose mark is a link": lambda folder: (
+        (folder / f"loratools-{folder.stat().st_ino}").unlink(),
+        (folder / f"loratools-{folder.stat().st_ino}").symlink_to("out"),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_folders_that_are_not_of_this_package_are_left_alone(what, tmp_path):
+    """Neither removed, nor is what they call old moved into the destination."""
+    folder = stale(tmp_path / "out", "dead0a01")
+    build("folder", folder / "old", "a victim's")
+    FOREIGN[what](folder)
+    before = tree(tmp_path)
+    check_destination(tmp_path / "out", force=False)
+    with staged(tmp_path / "out") as staging:
+        build("file", staging / "out", "new")
+    (tmp_path / "out").unlink()
+    assert tree(tmp_path) == before
+
+
+def test_links_in_a_stale_folder_are_not_followed(tmp_path):
+    build("folder", tmp_path / "precious", "mine")
+    folder = stale(tmp_path / "out", "dead0a01")
+    (folder / "out" / "link").symlink_to(tmp_path / "precious")
+    check_destination(tmp_path / "out", force=False)
+    assert names(tmp_path) == ["precious"]
+    assert read(tmp_path / "precious") == "mine"
+
+
+def test_the_folder_of_another_user_is_left_alone(tmp_path, monkeypatch):
+    folder = stale(tmp_path / "out", "dead0a01")
+    monkeypatch.setattr(output.os, "geteuid", lambda: folder.stat().st_uid + 1)
+    check_destination(tmp_path / "out", force=False)
+    assert read(folder / "out") == "half"
+
+
+def test_what_was_killed_before_its_mark_is_removed(tmp_path):
+    (tmp_path / ".out.loratools-dead0a01").mkdir()
+    check_destination(tmp_path / "out", False)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("when", ["before it is open", "before it is locked", "before its mark"])
+def test_a_folder_that_another_command_clears_away_at_once_is_made_anew(
+    when, tmp_path, monkeypatch
+):
+    """Between two steps of making one, another process may take it for a dead one's."""
+    place, name = {
+        "before it is open": (os, "open"),
+        "before it is locked": (fcntl, "flock"),
+        "before its mark": (output, "_marker"),
+    }[when]
+    real, done = getattr(place, name), []
+
+    def call(*args: object, **options: object) -> object:
+        if not done and list(tmp_path.iterdir()):
+            done.append(1)
+            subprocess.run(["rmdir", *tmp_path.iterdir()], check=True)
+        return real(*args, **options)
+
+    monkeypatch.setattr(place, name, call)
+    with staged(tmp_path / "out") as staging:
+        build("file", staging / "out", "new")
+    assert done
+    assert names(tmp_path) == ["out"]
+
+
 def test_a_stale_folder_that_cannot_be_opened_is_no_hindrance(tmp_path, monkeypatch):
-    left = stale(tmp_path / "out", "dead0001")
+    left = stale(tmp_path / "out", "dead0a01")
 
     def refuse(path: object, *rest: object) -> int:
         raise PermissionError(13, "Permission denied", str(path))
@@ -396,11 +598,11 @@ def test_a_real_reflink(tmp_path):
 
 
 def test_staging_of_two_at_once(tmp_path):
-    """The second to finish replaces the first; neither is ever half."""
+    """With ``force`` the second to finish replaces the first; neither is ever half."""
     out = tmp_path / "out"
-    with staged(out) as one:
+    with staged(out, force=True) as one:
         build("folder", one / "out", "one")
-        with staged(out) as two:
+        with staged(out, force=True) as two:
             build("folder", two / "out", "two")
         assert read(out) == "two"
     assert read(out) == "one"

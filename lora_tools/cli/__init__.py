@@ -6,15 +6,18 @@ import gc
 import os
 import signal
 import sys
-from types import FrameType
 from typing import NoReturn
 
 import click
 
+from lora_tools import interruption
 from lora_tools.cli.commands import VerbCommand
 from lora_tools.cli.groups import OrderedGroup
 from lora_tools.errors import LoraToolsError
+from lora_tools.interruption import Course
 from lora_tools.verbs import VERBS
+
+_STOPPED = {int(signal.SIGINT): "Interrupted", int(signal.SIGTERM): "Terminated"}
 
 
 @click.group(
@@ -52,20 +55,48 @@ def completion(shell: str) -> None:
     click.echo(kind(main, {}, "loratools", "_LORATOOLS_COMPLETE").source())
 
 
-class _Terminated(BaseException):
-    """SIGTERM, raised in the main thread so that staging folders are removed on the way out."""
-
-
-def _on_sigterm(number: int, frame: FrameType | None) -> NoReturn:
-    raise _Terminated
-
-
 def run(args: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    signal.signal(signal.SIGTERM, _on_sigterm)
+    before = {number: signal.getsignal(number) for number in _STOPPED}
     try:
-        code = main.main(args, prog_name="loratools", standalone_mode=False)
-        return code if isinstance(code, int) else 0
+        return _run(args)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run(args: list[str] | None) -> int:
+    """The same, and signals remain ignored after the end."""
+    course = interruption.begin()
+    for number in _STOPPED:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as that of a job in the background is
+            signal.signal(number, course.stop)
+    try:
+        try:
+            code = main.main(args, prog_name="loratools", standalone_mode=False)
+            course.go_on()
+        finally:
+            course.ended = True  # no call here, in which a signal could be raised
+            course.clear()
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt | click.Abort):
+            course.signal = course.signal or signal.SIGINT
+        # Whatever comes out after a signal is what the signal has made.
+        return _stopped(course) if course.signal else _failed(error)
+    return code if isinstance(code, int) else 0
+
+
+def _stopped(course: Course) -> int:
+    placed = course.placed or ["nothing"]
+    was = "was" if len(placed) == 1 else "were"
+    click.echo(f"{_STOPPED[course.signal]}; {', '.join(placed)} {was} written.", err=True)
+    return 128 + course.signal
+
+
+def _failed(failure: BaseException) -> int:
+    """Say what went wrong. Returns the exit code; raises what nobody has foreseen."""
+    try:
+        raise failure
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return error.exit_code
@@ -79,12 +110,6 @@ def run(args: list[str] | None = None) -> int:
     except LoraToolsError as error:
         click.echo(f"Error: {error}", err=True)
         return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("Interrupted; nothing was written.", err=True)
-        return 128 + signal.SIGINT
-    except _Terminated:
-        click.echo("Terminated; nothing was written.", err=True)
-        return 128 + signal.SIGTERM
     except BrokenPipeError:
         return 1
     except OSError as error:  # a file that cannot be opened, a disk that fails
@@ -104,7 +129,7 @@ def entry() -> NoReturn:
     gc.disable()
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.setdefault(name, "1")  # threads run over tensors here, not within operations
-    code = run()
+    code = _run(None)
     try:
         sys.stdout.flush()
         sys.stderr.flush()

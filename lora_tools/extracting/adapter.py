@@ -42,7 +42,7 @@ def kept_spectra(keep: Path | None, scratch: Path, needed: bool) -> Iterator[Spe
     try:
         yield spectra
         if keep is not None and spectra.changed:
-            with staged(keep) as staging:
+            with staged(keep, force=True) as staging:
                 spectra.finish(staging / "out", tool_version())
     finally:
         spectra.close()

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, TypeVar
 from lora_tools.engine.tasks import Task
 from lora_tools.errors import CheckpointError, MismatchError, NonFiniteError
 from lora_tools.extracting.change import measured
-from lora_tools.extracting.decompose import Decomposition, Found, Sides, find, restore
+from lora_tools.extracting.decompose import (
+    Decomposition,
+    Found,
+    Sides,
+    delta_of,
+    find,
+    regions_of,
+    restore,
+)
 from lora_tools.extracting.fit import Fitted, find_and_fit, fit
 from lora_tools.extracting.pairs import Pair
 from lora_tools.extracting.shared_ranks import (
@@ -34,6 +42,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _LARGE = 32 << 20
+_SAME = 1e-5  # sums of float32 squares by other processors
 
 
 @dataclasses.dataclass
@@ -175,6 +184,8 @@ class ExtractPair(PairTask):
             if not outcome.stored:
                 return
             known = [(one, _rank(one, options)) for one in found]
+        else:
+            _check_kept(using.spectra, pair, sides, [one for one, _ in known])
         if options.rule.shared:
             let_go(pair, sides)
             outcome.action = Action.DECOMPOSED
@@ -331,6 +342,20 @@ def _refuse_other(spectra: Spectra, name: str, key: str) -> None:
             f"{spectra.earlier}: {name} was decomposed from other weights than these; "
             "give --spectrum-cache another file, or remove this one"
         )
+
+
+def _check_kept(spectra: Spectra, pair: Pair, sides: Sides, found: Sequence[Found]) -> None:
+    """What figures are relative to is that of the weights as they are read now, whatever was kept.
+    Raises CheckpointError where it differs."""
+    for name, at, one in zip(region_names(pair), regions_of(pair), found, strict=True):
+        energies = delta_of(pair, sides, at).measure()
+        both = ((energies.delta, one.total), (energies.base, one.base))
+        if not all(math.isclose(now, kept, rel_tol=_SAME) for now, kept in both):
+            raise CheckpointError(
+                f"{spectra.earlier}: {name} was kept with a change of energy {one.total:.6g}, and "
+                f"that of the weights is {energies.delta:.6g}; remove the file, and the "
+                "decompositions are made anew"
+            )
 
 
 def _rank(found: Found, options: Decomposition) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lora_tools.errors import UnsafeInput
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.dtypes import torch_dtype
-from lora_tools.formats.json_file import read_object
+from lora_tools.formats.json_file import check_names, read_object
 from lora_tools.formats.lfs import HEAD, refuse_pointer
 from lora_tools.formats.pipelines import Pipeline
 from lora_tools.formats.quantized.packed import StoredFormat
@@ -91,7 +91,11 @@ class Checkpoint(Shards):
     def _read_config(self) -> dict[str, Any]:
         path = self.path / "config.json"
         self._config_file = SmallFile.of(path)
-        return read_object(path) if self.is_folder and is_there(path) else {}
+        if not (self.is_folder and is_there(path)):
+            return {}
+        said = read_object(path)
+        check_names(path, said, "architectures")
+        return said
 
     @property
     def scheme(self) -> StoredFormat | None:

@@ -214,8 +214,9 @@ class _Header:
                 "not know: pip install -U gguf"
             )
         named, block, nbytes = self._sizes[kind]
-        if (shape[-1:] or (1,))[0] % block:
-            raise CheckpointError(f"tensor {name!r}: rows of {shape[-1]} are not blocks of {block}")
+        row = shape[-1] if shape else 1
+        if row % block:
+            raise CheckpointError(f"tensor {name!r}: rows of {row} are not blocks of {block}")
         return name, Stored(named, shape, offset, block, nbytes)
 
     def _skip(self, n: int) -> None:

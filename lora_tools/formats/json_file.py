@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,3 +35,13 @@ def read_object(path: Path, fail: type[LoraToolsError] = CheckpointError) -> dic
     if not isinstance(found, dict):
         raise fail(f"{path}: not a JSON object")
     return found
+
+
+def check_names(
+    path: Path, said: Mapping[str, Any], *keys: str, fail: type[LoraToolsError] = CheckpointError
+) -> None:
+    """Raises ``fail`` where one of these entries is there and no list of names."""
+    for key in keys:
+        found = said.get(key) or []
+        if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+            raise fail(f"{path}: {key} is {str(found)[:60]!r}, and no list of names")

@@ -3,18 +3,20 @@
 A safetensors file with, for each module, ``squared/<module>``, all squared singular values that are
 known (float64), and ``right/<module>``, the leading right singular vectors as rows (float32, or
 float64 for a float64 checkpoint). The metadata holds one JSON object a module: what it was made
-from (``key``) and plain numbers.
+from (``key``) and plain numbers; and a digest of all that, which tells damage.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import CheckpointError
+from lora_tools.formats import digest as hashing
 from lora_tools.formats.dtypes import dtype_name, torch_dtype
 from lora_tools.formats.safetensors_file import SafetensorsFile, strict_json
 from lora_tools.formats.spool import SafetensorsSpool
@@ -24,7 +26,7 @@ from lora_tools.records import TensorSpec
 if TYPE_CHECKING:
     import torch
 
-_VERSION = "1"
+_VERSION = "2"
 MARK = "loratools_spectra"
 
 
@@ -57,11 +59,12 @@ class Spectra:
     def __init__(self, folder: Path, earlier: Path | None = None) -> None:
         self._spool = SafetensorsSpool(folder, shared=True)
         self._facts: dict[str, dict[str, Any]] = {}
+        self._hashes: dict[str, str] = {}
         self._earlier: SafetensorsFile | None = None
         self.changed = False
         self.earlier = earlier
         if earlier is not None:
-            self._earlier, self._facts = _open(earlier)
+            self._earlier, self._facts, self._hashes = _open(earlier)
 
     def get(self, module: str, key: str, vectors: bool = True) -> StoredSpectrum | None:
         """The decomposition under that key, or None; from any thread. Without ``vectors`` only
@@ -85,7 +88,9 @@ class Spectra:
         for part in ("squared", "right"):
             tensor = getattr(stored, part)
             spec = TensorSpec(f"{part}/{module}", dtype_name(tensor.dtype), tuple(tensor.shape))
-            self._spool.add(spec, as_bytes(tensor), replace=True)
+            data = as_bytes(tensor)
+            self._spool.add(spec, data, replace=True)
+            self._hashes[spec.name] = hashing.tensor_hash(data)
         self._facts[module] = {"key": stored.key, "facts": dict(stored.facts)}
         self.changed = True
 
@@ -115,14 +120,22 @@ class Spectra:
                     assert self._earlier is not None
                     self._spool.add(self._earlier.specs[name], self._earlier.raw(name))
         modules = json.dumps(self._facts, sort_keys=True)
-        self._spool.finish(path, {"loratools": version, MARK: _VERSION, "modules": modules})
+        said = {"loratools": version, MARK: _VERSION, "modules": modules}
+        said["digest"] = _digest(self._spool.specs, self._hashes, modules)
+        self._spool.finish(path, said)
 
     def close(self) -> None:
         """Drop the scratch space, whether finished or not."""
         self._spool.close()
 
 
-def _open(path: Path) -> tuple[SafetensorsFile, dict[str, dict[str, Any]]]:
+def _digest(specs: Iterable[TensorSpec], hashes: Mapping[str, str], modules: str) -> str:
+    """Of the tensors, and of what is said of them."""
+    whole = f"{hashing.digest(specs, hashes)} {modules}"
+    return hashing.PREFIX + hashlib.sha256(whole.encode()).hexdigest()
+
+
+def _open(path: Path) -> tuple[SafetensorsFile, dict[str, dict[str, Any]], dict[str, str]]:
     file = SafetensorsFile(path)
     wrong = CheckpointError(
         f"{path}: not a spectrum cache that this version can read; name another file"
@@ -148,4 +161,15 @@ def _open(path: Path) -> tuple[SafetensorsFile, dict[str, dict[str, Any]]]:
         )
         if not sound:
             raise wrong
-    return file, modules
+    hashes = {}
+    for name in file.specs:
+        hashes[name] = hashing.tensor_hash(file.raw(name))
+        file.release(name)
+    if file.metadata.get("digest") != _digest(
+        file.specs.values(), hashes, file.metadata["modules"]
+    ):
+        raise CheckpointError(
+            f"{path}: the spectrum cache is damaged: it is not what was written; remove it, and "
+            "the decompositions are made anew"
+        )
+    return file, modules, hashes

@@ -127,7 +127,7 @@ def drawn(report: Report[T], title: str, path: Path) -> Report[T]:
         note = f"no module has a low-rank change: nothing to draw, {path} is not written"
         return dataclasses.replace(report, notes=(*report.notes, note))
     content = draw(picture(report, title), path.suffix)
-    with staged(path) as staging:
+    with staged(path, force=True) as staging:
         write_synced(staging / "out", content)
     return dataclasses.replace(report, notes=(*report.notes, f"drew {path}"))
 

@@ -185,7 +185,7 @@ def _write(prepared: Prepared, out: Path, nbytes: int, force: bool) -> Report[An
     for path in made:
         check_destination(path, force)
     check_space(out, nbytes)
-    with staged(made[0]) as staging:
+    with staged(made[0], force=force) as staging:
         report = write_whole(prepared, staging / "out")
     for suffix in prepared.dropped if force else ():
         out.with_name(out.name + suffix).unlink(missing_ok=True)

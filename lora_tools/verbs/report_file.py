@@ -64,7 +64,7 @@ def write_report(report: Report[Any], file: Path) -> None:
         elif _takes_a_stream(target):
             _write_stream(target, text)
         else:
-            with staged(target) as staging:
+            with staged(target, force=True) as staging:
                 write_synced(staging / "out", text.encode())
     except OSError as error:
         raise OutputError(f"--report {file}: {error.strerror or error}") from None

@@ -17,7 +17,7 @@ from lora_tools.errors import AdapterError, UnsupportedAdapter
 from lora_tools.formats.adapters.target_parameters import TargetParameters
 from lora_tools.formats.adapters.unmergeable import refuse_unmergeable
 from lora_tools.formats.checkpoint import open_weights
-from lora_tools.formats.json_file import read_object
+from lora_tools.formats.json_file import check_names, read_object
 from lora_tools.formats.names import split_tensor
 from lora_tools.formats.patterns import ends_with, matches
 from lora_tools.formats.regular_files import is_there
@@ -325,11 +325,16 @@ class Adapter:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """An adapter_config.json. Raises AdapterError where it is absent or no JSON object."""
+    """An adapter_config.json. Raises AdapterError where it is absent, no JSON object, or selects
+    modules by something else than a pattern or names."""
     try:
-        return read_object(path, AdapterError)
+        said = read_object(path, AdapterError)
     except FileNotFoundError:
         raise AdapterError(f"{path.parent}: no {path.name} there") from None
+    selects = ("target_modules", "exclude_modules", "modules_to_save")
+    listed = [key for key in selects if not isinstance(said.get(key), str)]
+    check_names(path, said, *listed, fail=AdapterError)
+    return said
 
 
 def open_peft(source: str | Path, folder: Path, allow_pickle: bool = False) -> Adapter:
