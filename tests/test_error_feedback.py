@@ -22,6 +22,7 @@ from lora_tools.cli import run
 from lora_tools.errors import CheckpointError, MismatchError, OutputError, UsageError
 from lora_tools.linalg import error_feedback, nf4
 from lora_tools.linalg.codebooks import CODEBOOKS, Codebook
+from lora_tools.linalg.nf4_search import quantize_searched
 from lora_tools.records import Report
 
 from . import iotools, models
@@ -352,3 +353,42 @@ def test_the_command_says_what_it_gained(
     assert "unfed" in said
     totals = json.loads((tmp_path / "r.json").read_text())["totals"]
     assert totals["output_error"] < totals["output_error_unfed"]
+
+
+# ------------------------------------------------------------------------------ searched scales
+
+
+@pytest.mark.parametrize(("m", "n", "blocksize"), [(16, 128, 64), (9, 40, 32)])
+def test_scales_are_searched_by_weights(m: int, n: int, blocksize: int) -> None:
+    """Each is the least-squares scale of its codes, and better so weighed than without weights; an
+    input that is always 0 has no say, and a block of such inputs keeps its largest magnitude."""
+    noise = torch.Generator().manual_seed(n)
+    W, book = torch.randn(m, n, generator=noise), CODEBOOKS["nf4"]
+    weights = torch.randn(n, generator=noise).exp()
+    weights[:3] = 0
+    weights[64:] = 0
+
+    def searched(by: torch.Tensor | None) -> nf4.Quantized:
+        room = torch.empty(nf4.packed_size(W.numel()), dtype=torch.uint8)
+        return quantize_searched(W.view(-1), book, blocksize, False, room, nf4.Scratch(), by)
+
+    def cost(made: nf4.Quantized) -> float:
+        back = torch.empty(m * n)
+        nf4.dequantize(made.packed, made.scales, book, blocksize, back)
+        return float((weights * (back.view(m, n) - W).square()).sum())
+
+    plainly = searched(None)
+    assert np.allclose(searched(torch.ones(n)).scales, plainly.scales, rtol=1e-5)
+    assert cost(searched(weights)) < 0.97 * cost(plainly)
+    if n == 128:
+        most = W.view(m, 2, 64)[:, 1].abs().amax(1)
+        assert torch.equal(torch.from_numpy(searched(weights).scales).view(m, 2)[:, 1], most)
+
+
+def test_searched_scales_gain_more(work: Path, tmp_path: Path) -> None:
+    stats = work / "llama.stats"
+    fed = lora_tools.quantize(work / "llama", tmp_path / "fed", activations=stats)
+    both = lora_tools.quantize(
+        work / "llama", tmp_path / "both", activations=stats, scale_search=True
+    )
+    assert energies(both)[0] < energies(fed)[0]

@@ -73,9 +73,10 @@ def factor(moment: torch.Tensor) -> Factor | None:
         wide.diagonal().copy_(diagonal[last].double() + damping)
         L, info = torch.linalg.cholesky_ex(wide)
         if not info:
+            del wide
             scale = L.diagonal().clone()
-            U = (L / scale).float().flip(0, 1)
-            return Factor(order, U, scale.flip(0), damping)
+            L /= scale
+            return Factor(order, L.float().flip(0, 1), scale.flip(0), damping)
     return None
 
 

@@ -116,6 +116,17 @@ def feed(
     return dataclasses.replace(errors, fed=errors.plain)
 
 
+def weights_of(feeding: Feeding | None, state: QuantState) -> torch.Tensor | None:
+    """What scales are searched by, if inputs are known: the root mean square of each. Its square
+    would be right for errors that are not fed; where they are, this is a little better."""
+    if feeding is None:
+        return None
+    moment = feeding.activations.moment(feeding.module, state.shape[-1])
+    root: torch.Tensor = moment.diagonal().clamp(min=0).sqrt()
+    top = float(root.max())
+    return root / top if top > 0 else None
+
+
 def with_outputs(result: TensorResult, errors: Errors) -> TensorResult:
     """The result with the relative error of the layer's outputs."""
     energy = errors.energy or 1.0

@@ -22,7 +22,7 @@ from lora_tools.formats.quantized.bitsandbytes import (
     quantized_tensor,
 )
 from lora_tools.formats.quantized.packed import PackedWeight
-from lora_tools.quantizing.feeding import feed, with_outputs
+from lora_tools.quantizing.feeding import feed, weights_of, with_outputs
 from lora_tools.quantizing.plan import Item
 from lora_tools.records import TensorResult, TensorSpec
 from lora_tools.sources.schemes.bitsandbytes import four_bit_scales
@@ -59,8 +59,11 @@ def pack(
         buffers.lend((nf4.packed_size(n),), torch.uint8) as room,
     ):
         scratch = nf4.Scratch(store)
-        work = quantize_searched if item.searched else nf4.quantize_whole
-        made = work(x, book, state.blocksize, state.nested, room, scratch)
+        given = x, book, state.blocksize, state.nested, room, scratch
+        if item.searched:
+            made = quantize_searched(*given, weights_of(item.feeding, state))
+        else:
+            made = nf4.quantize_whole(*given)
         if not made.is_finite:
             raise NonFiniteError(
                 f"{name}: holds an inf or a NaN, which has no four-bit form, or its scales are so "
