@@ -254,6 +254,7 @@ def quantize(
     compute_dtype: str = 'bfloat16',
     quant_storage: Literal['uint8', 'float16', 'bfloat16', 'float32'] = 'uint8',
     scale_search: bool = False,
+    activations: str | Path | None = None,
     compensate: int | None = None,
     compensate_iterations: int | None = None,
     include: Sequence[str] = (),

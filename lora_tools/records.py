@@ -208,6 +208,10 @@ class TensorResult:
         norm: ‖W‖_F.
         compensated_error: ‖Ŵ + B·A − W‖_F / ‖W‖_F with the factors as written, where an adapter
             for the error lies by; else None.
+        output_error: √(tr(E R Eᵀ) / tr(W R Wᵀ)) with E = Ŵ − W and R the second moment of the
+            layer's inputs: the relative error of its outputs, where statistics were given.
+        output_error_unfed: the same if each number had been rounded by itself.
+        output_norm: √tr(W R Wᵀ).
     """
 
     tensor: str
@@ -216,6 +220,9 @@ class TensorResult:
     relative_error: float
     norm: float
     compensated_error: float | None = None
+    output_error: float | None = None
+    output_error_unfed: float | None = None
+    output_norm: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

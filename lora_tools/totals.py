@@ -150,6 +150,9 @@ class QuantizeTotals(FourBitTotals, total=False):
     """Of ``quantize``."""
 
     compensated_error: float
+    output_error: float
+    output_error_unfed: float
+    tensors_fed: int
     expected_bytes_at_most: int
 
 

@@ -143,6 +143,7 @@ NUMERIC = {
     "linalg/codebooks.py",
     "linalg/nf4.py",
     "linalg/nf4_search.py",
+    "linalg/error_feedback.py",
     "nn/__init__.py",
     "nn/attach.py",
     "nn/layers.py",

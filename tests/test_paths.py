@@ -204,6 +204,9 @@ FAULTS = {
         *("extract", "base", "tuned", "--activations", "stats"),
         *("-o", "stats", "--force"),
     ],
+    "a checkpoint over statistics": [
+        *("quantize", "base", "--activations", "stats", "-o", "stats", "--force")
+    ],
     "a graph's text": [*("export", "base", "-o", "text.txt", "--eval-text", "text.txt", "--force")],
     "a graph": ["export", "base", "-o", "graph", "--force", *iotools.EXPORT],
     "in place over its own graph": [

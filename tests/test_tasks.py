@@ -69,6 +69,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     said = {"loratools_activations": "1", "tokens": "8"}
     save_file(moments, folder / "activations", said)
+    whole = {name: each.diag() + 0.3 for name, each in moments.items()}
+    save_file(whole, folder / "full", said)
     return folder
 
 
@@ -328,6 +330,9 @@ JOBS: dict[str, Job] = {
         w / "nvfp4", [w / "plain"], out, requantize=True
     ),
     "quantize": lambda w, out: lora_tools.quantize(w / "base", out),
+    "quantize by activations": lambda w, out: lora_tools.quantize(
+        w / "base", out, activations=w / "full"
+    ),
     "quantize into groups": lambda w, out: lora_tools.quantize(w / "base", out, scheme="nvfp4"),
     "quantize base and adapter": lambda w, out: lora_tools.quantize(
         w / "base", out, adapters=[w / "plain"], double_quant=False, scale_search=True

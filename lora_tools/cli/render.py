@@ -134,14 +134,17 @@ def _tensors(console: Console, report: Report[Any], verbose: bool) -> None:
     table.add_column("tensor", no_wrap=True, overflow="ellipsis")
     rows = report.tensors
     made_up = any(t.compensated_error is not None for t in rows)
-    for column in ("shape", "bits", "rel. error", *(["with adapter"] if made_up else [])):
+    fed = any(t.output_error is not None for t in rows)
+    more = [*(["with adapter"] if made_up else []), *(["of outputs", "unfed"] if fed else [])]
+    for column in ("shape", "bits", "rel. error", *more):
         table.add_column(column, justify="right", no_wrap=True)
     if len(rows) > _MOST_ROWS and not verbose:
         rows = tuple(sorted(rows, key=lambda t: -t.relative_error)[:_MOST_ROWS])
     for t in rows:
         shape = "x".join(map(str, t.shape))
-        errors = [t.relative_error, t.compensated_error]
-        shown = [f"{e:.4g}" for e in errors if e is not None]
+        errors = [t.relative_error, *([t.compensated_error] if made_up else [])]
+        errors += [t.output_error, t.output_error_unfed] if fed else []
+        shown = ["-" if e is None else f"{e:.4g}" for e in errors]
         table.add_row(t.tensor, shape, f"{t.bits_per_parameter:.3f}", *shown)
     console.print(table)
     if len(rows) < len(report.tensors):
@@ -196,6 +199,11 @@ def _totals(report: Report[Any]) -> Iterator[str]:
                 f"{t['bits_per_parameter']:.3f} over all {t['parameters']:,}"
             )
         yield line
+    if "output_error" in t:
+        yield (
+            f"outputs of {counted(t['tensors_fed'], 'error-fed layer')}: relative error "
+            f"{t['output_error']:.4g}, where plain rounding has {t['output_error_unfed']:.4g}"
+        )
     if "expected_bytes_at_most" in t:
         yield f"expected size: at most {size(t['expected_bytes_at_most'])}"
     if "tensors_merged" in t:

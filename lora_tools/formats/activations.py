@@ -55,18 +55,38 @@ class Activations:
     def __contains__(self, module: str) -> bool:
         return module in self._own
 
-    def moment(self, module: str, width: int) -> torch.Tensor:
-        """E[xxᵀ] or its diagonal.
+    @property
+    def tokens(self) -> int | None:
+        """How many were seen, where it says so."""
+        said = self._file.metadata.get("tokens", "")
+        return int(said) if said.isascii() and said.isdecimal() else None
 
-        Raises:
-            MismatchError: it is not of that many inputs.
-        """
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self._path
+
+    def is_full(self, module: str) -> bool:
+        """Whether all of E[xxᵀ] is known, and not its diagonal alone."""
+        return len(self._file.specs[self._own[module]].shape) == 2
+
+    def check(self, module: str, width: int) -> None:
+        """Raises MismatchError: it is not of that many inputs."""
         name = self._own[module]
         if self._file.specs[name].shape[0] != width:
             raise MismatchError(
                 f"{self._path}: {name} has {self._file.specs[name].shape[0]} inputs, and the "
                 f"checkpoint's {module} has {width}; was it collected on this model?"
             )
+
+    def moment(self, module: str, width: int) -> torch.Tensor:
+        """E[xxᵀ] or its diagonal.
+
+        Raises:
+            MismatchError: it is not of that many inputs.
+        """
+        self.check(module, width)
+        name = self._own[module]
         moment = self._file.tensor(name)
         if not moment.isfinite().all():
             raise CheckpointError(f"{self._path}: {name} holds an inf or a NaN")

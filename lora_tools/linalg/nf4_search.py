@@ -36,14 +36,21 @@ def quantize_searched(
     double: bool,
     packed: torch.Tensor,
     scratch: Scratch,
+    weights: torch.Tensor | None = None,
 ) -> Quantized:
-    """``nf4.quantize_whole`` with searched scales; some of them are negative."""
+    """``nf4.quantize_whole`` with searched scales; some of them are negative.
+
+    Args:
+        weights: (cols,) of the squared errors in each column of ``x``, which is a matrix row by
+            row.
+    """
     n, room = x.numel(), packed.numpy()
     scales = np.empty(blocks_of(n, blocksize), np.float32)
     with np.errstate(all="ignore"):  # what is not finite is for the caller to refuse
         for start, stop in runs(n):
             into = scales[start // blocksize : blocks_of(stop, blocksize)]
-            into[:] = _search(x[start:stop], codebook, blocksize, scratch)
+            own = None if weights is None else weights[torch.arange(start, stop) % len(weights)]
+            into[:] = _search(x[start:stop], codebook, blocksize, scratch, own)
         scales, nested = as_read(scales, double)
         for start, stop in runs(n):
             blocks = _blocks(x[start:stop], blocksize, scratch)
@@ -74,9 +81,17 @@ def _scaled(blocks: torch.Tensor, scales: torch.Tensor, scratch: Scratch) -> tor
     return torch.mul(blocks, inverse[:, None], out=out)
 
 
-def _search(x: torch.Tensor, codebook: Codebook, blocksize: int, scratch: Scratch) -> Array:
+def _search(
+    x: torch.Tensor,
+    codebook: Codebook,
+    blocksize: int,
+    scratch: Scratch,
+    weights: torch.Tensor | None,
+) -> Array:
     """The best scale of each block of a run: of codes c, ⟨c, x⟩ / ⟨c, c⟩ minimises ‖x − s·c‖, and
-    leaves ‖x‖² − ⟨c, x⟩² / ⟨c, c⟩."""
+    leaves ‖x‖² − ⟨c, x⟩² / ⟨c, c⟩; with weights, in the product that they make."""
+    if weights is not None:
+        weights = torch.nn.functional.pad(weights, (0, -len(weights) % blocksize))
     blocks = _blocks(x, blocksize, scratch)
     n = blocks.numel()
     absmax = torch.amax(torch.abs(blocks, out=scratch.other[:n].view(blocks.shape)), 1)
@@ -91,7 +106,12 @@ def _search(x: torch.Tensor, codebook: Codebook, blocksize: int, scratch: Scratc
         np.take(
             codebook.pairs, packed, out=values.reshape(-1).numpy().view(np.complex64), mode="clip"
         )
-        energy = torch.linalg.vector_norm(values, dim=1).square_()
+        if weights is None:
+            energy = torch.linalg.vector_norm(values, dim=1).square_()
+        else:
+            weighed = values * weights.view(values.shape)
+            energy = (values * weighed).sum(1)
+            values.copy_(weighed)
         product = values.mul_(blocks).sum(1)
         found = product * product / energy
         better = found > gain

@@ -15,6 +15,7 @@ from lora_tools.formats.names import split_tensor
 from lora_tools.merging.output_files import changed_files
 from lora_tools.merging.rewrite import Rewrite
 from lora_tools.quantizing.compensate import FOLDER, Compensation, ErrorFit, finish
+from lora_tools.quantizing.feeding import totals_of_outputs
 from lora_tools.quantizing.pack import totals_of
 from lora_tools.quantizing.plan import QuantizePlan
 from lora_tools.quantizing.tensor import QuantizedItem, QuantizeItem
@@ -37,7 +38,10 @@ def quantize_checkpoint(
         report, nbytes, _ = write_packed(job, plan, tasks, configure)
     else:
         report, nbytes = _compensated(job, plan, how, configure)
-    totals: QuantizeTotals = {**totals_of(plan, report.tensors, nbytes)}
+    totals: QuantizeTotals = {
+        **totals_of(plan, report.tensors, nbytes),
+        **totals_of_outputs(report.tensors),
+    }
     left = [
         (r.norm, r.compensated_error) for r in report.tensors if r.compensated_error is not None
     ]

@@ -22,6 +22,7 @@ from lora_tools.formats.quantized.bitsandbytes import (
     quantized_tensor,
 )
 from lora_tools.formats.quantized.packed import PackedWeight
+from lora_tools.quantizing.feeding import feed, weights_of, with_outputs
 from lora_tools.quantizing.plan import Item
 from lora_tools.records import TensorResult, TensorSpec
 from lora_tools.sources.schemes.bitsandbytes import four_bit_scales
@@ -50,7 +51,7 @@ def pack(
     from lora_tools.linalg.nf4_search import quantize_searched
 
     assert isinstance(item.packed, QuantizedTensor)
-    state, name = item.packed.state, item.name
+    state, name, errors = item.packed.state, item.name, None
     book = codebooks.CODEBOOKS[state.quant_type]
     n = x.numel()
     with (
@@ -58,13 +59,18 @@ def pack(
         buffers.lend((nf4.packed_size(n),), torch.uint8) as room,
     ):
         scratch = nf4.Scratch(store)
-        work = quantize_searched if item.searched else nf4.quantize_whole
-        made = work(x, book, state.blocksize, state.nested, room, scratch)
+        given = x, book, state.blocksize, state.nested, room, scratch
+        if item.searched:
+            made = quantize_searched(*given, weights_of(item.feeding, state))
+        else:
+            made = nf4.quantize_whole(*given)
         if not made.is_finite:
             raise NonFiniteError(
                 f"{name}: holds an inf or a NaN, which has no four-bit form, or its scales are so "
                 "large that double quantization, which takes their mean, overflows"
             )
+        if item.feeding is not None:
+            errors = feed(item.feeding, x, made, state, buffers)
         if writer is not None:
             writer.write(name, as_bytes(room))
         error, energy = nf4.measure(
@@ -84,7 +90,8 @@ def pack(
         writer.write_last(name + STATE + state.quant_type, text)
     nbytes = item.nbytes - item.packed.state.most_json + len(text)
     relative = math.sqrt(error / energy) if energy else 0.0
-    return TensorResult(name, item.spec.shape, 8 * nbytes / n, relative, math.sqrt(energy))
+    result = TensorResult(name, item.spec.shape, 8 * nbytes / n, relative, math.sqrt(energy))
+    return result if errors is None else with_outputs(result, errors)
 
 
 def anew(packed: PackedWeight, spec: TensorSpec) -> PackedWeight:

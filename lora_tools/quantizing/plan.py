@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lora_tools.errors import CheckpointError, MismatchError, UsageError
+from lora_tools.formats.activations import Activations
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.checkpoint_writer import Shard, lay_out
 from lora_tools.formats.names import split_tensor
@@ -38,6 +39,14 @@ _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclasses.dataclass(frozen=True)
+class Feeding:
+    """Statistics of a module's inputs, by which its rounding errors are fed forward."""
+
+    activations: Activations
+    module: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Item:
     """One tensor of the plain checkpoint, ``spec``, and what becomes of it.
 
@@ -47,6 +56,8 @@ class Item:
         reason: why it stays.
         searched: its scales are searched for (``linalg.nf4_search``).
         joined: the tensors, itself among them, that it has a scale in common with.
+        feeding: what its rounding errors are fed forward by (``linalg.error_feedback``).
+        rounding: how it is rounded, where statistics of inputs were given, for the plan.
     """
 
     target: Target
@@ -56,6 +67,8 @@ class Item:
     reason: str = ""
     searched: bool = False
     joined: tuple[tuple[Target, TensorSpec], ...] = ()
+    feeding: Feeding | None = None
+    rounding: str = ""
 
     @property
     def name(self) -> str:
@@ -90,7 +103,7 @@ class QuantizePlan:
         for item, merged in zip(self.items, self.merge.fates(), strict=False):
             if item.packed is not None:
                 bits = 8 * item.nbytes / item.spec.numel
-                reason = f"{item.packed.label}, {bits:.3f} bits a parameter"
+                reason = f"{item.packed.label}, {bits:.3f} bits a parameter{item.rounding}"
                 action = Action.QUANTIZE
             else:
                 bits = DTYPE_BITS[item.spec.dtype]

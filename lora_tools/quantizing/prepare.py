@@ -6,9 +6,10 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lora_tools.errors import CheckpointError, MismatchError, UsageError
+from lora_tools.formats.activations import Activations
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.checkpoint_writer import lay_out
 from lora_tools.formats.output import Prepared
@@ -26,12 +27,16 @@ from lora_tools.options.parse import name_filter
 from lora_tools.quantizing.checkpoint import quantize_checkpoint
 from lora_tools.quantizing.compensate import plan_compensation
 from lora_tools.quantizing.dequantize import dequantize_checkpoint
+from lora_tools.quantizing.feeding import plan_feeding
 from lora_tools.quantizing.pack import config_with, torch_name
 from lora_tools.quantizing.plan import QuantizePlan, plan_quantize
-from lora_tools.records import DTYPE_BITS, Action, Fate
+from lora_tools.records import DTYPE_BITS, Action, Fate, Input, Report
 from lora_tools.sources.checkpoints import open_checkpoint
 from lora_tools.sources.dequantized import Dequantized
 from lora_tools.sources.weighted import open_weighted
+from lora_tools.totals import QuantizeTotals
+
+T = TypeVar("T")
 
 
 def prepare_quantize(
@@ -74,24 +79,53 @@ def prepare_quantize(
     refuse_unloadable(base, merge, specs)
     search, head = numbers.scale_search, tensors.lm_head
     plan = plan_quantize(base, merge, specs, form, chosen, head, search)
+    known = _activations(numbers)
+    plan, unfed = plan_feeding(plan, known) if known is not None else (plan, [])
     shards = signed(plan.shards(base, limit), command, weighted)
+    if known is not None:
+        made_by = {"activations_digest": known.digest}
+        shards = [dataclasses.replace(s, metadata={**s.metadata, **made_by}) for s in shards]
     fates = plan.fates() + (how.fates(plan) if how else ())
     nbytes = sum(shard.nbytes for shard in shards) + (fates[-1].nbytes if how else 0)
     entries = {**_dtype_entry(base, plan, form), "quantization_config": form.settings(plan.skip)}
     report = planned.report("quantize", fates, {"expected_bytes_at_most": nbytes}, command)
     notes = _notes(base, plan, tensors, entries)
-    report = dataclasses.replace(report, notes=(*report.notes, *notes))
+    report = dataclasses.replace(report, notes=(*report.notes, *notes, *unfed))
     job = planned.rewrite(report, shards, running)
+
+    def write(out: Path) -> Report[QuantizeTotals]:
+        return _with_input(
+            quantize_checkpoint(
+                job(out), plan, how, lambda changed: config_with(base, changed, entries)
+            ),
+            known,
+        )
+
+    paths = (*planned.paths(), *([known.path] if known is not None else []))
     return Prepared(
-        report,
-        planned.paths(),
+        _with_input(report, known),
+        paths,
         nbytes,
-        lambda out: quantize_checkpoint(
-            job(out), plan, how, lambda changed: config_with(base, changed, entries)
-        ),
+        write,
         pipeline=base.pipeline,
         copied=base.copied(),
     )
+
+
+def _activations(numbers: NumberFormat) -> Activations | None:
+    if numbers.activations is None:
+        return None
+    if numbers.compensate is not None:
+        raise UsageError("--activations and --compensate exclude each other for now")
+    return Activations(Path(numbers.activations))
+
+
+def _with_input(report: Report[T], known: Activations | None) -> Report[T]:
+    """The report with the statistics among its inputs."""
+    if known is None:
+        return report
+    given = Input("activations", str(known.path), known.digest)
+    return dataclasses.replace(report, inputs=(*report.inputs, given))
 
 
 def prepare_dequantize(

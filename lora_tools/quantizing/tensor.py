@@ -13,6 +13,7 @@ from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.merging.in_memory import largest_in, merge_into
 from lora_tools.merging.tensor import MergeTensor
 from lora_tools.quantizing.compensate import ErrorFactors, ErrorFit
+from lora_tools.quantizing.feeding import working_bytes
 from lora_tools.quantizing.pack import pack, way_of
 from lora_tools.quantizing.plan import Item
 from lora_tools.records import TensorResult
@@ -62,6 +63,8 @@ class QuantizeItem:
             codes = next(iter(item.specs)).nbytes + way.bytes_each * item.spec.numel
         if self.fit and item.packed:
             codes += 4 * item.spec.numel + item.spec.nbytes
+        if item.feeding is not None:
+            codes += working_bytes(item)
         formed = bool(item.target.parts or self.decoded)
         whole = item.spec.nbytes * (2 if item.transposed else formed)
         return max(whole + codes + self.decoded, item.target.spec.nbytes)

@@ -229,8 +229,8 @@ VERBS = {
             heads stay as they are.""",
             "loratools quantize base --adapter style=0.7 -o base-nf4",
             "adapters scheme quant_type blocksize double_quant compute_dtype quant_storage "
-            "scale_search compensate compensate_iterations include exclude lm_head dtype "
-            "shard_size max_error allow_unmatched allow_other_base",
+            "scale_search activations compensate compensate_iterations include exclude lm_head "
+            "dtype shard_size max_error allow_unmatched allow_other_base",
         ),
         Verb(
             "dequantize",

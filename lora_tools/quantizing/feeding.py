@@ -1,0 +1,157 @@
+"""Rounding errors fed forward, by statistics of the layers' inputs: which weights of a plan have
+them, and the work on one."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lora_tools.errors import CheckpointError
+from lora_tools.formats.activations import Activations
+from lora_tools.formats.names import split_tensor
+from lora_tools.formats.quantized.bitsandbytes import QuantizedTensor, QuantState
+from lora_tools.quantizing.plan import Feeding, Item, QuantizePlan
+from lora_tools.records import TensorResult, counted
+from lora_tools.totals import QuantizeTotals
+
+if TYPE_CHECKING:
+    import torch
+
+    from lora_tools.engine.buffers import Buffers
+    from lora_tools.linalg.error_feedback import Errors
+    from lora_tools.linalg.nf4 import Quantized
+
+_BY_ITSELF = ", rounded by itself: "
+
+
+def plan_feeding(plan: QuantizePlan, known: Activations) -> tuple[QuantizePlan, list[str]]:
+    """The plan with each weight fed whose inputs are known; and notes on what is not.
+
+    Raises:
+        MismatchError: the statistics are of another model.
+    """
+    known.match([split_tensor(item.name)[0] for item in plan.items if item.packed is not None])
+    items = tuple(_fed(item, known) if item.packed is not None else item for item in plan.items)
+    return dataclasses.replace(plan, items=items), _notes(items, known)
+
+
+def _fed(item: Item, known: Activations) -> Item:
+    module, width = split_tensor(item.name)[0], _width(item)
+    if module not in known:
+        return dataclasses.replace(item, rounding=f"{_BY_ITSELF}no statistics of its inputs")
+    known.check(module, width)
+    if not known.is_full(module):
+        why = f"{_BY_ITSELF}of its inputs a diagonal is known only"
+        return dataclasses.replace(item, rounding=why)
+    return dataclasses.replace(item, feeding=Feeding(known, module), rounding=", error-fed")
+
+
+def _width(item: Item) -> int:
+    assert isinstance(item.packed, QuantizedTensor)
+    return item.packed.state.shape[-1]
+
+
+def _notes(items: Sequence[Item], known: Activations) -> list[str]:
+    packed = [item for item in items if item.packed is not None]
+    left = [item for item in packed if item.feeding is None]
+    notes = []
+    if left:
+        whys = sorted({item.rounding.removeprefix(_BY_ITSELF) for item in left})
+        notes.append(
+            f"rounded by themselves: {len(left)} of {counted(len(packed), 'weight')} "
+            f"({left[0].name}{', …' if left[1:] else ''}): {' or '.join(whys)}; collect-stats "
+            "--kind full has what it takes"
+        )
+    widest = max((_width(item) for item in packed if item.feeding), default=0)
+    if known.tokens is not None and known.tokens < widest:
+        notes.append(
+            f"{known.path}: of {counted(known.tokens, 'token')}, and there are layers with "
+            f"{widest} inputs: more text gives better codes"
+        )
+    return notes
+
+
+def working_bytes(item: Item) -> int:
+    """Working memory of ``feed`` beside the weight and its codes."""
+    from lora_tools.linalg.error_feedback import BYTES_EACH, ROWS
+
+    assert isinstance(item.packed, QuantizedTensor)
+    rows, width = item.packed.state.shape
+    return BYTES_EACH * width * width + 14 * min(rows, ROWS) * width + rows * width // 2
+
+
+def feed(
+    feeding: Feeding, x: torch.Tensor, made: Quantized, state: QuantState, buffers: Buffers
+) -> Errors:
+    """Put codes whose errors make up for one another into ``made`` where that lessens the error of
+    the layer's outputs, and say what it came to.
+
+    Raises:
+        CheckpointError: what is known of the inputs is no second moment.
+    """
+    import torch
+
+    from lora_tools.linalg import codebooks, error_feedback
+
+    width = state.shape[-1]
+    moment = feeding.activations.moment(feeding.module, width)
+    if not moment.any():
+        return error_feedback.Errors(0.0, 0.0, 0.0)  # its outputs are its bias: any codes will do
+    by = error_feedback.factor(moment)
+    if by is None:
+        raise CheckpointError(
+            f"{feeding.activations.path}: {feeding.module}: no second moment of inputs: it has "
+            "negative eigenvalues; collect the statistics again"
+        )
+    book = codebooks.CODEBOOKS[state.quant_type]
+    with buffers.lend((len(made.packed),), torch.uint8) as room:
+        errors = error_feedback.feed(
+            x.view(-1, width), made.packed, made.scales, book, state.blocksize, by, room.numpy()
+        )
+        if errors.fed < errors.plain:
+            made.packed[:] = room.numpy()
+            return errors
+    return dataclasses.replace(errors, fed=errors.plain)
+
+
+def weights_of(feeding: Feeding | None, state: QuantState) -> torch.Tensor | None:
+    """What scales are searched by, if inputs are known: the root mean square of each. Its square
+    would be right for errors that are not fed; where they are, this is a little better."""
+    if feeding is None:
+        return None
+    moment = feeding.activations.moment(feeding.module, state.shape[-1])
+    root: torch.Tensor = moment.diagonal().clamp(min=0).sqrt()
+    top = float(root.max())
+    return root / top if top > 0 else None
+
+
+def with_outputs(result: TensorResult, errors: Errors) -> TensorResult:
+    """The result with the relative error of the layer's outputs."""
+    energy = errors.energy or 1.0
+    return dataclasses.replace(
+        result,
+        output_error=math.sqrt(errors.fed / energy),
+        output_error_unfed=math.sqrt(errors.plain / energy),
+        output_norm=math.sqrt(errors.energy),
+    )
+
+
+def totals_of_outputs(results: Sequence[TensorResult]) -> QuantizeTotals:
+    """Figures over all weights that were fed, errors weighted by the energy of their outputs."""
+    fed = [r for r in results if r.output_norm is not None]
+    energy = math.fsum(r.output_norm**2 for r in fed if r.output_norm) or 1.0
+
+    def total(errors: Sequence[float | None]) -> float:
+        norms = [r.output_norm or 0.0 for r in fed]
+        pairs = zip(errors, norms, strict=True)
+        return math.sqrt(math.fsum(((e or 0.0) * norm) ** 2 for e, norm in pairs) / energy)
+
+    if not fed:
+        return {}
+    return {
+        "output_error": total([r.output_error for r in fed]),
+        "output_error_unfed": total([r.output_error_unfed for r in fed]),
+        "tensors_fed": len(fed),
+    }
