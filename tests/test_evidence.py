@@ -150,6 +150,7 @@ def damage(kept, change, forged=False):
         save_file(tensors, kept, said)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("policy", [{"rank": 4}, {"energy": 0.5}, {"budget": "6000"}], ids=str)
 @pytest.mark.parametrize("what", DAMAGES)
 def test_a_damaged_cache_is_refused(pair, tmp_path, what, policy):

@@ -138,6 +138,7 @@ def _is_old(out: Path) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("verb", VERBS)
 def test_killed_in_the_middle(verb, medium, tmp_path, full):
     """At steps by chance, most of them amid the bytes of a tensor, while other threads write."""
@@ -290,7 +291,7 @@ def test_a_disk_that_small_files_fill(small, disk, fails, tmp_path):
     shutil.copytree(small, tmp_path / "in")
     (tmp_path / "in" / "base" / "tokenizer.json").write_bytes(b" " * 40_000)
     said = fails(command("merge", tmp_path / "in", disk / "out"))
-    assert "No space left on device" in said
+    assert "needs" in said
     assert list(disk.iterdir()) == []
 
 

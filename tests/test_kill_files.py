@@ -93,6 +93,7 @@ def an_old_one(what: str, sides: Path, file: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     ("what", "there"),
     [
@@ -141,6 +142,7 @@ def test_killed_before_every_step(what, there, sides, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("what", FILES)
 @pytest.mark.parametrize("trouble", ["full", "locked", "failing"])
 def test_a_disk_that_is_full_or_locked_or_fails(
