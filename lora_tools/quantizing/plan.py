@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -184,10 +185,18 @@ def plan_quantize(
     )
     if not any(item.packed for item in items):
         loader = "" if layers is None else " that transformers' loader quantizes"
-        raise MismatchError(
-            f"{base.path}: holds no linear layer to quantize{loader}, or all of them were left out"
-        )
+        why = _commonest(reasons, [w for w in weights if w.layout in ("linear", "conv1d")])
+        raise MismatchError(f"{base.path}: holds no linear layer to quantize{loader}{why}")
     return QuantizePlan(joined(items) if form.joins else items, tuple(sorted(skip)), merge)
+
+
+def _commonest(reasons: Mapping[str, str], linears: Sequence[Weight]) -> str:
+    """Why most linear layers stay, and one of them."""
+    if not linears:
+        return ""
+    [(why, count)] = Counter(reasons[w.spec.name] for w in linears).most_common(1)
+    first = next(w.spec.name for w in linears if reasons[w.spec.name] == why)
+    return f"; of {len(linears)}, {count} stay ({first}): {why}"
 
 
 def joined(items: Sequence[Item]) -> tuple[Item, ...]:
