@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import CheckpointError, LoraToolsError, TensorNotFound
-from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.formats.mapped import MappedFile
 from lora_tools.formats.regular_files import MOST, open_file
 from lora_tools.formats.reopen import Reopened, Stamp
+from lora_tools.formats.tensors import of_bytes
 from lora_tools.records import TensorSpec
 
 if TYPE_CHECKING:
@@ -138,13 +138,7 @@ class GgufFile(Reopened):
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor as it is stored, without a copy. Never write to it."""
-        import torch
-
-        raw, spec = self.raw(name), self.specs[name]
-        dtype = torch_dtype(spec.dtype)
-        if not raw.nbytes:
-            return torch.empty(spec.shape, dtype=dtype)
-        return torch.frombuffer(raw, dtype=torch.uint8).view(dtype).view(spec.shape)
+        return of_bytes(self.raw(name), self.specs[name])
 
     def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
         """Give the pages of the tensor's bytes [start, stop) back to the system."""

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 from lora_tools.linalg import noise
-from lora_tools.linalg.lora import rows_per_run
 from lora_tools.linalg.ranks import Rounding
+from lora_tools.linalg.runs import RUN_ELEMENTS, row_runs, rows_per_run
 from lora_tools.linalg.svd import EPS, sum_of_squares
 
 
@@ -56,8 +56,7 @@ class Delta:
         step = min(rows_per_run(self.shape), rows)
         out, wide = torch.empty(2, step, cols, dtype=self.dtype)
         self.base_energy = 0.0
-        for start in range(0, rows, step):
-            stop = min(start + step, rows)
+        for start, stop in row_runs(rows, cols, RUN_ELEMENTS):
             run, base = out[: stop - start], wide[: stop - start]
             run.copy_(self._tuned[start:stop])
             base.copy_(self._base[start:stop])

@@ -13,11 +13,9 @@ from typing import Protocol
 
 import torch
 
+from lora_tools.linalg.runs import RUN_ELEMENTS, row_runs
 from lora_tools.linalg.svd import TruncatedSVD, sum_of_squares
 from lora_tools.linalg.weighting import Weighting
-
-# Rows are merged in runs of about this many elements, so that a run stays in cache.
-RUN_ELEMENTS = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +51,8 @@ class Whole:
 
     def runs(self) -> Iterator[tuple[int, int, torch.Tensor]]:
         """Slices, without a copy."""
-        step = rows_per_run(self.shape)
-        for start in range(0, self.shape[0], step):
-            rows = self.matrix[start : start + step]
-            yield start, start + rows.shape[0], rows
+        for start, stop in row_runs(*self.shape, RUN_ELEMENTS):
+            yield start, stop, self.matrix[start:stop]
 
 
 def balanced_factors(
@@ -152,11 +148,6 @@ def residual_energy(delta: Rows, left: torch.Tensor, right: torch.Tensor, scale:
         )
         for start, stop, run in delta.runs()
     )
-
-
-def rows_per_run(shape: torch.Size | tuple[int, ...]) -> int:
-    """How many rows of a matrix make one cache-sized run."""
-    return max(RUN_ELEMENTS // max(math.prod(shape[1:]), 1), 1)
 
 
 def resize(

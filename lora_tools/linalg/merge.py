@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from lora_tools.linalg.layouts import Block, Layout, Region
-from lora_tools.linalg.lora import rows_per_run
+from lora_tools.linalg.runs import RUN_ELEMENTS, row_runs
 from lora_tools.linalg.svd import sum_of_squares
 
 # Reads rows [start, stop) of the base, in the working dtype.
@@ -122,7 +122,6 @@ class TensorMerge:
         norms: Sequence[torch.Tensor] | None = None,
     ) -> None:
         self.dtype, self.shape = dtype, shape
-        self._step = rows_per_run(shape)
         self._added = [e for e in effects if isinstance(e, Added)]
         self._replaced = [e for e in effects if isinstance(e, Replaced | RowsReplaced)]
         low_rank = [e for e in effects if isinstance(e, LowRank)]
@@ -158,8 +157,7 @@ class TensorMerge:
         """‖W + D‖ along the layout's magnitude dimension."""
         dim = effect.layout.magnitude_dim
         parts = []
-        for start in range(0, self.shape[0], self._step):
-            stop = min(start + self._step, self.shape[0])
+        for start, stop in row_runs(*self.shape, RUN_ELEMENTS):
             rows = read(start, stop)
             for replaced in self._replaced:
                 rows = _move(rows, replaced, start, stop)
@@ -259,9 +257,7 @@ def merged_whole(
 
     work = TensorMerge(effects, matrix, read, working)
     result = torch.empty_like(source)
-    step = rows_per_run(matrix)
-    for start in range(0, matrix[0], step):
-        stop = min(start + step, matrix[0])
+    for start, stop in row_runs(*matrix, RUN_ELEMENTS):
         result[start:stop] = work.forward(read(start, stop), start, stop)
     return result.reshape(weight.shape)
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
-_RUN = 1 << 16  # numbers
+RUN_ELEMENTS = 1 << 20  # numbers of a run that products are formed of
+_STEPS = 1 << 16  # of one that many small steps are taken with: they want the nearest cache
 
 
-def row_runs(rows: int, cols: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) over all rows, a few of them at a time."""
-    step = max(_RUN // max(cols, 1), 1)
+def rows_per_run(shape: Sequence[int], numbers: int = RUN_ELEMENTS) -> int:
+    """How many rows of a matrix make a run of about so many numbers."""
+    return max(numbers // max(math.prod(shape[1:]), 1), 1)
+
+
+def row_runs(rows: int, cols: int, numbers: int = _STEPS) -> Iterator[tuple[int, int]]:
+    """(start, stop) over all rows, a run of them at a time."""
+    step = rows_per_run((rows, cols), numbers)
     for start in range(0, rows, step):
         yield start, min(start + step, rows)

@@ -141,26 +141,29 @@ class MergedRuns:
 
         self.shape = target.matrix(base.specs[target.base_name].shape)
         self._decoded = base.decoder(target.base_name, self.shape)
-        if self._decoded is None:  # else decoded run by run, in memory that stays in cache
+        self.source: torch.Tensor | None = None  # where it is decoded, run by run, in cache
+        self._kept: tuple[int, int, torch.Tensor] | None = None  # the run that was decoded last
+        dtype = torch.float32
+        if self._decoded is None:
             self.source = as_matrix(base.tensor(target.base_name), target)
-        self._working = working_dtype(
-            torch.float32 if self._decoded is not None else self.source.dtype
-        )
+            dtype = self.source.dtype
+        self._working = working_dtype(dtype)
         self.effects = build_effects(target)
         self.work = TensorMerge(self.effects, self.shape, self.read, self._working)
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of the base in the working dtype, a copy."""
         if self._decoded is not None:
-            return self._decoded(start, stop).to(self._working)
+            if self._kept is None or self._kept[:2] != (start, stop):
+                self._kept = start, stop, self._decoded(start, stop)
+            return self._kept[2].to(self._working, copy=True)
+        assert self.source is not None
         return self.source[start:stop].to(self._working, copy=True)
 
     def __iter__(self) -> Iterator[MergedRun]:
-        from lora_tools.linalg.lora import rows_per_run
+        from lora_tools.linalg.runs import RUN_ELEMENTS, row_runs
 
-        step = rows_per_run(self.shape)
-        for start in range(0, self.shape[0], step):
-            stop = min(start + step, self.shape[0])
+        for start, stop in row_runs(*self.shape, RUN_ELEMENTS):
             yield MergedRun(start, stop, self.work.forward(self.read(start, stop), start, stop))
 
     def survival(self) -> Survival | None:
@@ -186,6 +189,7 @@ class _Lister:
     def add(self, run: MergedRun, merged: torch.Tensor) -> None:
         from lora_tools.linalg import reversible as codec
 
+        assert self._runs.source is not None
         wide, base = self._wide, self._runs.source[run.start : run.stop]
         slack = wide.slack(merged.to(wide.dtype), run.start, run.stop)
         estimate = wide.estimate(merged.to(wide.dtype, copy=True), run.start, run.stop)

@@ -220,11 +220,9 @@ class _RestoredRuns:
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         from lora_tools.linalg import reversible as codec
-        from lora_tools.linalg.lora import rows_per_run
+        from lora_tools.linalg.runs import RUN_ELEMENTS, row_runs
 
-        step = rows_per_run(self._shape)
-        for i, start in enumerate(range(0, self._shape[0], step)):
-            stop = min(start + step, self._shape[0])
+        for i, (start, stop) in enumerate(row_runs(*self._shape, RUN_ELEMENTS)):
             rows = self._source[start:stop]
             estimate = self._work.estimate(rows.to(self._dtype, copy=True), start, stop)
             if self._listing is not None:

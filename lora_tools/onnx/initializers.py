@@ -18,9 +18,9 @@ from onnx import numpy_helper
 
 from lora_tools.errors import CheckpointError, TensorNotFound
 from lora_tools.formats.checkpoint import Checkpoint
-from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.formats.mapped import MappedFile
 from lora_tools.formats.regular_files import MOST_OF_GRAPH, open_file, read_file
+from lora_tools.formats.tensors import of_bytes
 from lora_tools.records import TensorSpec
 
 _DTYPES: dict[int, str] = {
@@ -160,11 +160,7 @@ class GraphFile:
 
     def tensor(self, name: str) -> torch.Tensor:
         """The initializer. Never write to it."""
-        raw, spec = self.raw(name), self.specs[name]
-        dtype = torch_dtype(spec.dtype)
-        if not raw.nbytes:
-            return torch.empty(spec.shape, dtype=dtype)
-        return torch.frombuffer(raw, dtype=torch.uint8).view(dtype).view(spec.shape)
+        return of_bytes(self.raw(name), self.specs[name])
 
     def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
         """Give the pages of its bytes [start, stop) back to the system."""

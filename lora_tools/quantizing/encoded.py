@@ -4,7 +4,7 @@ own in ``quantizing.pack``."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from lora_tools.errors import NonFiniteError
@@ -12,7 +12,7 @@ from lora_tools.formats.checkpoint_writer import Sink
 from lora_tools.formats.quantized.packed import PackedWeight
 from lora_tools.quantizing.plan import Item
 from lora_tools.records import TensorResult, TensorSpec
-from lora_tools.sources.schemes.row import is_finite
+from lora_tools.sources.schemes.row import is_finite, matrix_of
 
 if TYPE_CHECKING:
     import torch
@@ -26,8 +26,8 @@ def pack(
     x: torch.Tensor,
     writer: Sink | None,
     buffers: Buffers,
-    done: Callable[[int, int], None] = lambda start, stop: None,
-    back: torch.Tensor | None = None,
+    done: Callable[[int, int], None],
+    back: torch.Tensor | None,
 ) -> TensorResult:
     """Quantize a flat tensor and write what its row makes of it, unless ``writer`` is None; into
     ``back`` (n,), if given, goes what a reader makes of that, in float32."""
@@ -39,10 +39,8 @@ def pack(
     for part, tensor in parts.items() if writer is not None else ():
         assert writer is not None
         writer.write(specs[part].name, as_bytes(tensor))
-    error, energy = _measured(item, x, parts)
+    error, energy = _measured(item, x, parts, back)
     done(0, x.numel())
-    if back is not None:
-        item.scheme.decode(item.packed, parts, back.view(_matrix(item.spec)), 0)
     bits = 8 * item.nbytes / x.numel()
     relative = math.sqrt(error / energy) if energy else 0.0
     return TensorResult(item.name, item.spec.shape, bits, relative, math.sqrt(energy))
@@ -66,38 +64,31 @@ def _encoded(item: Item, x: torch.Tensor, buffers: Buffers) -> dict[str, torch.T
     return parts
 
 
-def _measured(item: Item, x: torch.Tensor, parts: Parts) -> tuple[float, float]:
-    """‖x̂ − x‖² and ‖x‖², x̂ read back in the dtype of x."""
+def _measured(
+    item: Item, x: torch.Tensor, parts: Parts, back: torch.Tensor | None
+) -> tuple[float, float]:
+    """‖x̂ − x‖² and ‖x‖², x̂ read back in the dtype of x; unrounded it goes into ``back``, if that
+    is given."""
     import torch
 
+    from lora_tools.linalg.runs import RUN_ELEMENTS, row_runs
     from lora_tools.linalg.svd import sum_of_squares
 
     assert item.packed is not None
     assert item.scheme is not None
-    rows = x.view(_matrix(item.spec))
+    matrix = matrix_of(item.spec)
+    rows, exact = x.view(matrix), None if back is None else back.view(matrix)
     errors, energies = [], []
-    for start, stop in _runs(item.spec):
-        back = torch.empty(stop - start, rows.shape[1], dtype=x.dtype)
-        item.scheme.decode(item.packed, parts, back, start)
+    for start, stop in row_runs(*matrix, RUN_ELEMENTS):
+        if exact is None:
+            read = torch.empty(stop - start, matrix[1], dtype=x.dtype)
+        else:
+            read = exact[start:stop]
+        item.scheme.decode(item.packed, parts, read, start)
         wide = rows[start:stop].float()
         energies.append(sum_of_squares(wide))
-        errors.append(sum_of_squares(back.float().sub_(wide)))
+        errors.append(sum_of_squares(read.to(x.dtype).float() - wide))
     return math.fsum(errors), math.fsum(energies)
-
-
-def _matrix(spec: TensorSpec) -> tuple[int, int]:
-    """(rows, cols) that a row decodes a weight as."""
-    cols = spec.shape[-1] if len(spec.shape) > 1 else 1
-    return spec.numel // max(cols, 1), cols
-
-
-def _runs(spec: TensorSpec) -> Iterator[tuple[int, int]]:
-    from lora_tools.linalg.lora import rows_per_run
-
-    shape = _matrix(spec)
-    step = rows_per_run(shape)
-    for start in range(0, shape[0], step):
-        yield start, min(start + step, shape[0])
 
 
 def anew(packed: PackedWeight, spec: TensorSpec) -> PackedWeight:

@@ -39,8 +39,8 @@ def pack(
     x: torch.Tensor,
     writer: Sink | None,
     buffers: Buffers,
-    done: Callable[[int, int], None] = lambda start, stop: None,
-    back: torch.Tensor | None = None,
+    done: Callable[[int, int], None],
+    back: torch.Tensor | None,
 ) -> TensorResult:
     """Quantize a flat tensor and write all that is stored of it, unless ``writer`` is None; into
     ``back`` (n,), if given, goes what a reader makes of that."""

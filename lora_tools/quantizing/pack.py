@@ -36,8 +36,8 @@ class Pack(Protocol):
         x: torch.Tensor,
         writer: Sink | None,
         buffers: Buffers,
-        done: Callable[[int, int], None] = ...,
-        back: torch.Tensor | None = None,
+        done: Callable[[int, int], None],
+        back: torch.Tensor | None,
     ) -> TensorResult: ...
 
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Generic
 from lora_tools.errors import NonFiniteError
 from lora_tools.formats.checkpoint import Checkpoint, Decoder, View
 from lora_tools.formats.dtypes import torch_dtype
-from lora_tools.formats.quantized.packed import ASIDE, PackedWeight
+from lora_tools.formats.quantized.packed import AGAIN, ASIDE, PackedWeight
 from lora_tools.formats.tensor_file import TensorFile
 from lora_tools.records import TensorSpec
-from lora_tools.sources.schemes.row import P, Parts, Scheme, is_finite
+from lora_tools.sources.schemes.row import P, Parts, Scheme, is_finite, matrix_of
 
 if TYPE_CHECKING:
     import torch
@@ -52,13 +52,13 @@ class Dequantized(View, Generic[P]):
 
     def rows(self, name: str, matrix: tuple[int, int], start: int, stop: int) -> torch.Tensor:
         """Of a quantized weight only these rows are decoded, where they are rows of its own."""
-        if name in self.quantized and matrix == _matrix(self.specs[name]):
+        if name in self.quantized and matrix == matrix_of(self.specs[name]):
             return self.decode(name, start, stop)
         return super().rows(name, matrix, start, stop)
 
     def decoder(self, name: str, matrix: tuple[int, int]) -> Decoder | None:
         """Of a quantized weight, whose stored tensors are looked at once."""
-        if name not in self.quantized or matrix != _matrix(self.specs[name]):
+        if name not in self.quantized or matrix != matrix_of(self.specs[name]):
             return super().decoder(name, matrix)
         parts = self.parts(name)
         return lambda start, stop: self.decode(name, start, stop, parts=parts)
@@ -82,13 +82,15 @@ class Dequantized(View, Generic[P]):
         """
         import torch
 
-        out = torch.empty(stop - start, _matrix(self.specs[name])[1], dtype=dtype or torch.float32)
+        out = torch.empty(
+            stop - start, matrix_of(self.specs[name])[1], dtype=dtype or torch.float32
+        )
         if out.numel():
             self.scheme.decode(self.quantized[name], parts or self.parts(name), out, start)
             if not is_finite(out):
                 raise NonFiniteError(
                     f"{name}: decodes to an inf or a NaN in {out.dtype}: a code is one, or its "
-                    f"scales are too large for its codes; {_AGAIN}"
+                    f"scales are too large for its codes; {AGAIN}"
                 )
         return out
 
@@ -111,9 +113,6 @@ class Dequantized(View, Generic[P]):
         return [path for path in travel if path.name not in self.scheme.files], left
 
 
-_AGAIN = "get the file again, or quantize the original model anew"
-
-
 def stored_parts(stored: Checkpoint, weight: PackedWeight) -> dict[str, torch.Tensor]:
     """``Dequantized.parts`` of a weight of the checkpoint as it is stored, without those put aside.
 
@@ -124,14 +123,8 @@ def stored_parts(stored: Checkpoint, weight: PackedWeight) -> dict[str, torch.Te
     parts = {part: stored.tensor(name) for part, name in names.items()}
     for name, tensor in list(zip(names.values(), parts.values(), strict=True))[1:]:
         if tensor.is_floating_point() and not is_finite(tensor):
-            raise NonFiniteError(f"{name}: holds an inf or a NaN; {_AGAIN}")
+            raise NonFiniteError(f"{name}: holds an inf or a NaN; {AGAIN}")
     return parts
-
-
-def _matrix(spec: TensorSpec) -> tuple[int, int]:
-    """(rows, cols) that a weight is decoded as."""
-    cols = spec.shape[-1] if len(spec.shape) > 1 else 1
-    return spec.numel // max(cols, 1), cols
 
 
 class _PlainFile:
@@ -156,7 +149,9 @@ class _PlainFile:
         """The tensor; a quantized one in float32."""
         if name not in self._view.quantized:
             return self._file.tensor(name)
-        return self._view.decode(name, 0, _matrix(self.specs[name])[0]).view(self.specs[name].shape)
+        return self._view.decode(name, 0, matrix_of(self.specs[name])[0]).view(
+            self.specs[name].shape
+        )
 
     def raw(self, name: str) -> memoryview:
         """The tensor's bytes."""
@@ -165,7 +160,7 @@ class _PlainFile:
         if name not in self._view.quantized:
             return self._file.raw(name)
         spec = self.specs[name]
-        return as_bytes(self._view.decode(name, 0, _matrix(spec)[0], torch_dtype(spec.dtype)))
+        return as_bytes(self._view.decode(name, 0, matrix_of(spec)[0], torch_dtype(spec.dtype)))
 
     def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
         """Give the pages of a tensor's bytes [start, stop) back; of a quantized one all of them."""

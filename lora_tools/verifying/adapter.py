@@ -280,8 +280,8 @@ def _merged(target: Target, base: Checkpoint, theirs: torch.Tensor) -> tuple[flo
     """‖merged − tuned‖², ‖tuned − base‖² and ‖base‖², in float64."""
     import torch
 
-    from lora_tools.linalg.lora import rows_per_run
     from lora_tools.linalg.merge import TensorMerge
+    from lora_tools.linalg.runs import RUN_ELEMENTS, row_runs
 
     W, T = as_matrix(base.tensor(target.base_name), target), as_matrix(theirs, target)
 
@@ -291,8 +291,7 @@ def _merged(target: Target, base: Checkpoint, theirs: torch.Tensor) -> tuple[flo
     shape = (W.shape[0], W.shape[1])
     work = TensorMerge(build_effects(target), shape, read, torch.float64)
     error = change = energy = 0.0
-    for start in range(0, shape[0], rows_per_run(shape)):
-        stop = min(start + rows_per_run(shape), shape[0])
+    for start, stop in row_runs(*shape, RUN_ELEMENTS):
         wide, ours = T[start:stop].double(), read(start, stop)
         energy += float(ours.square().sum())
         change += float((wide - ours).square().sum())
@@ -302,7 +301,7 @@ def _merged(target: Target, base: Checkpoint, theirs: torch.Tensor) -> tuple[flo
 
 def _apart(one: torch.Tensor, other: torch.Tensor | None) -> float:
     """‖one − other‖²_F, or ‖one‖²_F, in float64, run by run."""
-    from lora_tools.linalg.lora import RUN_ELEMENTS
+    from lora_tools.linalg.runs import RUN_ELEMENTS
 
     flat = one.reshape(-1)
     total = 0.0

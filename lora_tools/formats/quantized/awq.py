@@ -17,9 +17,8 @@ from typing import Any
 
 from lora_tools.errors import CheckpointError
 from lora_tools.formats.names import layout_name
-from lora_tools.formats.quantized.packed import plain_dtype
+from lora_tools.formats.quantized.packed import FETCH, ORIGINAL, plain_dtype
 from lora_tools.formats.quantized.qweights import (
-    AGAIN,
     FLOATS,
     G_IDX,
     QWEIGHT,
@@ -34,7 +33,6 @@ from lora_tools.records import TensorSpec
 METHODS = ("awq",)
 FILES = ("quant_config.json", "quantize_config.json")
 _BITS, _EACH = 4, 8
-_ORIGINAL = "give the model that it was quantized from"
 
 
 def find_awq(
@@ -61,7 +59,7 @@ def find_awq(
         if layout_name(plain, config) != "linear":
             raise CheckpointError(
                 f"{module}.{QWEIGHT}: AWQ of what is no linear layer (an embedding, a Conv1D), "
-                f"which is not read here; {_ORIGINAL}"
+                f"which is not read here; {ORIGINAL}"
             )
         symmetric = settings.get("zero_point") is False
         found[plain.name] = QWeight(plain, parts, "AWQ of 4 bits", _BITS, size, symmetric=symmetric)
@@ -80,7 +78,7 @@ def _refuse_unknown(
         raise CheckpointError(
             f"{module}.{QWEIGHT}: AWQ of {bits!r} bits in the layout {form}"
             + (f", with {G_IDX}" if G_IDX in parts else "")
-            + f", and only four bits in the layout gemm are read here; {_ORIGINAL}"
+            + f", and only four bits in the layout gemm are read here; {ORIGINAL}"
         )
 
 
@@ -90,6 +88,6 @@ def _group_size(module: str, inputs: int, settings: Mapping[str, Any]) -> int:
     if type(size) is not int or size < 1 or inputs % size:
         raise CheckpointError(
             f"{module}.{QWEIGHT}: {inputs} inputs are no whole number of groups of {said!r} "
-            f"(group_size); {AGAIN}"
+            f"(group_size); {FETCH}"
         )
     return size

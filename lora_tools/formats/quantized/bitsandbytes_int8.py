@@ -17,11 +17,10 @@ from typing import Any
 
 from lora_tools.errors import CheckpointError
 from lora_tools.formats.names import layout_name
-from lora_tools.formats.quantized.packed import Packed, plain_dtype
+from lora_tools.formats.quantized.packed import AGAIN, Packed, plain_dtype
 from lora_tools.records import TensorSpec
 
 CODES, SCB, FORMAT = "weight", "SCB", "weight_format"
-_AGAIN = "get the file again, or quantize the original model anew"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +52,11 @@ def find_int8(
         if codes is None or codes.dtype != "I8" or len(codes.shape) != 2:
             raise CheckpointError(
                 f"{name}: I8 (out, in) is expected beside {key}, found "
-                f"{codes or 'no such tensor'}; {_AGAIN}"
+                f"{codes or 'no such tensor'}; {AGAIN}"
             )
         expected = TensorSpec(key, "F32", codes.shape[:1])
         if scales != expected:
-            raise CheckpointError(f"{key}: {expected} is expected, found {scales}; {_AGAIN}")
+            raise CheckpointError(f"{key}: {expected} is expected, found {scales}; {AGAIN}")
         parts = {CODES: codes, SCB: scales}
         layout = specs.get(f"{module}.{FORMAT}")
         if layout is not None:

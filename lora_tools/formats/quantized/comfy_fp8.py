@@ -20,7 +20,13 @@ from typing import Any
 
 from lora_tools.errors import CheckpointError
 from lora_tools.formats.quantized.fp8 import FP8, fp8_weight, is_codes, refuse_orphans, scale_of
-from lora_tools.formats.quantized.packed import entry_of, plain_dtype, put_aside, with_activations
+from lora_tools.formats.quantized.packed import (
+    ORIGINAL,
+    entry_of,
+    plain_dtype,
+    put_aside,
+    with_activations,
+)
 from lora_tools.formats.safetensors_file import strict_json
 from lora_tools.records import TensorSpec
 
@@ -110,7 +116,7 @@ def _check(
         if unknown:
             raise CheckpointError(
                 f"{name}: {sorted(unknown)[0]!r} of its format is not known here, and may change "
-                "what its codes stand for; give the model that it was quantized from"
+                f"what its codes stand for; {ORIGINAL}"
             )
         weight = found.get(name)
         if weight is None or len(weight.specs) < 2:

@@ -11,7 +11,7 @@ from lora_tools.errors import CheckpointError
 from lora_tools.formats.names import EMBEDDING
 from lora_tools.formats.patterns import matches
 from lora_tools.formats.quantized.compressed_tensors import METHOD, WRITTEN, Settings
-from lora_tools.formats.quantized.packed import ENTRIES, said_in
+from lora_tools.formats.quantized.packed import ENTRIES, ORIGINAL, said_in
 
 # Formats whose name says how numbers are stored, whatever else a config says of them.
 _ALONE = {
@@ -30,7 +30,7 @@ _MOST_BITS = {
 _PLAIN = ("dense", "fakequant")
 _STRATEGIES = ("tensor", "channel", "group", "tensor_group", "block")
 _CLASS = re.compile(r"[A-Z]\w*")
-_NEXT = "get the model's config.json again, or give the model that it was quantized from"
+_NEXT = f"get the model's config.json again, or {ORIGINAL}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +154,7 @@ def _refuse_otherwise(entry: Mapping[str, Any], config: Mapping[str, Any]) -> No
     if isinstance(transform, Mapping) and transform.get("config_groups"):
         raise CheckpointError(
             "config.json: transform_config: weights rotated for transforms of their inputs, which "
-            "are not undone here; give the model that it was quantized from"
+            f"are not undone here; {ORIGINAL}"
         )
 
 

@@ -30,6 +30,7 @@ from lora_tools.formats.quantized.compressed_tensors import (
 )
 from lora_tools.formats.quantized.packed import (
     ACTIVATIONS,
+    AGAIN,
     plain_dtype,
     refuse_left_over,
     with_activations,
@@ -42,7 +43,6 @@ Own = Mapping[str, TensorSpec]  # a module's tensors by their names in it
 _CODES = ("F8_E4M3", "F8_E5M2", "I8", "I16", "I32", "U8")
 _BESIDE = (SCALE, GLOBAL_SCALE, SHAPE, ZERO_POINT, G_IDX)
 _PACK = "pack-quantized"
-_AGAIN = "get the file again, or quantize the original model anew"
 
 
 def find_compressed(
@@ -89,7 +89,7 @@ def _weight(
     if groups.ignores(module):
         raise CheckpointError(
             f"{codes.name}: stored as codes, and config.json says that {module} is not quantized "
-            f"(ignore); {_AGAIN}"
+            f"(ignore); {AGAIN}"
         )
     settings = groups.settings_of(module)
     plain = TensorSpec(name, plain_dtype(config), _shape(codes, own, settings, read))
@@ -105,7 +105,7 @@ def _shape(codes: TensorSpec, own: Own, settings: Settings, read: Read) -> tuple
             stem = codes.name.removesuffix(PACKED).removesuffix(WEIGHT)
             raise CheckpointError(
                 f"{stem}{SHAPE}: expected the two or three numbers of a shape, found {spec}; "
-                f"{_AGAIN}"
+                f"{AGAIN}"
             )
         shape = tuple(read(spec.name))
     elif settings.form.endswith(_PACK) and shape:
@@ -129,7 +129,7 @@ def _packing(weights: Iterable[CompressedWeight]) -> str:
         possible &= fits or possible  # what goes with neither is refused as it is checked
         if not possible:
             name = weight.plain.name
-            raise CheckpointError(f"{name}: not packed as the weights before it; {_AGAIN}")
+            raise CheckpointError(f"{name}: not packed as the weights before it; {AGAIN}")
     if unsure is not None and len(possible) > 1:
         raise CheckpointError(
             f"{unsure}: packed as versions of {METHOD} before or after dense packing, which cannot "
@@ -162,7 +162,7 @@ def _checked(weight: CompressedWeight) -> CompressedWeight:
     if size and cols % size:
         raise CheckpointError(
             f"{plain.name}: rows of {cols} numbers are no multiple of groups of {size}, as "
-            f"config.json gives them; {_AGAIN}"
+            f"config.json gives them; {AGAIN}"
         )
     expected = stored_shapes(plain, settings, weight.packing)
     if ZERO_POINT in own and ZERO_POINT not in expected:  # older versions stored those that are 0
@@ -178,12 +178,12 @@ def _checked(weight: CompressedWeight) -> CompressedWeight:
             raise CheckpointError(
                 f"{plain.name.removesuffix(WEIGHT)}{part}: expected {dtype} {list(shape)} beside a "
                 f"weight {list(plain.shape)} of {weight.label}, found "
-                f"{f'{spec.dtype} {list(spec.shape)}' if spec else 'none'}; {_AGAIN}"
+                f"{f'{spec.dtype} {list(spec.shape)}' if spec else 'none'}; {AGAIN}"
             )
         parts[part] = spec
     for part, spec in own.items():
         if part not in parts and part not in ACTIVATIONS:
-            raise CheckpointError(f"{spec}: not known beside a weight of {weight.label}; {_AGAIN}")
+            raise CheckpointError(f"{spec}: not known beside a weight of {weight.label}; {AGAIN}")
     return dataclasses.replace(weight, specs=parts)
 
 

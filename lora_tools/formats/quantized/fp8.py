@@ -28,6 +28,7 @@ from typing import Any
 from lora_tools.errors import CheckpointError
 from lora_tools.formats.quantized.packed import (
     ACTIVATIONS,
+    ORIGINAL,
     Packed,
     entry_of,
     plain_dtype,
@@ -56,7 +57,6 @@ _NO_WEIGHTS = {
     "qscale_weight", "scaled_fp8",
 }  # fmt: skip
 _BY_A_WEIGHT = ("_scale_inv", "weight_scale", "qscale_weight", "scale_weight")
-_MIXED = "give the model that it was quantized from"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,13 +154,13 @@ def scale_of(
             if module + dot + part in specs:
                 raise CheckpointError(
                     f"{codes}: {module + dot + part} lies beside it, which is not read here with "
-                    f"eight-bit floats; {_MIXED}"
+                    f"eight-bit floats; {ORIGINAL}"
                 )
     found = [specs[name] for name in names if name in specs]
     if found and found[0].name == f"{module}.scale" and method(config) != "fp8":
         raise CheckpointError(
             f"{found[0]}: beside eight-bit floats ({codes.name}), and no quantization_config with "
-            f"quant_method fp8 says that they are multiplied by it; {_MIXED}"
+            f"quant_method fp8 says that they are multiplied by it; {ORIGINAL}"
         )
     if len(found) > 1:
         raise CheckpointError(f"{codes}: two scales, {found[0]} and {found[1]}; one is expected")

@@ -20,9 +20,8 @@ from typing import Any
 
 from lora_tools.errors import CheckpointError
 from lora_tools.formats.names import layout_name
-from lora_tools.formats.quantized.packed import plain_dtype
+from lora_tools.formats.quantized.packed import FETCH, ORIGINAL, plain_dtype
 from lora_tools.formats.quantized.qweights import (
-    AGAIN,
     FLOATS,
     G_IDX,
     QWEIGHT,
@@ -38,7 +37,6 @@ METHODS = ("gptq", "gptqmodel")
 FILES = ("quantize_config.json",)
 BITS = (2, 3, 4, 8)
 _OFFSETS = {"gptq": 1, "gptq_v2": 0}
-_ORIGINAL = "give the model that it was quantized from"
 
 
 def find_gptq(
@@ -81,12 +79,12 @@ def _offset(module: str, settings: Mapping[str, Any]) -> int:
         packs = settings.get("pack_dtype", "int32")
         raise CheckpointError(
             f"{module}.{QWEIGHT}: GPTQ in the layout {form} (packed in {packs}), which is not read "
-            f"here; save it as gptq or gptq_v2, or {_ORIGINAL}"
+            f"here; save it as gptq or gptq_v2, or {ORIGINAL}"
         )
     if settings.get("rotation"):
         raise CheckpointError(
             f"{module}.{QWEIGHT}: rotated ({settings['rotation']}) before it was quantized, and a "
-            f"plain model does not turn its inputs back; {_ORIGINAL}"
+            f"plain model does not turn its inputs back; {ORIGINAL}"
         )
     return _OFFSETS[form]
 
@@ -120,7 +118,7 @@ def _bits(
         f"{module}.{QWEIGHT}: {said!r} bits are said, and {list(parts[QWEIGHT].shape)} with "
         f"{QZEROS} {list(parts[QZEROS].shape)} and {SCALES} {list(parts[SCALES].shape)}"
         + (f" and {G_IDX} {list(parts[G_IDX].shape)}" if G_IDX in parts else "")
-        + f" do not fit them; {AGAIN}"
+        + f" do not fit them; {FETCH}"
     )
 
 
@@ -132,14 +130,14 @@ def _group(parts: Mapping[str, TensorSpec], inputs: int, settings: Mapping[str, 
     if G_IDX in parts and (said is None or settings.get("dynamic")):
         return inputs  # g_idx says
     if type(said) is not int or not (said > 0 or said == -1):
-        raise CheckpointError(f"{scales.name}: group_size {said!r} is no size; {AGAIN}")
+        raise CheckpointError(f"{scales.name}: group_size {said!r} is no size; {FETCH}")
     size = inputs if said == -1 else said
     if G_IDX not in parts and ordered and scales.shape[0] > 1:
         name = scales.name.removesuffix(SCALES) + G_IDX
-        raise CheckpointError(f"{name}: missing, and desc_act says that it is needed; {AGAIN}")
+        raise CheckpointError(f"{name}: missing, and desc_act says that it is needed; {FETCH}")
     if scales.shape[0] != -(inputs // -size):
         raise CheckpointError(
             f"{scales.name}: {-(inputs // -size)} groups of {size} inputs (group_size {said}) are "
-            f"expected, found {list(scales.shape)}; {AGAIN}"
+            f"expected, found {list(scales.shape)}; {FETCH}"
         )
     return size

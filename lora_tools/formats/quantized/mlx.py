@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_tools.errors import CheckpointError
-from lora_tools.formats.quantized.packed import Packed, refuse_left_over
-from lora_tools.formats.quantized.qweights import AGAIN, FLOATS, check
+from lora_tools.formats.quantized.packed import FETCH, Packed, refuse_left_over
+from lora_tools.formats.quantized.qweights import FLOATS, check
 from lora_tools.records import TensorSpec
 
 CODES, SCALES, BIASES = "weight", "scales", "biases"
@@ -62,7 +62,7 @@ def find_mlx(specs: Mapping[str, TensorSpec], settings: Mapping[str, Any]) -> di
         for part in (SCALES, BIASES):
             spec = specs.get(f"{module}.{part}")
             if spec is None:
-                raise CheckpointError(f"{module}.{part}: missing beside {name}; {AGAIN}")
+                raise CheckpointError(f"{module}.{part}: missing beside {name}; {FETCH}")
             parts[part] = spec
         scales = parts[SCALES]
         shape = _shape(codes, scales, bits, group)
@@ -83,7 +83,7 @@ def _refuse_unknown_names(specs: Mapping[str, TensorSpec], settings: Mapping[str
         if is_layer and f"{module}.{CODES}" not in specs:
             raise CheckpointError(
                 f"config.json: quantization names {module}, which is not among the tensors; were "
-                f"they renamed? {AGAIN}"
+                f"they renamed? {FETCH}"
             )
 
 
@@ -93,7 +93,7 @@ def _shape(codes: TensorSpec, scales: TensorSpec, bits: int, group: int) -> tupl
     if len(codes.shape) < 2 or 0 in codes.shape or width % bits or width // bits % group:
         raise CheckpointError(
             f"{codes.name}: {codes.dtype} {list(codes.shape)} holds no whole groups of {group} "
-            f"numbers of {bits} bits; {AGAIN}"
+            f"numbers of {bits} bits; {FETCH}"
         )
     return *codes.shape[:-1], width // bits
 
@@ -109,6 +109,6 @@ def _said(module: str, name: str, settings: Mapping[str, Any]) -> tuple[int, int
         raise CheckpointError(f"{name}: MLX's mode {mode} is not read here; {_ADVICE}")
     if type(bits) is not int or bits not in BITS or type(group) is not int or group < 1:
         raise CheckpointError(
-            f"{name}: {bits!r} bits in groups of {group!r} are said, which MLX has not; {AGAIN}"
+            f"{name}: {bits!r} bits in groups of {group!r} are said, which MLX has not; {FETCH}"
         )
     return bits, group

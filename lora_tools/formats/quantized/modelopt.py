@@ -19,6 +19,8 @@ from typing import Any
 from lora_tools.errors import CheckpointError
 from lora_tools.formats.quantized.packed import (
     ACTIVATIONS,
+    AGAIN,
+    ORIGINAL,
     Packed,
     entry_of,
     plain_dtype,
@@ -26,14 +28,11 @@ from lora_tools.formats.quantized.packed import (
 )
 from lora_tools.records import TensorSpec
 
-FILE = "hf_quant_config.json"
 CODES, SCALE, WHOLE = "weight", "weight_scale", "weight_scale_2"
 GROUP = 16
 LABEL = "NVFP4"
 _METHODS = (None, "modelopt", "modelopt_fp4", "modelopt_mixed", "nvfp4")
 _ALGORITHMS = (None, "NVFP4", "NVFP4_AWQ", "W4A16_NVFP4", "MIXED_PRECISION")
-_AGAIN = "get the file again, or quantize the original model anew"
-_ORIGINAL = "give the model that it was quantized from"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,16 +80,16 @@ def _weight(codes: TensorSpec, scale: TensorSpec | None, whole: TensorSpec, dtyp
     *lead, half = codes.shape or (0,)
     shape = (*lead, 2 * half)
     if len(shape) != 2 or not codes.numel or shape[-1] % GROUP:
-        raise CheckpointError(f"{codes}: expected U8 (out, in / 2) of NVFP4; {_AGAIN}")
+        raise CheckpointError(f"{codes}: expected U8 (out, in / 2) of NVFP4; {AGAIN}")
     wanted = (*lead, shape[-1] // GROUP)
     if scale is None or scale.shape != wanted:
         found = list(scale.shape) if scale else "none"
         raise CheckpointError(
             f"{codes.name}_scale: expected F8_E4M3 {list(wanted)} beside a weight {list(shape)} of "
-            f"NVFP4, found {found}; {_AGAIN}"
+            f"NVFP4, found {found}; {AGAIN}"
         )
     if whole.dtype != "F32" or whole.numel != 1:
-        raise CheckpointError(f"{whole}: expected one number in F32; {_AGAIN}")
+        raise CheckpointError(f"{whole}: expected one number in F32; {AGAIN}")
     parts = {CODES: codes, SCALE: scale, WHOLE: whole}
     return NVFP4(TensorSpec(codes.name, dtype, shape), parts, LABEL)
 
@@ -105,11 +104,11 @@ def _check_said(said: Mapping[str, Any], modules: Collection[str]) -> None:
         if algorithm not in _ALGORITHMS:
             raise CheckpointError(
                 f"{module}.{CODES}: stored as {LABEL}, and quant_algo says {algorithm!r:.40}; "
-                f"{_ORIGINAL}"
+                f"{ORIGINAL}"
             )
         if size not in (None, GROUP):
             raise CheckpointError(
-                f"{module}.{CODES}: {LABEL} in groups of {size!r:.40} is not read here; {_ORIGINAL}"
+                f"{module}.{CODES}: {LABEL} in groups of {size!r:.40} is not read here; {ORIGINAL}"
             )
 
 
@@ -124,5 +123,5 @@ def _check_beside(found: Mapping[str, Packed], specs: Mapping[str, TensorSpec]) 
         if inside is not None and (inside != module or leaf not in known):
             raise CheckpointError(
                 f"{name}: beside a weight in {LABEL}, and what it does to it is not known; "
-                f"{_ORIGINAL}"
+                f"{ORIGINAL}"
             )

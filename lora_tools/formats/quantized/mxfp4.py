@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_tools.errors import CheckpointError
-from lora_tools.formats.quantized.packed import Packed, entry_of, plain_dtype
+from lora_tools.formats.quantized.packed import AGAIN, Packed, entry_of, plain_dtype
 from lora_tools.records import TensorSpec
 
 BLOCKS, SCALES = "blocks", "scales"
@@ -23,7 +23,6 @@ GROUP = 32
 LABEL = "MXFP4"
 _EXPERTS = re.compile(r"(.+\.)?experts\.(gate_up|down)_proj")
 _POWERS = ("U8", "F8_E8M0")
-_AGAIN = "get the file again, or quantize the original model anew"
 
 
 def find_mxfp4(specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> dict[str, Packed]:
@@ -55,11 +54,11 @@ def _weight(name: str, dtype: str, parts: Mapping[str, TensorSpec | None]) -> Pa
     shape = blocks.shape
     if blocks.dtype != "U8" or len(shape) != 4 or shape[3] != GROUP // 2 or not blocks.numel:
         raise CheckpointError(
-            f"{blocks}: expected U8 (experts, out, groups, {GROUP // 2}) of MXFP4; {_AGAIN}"
+            f"{blocks}: expected U8 (experts, out, groups, {GROUP // 2}) of MXFP4; {AGAIN}"
         )
     if scales.dtype not in _POWERS or scales.shape != shape[:3]:
         raise CheckpointError(
-            f"{scales}: expected U8 {list(shape[:3])} beside {blocks.name} {list(shape)}; {_AGAIN}"
+            f"{scales}: expected U8 {list(shape[:3])} beside {blocks.name} {list(shape)}; {AGAIN}"
         )
     plain = TensorSpec(name, dtype, (shape[0], shape[2] * GROUP, shape[1]))
     return Packed(plain, {BLOCKS: blocks, SCALES: scales}, LABEL)

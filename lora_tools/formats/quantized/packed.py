@@ -10,6 +10,10 @@ from lora_tools.errors import CheckpointError
 from lora_tools.formats.dtypes import FLOAT_NAMES, parse_float_dtype
 from lora_tools.records import TensorSpec
 
+# What to do about a file that is broken, or in a variant that is not read.
+AGAIN = "get the file again, or quantize the original model anew"
+ORIGINAL = "give the model that it was quantized from"
+FETCH = f"get the file again, or {ORIGINAL}"
 # Where a config.json says how numbers are stored.
 ENTRIES = ("quantization_config", "compression_config")
 # What the names of parts begin with that are of no use to a weight's numbers (scales of
@@ -121,7 +125,7 @@ def refuse_left_over(
             lies = specs.get(f"{module}.weight", "none")
             raise CheckpointError(
                 f"{spec.name}: {codes} is expected beside it in {module or 'the file'}, found "
-                f"{lies}; get the file again, or give the model that it was quantized from"
+                f"{lies}; {FETCH}"
             )
 
 

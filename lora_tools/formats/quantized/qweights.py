@@ -7,13 +7,12 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 from lora_tools.errors import CheckpointError
-from lora_tools.formats.quantized.packed import Packed
+from lora_tools.formats.quantized.packed import FETCH, Packed
 from lora_tools.records import TensorSpec
 
 QWEIGHT, QZEROS, SCALES, G_IDX = "qweight", "qzeros", "scales", "g_idx"
 _MARKS = (QZEROS, G_IDX)  # names that nothing else has
 FLOATS = ("F16", "BF16", "F32")
-AGAIN = "get the file again, or give the model that it was quantized from"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +48,12 @@ def layers(
     for name in specs:
         stem, _, last = name.rpartition(".")
         if last in _MARKS and f"{stem}.{QWEIGHT}" not in specs:
-            raise CheckpointError(f"{name}: {stem}.{QWEIGHT} is missing beside it; {AGAIN}")
+            raise CheckpointError(f"{name}: {stem}.{QWEIGHT} is missing beside it; {FETCH}")
         if last == SCALES and modules and f"{stem}.{QWEIGHT}" not in specs:
             raise CheckpointError(
                 f"{name}: scales, and no {stem}.{QWEIGHT} beside them: if they are of activations "
                 "(AWQ's of mlp.act), a plain model has no place for them, and its numbers would be "
-                f"others; {AGAIN}"
+                f"others; {FETCH}"
             )
     for module in modules:
         if f"{module}.weight" in specs:
@@ -62,7 +61,7 @@ def layers(
         parts = {p: specs[f"{module}.{p}"] for p in known if f"{module}.{p}" in specs}
         for part in needed:
             if part not in parts:
-                raise CheckpointError(f"{module}.{part}: missing beside {QWEIGHT}; {AGAIN}")
+                raise CheckpointError(f"{module}.{part}: missing beside {QWEIGHT}; {FETCH}")
         for part in (QWEIGHT, QZEROS, SCALES):
             check(parts[part], FLOATS if part == SCALES else ("I32",), None)
         yield module, parts
@@ -75,5 +74,5 @@ def check(spec: TensorSpec, dtypes: Sequence[str], shape: tuple[int, ...] | None
         wanted = list(shape) if shape is not None else "a matrix"
         raise CheckpointError(
             f"{spec.name}: {' or '.join(dtypes)} {wanted} is expected, found {spec.dtype} "
-            f"{list(spec.shape)}; {AGAIN}"
+            f"{list(spec.shape)}; {FETCH}"
         )

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from lora_tools.formats.quantized.packed import ENTRIES
+from lora_tools.formats.quantized.packed import ENTRIES, ORIGINAL
 from lora_tools.records import TensorSpec
 
 _WHOLE = ("I8", "U8", "I16", "U16", "I32", "U32")
@@ -23,10 +23,10 @@ _NARROW = (*_WHOLE, *_EIGHT_BITS, *_FEWER_BITS)
 
 _SAVE = "save it in bfloat16, and give that"
 _AGAIN = f"load it with the library that made it, {_SAVE}"
-_ORIGINAL = "give the model that it was quantized from, which its model card names"
+_ORIGINAL = f"{ORIGINAL}, which its model card names"
 _WITH_CONFIG = (
     "it is read with the config.json that was saved with it (quant_method, bits, group_size); else "
-    "give the model that it was quantized from, which its model card names"
+    f"{_ORIGINAL}"
 )
 
 

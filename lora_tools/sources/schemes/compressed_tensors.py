@@ -19,6 +19,7 @@ from lora_tools.formats.quantized.compressed_tensors import (
     CompressedWeight,
     Settings,
 )
+from lora_tools.formats.quantized.packed import AGAIN
 from lora_tools.sources.schemes.row import Parts, Scheme, refuse_non_finite
 
 if TYPE_CHECKING:
@@ -180,7 +181,7 @@ def _groups(weight: CompressedWeight, parts: Parts) -> torch.Tensor | None:
     if len(sizes) > count or bool((sizes != weight.settings.group_size).any()):
         raise CheckpointError(
             f"{weight.specs[G_IDX].name}: expected {count} groups of {weight.settings.group_size} "
-            "columns each, found others; get the file again, or quantize the original model anew"
+            f"columns each, found others; {AGAIN}"
         )
     return groups
 

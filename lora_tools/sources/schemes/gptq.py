@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lora_tools.errors import CheckpointError
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.quantized import gptq
+from lora_tools.formats.quantized.packed import ORIGINAL
 from lora_tools.formats.quantized.qweights import G_IDX, QWEIGHT, QZEROS, SCALES, QWeight
 from lora_tools.formats.quantized.settings import settings_of
 from lora_tools.sources.schemes.row import Parts, Scheme
@@ -60,7 +61,7 @@ def _zeros(weight: QWeight, stored: torch.Tensor) -> torch.Tensor:
         raise CheckpointError(
             f"{weight.specs[QZEROS].name}: holds the zero point {largest} + 1, which GPTQ's first "
             f"format cannot say (some libraries take it for 0, others for {largest + 1}); save it "
-            "as gptq_v2 with the library that made it, or give the model that it was quantized from"
+            f"as gptq_v2 with the library that made it, or {ORIGINAL}"
         )
     return stored.to(torch.int16) + weight.offset
 
@@ -79,7 +80,7 @@ def _groups(weight: QWeight, parts: Parts) -> torch.Tensor:
     if count > 1 and high == 0:
         raise CheckpointError(
             f"{name}: puts all inputs into the first of {count} groups, as files do in which it "
-            "is not meant; give the model that it was quantized from"
+            f"is not meant; {ORIGINAL}"
         )
     return groups
 

@@ -7,16 +7,8 @@ from typing import TYPE_CHECKING
 
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.json_file import read_object
-from lora_tools.formats.quantized.fp8 import FP8, find_fp8
-from lora_tools.formats.quantized.modelopt import (
-    CODES,
-    FILE,
-    GROUP,
-    NVFP4,
-    SCALE,
-    WHOLE,
-    find_nvfp4,
-)
+from lora_tools.formats.quantized.fp8 import FILE, FP8, find_fp8
+from lora_tools.formats.quantized.modelopt import CODES, GROUP, NVFP4, SCALE, WHOLE, find_nvfp4
 from lora_tools.formats.quantized.packed import Packed
 from lora_tools.formats.regular_files import is_there
 from lora_tools.sources.schemes.fp8 import FLOATS

@@ -34,6 +34,12 @@ def facts(weights: Mapping[str, PackedWeight]) -> dict[str, Any]:
     }
 
 
+def matrix_of(spec: TensorSpec) -> tuple[int, int]:
+    """(rows, cols) that a weight is decoded as: its last dimension's, of a vector one a row."""
+    cols = spec.shape[-1] if len(spec.shape) > 1 else 1
+    return spec.numel // max(cols, 1), cols
+
+
 def no_faults(
     config: Mapping[str, Any], specs: Mapping[str, TensorSpec], weights: Mapping[str, PackedWeight]
 ) -> Sequence[str]:
