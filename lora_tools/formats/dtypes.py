@@ -33,6 +33,12 @@ def parse_float_dtype(name: str) -> str:
     return dtype
 
 
+def torch_name(dtype: str) -> str:
+    """``bf16`` → ``bfloat16``, as configs spell it. Raises UsageError."""
+    wanted = parse_float_dtype(dtype)
+    return next(name for name in FLOAT_NAMES if parse_float_dtype(name) == wanted)
+
+
 def torch_dtype(name: str) -> torch.dtype:
     """safetensors' name → torch dtype. Raises CheckpointError where this torch has none."""
     import torch
@@ -46,8 +52,8 @@ def torch_dtype(name: str) -> torch.dtype:
 def dtype_name(dtype: torch.dtype | str) -> str:
     """torch dtype, or its dotted name → safetensors' name. Raises CheckpointError."""
     wanted = str(dtype).removeprefix("torch.")
-    for name, torch_name in _TORCH_NAMES.items():
-        if torch_name == wanted:
+    for name, own in _TORCH_NAMES.items():
+        if own == wanted:
             return name
     raise CheckpointError(f"safetensors has no name for {dtype}")
 

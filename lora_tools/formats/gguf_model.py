@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import CheckpointError, TensorNotFound
 from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.formats.dtypes import torch_name
 from lora_tools.formats.gguf_config import Fields, Unsure, config_of
 from lora_tools.formats.gguf_file import PLAIN, GgufFile, is_decoded
 from lora_tools.formats.gguf_names import ROPE, Model, model_of, plain_name
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     import torch
 
 _SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}")
-_TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 BLOCKS_DTYPE = "BF16"  # of plain numbers out of blocks: what models are trained in
 
 
@@ -215,7 +215,7 @@ def _heads(own: str, shape: tuple[int, ...], named: str, model: Model, fields: F
 def _config(files: Sequence[GgufTensors], model: Model) -> dict[str, Any]:
     specs = {name: w.plain for file in files for name, w in file.weights.items()}
     largest = max(specs.values(), key=lambda spec: spec.numel, default=None)
-    dtype = _TORCH_NAMES[largest.dtype] if largest is not None else "bfloat16"
+    dtype = torch_name(largest.dtype) if largest is not None else "bfloat16"
     rope = dict(_rope(files))
     return config_of(Fields(files[0].file.fields), model, specs, rope, dtype)
 

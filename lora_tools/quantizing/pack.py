@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lora_tools.figures import Total
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.checkpoint_writer import Sink
-from lora_tools.formats.dtypes import FLOAT_NAMES, parse_float_dtype
 from lora_tools.formats.quantized.packed import PackedWeight
 from lora_tools.quantizing import encoded, four_bits
 from lora_tools.quantizing.plan import Item, QuantizePlan
@@ -87,12 +86,6 @@ def pack(
     way = way_of(item.scheme)
     assert way is not None
     return way.pack(item, x, writer, buffers, done, back)
-
-
-def torch_name(dtype: str) -> str:
-    """``bf16`` → ``bfloat16``, as configs spell it. Raises UsageError."""
-    wanted = parse_float_dtype(dtype)
-    return next(name for name in FLOAT_NAMES if parse_float_dtype(name) == wanted)
 
 
 def config_with(base: Checkpoint, changed: dict[str, bytes], entries: Mapping[str, Any]) -> None:

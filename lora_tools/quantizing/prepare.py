@@ -12,6 +12,7 @@ from lora_tools.errors import CheckpointError, MismatchError, UsageError
 from lora_tools.formats.activations import Activations
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.checkpoint_writer import lay_out
+from lora_tools.formats.dtypes import torch_name
 from lora_tools.formats.output import Prepared
 from lora_tools.formats.quantized.bitsandbytes import QUANT_TYPES
 from lora_tools.formats.quantized.forms import FORMS, Form, four_bits
@@ -28,7 +29,7 @@ from lora_tools.quantizing.checkpoint import quantize_checkpoint
 from lora_tools.quantizing.compensate import plan_compensation
 from lora_tools.quantizing.dequantize import dequantize_checkpoint
 from lora_tools.quantizing.feeding import plan_feeding
-from lora_tools.quantizing.pack import config_with, torch_name
+from lora_tools.quantizing.pack import config_with
 from lora_tools.quantizing.plan import QuantizePlan, plan_quantize
 from lora_tools.records import DTYPE_BITS, Action, Fate, Input, Report
 from lora_tools.sources.checkpoints import open_checkpoint
