@@ -20,9 +20,9 @@ from lora_tools.linalg.lora import (
     difference_energy,
     residual_energy,
     resize,
-    rows_per_run,
 )
 from lora_tools.linalg.ranks import RankRule
+from lora_tools.linalg.runs import rows_per_run
 from lora_tools.linalg.scaling import scaling
 from lora_tools.linalg.svd import truncated
 from tests.test_svd import planted
