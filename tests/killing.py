@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import signal
 import subprocess
@@ -104,3 +105,11 @@ def telling(kinds: Sequence[str]) -> list[int]:
         for i, kind in enumerate(kinds)
         if not kind.startswith(DATA) or kind not in kinds[:i] or kind not in kinds[i + 1 :]
     ]
+
+
+def some(kinds: Sequence[str], told: Sequence[int], seed: str, part: int) -> list[int]:
+    """One in so many of those steps, others for another seed, and all of them from the first one
+    on that gives a file or a folder its name."""
+    named = next(i for i, kind in enumerate(kinds) if kind.startswith("os.rename"))
+    first = random.Random(seed).randrange(part)
+    return [step for i, step in enumerate(told) if i % part == first or step > named]
