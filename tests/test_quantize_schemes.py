@@ -25,7 +25,7 @@ from lora_tools.quantizing.pack import way_of
 from lora_tools.sources.schemes import SCHEMES
 
 from . import iotools, models
-from .written import COST, NAME, NEW, Q, error, in_each_form
+from .written import COST, NAME, NEW, Q, error, in_each_form, raw
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -131,8 +131,6 @@ def test_what_cannot_be_written_is_refused(work: Path, tmp_path: Path) -> None:
     save_file({Q: torch.randn(256, 256)}, tmp_path / "bare.safetensors")
     with pytest.raises(UsageError, match=r"no config\.json"):
         lora_tools.quantize(tmp_path / "bare.safetensors", out, scheme="int4")
-    with pytest.raises(CheckpointError, match="quantized already"):
-        lora_tools.quantize(work / "int8", out, scheme="int4")
     with pytest.raises(UsageError, match="needs a BASE that is quantized"):
         lora_tools.merge(work / "base", [work / "adapter"], out, requantize=True)
     with pytest.raises(QualityGateError, match="relative error above"):
@@ -222,6 +220,40 @@ def test_from_one_format_into_another(work: Path, tmp_path: Path) -> None:
     assert report.totals["bit_for_bit"] == 14
     lora_tools.quantize(work / "int8", tmp_path / "nf4")
     lora_tools.dequantize(tmp_path / "nf4", tmp_path / "plain")
+
+
+@pytest.mark.parametrize(
+    ("stored", "scheme"),
+    [("int4", "int8"), ("nvfp4", "fp8-channel"), ("int8", "fp8-block"), ("fp4", "nf4")],
+)
+def test_into_another_form_of_the_same_library(
+    work: Path, tmp_path: Path, stored: str, scheme: str
+) -> None:
+    """By way of the numbers that it stands for; the same form again is refused."""
+    if stored == "fp4":
+        lora_tools.quantize(work / "base", tmp_path / "fp4", scheme="fp4")
+    base = (tmp_path if stored == "fp4" else work) / stored
+    lora_tools.quantize(base, tmp_path / "q", scheme=scheme)
+    lora_tools.dequantize(base, tmp_path / "plain")
+    lora_tools.quantize(tmp_path / "plain", tmp_path / "wanted", scheme=scheme)
+    found, wanted = (models.tensors(tmp_path / name) for name in ("q", "wanted"))
+    assert {n: raw(t) for n, t in found.items()} == {n: raw(t) for n, t in wanted.items()}
+    configs = [(tmp_path / name / "config.json").read_text() for name in ("q", "wanted")]
+    assert configs[0] == configs[1]
+    assert lora_tools.verify(tmp_path / "q", against=base).totals["bit_for_bit"] == 14
+    for again in (base, stored), (tmp_path / "q", scheme):
+        with pytest.raises(CheckpointError, match="quantized already, .* is stored as"):
+            lora_tools.quantize(again[0], tmp_path / "x", scheme=again[1])
+
+
+def test_what_is_in_the_form_already_is_counted(work: Path, tmp_path: Path) -> None:
+    lora_tools.quantize(work / "base", tmp_path / "some", scheme="int4", exclude=["q_proj"])
+    report = lora_tools.quantize(tmp_path / "some", tmp_path / "all", scheme="int4")
+    assert any("12 weights (" in n and "of 14 are stored as int4" in n for n in report.notes)
+    with pytest.raises(CheckpointError, match="merge --requantize"):
+        lora_tools.quantize(
+            work / "int4", tmp_path / "x", scheme="int4", adapters=[work / "adapter"]
+        )
 
 
 def test_a_dtype_that_config_does_not_name_is_written_down(tmp_path: Path) -> None:

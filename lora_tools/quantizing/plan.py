@@ -21,7 +21,7 @@ from lora_tools.formats.quantized.bitsandbytes import (
     reason_to_keep,
 )
 from lora_tools.formats.quantized.forms import Form
-from lora_tools.formats.quantized.packed import PackedWeight
+from lora_tools.formats.quantized.packed import ASIDE, PackedWeight
 from lora_tools.formats.weights import Weight
 from lora_tools.merging.plan import MergePlan
 from lora_tools.merging.targets import Target
@@ -188,6 +188,20 @@ def plan_quantize(
         why = _commonest(reasons, [w for w in weights if w.layout in ("linear", "conv1d")])
         raise MismatchError(f"{base.path}: holds no linear layer to quantize{loader}{why}")
     return QuantizePlan(joined(items) if form.joins else items, tuple(sorted(skip)), merge)
+
+
+def is_stored_alike(one: PackedWeight, other: PackedWeight) -> bool:
+    """Whether two forms of a weight are of the same tensors, whatever numbers these hold."""
+
+    def said(weight: PackedWeight) -> object:
+        parts = {
+            part: (spec.dtype, () if STATE in spec.name else spec.shape)
+            for part, spec in weight.specs.items()
+            if not part.startswith(ASIDE)
+        }
+        return weight.label, weight.plain.dtype, parts
+
+    return said(one) == said(other)
 
 
 def _commonest(reasons: Mapping[str, str], linears: Sequence[Weight]) -> str:
