@@ -30,7 +30,13 @@ from lora_tools.quantizing.compensate import plan_compensation
 from lora_tools.quantizing.dequantize import dequantize_checkpoint
 from lora_tools.quantizing.feeding import plan_feeding
 from lora_tools.quantizing.pack import config_with
-from lora_tools.quantizing.plan import QuantizePlan, is_stored_alike, plan_quantize
+from lora_tools.quantizing.plan import (
+    QuantizePlan,
+    form_for,
+    is_expert,
+    is_stored_alike,
+    plan_quantize,
+)
 from lora_tools.records import DTYPE_BITS, Action, Fate, Input, Report, counted
 from lora_tools.sources.checkpoints import open_checkpoint
 from lora_tools.sources.dequantized import Dequantized
@@ -67,6 +73,7 @@ def prepare_quantize(
             f"{base.path}: no config.json, where alone it can be said what numbers in {form.name} "
             "stand for; give a folder with one, or quantize to nf4"
         )
+    form = form_for(base, form)
     merge = plan_merge(base, [] if how else weighted, matching.allow_unmatched)
     planned = Planned(
         str(checkpoint), "checkpoint", base, weighted, merge, matching.allow_other_base
@@ -87,6 +94,9 @@ def prepare_quantize(
     entries = {**_dtype_entry(base, plan, form), "quantization_config": form.settings(plan.skip)}
     report = planned.report("quantize", fates, {"expected_bytes_at_most": nbytes}, command)
     notes = [*_notes(base, plan, tensors, entries), *kept]
+    packed = {item.name for item in plan.items if item.packed is not None}
+    if form.note and any(is_expert(base.weights.of(specs[name]), form) for name in packed):
+        notes.append(form.note)
     report = dataclasses.replace(report, notes=(*report.notes, *notes, *unfed))
     job = planned.rewrite(report, shards, running)
 
