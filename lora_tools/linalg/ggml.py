@@ -2,10 +2,34 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
 _AT_ONCE = 1 << 22  # numbers decoded in one go
+# Types whose blocks hold numbers at equal distances: where in a block their codes lie, and how many
+# distances lie between codes of zero bits and of one bits (of a signed byte, 0 and -1).
+_EVEN = {
+    "Q4_0": (2, 18, 15),
+    "Q4_1": (4, 20, 15),
+    "Q5_0": (2, 22, 31),
+    "Q5_1": (4, 24, 31),
+    "Q8_0": (2, 34, 1),
+    "Q2_K": (16, 80, 3),
+    "Q3_K": (0, 96, 7),
+    "Q4_K": (16, 144, 15),
+    "Q5_K": (16, 176, 31),
+    "Q6_K": (0, 192, 63),
+}
+# Types with a codebook of sixteen numbers: where the codes lie, and which are the least and the
+# largest number, twice in a byte.
+_BOOKS = {
+    "IQ4_NL": (2, 18, 0x00, 0xFF),
+    "IQ4_XS": (8, 136, 0x00, 0xFF),
+    "MXFP4": (1, 17, 0xFF, 0x77),
+    "NVFP4": (4, 36, 0xFF, 0x77),
+}
 
 
 def dequantize(rows: torch.Tensor, name: str, out: torch.Tensor) -> None:
@@ -19,6 +43,55 @@ def dequantize(rows: torch.Tensor, name: str, out: torch.Tensor) -> None:
         for start in range(0, out.shape[0], step):
             piece = np.ascontiguousarray(rows[start : start + step].numpy())
             out[start : start + step] = torch.from_numpy(gguf.quants.dequantize(piece, kind))
+
+
+def tells_rounding(name: str) -> bool:
+    """Whether ``rounding`` knows a type. Not of codebooks of several numbers each (IQ1 to IQ3),
+    whose choice went by weights that no file has, nor of three values (TQ), which numbers may have
+    been trained to have."""
+    return name in _EVEN or name in _BOOKS
+
+
+def rounding(rows: torch.Tensor, name: str) -> float:
+    """E‖E‖²_F, what rounding to the type is expected to have cost (see ``linalg.noise``), of
+    ``rows`` (n, bytes of a row) uint8; NaN where that is not known.
+
+    Distances are those of the package's own numbers for the least and the largest code of each
+    place, so that no order of scales or bits is known here.
+    """
+    import gguf
+
+    from lora_tools.linalg.noise import rounding_errors
+
+    if not tells_rounding(name):
+        return math.nan
+    kind = gguf.GGMLQuantizationType[name]
+    first, last, *how = (_EVEN | _BOOKS)[name]
+    blocks = rows.reshape(-1, gguf.GGML_QUANT_SIZES[kind][1])
+
+    def book_of(name: str) -> tuple[int, ...]:
+        held: tuple[int, ...] = getattr(gguf.quants, name.replace("_XS", "_NL")).kvalues
+        return held
+
+    def decoded(piece: torch.Tensor, code: int | None = None) -> torch.Tensor:
+        piece = piece.clone()
+        if code is not None:
+            piece[:, first:last] = code
+        return torch.from_numpy(gguf.quants.dequantize(piece.numpy(), kind)).double()
+
+    total, step = 0.0, max(1, _AT_ONCE // gguf.GGML_QUANT_SIZES[kind][0])
+    for start in range(0, len(blocks), step):
+        piece = blocks[start : start + step]
+        if name in _EVEN:
+            distances = (decoded(piece, 0xFF) - decoded(piece, 0x00)) / how[0]
+            total += float(distances.square().sum()) / 12
+            continue
+        low, high = (decoded(piece, code) for code in how)
+        book = torch.tensor(sorted(set(book_of(name)))).double()
+        wide = (high - low) / (book[-1] - book[0])
+        place = torch.searchsorted((book[1:] + book[:-1]) / 2, decoded(piece) / wide)
+        total += float((rounding_errors(book)[place] * wide.square()).sum())
+    return total
 
 
 def half_from_interleaved(first: int, stop: int, rows: int, heads: int) -> torch.Tensor:

@@ -50,6 +50,11 @@ class Dequantized(View, Generic[P]):
         known = self.scheme.rounding
         return math.nan if known is None else known(self.quantized[name], self.parts(name))
 
+    def noise_unknown(self) -> list[str]:
+        """As its scheme says."""
+        knows = self.scheme.rounding is not None
+        return [n for n, w in self.quantized.items() if not (knows and self.scheme.tells(w))]
+
     def rows(self, name: str, matrix: tuple[int, int], start: int, stop: int) -> torch.Tensor:
         """Of a quantized weight only these rows are decoded, where they are rows of its own."""
         if name in self.quantized and matrix == matrix_of(self.specs[name]):

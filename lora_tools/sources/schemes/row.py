@@ -65,6 +65,11 @@ def refuse_non_finite(weight: PackedWeight, x: torch.Tensor) -> None:
         )
 
 
+def _always(weight: PackedWeight) -> bool:
+    """Of each weight alike."""
+    return True
+
+
 def _alone(weight: PackedWeight, _: object) -> None:
     """No scale in common with others."""
 
@@ -92,6 +97,7 @@ class Scheme(Generic[P]):
         rounding: (weight, its stored tensors): the square of the Frobenius norm that rounding to
             the format is expected to have cost, by the distances of the numbers that it holds near
             each code (``linalg.noise.rounding_errors``); None where that is not known.
+        tells: whether ``rounding`` knows it of a weight.
         shared: (weight, its stored tensors): the scale that it may have in common with other
             layers, since loaders put them into one with one scale; None where there is none. What
             has one is a dataclass with a field ``shared``, the scale that it is encoded with.
@@ -112,6 +118,7 @@ class Scheme(Generic[P]):
     ] = no_faults
     encode: Callable[[P, torch.Tensor], dict[str, torch.Tensor]] | None = None
     rounding: Callable[[P, Parts], float] | None = None
+    tells: Callable[[P], bool] = _always
     shared: Callable[[P, Parts], float | None] = _alone
     shared_for: Callable[[P, float], float | None] = _alone
     plain_config: Callable[[Mapping[str, Any]], dict[str, Any]] = without_entries
