@@ -33,6 +33,8 @@ class Dequantized(View, Generic[P]):
         self._scheme, self.quantized = scheme, quantized
         super().__init__(stored, [_PlainFile(file, self) for file in stored.files])
         self.config = scheme.plain_config(stored.config)
+        said = (f"{stored.path}: {note}" for note in scheme.notes(quantized))
+        self.notes = (*self.notes, *said)
 
     @property
     def scheme(self) -> Scheme[P]:

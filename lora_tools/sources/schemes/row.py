@@ -47,6 +47,11 @@ def no_faults(
     return ()
 
 
+def no_notes(weights: Mapping[str, PackedWeight]) -> Sequence[str]:
+    """Nothing that is not said of every checkpoint in the format."""
+    return ()
+
+
 def is_finite(x: torch.Tensor) -> bool:
     """Whether no number is an inf or a NaN, without a copy in bools."""
     import torch
@@ -91,6 +96,7 @@ class Scheme(Generic[P]):
         facts: what ``inspect`` tells of such weights: what ``facts`` here does, at least.
         faults: (config.json, stored tensors, weights): what keeps the format's own library from
             loading them, in sentences.
+        notes: what is to be known of what was read, in sentences.
         encode: (weight, x): what is stored of the weight for the numbers x, float32 of its plain
             shape, by the names of its parts, each of the dtype and shape that ``specs`` gives; None
             where this tool does not write the format. Raises NonFiniteError.
@@ -116,6 +122,7 @@ class Scheme(Generic[P]):
     faults: Callable[
         [Mapping[str, Any], Mapping[str, TensorSpec], Mapping[str, P]], Sequence[str]
     ] = no_faults
+    notes: Callable[[Mapping[str, P]], Sequence[str]] = no_notes
     encode: Callable[[P, torch.Tensor], dict[str, torch.Tensor]] | None = None
     rounding: Callable[[P, Parts], float] | None = None
     tells: Callable[[P], bool] = _always
