@@ -331,8 +331,9 @@ def test_the_rounding_of_a_block_follows_from_what_it_can_hold() -> None:
     for kind in told:
         first, last = (ggml._EVEN | ggml._BOOKS)[kind][:2]
         [block], number = blocks(kind, 1, 1, seed=3), KINDS[kind]
-        fills = np.repeat(block[None], 4000, axis=0)
-        fills[:, first:last] = noise.integers(0, 256, (4000, last - first), dtype=np.uint8)
+        count = 4000 if kind == "Q8_0" else 1000  # so that no code is missing
+        fills = np.repeat(block[None], count, axis=0)
+        fills[:, first:last] = noise.integers(0, 256, (count, last - first), dtype=np.uint8)
         own = gguf.quants.dequantize(block[None], number)[0]
         wanted = 0.0
         for value, held in zip(own, gguf.quants.dequantize(fills, number).T, strict=True):

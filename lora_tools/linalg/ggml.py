@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 _AT_ONCE = 1 << 22  # numbers decoded in one go
+_FEW = 1 << 17  # and where several copies of them are looked at, which a cache holds
 # Types whose blocks hold numbers at equal distances: where in a block their codes lie, and how many
 # distances lie between codes of zero bits and of one bits (of a signed byte, 0 and -1).
 _EVEN = {
@@ -62,36 +63,36 @@ def rounding(rows: torch.Tensor, name: str) -> float:
     import gguf
 
     from lora_tools.linalg.noise import rounding_errors
+    from lora_tools.linalg.svd import sum_of_squares
 
     if not tells_rounding(name):
         return math.nan
     kind = gguf.GGMLQuantizationType[name]
-    first, last, *how = (_EVEN | _BOOKS)[name]
-    blocks = rows.reshape(-1, gguf.GGML_QUANT_SIZES[kind][1])
-
-    def book_of(name: str) -> tuple[int, ...]:
-        held: tuple[int, ...] = getattr(gguf.quants, name.replace("_XS", "_NL")).kvalues
-        return held
+    numbers, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    held = getattr(gguf.quants, name.replace("_XS", "_NL")).kvalues if name in _BOOKS else ()
+    book = torch.tensor(sorted(set(held)), dtype=torch.float32)
+    if len(book):
+        first, last, least, most = _BOOKS[name]
+        steps = float(book[-1] - book[0])
+    else:
+        (first, last, steps), least, most = _EVEN[name], 0x00, 0xFF
 
     def decoded(piece: torch.Tensor, code: int | None = None) -> torch.Tensor:
-        piece = piece.clone()
         if code is not None:
+            piece = piece.clone()
             piece[:, first:last] = code
-        return torch.from_numpy(gguf.quants.dequantize(piece.numpy(), kind)).double()
+        row = piece.reshape(1, -1).numpy()  # the package takes few rows in one go
+        with np.errstate(all="ignore"):  # what is not finite is found by who decodes
+            return torch.from_numpy(gguf.quants.dequantize(row, kind))
 
-    total, step = 0.0, max(1, _AT_ONCE // gguf.GGML_QUANT_SIZES[kind][0])
-    for start in range(0, len(blocks), step):
-        piece = blocks[start : start + step]
-        if name in _EVEN:
-            distances = (decoded(piece, 0xFF) - decoded(piece, 0x00)) / how[0]
-            total += float(distances.square().sum()) / 12
-            continue
-        low, high = (decoded(piece, code) for code in how)
-        book = torch.tensor(sorted(set(book_of(name)))).double()
-        wide = (high - low) / (book[-1] - book[0])
-        place = torch.searchsorted((book[1:] + book[:-1]) / 2, decoded(piece) / wide)
-        total += float((rounding_errors(book)[place] * wide.square()).sum())
-    return total
+    errors, middles = rounding_errors(book).sqrt().float(), (book[1:] + book[:-1]) / 2
+    total = 0.0
+    for piece in torch.split(rows.reshape(-1, nbytes), max(1, _FEW // numbers)):
+        unit = decoded(piece, most).sub_(decoded(piece, least)).div_(steps)
+        if len(book):
+            unit *= errors[torch.searchsorted(middles, decoded(piece).div_(unit))]
+        total += sum_of_squares(unit)
+    return total if len(book) else total / 12
 
 
 def half_from_interleaved(first: int, stop: int, rows: int, heads: int) -> torch.Tensor:
