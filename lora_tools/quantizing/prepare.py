@@ -135,9 +135,9 @@ def _stored_so(base: Checkpoint, plan: QuantizePlan) -> list[str]:
     label = known[same[0]].label
     if len(same) == len(packed):
         raise CheckpointError(
-            f"{base.path}: quantized already, in {base.scheme.title}: all that would be is stored "
-            f"as {label}. For other numbers of that form, `loratools dequantize` it first; an "
-            "adapter goes into it by `loratools merge --requantize`"
+            f"{base.path}: quantized already, in {base.scheme.title}: every weight that would be "
+            f"is stored as {label}. An adapter goes into it by `loratools merge --requantize`; to "
+            "round it anew, `loratools dequantize` it first"
         )
     return [
         f"{base.path}: {counted(len(same), 'weight')} ({same[0]}{', …' if same[1:] else ''}) of "
