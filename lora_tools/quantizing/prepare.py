@@ -63,7 +63,7 @@ def prepare_quantize(
     """
     form = form_of(numbers)
     chosen = name_filter(tensors.include, tensors.exclude)
-    base = open_checkpoint(checkpoint, running.allow_pickle)
+    given = base = open_checkpoint(checkpoint, running.allow_pickle)
     limit = limit_of(storage, base)
     weighted = open_weighted(adapters, running.allow_pickle, base) if adapters else []
     base = fit_base(base, weighted, matching.allow_unmatched)
@@ -82,7 +82,7 @@ def prepare_quantize(
     refuse_unloadable(base, merge, specs)
     search, head = numbers.scale_search, tensors.lm_head
     plan = plan_quantize(base, merge, specs, form, chosen, head, search)
-    kept = _stored_so(base, plan)
+    kept = _stored_so(given, plan)
     known = _activations(numbers)
     plan, unfed = plan_feeding(plan, known) if known is not None else (plan, [])
     shards = signed(plan.shards(base, limit), command, weighted)
@@ -93,11 +93,8 @@ def prepare_quantize(
     nbytes = sum(shard.nbytes for shard in shards) + (fates[-1].nbytes if how else 0)
     entries = {**_dtype_entry(base, plan, form), "quantization_config": form.settings(plan.skip)}
     report = planned.report("quantize", fates, {"expected_bytes_at_most": nbytes}, command)
-    notes = [*_notes(base, plan, tensors, entries), *kept]
-    packed = {item.name for item in plan.items if item.packed is not None}
-    if form.note and any(is_expert(base.weights.of(specs[name]), form) for name in packed):
-        notes.append(form.note)
-    report = dataclasses.replace(report, notes=(*report.notes, *notes, *unfed))
+    notes = (*_notes(base, plan, tensors, entries), *kept, *_of_experts(base, plan, form), *unfed)
+    report = dataclasses.replace(report, notes=(*report.notes, *notes))
     job = planned.rewrite(report, shards, running)
 
     def write(out: Path) -> Report[QuantizeTotals]:
@@ -230,6 +227,12 @@ def _dtype_entry(base: Checkpoint, plan: QuantizePlan, form: Form) -> dict[str, 
         return {}
     key = "torch_dtype" if "torch_dtype" in base.config else "dtype"
     return {key: torch_name(max(dtypes, key=DTYPE_BITS.__getitem__))}
+
+
+def _of_experts(base: Checkpoint, plan: QuantizePlan, form: Form) -> list[str]:
+    """What is to be known of experts that are quantized."""
+    weights = (base.weights.of(item.spec) for item in plan.items if item.packed is not None)
+    return [form.note] if form.note and any(is_expert(w, form) for w in weights) else []
 
 
 def _notes(
