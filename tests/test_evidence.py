@@ -331,6 +331,21 @@ def stats(request, pair, tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.parametrize("scheme", ["nf4", "int8", "mxfp4"])
+def test_of_stored_codes_the_numbers_are_run(scheme, pair, tmp_path):
+    """Whatever the format, and whether transformers could load it here."""
+    lora_tools.quantize(pair / "base", tmp_path / "q", scheme=scheme)
+    lora_tools.dequantize(tmp_path / "q", tmp_path / "p")
+    given = pair / "text.txt"
+    report = lora_tools.collect_stats(tmp_path / "q", given, tmp_path / "a", length=20)
+    lora_tools.collect_stats(tmp_path / "p", given, tmp_path / "b", length=20)
+    found, wanted = load_file(tmp_path / "a"), load_file(tmp_path / "b")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert any("run as what it dequantizes to" in note for note in report.notes)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "p", "q"]
+
+
 def test_statistics_are_those_of_the_inputs(stats, pair):
     """Against hooks of our own, and the tokens counted."""
     model = models.load(pair / "base", dtype=torch.float32)

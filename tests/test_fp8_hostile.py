@@ -203,7 +203,8 @@ def test_comfyui_says_it_in_metadata_too(prefix: str, tmp_path: Path) -> None:
 
 
 def test_some_layers_of_comfyui_have_no_scale(tmp_path: Path) -> None:
-    """They are numbers as they stand; biases and norms may be of eight bits, too."""
+    """They are numbers as they stand, as a note says, which a file of scales for all has not;
+    biases and norms may be of eight bits, too."""
     stored, _, plain = FORMS["comfy"](weights(layers=2))
     bias, other = "model.layers.0.q_proj.bias", "model.layers.1.q_proj.weight"
     module = other.removesuffix(".weight")
@@ -213,6 +214,11 @@ def test_some_layers_of_comfyui_have_no_scale(tmp_path: Path) -> None:
     for name in (bias, other):
         assert torch.equal(view.rounded(name), stored[name].bfloat16())
     assert torch.equal(view.rounded(UP), plain[UP])
+    [note] = view.notes
+    assert f"no scale beside 2 weights of 5 in FP8 ({bias}, {other})" in note
+    report = lora_tools.dequantize(tmp_path / "q", tmp_path / "p")
+    assert note in report.notes
+    assert not opened(tmp_path / "whole", FORMS["comfy"](weights(layers=2))[0]).notes
 
 
 def test_a_name_of_a_scale_may_be_that_of_a_norm(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import lora_tools
 from lora_tools.cli import run
@@ -29,6 +29,7 @@ from lora_tools.formats.gguf_config import _short, llama3_factors
 from lora_tools.formats.gguf_file import PLAIN, GgufFile, is_decoded
 from lora_tools.formats.gguf_names import MODELS
 from lora_tools.linalg import ggml
+from lora_tools.linalg.noise import rounding_errors
 from lora_tools.sources.checkpoints import open_checkpoint
 from tests import forms_gguf, models
 from tests.forms_gguf import KINDS, from_folder, gguf_tensors, write
@@ -321,6 +322,54 @@ def test_blocks_are_read_as_by_the_package_and_by_transformers(kind: str) -> Non
     if int(number) in dequant.GGML_BLOCK:
         theirs = dequant.dequantize(torch.from_numpy(packed), int(number))
         torch.testing.assert_close(out, theirs.reshape(out.shape), rtol=1e-5, atol=1e-6)
+
+
+def test_the_rounding_of_a_block_follows_from_what_it_can_hold() -> None:
+    """By all numbers that a place of the block takes over all codes: no layout is known here."""
+    noise, told = np.random.default_rng(1), [kind for kind in READ if ggml.tells_rounding(kind)]
+    assert {"Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_XS", "MXFP4"} <= set(told)
+    for kind in told:
+        first, last = (ggml._EVEN | ggml._BOOKS)[kind][:2]
+        [block], number = blocks(kind, 1, 1, seed=3), KINDS[kind]
+        count = 4000 if kind == "Q8_0" else 1000  # so that no code is missing
+        fills = np.repeat(block[None], count, axis=0)
+        fills[:, first:last] = noise.integers(0, 256, (count, last - first), dtype=np.uint8)
+        own = gguf.quants.dequantize(block[None], number)[0]
+        wanted = 0.0
+        for value, held in zip(own, gguf.quants.dequantize(fills, number).T, strict=True):
+            values = torch.from_numpy(np.unique(np.append(held, value))).double()
+            if len(values) > 1:
+                at = int((values - float(value)).abs().argmin())
+                wanted += float(rounding_errors(values)[at])
+        found = ggml.rounding(torch.from_numpy(block[None]), kind)
+        assert found == pytest.approx(wanted, rel=1e-4), kind
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4"])
+def test_rounding_costs_what_was_foretold(kind: str) -> None:
+    x = torch.randn(64, 512, generator=torch.Generator().manual_seed(0)) * 0.02
+    packed = gguf.quants.quantize(x.numpy(), KINDS[kind])
+    lost = x.double().numpy() - gguf.quants.dequantize(packed, KINDS[kind])
+    found = ggml.rounding(torch.from_numpy(packed), kind)
+    assert found == pytest.approx(float(np.square(lost).sum()), rel=0.1)
+
+
+def test_no_rank_is_spent_on_the_rounding_of_a_gguf(tmp_path: Path) -> None:
+    """What was planted is found in one layer; of the others, all the change is rounding."""
+    base = models.save(models.make("llama", width=256), tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    path = from_folder(
+        tmp_path / "q.gguf", "llama", base, config, "Q4_0", vocab_size=config["vocab_size"]
+    )
+    tensors, noise = models.tensors(base), torch.Generator().manual_seed(0)
+    name = "model.layers.0.self_attn.q_proj"
+    change = torch.randn(256, 3, generator=noise) @ torch.randn(3, 256, generator=noise)
+    tensors[f"{name}.weight"] += change * tensors[f"{name}.weight"].std() / 5
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    done = lora_tools.extract(path, base, tmp_path / "a", noise_floor=True)
+    assert {m.module: m.rank for m in done.modules if m.rank} == {name: 3}
+    others = [m.quantization_noise for m in done.modules if m.module != name]
+    assert others == pytest.approx([1.0] * len(others), rel=0.05)
 
 
 def test_types_that_are_read() -> None:

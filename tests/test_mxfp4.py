@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import lora_tools
-from lora_tools.errors import LoraToolsError, NonFiniteError
+from lora_tools.errors import CheckpointError, LoraToolsError, NonFiniteError
 from lora_tools.records import TensorSpec
 from lora_tools.sources.checkpoints import open_checkpoint
 from lora_tools.sources.schemes.modelopt import MODELOPT
@@ -173,6 +174,33 @@ def test_transformers_and_extract_on_such_experts(tmp_path: Path) -> None:
     merged = [load_file(tmp_path / f"m{side}/model.safetensors")[EXPERTS] for side in "qp"]
     assert torch.equal(*merged)
     torch.testing.assert_close(merged[0], tuned[EXPERTS], atol=0.2, rtol=0.05)
+
+
+def test_gpt_oss_is_quantized_as_its_own_checkpoints_are(tmp_path: Path) -> None:
+    """Its experts and no other layer, all of them; transformers loads the very numbers."""
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "head_dim": 16, "vocab_size": 64}
+    kind = transformers.GptOssConfig(
+        num_hidden_layers=1, num_local_experts=3, num_experts_per_tok=2, num_attention_heads=4,
+        num_key_value_heads=2, layer_types=["full_attention"], **sizes,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.GptOssForCausalLM(kind).bfloat16().save_pretrained(tmp_path / "base")
+    report = lora_tools.quantize(tmp_path / "base", tmp_path / "q", scheme="mxfp4")
+    assert [r.tensor.rpartition(".")[2] for r in report.tensors] == ["down_proj", "gate_up_proj"]
+    assert report.totals["bits_per_quantized_parameter"] == 4.25
+    lora_tools.dequantize(tmp_path / "q", tmp_path / "p")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    how = transformers.Mxfp4Config(dequantize=True)
+    found, info = load(tmp_path / "q", quantization_config=how, output_loading_info=True)
+    assert not any(info.values()), info
+    wanted = load(tmp_path / "p").state_dict()
+    assert found.state_dict().keys() == wanted.keys()
+    assert all(torch.equal(x, wanted[name]) for name, x in found.state_dict().items())
+    assert lora_tools.verify(tmp_path / "q", against=tmp_path / "base").totals["bit_for_bit"] == 2
+    with pytest.raises(CheckpointError, match="quantized already"):
+        lora_tools.quantize(tmp_path / "q", tmp_path / "x", scheme="mxfp4")
+    with pytest.raises(CheckpointError, match="left out by include or exclude"):
+        lora_tools.quantize(tmp_path / "base", tmp_path / "x", scheme="mxfp4", exclude=["experts"])
 
 
 MX_LIES: dict[str, tuple[Callable[[Tensors], Any], str]] = {

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from compressed_tensors.compressors import NVFP4PackedCompressor
+from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import save_file
 
 import lora_tools
@@ -25,7 +27,7 @@ from lora_tools.quantizing.pack import way_of
 from lora_tools.sources.schemes import SCHEMES
 
 from . import iotools, models
-from .written import COST, NAME, NEW, Q, error, in_each_form
+from .written import COST, NAME, NEW, Q, error, in_each_form, raw
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -131,8 +133,6 @@ def test_what_cannot_be_written_is_refused(work: Path, tmp_path: Path) -> None:
     save_file({Q: torch.randn(256, 256)}, tmp_path / "bare.safetensors")
     with pytest.raises(UsageError, match=r"no config\.json"):
         lora_tools.quantize(tmp_path / "bare.safetensors", out, scheme="int4")
-    with pytest.raises(CheckpointError, match="quantized already"):
-        lora_tools.quantize(work / "int8", out, scheme="int4")
     with pytest.raises(UsageError, match="needs a BASE that is quantized"):
         lora_tools.merge(work / "base", [work / "adapter"], out, requantize=True)
     with pytest.raises(QualityGateError, match="relative error above"):
@@ -224,6 +224,40 @@ def test_from_one_format_into_another(work: Path, tmp_path: Path) -> None:
     lora_tools.dequantize(tmp_path / "nf4", tmp_path / "plain")
 
 
+@pytest.mark.parametrize(
+    ("stored", "scheme"),
+    [("int4", "int8"), ("nvfp4", "fp8-channel"), ("int8", "fp8-block"), ("fp4", "nf4")],
+)
+def test_into_another_form_of_the_same_library(
+    work: Path, tmp_path: Path, stored: str, scheme: str
+) -> None:
+    """By way of the numbers that it stands for; the same form again is refused."""
+    if stored == "fp4":
+        lora_tools.quantize(work / "base", tmp_path / "fp4", scheme="fp4")
+    base = (tmp_path if stored == "fp4" else work) / stored
+    lora_tools.quantize(base, tmp_path / "q", scheme=scheme)
+    lora_tools.dequantize(base, tmp_path / "plain")
+    lora_tools.quantize(tmp_path / "plain", tmp_path / "wanted", scheme=scheme)
+    found, wanted = (models.tensors(tmp_path / name) for name in ("q", "wanted"))
+    assert {n: raw(t) for n, t in found.items()} == {n: raw(t) for n, t in wanted.items()}
+    configs = [(tmp_path / name / "config.json").read_text() for name in ("q", "wanted")]
+    assert configs[0] == configs[1]
+    assert lora_tools.verify(tmp_path / "q", against=base).totals["bit_for_bit"] == 14
+    for again in (base, stored), (tmp_path / "q", scheme):
+        with pytest.raises(CheckpointError, match="every weight that would be is stored as"):
+            lora_tools.quantize(again[0], tmp_path / "x", scheme=again[1])
+
+
+def test_what_is_in_the_form_already_is_counted(work: Path, tmp_path: Path) -> None:
+    lora_tools.quantize(work / "base", tmp_path / "some", scheme="int4", exclude=["q_proj"])
+    report = lora_tools.quantize(tmp_path / "some", tmp_path / "all", scheme="int4")
+    assert any("12 weights (" in n and "of 14 are stored as int4" in n for n in report.notes)
+    with pytest.raises(CheckpointError, match="merge --requantize"):
+        lora_tools.quantize(
+            work / "int4", tmp_path / "x", scheme="int4", adapters=[work / "adapter"]
+        )
+
+
 def test_a_dtype_that_config_does_not_name_is_written_down(tmp_path: Path) -> None:
     """It is what the numbers are read back as."""
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -265,6 +299,8 @@ def test_experts_that_are_stored_one_by_one(tmp_path: Path, kind: str) -> None:
         ("fp8-block", False),
         ("fp8-channel", False),
         ("int4", False),
+        ("mxfp4", False),
+        ("int8", False),
         ("fp8-block", True),
         ("fp8-channel", True),
     ):
@@ -278,6 +314,7 @@ def test_experts_that_are_stored_one_by_one(tmp_path: Path, kind: str) -> None:
             how = hf.FineGrainedFP8Config(dequantize=True)
         loaded, info = load(out, quantization_config=how, output_loading_info=True)
         assert not any(info.values()), info
+        assert not report.notes
         with torch.no_grad():
             assert torch.equal(loaded.eval()(ids).logits, load(plain).eval()(ids).logits)
         assert lora_tools.verify(out, against=base).totals["same"]
@@ -285,11 +322,32 @@ def test_experts_that_are_stored_one_by_one(tmp_path: Path, kind: str) -> None:
         names = listed.get("ignore") or listed["modules_to_not_convert"]
         assert any(name.endswith(".gate") for name in names)  # vLLM's router is a linear layer
         assert any("experts" in name for name in names) == without
-    for scheme in ("int8", "nvfp4", "mxfp4"):
-        with pytest.raises(CheckpointError, match="does not load plain experts"):
-            lora_tools.quantize(base, tmp_path / "x", scheme=scheme)
-    with pytest.raises(CheckpointError, match="left out by include or exclude"):
-        lora_tools.quantize(base, tmp_path / "x", scheme="int4", exclude=[r"experts\.1"])
+    for scheme in ("int8", "nvfp4", "mxfp4", "int4"):
+        with pytest.raises(CheckpointError, match="left out by include or exclude"):
+            lora_tools.quantize(base, tmp_path / "x", scheme=scheme, exclude=[r"experts\.1"])
+
+
+def test_experts_in_nvfp4_are_for_vllm(tmp_path: Path) -> None:
+    """transformers forgets their global scales, as a note says; the package itself does not."""
+    torch.manual_seed(0)
+    base = models.save(_moe("qwen3_moe").bfloat16(), tmp_path / "base")
+    report = lora_tools.quantize(base, tmp_path / "q", scheme="nvfp4")
+    assert any("read by vLLM; transformers" in note for note in report.notes)
+    assert report.totals["tensors_quantized"] == 13
+    stored = models.tensors(tmp_path / "q")
+    entry = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]
+    scheme = QuantizationConfig.model_validate(entry).config_groups["group_0"]
+    lora_tools.dequantize(tmp_path / "q", tmp_path / "plain")
+    plain = models.tensors(tmp_path / "plain")
+    scales = {}
+    for result in report.tensors:
+        module = result.tensor.removesuffix("weight")
+        state = {n.removeprefix(module): t for n, t in stored.items() if n.startswith(module)}
+        scales[module] = float(state["weight_global_scale"])
+        back = NVFP4PackedCompressor.decompress(state, scheme)["weight"]
+        assert torch.equal(back.bfloat16(), plain[result.tensor]), module
+    for module in (name for name in scales if name.endswith("experts.0.gate_proj.")):
+        assert scales[module] == scales[module.replace("gate", "up")]  # as vLLM wants them
 
 
 def test_layers_of_kin_classes_are_listed(tmp_path: Path) -> None:

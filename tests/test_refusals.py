@@ -497,7 +497,7 @@ CONTAINERS: dict[str, Row] = {
     ),
     "quantizing what is quantized": (
         CheckpointError,
-        r"quantized already, in four bits \(bitsandbytes\); make it plain with",
+        r"quantized already, in four bits \(bitsandbytes\): every weight that would be is",
         lambda t: lora_tools.quantize(
             (lora_tools.quantize(base(t), t / "four"), t / "four")[1], t / "out"
         ),

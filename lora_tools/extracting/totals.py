@@ -61,6 +61,15 @@ def noise_note(totals: ExtractTotals, sides: Sequence[Checkpoint]) -> list[str]:
     ]
 
 
+def unknown_noise(side: Checkpoint) -> str:
+    """What to say of a side whose rounding is not known; "" where it is."""
+    names = side.noise_unknown()
+    if not names:
+        return ""
+    more = f" and {len(names) - 1:,} more" if names[1:] else ""
+    return f"; what rounding to it has cost is not known of {names[0]}{more}"
+
+
 def left_out(outcomes: Sequence[Outcome]) -> list[Outcome]:
     """What changed and is not in the adapter."""
     return [o for o in outcomes if o.action == Action.SKIPPED]

@@ -131,6 +131,10 @@ class Checkpoint(Shards):
         decodes them: NaN where it does not tell. 0 for numbers that are stored as such."""
         return 0.0
 
+    def noise_unknown(self) -> list[str]:
+        """The weights of which ``quantization_noise`` is not known."""
+        return []
+
     def rounded(self, name: str) -> torch.Tensor:
         """The tensor in the dtype that its spec names, where ``tensor`` may be wider: to be written
         as it is. Never write to it."""
@@ -227,6 +231,10 @@ class View(Checkpoint):
     def scheme(self) -> StoredFormat | None:
         """The source's."""
         return self.source.scheme
+
+    def noise_unknown(self) -> list[str]:
+        """The source's."""
+        return self.source.noise_unknown()
 
     @property
     def stored(self) -> Checkpoint:

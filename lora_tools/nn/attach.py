@@ -110,7 +110,8 @@ def _put_on(
     if sign is not None:
         raise UnsupportedAdapter(
             f"{outline.path}: this model is quantized as {sign.title} (by {sign.where}), and "
-            f"nothing can be added to its codes; {sign.advice}"
+            "nothing can be added to its codes; load what `loratools dequantize` makes of its "
+            "folder"
         )
     names = names_of(outline.path, outline.weights, outline.config)
     plan = plan_merge(outline, open_weighted(given, allow_pickle, names), allow_unmatched)

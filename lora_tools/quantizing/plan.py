@@ -21,7 +21,7 @@ from lora_tools.formats.quantized.bitsandbytes import (
     reason_to_keep,
 )
 from lora_tools.formats.quantized.forms import Form
-from lora_tools.formats.quantized.packed import PackedWeight
+from lora_tools.formats.quantized.packed import ASIDE, PackedWeight
 from lora_tools.formats.weights import Weight
 from lora_tools.merging.plan import MergePlan
 from lora_tools.merging.targets import Target
@@ -190,6 +190,20 @@ def plan_quantize(
     return QuantizePlan(joined(items) if form.joins else items, tuple(sorted(skip)), merge)
 
 
+def is_stored_alike(one: PackedWeight, other: PackedWeight) -> bool:
+    """Whether two forms of a weight are of the same tensors, whatever numbers these hold."""
+
+    def said(weight: PackedWeight) -> object:
+        parts = {
+            part: (spec.dtype, () if STATE in spec.name else spec.shape)
+            for part, spec in weight.specs.items()
+            if not part.startswith(ASIDE)
+        }
+        return weight.label, weight.plain.dtype, parts
+
+    return said(one) == said(other)
+
+
 def _commonest(reasons: Mapping[str, str], linears: Sequence[Weight]) -> str:
     """Why most linear layers stay, and one of them."""
     if not linears:
@@ -234,8 +248,10 @@ def _reason(
     name = weight.spec.name
     reason, linear = reason_to_keep(weight, base.config, head)
     told = form.tells_all and (linear or ".experts." in name)
-    if form.experts is not False and _is_expert(weight):
+    if form.experts is not False and is_expert(weight, form):
         return form.unfit(weight.spec), told
+    if form.only_fused:
+        return reason or f"only experts are in {form.name} in such a model", False
     if layers is None:
         named = bool(base.config.get("architectures")) and not keeps_names(base.config, base.specs)
         if not reason and named and not is_surely_linear(name, base.config, base.specs):
@@ -252,9 +268,22 @@ def _reason(
     return reason or form.unfit(weight.spec), linear or told
 
 
-def _is_expert(weight: Weight) -> bool:
-    """Whether it is that of one expert by itself."""
+def is_expert(weight: Weight, form: Form) -> bool:
+    """Whether it is that of one expert by itself; of all experts, where the form is for those."""
+    if form.only_fused:
+        return weight.layout == "experts-transposed"
     return weight.layout == "linear" and _EXPERT.search(weight.module) is not None
+
+
+def form_for(base: Checkpoint, form: Form) -> Form:
+    """The form as loaders take it of this model, by its experts."""
+    of_model = form.fused.get(str(base.config.get("model_type")))
+    if of_model is not None:
+        return of_model
+    if form.singles is None:
+        return form
+    weights = (base.weights.of(spec) for spec in base.specs.values())
+    return form.singles if any(is_expert(weight, form) for weight in weights) else form
 
 
 def _all_experts_or_none(
@@ -263,15 +292,16 @@ def _all_experts_or_none(
     """Experts that stay since others do, as transformers fuses those of a layer into one.
 
     Raises:
-        CheckpointError: experts stay beside layers in this form, which transformers does not load.
+        CheckpointError: experts stay beside layers in this form, which no loader takes.
     """
-    experts = [weight for weight in weights if form.tells_all and _is_expert(weight)]
+    takes = form.experts is not False
+    experts = [weight for weight in weights if takes and is_expert(weight, form)]
     staying = [weight for weight in experts if reasons[weight.spec.name]]
     if staying and form.experts is not True:
         name = staying[0].spec.name
         raise CheckpointError(
-            f"{base.path}: {name} stays ({reasons[name]}), and transformers does not load plain "
-            f"experts beside layers in {form.name}; fp8-block and fp8-channel are loaded so"
+            f"{base.path}: {name} stays ({reasons[name]}), and loaders do not take plain experts "
+            f"beside layers in {form.name}; fp8-block and fp8-channel are loaded so"
         )
     others = [weight for weight in experts if not reasons[weight.spec.name]] if staying else []
     for weight in others:

@@ -30,8 +30,14 @@ from lora_tools.quantizing.compensate import plan_compensation
 from lora_tools.quantizing.dequantize import dequantize_checkpoint
 from lora_tools.quantizing.feeding import plan_feeding
 from lora_tools.quantizing.pack import config_with
-from lora_tools.quantizing.plan import QuantizePlan, plan_quantize
-from lora_tools.records import DTYPE_BITS, Action, Fate, Input, Report
+from lora_tools.quantizing.plan import (
+    QuantizePlan,
+    form_for,
+    is_expert,
+    is_stored_alike,
+    plan_quantize,
+)
+from lora_tools.records import DTYPE_BITS, Action, Fate, Input, Report, counted
 from lora_tools.sources.checkpoints import open_checkpoint
 from lora_tools.sources.dequantized import Dequantized
 from lora_tools.sources.weighted import open_weighted
@@ -57,12 +63,7 @@ def prepare_quantize(
     """
     form = form_of(numbers)
     chosen = name_filter(tensors.include, tensors.exclude)
-    base = open_checkpoint(checkpoint, running.allow_pickle)
-    if base.scheme is not None and base.scheme.name == form.scheme:
-        raise CheckpointError(
-            f"{base.path}: quantized already, in {base.scheme.title}; make it plain with "
-            "`loratools dequantize` first"
-        )
+    given = base = open_checkpoint(checkpoint, running.allow_pickle)
     limit = limit_of(storage, base)
     weighted = open_weighted(adapters, running.allow_pickle, base) if adapters else []
     base = fit_base(base, weighted, matching.allow_unmatched)
@@ -72,6 +73,7 @@ def prepare_quantize(
             f"{base.path}: no config.json, where alone it can be said what numbers in {form.name} "
             "stand for; give a folder with one, or quantize to nf4"
         )
+    form = form_for(base, form)
     merge = plan_merge(base, [] if how else weighted, matching.allow_unmatched)
     planned = Planned(
         str(checkpoint), "checkpoint", base, weighted, merge, matching.allow_other_base
@@ -80,6 +82,7 @@ def prepare_quantize(
     refuse_unloadable(base, merge, specs)
     search, head = numbers.scale_search, tensors.lm_head
     plan = plan_quantize(base, merge, specs, form, chosen, head, search)
+    kept = _stored_so(given, plan)
     known = _activations(numbers)
     plan, unfed = plan_feeding(plan, known) if known is not None else (plan, [])
     shards = signed(plan.shards(base, limit), command, weighted)
@@ -90,8 +93,8 @@ def prepare_quantize(
     nbytes = sum(shard.nbytes for shard in shards) + (fates[-1].nbytes if how else 0)
     entries = {**_dtype_entry(base, plan, form), "quantization_config": form.settings(plan.skip)}
     report = planned.report("quantize", fates, {"expected_bytes_at_most": nbytes}, command)
-    notes = _notes(base, plan, tensors, entries)
-    report = dataclasses.replace(report, notes=(*report.notes, *notes, *unfed))
+    notes = (*_notes(base, plan, tensors, entries), *kept, *_of_experts(base, plan, form), *unfed)
+    report = dataclasses.replace(report, notes=(*report.notes, *notes))
     job = planned.rewrite(report, shards, running)
 
     def write(out: Path) -> Report[QuantizeTotals]:
@@ -111,6 +114,32 @@ def prepare_quantize(
         pipeline=base.pipeline,
         copied=base.copied(),
     )
+
+
+def _stored_so(base: Checkpoint, plan: QuantizePlan) -> list[str]:
+    """A note on weights that are in the form already, which are rounded again.
+
+    Raises:
+        CheckpointError: all of them are.
+    """
+    if not isinstance(base, Dequantized):
+        return []
+    known = base.quantized
+    packed = [(i.target.base_name, i.packed) for i in plan.items if i.packed is not None]
+    same = [name for name, p in packed if name in known and is_stored_alike(p, known[name])]
+    if not same:
+        return []
+    label = known[same[0]].label
+    if len(same) == len(packed):
+        raise CheckpointError(
+            f"{base.path}: quantized already, in {base.scheme.title}: every weight that would be "
+            f"is stored as {label}. An adapter goes into it by `loratools merge --requantize`; to "
+            "round it anew, `loratools dequantize` it first"
+        )
+    return [
+        f"{base.path}: {counted(len(same), 'weight')} ({same[0]}{', …' if same[1:] else ''}) of "
+        f"{len(packed)} {'are' if same[1:] else 'is'} stored as {label} already, and rounded again"
+    ]
 
 
 def _activations(numbers: NumberFormat) -> Activations | None:
@@ -198,6 +227,12 @@ def _dtype_entry(base: Checkpoint, plan: QuantizePlan, form: Form) -> dict[str, 
         return {}
     key = "torch_dtype" if "torch_dtype" in base.config else "dtype"
     return {key: torch_name(max(dtypes, key=DTYPE_BITS.__getitem__))}
+
+
+def _of_experts(base: Checkpoint, plan: QuantizePlan, form: Form) -> list[str]:
+    """What is to be known of experts that are quantized."""
+    weights = (base.weights.of(item.spec) for item in plan.items if item.packed is not None)
+    return [form.note] if form.note and any(is_expert(w, form) for w in weights) else []
 
 
 def _notes(

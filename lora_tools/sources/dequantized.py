@@ -33,6 +33,8 @@ class Dequantized(View, Generic[P]):
         self._scheme, self.quantized = scheme, quantized
         super().__init__(stored, [_PlainFile(file, self) for file in stored.files])
         self.config = scheme.plain_config(stored.config)
+        said = (f"{stored.path}: {note}" for note in scheme.notes(quantized))
+        self.notes = (*self.notes, *said)
 
     @property
     def scheme(self) -> Scheme[P]:
@@ -49,6 +51,11 @@ class Dequantized(View, Generic[P]):
             return 0.0
         known = self.scheme.rounding
         return math.nan if known is None else known(self.quantized[name], self.parts(name))
+
+    def noise_unknown(self) -> list[str]:
+        """As its scheme says."""
+        knows = self.scheme.rounding is not None
+        return [n for n, w in self.quantized.items() if not (knows and self.scheme.tells(w))]
 
     def rows(self, name: str, matrix: tuple[int, int], start: int, stop: int) -> torch.Tensor:
         """Of a quantized weight only these rows are decoded, where they are rows of its own."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,8 +17,10 @@ from lora_tools.formats.pickle_file import refuse_compressed
 from lora_tools.formats.safetensors_file import SafetensorsWriter
 from lora_tools.formats.tensors import as_bytes
 from lora_tools.linalg.layouts import LAYOUTS
-from lora_tools.options import Running, Sampling, Search
+from lora_tools.options import Running, Sampling, Search, Storage
 from lora_tools.options.parse import read_text
+from lora_tools.provenance import command_of
+from lora_tools.quantizing.prepare import prepare_dequantize
 from lora_tools.records import Action, Fate, Input, Progress, Report, TensorSpec
 from lora_tools.sources.checkpoints import from_file, open_checkpoint
 from lora_tools.totals import CollectStatsTotals
@@ -35,6 +38,8 @@ def collect_stats(
     ``extract(activations=...)`` weighs its errors by. Needs transformers, and memory for the model.
 
     A diagonal is far smaller than the whole matrix, and less exact. ``jobs`` are torch's threads.
+    Of a model in a stored number format the plain one that it stands for is run, which lies beside
+    ``out`` for that time.
 
     Args:
         model: a folder that transformers loads, with its tokenizer, or a hub id.
@@ -59,17 +64,23 @@ def collect_stats(
     content = read_text(Path(text))
     fates = _plan(checkpoint, sampling.kind)
     nbytes = sum(fate.nbytes for fate in fates)
+    plain = None
+    notes: tuple[str, ...] = ()
+    if checkpoint.scheme is not None:
+        plain = prepare_dequantize(model, Storage(), call.running, command_of("dequantize"))
+        notes = (f"{checkpoint.path}: in {checkpoint.scheme.title}; run as what it dequantizes to",)
     report = call.report(
         (Input("model", str(model)), Input("text", str(text))),
         fates,
         totals={"expected_bytes": nbytes},
+        notes=notes,
     )
     return Prepared(
         report,
         (checkpoint.path,),
-        nbytes,
+        nbytes + (plain.nbytes if plain else 0),
         lambda out: _collect(
-            report, checkpoint, content, sampling, search.device, call.running, out
+            report, checkpoint, plain, content, sampling, search.device, call.running, out
         ),
     )
 
@@ -89,13 +100,20 @@ def _plan(checkpoint: Checkpoint, kind: str) -> tuple[Fate, ...]:
 def _collect(
     report: Report[CollectStatsTotals],
     checkpoint: Checkpoint,
+    plain: Prepared | None,
     content: str,
     sampling: Sampling,
     device: str,
     running: Running,
     out: Path,
 ) -> Report[CollectStatsTotals]:
-    rows, found = _moments(checkpoint, content, sampling, device, running)
+    folder = checkpoint.path
+    if plain is not None:
+        folder = out.with_name("plain")
+        plain.write(folder)
+    rows, found = _moments(folder, content, sampling, device, running)
+    if plain is not None:
+        shutil.rmtree(folder)
     specs = [TensorSpec(name, "F32", tuple(found[name].shape)) for name in sorted(found)]
     digests = (checkpoint.digest({}), "sha256:" + hashlib.sha256(content.encode()).hexdigest())
     metadata = {
@@ -132,14 +150,14 @@ def _collect(
 
 
 def _moments(
-    checkpoint: Checkpoint, content: str, sampling: Sampling, device: str, running: Running
+    folder: Path, content: str, sampling: Sampling, device: str, running: Running
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The text in sequences of tokens (n, length), and the second moment of each layer's input."""
     from lora_tools import calibration
     from lora_tools.engine import threads
 
     device = threads.pick_device(device)
-    rows = calibration.sequences(checkpoint.path, content, sampling.length)
+    rows = calibration.sequences(folder, content, sampling.length)
     if sampling.max_tokens is not None:
         rows = rows[: sampling.max_tokens // sampling.length]
 
@@ -149,6 +167,6 @@ def _moments(
 
     with threads.torch_threads(threads.default_jobs() if running.jobs is None else running.jobs):
         moments = calibration.moments(
-            checkpoint.path, rows, sampling.kind, device, running.allow_pickle, done
+            folder, rows, sampling.kind, device, running.allow_pickle, done
         )
     return rows, moments

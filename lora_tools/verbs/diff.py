@@ -13,6 +13,7 @@ from lora_tools.extracting.change import measured
 from lora_tools.extracting.decompose import Decomposition, Sides, spectra_of
 from lora_tools.extracting.pair_work import PairTask, hash_of, let_go
 from lora_tools.extracting.pairs import Pair, Plan, make_plan
+from lora_tools.extracting.totals import unknown_noise
 from lora_tools.figures import Total, left_out_totals, no_floats
 from lora_tools.formats.adapters.consumers import CONSUMERS
 from lora_tools.formats.checkpoint import Checkpoint
@@ -76,7 +77,7 @@ def diff(
 
 
 def _options(sides: Sides, search: Search) -> Decomposition:
-    known = all(side.scheme is None or side.scheme.rounding is not None for side in sides)
+    known = not any(side.noise_unknown() for side in sides)
     return Decomposition(
         RankRule("rank", DEPTH),
         None,
@@ -111,7 +112,7 @@ def _found(
     counts = [fate.action for fate in fates]
     notes = [
         f"{side.path}: in {side.scheme.title}; seen as the numbers it stands for"
-        + ("" if side.scheme.rounding is not None else ", and its noise floor is not known")
+        + unknown_noise(side)
         for side in sides
         if side.scheme is not None
     ]

@@ -12,6 +12,7 @@ from lora_tools.extracting.adapter import extract_adapter, kept_spectra
 from lora_tools.extracting.decompose import Decomposition, Sides
 from lora_tools.extracting.pair_work import PairWork
 from lora_tools.extracting.pairs import make_plan
+from lora_tools.extracting.totals import unknown_noise
 from lora_tools.figures import above
 from lora_tools.formats.activations import Activations
 from lora_tools.formats.checkpoint import Checkpoint
@@ -133,6 +134,7 @@ def _sides(
             continue
         said.append(f"{side.path}: in {side.scheme.title}; seen as the numbers it stands for")
         _refuse_noise(side, side.scheme, options.rule.policy)
+        said[-1] += unknown_noise(side)
     if names == "loaded" and options.consumer.loads:
         sides = loaded_view(sides[0]), loaded_view(sides[1])
         said = [*notes_on_names(sides[0]), *said]
@@ -141,12 +143,13 @@ def _sides(
 
 def _refuse_noise(side: Checkpoint, scheme: StoredFormat, policy: str) -> None:
     """Raises UsageError for a policy that would take the rounding of such codes for a change."""
-    known = scheme.rounding is not None
-    if policy == "gavish_donoho" or (policy == "noise_floor" and not known):
-        instead = "--noise-floor, " if known else ""
+    unknown = side.noise_unknown() if policy == "noise_floor" else []
+    if policy == "gavish_donoho" or unknown:
+        instead = "" if side.noise_unknown() else "--noise-floor, "
+        of = f" ({unknown[0]})" if unknown else ""
         raise UsageError(
-            f"{side.path}: in {scheme.title}, whose rounding --{policy.replace('_', '-')} does not "
-            f"know: choose ranks by {instead}--rank, --energy or --budget"
+            f"{side.path}: in {scheme.title}{of}, whose rounding --{policy.replace('_', '-')} does "
+            f"not know: choose ranks by {instead}--rank, --energy or --budget"
         )
 
 

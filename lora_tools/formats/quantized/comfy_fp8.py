@@ -9,8 +9,9 @@
                                          ``_quantization_metadata`` of the file's metadata
 =======================================  =======================================================
 
-W = code · scale; eight-bit floats without a scale are numbers. What other formats' files hold
-(NVFP4 and MXFP8 with scales in the order of a kernel, int8, rotated weights) is not read.
+W = code · scale; eight-bit floats without a scale are numbers: where a layer of a file with scales
+has none, ComfyUI's ``scaled_fp8_ops`` keeps the parameter that it made, a 1. What files of other
+formats hold (NVFP4 and MXFP8 with scales in a kernel's order, int8, rotated weights) is not read.
 """
 
 from __future__ import annotations

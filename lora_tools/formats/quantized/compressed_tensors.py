@@ -114,6 +114,7 @@ WRITTEN: dict[str, Settings] = {
     "mxfp4": Settings("mxfp4-pack-quantized", "float", 4, "group", 32),
     "int4": Settings("pack-quantized", "int", 4, "group", 128),
     "int8": Settings("int-quantized", "int", 8, "channel"),
+    "int8-packed": Settings("pack-quantized", "int", 8, "channel"),
     "fp8": Settings("float-quantized", "float", 8, "tensor"),
     "fp8-channel": Settings("float-quantized", "float", 8, "channel"),
     "fp8-block": Settings("float-quantized", "float", 8, "block", block_structure=(128, 128)),

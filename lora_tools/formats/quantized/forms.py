@@ -11,7 +11,7 @@ import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from lora_tools.formats.quantized import compressed_tensors, fp8
+from lora_tools.formats.quantized import compressed_tensors, fp8, mxfp4
 from lora_tools.formats.quantized.bitsandbytes import (
     QUANT_TYPES,
     STORAGES,
@@ -47,7 +47,11 @@ class Form:
             it, and fused experts, too: other loaders, or its own, would quantize them.
         experts: what becomes of experts that are stored one by one and that transformers fuses:
             True: they are written as linear layers are, all or none. None: so, and they must be.
-            False: they stay; a checkpoint with them cannot be written, where ``tells_all``.
+            False: they stay.
+        singles: the form of a checkpoint that has such experts, where loaders take another of it.
+        fused: by ``model_type``, the forms of models whose own loaders take fused experts.
+        only_fused: this is one of those: fused experts are written, and all else stays.
+        note: what is to be known of a checkpoint with experts in it.
         parts_experts: whether transformers looks for fused experts one by one in such a checkpoint
             (``sources.four_bit_layers``).
         joins: whether the layers of one module that take the same inputs have a scale in common
@@ -65,6 +69,10 @@ class Form:
     turns: bool = False
     tells_all: bool = False
     experts: bool | None = False
+    singles: Form | None = None
+    fused: Mapping[str, Form] = dataclasses.field(default_factory=dict)
+    only_fused: bool = False
+    note: str = ""
     parts_experts: bool = False
     joins: bool = False
     needs_config: bool = True
@@ -131,9 +139,9 @@ def _partial_block(spec: TensorSpec) -> str:
     return ""
 
 
-def _compressed(name: str) -> Form:
+def _compressed(name: str, stored: str = "", **more: Any) -> Form:
     """One of compressed-tensors' forms. Its list of layers is of whole names, or of patterns."""
-    settings = compressed_tensors.settings_for(name)
+    settings = compressed_tensors.settings_for(stored or name)
     return Form(
         name,
         "compressed-tensors",
@@ -143,10 +151,31 @@ def _compressed(name: str) -> Form:
         _ignored,
         _is_ignored,
         tells_all=True,
-        experts={"fp8-channel": True, "int4": None}.get(name, False),
+        experts=True if name == "fp8-channel" else None,
         parts_experts=True,
         joins=name == "nvfp4",
+        **more,
     )
+
+
+def _of_gpt_oss() -> Form:
+    """MXFP4 as gpt-oss's own checkpoints and their loaders have it: its experts, and no other."""
+    return Form(
+        "mxfp4",
+        "mxfp4",
+        lambda spec, _: mxfp4.mxfp4_weight(spec),
+        lambda _: mxfp4.quantization_config(),
+        mxfp4.why_not,
+        experts=None,
+        only_fused=True,
+    )
+
+
+# transformers' ``CompressedTensorsDequantize`` takes codes and scales of an expert for all of it.
+_NO_GLOBAL_SCALE = (
+    "experts in NVFP4 are read by vLLM; transformers 5.23 leaves their global scales out, so that "
+    "its numbers are wrong"
+)
 
 
 _EXPERTS = r"re:.*\.experts(\..*)?$"
@@ -171,6 +200,10 @@ FORMS: Mapping[str, Form] = {
     for form in (
         *map(four_bits, QUANT_TYPES),
         _fp8_blocks(),
-        *map(_compressed, ("fp8-channel", "nvfp4", "mxfp4", "int8", "int4")),
+        _compressed("fp8-channel"),
+        _compressed("nvfp4", note=_NO_GLOBAL_SCALE),
+        _compressed("mxfp4", fused={"gpt_oss": _of_gpt_oss()}),
+        _compressed("int8", singles=_compressed("int8", "int8-packed")),
+        _compressed("int4"),
     )
 }

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from lora_tools.errors import CheckpointError
@@ -82,10 +82,8 @@ def mxfp4_weight(plain: TensorSpec) -> Packed:
     return Packed(plain, {BLOCKS: blocks, SCALES: scales}, LABEL)
 
 
-def quantization_config(not_converted: Sequence[str]) -> dict[str, Any]:
-    """The entry ``quantization_config`` of config.json.
-
-    Args:
-        not_converted: modules, by names or by patterns, that are plain.
-    """
-    return {"quant_method": "mxfp4", "modules_to_not_convert": list(not_converted)}
+def quantization_config() -> dict[str, Any]:
+    """The entry ``quantization_config`` of config.json, as gpt-oss's own has it: all but its
+    experts is plain."""
+    plain = ("model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens")
+    return {"modules_to_not_convert": [*plain, "lm_head"], "quant_method": "mxfp4"}

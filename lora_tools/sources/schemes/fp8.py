@@ -12,7 +12,7 @@ from lora_tools.formats.quantized import comfy_fp8, fp8
 from lora_tools.formats.quantized.fp8 import CODES, FP8, SCALE
 from lora_tools.formats.quantized.packed import entry_of
 from lora_tools.formats.regular_files import is_there
-from lora_tools.records import TensorSpec
+from lora_tools.records import TensorSpec, counted
 from lora_tools.sources.schemes.row import Parts, Scheme, refuse_non_finite
 
 if TYPE_CHECKING:
@@ -115,6 +115,16 @@ def _faults(
     return ("has no quantization_config: a loader takes codes for weights",)
 
 
+def _unscaled(weights: Mapping[str, FP8]) -> Sequence[str]:
+    """ComfyUI's own loader has a scale of 1 for a layer that lacks one (``scaled_fp8_ops``)."""
+    names = [name for name, weight in weights.items() if weight.grid is None]
+    if not names:
+        return ()
+    of = f"{counted(len(names), 'weight')} of {len(weights)}"
+    listed = ", ".join(names[:3]) + ", …" * (len(names) > 3)
+    return (f"no scale beside {of} in FP8 ({listed}): taken for 1, as ComfyUI takes it",)
+
+
 FLOATS = Scheme(
     "fp8",
     "eight-bit floats (FP8)",
@@ -130,6 +140,7 @@ COMFY = Scheme(
     "scaled FP8 of ComfyUI",
     _find_comfy,
     _decode,
+    notes=_unscaled,
     encode=_encode,
     rounding=_rounding,
     metadata=(comfy_fp8.METADATA,),

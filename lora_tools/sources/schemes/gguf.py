@@ -39,4 +39,17 @@ def _decode(weight: GgufWeight, parts: Parts, out: torch.Tensor, first: int) -> 
         out.copy_(stored)
 
 
-GGUF = Scheme("gguf", "GGUF", _find, _decode)
+def _tells(weight: GgufWeight) -> bool:
+    from lora_tools.linalg import ggml
+
+    return weight.label in PLAIN or ggml.tells_rounding(weight.label)
+
+
+def _rounding(weight: GgufWeight, parts: Parts) -> float:
+    """Floats are rounded as their dtype says, which is no matter of the format."""
+    from lora_tools.linalg import ggml
+
+    return 0.0 if weight.label in PLAIN else ggml.rounding(parts[""], weight.label)
+
+
+GGUF = Scheme("gguf", "GGUF", _find, _decode, rounding=_rounding, tells=_tells)

@@ -47,6 +47,11 @@ def no_faults(
     return ()
 
 
+def no_notes(weights: Mapping[str, PackedWeight]) -> Sequence[str]:
+    """Nothing that is not said of every checkpoint in the format."""
+    return ()
+
+
 def is_finite(x: torch.Tensor) -> bool:
     """Whether no number is an inf or a NaN, without a copy in bools."""
     import torch
@@ -63,6 +68,11 @@ def refuse_non_finite(weight: PackedWeight, x: torch.Tensor) -> None:
         raise NonFiniteError(
             f"{weight.plain.name}: holds an inf or a NaN, which {weight.label} cannot store"
         )
+
+
+def _always(weight: PackedWeight) -> bool:
+    """Of each weight alike."""
+    return True
 
 
 def _alone(weight: PackedWeight, _: object) -> None:
@@ -86,12 +96,14 @@ class Scheme(Generic[P]):
         facts: what ``inspect`` tells of such weights: what ``facts`` here does, at least.
         faults: (config.json, stored tensors, weights): what keeps the format's own library from
             loading them, in sentences.
+        notes: what is to be known of what was read, in sentences.
         encode: (weight, x): what is stored of the weight for the numbers x, float32 of its plain
             shape, by the names of its parts, each of the dtype and shape that ``specs`` gives; None
             where this tool does not write the format. Raises NonFiniteError.
         rounding: (weight, its stored tensors): the square of the Frobenius norm that rounding to
             the format is expected to have cost, by the distances of the numbers that it holds near
             each code (``linalg.noise.rounding_errors``); None where that is not known.
+        tells: whether ``rounding`` knows it of a weight.
         shared: (weight, its stored tensors): the scale that it may have in common with other
             layers, since loaders put them into one with one scale; None where there is none. What
             has one is a dataclass with a field ``shared``, the scale that it is encoded with.
@@ -110,8 +122,10 @@ class Scheme(Generic[P]):
     faults: Callable[
         [Mapping[str, Any], Mapping[str, TensorSpec], Mapping[str, P]], Sequence[str]
     ] = no_faults
+    notes: Callable[[Mapping[str, P]], Sequence[str]] = no_notes
     encode: Callable[[P, torch.Tensor], dict[str, torch.Tensor]] | None = None
     rounding: Callable[[P, Parts], float] | None = None
+    tells: Callable[[P], bool] = _always
     shared: Callable[[P, Parts], float | None] = _alone
     shared_for: Callable[[P, float], float | None] = _alone
     plain_config: Callable[[Mapping[str, Any]], dict[str, Any]] = without_entries
