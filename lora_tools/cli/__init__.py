@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import os
 import signal
@@ -17,6 +19,9 @@ from lora_tools.errors import LoraToolsError
 from lora_tools.interruption import Course
 from lora_tools.verbs import VERBS
 
+# glibc's mallopt (malloc.h): from which size on a block is memory of its own, given back with it;
+# and how much free memory a thread's heap keeps.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _STOPPED = {int(signal.SIGINT): "Interrupted", int(signal.SIGTERM): "Terminated"}
 
 
@@ -120,6 +125,21 @@ def _failed(failure: BaseException) -> int:
         return 1
 
 
+def _keep_freed_memory() -> None:
+    """Have glibc keep runs of rows that were freed, for the next ones.
+
+    It gives those back to the system, which takes as long to hand out fresh pages as a run takes to
+    compute, until a block of 32 MiB was freed; then it sets these sizes by itself. Where the user
+    chose others, or the C library is another one, all stays as it is.
+    """
+    if any(name.startswith("MALLOC_") for name in os.environ) or "GLIBC_TUNABLES" in os.environ:
+        return
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 64 << 20)
+
+
 def entry() -> NoReturn:
     """The console script.
 
@@ -129,6 +149,7 @@ def entry() -> NoReturn:
     gc.disable()
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.setdefault(name, "1")  # threads run over tensors here, not within operations
+    _keep_freed_memory()
     code = _run(None)
     try:
         sys.stdout.flush()

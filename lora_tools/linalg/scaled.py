@@ -61,7 +61,7 @@ def by_blocks(
     (n, cols), (high, wide) = x.shape, block
     low, top = first // high, -((first + n) // -high)
     each = table[low:top].float()  # (n, blocks across), where a block is of one row
-    if high > 1:
+    if top - low > 1 and high > 1:
         each = each[torch.arange(first, first + n) // high - low]
     whole = cols - cols % wide
     if whole:
@@ -102,24 +102,34 @@ def extremes(x: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, tor
     Returns:
         Two of (⌈rows / block[0]⌉, ⌈cols / block[1]⌉).
     """
-    (rows, cols), (high, wide) = x.shape, block
+    cols, (high, wide) = x.shape[1], block
+    low = most = x
+    if high > 1:  # the long way first, in which numbers lie side by side
+        low = torch.stack([lines.amin(0) for lines in torch.split(x, high)])
+        most = torch.stack([lines.amax(0) for lines in torch.split(x, high)])
+    ends = torch.empty(2, len(low), -(cols // -wide))
+    for start, stop in row_runs(len(low), cols):
+        for end, side, reduce in ((ends[0], low, torch.amin), (ends[1], most, torch.amax)):
+            _reduce_blocks(reduce, side[start:stop], wide, end[start:stop])
+    return ends[0].clamp_(max=0), ends[1].clamp_(min=0)
+
+
+def _reduce_blocks(
+    reduce: Callable[[torch.Tensor, int], torch.Tensor],
+    rows: torch.Tensor,
+    wide: int,
+    out: torch.Tensor,
+) -> None:
+    """Each row's blocks of so many columns, of which the last may be ragged, reduced to one."""
+    cols = rows.shape[1]
     whole = cols - cols % wide
-    ends = torch.empty(2, rows, -(cols // -wide))
-    for start, stop in row_runs(rows, cols):
-        run = x[start:stop]
-        blocks = run[:, :whole].view(len(run), whole // wide, wide).transpose(1, 2)
+    if whole:
+        blocks = rows[:, :whole].view(len(rows), whole // wide, wide).transpose(1, 2)
         if wide < _NARROW:
             blocks = blocks.contiguous()
-        for end, reduce in zip(ends[:, start:stop], (torch.amin, torch.amax), strict=True):
-            if whole:
-                end[:, : whole // wide] = reduce(blocks, 1)
-            if whole < cols:
-                end[:, -1] = reduce(run[:, whole:], 1)
-    low, most = ends
-    if high > 1:
-        low = torch.stack([lines.amin(0) for lines in torch.split(low, high)])
-        most = torch.stack([lines.amax(0) for lines in torch.split(most, high)])
-    return low.clamp_(max=0), most.clamp_(min=0)
+        out[:, : whole // wide] = reduce(blocks, 1)
+    if whole < cols:
+        out[:, -1] = reduce(rows[:, whole:], 1)
 
 
 def absmax(x: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:

@@ -25,7 +25,7 @@ _GRAM = 8  # below this many times the rank the Gram matrix costs less than iter
 _LARGE = 1024  # from this side on, iterating costs less than an exact method for rules that count
 _STRAY = 1e-2  # what the directions kept may still miss, over the next value, when that is bounded
 _SUBSET = 1024  # from this size on, LAPACK's subset of eigenvectors pays for importing scipy
-_SUM_CHUNK = 1 << 16
+SUM_RUN = 1 << 16  # numbers whose squares are summed in float32
 _LEAST = 1e-26  # a sum of so many squares in float32 that none that counts can have been lost
 HALF_LOSS = 2.0**-15  # energy, relative, that rounding matrix and basis to bfloat16 may hide
 EPS = torch.finfo(torch.float32).eps
@@ -72,7 +72,7 @@ def sum_of_squares(x: torch.Tensor) -> float:
     numbers whose squares float32 cannot hold."""
     flat = x.reshape(-1)
     if flat.dtype != torch.float64 and flat.device.type == "cpu":
-        return math.fsum(map(_squares_of_run, torch.split(flat, _SUM_CHUNK)))
+        return math.fsum(map(_squares_of_run, torch.split(flat, SUM_RUN)))
     return float(torch.linalg.vector_norm(flat, dtype=torch.float64)) ** 2
 
 
@@ -274,7 +274,7 @@ def _gram(
     """
     m = A.shape[0]
     G = torch.zeros(m, m, dtype=torch.float64, device=A.device)
-    step = max(_SUM_CHUNK * 16 // m, 1)
+    step = max(SUM_RUN * 16 // m, 1)
     for columns in torch.split(A, step, dim=1):
         wide = columns.double()
         for row in range(0, m, _LARGE):  # the lower triangle is all that is looked at

@@ -3,9 +3,11 @@ own in ``quantizing.pack``."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import NonFiniteError
 from lora_tools.formats.checkpoint_writer import Sink
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
     from lora_tools.sources.schemes.row import Parts
 
 
+_BAND = 1 << 18  # numbers that are encoded at once, where so few can be
+
+
 def pack(
     item: Item,
     x: torch.Tensor,
@@ -31,31 +36,80 @@ def pack(
 ) -> TensorResult:
     """Quantize a flat tensor and write what its row makes of it, unless ``writer`` is None; into
     ``back`` (n,), if given, goes what a reader makes of that, in float32."""
-    from lora_tools.formats.tensors import as_bytes
-
-    assert item.packed is not None
-    assert item.scheme is not None
-    parts, specs = _encoded(item, x, buffers), item.packed.specs
-    for part, tensor in parts.items() if writer is not None else ():
-        assert writer is not None
-        writer.write(specs[part].name, as_bytes(tensor))
-    error, energy = _measured(item, x, parts, back)
-    done(0, x.numel())
+    item = _with_own_scale(item, x)
+    error, energy = _measured(item, x, _bands(item, x, writer, buffers), done, buffers, back)
     bits = 8 * item.nbytes / x.numel()
     relative = math.sqrt(error / energy) if energy else 0.0
     return TensorResult(item.name, item.spec.shape, bits, relative, math.sqrt(energy))
 
 
-def _encoded(item: Item, x: torch.Tensor, buffers: Buffers) -> dict[str, torch.Tensor]:
-    """What is stored, but for scales of activations. Raises NonFiniteError."""
+def _with_own_scale(item: Item, x: torch.Tensor) -> Item:
+    """The item with the scale of all its numbers, where its row has one, and may encode it by rows
+    once that is known."""
+    packed: Any = item.packed
+    assert item.scheme is not None
+    if getattr(packed, "shared", 0.0) is not None or item.scheme.shared_for(packed, 1.0) is None:
+        return item
+    shared = item.scheme.shared_for(packed, _largest(x))
+    return dataclasses.replace(item, packed=dataclasses.replace(packed, shared=shared))
+
+
+def _largest(x: torch.Tensor) -> float:
+    """The largest magnitude of a flat tensor; NaN where it holds one."""
+    import torch
+
+    low, high = torch.aminmax(x)
+    return float(torch.maximum(-low, high))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Band:
+    """Rows [start, stop) of a weight, encoded by themselves."""
+
+    start: int
+    stop: int
+    parts: Parts
+
+
+def _bands(item: Item, x: torch.Tensor, writer: Sink | None, buffers: Buffers) -> Iterator[_Band]:
+    """The weight in bands of few rows, where its row encodes them by themselves: they stay in cache
+    until they are measured. Each is written before it is given. Raises NonFiniteError."""
     import torch
 
     assert item.packed is not None
     assert item.scheme is not None
+    matrix = rows, cols = matrix_of(item.spec)
+    unit = item.scheme.unit(item.packed)
+    step = max(_BAND // cols // unit, 1) * unit if unit else rows
+    shape = item.spec.shape if step >= rows else None
+    written: Counter[str] = Counter()
+    with buffers.lend((min(step, rows), cols), torch.float32) as room:
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            wide = room[: stop - start].copy_(x.view(matrix)[start:stop])
+            parts = _encoded(item, wide if shape is None else wide.view(shape))
+            if writer is not None:
+                _write(item.packed, parts, writer, written)
+            yield _Band(start, stop, parts)
+
+
+def _write(packed: PackedWeight, parts: Parts, writer: Sink, written: Counter[str]) -> None:
+    """Write what is stored of some rows behind what is ``written``, bytes by part."""
+    from lora_tools.formats.tensors import as_bytes
+
+    for part, tensor in parts.items():
+        spec, data = packed.specs[part], as_bytes(tensor)
+        if written[part] < spec.nbytes or not spec.nbytes:  # else it is of all rows
+            writer.write(spec.name, data, written[part])
+            written[part] += data.nbytes
+
+
+def _encoded(item: Item, wide: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What is stored, but for scales of activations. Raises NonFiniteError."""
+    assert item.packed is not None
+    assert item.scheme is not None
     assert item.scheme.encode is not None
-    with buffers.lend(item.spec.shape, torch.float32) as wide:
-        wide.view(-1).copy_(x)
-        parts = item.scheme.encode(item.packed, wide)
+    parts = item.scheme.encode(item.packed, wide)
     for part, tensor in list(parts.items())[1:]:
         if tensor.is_floating_point() and not is_finite(tensor):
             raise NonFiniteError(
@@ -65,29 +119,56 @@ def _encoded(item: Item, x: torch.Tensor, buffers: Buffers) -> dict[str, torch.T
 
 
 def _measured(
-    item: Item, x: torch.Tensor, parts: Parts, back: torch.Tensor | None
+    item: Item,
+    x: torch.Tensor,
+    bands: Iterator[_Band],
+    done: Callable[[int, int], None],
+    buffers: Buffers,
+    back: torch.Tensor | None,
 ) -> tuple[float, float]:
     """‖x̂ − x‖² and ‖x‖², x̂ read back in the dtype of x; unrounded it goes into ``back``, if that
     is given."""
-    import torch
 
-    from lora_tools.linalg.runs import RUN_ELEMENTS, row_runs
-    from lora_tools.linalg.svd import sum_of_squares
+    from lora_tools.linalg.runs import RUN_ELEMENTS, row_runs, rows_per_run
 
     assert item.packed is not None
     assert item.scheme is not None
-    matrix = matrix_of(item.spec)
-    rows, exact = x.view(matrix), None if back is None else back.view(matrix)
+    matrix = rows, cols = matrix_of(item.spec)
+    exact = None if back is None else back.view(matrix)
     errors, energies = [], []
-    for start, stop in row_runs(*matrix, RUN_ELEMENTS):
-        if exact is None:
-            read = torch.empty(stop - start, matrix[1], dtype=x.dtype)
-        else:
-            read = exact[start:stop]
-        item.scheme.decode(item.packed, parts, read, start)
-        wide = rows[start:stop].float()
+    band = next(bands)
+    height = min(rows_per_run(matrix), rows) if exact is None else 0
+    with buffers.lend((height, cols), x.dtype) as room:
+        for start, stop in row_runs(*matrix, RUN_ELEMENTS):
+            read = room[: stop - start] if exact is None else exact[start:stop]
+            at = start
+            while at < stop:
+                band = band if at < band.stop else next(bands)
+                upto = min(stop, band.stop)
+                part = read[at - start : upto - start]
+                item.scheme.decode(item.packed, band.parts, part, at - band.start)
+                at = upto
+            first, last = start * cols, stop * cols
+            error, energy = _distances(read.reshape(-1), x[first:last])
+            errors.append(error)
+            energies.append(energy)
+            done(first, last)
+    return math.fsum(errors), math.fsum(energies)
+
+
+def _distances(read: torch.Tensor, x: torch.Tensor) -> tuple[float, float]:
+    """‖x̂ − x‖² and ‖x‖² of a run (n,), x̂ being ``read`` in the dtype of x, while they are in the
+    nearest cache."""
+    import torch
+
+    from lora_tools.linalg.svd import SUM_RUN, sum_of_squares
+
+    errors, energies = [], []
+    runs = zip(torch.split(read, SUM_RUN), torch.split(x, SUM_RUN), strict=True)
+    for some, own in runs:
+        wide = own.to(torch.float32, copy=True)
         energies.append(sum_of_squares(wide))
-        errors.append(sum_of_squares(read.to(x.dtype).float() - wide))
+        errors.append(sum_of_squares(torch.sub(some.to(x.dtype).float(), wide, out=wide)))
     return math.fsum(errors), math.fsum(energies)
 
 

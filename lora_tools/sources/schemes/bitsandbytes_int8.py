@@ -46,6 +46,10 @@ def _encode(weight: Int8Weight, x: torch.Tensor) -> dict[str, torch.Tensor]:
     return parts
 
 
+def _unit(weight: Int8Weight) -> int:
+    return int(not weight.transposed)
+
+
 def _rounding(weight: Int8Weight, parts: Parts) -> float:
     from lora_tools.linalg.int8 import LARGEST
     from lora_tools.linalg.noise import uniform_noise
@@ -60,4 +64,5 @@ BITSANDBYTES_INT8 = Scheme(
     _decode,
     encode=_encode,
     rounding=_rounding,
+    unit=_unit,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -201,20 +202,35 @@ def _encode(weight: CompressedWeight, x: torch.Tensor) -> dict[str, torch.Tensor
             f"{weight.plain.name}: its groups of columns are listed ({G_IDX}), and are not found "
             "anew here; run loratools dequantize first"
         )
-    x = x.float().reshape(weight.matrix)
+    is_whole = x.numel() == weight.plain.numel
+    x = x.float().reshape(-1, weight.matrix[1])
     stored, scales, zeros = _new_scales(weight, x)
     runs = []
-    for start, stop in row_runs(*weight.matrix):
+    for start, stop in row_runs(*x.shape):
         over = scaled.over_scales(x[start:stop], scales, weight.block, zeros, start)
         runs.append(_packed(weight, over))
     stored[next(iter(weight.specs))] = torch.cat(runs)
     if SHAPE in weight.specs:
         stored[SHAPE] = torch.tensor(weight.plain.shape)
-    return {
-        part: stored[part].to(torch_dtype(spec.dtype)).reshape(spec.shape)
+    made = {
+        part: stored[part].to(torch_dtype(spec.dtype))
         for part, spec in weight.specs.items()
         if part in stored
     }
+    if not is_whole:
+        return made
+    return {part: tensor.reshape(weight.specs[part].shape) for part, tensor in made.items()}
+
+
+def _unit(weight: CompressedWeight) -> int:
+    """Rows of blocks, where no word holds zero points of several rows, nor a scale is that of the
+    whole weight and not yet known."""
+    specs, (high, _) = weight.specs, weight.block
+    packed_down = ZERO_POINT in specs and specs[ZERO_POINT].dtype == "I32"
+    if packed_down or G_IDX in specs or (GLOBAL_SCALE in specs and weight.shared is None):
+        return 0
+    stacked = math.prod(weight.plain.shape[:-2])
+    return 0 if stacked > 1 and weight.plain.shape[-2] % high else high
 
 
 def _new_scales(
@@ -319,6 +335,7 @@ COMPRESSED_TENSORS = Scheme(
     _decode,
     encode=_encode,
     rounding=_rounding,
+    unit=_unit,
     shared=_shared,
     shared_for=_shared_for,
 )

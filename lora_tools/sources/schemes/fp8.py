@@ -32,6 +32,12 @@ def _find_comfy(stored: Checkpoint) -> Mapping[str, FP8]:
     return comfy_fp8.find_comfy(stored.specs, stored.raw, stored.config, stored.metadata)
 
 
+def _matrices(weight: FP8, numbers: int) -> tuple[int, int, int]:
+    """(matrices, rows, cols) of the whole weight, or of some rows of it as one matrix."""
+    stacked, rows, cols = weight.matrices
+    return (stacked, rows, cols) if numbers == weight.plain.numel else (1, numbers // cols, cols)
+
+
 def _scales(weight: FP8, parts: Parts) -> torch.Tensor | None:
     """(matrices, down, across), powers of two in one byte as float32; None without scales."""
     import torch
@@ -41,14 +47,15 @@ def _scales(weight: FP8, parts: Parts) -> torch.Tensor | None:
     scales = parts[SCALE]
     if scales.itemsize == 1:
         scales = scales.view(torch.float8_e8m0fnu).float()  # 255 is a NaN
-    return scales.reshape(weight.grid)
+    stacked = _matrices(weight, parts[CODES].numel())[0]
+    return scales.reshape(stacked, -1, weight.grid[2])
 
 
 def _decode(weight: FP8, parts: Parts, out: torch.Tensor, first: int) -> None:
     """W = code · scale in float32, as transformers' ``Fp8Dequantize`` computes it."""
     from lora_tools.linalg.scaled import times_scales
 
-    _, rows, cols = weight.matrices
+    _, rows, cols = _matrices(weight, parts[CODES].numel())
     n = len(out)
     codes = parts[CODES].reshape(-1, cols)[first : first + n]
     scales = _scales(weight, parts)
@@ -79,9 +86,10 @@ def _encode(weight: FP8, x: torch.Tensor) -> dict[str, torch.Tensor]:
     spec = weight.specs[SCALE]
     held = torch.float8_e8m0fnu if spec.dtype in fp8.POWERS else torch_dtype(spec.dtype)
     as_blocks = weight.is_power or spec.name.endswith(_INVERSES)
-    codes = torch.empty(weight.matrices, dtype=dtype)
-    scales = torch.empty(weight.grid, dtype=held)
-    for i, matrix in enumerate(x.reshape(weight.matrices) if x.numel() else ()):
+    stacked, rows, cols = _matrices(weight, x.numel())
+    codes = torch.empty((stacked, rows, cols), dtype=dtype)
+    scales = torch.empty((stacked, -(rows // -weight.block[0]), weight.grid[2]), dtype=held)
+    for i, matrix in enumerate(x.reshape(codes.shape) if x.numel() else ()):
         if as_blocks:
             found = linalg.encode_blocks(matrix, weight.block, dtype, held, weight.is_power)
         else:
@@ -89,9 +97,16 @@ def _encode(weight: FP8, x: torch.Tensor) -> dict[str, torch.Tensor]:
         codes[i], scales[i] = found
     refuse_non_finite(weight, scales.float().reciprocal())
     refuse_non_finite(weight, scales.float())
-    stored = scales.reshape(spec.shape)
-    stored = stored.view(torch.uint8) if spec.dtype == "U8" else stored
-    return {CODES: codes.reshape(codes_spec.shape), SCALE: stored}
+    stored = scales.view(torch.uint8) if spec.dtype == "U8" else scales
+    if x.numel() < weight.plain.numel:
+        return {CODES: codes[0], SCALE: stored[0]}
+    return {CODES: codes.reshape(codes_spec.shape), SCALE: stored.reshape(spec.shape)}
+
+
+def _unit(weight: FP8) -> int:
+    """Rows of blocks, unless those lie across the ends of stacked matrices."""
+    (stacked, rows, _), (high, _) = weight.matrices, weight.block
+    return 0 if stacked > 1 and rows % high else high
 
 
 def _rounding(weight: FP8, parts: Parts) -> float:
@@ -133,6 +148,7 @@ FLOATS = Scheme(
     faults=_faults,
     encode=_encode,
     rounding=_rounding,
+    unit=_unit,
     files=(fp8.FILE,),
 )
 COMFY = Scheme(
@@ -143,5 +159,6 @@ COMFY = Scheme(
     notes=_unscaled,
     encode=_encode,
     rounding=_rounding,
+    unit=_unit,
     metadata=(comfy_fp8.METADATA,),
 )

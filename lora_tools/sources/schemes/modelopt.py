@@ -64,11 +64,17 @@ def _encode(weight: Packed, x: torch.Tensor) -> dict[str, torch.Tensor]:
     given = None if shared is None else torch.tensor(shared)
     groups, whole = e2m1.two_scales(scaled.absmax(x, (1, GROUP)), given)
     scales = groups.float() * whole
-    codes = torch.empty(weight.specs[CODES].shape, dtype=torch.uint8)
+    codes = torch.empty(len(x), weight.specs[CODES].shape[1], dtype=torch.uint8)
     for start, stop in row_runs(*x.shape):
         over = scaled.over_scales(x[start:stop], scales, (1, GROUP), None, start)
         codes[start:stop] = e2m1.pack_e2m1(e2m1.nearest_e2m1(over))
     return {CODES: codes, SCALE: groups, WHOLE: whole.reshape(weight.specs[WHOLE].shape)}
+
+
+def _unit(weight: Packed) -> int:
+    if isinstance(weight, FP8):
+        return FLOATS.unit(weight)
+    return int(isinstance(weight, NVFP4) and weight.shared is not None)
 
 
 def _rounding(weight: Packed, parts: Parts) -> float:
@@ -100,6 +106,7 @@ MODELOPT = Scheme(
     _decode,
     encode=_encode,
     rounding=_rounding,
+    unit=_unit,
     shared=_shared,
     shared_for=_shared_for,
     files=(FILE,),

@@ -79,6 +79,11 @@ def _alone(weight: PackedWeight, _: object) -> None:
     """No scale in common with others."""
 
 
+def _whole(weight: PackedWeight) -> int:
+    """No rows are encoded by themselves."""
+    return 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Scheme(Generic[P]):
     """A stored number format. What is called here are functions of modules, so that a row can be
@@ -100,6 +105,10 @@ class Scheme(Generic[P]):
         encode: (weight, x): what is stored of the weight for the numbers x, float32 of its plain
             shape, by the names of its parts, each of the dtype and shape that ``specs`` gives; None
             where this tool does not write the format. Raises NonFiniteError.
+        unit: (weight): how many rows of the matrix that it is decoded as are encoded by themselves;
+            0 where only all of them are. Then ``encode`` takes some rows (n, cols), from a multiple
+            of it on, as well, and gives what is stored of these; and ``decode`` reads that as if it
+            were the whole weight. What is stored once for all rows is given with any of them.
         rounding: (weight, its stored tensors): the square of the Frobenius norm that rounding to
             the format is expected to have cost, by the distances of the numbers that it holds near
             each code (``linalg.noise.rounding_errors``); None where that is not known.
@@ -124,6 +133,7 @@ class Scheme(Generic[P]):
     ] = no_faults
     notes: Callable[[Mapping[str, P]], Sequence[str]] = no_notes
     encode: Callable[[P, torch.Tensor], dict[str, torch.Tensor]] | None = None
+    unit: Callable[[P], int] = _whole
     rounding: Callable[[P, Parts], float] | None = None
     tells: Callable[[P], bool] = _always
     shared: Callable[[P, Parts], float | None] = _alone
