@@ -122,7 +122,7 @@ class GraphFile:
         if path not in self._files:
             try:
                 with open_file(path) as opened:
-                    self._files[path] = MappedFile(opened)
+                    self._files[path] = MappedFile(opened, path)
             except (OSError, ValueError):  # a ValueError: it is empty
                 self._files[path] = None
         file = self._files[path]
