@@ -3,7 +3,7 @@
 A safetensors file (its name ends otherwise, so that no loader takes it for weights) holding, for
 each changed tensor, zstd-compressed listings (see ``linalg.reversible``), a table of their lengths
 by run, and DoRA norms; the headers of the base's own files; and in its metadata the base's digest,
-which proves the result, the adapters' digests, which tell a wrong adapter from the right one, and
+which checks the result, the adapters' digests, which tell a wrong adapter from the right one, and
 its own digest, which tells damage.
 """
 
