@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -91,9 +90,9 @@ class FileError(LoraToolsError, OSError):
     @classmethod
     def of(cls, error: OSError) -> FileError:
         """The same, with the file's name in front and the next step."""
-        named = (
-            f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
-        )
+        name = error.filename
+        name = name.decode(errors="replace") if isinstance(name, bytes) else name
+        named = f"{name}: " if isinstance(name, str) else ""
         made = cls(named + reason(error))
         made.errno, made.filename = error.errno, error.filename
         return made

@@ -67,7 +67,7 @@ def parse_size(text: str) -> int:
     nbytes = float(match[1]) * _UNITS[match[2]]
     if not 1 <= nbytes < _MOST:
         raise UsageError(
-            f"{text[:60]!r}: a size of at least 1 byte and less than 2^63 is needed, such as 5GB"
+            f"{text[:60]!r} is not a size of at least 1 byte and less than 2^63, such as 5GB"
         )
     return int(nbytes)
 
