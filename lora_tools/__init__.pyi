@@ -7,6 +7,7 @@ from typing import Literal
 from lora_tools.records import ProgressCallback
 from lora_tools.errors import AdapterError as AdapterError
 from lora_tools.errors import CheckpointError as CheckpointError
+from lora_tools.errors import FileError as FileError
 from lora_tools.errors import LoraToolsError as LoraToolsError
 from lora_tools.errors import MismatchError as MismatchError
 from lora_tools.errors import NonFiniteError as NonFiniteError

@@ -12,11 +12,15 @@
     ├── MismatchError                                two inputs do not belong together
     ├── NonFiniteError                               an inf or a NaN, in or out
     ├── OutputError (OSError)                        the destination cannot be written
+    ├── FileError (OSError)                          the system refuses a file, or runs out of them
     └── QualityGateError               exit code 3   compared, and found different
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -70,6 +74,40 @@ class NonFiniteError(LoraToolsError):
 
 class OutputError(LoraToolsError, OSError):
     """The destination exists, is the input itself, or has no room."""
+
+
+def reason(error: OSError) -> str:
+    """What the system said, and where there is one the next step."""
+    said = error.strerror or str(error) or type(error).__name__
+    if error.errno == errno.EMFILE:
+        said += "; raise the limit on open files (ulimit -n)"
+    return said
+
+
+class FileError(LoraToolsError, OSError):
+    """The system refused something; ``errno`` and ``filename`` are as it said them."""
+
+    @classmethod
+    def of(cls, error: OSError) -> FileError:
+        """The same, with the file's name in front and the next step."""
+        name = error.filename
+        name = name.decode(errors="replace") if isinstance(name, bytes) else name
+        named = f"{name}: " if isinstance(name, str) else ""
+        made = cls(named + reason(error))
+        made.errno, made.filename = error.errno, error.filename
+        return made
+
+
+@contextlib.contextmanager
+def errors_of_the_tree() -> Iterator[None]:
+    """Within it an OSError that is none of the tree's becomes a FileError. A pipe that nobody reads
+    any more is no fault of a file, and stays."""
+    try:
+        yield
+    except (LoraToolsError, BrokenPipeError):
+        raise
+    except OSError as error:
+        raise FileError.of(error) from error
 
 
 class QualityGateError(LoraToolsError):

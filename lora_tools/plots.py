@@ -63,7 +63,7 @@ def draw(picture: Picture, suffix: str) -> bytes:
         "axes.titlelocation": "left",
     }
     with matplotlib.rc_context(settings):
-        figure = _figure(picture)
+        figure = _figure(_without_formulas(picture))
         kind = "png" if suffix == ".png" else "svg"
         data = io.BytesIO()
         metadata = {"Software": None} if kind == "png" else {"Date": None}
@@ -79,6 +79,23 @@ def draw(picture: Picture, suffix: str) -> bytes:
             + svg
         )
     return content
+
+
+def _without_formulas(picture: Picture) -> Picture:
+    """Names as they are: matplotlib takes what stands between two dollars for a formula."""
+
+    def plain(name: str) -> str:
+        return name.replace("$", r"\$")
+
+    return dataclasses.replace(
+        picture,
+        title=plain(picture.title),
+        rows=[plain(name) for name in picture.rows],
+        columns=[plain(name) for name in picture.columns],
+        lines=[dataclasses.replace(line, label=plain(line.label)) for line in picture.lines],
+        curves={plain(name): points for name, points in picture.curves.items()},
+        marks=[(plain(name), size, error) for name, size, error in picture.marks],
+    )
 
 
 def _figure(picture: Picture) -> Any:

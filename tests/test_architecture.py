@@ -293,6 +293,7 @@ EXPORTED = [
     "ExportTotals",
     "ExtractTotals",
     "Fate",
+    "FileError",
     "Formats",
     "Graphs",
     "Input",

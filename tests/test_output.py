@@ -18,14 +18,8 @@ import pytest
 from lora_tools import interruption
 from lora_tools.errors import CheckpointError, OutputError
 from lora_tools.formats import output, renames
-from lora_tools.formats.output import (
-    check_destination,
-    check_space,
-    copy_synced,
-    refuse_overlap,
-    staged,
-    write_synced,
-)
+from lora_tools.formats.output import check_destination, check_space, refuse_overlap, staged
+from lora_tools.formats.synced import copy_synced, write_synced
 
 from . import killing
 from .iotools import is_root, tree
@@ -197,6 +191,92 @@ def test_interrupted_at_any_rename_all_is_as_before_or_as_after(
             break
     assert at > 3
     assert read(top / "out") == "new"
+
+
+class Killed(BaseException):
+    """What no one is left to settle after."""
+
+
+def several(out: Path, text: str, *, force: bool = True) -> None:
+    with staged(out, force=force) as staging:
+        build("file", staging / "out", text)
+        for folder, names in {"beside": ["one", "two"], "parts": ["data"]}.items():
+            (staging / folder).mkdir()
+            for name in names:
+                build("file", staging / folder / name, text)
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["old ones", "nothing"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_killed_among_several_files_old_and_new_are_never_mixed(
+    there, when, system, tmp_path, monkeypatch
+):
+    """The main one is away wherever others are not of its run; and the next command to the same
+    place has all as it was, or finds all that is new."""
+    seen = set()
+    for at in range(1, 40):
+        top = tmp_path / str(at)
+        top.mkdir()
+        out = top / "out"
+        if there:
+            several(out, "old")
+            assert {read(path) for path in top.iterdir()} == {"old"}
+        with monkeypatch.context() as patch, contextlib.suppress(Killed):
+            met = interrupt(patch, at, when, Killed())
+            patch.setattr(output._Staging, "settle", output._Staging._let_go)
+            several(out, "new")
+        if out.exists():
+            found = {read(path) for path in top.iterdir() if path.is_file()}
+            assert found == {read(out)}, met
+        with contextlib.suppress(OutputError):  # it is there already
+            check_destination(out, force=False)
+        found = {path.name: read(path) for path in top.iterdir()}
+        assert set(found) == ({"out", "one", "two", "data"} if there or found else set()), met
+        assert len(set(found.values())) <= 1, met
+        seen |= set(found.values()) or {"nothing"}
+        if len(met) < at:
+            break
+    assert seen == {"old" if there else "nothing", "new"}
+
+
+def test_files_beside_it_need_force_and_its_parts_do_not(tmp_path):
+    for name in ("one", "data"):
+        build("file", tmp_path / name, "theirs")
+    with pytest.raises(OutputError, match="one appeared while this ran"):
+        several(tmp_path / "out", "new", force=False)
+    assert {p.name: read(p) for p in tmp_path.iterdir()} == {"one": "theirs", "data": "theirs"}
+    (tmp_path / "one").unlink()
+    several(tmp_path / "out", "new", force=False)
+    assert {read(path) for path in tmp_path.iterdir()} == {"new"}
+
+
+@pytest.mark.parametrize("said", [b"", b"[1]", b'[["../x", "out.x", 1, 2]]', b"{}", b"\xff"])
+def test_a_journal_that_says_anything_else_is_not_followed(said, tmp_path):
+    left = stale(tmp_path / "out", "dead0a01")
+    build("file", tmp_path / "x", "mine")
+    (left / "journal").write_bytes(said)
+    check_destination(tmp_path / "out", force=False)
+    assert names(tmp_path) == ["x"]
+
+
+LONG = ["n" * 240, "ü" * 120, "n" * 255]
+
+
+@pytest.mark.parametrize("name", LONG, ids=["240", "120 of two bytes", "255"])
+def test_a_long_name_is_staged_and_what_a_kill_leaves_is_known(name, tmp_path, monkeypatch):
+    out = tmp_path / name
+    with monkeypatch.context() as patch, contextlib.suppress(Killed):
+        patch.setattr(output._Staging, "settle", output._Staging._let_go)
+        with staged(out):
+            raise Killed
+    assert len(names(tmp_path)) == 1
+    check_destination(tmp_path / (name[:-1] + "m"), force=False)  # one that begins like it
+    assert len(names(tmp_path)) == 1
+    check_destination(out, force=False)
+    assert names(tmp_path) == []
+    with staged(out) as staging:
+        build("file", staging / "out", "new")
+    assert names(tmp_path) == [name]
 
 
 @pytest.mark.parametrize("new", ["file", "folder"])

@@ -14,7 +14,7 @@ import pytest
 import lora_tools
 from lora_tools.cli import run
 from lora_tools.errors import CheckpointError, LoraToolsError, UnsafeInput
-from lora_tools.formats import output, regular_files
+from lora_tools.formats import regular_files, synced
 from lora_tools.formats.regular_files import read_file, refuse_outside
 
 from . import iotools
@@ -209,22 +209,22 @@ def sparse(path: Path, nbytes: int) -> Path:
 
 def test_a_hole_is_copied_as_one(tmp_path: Path) -> None:
     source = sparse(tmp_path / "a", 1 << 32)
-    output.copy_synced(source, tmp_path / "b")
+    synced.copy_synced(source, tmp_path / "b")
     copied = (tmp_path / "b").stat()
     assert copied.st_size == (1 << 32) + 3
     assert copied.st_blocks * 512 < 1 << 20
     with (tmp_path / "b").open("rb") as file:
         file.seek(1 << 32)
         assert file.read() == b"end"
-    assert output.held_bytes(source) < 1 << 20
+    assert synced.held_bytes(source) < 1 << 20
 
 
 @pytest.mark.parametrize("data", [b"", b"x", bytes(5 << 20), os.urandom(3 << 20)])
 def test_a_copy_is_the_same_bytes(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(data)
-    output.copy_synced(tmp_path / "a", tmp_path / "b")
+    synced.copy_synced(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b").read_bytes() == data
-    assert output.held_bytes(tmp_path / "a") <= len(data)
+    assert synced.held_bytes(tmp_path / "a") <= len(data)
 
 
 def test_what_is_copied_counts_as_room(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,14 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_tools import interruption
 from lora_tools.errors import QualityGateError, UsageError
 from lora_tools.exporting.quantized import Quantization
 from lora_tools.exporting.runtime_adapters import SUFFIX, RuntimeAdapters
 from lora_tools.formats.checkpoint import Checkpoint, with_theta
-from lora_tools.formats.output import Prepared, copy_synced, write_synced
+from lora_tools.formats.output import Prepared
 from lora_tools.formats.regular_files import read_file
-from lora_tools.formats.renames import put_new
+from lora_tools.formats.synced import copy_synced, write_synced
 from lora_tools.merging.prepare import copied_modules
 from lora_tools.onnx import genai
 from lora_tools.onnx.tasks import Task
@@ -160,14 +159,12 @@ class Export:
         gate(report, self.check)
         for name in before:  # onnx's checker refuses weights of which there is a second link
             (folder / name).unlink(missing_ok=True)
-        made = {p.name for p in folder.iterdir()} - {self.files()[0]}
-        for name in sorted(made):
-            if self.force or name not in self.files():  # of an earlier graph that is gone
-                (folder / name).replace(destination / name)
-            else:
-                put_new(folder / name, destination / name)
-            interruption.current().placed.append(str(destination / name))
         (folder / self.files()[0]).rename(main)
+        for kind in ("beside", "parts"):
+            main.with_name(kind).mkdir()
+        for path in folder.iterdir():  # what is no part of the plan is of the graph alone
+            kind = "beside" if path.name in self.files() else "parts"
+            path.rename(main.with_name(kind) / path.name)
         return report
 
     def _work(

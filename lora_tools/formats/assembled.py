@@ -131,7 +131,7 @@ def map_file(path: Path) -> MappedFile:
     try:
         with open_file(path) as file:
             refuse_pointer(path, file.read(HEAD))
-            return MappedFile(file)
+            return MappedFile(file, path)
     except (OSError, ValueError) as error:  # a ValueError: an empty one
         said = error.strerror if isinstance(error, OSError) else "an empty file"
         raise CheckpointError(f"{path}: {said or error}") from None

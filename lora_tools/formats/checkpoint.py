@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lora_tools.errors import UnsafeInput
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.dtypes import torch_dtype
-from lora_tools.formats.json_file import check_names, read_object
+from lora_tools.formats.json_file import check_config, read_object
 from lora_tools.formats.lfs import HEAD, refuse_pointer
 from lora_tools.formats.pipelines import Pipeline
 from lora_tools.formats.quantized.packed import StoredFormat
@@ -94,7 +94,7 @@ class Checkpoint(Shards):
         if not (self.is_folder and is_there(path)):
             return {}
         said = read_object(path)
-        check_names(path, said, "architectures")
+        check_config(path, said)
         return said
 
     @property

@@ -15,10 +15,10 @@ from typing import Any, Protocol
 from lora_tools.errors import UnsafeInput, UsageError
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.digest import PROVENANCE
-from lora_tools.formats.output import copy_synced, write_synced
 from lora_tools.formats.regular_files import read_file
 from lora_tools.formats.safetensors_file import SafetensorsWriter, Written, encode_header
 from lora_tools.formats.shards import is_plain_name
+from lora_tools.formats.synced import copy_synced, write_synced
 from lora_tools.records import TensorSpec
 
 _UNITS = {
@@ -34,6 +34,7 @@ _UNITS = {
 }
 
 
+_MOST = 2**63  # what a file system counts up to
 _INDEX = "model.safetensors.index.json"
 # Files that stand for a whole model in parts, and accelerate's of a whole one.
 _OF_PARTS = re.compile(r"\.metadata|model_world_size_.+\.pt|pytorch_model_fsdp.*\.bin")
@@ -55,11 +56,20 @@ class Shard:
 
 
 def parse_size(text: str) -> int:
-    """``5GB``, ``500MiB``, ``1000000`` → bytes. Raises UsageError."""
+    """``5GB``, ``500MiB``, ``1000000`` → bytes, at least one and fewer than 2^63.
+
+    Raises:
+        UsageError: it is no such size.
+    """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
-    if not match or match[2] == "I" or not float(match[1]) > 0:
-        raise UsageError(f"{text!r} is not a size such as 5GB or 500MiB")
-    return int(float(match[1]) * _UNITS[match[2]])
+    if not match or match[2] == "I":
+        raise UsageError(f"{text[:60]!r} is not a size such as 5GB or 500MiB")
+    nbytes = float(match[1]) * _UNITS[match[2]]
+    if not 1 <= nbytes < _MOST:
+        raise UsageError(
+            f"{text[:60]!r} is not a size of at least 1 byte and less than 2^63, such as 5GB"
+        )
+    return int(nbytes)
 
 
 def safetensors_name(path: Path) -> str:
@@ -135,7 +145,7 @@ class Sink(TensorSink, Protocol):
 
 
 class CheckpointWriter:
-    """Opens every shard at once, so that all space is reserved before any work.
+    """Makes every shard at once, so that all space is reserved before any work.
 
     It is pickled as ``SafetensorsWriter`` is, with the same parts for the owner and for others.
 

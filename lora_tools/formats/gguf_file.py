@@ -118,7 +118,7 @@ class GgufFile(Reopened):
                 self.stamp = Stamp.of(file.fileno())
                 if not self.stamp.nbytes:
                     raise CheckpointError("it is empty")
-                self._map = MappedFile(file)
+                self._map = MappedFile(file, path)
             head = _Header(self._map.view)
         except CheckpointError as error:
             raise CheckpointError(

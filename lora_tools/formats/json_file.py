@@ -37,6 +37,43 @@ def read_object(path: Path, fail: type[LoraToolsError] = CheckpointError) -> dic
     return found
 
 
+# What entries of config.json that are read here may be; None stands for absent.
+_NUMBER, _TABLE = (int,), (dict,)
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    "model_type": (str,),
+    "tie_word_embeddings": (bool,),
+    "vocab_size": _NUMBER,
+    "num_labels": _NUMBER,
+    "id2label": _TABLE,
+    "text_config": _TABLE,
+    "rope_parameters": _TABLE,
+    "rope_scaling": _TABLE,
+    "quantization_config": _TABLE,
+    "compression_config": _TABLE,
+    "_name_or_path": (str,),
+}
+_SAID = {
+    str: "a string",
+    bool: "true or false",
+    int: "a number without a fraction",
+    dict: "a table",
+}
+
+
+def check_config(path: Path, said: Mapping[str, Any]) -> None:
+    """Raises CheckpointError where an entry of a config.json, or of its text_config, is of a type
+    that no reader of it takes."""
+    check_names(path, said, "architectures")
+    for key, kinds in _KINDS.items():
+        found = said.get(key)
+        if found is not None and type(found) not in kinds:
+            wanted = " or ".join(_SAID[kind] for kind in kinds)
+            raise CheckpointError(f"{path}: {key} is {str(found)[:60]!r}, and not {wanted}")
+    inner = said.get("text_config")
+    if inner:
+        check_config(path, inner)
+
+
 def check_names(
     path: Path, said: Mapping[str, Any], *keys: str, fail: type[LoraToolsError] = CheckpointError
 ) -> None:

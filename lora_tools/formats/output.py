@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import fcntl
+import hashlib
 import os
 import re
 import secrets
@@ -22,16 +22,27 @@ from pathlib import Path
 from typing import Any
 
 from lora_tools import interruption
-from lora_tools.errors import LoraToolsError, OutputError
+from lora_tools.errors import LoraToolsError, OutputError, reason
+from lora_tools.formats.journal import (
+    Moves,
+    is_at,
+    known,
+    others,
+    put,
+    read_journal,
+    stands,
+    take_back,
+    write_journal,
+)
 from lora_tools.formats.pipelines import Pipeline
-from lora_tools.formats.regular_files import open_file
-from lora_tools.formats.renames import exchange, put_new
+from lora_tools.formats.renames import put_new
 from lora_tools.records import Report
 
 _MARK = ".loratools-"
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 _TRIES = 5
-_FICLONE = getattr(fcntl, "FICLONE", 0x40049409)  # named from Python 3.12 on
+_SPARE = 8  # descriptors that are kept for clearing away
+_LONG = 230  # bytes of a name that a staging folder's can hold; 255 is the most of any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,11 +104,31 @@ def check_destination(destination: Path, force: bool) -> None:
         raise OutputError(f"{destination} is no name for something new; choose another output")
     if not destination.parent.is_dir():
         raise OutputError(f"{destination.parent} is not a folder; create it first")
-    if destination.exists() and not (destination.is_file() or destination.is_dir()):
+    try:
+        there = destination.exists()
+    except OSError as error:  # a name that is longer than any
+        raise OutputError(f"{destination}: {error.strerror}; choose another output") from None
+    if there and not (destination.is_file() or destination.is_dir()):
         raise OutputError(f"{destination} is neither a file nor a folder; choose another output")
     _remove_stale(destination)
-    if os.path.lexists(destination) and not force:
+    if is_at(destination) and not force:
         raise OutputError(f"{destination} already exists; choose another output or pass --force")
+    if there and _is_mounted(destination):
+        raise OutputError(
+            f"{destination}: another file system is mounted there, and nothing takes its place; "
+            "name a new folder inside it"
+        )
+
+
+def _is_mounted(path: Path) -> bool:
+    """Whether it is a mount point, be it of a file or of a folder of the same file system."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:  # another system
+        return os.path.ismount(path)
+    place = os.fsencode(real(path.parent) / path.name)
+    place = re.sub(rb"[\\ \t\n]", lambda m: b"\\%03o" % m[0][0], place)
+    return place in (line.split()[4] for line in lines)
 
 
 def check_space(destination: Path, nbytes: int) -> None:
@@ -117,7 +148,10 @@ def staged(destination: Path, *, force: bool = False) -> Iterator[Path]:
     an error that names the folder names ``destination`` instead.
 
     Files beside ``out`` whose names begin with ``out.`` (a sidecar) are renamed alongside it,
-    before it.
+    before it. So are the files in its folders ``beside``, which keep their names, and ``parts``,
+    which only ``out`` refers to: these replace what is there without ``force``, too. After a kill
+    among several the next command to the same place has all as it was; until then the new and the
+    old never lie side by side with the old ``out`` where there are such folders: it is away.
 
     Args:
         force: take the place of what is there at the end; else it is an OutputError if something
@@ -139,7 +173,7 @@ def staged(destination: Path, *, force: bool = False) -> Iterator[Path]:
     except OSError as error:
         named = str(error.filename or staging.folder)
         where = destination if named.startswith(str(staging.folder)) else Path(named)
-        raise OutputError(f"{where}: {error.strerror or error}") from error
+        raise OutputError(f"{where}: {reason(error)}") from error
     finally:
         course.close(staging.settle)
 
@@ -155,7 +189,8 @@ class _Staging:
         self._destination, self._placed = destination, placed
         self.folder = _some_name(destination)
         self._lock = -1
-        self._moves: dict[Path, tuple[Path, os.stat_result]] = {}  # by place
+        self._spare: list[int] = []
+        self._moves: Moves = {}
 
     def make(self) -> None:
         """Make and hold it. Raises OutputError where nothing can be written."""
@@ -175,6 +210,9 @@ class _Staging:
         try:
             self._lock = os.open(self.folder, _FOLDER)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Clearing away opens folders, and may be needed since no more files can be opened.
+            for _ in range(_SPARE):
+                self._spare.append(os.dup(self._lock))
             (self.folder / _marker(self._lock)).touch(0o600, exist_ok=False)
             return os.path.samestat(os.lstat(self.folder), os.fstat(self._lock))
         except (FileNotFoundError, BlockingIOError):
@@ -191,12 +229,17 @@ class _Staging:
         for path in [out, *out.rglob("*")] if out.is_dir() else [out]:
             if path.is_dir():
                 _sync(path)
-        for made in (*sorted(self.folder.glob("out.*")), out):
-            name = self._destination.name + made.name.removeprefix("out")
-            place = self._destination.with_name(name)
-            self._moves[place] = made, os.lstat(made)
+        mine = {made: self._place(made) for made in others(self.folder)} | {out: self._destination}
+        if len(mine) > 1:
+            write_journal(self.folder, mine)
+            _sync(self.folder)
+        alone = all(made.parent == self.folder for made in mine)
+        if not alone and force and is_at(self._destination):
+            self._destination.rename(self.folder / "old")
+        for made, place in mine.items():
+            self._moves[place] = made, known(made)
             try:
-                _put(made, place, force)
+                put(made, place, force or made.parent.name == "parts")
             except FileExistsError:
                 raise OutputError(
                     f"{place} appeared while this ran, and stays as it is; choose another output "
@@ -204,76 +247,65 @@ class _Staging:
                 ) from None
         _sync(self._destination.parent)
 
+    def _place(self, made: Path) -> Path:
+        name = made.name
+        if made.parent == self.folder:
+            name = self._destination.name + name.removeprefix("out")
+        return self._destination.with_name(name)
+
     def settle(self) -> None:
         """Note what stands in its place, or else have all as it was, and remove the folder."""
-        if self._stands(self._destination):
-            if str(self._destination) not in self._placed:
-                self._placed.append(str(self._destination))
-        else:
-            for place, (made, found) in self._moves.items():
-                if not self._stands(place):
-                    continue
-                if os.path.lexists(made) and not os.path.samestat(os.lstat(made), found):
-                    made.replace(place)  # it was exchanged for this
-                else:
-                    place.unlink()
+        placed = stands(self._destination, self._moves)
+        if placed and str(self._destination) not in self._placed:
+            self._placed.append(str(self._destination))
+        self._give_spare()
         if self._lock >= 0:
-            _discard(self.folder, self._destination, self._lock)
+            _discard(self.folder, self._destination, self._lock, self._moves)
             self._let_go()
         else:
             with contextlib.suppress(OSError):  # there is none, or it was not held
                 self.folder.rmdir()
 
     def _let_go(self) -> None:
+        self._give_spare()
         lock, self._lock = self._lock, -1
         if lock >= 0:
             os.close(lock)
 
-    def _stands(self, place: Path) -> bool:
-        if place not in self._moves or not os.path.lexists(place):
-            return False
-        return os.path.samestat(self._moves[place][1], os.lstat(place))
+    def _give_spare(self) -> None:
+        while self._spare:
+            os.close(self._spare.pop())
 
 
 def _some_name(destination: Path) -> Path:
-    return destination.with_name(f".{destination.name}{_MARK}{secrets.token_hex(4)}")
+    return destination.with_name(_staging_prefix(destination.name) + secrets.token_hex(4))
 
 
-def _put(made: Path, place: Path, force: bool) -> None:
-    """Rename to where nothing is, or with ``force`` in exchange for what is there."""
-    while True:
-        try:
-            return put_new(made, place)
-        except FileExistsError:
-            if not force:
-                raise
-        try:
-            if exchange(made, place):
-                return None
-            break
-        except FileNotFoundError:  # gone meanwhile
-            continue
-    if made.name == "out" and not made.is_dir() and not place.is_dir():
-        made.replace(place)
-    else:
-        # A folder cannot be renamed over one that is not empty, and a sidecar may have to come
-        # back: the old one steps aside into the staging folder. If the new one does not take its
-        # place, or the main one does not, _discard brings it back.
-        place.rename(made.with_name("old" + made.name.removeprefix("out")))
-        put_new(made, place)
-    return None
+def _staging_prefix(name: str) -> str:
+    """What the names of staging folders begin with; of a long name it has the first letters."""
+    encoded = os.fsencode(name)
+    if len(encoded) > _LONG:
+        known = hashlib.sha256(encoded).hexdigest()[:16]
+        name = f"{encoded[: _LONG - 17].decode(errors='ignore')}~{known}"
+    return f".{name}{_MARK}"
 
 
-def _discard(staging: Path, destination: Path, lock: int) -> None:
+def _discard(staging: Path, destination: Path, lock: int, moves: Moves | None = None) -> None:
     """Remove a staging folder that is open as ``lock`` and marked as one. What is old, had stepped
-    aside into it, and has no successor comes back."""
+    aside into it, and has no successor comes back.
+
+    Args:
+        moves: what was put; by default what its journal says.
+    """
     if not _is_ours(lock):
         with contextlib.suppress(OSError):  # killed before it was marked: then it is empty
             staging.rmdir()
         return
-    for old in (*staging.glob("old.*"), staging / "old"):
+    take_back(destination, read_journal(staging, destination) if moves is None else moves)
+    for old in (*staging.glob("old.*"), *staging.glob("aside/*"), staging / "old"):
         with contextlib.suppress(FileExistsError, FileNotFoundError):
-            put_new(old, destination.with_name(destination.name + old.name.removeprefix("old")))
+            named = old.name if old.parent != staging else destination.name + old.name[len("old") :]
+            put_new(old, destination.with_name(named))
     mark = staging / _marker(lock)
     for _ in range(_TRIES):  # a thread that was not waited for may make another file
         with contextlib.suppress(OSError):
@@ -312,7 +344,7 @@ def _sync(folder: Path) -> None:
 def _remove_stale(destination: Path) -> None:
     """Remove what dead commands have left of their staging folders: of exactly such a name, real
     folders, this user's, marked."""
-    name = re.compile(re.escape(f".{destination.name}{_MARK}") + "[0-9a-f]{8}")
+    name = re.compile(re.escape(_staging_prefix(destination.name)) + "[0-9a-f]{8}")
     for path in destination.parent.glob("*"):
         if not name.fullmatch(path.name):
             continue
@@ -324,62 +356,3 @@ def _remove_stale(destination: Path) -> None:
                     _discard(path, destination, lock)
             finally:
                 os.close(lock)
-
-
-def sync_file(path: Path) -> None:
-    """Sync a file that another library wrote."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    """Write a small file and sync it."""
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def held_bytes(path: Path) -> int:
-    """Bytes that a copy of a file takes: of a sparse one, those that are not in a hole."""
-    with open_file(path) as file:
-        return sum(end - begin for begin, end in _data(file.fileno()))
-
-
-def _data(file: int) -> Iterator[tuple[int, int]]:
-    """Where in an open file there is something, [begin, end) by [begin, end)."""
-    size, end = os.fstat(file).st_size, 0
-    while end < size:
-        try:
-            begin = os.lseek(file, end, os.SEEK_DATA)
-            end = os.lseek(file, begin, os.SEEK_HOLE)
-        except OSError as error:
-            if error.errno != errno.ENXIO:  # the file system knows no holes
-                yield end, size
-            return
-        yield begin, end
-
-
-def copy_synced(source: Path, target: Path) -> None:
-    """Copy a file's contents (never its link or its permissions) and sync it.
-
-    Where the file system can (btrfs, XFS), the copy is a reflink: it shares the blocks on the disk
-    until one of the two changes. Else what is a hole in the source is one in the copy.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open_file(source) as reader, target.open("xb") as writer:
-        try:
-            fcntl.ioctl(writer.fileno(), _FICLONE, reader.fileno())
-        except OSError:  # the file system cannot, or source and target are not on the same one
-            for begin, end in _data(reader.fileno()):
-                reader.seek(begin)
-                writer.seek(begin)
-                while begin < end and (piece := reader.read(min(end - begin, 1 << 20))):
-                    writer.write(piece)
-                    begin += len(piece)
-            writer.truncate(os.fstat(reader.fileno()).st_size)
-        writer.flush()
-        os.fsync(writer.fileno())

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_tools.formats.checkpoint import Checkpoint
-from lora_tools.formats.output import Prepared, copy_synced
+from lora_tools.formats.output import Prepared
 from lora_tools.formats.pipelines import Pipeline
+from lora_tools.formats.synced import copy_synced
 from lora_tools.records import Report
 
 

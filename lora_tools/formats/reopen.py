@@ -47,7 +47,7 @@ class Reopened:
 def _reopen(kind: Callable[[Path], Reopened], path: Path, stamp: Stamp, header: str) -> Reopened:
     file = kind(path)
     if file.stamp != stamp or xxhash.xxh3_128_hexdigest(file.header) != header:
-        raise _changed(path)
+        raise changed(path)
     return file
 
 
@@ -76,11 +76,12 @@ class SmallFile:
 def _unchanged(path: Path, digest: str) -> SmallFile:
     file = SmallFile.of(path)
     if file.digest != digest:
-        raise _changed(path)
+        raise changed(path)
     return file
 
 
-def _changed(path: Path) -> CheckpointError:
+def changed(path: Path) -> CheckpointError:
+    """The error that says that a file is not the one that was opened."""
     return CheckpointError(
         f"{path}: changed since it was opened; run the command again once nothing writes to it"
     )

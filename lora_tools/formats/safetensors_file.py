@@ -18,7 +18,6 @@ import functools
 import json
 import math
 import os
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -29,6 +28,7 @@ from lora_tools.errors import CheckpointError, OutputError, TensorNotFound
 from lora_tools.formats.json_file import refuse_nested
 from lora_tools.formats.lfs import HEAD, refuse_pointer
 from lora_tools.formats.mapped import MappedFile
+from lora_tools.formats.open_files import Descriptor, OpenFile
 from lora_tools.formats.regular_files import open_file
 from lora_tools.formats.reopen import Reopened, Stamp
 from lora_tools.formats.tensors import of_bytes
@@ -161,7 +161,7 @@ class SafetensorsFile(Reopened):
                 self.specs, self._offsets, self.metadata = parse_header(
                     self.header, size - self._start
                 )
-                self._map = MappedFile(file)
+                self._map = MappedFile(file, path)
         except CheckpointError as error:
             said = str(error)
             said = said if said.startswith(str(path)) else f"{path}: {said}"
@@ -261,14 +261,15 @@ class SafetensorsWriter:
         self._written: Counter[str] = Counter()
         self._last: dict[str, bytes] = {}
         self._unsynced = 0
-        new = os.O_CREAT | os.O_EXCL if is_owner else 0
-        self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | new, 0o666)
-        self._finalizer = weakref.finalize(self, os.close, self._fd)
+        flags = os.O_RDWR | os.O_CLOEXEC
+        first = _opened(path, flags | os.O_CREAT | os.O_EXCL if is_owner else flags)
+        self._open = OpenFile(first, functools.partial(_opened, path.absolute(), flags))
+        self._abandoned = False
         try:
             if is_owner:
-                reserve(self._fd, self.size, path)
-                write_all(self._fd, header, 0)
-            elif os.pread(self._fd, len(header), 0) != header:
+                reserve(first.number, self.size, path)
+                write_all(first.number, header, 0)
+            elif os.pread(first.number, len(header), 0) != header:
                 raise OutputError(f"{path}: changed while it was written; write it anew")
         except BaseException:
             self.abandon()
@@ -278,16 +279,21 @@ class SafetensorsWriter:
         again = functools.partial(SafetensorsWriter, is_owner=False)
         return again, (self.path.absolute(), self.specs, self._metadata, self._body)
 
+    def _file(self) -> Descriptor:
+        if self._abandoned:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF), str(self.path))
+        return self._open.get()
+
     def write(self, name: str, data: memoryview, offset: int = 0) -> None:
         """Write ``data`` at byte ``offset`` of the tensor."""
-        start = self._offsets[name] + offset
-        write_all(self._fd, data, start)
+        start, file = self._offsets[name] + offset, self._file()
+        write_all(file.number, data, start)
         self._written[name] += data.nbytes
         self._unsynced += data.nbytes
         if self._unsynced >= WRITEBACK and hasattr(os, "posix_fadvise"):
             # Starts the disk working now, so that the sync at the end finds little left to do.
             self._unsynced = 0
-            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(file.number, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def seal(self, metadata: Mapping[str, str]) -> None:
         """Write the header anew, with metadata that was not known at the start and takes the same
@@ -295,7 +301,7 @@ class SafetensorsWriter:
         assert self._is_owner
         header, offsets, _ = encode_header(self.specs, metadata)
         assert offsets == self._offsets, "the data lies where it lies"
-        write_all(self._fd, header, 0)
+        write_all(self._file().number, header, 0)
         self._metadata = metadata
 
     def write_last(self, name: str, data: bytes) -> None:
@@ -327,10 +333,11 @@ class SafetensorsWriter:
         body = header[8:] + b" " * (self._header_size - len(header))
         header, offsets, self.size = encode_header(self.specs, self._metadata, body)
         assert len(header) == self._header_size
+        file = self._file()
         for name, data in self._last.items():
-            write_all(self._fd, data, offsets[name])
-        write_all(self._fd, header, 0)
-        os.ftruncate(self._fd, self.size)
+            write_all(file.number, data, offsets[name])
+        write_all(file.number, header, 0)
+        os.ftruncate(file.number, self.size)
 
     def close(self) -> None:
         """Sync and close. Raises OutputError naming a tensor that was not written whole."""
@@ -341,14 +348,16 @@ class SafetensorsWriter:
                     raise OutputError(f"{self.path}: tensor {spec.name!r} was not written whole")
             if self._last:
                 self._settle()
-            os.fsync(self._fd)
+            os.fsync(self._file().number)
         finally:
             self.abandon()
 
     def abandon(self) -> None:
         """Close without a check: for a file that is about to be deleted."""
-        self._fd = -1
-        self._finalizer()
+        self._abandoned = True
+        self._open.let_go()
+        if (held := self._open.there()) is not None:
+            held.close()
 
     def __enter__(self) -> SafetensorsWriter:
         return self
@@ -363,6 +372,10 @@ class SafetensorsWriter:
             self.close()
         else:
             self.abandon()
+
+
+def _opened(path: Path, flags: int) -> Descriptor:
+    return Descriptor(os.open(path, flags, 0o666))
 
 
 def reserve(fd: int, size: int, path: Path) -> None:

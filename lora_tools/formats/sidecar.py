@@ -3,7 +3,7 @@
 A safetensors file (its name ends otherwise, so that no loader takes it for weights) holding, for
 each changed tensor, zstd-compressed listings (see ``linalg.reversible``), a table of their lengths
 by run, and DoRA norms; the headers of the base's own files; and in its metadata the base's digest,
-which proves the result, the adapters' digests, which tell a wrong adapter from the right one, and
+which checks the result, the adapters' digests, which tell a wrong adapter from the right one, and
 its own digest, which tells damage.
 """
 
@@ -158,10 +158,25 @@ class Sidecar:
 
     def listing(self, tensor: str, numel: int) -> Listing:
         """The listing of one tensor, which has so many elements: its distances take at most 8 bytes
-        for each of them, and its gaps 2."""
+        for each of them, and its gaps 2.
+
+        Raises:
+            CheckpointError: its table of lengths is none.
+        """
+        spec = self.file.specs.get(f"lengths/{tensor}")
         lengths = self.file.tensor(f"lengths/{tensor}").tolist()
         gaps = self._unpack(f"gaps/{tensor}", 2 * numel)
         distances = self._unpack(f"distances/{tensor}", 8 * numel)
+        is_table = spec is not None and spec.dtype == "I64" and spec.shape[1:] == (2,)
+        if numel and (
+            not is_table
+            or any(n < 0 for pair in lengths for n in pair)
+            or [sum(column) for column in zip(*lengths, strict=True)] != [len(gaps), len(distances)]
+        ):
+            raise CheckpointError(
+                f"{self.path}: lengths/{tensor} does not say where its listing is; the sidecar is "
+                "damaged, or hostile"
+            )
         runs, i, j = [], 0, 0
         for g, d in lengths:
             runs.append((gaps[i : i + g], distances[j : j + d]))

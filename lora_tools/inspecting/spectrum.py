@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import UsageError
-from lora_tools.formats.output import staged, write_synced
+from lora_tools.formats.output import staged
+from lora_tools.formats.synced import write_synced
 from lora_tools.linalg import ranks
 from lora_tools.linalg.ranks import Spectrum
 from lora_tools.records import ModuleSpectrum, Report, T

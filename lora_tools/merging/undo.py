@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
-from lora_tools.errors import MismatchError, NonFiniteError, UnsupportedAdapter
+from lora_tools.errors import CheckpointError, MismatchError, NonFiniteError, UnsupportedAdapter
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.checkpoint_writer import Shard, TensorSink
@@ -226,7 +226,13 @@ class _RestoredRuns:
             rows = self._source[start:stop]
             estimate = self._work.estimate(rows.to(self._dtype, copy=True), start, stop)
             if self._listing is not None:
-                yield codec.decode(estimate, rows, *self._listing.runs[i])
+                try:
+                    yield codec.decode(estimate, rows, *self._listing.runs[i])
+                except (IndexError, ValueError, RuntimeError) as error:
+                    raise CheckpointError(
+                        f"{self._name}: its listing in the sidecar is damaged ({error!s:.100}); "
+                        "fetch the sidecar again"
+                    ) from None
             else:
                 yield self._estimated(estimate.to(rows.dtype), rows, start, stop)
 

@@ -11,8 +11,8 @@ import onnx
 
 from lora_tools.errors import CheckpointError, MismatchError
 from lora_tools.formats.checkpoint import Checkpoint, with_theta
-from lora_tools.formats.output import write_synced
 from lora_tools.formats.regular_files import MOST_OF_GRAPH, is_there, read_file
+from lora_tools.formats.synced import write_synced
 from lora_tools.formats.tensors import as_bytes
 from lora_tools.onnx import genai
 from lora_tools.onnx.linears import is_quantized

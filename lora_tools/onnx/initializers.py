@@ -122,7 +122,7 @@ class GraphFile:
         if path not in self._files:
             try:
                 with open_file(path) as opened:
-                    self._files[path] = MappedFile(opened)
+                    self._files[path] = MappedFile(opened, path)
             except (OSError, ValueError):  # a ValueError: it is empty
                 self._files[path] = None
         file = self._files[path]
@@ -208,7 +208,7 @@ class GraphWeights(Checkpoint):
 
 
 def load(path: Path) -> onnx.ModelProto:
-    """A graph without its external data. Raises CheckpointError."""
+    """A graph without its external data. Raises CheckpointError, also where a name is no text."""
     try:
         model = onnx.load_model_from_string(read_file(path, most=MOST_OF_GRAPH))
     except CheckpointError:
@@ -220,7 +220,21 @@ def load(path: Path) -> onnx.ModelProto:
         raise CheckpointError(f"{path}: not an ONNX model ({text:.200})") from None
     if not (model.HasField("graph") and model.graph.output):
         raise CheckpointError(f"{path}: not an ONNX model (it holds no graph with an output)")
+    if (odd := _no_text(model)) is not None:
+        raise CheckpointError(f"{path}: {odd[:60]!r} in it is not UTF-8 text")
     return model
+
+
+def _no_text(message: Any) -> bytes | None:
+    """A string that is not UTF-8, which protobuf gives as bytes, or None where all are."""
+    for field, value in message.ListFields():
+        if field.type not in (field.TYPE_MESSAGE, field.TYPE_STRING):
+            continue
+        for each in value if field.is_repeated else (value,):
+            odd = _no_text(each) if field.type == field.TYPE_MESSAGE else each
+            if isinstance(odd, bytes):
+                return odd
+    return None
 
 
 def graphs_in(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from lora_tools.errors import LoraToolsError
+from lora_tools.errors import LoraToolsError, errors_of_the_tree
 from lora_tools.options import RECORDS
 from lora_tools.options.fields import KEY, Option
 
@@ -78,9 +78,10 @@ def for_python(text: str) -> str:
 
 @contextlib.contextmanager
 def errors_for_python() -> Iterator[None]:
-    """Errors that leave it name parameters."""
+    """Errors that leave it are of the tree, and name parameters."""
     try:
-        yield
+        with errors_of_the_tree():
+            yield
     except LoraToolsError as error:
         error.args = (for_python(str(error)), *error.args[1:])
         raise

@@ -109,7 +109,7 @@ VERBS = {
             "Get the base back out of a merged checkpoint.",
             """Write the base that MERGED was made of by merging the adapters.
 
-            With the sidecar of merge --reversible it is the base bit for bit, proved by its digest.
+            With the sidecar of merge --reversible it is the base bit for bit, as its digest says.
             Without, the adapters are subtracted, and a bound on what rounding lost is printed.""",
             "loratools unmerge merged style=0.7 facts -o base",
         ),

@@ -14,9 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_tools.errors import QualityGateError, UsageError
-from lora_tools.formats.output import Prepared, check_destination, check_space, held_bytes, staged
+from lora_tools.errors import QualityGateError, UsageError, errors_of_the_tree
+from lora_tools.formats.output import Prepared, check_destination, check_space, staged
 from lora_tools.formats.pipeline_output import copied_files, write_whole
+from lora_tools.formats.synced import held_bytes
 from lora_tools.options import RECORDS, Running, Storage, Writing
 from lora_tools.options.spelling import errors_for_python
 from lora_tools.provenance import command_of, tool_version
@@ -100,6 +101,7 @@ def verb(prepare: Prepare) -> Callable[..., Report[Any]]:
     return function
 
 
+@errors_of_the_tree()
 def carry_out(row: Verb, given: Mapping[str, Any], report_file: Path | None = None) -> Report[Any]:
     """Run a verb.
 
@@ -112,6 +114,7 @@ def carry_out(row: Verb, given: Mapping[str, Any], report_file: Path | None = No
         LoraToolsError: any other of the tree, with nothing written.
     """
     started = time.perf_counter()
+    _refuse_no_place()
     asked = row.ask(given)
     call, paths = _call(row, given, asked), Paths.of(row, given, asked, report_file)
     _refuse_gguf(row, call.out)
@@ -134,6 +137,16 @@ def carry_out(row: Verb, given: Mapping[str, Any], report_file: Path | None = No
         failure.report = report
         raise failure
     return report
+
+
+def _refuse_no_place() -> None:
+    """Raises UsageError where the working folder was deleted: no relative path leads anywhere."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise UsageError(
+            "the current folder does not exist any more; change to one that does (cd)"
+        ) from None
 
 
 def _call(row: Verb, given: Mapping[str, Any], asked: Mapping[str, Any]) -> Call:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_tools.errors import OutputError, UsageError
-from lora_tools.formats.output import real, staged, write_synced
+from lora_tools.formats.output import real, staged
+from lora_tools.formats.synced import write_synced
 from lora_tools.records import Report
 
 

@@ -19,7 +19,7 @@ from lora_tools.formats.adapters.format import READ_AND_WRITTEN, Format
 from lora_tools.formats.adapters.outline import Compute, Context, Outline, group_parts, pair
 from lora_tools.formats.adapters.writer import Factors, Writer
 from lora_tools.formats.gguf_file import MADE, MAGIC, PLAIN, GgufFile, package
-from lora_tools.formats.output import sync_file
+from lora_tools.formats.synced import sync_file
 
 if TYPE_CHECKING:
     import torch

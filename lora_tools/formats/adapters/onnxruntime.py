@@ -10,6 +10,7 @@ or float16; the file keeps nothing else.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,9 @@ from lora_tools.formats.adapters.format import Format
 from lora_tools.formats.adapters.outline import Compute, Context, Outline, group_parts, pair
 from lora_tools.formats.adapters.writer import Factors, Writer
 from lora_tools.formats.alignment import align
-from lora_tools.formats.output import sync_file
 from lora_tools.formats.reopen import Reopened, Stamp
+from lora_tools.formats.safetensors_file import reserve
+from lora_tools.formats.synced import sync_file
 from lora_tools.formats.tensors import as_bytes
 from lora_tools.records import TensorSpec
 
@@ -158,7 +160,12 @@ class OrtWriter(Writer):
                 for name, array in sorted(values.items())
             }
         )
-        adapter.export_adapter(str(self.out))
+        _has_room(self.out, sum(array.nbytes for array in values.values()))
+        try:
+            adapter.export_adapter(str(self.out))
+        except RuntimeError as error:  # of pybind: what the system said is not in it
+            said = str(error).splitlines()[0].rpartition(") ")[2]
+            raise OSError(errno.EIO, f"onnxruntime cannot write it ({said})", self.out) from None
         sync_file(self.out)
 
     def _names(self, modules: Collection[str]) -> dict[str, str]:
@@ -175,6 +182,12 @@ class OrtWriter(Writer):
 
     def close(self) -> None:
         """Nothing is open."""
+
+
+def _has_room(path: Path, nbytes: int) -> None:
+    """Raises OSError where so much cannot be written: onnxruntime does not tell why it fails."""
+    with path.open("wb") as file:
+        reserve(file.fileno(), nbytes, path)
 
 
 def _array(tensor: torch.Tensor) -> Any:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from lora_tools.formats.adapters.peft import CONFIG, PREFIX, WEIGHTS
 from lora_tools.formats.dtypes import dtype_name
 from lora_tools.formats.names import as_held, compact, split_tensor
-from lora_tools.formats.output import write_synced
 from lora_tools.formats.spool import SafetensorsSpool
+from lora_tools.formats.synced import write_synced
 from lora_tools.formats.tensors import as_bytes
 from lora_tools.records import TensorSpec
 
