@@ -7,8 +7,9 @@ Layers of T5-large's shapes, of normal weights, and a LoRA whose |Δ| is that sh
 The bound: the merged number W' stands for an interval of the width of its unit in the last place,
 and where that is 2ᵏ times the base's, the 2ᵏ numbers in it are equally likely, so that k bits are
 lost. On top of that a sum formed in float32 may not be rounded as the exact one: the entropy of
-whether it is, given k and where in its interval the exact sum lies (32 bins). It is computed from
-the weights alone, in float64.
+whether it is, given k and where in its interval the exact sum lies (32 bins); knowing
+how large the number is would lower that part by some more. It is computed from the weights alone,
+in float64.
 """
 
 from __future__ import annotations
