@@ -92,7 +92,9 @@ def entries(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("sized", [True, False])
-@pytest.mark.parametrize("prefix", ["header/", "file/", "gaps/", "distances/"])
+@pytest.mark.parametrize(
+    "prefix", ["header/", "file/", "gaps/", "distances/", "excess/", "within/"]
+)
 def test_a_bomb_in_a_sidecar_is_refused(
     prefix: str, sized: bool, merged: Path, tmp_path: Path
 ) -> None:

@@ -67,43 +67,111 @@ def test_order_of_a_strided_tensor(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @hypothesis.given(data=st.data(), rows=st.integers(1, 5), cols=st.integers(1, 9))
-def test_round_trip_whatever_the_estimate(
+def test_round_trip_whatever_the_numbers(
     dtype: torch.dtype, data: st.DataObject, rows: int, cols: int
 ) -> None:
-    """Listed elements come back bit for bit; the others are the estimate, rounded."""
-    base, merged, estimate = (data.draw(arrays(dtype, rows * cols)) for _ in range(3))
-    where = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(base), max_size=len(base))))
-    shape = (rows, cols)
-    coded = reversible.encode(base.view(shape), merged.view(shape), where)
-    found = reversible.decode(estimate.view(shape), merged.view(shape), *coded)
-    assert found.shape == shape
+    """Every bit comes back, of NaNs too, however far off the estimate is."""
+    base, merged = (data.draw(arrays(dtype, rows * cols)).view(rows, cols) for _ in range(2))
+    estimate = data.draw(arrays(dtype, rows * cols)).double().view(rows, cols)
+    slack = torch.full_like(estimate, data.draw(st.sampled_from([0.0, 1e-9, 1.0])))
+    coded = reversible.encode(base, merged, estimate, slack)
+    found = reversible.decode(estimate, merged, coded)
+    assert found.shape == (rows, cols)
     assert found.dtype == dtype
-    wanted = torch.where(where, bits(base), bits(estimate))
-    assert torch.equal(bits(found).reshape(-1), wanted)
+    assert torch.equal(bits(found), bits(base))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@hypothesis.given(data=st.data(), slack=st.sampled_from([0.0, 1e-7, 1e-3]))
-def test_what_is_not_listed_needs_no_listing(
-    dtype: torch.dtype, data: st.DataObject, slack: float
+@hypothesis.given(
+    seed=st.integers(0, 99),
+    change=st.sampled_from([0.0, 1e-3, 0.2, 3.0, 1e4]),
+    off=st.sampled_from([0.0, 0.01, 0.6, 3.0, 40.0]),
+    slack=st.sampled_from([0.0, 1e-12, 1e-7, 1e-3]),
+)
+def test_any_estimate_within_the_slack_will_do(
+    dtype: torch.dtype, seed: int, change: float, off: float, slack: float
 ) -> None:
-    """Any estimate within the slack rounds to the base wherever the listing leaves it alone."""
-    working = torch.float64 if dtype.itemsize >= 4 else torch.float32
-    base = torch.randn(200, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99))))
-    base = base.to(dtype)
-    estimate = base.to(working) * (1 + 1e-3 * torch.randn(200, dtype=working))
-    where = reversible.listed(base, estimate, slack)
-    for shift in (-slack, -slack / 3, 0.0, slack / 3, slack):
-        rounded = (estimate + shift).to(dtype)
-        assert torch.equal(bits(rounded)[~where], bits(base)[~where])
-    if slack == 0:
-        assert torch.equal(where, bits(estimate.to(dtype)) != bits(base))
+    """Numbers of all sizes, subnormal ones and zeros too, merged with errors of so many units."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn() -> torch.Tensor:
+        return torch.randn(300, generator=generator, dtype=torch.float64)
+
+    info = torch.finfo(dtype)
+    base = (0.1 * drawn() * 10 ** (3 * drawn()).clamp(-30, 2)).to(dtype)
+    base[:20], base[20:23] = (info.smallest_normal * drawn()[:20]).to(dtype), 0.0
+    base[23:26] = -0.0
+    delta = change * 0.1 * drawn()
+    exact = (base.double() + delta).to(dtype)
+    merged = (exact.double() * (1 + off * info.eps * drawn())).to(dtype)
+    estimate = merged.double() - delta
+    coded = reversible.encode(base, merged, estimate, torch.full_like(estimate, slack))
+    for shift in (-slack, -slack / 3, 0.0, slack / 7, slack):
+        found = reversible.decode(estimate + shift, merged, coded)
+        assert torch.equal(bits(found), bits(base))
 
 
 def test_the_sign_of_zero_counts() -> None:
-    base = torch.tensor([0.0, -0.0], dtype=torch.float32)
-    where = reversible.listed(base, torch.tensor([-0.0, 0.0], dtype=torch.float64), 0.0)
-    assert where.tolist() == [True, True]
+    base = torch.tensor([0.0, -0.0, 0.0, -0.0], dtype=torch.float32)
+    estimate = torch.tensor([-0.0, 0.0, 0.0, -0.0], dtype=torch.float64)
+    coded = reversible.encode(base, base, estimate, torch.zeros(4, dtype=torch.float64))
+    assert torch.equal(bits(reversible.decode(estimate, base, coded)), bits(base))
+
+
+def test_ranks_are_a_count_of_nearer_numbers() -> None:
+    off = np.arange(-9, 10)
+    for up in (True, False):
+        side = np.full(19, up)
+        rank = reversible._rank(off, side)
+        assert sorted(rank) == list(range(19))
+        assert np.array_equal(reversible._off(rank, side), off)
+        towards = 1 if up else -1
+        assert np.array_equal(off[np.argsort(rank)][:4], np.array([0, 1, -1, 2]) * towards)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_the_exponent_is_that_of_the_unit_in_the_last_place(dtype: torch.dtype) -> None:
+    x = floats(dtype, list(range(1 << 16)))
+    x = x[x.isfinite() & (x.abs() < torch.finfo(dtype).max)]
+    n = reversible.ordered(x.abs())
+    unit = reversible.from_ordered(n + 1, dtype).double() - x.abs().double()
+    found = reversible._exponent(reversible._bits(x), dtype)
+    smallest = unit.min().log2()
+    assert torch.equal(torch.from_numpy(found).double() - 1, unit.log2() - smallest)
+
+
+def test_what_is_kept_is_what_rounding_left_open() -> None:
+    """Nothing where the unit of the merged number is the base's; k bits where it is 2ᵏ times."""
+    base = torch.tensor([1.0, 1.0078125, -1.0, 3.0], dtype=torch.bfloat16)
+    merged = torch.tensor([1.5, 2.0, -6.0, 5.0], dtype=torch.bfloat16)
+    exact = torch.zeros(4, dtype=torch.float64)
+    k = reversible._open_bits(reversible._bits(base), reversible._bits(merged), base.dtype)
+    assert k.tolist() == [0, 1, 2, 1]
+    estimate = base.double() + torch.tensor([0.001, 0.005, -0.01, 0.0])
+    coded = reversible.encode(base, merged, estimate, exact)
+    assert coded.gaps == b""
+    assert coded.excess == b""
+    assert len(coded.within) == 2, "three bits of the lowest and one of the next, in two planes"
+    assert torch.equal(reversible.decode(estimate, merged, coded), base)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"within": b""},
+        {"within": bytes(3)},
+        {"excess": bytes(5)},
+        {"gaps": b"\x05", "distances": bytes(2)},
+        {"gaps": b"\x01"},
+    ],
+)
+def test_what_is_not_of_the_run_is_refused(change: dict[str, bytes]) -> None:
+    base = torch.tensor([1.0, 1.0078125, -1.0, 3.0], dtype=torch.bfloat16)
+    merged = torch.tensor([1.5, 2.0, -6.0, 5.0], dtype=torch.bfloat16)
+    coded = reversible.encode(base, merged, base.double(), torch.zeros(4, dtype=torch.float64))
+    changed = coded._replace(excess=bytes(1))._replace(**change)
+    with pytest.raises(ValueError, match=r"bytes of|a listing that is not of 4 elements"):
+        reversible.decode(base.double(), merged, changed)
 
 
 @pytest.mark.parametrize("gap", [0, 1, 253, 254, 255, 256, 509, 510, 511, 765])
@@ -123,17 +191,14 @@ def test_any_positions(positions: set[int]) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("chosen", ["none", "all", "last"])
-def test_none_and_all_listed(dtype: torch.dtype, chosen: str) -> None:
+def test_all_listed(dtype: torch.dtype) -> None:
+    """An estimate that says nothing: every element keeps its distance from the merged one."""
     base, merged = torch.randn(3, 600).to(dtype), torch.randn(3, 600).to(dtype)
-    where = torch.full((1800,), chosen == "all")
-    where[-1] |= chosen == "last"
-    gaps, distances = reversible.encode(base, merged, where)
-    assert len(distances) == int(where.sum()) * dtype.itemsize
-    if chosen == "none":
-        assert gaps == b""
-    found = reversible.decode(merged.double(), merged, gaps, distances).reshape(-1)
-    assert torch.equal(found, torch.where(where, base.reshape(-1), merged.reshape(-1)))
+    nothing, slack = torch.zeros(3, 600, dtype=torch.float64), torch.full((3, 600), 9.0).double()
+    coded = reversible.encode(base, merged, nothing, slack)
+    assert len(coded.distances) == 1800 * dtype.itemsize
+    assert coded.excess == coded.within == b""
+    assert torch.equal(reversible.decode(nothing, merged, coded), base)
 
 
 @pytest.mark.parametrize("width", [2, 4, 8])

@@ -1,15 +1,17 @@
 """The sidecar of a reversible merge: what turns the merged checkpoint back into its base.
 
 A safetensors file (its name ends otherwise, so that no loader takes it for weights) holding, for
-each changed tensor, zstd-compressed listings (see ``linalg.reversible``), a table of their lengths
-by run, and DoRA norms; the headers of the base's own files; and in its metadata the base's digest,
-which checks the result, the adapters' digests, which tell a wrong adapter from the right one, and
-its own digest, which tells damage.
+each changed tensor, what subtraction leaves open (the parts of ``linalg.reversible.Coded``, each of
+all runs together and zstd-compressed), a table of their lengths by run, and DoRA norms; the headers
+of the base's own files; and in its metadata the base's digest, which checks the result, the
+adapters' digests, which tell a wrong adapter from the right one, and its own digest, which tells
+damage.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +30,11 @@ if TYPE_CHECKING:
     import torch
 
 NAME = "loratools-unmerge.sidecar"
-_VERSION = "1"
+# The first version has listings alone, made for estimates in the merge's working dtype.
+_VERSIONS = {"1": ("gaps", "distances"), "2": ("gaps", "distances", "excess", "within")}
+_VERSION = "2"
+# Bytes that the parts may unfold to for each element.
+_MOST = {"gaps": 2, "distances": 8, "excess": 1, "within": 8}
 # What small files of it may unfold to in all: so much, or so many times its size.
 _UNFOLDED = 64 << 20
 _RATIO = 100
@@ -36,9 +42,9 @@ _RATIO = 100
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """One tensor's listings, a (gaps, distances) pair a run, and its DoRA norms."""
+    """One tensor's parts of ``linalg.reversible.Coded``, run by run, and its DoRA norms."""
 
-    runs: tuple[tuple[bytes, bytes], ...]
+    runs: tuple[tuple[bytes, ...], ...]
     norms: tuple[torch.Tensor, ...] = ()
 
 
@@ -77,13 +83,14 @@ class SidecarWriter:
         from lora_tools.formats.dtypes import dtype_name
         from lora_tools.formats.tensors import as_bytes
 
-        lengths = torch.tensor([[len(g), len(d)] for g, d in listing.runs], dtype=torch.int64)
+        parts = _VERSIONS[_VERSION]
+        lengths = torch.tensor([[len(part) for part in run] for run in listing.runs])
+        lengths = lengths.to(torch.int64).view(-1, len(parts))
         spec = TensorSpec(f"lengths/{tensor}", "I64", tuple(lengths.shape))
         self._add_spec(spec, as_bytes(lengths))
-        self._add(f"gaps/{tensor}", self._packer.compress(b"".join(g for g, _ in listing.runs)))
-        self._add(
-            f"distances/{tensor}", self._packer.compress(b"".join(d for _, d in listing.runs))
-        )
+        for i, part in enumerate(parts):
+            data = b"".join(run[i] for run in listing.runs)
+            self._add(f"{part}/{tensor}", self._packer.compress(data))
         for i, norm in enumerate(listing.norms):
             spec = TensorSpec(f"norm{i}/{tensor}", dtype_name(norm.dtype), tuple(norm.shape))
             self._add_spec(spec, as_bytes(norm))
@@ -108,8 +115,11 @@ class Sidecar:
 
     def __init__(self, path: Path) -> None:
         self.path, self.file = path, SafetensorsFile(path)
-        if self.file.metadata.get("loratools_sidecar") != _VERSION:
+        version = self.file.metadata.get("loratools_sidecar", "")
+        if version not in _VERSIONS:
             raise CheckpointError(f"{path}: not a sidecar this version can read")
+        self._parts = _VERSIONS[version]
+        self.is_first = version == "1"
         hashes = {name: hashing.tensor_hash(self.file.raw(name)) for name in self.file.specs}
         try:
             self.base_digest = self.file.metadata["base_digest"]
@@ -157,30 +167,28 @@ class Sidecar:
         return found
 
     def listing(self, tensor: str, numel: int) -> Listing:
-        """The listing of one tensor, which has so many elements: its distances take at most 8 bytes
-        for each of them, and its gaps 2.
+        """What is kept of one tensor, which has so many elements.
 
         Raises:
-            CheckpointError: its table of lengths is none.
+            CheckpointError: its table of lengths is none, or its parts are longer than such a
+                tensor's or not of those lengths.
         """
-        spec = self.file.specs.get(f"lengths/{tensor}")
         lengths = self.file.tensor(f"lengths/{tensor}").tolist()
-        gaps = self._unpack(f"gaps/{tensor}", 2 * numel)
-        distances = self._unpack(f"distances/{tensor}", 8 * numel)
-        is_table = spec is not None and spec.dtype == "I64" and spec.shape[1:] == (2,)
-        if numel and (
-            not is_table
-            or any(n < 0 for pair in lengths for n in pair)
-            or [sum(column) for column in zip(*lengths, strict=True)] != [len(gaps), len(distances)]
-        ):
+        spec = self.file.specs[f"lengths/{tensor}"]
+        is_table = spec.dtype == "I64" and spec.shape[1:] == (len(self._parts),)
+        if numel and not (is_table and all(n >= 0 for run in lengths for n in run)):
             raise CheckpointError(
                 f"{self.path}: lengths/{tensor} does not say where its listing is; the sidecar is "
                 "damaged, or hostile"
             )
-        runs, i, j = [], 0, 0
-        for g, d in lengths:
-            runs.append((gaps[i : i + g], distances[j : j + d]))
-            i, j = i + g, j + d
+        parts = []
+        for i, part in enumerate(self._parts):
+            data = self._unpack(f"{part}/{tensor}", _MOST[part] * numel)
+            ends = list(itertools.accumulate((run[i] for run in lengths), initial=0))
+            if ends[-1] != len(data):
+                raise CheckpointError(f"{self.path}: {part}/{tensor} is damaged: cut off")
+            parts.append([data[a:b] for a, b in itertools.pairwise(ends)])
+        runs = zip(*parts, strict=True)
         norms: list[torch.Tensor] = []
         while f"norm{len(norms)}/{tensor}" in self.file.specs:
             norms.append(self.file.tensor(f"norm{len(norms)}/{tensor}"))

@@ -1,70 +1,228 @@
-"""What must be remembered to undo a merge bit for bit: the elements that subtraction misses.
+"""What must be remembered to undo a merge bit for bit: what subtraction leaves open.
 
-Let W be the base, W' the merged tensor as stored and p = inverse(W') the estimate of W in float32
-or float64. Rounded to the stored dtype, p is W nearly everywhere. An element is *listed* where it
-is not, or where it would not be for every p within the slack that another machine's arithmetic may
-differ by; so the listing made here undoes the merge there. A listed element keeps the distance from
-W' to W in units of the last place (the count of representable numbers between them), which is exact
-whatever p is.
+Let W be the base, W' the merged tensor as stored and p = inverse(W') the estimate of W in float64.
+Merging lost what is less than half a unit in the last place of W'. Where that unit is no larger
+than W's own, rounding p gives W; where the exponent grew by k, W is one of about 2ᵏ numbers around
+p, all as likely, so that k bits of it must be remembered and no more.
 
-A listing is two byte strings: gaps between listed positions (bytes; 255 means 255 more), and the
-distances split into byte planes, which compress well.
+Numbers are counted by their *rank*: how many representable ones lie nearer to the rounded p, with
+the one on p's side of it first: 0, 1, 2, … are +0, +1, −1, +2, … units from it, or −1 first. The
+low k bits of the rank are kept for each element (k of the exponents of W' and of the rounded p,
+which whoever restores has, too), and its *excess* rank >> k, which is 0 nearly everywhere: it is
+not where W' was not rounded from the exact sum, as it is not in float32. Both are planes of bits;
+those of the excess compress.
+
+Another machine's p may differ by a slack. An element whose code would not mean W for every p within
+the slack is *listed*, as is one with a large excess: it keeps the distance from W' to W in units of
+the last place (the count of representable numbers between them), which is exact whatever p is.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+Array = npt.NDArray[Any]
+
 _INT = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_EXCESS_BITS = 4  # of the excess, at most; an element with more is listed
+_RARE = 4096
+
+
+class Coded(NamedTuple):
+    """One run of elements.
+
+    Attributes:
+        gaps: between listed positions, in bytes; 255 means 255 more.
+        distances: of the listed ones, split into byte planes, which compress well.
+        excess: bit planes, least significant first, of all elements; those after the last that
+            has a bit are left out. Listed ones have none.
+        within: bit planes of the ranks' low bits, plane b of the elements whose k is above b.
+    """
+
+    gaps: bytes
+    distances: bytes
+    excess: bytes = b""
+    within: bytes = b""
 
 
 def ordered(x: torch.Tensor) -> torch.Tensor:
     """Floats as integers of the same size and order: neighbours differ by one."""
-    bits = x.contiguous().view(_INT[x.element_size()])
-    top = torch.iinfo(bits.dtype).max
-    return torch.where(bits < 0, bits ^ top, bits)
+    return torch.from_numpy(_turned(_bits(x))).view(x.shape)
 
 
 def from_ordered(n: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Inverse of ``ordered``."""
-    top = torch.iinfo(n.dtype).max
-    return torch.where(n < 0, n ^ top, n).view(dtype)
+    return torch.from_numpy(_turned(n.numpy())).view(dtype)
 
 
-def listed(base: torch.Tensor, estimate: torch.Tensor, slack: torch.Tensor | float) -> torch.Tensor:
-    """Which elements of ``base`` rounding ``estimate`` ± ``slack`` does not give back (flat)."""
-    bits = base.view(_INT[base.element_size()])
-    low = (estimate - slack).to(base.dtype).view(bits.dtype) != bits
-    high = (estimate + slack).to(base.dtype).view(bits.dtype) != bits
-    return (low | high).reshape(-1)
+def _bits(x: torch.Tensor) -> Array:
+    """Flat. In numpy, which compares and gathers several times as fast as torch does."""
+    return x.contiguous().view(_INT[x.element_size()]).view(-1).numpy()
 
 
-def encode(base: torch.Tensor, merged: torch.Tensor, where: torch.Tensor) -> tuple[bytes, bytes]:
-    """Gaps and distances of the listed elements of one run."""
-    at = where.nonzero().reshape(-1)
-    # Wraps around on overflow, as decode does.
-    distance = (ordered(base).reshape(-1)[at] - ordered(merged).reshape(-1)[at]).numpy()
-    return _encode_gaps(at.numpy()), _split_planes(distance)
+def _turned(bits: Array) -> Array:
+    """Bits of floats to integers in their order, and back: its own inverse."""
+    turned: Array = bits ^ ((bits >> (8 * bits.itemsize - 1)) & np.iinfo(bits.dtype).max)
+    return turned
 
 
-def decode(
-    estimate: torch.Tensor, merged: torch.Tensor, gaps: bytes, distances: bytes
-) -> torch.Tensor:
-    """The base's run, exactly, in the dtype and shape of ``merged``."""
-    result = estimate.to(merged.dtype).contiguous()
-    at = torch.from_numpy(_decode_gaps(gaps))
-    if at.numel():
-        distance = torch.from_numpy(_join_planes(distances, merged.element_size()))
-        exact = ordered(merged).reshape(-1)[at] + distance
-        result.view(-1)[at] = from_ordered(exact, merged.dtype)
+def encode(
+    base: torch.Tensor, merged: torch.Tensor, estimate: torch.Tensor, slack: torch.Tensor
+) -> Coded:
+    """What gives one run of the base back out of any estimate within the slack of this one."""
+    low = _rounded(estimate - slack, base.dtype)
+    wanted, is_now, nearest = _bits(base), _bits(merged), _bits(low)
+    listed = nearest != _bits(_rounded(estimate + slack, base.dtype))
+    k = _open_bits(nearest, is_now, base.dtype)
+    at = np.flatnonzero((nearest != wanted) | (k > 0))
+    k, off = k[at], _ranked(wanted[at]) - _ranked(nearest[at])
+    value = low.view(-1)[torch.from_numpy(at)].double().numpy()
+    p, margin = estimate.view(-1).numpy()[at], slack.view(-1).numpy()[at]
+    up, still_up = p - margin > value, p + margin > value
+    rank = _rank(off, up)
+    excess = rank >> k
+    # A rank of 0 is the nearest number, whichever side of it the estimate lies on.
+    listed[at] |= (excess >> _planes_worth(excess, len(listed)) != 0) | (
+        (up != still_up) & (off != 0)
+    )
+    coded = np.flatnonzero(~listed[at])
+    where = np.flatnonzero(listed)
+    return Coded(
+        _encode_gaps(where),
+        _split_planes(_turned(wanted[where]) - _turned(is_now[where])),  # wraps around, as decode
+        _excess_planes(at[coded], excess[coded], len(listed)),
+        _within_planes(rank[coded], k[coded]),
+    )
+
+
+def decode(estimate: torch.Tensor, merged: torch.Tensor, coded: Coded) -> torch.Tensor:
+    """The base's run, exactly, in the dtype and shape of ``merged``.
+
+    Raises:
+        ValueError: what was coded is not of such a run.
+    """
+    result = _rounded(estimate, merged.dtype).contiguous()
+    nearest, is_now = _bits(result), _bits(merged)  # one that changes with the result
+    listed = _decode_gaps(coded.gaps)
+    if (
+        len(coded.distances) != nearest.itemsize * len(listed)
+        or (listed[-1:] >= len(nearest)).any()
+    ):
+        raise ValueError(f"a listing that is not of {len(nearest)} elements")
+    if coded.excess or coded.within:
+        k = _open_bits(nearest, is_now, merged.dtype)
+        k[listed] = 0
+        excess = _join_excess(coded.excess, len(nearest))
+        at = np.flatnonzero((excess != 0) | (k > 0))
+        k, n = k[at], _ranked(nearest[at])
+        rank = (excess[at].astype(n.dtype) << k) + _join_within(coded.within, k, n.dtype)
+        value = result.view(-1)[torch.from_numpy(at)].double().numpy()
+        n += _off(rank, estimate.view(-1).numpy()[at] > value)
+        nearest[at] = _turned(n.astype(nearest.dtype))
+    distance = _join_planes(coded.distances, nearest.itemsize)
+    nearest[listed] = _turned(_turned(is_now[listed]) + distance)
     return result
 
 
-def _encode_gaps(at: npt.NDArray[Any]) -> bytes:
+def _rounded(p: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """By way of float32 to the halves, wherever it is done."""
+    return (p.float() if dtype.itemsize < 4 else p).to(dtype)
+
+
+def _open_bits(nearest: Array, merged: Array, dtype: torch.dtype) -> Array:
+    """k ≥ 0 of each element: by how much the exponent grew."""
+    k: Array = (_exponent(merged, dtype) - _exponent(nearest, dtype)).clip(
+        0, 8 * merged.itemsize - 1
+    )
+    return k
+
+
+def _exponent(bits: Array, dtype: torch.dtype) -> Array:
+    """Biased; subnormal numbers have the unit of the smallest normal ones."""
+    mantissa = -round(math.log2(torch.finfo(dtype).eps))
+    exponent: Array = np.maximum((bits & np.iinfo(bits.dtype).max) >> mantissa, 1)
+    return exponent
+
+
+def _ranked(bits: Array) -> Array:
+    """In their order, as integers that hold a rank: of float64 as long as nothing wraps around."""
+    return _turned(bits).astype(np.int32 if bits.itemsize == 2 else np.int64)
+
+
+def _rank(off: Array, up: Array) -> Array:
+    """Units from the nearest number as ranks, of which those on the estimate's side are odd; what
+    does not fit is negative."""
+    towards = np.where(up, off, -off)
+    far = np.abs(towards)
+    rank: Array = ((far << 1) | (far & np.iinfo(far.dtype).min)) - (towards > 0)
+    return rank
+
+
+def _off(rank: Array, up: Array) -> Array:
+    """Inverse of ``_rank``."""
+    far = (rank + 1) >> 1
+    return np.where(up == (rank & 1 != 0), far, -far)
+
+
+def _planes_worth(excess: Array, count: int) -> int:
+    """How many bits of the excess are kept: a plane takes more than it saves where but a few of
+    ``count`` elements need it."""
+    return next(
+        (b for b in range(_EXCESS_BITS) if np.count_nonzero(excess >> b) * _RARE <= count),
+        _EXCESS_BITS,
+    )
+
+
+def _excess_planes(at: Array, excess: Array, count: int) -> bytes:
+    most = int(excess.max(initial=0))
+    dense = np.zeros(count if most else 0, np.uint8)
+    dense[at if most else []] = excess if most else []
+    return b"".join(np.packbits(dense & (1 << b)).tobytes() for b in range(most.bit_length()))
+
+
+def _join_excess(data: bytes, count: int) -> Array:
+    size = -(count // -8)
+    planes, rest = divmod(len(data), max(size, 1))
+    if rest or planes > _EXCESS_BITS:
+        raise ValueError(f"{len(data)} bytes of excess for {count} elements")
+    excess = np.zeros(count, np.uint8)
+    for b in range(planes):
+        excess |= _unpack(data[b * size : (b + 1) * size], count) << b
+    return excess
+
+
+def _within_planes(rank: Array, k: Array) -> bytes:
+    planes = []
+    for b in range(int(k.max(initial=0))):
+        left = np.flatnonzero(k > b)  # each plane has fewer
+        rank, k = rank[left], k[left]
+        planes.append(np.packbits((rank >> b) & 1 != 0).tobytes())
+    return b"".join(planes)
+
+
+def _join_within(data: bytes, k: Array, dtype: npt.DTypeLike) -> Array:
+    rank, left, start = np.zeros(len(k), dtype), np.arange(len(k)), 0
+    for b in range(int(k.max(initial=0))):
+        left = left[k[left] > b]
+        stop = start - (len(left) // -8)
+        if stop <= len(data):
+            rank[left] |= _unpack(data[start:stop], len(left)).astype(dtype) << b
+        start = stop
+    if start != len(data):
+        raise ValueError(f"{len(data)} bytes of ranks, and {start} are open")
+    return rank
+
+
+def _unpack(data: bytes, count: int) -> Array:
+    return np.unpackbits(np.frombuffer(data, np.uint8), count=count)
+
+
+def _encode_gaps(at: Array) -> bytes:
     gaps = np.diff(at, prepend=-1) - 1
     jumps = gaps // 255
     out = np.full(len(gaps) + int(jumps.sum()), 255, np.uint8)
@@ -72,24 +230,24 @@ def _encode_gaps(at: npt.NDArray[Any]) -> bytes:
     return out.tobytes()
 
 
-def _decode_gaps(data: bytes) -> npt.NDArray[Any]:
+def _decode_gaps(data: bytes) -> Array:
     raw = np.frombuffer(data, np.uint8)
     ends = raw != 255
-    at: npt.NDArray[Any] = np.cumsum(raw, dtype=np.int64)[ends] + np.arange(int(ends.sum()))
+    at: Array = np.cumsum(raw, dtype=np.int64)[ends] + np.arange(int(ends.sum()))
     return at
 
 
-def _split_planes(distance: npt.NDArray[Any]) -> bytes:
+def _split_planes(distance: Array) -> bytes:
     """Byte planes, least significant first. Zigzag keeps small distances of both signs small."""
     width = distance.dtype.itemsize
     zigzag = (distance << 1) ^ (distance >> (8 * width - 1))
     return np.ascontiguousarray(zigzag.view(np.uint8).reshape(-1, width).T).tobytes()
 
 
-def _join_planes(data: bytes, width: int) -> npt.NDArray[Any]:
+def _join_planes(data: bytes, width: int) -> Array:
     planes = np.frombuffer(data, np.uint8).reshape(width, -1)
     signed = np.ascontiguousarray(planes.T).view(f"<u{width}").reshape(-1)
     one = signed.dtype.type(1)
     restored = (signed >> one) ^ (~(signed & one) + one)
-    distance: npt.NDArray[Any] = restored.view(f"<i{width}")
+    distance: Array = restored.view(f"<i{width}")
     return distance

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from lora_tools.formats.sidecar import Listing
     from lora_tools.linalg.merge import Survival
+    from lora_tools.linalg.reversible import Coded
 
 _COPY_STEP = 8 << 20
 
@@ -76,7 +77,7 @@ class MergeTensor:
         from lora_tools.formats.tensors import as_bytes
 
         dtype, state, offset = torch_dtype(self.spec.dtype), xxhash.xxh3_128(), 0
-        lister = _Lister(runs, dtype) if self.reversible else None
+        lister = _Lister(runs) if self.reversible else None
         survival = runs.survival() if self.measured else None
         for run in runs:
             merged = run.exact.to(dtype)
@@ -176,29 +177,28 @@ class MergedRuns:
 class _Lister:
     """Lists, run by run, what turns a merged tensor back into the base's."""
 
-    def __init__(self, runs: MergedRuns, dtype: torch.dtype) -> None:
+    def __init__(self, runs: MergedRuns) -> None:
         from lora_tools.linalg.merge import TensorMerge
 
-        self._runs, self._listed = runs, list[tuple[bytes, bytes]]()
-        # An estimate in float64 keeps the listing of a float32 base short.
-        self._wide = runs.work
-        if dtype.itemsize >= 4:
-            wide = torch_dtype("F64")
-            self._wide = TensorMerge(runs.effects, runs.shape, None, wide, runs.work.norms)
+        self._runs, self._coded = runs, list["Coded"]()
+        # In float64 other machines' estimates differ by so little that hardly any is listed.
+        wide = torch_dtype("F64")
+        self._wide = TensorMerge(runs.effects, runs.shape, None, wide, runs.work.norms)
 
     def add(self, run: MergedRun, merged: torch.Tensor) -> None:
         from lora_tools.linalg import reversible as codec
 
         assert self._runs.source is not None
-        wide, base = self._wide, self._runs.source[run.start : run.stop]
-        slack = wide.slack(merged.to(wide.dtype), run.start, run.stop)
-        estimate = wide.estimate(merged.to(wide.dtype, copy=True), run.start, run.stop)
-        self._listed.append(codec.encode(base, merged, codec.listed(base, estimate, slack)))
+        rows = merged.to(self._wide.dtype, copy=True)
+        slack = self._wide.slack(rows, run.start, run.stop)
+        estimate = self._wide.estimate(rows, run.start, run.stop)
+        base = self._runs.source[run.start : run.stop]
+        self._coded.append(codec.encode(base, merged, estimate, slack))
 
     def listing(self) -> Listing:
         from lora_tools.formats.sidecar import Listing
 
-        return Listing(tuple(self._listed), tuple(self._runs.work.norms))
+        return Listing(tuple(self._coded), tuple(self._runs.work.norms))
 
 
 def survival_totals(survivals: Sequence[Survival]) -> SurvivalTotals:

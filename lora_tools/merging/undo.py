@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
-from lora_tools.errors import CheckpointError, MismatchError, NonFiniteError, UnsupportedAdapter
+from lora_tools.errors import MismatchError, NonFiniteError, UnsupportedAdapter
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.checkpoint_writer import Shard, TensorSink
@@ -29,6 +29,8 @@ from lora_tools.totals import UnmergeTotals
 
 if TYPE_CHECKING:
     import torch
+
+_CHANGED = "the merged checkpoint, or an adapter's config, was changed after the merge"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,8 +140,7 @@ def unmerge_checkpoint(job: Rewrite, memory: Sidecar | None) -> Report[UnmergeTo
         digest = hashing.digest((target.spec for target in targets), hashes)
         if memory is not None and digest != memory.base_digest:
             raise MismatchError(
-                f"the result is not the base ({digest} against {memory.base_digest}): the merged "
-                "checkpoint, or an adapter's config, was changed after the merge"
+                f"the result is not the base ({digest} against {memory.base_digest}): {_CHANGED}"
             )
         files: Mapping[str, bytes] = memory.files() if memory is not None else {}
         index = next((name for name in files if name.endswith(".index.json")), None)
@@ -180,7 +181,7 @@ class RestoreTensor:
     def run(
         self, sources: tuple[Checkpoint, Sidecar | None], sink: TensorSink, *_: object
     ) -> Restored:
-        """Write the tensor. Raises NonFiniteError, CheckpointError (a damaged sidecar)."""
+        """Write the tensor. Raises NonFiniteError, CheckpointError, MismatchError."""
         from lora_tools.formats.tensors import as_bytes
 
         merged, memory = sources
@@ -212,29 +213,36 @@ class _RestoredRuns:
             memory.listing(self._name, target.spec.numel) if memory is not None else None
         )
         stored = self._source.dtype
-        self._dtype = torch_dtype("F64") if stored.itemsize >= 4 else working_dtype(stored)
+        in_double = memory is not None and not memory.is_first
+        wide = stored.itemsize >= 4 or in_double
+        self._dtype = torch_dtype("F64") if wide else working_dtype(stored)
         norms = self._listing.norms if self._listing is not None else ()
         self._shape = (self._source.shape[0], self._source.shape[1])
         self._work = TensorMerge(build_effects(target), self._shape, None, self._dtype, norms)
         self.energy = self.bound = 0.0
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        from lora_tools.linalg import reversible as codec
         from lora_tools.linalg.runs import RUN_ELEMENTS, row_runs
 
         for i, (start, stop) in enumerate(row_runs(*self._shape, RUN_ELEMENTS)):
             rows = self._source[start:stop]
             estimate = self._work.estimate(rows.to(self._dtype, copy=True), start, stop)
             if self._listing is not None:
-                try:
-                    yield codec.decode(estimate, rows, *self._listing.runs[i])
-                except (IndexError, ValueError, RuntimeError) as error:
-                    raise CheckpointError(
-                        f"{self._name}: its listing in the sidecar is damaged ({error!s:.100}); "
-                        "fetch the sidecar again"
-                    ) from None
+                yield self._decoded(estimate, rows, i)
             else:
                 yield self._estimated(estimate.to(rows.dtype), rows, start, stop)
+
+    def _decoded(self, estimate: torch.Tensor, rows: torch.Tensor, i: int) -> torch.Tensor:
+        """Those rows of the base, exactly."""
+        from lora_tools.linalg import reversible as codec
+
+        assert self._listing is not None
+        try:
+            return codec.decode(estimate, rows, codec.Coded(*self._listing.runs[i]))
+        except (ValueError, IndexError, RuntimeError) as error:
+            raise MismatchError(
+                f"{self._name}: the result is not the base ({error}): {_CHANGED}"
+            ) from None
 
     def _estimated(
         self, base: torch.Tensor, rows: torch.Tensor, start: int, stop: int
