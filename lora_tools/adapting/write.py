@@ -21,6 +21,7 @@ from lora_tools.errors import NonFiniteError, UnsupportedAdapter
 from lora_tools.formats.adapters.base_names import BaseNames
 from lora_tools.formats.adapters.format import FEATURES, Format
 from lora_tools.formats.adapters.peft import Adapter, LoraModule
+from lora_tools.formats.adapters.places import Places
 from lora_tools.formats.alignment import align
 from lora_tools.formats.digest import PROVENANCE
 from lora_tools.linalg.ranks import RankRule
@@ -128,9 +129,12 @@ def conversion_notes(
     kept: Mapping[str, LoraModule],
     options: Conversion,
     found: Mapping[str, list[str]],
+    names: BaseNames | None = None,
 ) -> list[str]:
-    """What a person should know of the conversion."""
+    """What a person should know of the conversion; ``names`` are the base's."""
     notes = list(given.notes)
+    if options.to.by_component and not given.unresolved:
+        notes += places_of(given, kept, names).notes(kept)
     lost = [f for f in found if f in options.dropped]
     if lost:
         what = " and ".join(FEATURES[f] for f in lost)
@@ -230,6 +234,11 @@ class ConvertJob:
         return own if self.names.weights.keys() >= set(own.values()) else {}
 
 
+def places_of(given: Adapter, kept: Collection[str], names: BaseNames | None) -> Places:
+    """Where the modules that are written belong in a pipeline."""
+    return Places(names, str(given.config.get("base_model_name_or_path") or ""), kept)
+
+
 def write_factors(
     job: ConvertJob, jobs: int | None, progress: ProgressCallback | None
 ) -> list[ModuleResult]:
@@ -240,6 +249,7 @@ def write_factors(
 
     given, options, own = job.given, job.options, job.base_modules()
     writer = options.to.writer(job.out, job.names, compute)
+    writer.places = places_of(given, job.kept, job.names)
     results = []
     try:
         for factors, result in threads.run(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import AdapterError, MismatchError, UnsupportedAdapter
 from lora_tools.formats import digest as hashing
+from lora_tools.formats.adapters.components import held, of_another
 from lora_tools.formats.adapters.peft import Adapter, LoraModule, Multiplier, TokenRows
 from lora_tools.formats.alignment import align
 from lora_tools.formats.checkpoint import Checkpoint
@@ -161,8 +162,10 @@ def _matched(
     """Names that are asked for and the base's names for them, and what ``align`` says."""
     known = [*base.specs, *(name for name in ties if name not in base.specs)]
     wanted = by_own_names(wanted, base, known)
-    mapping, sentence = align([name for name, _ in wanted], known)
-    return [(name, mapping[name], part) for name, part in wanted], sentence
+    components = held(base.path, base.config, base.specs)
+    aligned = [n for n, _ in wanted if n in base.specs or not of_another(n, components)]
+    mapping, sentence = align(aligned, known)
+    return [(name, mapping.get(name, name), part) for name, part in wanted], sentence
 
 
 def _wanted(weighted: Weighted) -> list[tuple[str, Part]]:

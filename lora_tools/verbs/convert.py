@@ -92,7 +92,7 @@ def convert(
     report = call.report(
         (Input("adapter", str(adapter)),),
         _fates(given, kept, options),
-        notes=tuple(conversion_notes(given, kept, options, found)),
+        notes=tuple(conversion_notes(given, kept, options, found, names)),
     )
 
     def write(out: Path) -> Report[ConvertTotals]:

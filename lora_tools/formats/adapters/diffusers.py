@@ -10,11 +10,13 @@ folded into lora_B, so that readers of every age agree.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from lora_tools.errors import CheckpointError
+from lora_tools.formats.adapters.base_names import BaseNames
+from lora_tools.formats.adapters.components import NAMES, is_of_first_layout, of_another, published
 from lora_tools.formats.adapters.format import Format
 from lora_tools.formats.adapters.outline import Context, Outline, group_parts, pair
 from lora_tools.formats.adapters.writer import Factors, Keyed
@@ -22,16 +24,6 @@ from lora_tools.formats.patterns import ends_with
 from lora_tools.formats.safetensors_file import strict_json
 from lora_tools.formats.tensor_file import TensorFile
 
-COMPONENTS = (
-    "unet",
-    "transformer",
-    "transformer_2",
-    "prior",
-    "controlnet",
-    "text_encoder",
-    "text_encoder_2",
-    "text_encoder_3",
-)
 METADATA = "lora_adapter_metadata"
 _PARTS = {
     "lora_A.weight": "A",
@@ -51,7 +43,7 @@ _PARTS = {
     "dora_scale": "magnitude",
 }
 _KEY = re.compile(
-    rf"(?P<module>({'|'.join(COMPONENTS)})\..+?)\."
+    rf"(?P<module>({'|'.join(NAMES)})\..+?)\."
     rf"(?P<part>{'|'.join(re.escape(p) for p in sorted(_PARTS, key=len, reverse=True))})"
 )
 _PROCESSOR = re.compile(r"\.processor\.(to_[qkv]|to_out)_lora$")
@@ -75,9 +67,11 @@ def read(path: Path, file: TensorFile, context: Context) -> Outline:
     """What the file holds, as PEFT would; in a pipeline module names keep their component."""
     outline = Outline(path, file, "diffusers")
     said = _metadata(outline)
-    for name, keys in group_parts(outline, set(_PARTS.values()), split).items():
+    modules = group_parts(outline, set(_PARTS.values()), split)
+    in_base = _in_base(modules, context.base)
+    for name, keys in modules.items():
         a, b = pair(outline, name, keys, "A", "B")
-        module = _in_base(name, context)
+        module = in_base[name]
         if "alpha" in keys:
             alpha: float | None = outline.scalar(keys["alpha"])
             rslora = False
@@ -95,11 +89,22 @@ def read(path: Path, file: TensorFile, context: Context) -> Outline:
     return outline
 
 
-def _in_base(name: str, context: Context) -> str:
-    """Without the component, where the base is that component by itself."""
-    bare = name.partition(".")[2]
-    own = context.base.weights if context.base is not None else {}
-    return bare if name not in own and bare in own else name
+def _in_base(names: Collection[str], base: BaseNames | None) -> dict[str, str]:
+    """By the base's names: without the component, where the base is that component by itself, and
+    with its wrapper in a single file. What the base lacks stays."""
+    if base is None:
+        return {name: name for name in names}
+    own: dict[str, str] = {}
+    for module in base.weights:
+        components, rest = base.place(module)
+        for each in (rest, published(rest)):
+            own |= {f"{part}.{each}" if part else each: module for part in components or ("",)}
+    found = {}
+    for name in names:
+        whole = name in base.weights or of_another(name, base.components)
+        bare = name if whole else name.partition(".")[2]
+        found[name] = own.get(name) or own.get(bare, name)
+    return found
 
 
 def _metadata(outline: Outline) -> dict[str, Any]:
@@ -144,9 +149,15 @@ class DiffusersWriter(Keyed):
 
     def keys(self, factors: Factors) -> dict[str, Any]:
         """The tensors of one module by key."""
-        module = factors.module
-        if module.partition(".")[0] not in COMPONENTS:
-            module = f"{self._component()}.{module}"
+        place = self.places.of(factors.module)
+        if place.component not in NAMES:
+            raise place.refusal(f"diffusers takes no factors of a {place.component}")
+        if is_of_first_layout(place.rest):
+            raise place.refusal(
+                "diffusers has it under another name and would pass it by; of kohya's files (--to "
+                "kohya) it reads some with such names"
+            )
+        module = f"{place.component}.{place.rest}"
         result = {
             f"{module}.lora_A.weight": factors.lora_A,
             f"{module}.lora_B.weight": factors.lora_B,
@@ -157,11 +168,6 @@ class DiffusersWriter(Keyed):
             result[f"{module}.lora_magnitude_vector"] = factors.magnitude
         return result
 
-    def _component(self) -> str:
-        """What a model by itself is in a pipeline, by the class in its config."""
-        name = str(self.base.config.get("_class_name", "")) if self.base is not None else ""
-        return "transformer" if "Transformer" in name else "unet"
-
 
 FORMAT = Format(
     "diffusers",
@@ -170,6 +176,7 @@ FORMAT = Format(
     "folded",
     "diffusers 0.42",
     is_folder=True,
+    by_component=True,
     reads_besides="its older key names",
     knows=knows,
     read=read,

@@ -41,6 +41,7 @@ class Format:
         library: whose format it is, and what reads it.
         own_forms: holds MergedLinears (``--layout``) and convolutions as ``linalg.loralib`` has it.
         keeps_names: its writer writes names that were never resolved as they are.
+        by_component: its keys say which part of a diffusion pipeline a module is of.
         tied_embedding: whether its reader takes factors of an embedding that is the output head,
             too.
         is_folder: whether it is a folder, else a file.
@@ -68,6 +69,7 @@ class Format:
     base: str = ""
     own_forms: bool = False
     keeps_names: bool = False
+    by_component: bool = False
     tied_embedding: bool = True
     is_folder: bool = False
     file_name: str = ""
