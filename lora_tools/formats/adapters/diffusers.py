@@ -169,6 +169,12 @@ class DiffusersWriter(Keyed):
         return result
 
 
+class FileWriter(DiffusersWriter):
+    """Writes the file alone, which it takes as well."""
+
+    file_name = ""
+
+
 FORMAT = Format(
     "diffusers",
     "diffusers",
@@ -176,6 +182,7 @@ FORMAT = Format(
     "folded",
     "diffusers 0.42",
     is_folder=True,
+    as_file=FileWriter,
     by_component=True,
     reads_besides="its older key names",
     knows=knows,

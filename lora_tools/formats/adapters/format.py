@@ -45,6 +45,7 @@ class Format:
         tied_embedding: whether its reader takes factors of an embedding that is the output head,
             too.
         is_folder: whether it is a folder, else a file.
+        as_file: writes such a folder's file by itself, where that is read, too.
         file_name: of the file of tensors in such a folder, where it is always the same; suffix: how
             files of its own end.
         reads_besides: what it reads besides LoRA, for the documentation.
@@ -72,6 +73,7 @@ class Format:
     by_component: bool = False
     tied_embedding: bool = True
     is_folder: bool = False
+    as_file: Callable[[Path, BaseNames | None, Compute], Writer] | None = None
     file_name: str = ""
     suffix: str = ".safetensors"
     reads_besides: str = ""
@@ -81,6 +83,12 @@ class Format:
     holds_adapter: Callable[[Path], bool] | None = None
     open_file: Callable[[Path], Any] | None = None
     read: Callable[[Path, Any, Context], Outline] | None = None
+
+    def at(self, out: str) -> Format:
+        """The format as it is written to a path: a folder, or by its suffix the file alone."""
+        if self.as_file is None or not out.endswith(self.suffix):
+            return self
+        return dataclasses.replace(self, is_folder=False, file_name="", writer=self.as_file)
 
     def marks_most(self, keys: Collection[str]) -> bool:
         """Whether at least half of the keys of a file, and any, have one of ``marks``."""
