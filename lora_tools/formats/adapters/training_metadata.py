@@ -33,4 +33,4 @@ def note_on_hashes(metadata: Mapping[str, str]) -> list[str]:
     hashes = sorted(key for key in metadata if key.startswith(_HASHES))
     if not hashes:
         return []
-    return [f"{', '.join(hashes)} left out of the metadata: they are of the file given"]
+    return [f"left out of the metadata, since it is of the file given: {', '.join(hashes)}"]
