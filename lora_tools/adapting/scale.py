@@ -20,6 +20,7 @@ from lora_tools.adapting.for_consumer import in_terms_of
 from lora_tools.figures import resized_totals
 from lora_tools.formats.adapters.consumers import Consumer
 from lora_tools.formats.adapters.peft import Adapter, LoraModule
+from lora_tools.formats.adapters.training_metadata import updated
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.linalg.layout import pad_rank
@@ -158,7 +159,8 @@ def rescale_adapter(
         config = {**given.config, "use_rslora": options.rslora and options.pad_to is None}
         config |= _unread(options.consumer)
         digest = adapter_digest(given.original)
-        metadata = {k: v for k, v in given.file.metadata.items() if k != "format"}
+        metadata = updated(given.file.metadata, writer.ranks.values(), writer.alphas.values())
+        metadata.pop("format", None)
         if report.command:  # none: this is a step of another verb, which has signed it
             metadata |= handed_on(metadata, report.command, digest)
         writer.finish(config, None, metadata)

@@ -21,8 +21,9 @@ from lora_tools.errors import NonFiniteError, UnsupportedAdapter
 from lora_tools.formats.adapters.base_names import BaseNames
 from lora_tools.formats.adapters.format import FEATURES, Format
 from lora_tools.formats.adapters.peft import Adapter, LoraModule
+from lora_tools.formats.adapters.places import Places
+from lora_tools.formats.adapters.training_metadata import is_carried, note_on_hashes, updated
 from lora_tools.formats.alignment import align
-from lora_tools.formats.digest import PROVENANCE
 from lora_tools.linalg.ranks import RankRule
 from lora_tools.records import ModuleResult, ProgressCallback
 
@@ -50,7 +51,7 @@ def write_as(
     options = choose_conversion(given, to, None, None, None, found)
     options = dataclasses.replace(options, blocks=blocks)
     kept = kept_modules(given, options, found)
-    made = {k: v for k, v in given.file.metadata.items() if k in PROVENANCE}
+    made = {k: v for k, v in given.file.metadata.items() if is_carried(k)}
     write_factors(ConvertJob(given, kept, names, options, made, out), jobs, None)
     return tuple(conversion_notes(given, kept, options, found))
 
@@ -128,9 +129,12 @@ def conversion_notes(
     kept: Mapping[str, LoraModule],
     options: Conversion,
     found: Mapping[str, list[str]],
+    names: BaseNames | None = None,
 ) -> list[str]:
-    """What a person should know of the conversion."""
-    notes = list(given.notes)
+    """What a person should know of the conversion; ``names`` are the base's."""
+    notes = [*given.notes, *note_on_hashes(given.stored.metadata)]
+    if options.to.by_component and not given.unresolved:
+        notes += places_of(given, kept, names).notes(kept)
     lost = [f for f in found if f in options.dropped]
     if lost:
         what = " and ".join(FEATURES[f] for f in lost)
@@ -230,6 +234,11 @@ class ConvertJob:
         return own if self.names.weights.keys() >= set(own.values()) else {}
 
 
+def places_of(given: Adapter, kept: Collection[str], names: BaseNames | None) -> Places:
+    """Where the modules that are written belong in a pipeline."""
+    return Places(names, str(given.config.get("base_model_name_or_path") or ""), kept)
+
+
 def write_factors(
     job: ConvertJob, jobs: int | None, progress: ProgressCallback | None
 ) -> list[ModuleResult]:
@@ -240,11 +249,14 @@ def write_factors(
 
     given, options, own = job.given, job.options, job.base_modules()
     writer = options.to.writer(job.out, job.names, compute)
-    results = []
+    writer.places = places_of(given, job.kept, job.names)
+    results, ranks, alphas = [], set[int](), set[float]()
     try:
         for factors, result in threads.run(
             job.tasks(), (given, options), None, jobs=jobs, progress=progress
         ):
+            ranks.add(factors.r)
+            alphas.add(factors.alpha)
             writer.add(dataclasses.replace(factors, module=own.get(factors.module, factors.module)))
             if result is not None:
                 results.append(result)
@@ -253,7 +265,7 @@ def write_factors(
         elif "saved" in options.to.keeps - options.dropped:
             for name in given.whole if job.saved is None else job.saved:
                 writer.add_saved(name, _saved(given, name))
-        writer.made = job.made
+        writer.made = updated(job.made, ranks, alphas)
         writer.finish()
     finally:
         writer.close()

@@ -79,10 +79,14 @@ def as_held(parameters: Iterable[str]) -> list[str]:
 
 def stores_transposed(spec: TensorSpec, config: Mapping[str, Any]) -> bool:
     """Whether the architecture stores this weight as (in, out)."""
-    last = split_tensor(spec.name)[0].rpartition(".")[2]
     if len(spec.shape) == 3:
         return config.get("model_type") in TRANSPOSED
-    return bool(_CONV1D.fullmatch(last)) and config.get("model_type") in _CONV1D_MODELS
+    return may_be_conv1d(spec.name) and config.get("model_type") in _CONV1D_MODELS
+
+
+def may_be_conv1d(tensor: str) -> bool:
+    """Whether the name is one that transformers gives to a Conv1D, and others to other layers."""
+    return bool(_CONV1D.fullmatch(split_tensor(tensor)[0].rpartition(".")[2]))
 
 
 def is_output_head(tensor: str) -> bool:

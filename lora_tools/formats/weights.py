@@ -82,12 +82,14 @@ class ModelSays:
         groups: names of one tensor each; the first is stored.
         heads: the weights of output heads.
         embedding: the weight of the input embedding, or "".
+        linears: linear layers → whether each is a Conv1D, which is stored transposed.
     """
 
     layouts: Mapping[str, tuple[str | None, int]] = dataclasses.field(default_factory=dict)
     groups: tuple[tuple[str, ...], ...] = ()
     heads: tuple[str, ...] = ()
     embedding: str = ""
+    linears: Mapping[str, bool] = dataclasses.field(default_factory=dict)
 
 
 Says = ModelSays | Callable[[], ModelSays | None] | None
@@ -158,6 +160,11 @@ class Weights(Mapping[str, Weight]):
         """The input embedding, or ""."""
         said = self.model.embedding if self.model is not None else ""
         return said or self._embedding_by_name
+
+    def is_conv1d(self, module: str) -> bool | None:
+        """Whether a linear layer is a Conv1D, stored transposed; None where the model's class does
+        not say."""
+        return self.model.linears.get(module) if self.model is not None else None
 
     @property
     def tied_pair(self) -> tuple[str, str]:

@@ -5,9 +5,9 @@ with its weight w, the merged tensor is
 
     W' = W + Σ_u w_u D_u + Σ_d w_d (f_d ∘ (W + D_d) − W),    f_d = m_d / ‖W + D_d‖,
 
-and Σ_l w_l (l ∘ W − W) of IA³'s vectors l, so effects add up and do not depend on their order. One
-adapter of weight 1 gives what PEFT's ``merge_and_unload`` gives. The sum is formed in float32
-(float64 for float64 tensors) and rounded once by the caller.
+and (∏_l (1 + w_l (l − 1)) − 1) ∘ W of IA³'s vectors l, so effects do not depend on their order. One
+adapter of weight 1, or several of IA³, give what PEFT's ``merge_and_unload`` gives. The sum is
+formed in float32 (float64 for float64 tensors) and rounded once by the caller.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ class RowsReplaced:
 
 @dataclasses.dataclass(frozen=True)
 class Multiplied:
-    """The tensor moves by ``weight`` of the way to ``factor`` ∘ W: IA³ (arXiv 2205.05638).
+    """The tensor moves by ``weight`` of the way to ``factor`` ∘ W: IA³ (arXiv 2205.05638). Of
+    several each multiplies what the others leave.
 
     ``factor``: (rows, 1) or (1, cols).
     """
@@ -224,11 +225,11 @@ class TensorMerge:
             yield self._slice(factor, start, stop), products
 
     def _kept(self, start: int, stop: int) -> torch.Tensor:
-        """What the base alone is multiplied by: 1 − Σ w_d + Σ w_l (l − 1)."""
-        total = torch.full((1, 1), self._keep, dtype=self.dtype)
+        """What the base alone is multiplied by: ∏ (1 + w_l (l − 1)) − Σ w_d."""
+        total = torch.ones((1, 1), dtype=self.dtype)
         for gain in self._gains:
-            total = total + self._slice(gain, start, stop)
-        return total
+            total = total * (1 + self._slice(gain, start, stop))
+        return total + (self._keep - 1)
 
     def _divisor(self, start: int, stop: int) -> torch.Tensor:
         """What the base was multiplied by in all: that, and Σ w_d f_d. 1 where that is 0."""

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from lora_tools.errors import MismatchError
 from lora_tools.formats.adapters.peft import Adapter, Multiplier
-from lora_tools.formats.weights import weight_of
 from lora_tools.linalg.layouts import LAYOUTS, Layout
+from lora_tools.merging.orientation import is_transposed
 from lora_tools.records import TensorSpec
 
 if TYPE_CHECKING:
@@ -26,10 +26,8 @@ def multiplier_layout(
     Raises:
         MismatchError: the vector does not fit it.
     """
-    weight = base.weights.of(spec)
-    if not base.config and adapter.fan_in_fan_out:  # then the adapter says how it is stored
-        weight = weight_of(spec, {"model_type": "gpt2"})
-    layout = LAYOUTS["conv1d" if weight.layout == "conv1d" else "linear"]
+    transposed = len(spec.shape) == 2 and is_transposed(spec, base, adapter)
+    layout = LAYOUTS["conv1d" if transposed else "linear"]
     length = math.prod(adapter.shape(source.key))
     is_bias = len(spec.shape) == 1
     dim = 0 if is_bias else _dimension(source, layout)

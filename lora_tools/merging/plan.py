@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import AdapterError, MismatchError, UnsupportedAdapter
 from lora_tools.formats import digest as hashing
+from lora_tools.formats.adapters.components import held, of_another
 from lora_tools.formats.adapters.peft import Adapter, LoraModule, Multiplier, TokenRows
 from lora_tools.formats.alignment import align
 from lora_tools.formats.checkpoint import Checkpoint
@@ -22,6 +23,7 @@ from lora_tools.merging.doubts import doubts
 from lora_tools.merging.experts import as_base_holds, fit_share
 from lora_tools.merging.fitted import FittedBase
 from lora_tools.merging.names_in_memory import by_own_names, replaced
+from lora_tools.merging.orientation import as_stored
 from lora_tools.merging.passed_by import part_passed_by
 from lora_tools.merging.targets import BaseOutline, Part, Target, blocks_of, key_of
 from lora_tools.merging.tied_weights import part_tied, ties_of
@@ -113,8 +115,8 @@ def plan_merge(
     if adapters and not parts:
         raise AdapterError(f"no key of {', '.join(w.path for w in adapters)} matches {base.path}")
     notes += doubts(base, adapters, parts)
-    _refuse_two_replacements(parts)
     parted = part_tied(parts, ties, base, notes)
+    _refuse_two_replacements(parts)
     untied = tuple(
         Target(
             dataclasses.replace(base.specs[source], name=name), source, tuple(parts.get(name, ()))
@@ -160,8 +162,10 @@ def _matched(
     """Names that are asked for and the base's names for them, and what ``align`` says."""
     known = [*base.specs, *(name for name in ties if name not in base.specs)]
     wanted = by_own_names(wanted, base, known)
-    mapping, sentence = align([name for name, _ in wanted], known)
-    return [(name, mapping[name], part) for name, part in wanted], sentence
+    components = held(base.path, base.config, base.specs)
+    aligned = [n for n, _ in wanted if n in base.specs or not of_another(n, components)]
+    mapping, sentence = align(aligned, known)
+    return [(name, mapping.get(name, name), part) for name, part in wanted], sentence
 
 
 def _wanted(weighted: Weighted) -> list[tuple[str, Part]]:
@@ -230,8 +234,7 @@ def _layout(
     module: LoraModule, spec: TensorSpec, base: Checkpoint | BaseOutline, adapter: Adapter
 ) -> Layout:
     """The layer kind under which the factors have the stored shape. Square weights fit both
-    orientations: then the architecture says how it stores such layers (of a bare file, the adapter
-    says)."""
+    orientations: then it is asked how they are stored."""
     a, b = adapter.shape(module.A), adapter.shape(module.B)
     kinds = (kind.fits(spec.shape, a, b) for kind in of_form(module.form, **module.parameters))
     found = [kind for kind in kinds if kind is not None]
@@ -241,22 +244,34 @@ def _layout(
             f"{module.module}: base is {spec.shape}, the factors are for {factors}; is this the "
             "base the adapter was trained on?"
         )
-    if len(found) > 1:
-        config = base.config or {"model_type": "gpt2" if adapter.fan_in_fan_out else ""}
-        if module.experts:
-            transposed = adapter.transposes_experts or stores_transposed(spec, config)
-        else:
-            transposed = stores_transposed(spec, config)
+    if module.experts and len(found) > 1:
+        transposed = adapter.transposes_experts or stores_transposed(spec, base.config)
         found = [kind for kind in found if kind.transposed == transposed]
+    elif module.form in ("matrix", "merged"):
+        found = [as_stored(found, spec, base, adapter)]
     return found[0]
 
 
-def _refuse_two_replacements(parts: dict[str, list[Part]]) -> None:
+def _refuse_two_replacements(parts: Mapping[str, Sequence[Part]]) -> None:
+    """Raises AdapterError where the last of several adapters would win."""
     for name, acting in parts.items():
-        saved = sorted({p.weighted.path for p in acting if p.kind == "saved"})
-        if len(saved) > 1:
-            paths = " and ".join(saved)
-            raise AdapterError(f"{name}: {paths} each replace it whole; merge one of them only")
+        replacing = [p for p in acting if p.kind in ("saved", "rows")]
+        for i, part in enumerate(replacing):
+            for other in replacing[:i]:
+                what = _both_replace(other, part)
+                if what and other.weighted.path != part.weighted.path:
+                    raise AdapterError(
+                        f"{name}: {other.weighted.path} and {part.weighted.path} each replace "
+                        f"{what}; merge one of them only"
+                    )
+
+
+def _both_replace(one: Part, other: Part) -> str:
+    """What of a tensor both put something else in the place of, or ""."""
+    if not (isinstance(one.source, TokenRows) and isinstance(other.source, TokenRows)):
+        return "it whole" if one.kind == other.kind else "rows of it, one of them all"
+    both = sorted({*one.source.indices} & {*other.source.indices})
+    return f"its row of token {both[0]}" if both else ""
 
 
 def build_effects(target: Target) -> list[Effect]:

@@ -55,4 +55,4 @@ def _pipeline(folder: Path, allow_pickle: bool) -> BaseNames:
             layouts.update(mine.layouts)
     if not weights:
         raise AdapterError(f"{folder}: a diffusers pipeline without a .safetensors file in it")
-    return BaseNames(folder, weights, {}, layouts=layouts)
+    return BaseNames(folder, weights, {}, layouts=layouts, pipeline=True)

@@ -8,8 +8,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from lora_tools.formats.names import is_input_embedding, is_language_model
-from lora_tools.formats.weights import ModelSays
+from lora_tools.formats.names import is_input_embedding, is_language_model, split_tensor
+from lora_tools.formats.weights import ModelSays, weight_of
 from lora_tools.records import TensorSpec
 from lora_tools.sources.transformers_names import Loaded, keeps_names, look
 
@@ -44,13 +44,20 @@ def _of_a_plain_one(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) 
     kind, classes = config.get("model_type"), config.get("architectures")
     if not (classes and keeps_names(config, specs)):
         return None
+    layers = (weight_of(spec, config) for spec in specs.values())
+    linears = {
+        weight.module: weight.layout == "conv1d"
+        for weight in layers
+        if weight.layout in ("linear", "conv1d")
+    }
     if not is_language_model(str(classes[0])):
-        return ModelSays()
+        return ModelSays(linears=linears)
     found = [name for name in specs if is_input_embedding(name)]
     tied = config.get("tie_word_embeddings", DECODERS.get(str(kind)))
     if kind not in DECODERS or len(found) != 1 or tied is None:
         return None
-    return ModelSays({}, ((found[0], _HEAD),) if tied else (), (_HEAD,), found[0])
+    linears[split_tensor(_HEAD)[0]] = False
+    return ModelSays({}, ((found[0], _HEAD),) if tied else (), (_HEAD,), found[0], linears)
 
 
 def in_memory(how: Loaded) -> ModelSays:
@@ -64,7 +71,7 @@ def in_memory(how: Loaded) -> ModelSays:
         for group, there in zip(facts.groups, parted, strict=True)
         if there
     )
-    return ModelSays({}, groups, facts.heads, facts.embedding)
+    return ModelSays({}, groups, facts.heads, facts.embedding, facts.linears)
 
 
 def _by_stored_names(how: Loaded) -> ModelSays:
@@ -81,4 +88,8 @@ def _by_stored_names(how: Loaded) -> ModelSays:
         groups=tuple(tuple(map(stored, group)) for group in groups),
         heads=tuple(map(stored, says.heads)),
         embedding=stored(says.embedding) if says.embedding else "",
+        linears={
+            split_tensor(stored(f"{module}.weight"))[0]: conv1d
+            for module, conv1d in says.linears.items()
+        },
     )

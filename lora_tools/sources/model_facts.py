@@ -122,4 +122,4 @@ def _weight(model: Any, getter: str, state: Mapping[str, torch.Tensor]) -> list[
 def live_says(model: Any, state: Mapping[str, torch.Tensor]) -> ModelSays:
     """What a live model with that state says: every name is stored."""
     facts = facts_of(model, state)
-    return ModelSays({}, facts.groups, facts.heads, facts.embedding)
+    return ModelSays({}, facts.groups, facts.heads, facts.embedding, facts.linears)

@@ -24,6 +24,7 @@ from lora_tools.formats.adapters.format import FEATURES, Format
 from lora_tools.formats.adapters.outline import parse_enable_lora
 from lora_tools.formats.adapters.peft import Adapter, LoraModule
 from lora_tools.formats.adapters.table import FORMATS
+from lora_tools.formats.adapters.training_metadata import is_carried
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.dtypes import parse_float_dtype
 from lora_tools.formats.output import Prepared
@@ -65,7 +66,7 @@ def convert(
         UnsupportedAdapter: the format cannot hold a part of the adapter.
         LoraToolsError: any other of the tree, with nothing written.
     """
-    target, rule = FORMATS[formats.to], rank_rule(ranks)
+    target, rule = FORMATS[formats.to].at(call.out), rank_rule(ranks)
     dtype = adapter_form.dtype
     written = parse_float_dtype(dtype) if dtype else target.dtype or None
     enabled, kinds = parse_enable_lora(formats.enable_lora), layer_kinds(formats.layout)
@@ -92,7 +93,7 @@ def convert(
     report = call.report(
         (Input("adapter", str(adapter)),),
         _fates(given, kept, options),
-        notes=tuple(conversion_notes(given, kept, options, found)),
+        notes=tuple(conversion_notes(given, kept, options, found, names)),
     )
 
     def write(out: Path) -> Report[ConvertTotals]:
@@ -173,7 +174,8 @@ def _convert(
     running: Running,
 ) -> Report[ConvertTotals]:
     digest = adapter_digest(given)
-    made = handed_on(given.file.metadata, report.command, digest)
+    said = {key: text for key, text in given.file.metadata.items() if is_carried(key)}
+    made = said | handed_on(said, report.command, digest)
     job = ConvertJob(given, kept, names, options, made, out)
     results = write_factors(job, running.jobs, running.progress)
     files = list(out.iterdir()) if out.is_dir() else [out]

@@ -14,6 +14,7 @@ from lora_tools.formats.adapters.base_names import BaseNames
 from lora_tools.formats.adapters.format import Format
 from lora_tools.formats.adapters.peft import Adapter
 from lora_tools.formats.adapters.table import FORMATS
+from lora_tools.formats.adapters.training_metadata import note_on_hashes
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.dtypes import parse_float_dtype
 from lora_tools.formats.output import Prepared
@@ -54,7 +55,7 @@ def rescale(
     names = base_names(base) if base is not None else None
     given = open_adapter(adapter, allow_pickle, base=names, as_stored=names is None)
     given.need_lora("rank or alpha to change")
-    form = FORMATS[given.format if target.patterns else "peft"]
+    form = FORMATS[given.format if target.patterns else "peft"].at(call.out)
     _refuse(given, form, strength, ranks)
     checkpoint = base if isinstance(base, Checkpoint) else None
     given, said = in_terms_of(given, str(adapter), checkpoint, target)
@@ -63,7 +64,11 @@ def rescale(
     report = call.report(
         (Input("adapter", str(adapter)),),
         _fates(given, options),
-        notes=(*said, *_notes(given, options, strength.scale, form)),
+        notes=(
+            *said,
+            *_notes(given, options, strength.scale, form),
+            *note_on_hashes(given.original.stored.metadata),
+        ),
     )
 
     def write(out: Path) -> Report[RescaleTotals]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_tools.errors import AdapterError
+from lora_tools.formats.adapters.components import held, in_pipeline, placed, published
 from lora_tools.formats.names import EMBEDDING, split_tensor
 from lora_tools.formats.weights import Weights
 from lora_tools.records import TensorSpec
@@ -29,37 +31,38 @@ def names_of(
 
 @dataclasses.dataclass(frozen=True)
 class Flattened:
-    """Module names with every dot made an underscore, and what each stands for."""
+    """Module names with every dot made an underscore, and the modules that each stands for.
+
+    Attributes:
+        whole: with and without the wrapper or component that a name begins with.
+        endings: of a model that is not cut into components.
+    """
 
     base: BaseNames
     whole: Mapping[str, tuple[str, ...]]
     endings: Mapping[str, tuple[str, ...]]
 
-    def resolve(self, flat: str, components: Iterable[str] = ()) -> str:
+    def resolve(self, flat: str, components: Sequence[str] = ()) -> str:
         """The module of that flattened name: the whole name, else one that ends in it.
 
         Args:
-            components: of a pipeline, those meant by the key; the first that has any decides.
+            components: those meant by the key, or none for any; the first that the base has is.
 
         Raises:
             AdapterError: none is, or several are: then they are listed.
         """
-        for component in (*components, ""):
-            prefix = component.replace(".", "_") + "_" if component else ""
-            found = self.whole.get(prefix + flat, ())
-            if not found:
-                found = tuple(
-                    m
-                    for m in self.endings.get(flat, ())
-                    if not component or m.startswith(component + ".")
-                )
-            if len(found) > 1:
-                raise AdapterError(
-                    f"{flat!r} can stand for {' or '.join(sorted(found)[:8])} of {self.base.path}; "
-                    "rename the key to PEFT's naming, with dots"
-                )
-            if found:
-                return found[0]
+        own = self.base.components
+        meant = next((each for each in components if each in own), "")
+        found = self.whole.get(flat, ()) or self.endings.get(flat, ())
+        if components and own:
+            found = tuple(m for m in found if meant in (self.base.place(m)[0] or own))
+        if len(found) > 1:
+            raise AdapterError(
+                f"{flat!r} can stand for {' or '.join(sorted(found)[:8])} of {self.base.path}; "
+                "rename the key to PEFT's naming, with dots"
+            )
+        if found:
+            return found[0]
         raise AdapterError(f"{flat!r} is no module of {self.base.path}; is this the right base?")
 
 
@@ -69,8 +72,10 @@ def flattened(base: BaseNames) -> Flattened:
     endings: dict[str, list[str]] = {}
     for module in base.weights:
         parts = module.split(".")
-        whole.setdefault("_".join(parts), []).append(module)
-        for start in range(1, len(parts)):
+        _, rest = base.place(module)
+        for name in dict.fromkeys((module, rest, published(rest))):
+            whole.setdefault(name.replace(".", "_"), []).append(module)
+        for start in range(1, 0 if base.is_cut else len(parts)):
             endings.setdefault("_".join(parts[start:]), []).append(module)
     return Flattened(
         base, {k: tuple(v) for k, v in whole.items()}, {k: tuple(v) for k, v in endings.items()}
@@ -82,7 +87,8 @@ class BaseNames:
     """What a reader needs to know of the model: module names, weight shapes, config.json.
 
     ``tied`` is the output head that is the input embedding, or "": it is among the modules, though
-    the checkpoint may not store it. ``layouts`` are the weights' kinds of layer.
+    the checkpoint may not store it. ``layouts`` are the weights' kinds of layer. The modules of a
+    ``pipeline`` of diffusers begin with their component.
     """
 
     path: Path
@@ -90,6 +96,24 @@ class BaseNames:
     config: Mapping[str, Any]
     tied: str = ""
     layouts: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+    pipeline: bool = False
+
+    @functools.cached_property
+    def components(self) -> tuple[str, ...]:
+        """The components of a diffusion pipeline that it may be, or has; () where nothing tells."""
+        if self.pipeline:
+            return tuple(dict.fromkeys(module.partition(".")[0] for module in self.weights))
+        return held(self.path, self.config, self.weights)
+
+    @functools.cached_property
+    def is_cut(self) -> bool:
+        """Whether it is made of components, each under a name or a wrapper of its own."""
+        return self.pipeline or any(placed(module)[0] for module in self.weights)
+
+    def place(self, module: str) -> tuple[tuple[str, ...], str]:
+        """The components that a module may be of, and its name in that; () where nothing but the
+        model itself may tell."""
+        return in_pipeline(module) if self.pipeline else placed(module)
 
     def is_embedding(self, module: str, in_out: tuple[int, int]) -> bool:
         """Whether factors for (in, out) on this module are those of an Embedding, stored (in, out):

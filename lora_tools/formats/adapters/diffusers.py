@@ -1,6 +1,9 @@
 """diffusers (0.42): ``pytorch_lora_weights.safetensors`` with PEFT's parts under
 ``unet.``, ``transformer.``, ``text_encoder.`` …
 
+Trainers such as ai-toolkit write the same parts, or kohya's, under ComfyUI's wrappers
+(``diffusion_model.``) or the bare names of the model; they are read here, too.
+
 Read: PEFT's ``lora_A.weight``, the older ``lora.down.weight``, ``lora_linear_layer.down.weight``
 and ``processor.to_q_lora.down.weight``; alpha from ``.alpha`` keys or from the file's
 ``lora_adapter_metadata``, and the rank where neither says. Written: PEFT's parts with the scale
@@ -10,28 +13,33 @@ folded into lora_B, so that readers of every age agree.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from lora_tools.errors import CheckpointError
+from lora_tools.formats.adapters.base_names import BaseNames
+from lora_tools.formats.adapters.components import (
+    DENOISERS,
+    KOHYA,
+    NAMES,
+    is_of_first_layout,
+    looks_like,
+    placed,
+    published,
+)
 from lora_tools.formats.adapters.format import Format
+from lora_tools.formats.adapters.kohya import magnitude
 from lora_tools.formats.adapters.outline import Context, Outline, group_parts, pair
+from lora_tools.formats.adapters.peft import PREFIX
 from lora_tools.formats.adapters.writer import Factors, Keyed
 from lora_tools.formats.patterns import ends_with
 from lora_tools.formats.safetensors_file import strict_json
 from lora_tools.formats.tensor_file import TensorFile
 
-COMPONENTS = (
-    "unet",
-    "transformer",
-    "transformer_2",
-    "prior",
-    "controlnet",
-    "text_encoder",
-    "text_encoder_2",
-    "text_encoder_3",
-)
+# ComfyUI's name for whatever model there is; diffusers reads it of those models that it has
+# converters for. A name that came so and was not looked up in a base stays.
+_GENERIC = "diffusion_model."
 METADATA = "lora_adapter_metadata"
 _PARTS = {
     "lora_A.weight": "A",
@@ -45,21 +53,26 @@ _PARTS = {
     "lora.up.weight": "B",
     "lora_linear_layer.down.weight": "A",
     "lora_linear_layer.up.weight": "B",
+    "lora_down.weight": "A",
+    "lora_up.weight": "B",
     "alpha": "alpha",
     "down.weight": "A",
     "up.weight": "B",
     "dora_scale": "magnitude",
 }
-_KEY = re.compile(
-    rf"(?P<module>({'|'.join(COMPONENTS)})\..+?)\."
-    rf"(?P<part>{'|'.join(re.escape(p) for p in sorted(_PARTS, key=len, reverse=True))})"
+_PART = "|".join(re.escape(part) for part in sorted(_PARTS, key=len, reverse=True))
+_KEY = re.compile(rf"(?P<module>({'|'.join(NAMES)})\..+?)\.(?P<part>{_PART})")
+# Without a component before them; what a model's own layers may be called is none of a part then.
+_BARE = re.compile(
+    rf"(?P<module>(?!{'|'.join(KOHYA)}|{re.escape(PREFIX)}).+?)"
+    rf"\.(?P<part>(?!(down|up)\.weight)({_PART}))"
 )
 _PROCESSOR = re.compile(r"\.processor\.(to_[qkv]|to_out)_lora$")
 
 
 def split(key: str) -> tuple[str, str] | None:
     """A key → its module, ``unet.`` and all, and which part it is."""
-    match = _KEY.fullmatch(key)
+    match = _KEY.fullmatch(key) or _BARE.fullmatch(key)
     if not match:
         return None
     module = _PROCESSOR.sub(lambda m: "." + m[1].replace("to_out", "to_out.0"), match["module"])
@@ -67,7 +80,7 @@ def split(key: str) -> tuple[str, str] | None:
 
 
 def knows(key: str) -> bool:
-    """Whether a key is a component's."""
+    """Whether a key is one of these."""
     return split(key) is not None
 
 
@@ -75,31 +88,68 @@ def read(path: Path, file: TensorFile, context: Context) -> Outline:
     """What the file holds, as PEFT would; in a pipeline module names keep their component."""
     outline = Outline(path, file, "diffusers")
     said = _metadata(outline)
-    for name, keys in group_parts(outline, set(_PARTS.values()), split).items():
+    modules = group_parts(outline, set(_PARTS.values()), split)
+    in_base = _in_base(modules, context.base)
+    for name, keys in modules.items():
         a, b = pair(outline, name, keys, "A", "B")
-        module = _in_base(name, context)
+        module = in_base[name]
         if "alpha" in keys:
             alpha: float | None = outline.scalar(keys["alpha"])
             rslora = False
         else:
             alpha, rslora = _configured(outline, said, name)
+            if alpha is None and not _is_of_diffusion(name):
+                alpha = context.need_alpha(outline)
         outline.add_lora(
             module,
             outline.same(a),
             outline.same(b),
             alpha,
             bias=keys.get("bias", ""),
-            magnitude=keys.get("magnitude", ""),
+            magnitude=_magnitude(outline, name, keys),
             rslora=rslora,
         )
     return outline
 
 
-def _in_base(name: str, context: Context) -> str:
-    """Without the component, where the base is that component by itself."""
-    bare = name.partition(".")[2]
-    own = context.base.weights if context.base is not None else {}
-    return bare if name not in own and bare in own else name
+def _magnitude(outline: Outline, module: str, keys: Mapping[str, str]) -> str:
+    """The key of DoRA's magnitudes, one for each output, or ""."""
+    found = {"dora_scale": keys["magnitude"]} if "magnitude" in keys else {}
+    return magnitude(outline, module, found)
+
+
+def _is_of_diffusion(name: str) -> bool:
+    """Whether a name is a diffusion model's: trainers of such leave out an alpha that is the rank.
+    (Files of PEFT's that lost their config do not say theirs.)"""
+    return name.partition(".")[0] in NAMES or bool(placed(name)[0] or looks_like(name))
+
+
+def _in_base(names: Collection[str], base: BaseNames | None) -> dict[str, str]:
+    """By the base's names: without the component, where the base is that component by itself, and
+    with its wrapper in a single file. What the base lacks stays."""
+    if base is None:
+        return {name: name for name in names}
+    own: dict[str, str] = {}
+    for module in base.weights:
+        components, rest = base.place(module)
+        for each in (rest, published(rest)):
+            own |= {f"{part}.{each}" if part else each: module for part in components or ("",)}
+    return {name: next(filter(None, map(own.get, _meant(name, base))), name) for name in names}
+
+
+def _meant(name: str, base: BaseNames) -> list[str]:
+    """What a key's name may be called in a base, likeliest first: as it is, in the component that
+    it is of, and without that where the base is nothing else."""
+    head, _, bare = name.partition(".")
+    components, rest = placed(name)
+    if not components and head in NAMES:
+        components, rest = (head,), bare
+    elif not components:
+        components = DENOISERS
+    own = base.components
+    alone = not own or bool({*own} & {*components})
+    there = [each for each in components if not own or each in own]
+    return [name, *(f"{each}.{rest}" for each in there), *([rest] if alone else [])]
 
 
 def _metadata(outline: Outline) -> dict[str, Any]:
@@ -145,8 +195,8 @@ class DiffusersWriter(Keyed):
     def keys(self, factors: Factors) -> dict[str, Any]:
         """The tensors of one module by key."""
         module = factors.module
-        if module.partition(".")[0] not in COMPONENTS:
-            module = f"{self._component()}.{module}"
+        if self.base is not None or not module.startswith(_GENERIC):
+            module = self._name(module)
         result = {
             f"{module}.lora_A.weight": factors.lora_A,
             f"{module}.lora_B.weight": factors.lora_B,
@@ -157,10 +207,23 @@ class DiffusersWriter(Keyed):
             result[f"{module}.lora_magnitude_vector"] = factors.magnitude
         return result
 
-    def _component(self) -> str:
-        """What a model by itself is in a pipeline, by the class in its config."""
-        name = str(self.base.config.get("_class_name", "")) if self.base is not None else ""
-        return "transformer" if "Transformer" in name else "unet"
+    def _name(self, module: str) -> str:
+        """The module with its component. Raises UnsupportedAdapter where it has no name."""
+        place = self.places.of(module)
+        if place.component not in NAMES:
+            raise place.refusal(f"diffusers takes no factors of a {place.component}")
+        if is_of_first_layout(place.rest):
+            raise place.refusal(
+                "diffusers has it under another name and would pass it by; of kohya's files (--to "
+                "kohya) it reads some with such names"
+            )
+        return f"{place.component}.{place.rest}"
+
+
+class FileWriter(DiffusersWriter):
+    """Writes the file alone, which it takes as well."""
+
+    file_name = ""
 
 
 FORMAT = Format(
@@ -170,6 +233,8 @@ FORMAT = Format(
     "folded",
     "diffusers 0.42",
     is_folder=True,
+    as_file=FileWriter,
+    by_component=True,
     reads_besides="its older key names",
     knows=knows,
     read=read,

@@ -41,9 +41,11 @@ class Format:
         library: whose format it is, and what reads it.
         own_forms: holds MergedLinears (``--layout``) and convolutions as ``linalg.loralib`` has it.
         keeps_names: its writer writes names that were never resolved as they are.
+        by_component: its keys say which part of a diffusion pipeline a module is of.
         tied_embedding: whether its reader takes factors of an embedding that is the output head,
             too.
         is_folder: whether it is a folder, else a file.
+        as_file: writes such a folder's file by itself, where that is read, too.
         file_name: of the file of tensors in such a folder, where it is always the same; suffix: how
             files of its own end.
         reads_besides: what it reads besides LoRA, for the documentation.
@@ -68,8 +70,10 @@ class Format:
     base: str = ""
     own_forms: bool = False
     keeps_names: bool = False
+    by_component: bool = False
     tied_embedding: bool = True
     is_folder: bool = False
+    as_file: Callable[[Path, BaseNames | None, Compute], Writer] | None = None
     file_name: str = ""
     suffix: str = ".safetensors"
     reads_besides: str = ""
@@ -79,6 +83,12 @@ class Format:
     holds_adapter: Callable[[Path], bool] | None = None
     open_file: Callable[[Path], Any] | None = None
     read: Callable[[Path, Any, Context], Outline] | None = None
+
+    def at(self, out: str) -> Format:
+        """The format as it is written to a path: a folder, or by its suffix the file alone."""
+        if self.as_file is None or not out.endswith(self.suffix):
+            return self
+        return dataclasses.replace(self, is_folder=False, file_name="", writer=self.as_file)
 
     def marks_most(self, keys: Collection[str]) -> bool:
         """Whether at least half of the keys of a file, and any, have one of ``marks``."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from lora_tools.errors import AdapterError, UnsupportedAdapter
 from lora_tools.formats.adapters.base_names import BaseNames, flattened
+from lora_tools.formats.adapters.components import KOHYA, is_open_clip
 from lora_tools.formats.adapters.format import READ, Format
 from lora_tools.formats.adapters.outline import (
     Compute,
@@ -23,21 +24,12 @@ from lora_tools.formats.adapters.outline import (
     pair,
     reshaped,
 )
+from lora_tools.formats.adapters.places import Place
 from lora_tools.formats.adapters.writer import Factors, Keyed
 from lora_tools.formats.tensor_file import TensorFile
 
-# Prefix of a key → components of a diffusers pipeline it may mean, likeliest first.
-COMPONENTS: dict[str, tuple[str, ...]] = {
-    "lora_unet_": ("unet", "transformer"),
-    "lora_te_": ("text_encoder",),
-    "lora_te1_": ("text_encoder",),
-    "lora_te2_": ("text_encoder_2",),
-    "lora_te3_": ("text_encoder_3",),
-    "lora_prior_unet_": ("prior",),
-    "lycoris_": (),
-}
 LORA_PARTS = ("lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha", "dora_scale")
-_KEY = re.compile(rf"(?P<prefix>{'|'.join(COMPONENTS)})(?P<flat>\w+)\.(?P<part>[\w.]+)")
+_KEY = re.compile(rf"(?P<prefix>{'|'.join(KOHYA)})(?P<flat>\w+)\.(?P<part>[\w.]+)")
 
 
 def split(key: str) -> tuple[str, str] | None:
@@ -60,9 +52,9 @@ def resolve_all(outline: Outline, names: Collection[str], context: Context) -> d
     index = flattened(base)
     result = {}
     for name in names:
-        prefix = next(p for p in COMPONENTS if name.startswith(p))
+        prefix = next(p for p in KOHYA if name.startswith(p))
         try:
-            result[name] = index.resolve(name.removeprefix(prefix), COMPONENTS[prefix])
+            result[name] = index.resolve(name.removeprefix(prefix), KOHYA[prefix])
         except AdapterError as error:
             raise outline.fail(f"{name}: {error}") from None
     return result
@@ -121,24 +113,36 @@ def magnitude(outline: Outline, module: str, keys: Mapping[str, str]) -> str:
     return key
 
 
-def flat_name(module: str, prefix: str = "") -> str:
-    """``unet.a.b`` → ``lora_unet_a_b``; a module of no component takes ``prefix``. A name that was
-    never resolved stays."""
-    if "." not in module and module.startswith(tuple(COMPONENTS)):
+def flat_name(module: str, place: Place | None) -> str:
+    """``a.b`` of a UNet → ``lora_unet_a_b``; of no place, so for LyCORIS: ``lycoris_a_b``. A name
+    that was never resolved stays.
+
+    Raises:
+        UnsupportedAdapter: nothing reads such a key.
+    """
+    if "." not in module and module.startswith(tuple(KOHYA)):
         return module
-    head, _, rest = module.partition(".")
-    known = {
-        component: p for p, components in reversed(COMPONENTS.items()) for component in components
-    }
-    if not prefix and head in known and rest:
-        return known[head] + rest.replace(".", "_")
-    return (prefix or "lora_unet_") + module.replace(".", "_")
+    if place is None:
+        return "lycoris_" + module.replace(".", "_")
+    fitting = [p for p, meant in KOHYA.items() if place.component in meant]
+    if not fitting:
+        raise place.refusal(
+            f"kohya's files have no prefix for a {place.component}, so that nothing would read it"
+        )
+    if is_open_clip(place.rest):
+        raise place.refusal(
+            "kohya's files have transformers' names of text encoders, and this is OpenCLIP's, so "
+            "that nothing would read it"
+        )
+    # Of two text encoders the first is te1, and of one alone it is te.
+    prefix = fitting[place.component == "text_encoder" and place.beside_others]
+    return prefix + place.rest.replace(".", "_")
 
 
 class KohyaWriter(Keyed):
     """Writes one file. Two text encoders are te1 and te2, one is te."""
 
-    prefix = ""
+    placing = True
 
     def __init__(self, out: Path, base: BaseNames | None, compute: Compute) -> None:
         super().__init__(out, base, compute)
@@ -148,7 +152,7 @@ class KohyaWriter(Keyed):
         """The tensors of one module by key."""
         import torch
 
-        name = flat_name(factors.module, self.prefix)
+        name = flat_name(factors.module, self.places.of(factors.module) if self.placing else None)
         if name in self._names:
             raise AdapterError(
                 f"{factors.module} and {self._names[name]} both become {name}, with underscores "
@@ -175,6 +179,7 @@ FORMAT = Format(
     "sd-scripts",
     base=READ,
     keeps_names=True,
+    by_component=True,
     knows=knows,
     read=read,
     writer=KohyaWriter,

@@ -221,7 +221,7 @@ def _add_exact(
 class LycorisWriter(KohyaWriter):
     """LoCon, under the names that ``create_lycoris_from_weights`` looks for."""
 
-    prefix = "lycoris_"
+    placing = False
 
 
 FORMAT = Format(

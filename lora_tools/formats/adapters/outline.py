@@ -21,7 +21,7 @@ from lora_tools.errors import (
 )
 from lora_tools.formats.adapters.base_names import BaseNames
 from lora_tools.formats.adapters.peft import PREFIX, Adapter
-from lora_tools.formats.digest import PROVENANCE
+from lora_tools.formats.adapters.training_metadata import is_carried
 from lora_tools.formats.safetensors_file import strict_json
 from lora_tools.formats.tensor_file import TensorFile
 from lora_tools.formats.tensors import as_bytes
@@ -104,7 +104,7 @@ class View:
 
     def __init__(self, file: TensorFile, made: Iterable[Made], compute: Compute) -> None:
         self.path, self.header = file.path, b""
-        self.metadata = {k: v for k, v in file.metadata.items() if k in PROVENANCE}
+        self.metadata = {k: v for k, v in file.metadata.items() if is_carried(k)}
         self._file, self._compute = file, compute
         self._made = {each.spec.name: each for each in made}
         self.specs = {name: each.spec for name, each in self._made.items()}

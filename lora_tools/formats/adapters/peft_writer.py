@@ -101,6 +101,11 @@ class PeftWriter:
         """Rank by module."""
         return dict(self._rank)
 
+    @property
+    def alphas(self) -> dict[str, float]:
+        """lora_alpha by module."""
+        return dict(self._alpha)
+
     def finish(
         self,
         base: Mapping[str, Any],

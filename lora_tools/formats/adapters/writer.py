@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_tools.formats.adapters.base_names import BaseNames
 from lora_tools.formats.adapters.outline import ALPHA_METADATA, Compute
+from lora_tools.formats.adapters.places import Places
 from lora_tools.formats.dtypes import dtype_name
 from lora_tools.formats.spool import SafetensorsSpool
 from lora_tools.formats.tensors import as_bytes
@@ -56,12 +57,14 @@ class Writer:
         compute: a recipe of ``linalg.recipes``, by name.
 
     Attributes:
+        places: where the modules belong, for formats whose keys say so.
         made: how the adapter was made, to be put where the format has room for such.
     """
 
     def __init__(self, out: Path, base: BaseNames | None, compute: Compute) -> None:
         self.out, self.base, self.compute = out, base, compute
         self.made: Mapping[str, str] = {}
+        self.places = Places(base)
 
     def add(self, factors: Factors) -> None:
         """Write one module's factors. Not for use from several threads."""

@@ -1,0 +1,140 @@
+"""The parts of a diffusion pipeline: what folders, single files and adapters call each of them.
+
+One table for reading and writing. A pipeline of diffusers has a folder for each part; a single file
+has all parts, each under a wrapper of its own; adapters have a prefix. sd-scripts 0.9, diffusers
+0.42, and ComfyUI's ``model_lora_keys_unet`` and ``model_lora_keys_clip``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_tools.formats.names import class_name
+
+DENOISERS = ("unet", "transformer", "transformer_2", "prior")
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+VAE = "vae"
+# What diffusers' adapters begin with.
+NAMES = (*DENOISERS, "controlnet", *ENCODERS)
+
+# Prefix of kohya's keys → components that it may mean, likeliest first. (T5 is the third encoder of
+# SD3 and the second of FLUX, and ``lora_te3_`` of both.) The first prefix of one is written.
+KOHYA: dict[str, tuple[str, ...]] = {
+    "lora_unet_": ("unet", "transformer", "transformer_2"),
+    "lora_transformer_": ("transformer",),
+    "lora_te_": ("text_encoder",),
+    "lora_te1_": ("text_encoder",),
+    "lora_te2_": ("text_encoder_2",),
+    "lora_te3_": ("text_encoder_3", "text_encoder_2"),
+    "lora_prior_unet_": ("prior",),
+    "lycoris_": (),
+}
+# Wrapper in a single file → components that may be in it. The longest that fits is meant.
+_WRAPPERS: dict[str, tuple[str, ...]] = {
+    "model.diffusion_model.": DENOISERS,
+    "diffusion_model.": DENOISERS,
+    "cond_stage_model.transformer.": ("text_encoder",),
+    "cond_stage_model.": ("text_encoder",),
+    "conditioner.embedders.0.transformer.": ("text_encoder",),
+    "conditioner.embedders.0.": ("text_encoder",),
+    "conditioner.embedders.1.": ("text_encoder_2",),
+    "text_encoders.clip_l.transformer.": ("text_encoder",),
+    "text_encoders.clip_l.": ("text_encoder",),
+    "text_encoders.clip_g.transformer.": ("text_encoder_2",),
+    "text_encoders.clip_g.": ("text_encoder_2",),
+    "text_encoders.t5xxl.transformer.": ("text_encoder_3", "text_encoder_2"),
+    "text_encoders.t5xxl.": ("text_encoder_3", "text_encoder_2"),
+    "first_stage_model.": (VAE,),
+}
+_EVERY_WRAPPER = tuple(_WRAPPERS)
+# Names of modules that only one kind of part has. Those of models before diffusers renamed them
+# are told apart: diffusers' own adapters have no such names.
+_UNET = re.compile(r"(down_blocks|up_blocks|mid_block)\..*")
+_FIRST_UNET = re.compile(r"(input_blocks|output_blocks|middle_block)\..*")
+_TRANSFORMER = re.compile(r"(single_)?transformer_blocks\..*|blocks\.\d+\.(attn\d|ffn\.net)\..*")
+_FIRST_TRANSFORMER = re.compile(
+    r"(double_blocks|single_blocks|joint_blocks)\..*|blocks\.\d+\.(self_attn|cross_attn|ffn\.\d).*"
+)
+_LOOKS = {
+    _UNET: ("unet",),
+    _FIRST_UNET: ("unet",),
+    _TRANSFORMER: ("transformer",),
+    _FIRST_TRANSFORMER: ("transformer",),
+    re.compile(r"text_model\.encoder\.layers\..*"): ENCODERS,
+}
+_TEXT_MODEL = re.compile(r"(encoder\.layers|embeddings|final_layer_norm)\..*")
+_OPEN_CLIP = re.compile(r"(model\.)?transformer\.resblocks\..*")
+# What the class that a config.json names holds, by the first word that is found in it.
+_CLASSES = {
+    "Transformer": ("transformer", "transformer_2"),
+    "UNet": ("unet",),
+    "Prior": ("prior",),
+    "ControlNet": ("controlnet",),
+    "Autoencoder": (VAE,),
+    "CLIPTextModel": ENCODERS,
+    "T5EncoderModel": ENCODERS,  # and UMT5's
+}
+
+
+def held(path: Path, config: Mapping[str, Any], names: Collection[str]) -> tuple[str, ...]:
+    """The components that a model may be, or that a single file has, by the names of its modules or
+    tensors; () where nothing tells.
+
+    A folder of a pipeline is called as its component is, and of some there are two of one class.
+    """
+    if path.name in (*NAMES, VAE):
+        return (path.name,)
+    wrapped = [found for found, _ in map(placed, names) if found]
+    if wrapped:
+        return tuple(dict.fromkeys(name for found in wrapped for name in found))
+    called = str(config.get("_class_name") or class_name(config))
+    if called:
+        return next((meant for word, meant in _CLASSES.items() if word in called), ())
+    return (VAE,) if any(name.startswith("post_quant_conv") for name in names) else ()
+
+
+def placed(module: str) -> tuple[tuple[str, ...], str]:
+    """A module of a single file → the components that it may be of, and its name in that; () of one
+    under no wrapper."""
+    if not module.startswith(_EVERY_WRAPPER):
+        return (), module
+    fitting = [wrapper for wrapper in _WRAPPERS if module.startswith(wrapper)]
+    wrapper = max(fitting, key=len)
+    return _WRAPPERS[wrapper], module.removeprefix(wrapper)
+
+
+def in_pipeline(module: str) -> tuple[tuple[str, ...], str]:
+    """The same of a module of a pipeline, whose name begins with its component."""
+    head, _, rest = module.partition(".")
+    return (head,), rest
+
+
+def of_another(name: str, components: Collection[str]) -> bool:
+    """Whether a name begins with a component that is none of those, where any are known."""
+    head = name.partition(".")[0]
+    return bool(components) and head in NAMES and head not in components
+
+
+def looks_like(module: str) -> tuple[str, ...]:
+    """The components that have a module of that name, where it is one that no others have."""
+    return next((found for look, found in _LOOKS.items() if look.fullmatch(module)), ())
+
+
+def published(module: str) -> str:
+    """The name that adapters have of a module of a text encoder: transformers 5 has CLIP's text
+    model without the part ``text_model.`` that it had before."""
+    return f"text_model.{module}" if _TEXT_MODEL.fullmatch(module) else module
+
+
+def is_of_first_layout(module: str) -> bool:
+    """Whether diffusers has that module under another name."""
+    firsts = (_FIRST_UNET, _FIRST_TRANSFORMER, _OPEN_CLIP)
+    return any(first.fullmatch(module) for first in firsts)
+
+
+def is_open_clip(module: str) -> bool:
+    """Whether it is one of OpenCLIP's text encoder, of which adapters have transformers' names."""
+    return bool(_OPEN_CLIP.fullmatch(module))

@@ -1,0 +1,90 @@
+"""Where in a diffusion pipeline the modules of an adapter belong, for formats whose keys say so."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+from pathlib import Path
+
+from lora_tools.errors import UnsupportedAdapter
+from lora_tools.formats.adapters.base_names import BaseNames
+from lora_tools.formats.adapters.components import ENCODERS, NAMES, looks_like, placed, published
+
+_BY_BASE = "give the pipeline that it was trained on, or its folder of that part, with --base"
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A module's place.
+
+    Attributes:
+        component: the part of a pipeline; rest: its name in that.
+        beside_others: of a text encoder, that the pipeline has several.
+        guessed: nothing tells the component.
+    """
+
+    module: str
+    component: str
+    rest: str
+    beside_others: bool = False
+    guessed: bool = False
+
+    def refusal(self, why: str) -> UnsupportedAdapter:
+        """The error for a module that a format has no name for."""
+        return UnsupportedAdapter(f"{self.module}: {why}")
+
+
+class Places:
+    """The places of an adapter's modules.
+
+    Args:
+        base: the names of the model, where it is at hand.
+        trained_on: what the adapter says it was trained on, a path or hub id.
+        modules: all that are written.
+    """
+
+    def __init__(
+        self, base: BaseNames | None, trained_on: str = "", modules: Collection[str] = ()
+    ) -> None:
+        self._base, self._trained_on = base, Path(trained_on)
+        heads = {module.partition(".")[0] for module in modules}
+        there = heads if base is None else {*base.components}
+        self._beside_others = len(there & {*ENCODERS}) > 1 or self._has_siblings()
+
+    def _has_siblings(self) -> bool:
+        path = self._base.path if self._base is not None else self._trained_on
+        beside = [path.parent / name for name in ENCODERS if name != path.name]
+        return path.name in ENCODERS and any(map(Path.is_dir, beside))
+
+    def of(self, module: str) -> Place:
+        """By its wrapper or its component's name, by what the base is, or by its own name."""
+        found, rest = placed(module) if self._base is None else self._base.place(module)
+        head, _, inner = module.partition(".")
+        if not found and self._base is None and head in NAMES and inner:
+            found, rest = (head,), inner
+        elif not found:
+            found = self._of_all()
+        likely = [each for each in looks_like(rest) if not found or each in found]
+        # What is of a UNet is known by its name.
+        component = (likely or [each for each in found if each != "unet"] or [*found, "unet"])[0]
+        if component in ENCODERS:
+            rest = published(rest)
+        guessed = len(likely) != 1 and (component in ENCODERS if len(found) > 1 else not found)
+        return Place(module, component, rest, self._beside_others, guessed)
+
+    def _of_all(self) -> tuple[str, ...]:
+        """Of a model by itself, all that it may be."""
+        if self._base is not None and self._base.components:
+            return self._base.components
+        return (self._trained_on.name,) if self._trained_on.name in NAMES else ()
+
+    def notes(self, modules: Collection[str]) -> list[str]:
+        """What to say where nothing tells the component."""
+        guessed = [place for place in map(self.of, sorted(modules)) if place.guessed]
+        if not guessed:
+            return []
+        return [
+            f"nothing tells which part of a pipeline {len(guessed)} of {len(modules)} modules are "
+            f"of, such as {guessed[0].module}: it is written as one of the {guessed[0].component}; "
+            f"if it is not, {_BY_BASE}"
+        ]

@@ -1,0 +1,124 @@
+"""Files as trainers of diffusion models write them (ai-toolkit, OneTrainer, DiffSynth, musubi):
+whatever prefix and parts, the same change of the same weights."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import lora_tools
+from lora_tools.errors import AdapterError, UnsupportedAdapter
+from lora_tools.sources.adapters import open_adapter
+
+MODULES = ("transformer_blocks.0.attn.to_q", "transformer_blocks.1.ff.net.2")
+PREFIXES = ("diffusion_model.", "model.diffusion_model.", "transformer.", "unet.", "")
+PARTS = (
+    ("lora_A.weight", "lora_B.weight"),
+    ("lora_A.default.weight", "lora_B.default.weight"),
+    ("lora_down.weight", "lora_up.weight"),
+    ("lora.down.weight", "lora.up.weight"),
+)
+BASES = ("", "model.diffusion_model.", "diffusion_model.")
+CASES = [
+    case
+    for case in itertools.product(PREFIXES, PARTS, (None, 1.0))
+    if case[0] or not case[1][0].startswith("lora.down")
+]
+
+
+def factors(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    noise = torch.Generator().manual_seed(seed)
+    return torch.randn(2, 8, generator=noise), torch.randn(6, 2, generator=noise)
+
+
+def file(path: Path, prefix: str, parts: tuple[str, str], alpha: float | None) -> Path:
+    tensors = {}
+    for i, module in enumerate(MODULES):
+        for part, factor in zip(parts, factors(i), strict=True):
+            tensors[f"{prefix}{module}.{part}"] = factor
+        if alpha is not None:
+            tensors[f"{prefix}{module}.alpha"] = torch.tensor(alpha)
+    save_file(tensors, path)
+    return path
+
+
+def a_base(path: Path, wrapper: str) -> Path:
+    model = {f"{wrapper}{module}.weight": torch.zeros(6, 8) for module in MODULES}
+    if wrapper:  # beside the other parts of a pipeline
+        model["first_stage_model.transformer_blocks.0.attn.to_q.weight"] = torch.zeros(6, 8)
+    save_file(model, path)
+    return path
+
+
+@pytest.mark.sweep(4)
+@pytest.mark.parametrize(("prefix", "parts", "alpha"), CASES)
+@pytest.mark.parametrize("wrapper", BASES)
+def test_merged(
+    prefix: str, parts: tuple[str, str], alpha: float | None, wrapper: str, tmp_path: Path
+) -> None:
+    given = file(tmp_path / "l.safetensors", prefix, parts, alpha)
+    base = a_base(tmp_path / "base.safetensors", wrapper)
+    lora_tools.merge(base, [given], tmp_path / "m.safetensors")
+    found = load_file(tmp_path / "m.safetensors")
+    for i, module in enumerate(MODULES):
+        A, B = factors(i)
+        wanted = B @ A * (1.0 if alpha is None else alpha / 2)
+        torch.testing.assert_close(found.pop(f"{wrapper}{module}.weight"), wanted)
+    assert not any(rest.any() for rest in found.values())
+
+
+def test_rescale_keeps_the_names(tmp_path: Path) -> None:
+    given = file(tmp_path / "l.safetensors", "diffusion_model.", PARTS[0], None)
+    lora_tools.rescale(given, tmp_path / "o.safetensors", scale=2.0)
+    before, after = load_file(given), load_file(tmp_path / "o.safetensors")
+    assert after.keys() == before.keys()
+    base = a_base(tmp_path / "base.safetensors", "")
+    lora_tools.merge(base, [tmp_path / "o.safetensors"], tmp_path / "m.safetensors")
+    A, B = factors(0)
+    merged = load_file(tmp_path / "m.safetensors")[f"{MODULES[0]}.weight"]
+    torch.testing.assert_close(merged, 2 * B @ A)
+
+
+def test_an_alpha_that_nobody_says_is_asked_for(tmp_path: Path) -> None:
+    """Bare names of a language model may be PEFT's, without the config that has the alpha."""
+    A, B = factors(0)
+    name = "model.layers.0.self_attn.q_proj"
+    save_file({f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}, tmp_path / "l.safetensors")
+    save_file({f"{name}.weight": torch.zeros(6, 8)}, tmp_path / "base.safetensors")
+    with pytest.raises(AdapterError, match="does not keep lora_alpha"):
+        lora_tools.merge(
+            tmp_path / "base.safetensors", [tmp_path / "l.safetensors"], tmp_path / "m.safetensors"
+        )
+    given = open_adapter(tmp_path / "l.safetensors", alpha=4.0)
+    assert [m.alpha for m in given.modules.values()] == [4.0]
+
+
+def test_magnitudes_over_the_inputs_are_refused(tmp_path: Path) -> None:
+    name = "diffusion_model." + MODULES[0]
+    tensors = {
+        f"{name}.lora_down.weight": torch.ones(2, 6),
+        f"{name}.lora_up.weight": torch.ones(6, 2),
+        f"{name}.dora_scale": torch.ones(1, 6),
+    }
+    save_file(tensors, tmp_path / "l.safetensors")
+    with pytest.raises(UnsupportedAdapter, match="one magnitude for each input"):
+        open_adapter(tmp_path / "l.safetensors")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "double_blocks.0.processor.qkv_lora1.down.weight",  # XLabs'
+        "diffusion_model.blocks.0.q.lora_C.weight",
+        "blocks.0.mlp.down.weight",  # a layer of a model
+    ],
+)
+def test_other_keys_are_refused(key: str, tmp_path: Path) -> None:
+    given = file(tmp_path / "l.safetensors", "diffusion_model.", PARTS[0], None)
+    save_file({**load_file(given), key: torch.ones(2, 2)}, given)
+    with pytest.raises(AdapterError, match=f"key '{key}' is none"):
+        open_adapter(given)
