@@ -152,6 +152,7 @@ class QuantizeTotals(FourBitTotals, total=False):
     compensated_error: float
     output_error: float
     output_error_unfed: float
+    compensated_output_error: float
     tensors_fed: int
     expected_bytes_at_most: int
 

@@ -248,8 +248,10 @@ class NumberFormat:
     )
     compensate: int | None = option(
         None,
-        "Put an adapter of this rank into OUT/loftq_init that makes up for part of the error "
-        "(LoftQ). Adapters given are then stacked in it as they are, not merged.",
+        "Put an adapter of this rank into OUT/loftq_init that makes up for part of the error: with "
+        "--activations of the outputs' (QERA), which lowers the model's loss; without, of the "
+        "weights' (LoftQ), a start for training that hardly does. Adapters given are then stacked "
+        "in it as they are, not merged.",
         FOUR_BITS,
         metavar="RANK",
     )

@@ -116,8 +116,6 @@ def prepare_quantize(
 def _activations(numbers: NumberFormat) -> Activations | None:
     if numbers.activations is None:
         return None
-    if numbers.compensate is not None:
-        raise UsageError("--activations and --compensate exclude each other for now")
     return Activations(Path(numbers.activations))
 
 
