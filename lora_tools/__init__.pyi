@@ -22,6 +22,7 @@ from lora_tools.options import Audience as Audience
 from lora_tools.options import Check as Check
 from lora_tools.options import Combining as Combining
 from lora_tools.options import Comparison as Comparison
+from lora_tools.options import Evaluation as Evaluation
 from lora_tools.options import Formats as Formats
 from lora_tools.options import Graphs as Graphs
 from lora_tools.options import Matching as Matching
@@ -257,6 +258,8 @@ def quantize(
     activations: str | Path | None = None,
     compensate: int | None = None,
     compensate_iterations: int | None = None,
+    eval_text: str | Path | None = None,
+    max_loss_increase: float | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     lm_head: bool = False,
@@ -274,6 +277,7 @@ def quantize(
     matching: Matching | None = None,
     tensors: Tensors | None = None,
     number_format: NumberFormat | None = None,
+    evaluation: Evaluation | None = None,
     storage: Storage | None = None,
     writing: Writing | None = None,
     running: Running | None = None,

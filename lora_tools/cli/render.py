@@ -258,7 +258,8 @@ def _lost(t: dict[str, Any]) -> Iterator[str]:
         line = f"perplexity {t['perplexity']:.4g}"
         if "kl_divergence" in t:
             line += f" (torch, unquantized: {t['perplexity_unquantized']:.4g}; "
-            line += f"KL divergence {t['kl_divergence']:.3g} nats a token)"
+            line += f"loss {t['loss_increase']:+.3g} and KL divergence {t['kl_divergence']:.3g} "
+            line += "nats a token)"
         yield f"{line} on {t['eval_tokens']:,} tokens"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,7 @@ from lora_tools.formats.tensors import as_bytes
 from lora_tools.linalg.layouts import LAYOUTS
 from lora_tools.options import Running, Sampling, Search
 from lora_tools.options.parse import read_text
+from lora_tools.provenance import text_digest
 from lora_tools.records import Action, Fate, Input, Progress, Report, TensorSpec
 from lora_tools.sources.checkpoints import from_file, open_checkpoint
 from lora_tools.totals import CollectStatsTotals
@@ -97,7 +97,7 @@ def _collect(
 ) -> Report[CollectStatsTotals]:
     rows, found = _moments(checkpoint, content, sampling, device, running)
     specs = [TensorSpec(name, "F32", tuple(found[name].shape)) for name in sorted(found)]
-    digests = (checkpoint.digest({}), "sha256:" + hashlib.sha256(content.encode()).hexdigest())
+    digests = (checkpoint.digest({}), text_digest(content))
     metadata = {
         "loratools": report.version,
         "command": report.command,

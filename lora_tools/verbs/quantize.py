@@ -8,9 +8,11 @@ from pathlib import Path
 from lora_tools.errors import QualityGateError
 from lora_tools.figures import exceeded
 from lora_tools.formats.output import Prepared
-from lora_tools.options import Adding, Matching, NumberFormat, Storage, Tensors
+from lora_tools.options import Adding, Evaluation, Matching, NumberFormat, Storage, Tensors
+from lora_tools.quantizing.evaluate import plan_evaluation
 from lora_tools.quantizing.prepare import prepare_quantize
 from lora_tools.records import Report, TensorResult
+from lora_tools.sources.checkpoints import open_checkpoint
 from lora_tools.totals import QuantizeTotals
 from lora_tools.verbs.frame import Call, verb
 
@@ -23,6 +25,7 @@ def quantize(
     matching: Matching,
     tensors: Tensors,
     number_format: NumberFormat,
+    evaluation: Evaluation,
     storage: Storage,
 ) -> Prepared:
     """Write to ``out`` the checkpoint with its linear layers in another number format.
@@ -48,11 +51,15 @@ def quantize(
         call.running,
         call.command,
     )
+    source = open_checkpoint(checkpoint, call.running.allow_pickle)
+    examiner = plan_evaluation(checkpoint, source, adding.adapters, evaluation, call.running)
 
     def write(out: Path) -> Report[QuantizeTotals]:
-        return _gated(prepared.write(out), call.writing.max_error)
+        report = _gated(prepared.write(out), call.writing.max_error)
+        return report if examiner is None else examiner.evaluate(report, out)
 
-    return dataclasses.replace(prepared, write=write)
+    nbytes = prepared.nbytes + (examiner.space if examiner is not None else 0)
+    return dataclasses.replace(prepared, write=write, nbytes=nbytes)
 
 
 def _gated(report: Report[QuantizeTotals], max_error: float | None) -> Report[QuantizeTotals]:
