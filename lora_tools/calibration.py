@@ -90,6 +90,13 @@ def sequences(folder: Path, text: str, length: int) -> torch.Tensor:
     return torch.tensor(tokens[: len(tokens) // length * length]).view(-1, length)
 
 
+def window(config: Mapping[str, Any]) -> int:
+    """Tokens that a model is run on at a time: 512, or as many as its config.json says it has
+    positions for."""
+    most = config.get("max_position_embeddings") or config.get("n_positions") or _WINDOW
+    return min(_WINDOW, int(most))
+
+
 def windows(
     folder: Path, text: str, config: Mapping[str, Any], trusted: bool | None = None
 ) -> torch.Tensor:
@@ -107,8 +114,7 @@ def windows(
     import torch
 
     tokens = tokens_of(folder, text, trusted)
-    most = config.get("max_position_embeddings") or config.get("n_positions") or _WINDOW
-    length = min(_WINDOW, int(most), len(tokens))
+    length = min(window(config), len(tokens))
     if length < 2:
         raise UsageError(f"--eval-text: {len(tokens)} tokens, and at least 2 are needed")
     return torch.tensor(tokens[: len(tokens) // length * length]).view(-1, length)

@@ -75,6 +75,28 @@ class NumberFormat:
         recorded=False,
         path="input",
     )
+    calibrate: str | Path | None = option(
+        None,
+        "Collect such statistics on this text first, in the same run, as --activations takes them. "
+        "Takes memory for the whole model in float32 and its statistics.",
+        FOUR_BITS,
+        metavar="TEXT",
+        recorded=False,
+        path="input",
+    )
+    calibration_tokens: int | None = option(
+        None,
+        "Tokens of the text to run the model over, in sequences of 512.",
+        FOUR_BITS,
+        metavar="N",
+        unset="five times as many as the widest layer has inputs, and 8,192 at least",
+    )
+    calibration_seed: int | None = option(
+        None,
+        "Of the choice of sequences, where the text has more of them (default 0).",
+        FOUR_BITS,
+        metavar="N",
+    )
     compensate: int | None = option(
         None,
         "Put an adapter of this rank into OUT/loftq_init that makes up for part of the error: with "
