@@ -41,6 +41,18 @@ ROWS: dict[str, dict[str, Any]] = {
     "NF4, searched scales": {"scale_search": True},
     "NF4, error-fed": {"activations": True},
     "NF4, searched scales, error-fed": {"scale_search": True, "activations": True},
+    "NF4, adapter": {"compensate": 16},
+    "NF4, error-fed, adapter": {"compensate": 16, "activations": True},
+    "NF4, searched scales, error-fed, adapter": {
+        "scale_search": True,
+        "compensate": 16,
+        "activations": True,
+    },
+    "NF4, error-fed, adapter of 3 turns": {
+        "compensate": 16,
+        "compensate_iterations": 3,
+        "activations": True,
+    },
     "FP4": {"scheme": "fp4"},
     "FP4, error-fed": {"scheme": "fp4", "activations": True},
 }
@@ -67,6 +79,15 @@ def losses_of(folder: Path, rows: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode():
         found = [float(model(row[None], labels=row[None]).loss) for row in rows]
     return torch.tensor(found, dtype=torch.float64)
+
+
+def plainly(four: Path, out: Path) -> None:
+    """The numbers that a loader works with; an adapter for their error is added in float32."""
+    adapter = four / "loftq_init"
+    if adapter.exists():
+        lora_tools.merge(four, [adapter], out, dtype="float32", force=True)
+    else:
+        lora_tools.dequantize(four, out, force=True)
 
 
 def added(losses: torch.Tensor, plain: torch.Tensor) -> str:
@@ -114,7 +135,7 @@ def main() -> None:
             started = time.process_time()
             report = lora_tools.quantize(args.model, work / "four", jobs=1, force=True, **options)
             seconds = time.process_time() - started
-            lora_tools.dequantize(work / "four", work / "plain", force=True)
+            plainly(work / "four", work / "plain")
             losses = losses_of(work / "plain", sequences)
             each = zip(losses.split([len(r) for r in rows]), parts, strict=True)
             cells = [added(a, b) for a, b in each]

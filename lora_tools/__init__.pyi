@@ -23,6 +23,7 @@ from lora_tools.options import Audience as Audience
 from lora_tools.options import Check as Check
 from lora_tools.options import Combining as Combining
 from lora_tools.options import Comparison as Comparison
+from lora_tools.options import Evaluation as Evaluation
 from lora_tools.options import Formats as Formats
 from lora_tools.options import Graphs as Graphs
 from lora_tools.options import Matching as Matching
@@ -256,8 +257,13 @@ def quantize(
     quant_storage: Literal['uint8', 'float16', 'bfloat16', 'float32'] = 'uint8',
     scale_search: bool = False,
     activations: str | Path | None = None,
+    calibrate: str | Path | None = None,
+    calibration_tokens: int | None = None,
+    calibration_seed: int | None = None,
     compensate: int | None = None,
     compensate_iterations: int | None = None,
+    eval_text: str | Path | None = None,
+    max_loss_increase: float | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     lm_head: bool = False,
@@ -275,6 +281,7 @@ def quantize(
     matching: Matching | None = None,
     tensors: Tensors | None = None,
     number_format: NumberFormat | None = None,
+    evaluation: Evaluation | None = None,
     storage: Storage | None = None,
     writing: Writing | None = None,
     running: Running | None = None,

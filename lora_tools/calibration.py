@@ -1,24 +1,30 @@
-"""Runs a transformers model over text to see what its layers are given: the only room, besides the
-ONNX export, that builds a model."""
+"""Runs a transformers model over text to see what its layers are given, or what it makes of the
+text: the only room, besides the ONNX export, that builds a model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_tools.errors import CheckpointError, LoraToolsError, NonFiniteError, UsageError
 from lora_tools.pretrained import config_of, model_of, quietly, tokenizer_of
+from lora_tools.totals import TextTotals
 
 if TYPE_CHECKING:
     import torch
 
+_WINDOW = 512  # tokens of a text at a time
+_POSITIONS = 64  # of them at a time, in float64
 
-def check_library() -> None:
+
+def check_library(what: str = "collect-stats") -> None:
     """Raises UsageError, saying what to install, where transformers is not there."""
     if find_spec("transformers") is None:
-        raise UsageError("collect-stats needs transformers: pip install 'loratools[stats]'")
+        raise UsageError(f"{what} needs transformers: pip install 'loratools[stats]'")
 
 
 def tokens_of(folder: Path, text: str, trusted: bool | None = None) -> list[int]:
@@ -82,6 +88,112 @@ def sequences(folder: Path, text: str, length: int) -> torch.Tensor:
             "or a smaller --length"
         )
     return torch.tensor(tokens[: len(tokens) // length * length]).view(-1, length)
+
+
+def window(config: Mapping[str, Any]) -> int:
+    """Tokens that a model is run on at a time: 512, or as many as its config.json says it has
+    positions for."""
+    most = config.get("max_position_embeddings") or config.get("n_positions") or _WINDOW
+    return min(_WINDOW, int(most))
+
+
+def windows(
+    folder: Path, text: str, config: Mapping[str, Any], trusted: bool | None = None
+) -> torch.Tensor:
+    """The text of --eval-text in rows of 512 tokens, or of as many as the model or the text has;
+    what is left over is dropped.
+
+    Args:
+        config: the model's config.json.
+        trusted: see ``pretrained.config_of``.
+
+    Raises:
+        CheckpointError: there is no tokenizer that transformers can load.
+        UsageError: the text has less than two tokens.
+    """
+    import torch
+
+    tokens = tokens_of(folder, text, trusted)
+    length = min(window(config), len(tokens))
+    if length < 2:
+        raise UsageError(f"--eval-text: {len(tokens)} tokens, and at least 2 are needed")
+    return torch.tensor(tokens[: len(tokens) // length * length]).view(-1, length)
+
+
+@dataclasses.dataclass
+class TextLoss:
+    """Sums over the predicted tokens of a text: negative log-likelihoods in nats, and divergence.
+
+    Attributes:
+        quantized: Σ −log q(token).
+        plain: Σ −log p(token), with the weights as they were before.
+        divergence: Σ KL(p‖q).
+        compared: whether the latter two are known.
+    """
+
+    tokens: int = 0
+    quantized: float = 0.0
+    plain: float = 0.0
+    divergence: float = 0.0
+    compared: bool = False
+
+    def add(self, row: torch.Tensor, mine: torch.Tensor, theirs: torch.Tensor | None) -> None:
+        """One sequence (n,) of tokens and the logits (n, vocabulary) of both for it."""
+        self.compared = theirs is not None
+        for start in range(0, len(row) - 1, _POSITIONS):
+            stop = min(start + _POSITIONS, len(row) - 1)
+            following = row[start + 1 : stop + 1, None]
+            q = mine[start:stop].double().log_softmax(1)
+            self.tokens += stop - start
+            self.quantized -= float(q.gather(1, following).sum())
+            if theirs is not None:
+                p = theirs[start:stop].double().log_softmax(1)
+                self.plain -= float(p.gather(1, following).sum())
+                self.divergence += float((p.exp() * (p - q)).sum())
+
+    def totals(self) -> TextTotals:
+        """As a report has them. Raises NonFiniteError for logits that are not finite."""
+        if not math.isfinite(self.quantized + self.plain + self.divergence):
+            raise NonFiniteError("the logits on the text of --eval-text hold an inf or a NaN")
+        found: TextTotals = {
+            "eval_tokens": self.tokens,
+            "perplexity": math.exp(self.quantized / self.tokens),
+        }
+        if self.compared:
+            found["perplexity_unquantized"] = math.exp(self.plain / self.tokens)
+            found["loss_increase"] = (self.quantized - self.plain) / self.tokens
+            found["kl_divergence"] = self.divergence / self.tokens
+        return found
+
+
+def text_loss(
+    plain: Path,
+    quantized: Path,
+    rows: torch.Tensor,
+    allow_pickle: bool,
+    done: Callable[[int], None],
+) -> TextTotals:
+    """What a decoder with other weights loses on a text, in float32; both are in memory.
+
+    Args:
+        plain, quantized: folders of checkpoints in plain numbers.
+        rows: (n, length) of tokens.
+        done: hears how many rows have been run.
+
+    Raises:
+        CheckpointError: transformers cannot load one of them.
+        NonFiniteError: an inf or a NaN among the logits.
+    """
+    import torch
+
+    before, after = _load(plain, allow_pickle), _load(quantized, allow_pickle)
+    loss = TextLoss()
+    with torch.no_grad():
+        for i, row in enumerate(rows):
+            p, q = (model(input_ids=row[None]).logits[0] for model in (before, after))
+            loss.add(row, q, p)
+            done(i + 1)
+    return loss.totals()
 
 
 def moments(

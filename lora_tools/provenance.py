@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from lora_tools.errors import MismatchError
+
+
+def text_digest(text: str) -> str:
+    """Of a text that is an input, as reports have it."""
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
 def tool_version() -> str:

@@ -211,6 +211,7 @@ class TensorResult:
         output_error: √(tr(E R Eᵀ) / tr(W R Wᵀ)) with E = Ŵ − W and R the second moment of the
             layer's inputs: the relative error of its outputs, where statistics were given.
         output_error_unfed: the same if each number had been rounded by itself.
+        compensated_output_error: the same with the adapter for the error, where one lies by.
         output_norm: √tr(W R Wᵀ).
     """
 
@@ -222,6 +223,7 @@ class TensorResult:
     compensated_error: float | None = None
     output_error: float | None = None
     output_error_unfed: float | None = None
+    compensated_output_error: float | None = None
     output_norm: float | None = None
 
 

@@ -63,16 +63,22 @@ class OutputsTotals(TypedDict, total=False):
     base_exact: bool
 
 
-class LossTotals(TypedDict, total=False):
+class TextTotals(TypedDict, total=False):
+    """What quantizing cost a model on a text."""
+
+    eval_tokens: int
+    perplexity: float
+    perplexity_unquantized: float
+    loss_increase: float
+    kl_divergence: float
+
+
+class LossTotals(TextTotals, total=False):
     """What quantizing cost an exported model."""
 
     loss_max_difference: float
     loss_max_relative_difference: float
     loss_tokens_same: int
-    eval_tokens: int
-    perplexity: float
-    perplexity_unquantized: float
-    kl_divergence: float
 
 
 class AgreementTotals(TypedDict, total=False):
@@ -146,12 +152,13 @@ class ConvertTotals(ResizedTotals, total=False):
     bytes: int
 
 
-class QuantizeTotals(FourBitTotals, total=False):
+class QuantizeTotals(FourBitTotals, TextTotals, total=False):
     """Of ``quantize``."""
 
     compensated_error: float
     output_error: float
     output_error_unfed: float
+    compensated_output_error: float
     tensors_fed: int
     expected_bytes_at_most: int
 

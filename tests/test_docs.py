@@ -373,7 +373,13 @@ def test_every_total_and_action_is_documented(
         lora_tools.inspect(out / "e"),
         lora_tools.collect_stats(pair / "words", pair / "words.txt", out / "st", length=4),
         lora_tools.collect_stats(pair / "words", pair / "words.txt", out / "s2", dry_run=True),
-        lora_tools.quantize(pair / "words", out / "fed", activations=out / "st"),
+        lora_tools.quantize(
+            pair / "words",
+            out / "fed",
+            activations=out / "st",
+            compensate=1,
+            eval_text=pair / "words.txt",
+        ),
     ]
     seen: dict[str, set[str]] = {}
     for report in reports:

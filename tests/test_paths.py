@@ -207,6 +207,12 @@ FAULTS = {
     "a checkpoint over statistics": [
         *("quantize", "base", "--activations", "stats", "-o", "stats", "--force")
     ],
+    "a text to calibrate by": [
+        *("quantize", "base", "-o", "text.txt", "--calibrate", "text.txt", "--force")
+    ],
+    "a quantized model's text": [
+        *("quantize", "base", "-o", "text.txt", "--eval-text", "text.txt", "--force")
+    ],
     "a graph's text": [*("export", "base", "-o", "text.txt", "--eval-text", "text.txt", "--force")],
     "a graph": ["export", "base", "-o", "graph", "--force", *iotools.EXPORT],
     "in place over its own graph": [

@@ -135,7 +135,9 @@ def _tensors(console: Console, report: Report[Any], verbose: bool) -> None:
     rows = report.tensors
     made_up = any(t.compensated_error is not None for t in rows)
     fed = any(t.output_error is not None for t in rows)
+    both = made_up and fed
     more = [*(["with adapter"] if made_up else []), *(["of outputs", "unfed"] if fed else [])]
+    more += ["with adapter"] if both else []
     for column in ("shape", "bits", "rel. error", *more):
         table.add_column(column, justify="right", no_wrap=True)
     if len(rows) > _MOST_ROWS and not verbose:
@@ -144,6 +146,7 @@ def _tensors(console: Console, report: Report[Any], verbose: bool) -> None:
         shape = "x".join(map(str, t.shape))
         errors = [t.relative_error, *([t.compensated_error] if made_up else [])]
         errors += [t.output_error, t.output_error_unfed] if fed else []
+        errors += [t.compensated_output_error] if both else []
         shown = ["-" if e is None else f"{e:.4g}" for e in errors]
         table.add_row(t.tensor, shape, f"{t.bits_per_parameter:.3f}", *shown)
     console.print(table)
@@ -200,9 +203,13 @@ def _totals(report: Report[Any]) -> Iterator[str]:
             )
         yield line
     if "output_error" in t:
+        made_up = ""
+        if "compensated_output_error" in t:
+            made_up = f", {t['compensated_output_error']:.4g} with the adapter"
         yield (
             f"outputs of {counted(t['tensors_fed'], 'error-fed layer')}: relative error "
-            f"{t['output_error']:.4g}, where plain rounding has {t['output_error_unfed']:.4g}"
+            f"{t['output_error']:.4g}{made_up}, where plain rounding has "
+            f"{t['output_error_unfed']:.4g}"
         )
     if "expected_bytes_at_most" in t:
         yield f"expected size: at most {size(t['expected_bytes_at_most'])}"
@@ -251,7 +258,8 @@ def _lost(t: dict[str, Any]) -> Iterator[str]:
         line = f"perplexity {t['perplexity']:.4g}"
         if "kl_divergence" in t:
             line += f" (torch, unquantized: {t['perplexity_unquantized']:.4g}; "
-            line += f"KL divergence {t['kl_divergence']:.3g} nats a token)"
+            line += f"loss {t['loss_increase']:+.3g} and KL divergence {t['kl_divergence']:.3g} "
+            line += "nats a token)"
         yield f"{line} on {t['eval_tokens']:,} tokens"
 
 

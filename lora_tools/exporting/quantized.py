@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from lora_tools.merging.prepare import OUTSIDE
 from lora_tools.onnx.schemes import AFFINE, NF4, SCHEMES
 from lora_tools.onnx.tasks import DECODER, Task
 from lora_tools.options.parse import read_text
+from lora_tools.provenance import text_digest
 from lora_tools.records import Action, Fate, Input, Report
 from lora_tools.sources.schemes.bitsandbytes import BITSANDBYTES
 from lora_tools.totals import ExportTotals
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     import torch
 
     from lora_tools.onnx.graphs import Built
-
-_WINDOW = 512  # tokens of a text at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +55,7 @@ class Quantization:
         """The text as an input of the report."""
         if self.text is None:
             return ()
-        digest = hashlib.sha256(self.text.encode()).hexdigest()
-        return (Input("text", str(path), f"sha256:{digest}"),)
+        return (Input("text", str(path), text_digest(self.text)),)
 
     def weights(self, asked: str | None, in_place: bool) -> str:
         """``--weights``, or what it is if not given."""
@@ -75,17 +72,9 @@ class Quantization:
         """
         if self.text is None:
             return None
-        import torch
+        from lora_tools.calibration import windows
 
-        from lora_tools.calibration import tokens_of
-
-        tokens = tokens_of(source.path, self.text, trusted)
-        config = source.config
-        most = config.get("max_position_embeddings") or config.get("n_positions") or _WINDOW
-        length = min(_WINDOW, int(most), len(tokens))
-        if length < 2:
-            raise UsageError(f"--eval-text: {len(tokens)} tokens, and at least 2 are needed")
-        return torch.tensor(tokens[: len(tokens) // length * length]).view(-1, length)
+        return windows(source.path, self.text, source.config, trusted)
 
     def planned(self, plan: Report[ExportTotals], source: Checkpoint) -> Report[ExportTotals]:
         """The plan with the fate of what ONNX Runtime's quantizer will make smaller."""

@@ -15,6 +15,7 @@ Any order will do, and blocks may lie however they like, since scales do not dep
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -34,6 +35,9 @@ BYTES_EACH = 24  # working memory for each element of R: it, in order and twice 
 class Factor:
     """U Uᵀ = R + damping·I, its rows and columns in ``order``.
 
+    It weighs the columns of a matrix as ``weighting.Weighting`` does (``lora.Weighs``): what R^½ is
+    good for, any S with S Sᵀ = R is, and this one is there.
+
     Attributes:
         order: (n,) the columns in the order that they are rounded in.
         U: (n, n) float32, each column divided by its diagonal element.
@@ -48,11 +52,40 @@ class Factor:
     def error(self, E: torch.Tensor) -> float:
         """tr(E R Eᵀ) of E (n, m), its rows in ``order``."""
         total = 0.0
-        for start in range(0, len(E), 4 * _COLUMNS):
-            block = slice(start, min(start + 4 * _COLUMNS, len(E)))
-            product = self.U[: block.stop, block].T @ E[: block.stop]
+        for block, product in self._products(E):
             total += float(self.diagonal[block].square() @ product.square().sum(1).double())
         return max(total - self.damping * sum_of_squares(E), 0.0)
+
+    def _products(self, E: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Uᵀ E of E (n, m), its rows in ``order``, in runs of rows, U's zeros left out."""
+        for start in range(0, len(E), 4 * _COLUMNS):
+            block = slice(start, min(start + 4 * _COLUMNS, len(E)))
+            yield block, self.U[: block.stop, block].T @ E[: block.stop]
+
+    def apply(self, A: torch.Tensor) -> torch.Tensor:
+        """A (m, n) float32 becomes, in its own place, A·S with S Sᵀ = R + damping·I."""
+        for block, product in self._products(A.T[self.order]):
+            A[:, block] = product.mul_(self.diagonal[block].float()[:, None]).T
+        return A
+
+    def undo(self, A: torch.Tensor) -> torch.Tensor:
+        """A (r, n) float64 → A·S⁻¹."""
+        given = A / self.diagonal
+        wide = self.U.double()
+        return self._back(
+            torch.linalg.solve_triangular(wide, given, upper=True, left=False, unitriangular=True)
+        )
+
+    def moment(self, A: torch.Tensor) -> torch.Tensor:
+        """A (r, n) float64 → A·(R + damping·I)."""
+        wide = self.U.double()
+        return self._back(((A[:, self.order] @ wide) * self.diagonal.square()) @ wide.T)
+
+    def _back(self, A: torch.Tensor) -> torch.Tensor:
+        """Columns in ``order`` → as they lie."""
+        out = torch.empty_like(A)
+        out[:, self.order] = A
+        return out
 
 
 def factor(moment: torch.Tensor) -> Factor | None:

@@ -15,7 +15,6 @@ import torch
 
 from lora_tools.linalg.runs import RUN_ELEMENTS, row_runs
 from lora_tools.linalg.svd import TruncatedSVD, sum_of_squares
-from lora_tools.linalg.weighting import Weighting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +38,17 @@ class Rows(Protocol):
         """(start, stop, rows) over all rows."""
 
 
+class Weighs(Protocol):
+    """Products with R (n, n) and with the inverse of some S, S Sᵀ = R, by which the columns of a
+    matrix are weighted."""
+
+    def undo(self, A: torch.Tensor) -> torch.Tensor:
+        """A (r, n) → A·S⁻¹."""
+
+    def moment(self, A: torch.Tensor) -> torch.Tensor:
+        """A (r, n) → A·R."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Whole:
     """A matrix in memory, as ``Rows``."""
@@ -60,7 +70,7 @@ def balanced_factors(
     delta: Rows,
     scale: float,
     dtype: torch.dtype,
-    weighting: Weighting | None = None,
+    weighting: Weighs | None = None,
     total: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, Fit]:
     """left (rows, r), right (r, cols) in ``dtype`` with scale · left @ right ≈ delta.
@@ -72,8 +82,8 @@ def balanced_factors(
     nothing the residual is formed and summed instead.
 
     Args:
-        weighting: R; ``svd`` is then that of delta·R^½, right = √S·Vh·R^-½, and the fit is the
-            least-squares one of (delta − left @ right)·R^½.
+        weighting: R; ``svd`` is then that of delta·S with S Sᵀ = R, such as R^½, right =
+            √S·Vh·S⁻¹, and the fit is the least-squares one of (delta − left @ right)·S.
         total: ‖delta‖²_F, where ``svd.total`` is not it.
     """
     device = svd.Vh.device

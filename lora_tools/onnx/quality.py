@@ -7,15 +7,14 @@ the weights as they were before: on the same random tokens, and on a text.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import torch
 
+from lora_tools.calibration import TextLoss
 from lora_tools.errors import NonFiniteError
 from lora_tools.formats.alignment import align
 from lora_tools.onnx.check import Check
@@ -25,49 +24,7 @@ from lora_tools.onnx.quantized_weights import dequantized, exact
 from lora_tools.onnx.runs import Run
 from lora_tools.onnx.tasks import Task
 from lora_tools.sources.checkpoints import open_checkpoint
-from lora_tools.totals import LossTotals
-
-_POSITIONS = 64  # of a text at a time, in float64
-
-
-@dataclasses.dataclass
-class TextLoss:
-    """Sums over the predicted tokens of a text: negative log-likelihoods in nats, and divergence.
-
-    Attributes:
-        of_graph: Σ −log q(token).
-        of_torch: Σ −log p(token), with the weights as they were before.
-        divergence: Σ KL(p‖q).
-    """
-
-    tokens: int = 0
-    of_graph: float = 0.0
-    of_torch: float = 0.0
-    divergence: float = 0.0
-
-    def add(self, row: torch.Tensor, mine: Any, theirs: Any | None) -> None:
-        """One sequence (n,) of tokens and the logits (n, vocabulary) of both for it."""
-        for start in range(0, len(row) - 1, _POSITIONS):
-            stop = min(start + _POSITIONS, len(row) - 1)
-            following = row[start + 1 : stop + 1, None]
-            q = torch.from_numpy(mine[start:stop]).double().log_softmax(1)
-            self.tokens += stop - start
-            self.of_graph -= float(q.gather(1, following).sum())
-            if theirs is not None:
-                p = torch.from_numpy(theirs[start:stop]).double().log_softmax(1)
-                self.of_torch -= float(p.gather(1, following).sum())
-                self.divergence += float((p.exp() * (p - q)).sum())
-
-    def totals(self, against_torch: bool) -> LossTotals:
-        """As a report has them."""
-        found: LossTotals = {
-            "eval_tokens": self.tokens,
-            "perplexity": math.exp(self.of_graph / self.tokens),
-        }
-        if against_torch:
-            found["perplexity_unquantized"] = math.exp(self.of_torch / self.tokens)
-            found["kl_divergence"] = self.divergence / self.tokens
-        return found
+from lora_tools.totals import LossTotals, TextTotals
 
 
 def examine(
@@ -168,14 +125,12 @@ def _difference(side: InTorch, shipped: InRuntime, runs: list[Run]) -> LossTotal
     return totals
 
 
-def _on_text(side: InTorch | None, shipped: InRuntime, rows: torch.Tensor) -> LossTotals:
+def _on_text(side: InTorch | None, shipped: InRuntime, rows: torch.Tensor) -> TextTotals:
     loss = TextLoss()
     for row in rows:
         ids = row[None].numpy()
         run = Run("text", {"input_ids": ids, "attention_mask": np.ones_like(ids)})
         mine = shipped.play(run).outputs[0]["logits"][0]
         theirs = side.play(run).outputs[0]["logits"][0] if side else None
-        loss.add(row, mine, theirs)
-    if not math.isfinite(loss.of_graph + loss.of_torch + loss.divergence):
-        raise NonFiniteError("the logits on the text of --eval-text hold an inf or a NaN")
-    return loss.totals(side is not None)
+        loss.add(row, torch.from_numpy(mine), None if theirs is None else torch.from_numpy(theirs))
+    return loss.totals()

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from lora_tools.options.number_format import Evaluation, NumberFormat
 from lora_tools.options.own import (
     Audience,
     Check,
@@ -14,7 +15,6 @@ from lora_tools.options.own import (
     Formats,
     Graphs,
     Merging,
-    NumberFormat,
     Quantized,
     Sampling,
     Strength,
@@ -41,6 +41,7 @@ __all__ = [
     "Check",
     "Combining",
     "Comparison",
+    "Evaluation",
     "Formats",
     "Graphs",
     "Matching",

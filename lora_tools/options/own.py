@@ -16,7 +16,6 @@ from lora_tools.options.tables import (
     CHECK,
     FINITE,
     FORMAT,
-    FOUR_BITS,
     FROM_0,
     GRAPH,
     METHOD,
@@ -28,14 +27,10 @@ from lora_tools.options.tables import (
     STRENGTH,
     TENSORS,
     TEXT,
-    blocksizes,
     consumers,
     features,
     formats,
     methods,
-    quant_types,
-    schemes,
-    storages,
     task_help,
     tasks,
 )
@@ -186,79 +181,6 @@ class Combining:
         METHOD,
     )
     seed: int = option(0, "Of the random choice of dare_linear and dare_ties.", METHOD, metavar="N")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class NumberFormat:
-    """How the numbers of linear layers are stored; all but the first are settings of the four bits
-    of bitsandbytes (nf4, fp4)."""
-
-    scheme: str | None = option(
-        None,
-        "The stored number format (docs/quantize.md). The other options of this group go with nf4 "
-        "and fp4.",
-        FOUR_BITS,
-        choices=schemes,
-        unset="nf4",
-    )
-    quant_type: str | None = option(
-        None, "An older name of --scheme.", FOUR_BITS, choices=quant_types, unset="--scheme"
-    )
-    blocksize: int = option(
-        64,
-        "Numbers that share a scale: a power of two from 32 to 4096.",
-        FOUR_BITS,
-        metavar="N",
-        choices=blocksizes,
-    )
-    double_quant: bool = option(
-        True,
-        "Store the scales in eight bits.",
-        FOUR_BITS,
-        flags=("--double-quant/--no-double-quant",),
-    )
-    compute_dtype: str = option(
-        "bfloat16",
-        "What a loader computes in, for quantization_config.",
-        FOUR_BITS,
-        metavar="DTYPE",
-    )
-    quant_storage: str = option(
-        "uint8",
-        "The dtype whose elements hold the packed bytes (FSDP wants the model's).",
-        FOUR_BITS,
-        choices=storages,
-    )
-    scale_search: bool = option(
-        False,
-        "Search each block's scale for the least error of the weights: up to ten times slower, "
-        "some 9 % less of it, the same format. Of the model's loss it gains something with "
-        "--activations only.",
-        FOUR_BITS,
-    )
-    activations: str | Path | None = option(
-        None,
-        "Make the error of the layers' outputs small, on inputs as collect-stats saw them: each "
-        "column is rounded to make up for those before it (GPTQ). The same scales, bytes and "
-        "format, and much less of the model's loss.",
-        FOUR_BITS,
-        metavar="FILE",
-        recorded=False,
-        path="input",
-    )
-    compensate: int | None = option(
-        None,
-        "Put an adapter of this rank into OUT/loftq_init that makes up for part of the error "
-        "(LoftQ). Adapters given are then stacked in it as they are, not merged.",
-        FOUR_BITS,
-        metavar="RANK",
-    )
-    compensate_iterations: int | None = option(
-        None,
-        "Quantize what the adapter leaves and fit it anew, N times in all (default 1).",
-        FOUR_BITS,
-        metavar="N",
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,10 @@
 For each weight W that is quantized, Q = quant(W − B·A) and B·A = SVD_r(W − dequant(Q)) in turn,
 beginning with B·A = 0, so that with one iteration Q is the plain quantization of W. The factors lie
 in a folder of the output, under the name that LoftQ's own checkpoints have it.
+
+Where statistics of the layer's inputs are given, Q is error-fed, and B·A the best for its outputs:
+SVD_r((W − dequant(Q))·S)·S⁻¹ with S Sᵀ the inputs' second moment (QERA's exact form, arXiv
+2410.06040; EoRA, arXiv 2410.21271), damped as it is for the feeding.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from lora_tools.linalg.ranks import RankRule
 from lora_tools.merging.plan import plan_merge
 from lora_tools.merging.targets import Part
 from lora_tools.provenance import tool_version
+from lora_tools.quantizing.feeding import factor_of, width_of
 from lora_tools.quantizing.plan import Item, QuantizePlan
 from lora_tools.records import DTYPE_BITS, Action, Fate, TensorResult, counted
 from lora_tools.sources.weighted import Weighted
@@ -63,7 +68,11 @@ class Compensation:
             for item in items
         )
         more = "".join(f" + {w.path}" for w in self.adapters)
-        reason = f"rank {self.rank} for the error of {counted(len(items), 'weight')}{more}"
+        reason = f"rank {self.rank} for the error of {counted(len(items), 'weight')}"
+        fed = sum(item.feeding is not None for item in items)
+        if fed:
+            reason += f", {'all' if fed == len(items) else fed} by their outputs"
+        reason += more
         nbytes = bits // 8 + 2 * sum(w.adapter.nbytes for w in self.adapters)
         return (Fate(FOLDER, Action.ADD, reason, nbytes),)
 
@@ -133,14 +142,11 @@ class ErrorFit:
         """Quantize ``x`` (out, in), write it, and factorise what is lost. Raises NonFiniteError."""
         import torch
 
-        from lora_tools.linalg.delta import Delta
-        from lora_tools.linalg.lora import balanced_factors, no_factors
-        from lora_tools.linalg.svd import truncated
         from lora_tools.quantizing.pack import pack
 
-        rule = RankRule("rank", self.rank)
-        dtype = torch_dtype("F32") if self.wide else x.dtype
-        left, right = no_factors((x.shape[0], x.shape[1]), dtype)
+        item = with_factor(item)
+        left, right = no_factors(x, self._dtype(x))
+        results = []
         with (
             buffers.lend(tuple(x.shape), x.dtype) as back,
             buffers.lend(tuple(x.shape), torch.float32) as room,
@@ -150,25 +156,84 @@ class ErrorFit:
                 if left.shape[1]:
                     rest = room.copy_(x).addmm_(left.float(), right.float(), alpha=-1)
                 into = sink if i == self.iterations else None
-                result = pack(item, rest.reshape(-1), into, buffers, back=back.reshape(-1))
-                delta = Delta(x, back)
-                energies = delta.fill(room)
-                svd = truncated(room, rule, total=energies.delta, tolerance=_TOLERANCE)
-                left, right = no_factors((x.shape[0], x.shape[1]), dtype)
-                error = 0.0
-                if svd.rank:
-                    left, right, fit = balanced_factors(svd, delta, 1.0, dtype)
-                    error = max(fit.error, 0.0)
-        if not math.isfinite(error):
-            raise NonFiniteError(f"{item.name}: the factors of its error overflow {dtype}")
-        norm = math.sqrt(_energy(x))
-        result = dataclasses.replace(
+                results.append(pack(item, rest.reshape(-1), into, buffers, back=back.reshape(-1)))
+                left, right, left_over = self._factorise(item, x, back, room)
+        if not math.isfinite(left_over.weights):
+            raise NonFiniteError(f"{item.name}: the factors of its error overflow {left.dtype}")
+        # Of the first turn, which alone rounds W itself, is what plain rounding would have cost.
+        return left_over.of(results[-1], _energy(x), results[0]), ErrorFactors(right, left)
+
+    def _dtype(self, x: torch.Tensor) -> torch.dtype:
+        return torch_dtype("F32") if self.wide else x.dtype
+
+    def _factorise(
+        self, item: Item, x: torch.Tensor, back: torch.Tensor, room: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, LeftOver]:
+        """lora_B, lora_A of ``x − back``, and what is left; ``room``, as large, is written over."""
+        from lora_tools.linalg.delta import Delta
+        from lora_tools.linalg.lora import balanced_factors
+        from lora_tools.linalg.svd import sum_of_squares, truncated
+
+        delta, by = Delta(x, back), item.feeding.by if item.feeding is not None else None
+        lost = delta.fill(room).delta
+        weighted = lost if by is None else sum_of_squares(by.apply(room))
+        svd = truncated(room, RankRule("rank", self.rank), total=weighted, tolerance=_TOLERANCE)
+        left, right = no_factors(x, self._dtype(x))
+        error, of_outputs = 0.0, 0.0
+        if svd.rank:
+            left, right, fit = balanced_factors(svd, delta, 1.0, left.dtype, by, lost)
+            error, of_outputs = max(fit.error, 0.0), fit.weighted
+        if by is None:
+            return left, right, LeftOver(lost, error)
+        outputs = [max(w - by.damping * e, 0.0) for w, e in ((weighted, lost), (of_outputs, error))]
+        return left, right, LeftOver(lost, error, *outputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class LeftOver:
+    """‖E‖²_F of the weights without the factors and with them, and tr(E R Eᵀ) of the outputs, where
+    R is known."""
+
+    lost: float
+    weights: float
+    outputs_lost: float | None = None
+    outputs: float | None = None
+
+    def of(self, result: TensorResult, energy: float, first: TensorResult) -> TensorResult:
+        """The result of a weight of that energy, ‖W‖²_F; ``first`` is that of rounding W itself."""
+
+        def relative(error: float | None, norm: float | None) -> float | None:
+            if error is None or norm is None:
+                return None
+            return math.sqrt(error) / norm if norm else 0.0
+
+        norm = math.sqrt(energy)
+        outputs = relative(self.outputs_lost, first.output_norm)
+        return dataclasses.replace(
             result,
             norm=norm,
-            relative_error=math.sqrt(energies.delta) / norm if norm else 0.0,
-            compensated_error=math.sqrt(error) / norm if norm else 0.0,
+            relative_error=relative(self.lost, norm) or 0.0,
+            compensated_error=relative(self.weights, norm),
+            output_error=first.output_error if outputs is None else outputs,
+            output_error_unfed=first.output_error_unfed,
+            compensated_output_error=relative(self.outputs, first.output_norm),
+            output_norm=first.output_norm,
         )
-        return result, ErrorFactors(right, left)
+
+
+def with_factor(item: Item) -> Item:
+    """The item with the factor of its inputs' second moment, where that is known, made once."""
+    if item.feeding is None:
+        return item
+    by = factor_of(item.feeding, width_of(item))
+    return dataclasses.replace(item, feeding=dataclasses.replace(item.feeding, by=by))
+
+
+def no_factors(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """lora_B (out, 0), lora_A (0, in)."""
+    from lora_tools.linalg import lora
+
+    return lora.no_factors((x.shape[0], x.shape[1]), dtype)
 
 
 def _energy(x: torch.Tensor) -> float:

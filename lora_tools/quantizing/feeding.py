@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from lora_tools.engine.buffers import Buffers
-    from lora_tools.linalg.error_feedback import Errors
+    from lora_tools.linalg.error_feedback import Errors, Factor
     from lora_tools.linalg.nf4 import Quantized
 
 _BY_ITSELF = ", rounded by itself: "
@@ -38,7 +38,7 @@ def plan_feeding(plan: QuantizePlan, known: Activations) -> tuple[QuantizePlan, 
 
 
 def _fed(item: Item, known: Activations) -> Item:
-    module, width = split_tensor(item.name)[0], _width(item)
+    module, width = split_tensor(item.name)[0], width_of(item)
     if module not in known:
         return dataclasses.replace(item, rounding=f"{_BY_ITSELF}no statistics of its inputs")
     known.check(module, width)
@@ -48,7 +48,8 @@ def _fed(item: Item, known: Activations) -> Item:
     return dataclasses.replace(item, feeding=Feeding(known, module), rounding=", error-fed")
 
 
-def _width(item: Item) -> int:
+def width_of(item: Item) -> int:
+    """How many inputs the layer has."""
     assert isinstance(item.packed, QuantizedTensor)
     return item.packed.state.shape[-1]
 
@@ -64,7 +65,7 @@ def _notes(items: Sequence[Item], known: Activations) -> list[str]:
             f"({left[0].name}{', …' if left[1:] else ''}): {' or '.join(whys)}; collect-stats "
             "--kind full has what it takes"
         )
-    widest = max((_width(item) for item in packed if item.feeding), default=0)
+    widest = max((width_of(item) for item in packed if item.feeding), default=0)
     if known.tokens is not None and known.tokens < widest:
         notes.append(
             f"{known.path}: of {counted(known.tokens, 'token')}, and there are layers with "
@@ -82,6 +83,26 @@ def working_bytes(item: Item) -> int:
     return BYTES_EACH * width * width + 14 * min(rows, ROWS) * width + rows * width // 2
 
 
+def factor_of(feeding: Feeding, width: int) -> Factor | None:
+    """The factor of what is known of the inputs; None where they are nothing but zeros.
+
+    Raises:
+        CheckpointError: it is no second moment.
+    """
+    from lora_tools.linalg.error_feedback import factor
+
+    moment = feeding.activations.moment(feeding.module, width)
+    if not moment.any():
+        return None
+    by = factor(moment)
+    if by is None:
+        raise CheckpointError(
+            f"{feeding.activations.path}: {feeding.module}: no second moment of inputs: it has "
+            "negative eigenvalues; collect the statistics again"
+        )
+    return by
+
+
 def feed(
     feeding: Feeding, x: torch.Tensor, made: Quantized, state: QuantState, buffers: Buffers
 ) -> Errors:
@@ -96,15 +117,9 @@ def feed(
     from lora_tools.linalg import codebooks, error_feedback
 
     width = state.shape[-1]
-    moment = feeding.activations.moment(feeding.module, width)
-    if not moment.any():
-        return error_feedback.Errors(0.0, 0.0, 0.0)  # its outputs are its bias: any codes will do
-    by = error_feedback.factor(moment)
+    by = feeding.by or factor_of(feeding, width)
     if by is None:
-        raise CheckpointError(
-            f"{feeding.activations.path}: {feeding.module}: no second moment of inputs: it has "
-            "negative eigenvalues; collect the statistics again"
-        )
+        return error_feedback.Errors(0.0, 0.0, 0.0)  # its outputs are its bias: any codes will do
     book = codebooks.CODEBOOKS[state.quant_type]
     with buffers.lend((len(made.packed),), torch.uint8) as room:
         errors = error_feedback.feed(
@@ -150,8 +165,11 @@ def totals_of_outputs(results: Sequence[TensorResult]) -> QuantizeTotals:
 
     if not fed:
         return {}
-    return {
+    totals: QuantizeTotals = {
         "output_error": total([r.output_error for r in fed]),
         "output_error_unfed": total([r.output_error_unfed for r in fed]),
         "tensors_fed": len(fed),
     }
+    if any(r.compensated_output_error is not None for r in fed):
+        totals["compensated_output_error"] = total([r.compensated_output_error for r in fed])
+    return totals

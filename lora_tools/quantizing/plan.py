@@ -7,7 +7,7 @@ import dataclasses
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import CheckpointError, MismatchError, UsageError
 from lora_tools.formats.activations import Activations
@@ -36,15 +36,23 @@ from lora_tools.sources.schemes import SCHEMES
 from lora_tools.sources.schemes.row import Scheme
 from lora_tools.sources.transformers_names import keeps_names
 
+if TYPE_CHECKING:
+    from lora_tools.linalg.error_feedback import Factor
+
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Feeding:
-    """Statistics of a module's inputs, by which its rounding errors are fed forward."""
+    """Statistics of a module's inputs, by which its rounding errors are fed forward.
+
+    Attributes:
+        by: their factor, where it has been made.
+    """
 
     activations: Activations
     module: str
+    by: Factor | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -145,8 +145,6 @@ def _stored_so(base: Checkpoint, plan: QuantizePlan) -> list[str]:
 def _activations(numbers: NumberFormat) -> Activations | None:
     if numbers.activations is None:
         return None
-    if numbers.compensate is not None:
-        raise UsageError("--activations and --compensate exclude each other for now")
     return Activations(Path(numbers.activations))
 
 

@@ -63,6 +63,7 @@ class QuantizeItem:
             codes = next(iter(item.specs)).nbytes + way.bytes_each * item.spec.numel
         if self.fit and item.packed:
             codes += 4 * item.spec.numel + item.spec.nbytes
+            codes += 4 * item.spec.numel * (item.feeding is not None)  # its columns in order
         if item.feeding is not None:
             codes += working_bytes(item)
         formed = bool(item.target.parts or self.decoded)

@@ -13,6 +13,7 @@ from lora_tools.options import (
     Check,
     Combining,
     Comparison,
+    Evaluation,
     Formats,
     Graphs,
     Matching,
@@ -215,6 +216,7 @@ VERBS = {
                 *take(Matching),
                 *take(Tensors, "include", "exclude", "lm_head"),
                 *take(NumberFormat),
+                *take(Evaluation),
                 *take(Storage),
                 *take(Writing, max_error=_gate("a tensor")),
                 *_RUNNING,
@@ -229,8 +231,9 @@ VERBS = {
             heads stay as they are.""",
             "loratools quantize base --adapter style=0.7 -o base-nf4",
             "adapters scheme quant_type blocksize double_quant compute_dtype quant_storage "
-            "scale_search activations compensate compensate_iterations include exclude lm_head "
-            "dtype shard_size max_error allow_unmatched allow_other_base",
+            "scale_search activations calibrate calibration_tokens calibration_seed compensate "
+            "compensate_iterations eval_text max_loss_increase include exclude lm_head dtype "
+            "shard_size max_error allow_unmatched allow_other_base",
         ),
         Verb(
             "dequantize",

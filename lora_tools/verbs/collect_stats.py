@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_tools.errors import CheckpointError, UsageError
-from lora_tools.formats.activations import MARK, VERSION
 from lora_tools.formats.checkpoint import Checkpoint
-from lora_tools.formats.names import split_tensor
 from lora_tools.formats.output import Prepared
 from lora_tools.formats.pickle_file import refuse_compressed
-from lora_tools.formats.safetensors_file import SafetensorsWriter
-from lora_tools.formats.tensors import as_bytes
-from lora_tools.linalg.layouts import LAYOUTS
 from lora_tools.options import Running, Sampling, Search, Storage
 from lora_tools.options.parse import read_text
-from lora_tools.provenance import command_of
+from lora_tools.provenance import command_of, text_digest
+from lora_tools.quantizing import statistics
 from lora_tools.quantizing.prepare import prepare_dequantize
-from lora_tools.records import Action, Fate, Input, Progress, Report, TensorSpec
+from lora_tools.records import Action, Input, Report
 from lora_tools.sources.checkpoints import from_file, open_checkpoint
 from lora_tools.totals import CollectStatsTotals
 from lora_tools.verbs.frame import Call, verb
@@ -62,7 +57,7 @@ def collect_stats(
         )
     refuse_compressed(file.path for file in checkpoint.files)
     content = read_text(Path(text))
-    fates = _plan(checkpoint, sampling.kind)
+    fates = statistics.fates_of(checkpoint, sampling.kind)
     nbytes = sum(fate.nbytes for fate in fates)
     plain = None
     notes: tuple[str, ...] = ()
@@ -85,18 +80,6 @@ def collect_stats(
     )
 
 
-def _plan(checkpoint: Checkpoint, kind: str) -> tuple[Fate, ...]:
-    fates = []
-    for spec in checkpoint.specs.values():
-        layout = checkpoint.weights[spec.name].layout
-        if layout in ("linear", "conv1d", "embedding"):
-            (_, width), _ = LAYOUTS[layout].shapes(spec.shape, 1)
-            whole = kind == "full" and layout != "embedding"
-            nbytes = 4 * width * (width if whole else 1)
-            fates.append(Fate(split_tensor(spec.name)[0], Action.MEASURE, layout, nbytes))
-    return tuple(fates)
-
-
 def _collect(
     report: Report[CollectStatsTotals],
     checkpoint: Checkpoint,
@@ -114,24 +97,20 @@ def _collect(
     rows, found = _moments(folder, content, sampling, device, running)
     if plain is not None:
         shutil.rmtree(folder)
-    specs = [TensorSpec(name, "F32", tuple(found[name].shape)) for name in sorted(found)]
-    digests = (checkpoint.digest({}), "sha256:" + hashlib.sha256(content.encode()).hexdigest())
+    digests = (checkpoint.digest({}), text_digest(content))
     metadata = {
         "loratools": report.version,
         "command": report.command,
-        MARK: VERSION,
         "kind": sampling.kind,
         "tokens": str(rows.numel()),
         "length": str(sampling.length),
         "model_digest": digests[0],
         "text_digest": digests[1],
     }
-    with SafetensorsWriter(out, specs, metadata) as writer:
-        for spec in specs:
-            writer.write(spec.name, as_bytes(found[spec.name]))
+    statistics.write(out, found, metadata)
     measured = set(found)
     totals: CollectStatsTotals = {
-        "modules": len(specs),
+        "modules": len(found),
         "tokens": rows.numel(),
         "sequences": len(rows),
         "bytes": out.stat().st_size,
@@ -154,19 +133,8 @@ def _moments(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The text in sequences of tokens (n, length), and the second moment of each layer's input."""
     from lora_tools import calibration
-    from lora_tools.engine import threads
 
-    device = threads.pick_device(device)
     rows = calibration.sequences(folder, content, sampling.length)
     if sampling.max_tokens is not None:
         rows = rows[: sampling.max_tokens // sampling.length]
-
-    def done(count: int) -> None:
-        if running.progress is not None:
-            running.progress(Progress(count, len(rows), "sequences"))
-
-    with threads.torch_threads(threads.default_jobs() if running.jobs is None else running.jobs):
-        moments = calibration.moments(
-            folder, rows, sampling.kind, device, running.allow_pickle, done
-        )
-    return rows, moments
+    return rows, statistics.collect(folder, rows, sampling.kind, device, running)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 from lora_tools.errors import QualityGateError
 from lora_tools.figures import exceeded
 from lora_tools.formats.output import Prepared
-from lora_tools.options import Adding, Matching, NumberFormat, Storage, Tensors
+from lora_tools.options import Adding, Evaluation, Matching, NumberFormat, Storage, Tensors
+from lora_tools.quantizing.evaluate import plan_evaluation
 from lora_tools.quantizing.prepare import prepare_quantize
+from lora_tools.quantizing.statistics import Calibration, plan_calibration
 from lora_tools.records import Report, TensorResult
+from lora_tools.sources.checkpoints import open_checkpoint
 from lora_tools.totals import QuantizeTotals
 from lora_tools.verbs.frame import Call, verb
 
@@ -23,6 +27,7 @@ def quantize(
     matching: Matching,
     tensors: Tensors,
     number_format: NumberFormat,
+    evaluation: Evaluation,
     storage: Storage,
 ) -> Prepared:
     """Write to ``out`` the checkpoint with its linear layers in another number format.
@@ -38,21 +43,52 @@ def quantize(
         QualityGateError: with the report; nothing is written then.
         LoraToolsError: any other of the tree, with nothing written.
     """
-    prepared = prepare_quantize(
-        checkpoint,
-        adding.adapters,
-        number_format,
-        tensors,
-        storage,
-        matching,
-        call.running,
-        call.command,
-    )
+
+    def prepare(statistics: str | Path | None) -> Prepared:
+        return prepare_quantize(
+            checkpoint,
+            adding.adapters,
+            dataclasses.replace(number_format, activations=statistics),
+            tensors,
+            storage,
+            matching,
+            call.running,
+            call.command,
+        )
+
+    source = open_checkpoint(checkpoint, call.running.allow_pickle)
+    calibration = plan_calibration(source, number_format, call.running)
+    prepared = prepare(number_format.activations)
+    if calibration is not None:
+        prepared = _calibrated(prepared, prepare, calibration)
+    examiner = plan_evaluation(checkpoint, source, adding.adapters, evaluation, call.running)
 
     def write(out: Path) -> Report[QuantizeTotals]:
-        return _gated(prepared.write(out), call.writing.max_error)
+        report = _gated(prepared.write(out), call.writing.max_error)
+        return report if examiner is None else examiner.evaluate(report, out)
 
-    return dataclasses.replace(prepared, write=write)
+    nbytes = prepared.nbytes + (examiner.space if examiner is not None else 0)
+    return dataclasses.replace(prepared, write=write, nbytes=nbytes)
+
+
+def _calibrated(
+    plan: Prepared, prepare: Callable[[Path], Prepared], calibration: Calibration
+) -> Prepared:
+    """The same by statistics that are collected first, and removed again."""
+
+    def write(out: Path) -> Report[QuantizeTotals]:
+        path = out.with_name("statistics")
+        calibration.collect(path)
+        report: Report[QuantizeTotals] = prepare(path).write(out)
+        path.unlink()
+        inputs = [i for i in report.inputs if i.role != "activations"]
+        return dataclasses.replace(report, inputs=(*inputs, calibration.input))
+
+    note = f"error-fed where the text reaches them: by statistics collected on {calibration.path}"
+    report = dataclasses.replace(plan.report, notes=(*plan.report.notes, note))
+    return dataclasses.replace(
+        plan, report=report, write=write, nbytes=plan.nbytes + calibration.space
+    )
 
 
 def _gated(report: Report[QuantizeTotals], max_error: float | None) -> Report[QuantizeTotals]:
