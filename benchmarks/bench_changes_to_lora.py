@@ -3,7 +3,8 @@
     python benchmarks/bench_changes_to_lora.py [--runs N] [--rank R]
 
 The model is a Llama of 540 MB with random weights, made here; the LoHa of rank 8 is on all its
-linear layers. Printed is the error of both results as well, against the LoHa's own change.
+linear layers, or on those of --targets. Printed is the error of both results as well, against the
+LoHa's own change.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ save_as_lora(out, PeftModel.from_pretrained(model, adapter), rank=int(rank))
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def make(folder: Path) -> tuple[str, str]:
+def make(folder: Path, targets: list[str]) -> tuple[str, str]:
     """The model and the adapter."""
     config = transformers.LlamaConfig(
         vocab_size=32000,
@@ -45,7 +46,7 @@ def make(folder: Path) -> tuple[str, str]:
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config)
     model.save_pretrained(folder / "base")
-    loha = peft.LoHaConfig(r=8, alpha=8, target_modules=LINEAR, init_weights=False)
+    loha = peft.LoHaConfig(r=8, alpha=8, target_modules=targets, init_weights=False)
     peft.get_peft_model(model, loha).save_pretrained(folder / "loha")
     return str(folder / "base"), str(folder / "loha")
 
@@ -70,9 +71,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--targets", nargs="*", default=LINEAR)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        base, loha = make(Path(scratch))
+        base, loha = make(Path(scratch), args.targets)
         ours, theirs = Path(scratch) / "ours", Path(scratch) / "theirs"
         rank = str(args.rank)
         mine = [loratools(), "convert", loha, "-o", str(ours), "--to", "peft", "--base", base]

@@ -96,7 +96,8 @@ LIBRARIES = {
     "sources": {"torch", "xxhash", "transformers"},
     "engine": {"torch", "dask", "distributed"},
     "formats": {"torch", "numpy", "huggingface_hub", "xxhash", "zstandard", "gguf", "onnxruntime"},
-    "linalg": {"torch", "numpy", "scipy", "gguf"},
+    # peft: the filters of WaveFT, which no other library that is needed has
+    "linalg": {"torch", "numpy", "scipy", "gguf", "peft"},
     "calibration": {"torch", "transformers"},
     "pretrained": {"transformers"},
     "plots": {"matplotlib"},

@@ -279,6 +279,30 @@ def test_loras_that_differ_in_training_only(kind: str, tmp_path: Path) -> None:
     models.assert_same(load_file(tmp_path / "m.safetensors"), wanted, 1e-6)
 
 
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_block_diagonal_factors(blocks: int, tmp_path: Path) -> None:
+    """BD-LoRA: of one side the file holds the blocks only; a module without any is a plain LoRA."""
+    said = {"target_modules_bd_a": ["wide"], "target_modules_bd_b": ["tall"], "nblocks": blocks}
+    kind = peft.tuners.lora.config.BdLoraConfig(**said, match_strict=False)
+    config = peft.LoraConfig(
+        target_modules=list(LINEAR), init_lora_weights=False, r=6, lora_alpha=9, use_bdlora=kind
+    )
+    tuned = models.quietly(lambda: peft.get_peft_model(net(), config)).eval()
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
+    models.quietly(lambda: tuned.save_pretrained(tmp_path / "a"))
+    base = store(net(), tmp_path / "base.safetensors")
+    lora_tools.merge(base, [tmp_path / "a"], tmp_path / "m.safetensors")
+    wanted = models.quietly(tuned.merge_and_unload).state_dict()
+    models.assert_same(load_file(tmp_path / "m.safetensors"), wanted, 1e-6)
+    strict = {**json.loads((tmp_path / "a" / "adapter_config.json").read_text())["use_bdlora"]}
+    spoiled(tmp_path / "a", use_bdlora=strict | {"match_strict": True})
+    with pytest.raises(UnsupportedAdapter, match="does not say which of its factors"):
+        lora_tools.merge(base, [tmp_path / "a"], tmp_path / "n.safetensors")
+
+
 def spoiled(folder: Path, **config: Any) -> Path:
     """The adapter with other numbers in its config; None: without one."""
     said = json.loads((folder / "adapter_config.json").read_text()) | config

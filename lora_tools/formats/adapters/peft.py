@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 PREFIX = "base_model.model."
 STEM = "adapter_model"
+Seen = Callable[[Path, TensorFile, dict[str, Any]], tuple[TensorFile, dict[str, Any]]]
 WEIGHTS = f"{STEM}.safetensors"
 CONFIG = "adapter_config.json"
 
@@ -358,8 +359,10 @@ def read_config(path: Path) -> dict[str, Any]:
     return said
 
 
-def open_peft(source: str | Path, folder: Path, allow_pickle: bool = False) -> Adapter:
-    """Open a PEFT adapter folder, which ``source`` stands for.
+def open_peft(
+    source: str | Path, folder: Path, allow_pickle: bool = False, seen: Seen | None = None
+) -> Adapter:
+    """Open a PEFT adapter folder, which ``source`` stands for; ``seen``: as what, if not as it is.
 
     Raises:
         AdapterError, UnsupportedAdapter, UnsafeInput, CheckpointError (a truncated file).
@@ -368,7 +371,13 @@ def open_peft(source: str | Path, folder: Path, allow_pickle: bool = False) -> A
         raise AdapterError(f"{source}: no {CONFIG} there; is it a PEFT adapter folder?")
     config = read_config(folder / CONFIG)
     refuse_unmergeable(folder, config)
-    return _by_plain_names(folder, _weights(folder, allow_pickle), config)
+    file = _weights(folder, allow_pickle)
+    plain, notes = adapter_file(folder, file)
+    plain, config = seen(folder, plain, config) if seen is not None else (plain, config)
+    adapter = Adapter(folder, plain, config)
+    adapter.stored, adapter.notes = file, (*adapter.notes, *notes)
+    adapter.config = {k: v for k, v in config.items() if k not in _IDLE_FIELDS}
+    return adapter
 
 
 def _weights(folder: Path, allow_pickle: bool) -> TensorFile:
@@ -383,15 +392,6 @@ def _weights(folder: Path, allow_pickle: bool) -> TensorFile:
                 check_index(shards.home, index, read_index(index))
             return shards
     raise AdapterError(f"{folder}: no {WEIGHTS} in it")
-
-
-def _by_plain_names(folder: Path, file: TensorFile, config: dict[str, Any]) -> Adapter:
-    plain, notes = adapter_file(folder, file)
-    adapter = Adapter(folder, plain, config)
-    adapter.stored = file
-    adapter.notes = (*adapter.notes, *notes)
-    adapter.config = {k: v for k, v in config.items() if k not in _IDLE_FIELDS}
-    return adapter
 
 
 def _is_kept(spec: TensorSpec) -> bool:

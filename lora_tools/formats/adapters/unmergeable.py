@@ -29,6 +29,16 @@ _READ = ("LORA", "IA3", "LN_TUNING", "TRAINABLE_TOKENS")
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
+def is_block_diagonal(config: Mapping[str, Any]) -> bool:
+    """Whether a config is of BD-LoRA, and says of which modules' factors the file has blocks."""
+    said = config.get("use_bdlora")
+    if not isinstance(said, dict) or not said.get("nblocks", 0):
+        return False
+    named = [said.get(f"target_modules_bd_{side}") or [] for side in "ab"]
+    sound = all(isinstance(n, list) and all(isinstance(x, str) for x in n) for n in named)
+    return sound and any(named) and type(said["nblocks"]) is int and said["nblocks"] > 0
+
+
 def refuse_merge_only(
     path: Path, is_ia3: bool, titles: Sequence[str], of_attention: bool, what: str
 ) -> None:
@@ -69,13 +79,16 @@ def refuse_unmergeable(path: Path, config: Mapping[str, Any]) -> None:
         )
     for field, why in (
         ("arrow_config", "Arrow routes every token to other experts"),
-        ("use_bdlora", "its factors are block-diagonal (BD-LoRA)"),
+        (
+            "use_bdlora",
+            "its factors are block-diagonal (BD-LoRA), and of which modules is not said",
+        ),
         ("use_qalora", "QA-LoRA pools its inputs"),
         ("layer_replication", "it replicates layers, so its modules are not the checkpoint's"),
         ("kasa_config", "KaSA changed the base"),
         ("megatron_config", "Megatron's parallel layers are not the checkpoint's"),
     ):
-        if config.get(field):
+        if config.get(field) and not (field == "use_bdlora" and is_block_diagonal(config)):
             raise UnsupportedAdapter(f"{path}: cannot be merged: {why}")
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_CHANGED_BASE):
