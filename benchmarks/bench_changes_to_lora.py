@@ -15,11 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import peft
-import torch
-import transformers
 from _measure import clean, compare, loratools, run, table
-from safetensors.torch import load_file
 
 PEFT = """
 import sys
@@ -33,8 +29,13 @@ save_as_lora(out, PeftModel.from_pretrained(model, adapter), rank=int(rank))
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def make(folder: Path, targets: list[str]) -> tuple[str, str]:
-    """The model and the adapter."""
+def make(folder: Path, targets: list[str]) -> None:
+    """The model and the adapter, in a process of their own: what a parent holds counts as its
+    children's peak."""
+    import peft
+    import torch
+    import transformers
+
     config = transformers.LlamaConfig(
         vocab_size=32000,
         hidden_size=768,
@@ -48,11 +49,12 @@ def make(folder: Path, targets: list[str]) -> tuple[str, str]:
     model.save_pretrained(folder / "base")
     loha = peft.LoHaConfig(r=8, alpha=8, target_modules=targets, init_weights=False)
     peft.get_peft_model(model, loha).save_pretrained(folder / "loha")
-    return str(folder / "base"), str(folder / "loha")
 
 
 def error(loha: Path, lora: Path) -> float:
     """‖Δ − s·B·A‖ / ‖Δ‖ over all modules."""
+    from safetensors.torch import load_file
+
     exact = load_file(loha / "adapter_model.safetensors")
     found = load_file(lora / "adapter_model.safetensors")
     said = json.loads((lora / "adapter_config.json").read_text())
@@ -72,9 +74,14 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--targets", nargs="*", default=LINEAR)
+    parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.make:
+        make(args.make, args.targets)
+        return
     with tempfile.TemporaryDirectory() as scratch:
-        base, loha = make(Path(scratch), args.targets)
+        base, loha = str(Path(scratch) / "base"), str(Path(scratch) / "loha")
+        run([sys.executable, __file__, "--make", scratch, "--targets", *args.targets])
         ours, theirs = Path(scratch) / "ours", Path(scratch) / "theirs"
         rank = str(args.rank)
         mine = [loratools(), "convert", loha, "-o", str(ours), "--to", "peft", "--base", base]
