@@ -140,6 +140,7 @@ def trained(out: Path, case: str, seed: int = 3, **more: Any) -> dict[str, torch
     return merged
 
 
+@pytest.mark.sweep(6)
 @pytest.mark.parametrize("case", CASES)
 def test_a_type_merges_as_in_peft(case: str, tmp_path: Path) -> None:
     """… and with its sidecar unmerges to the last bit."""
@@ -161,6 +162,7 @@ def test_every_row_has_a_case() -> None:
     assert tried == {row.peft_type for row in CHANGES}
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("case", ["loha", "lokr", "oft", "hira-turned", "shira"])
 def test_a_type_becomes_a_lora_of_the_certified_error(case: str, tmp_path: Path) -> None:
     """What the LoRA makes of the base is as far from what the type makes of it as is said, and no
@@ -182,6 +184,7 @@ def test_a_type_becomes_a_lora_of_the_certified_error(case: str, tmp_path: Path)
         assert best - 1e-6 <= error <= best + 2e-3
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("case", ["oft", "boft", "hra", "bat", "road-1", "hira", "glora", "frod"])
 def test_several_act_one_after_the_other_as_in_peft(case: str, tmp_path: Path) -> None:
     """Rotations on what the one before made; the others on the base."""
@@ -330,6 +333,7 @@ HOSTILE: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("case", HOSTILE)
 def test_what_does_not_go_together_is_refused_by_name(case: str, tmp_path: Path) -> None:
     kind, config, said = HOSTILE[case]
@@ -341,6 +345,7 @@ def test_what_does_not_go_together_is_refused_by_name(case: str, tmp_path: Path)
     assert not out.exists()
 
 
+@pytest.mark.sweep(7)
 @pytest.mark.parametrize("case", ["loha", "vera", "shira", "oft", "frod", "fourierft", "gralora"])
 def test_tensors_of_another_layer_are_refused_by_name(case: str, tmp_path: Path) -> None:
     """Each tensor of the file, longer by one in each of its dimensions in turn."""
@@ -369,6 +374,7 @@ def test_tensors_of_another_layer_are_refused_by_name(case: str, tmp_path: Path)
                 out.unlink()
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     ("case", "more", "said"),
     [
