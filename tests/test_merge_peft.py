@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import lora_tools
 from lora_tools.errors import AdapterError, MismatchError, UnsafeInput, UnsupportedAdapter
+from lora_tools.formats.adapters.changes import CHANGES
 
 from . import models
 
@@ -367,7 +368,20 @@ def spoil(
     return out
 
 
-@pytest.mark.parametrize("kind", sorted({t.value for t in peft.PeftType} - {"LORA", "IA3"}))
+READ = {"LORA", "IA3", "LN_TUNING", "TRAINABLE_TOKENS", *(row.peft_type for row in CHANGES)}
+
+
+@pytest.mark.parametrize("kind", sorted(READ - {"LORA"}))
+def test_other_methods_have_no_factors_of_lora(
+    kind: str, plain: Path, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    adapter = spoil(plain, tmp_path / "a", {"peft_type": kind})
+    with pytest.raises(AdapterError, match=rf"is none that PEFT's {kind} writes|AdaLoRA|init_r"):
+        lora_tools.merge(bases["llama"], [adapter], tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("kind", sorted({t.value for t in peft.PeftType} - READ))
 def test_other_methods_are_refused_by_name(
     kind: str, plain: Path, bases: dict[str, Path], tmp_path: Path
 ) -> None:

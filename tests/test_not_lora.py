@@ -186,7 +186,7 @@ def _folders(top: Path) -> dict[str, tuple[Path, str]]:
         ],
     )
     add("inversion", "textual inversion", ["emb_params"])
-    add("oft", "rotates weights", ["a.oft_r"], config(peft_type="OFT"))
+    add("lily", "routes every input", ["a.lily_A.weight"], config(peft_type="LILY"))
     return made
 
 

@@ -38,10 +38,12 @@ class LowRank:
 
 @dataclasses.dataclass(frozen=True)
 class Added:
-    """weight · values, added elementwise: a bias. ``values`` has the stored shape."""
+    """weight · values, added elementwise: a bias, or any other change. ``values`` has the stored
+    shape; ``of_base``: they are made of the base itself, so that without it they are not known."""
 
     values: torch.Tensor
     weight: float
+    of_base: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,10 +190,10 @@ class TensorMerge:
     def estimate(self, merged: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """The base's rows from the merged ones, up to rounding. May reuse ``merged``.
 
-        Rows that were replaced are returned as they are.
+        Rows that were replaced are returned as they are, and so is what was made of the base.
         """
         merged = _add_products(merged, self._plain, start, stop, -1)
-        for added in self._added:
+        for added in self._known_added():
             merged = merged.sub_(added.values[start:stop].to(self.dtype), alpha=added.weight)
         if self._doras or self._gains:
             for here, products in self._dora_rows(start, stop):
@@ -207,7 +209,7 @@ class TensorMerge:
         result = merged.abs() * unit
         for part, left, right in _within(result, self._plain, start, stop):
             part += _product_slack(left, right, unit)
-        for added in self._added:
+        for added in self._known_added():
             result += added.values[start:stop].to(self.dtype).abs() * (abs(added.weight) * unit)
         if self._doras or self._gains:
             for here, products in self._dora_rows(start, stop):
@@ -217,6 +219,9 @@ class TensorMerge:
                 result += here.abs() * moved
             result /= self._divisor(start, stop).abs()
         return result
+
+    def _known_added(self) -> list[Added]:
+        return [added for added in self._added if not added.of_base]
 
     def _dora_rows(
         self, start: int, stop: int

@@ -24,6 +24,17 @@ if TYPE_CHECKING:
 Recipe = Callable[[Sequence["torch.Tensor"], Sequence[int]], "torch.Tensor"]
 
 
+def block_diagonal(tensors: Sequence[torch.Tensor], numbers: Sequence[int]) -> torch.Tensor:
+    """Blocks one below the other (m, n) → (m, n · count) with them on the diagonal."""
+    import torch
+
+    [blocks] = tensors
+    if blocks.shape[0] % numbers[0]:
+        raise ValueError("the blocks are not of one size")
+    whole: torch.Tensor = torch.block_diag(*blocks.chunk(numbers[0]))  # type: ignore[no-untyped-call]
+    return whole
+
+
 def _wide(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """In float32, or float64 where one of them is."""
     import torch
@@ -162,6 +173,7 @@ RECIPES: dict[str, Recipe] = {
     recipe.__name__: recipe
     for recipe in (
         same,
+        block_diagonal,
         transposed,
         half_to_interleaved,
         interleaved_to_half,

@@ -13,6 +13,7 @@ from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.regular_files import read_file, refuse_outside
 from lora_tools.formats.safetensors_file import encode_header
 from lora_tools.formats.sidecar import NAME as SIDECAR_NAME
+from lora_tools.merging.changed import working_bytes
 from lora_tools.merging.fitted import FittedBase
 from lora_tools.merging.output_files import changed_files
 from lora_tools.merging.rewrite import Rewrite
@@ -51,7 +52,10 @@ def merge_checkpoint(job: Rewrite, reversible: bool) -> Report[MergeTotals]:
         with job.writer() as writer:
             targets = (*plan.targets, *plan.untied)
             measured = base.scheme is not None
-            sizes = [max(t.spec.nbytes, base.decoded_bytes(t.base_name)) for t in targets]
+            sizes = [
+                max(t.spec.nbytes, base.decoded_bytes(t.base_name)) + working_bytes(t)
+                for t in targets
+            ]
             tasks = [
                 MergeTensor(t, specs[t.spec.name], size, reversible, measured)
                 for t, size in zip(targets, sizes, strict=True)

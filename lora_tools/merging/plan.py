@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import AdapterError, MismatchError, UnsupportedAdapter
 from lora_tools.formats import digest as hashing
+from lora_tools.formats.adapters.changes import ChangedModule
 from lora_tools.formats.adapters.components import held, of_another
 from lora_tools.formats.adapters.peft import Adapter, LoraModule, Multiplier, TokenRows
 from lora_tools.formats.alignment import align
@@ -19,6 +20,14 @@ from lora_tools.linalg.layouts import Layout, clip, of_form
 from lora_tools.linalg.scaling import scaling
 from lora_tools.merging import ia3
 from lora_tools.merging.added_heads import note_on_no_head
+from lora_tools.merging.changed import (
+    Read,
+    change_effects,
+    may_lack,
+    refuse_mixtures,
+    stored_as,
+    wanted_changes,
+)
 from lora_tools.merging.doubts import doubts
 from lora_tools.merging.experts import as_base_holds, fit_share
 from lora_tools.merging.fitted import FittedBase
@@ -102,8 +111,9 @@ def plan_merge(
         unmatched += passed_by
         notes += note_on_no_head(base.config, weighted)
         for name, target, part in matched:
-            if part.kind == "ia3" and target not in base.specs and target.endswith(".bias"):
-                continue  # IA³ multiplies a module's output; not every module adds a bias to it
+            optional = may_lack(part, target) or (part.kind == "ia3" and target.endswith(".bias"))
+            if optional and target not in base.specs:
+                continue  # they change a module's output; not every module adds a bias to it
             if target in base.specs or target in sources:
                 spec = base.specs.get(target) or base.specs[sources[target]]
                 parts.setdefault(target, []).append(_fit(part, target, spec, base))
@@ -115,6 +125,8 @@ def plan_merge(
     if adapters and not parts:
         raise AdapterError(f"no key of {', '.join(w.path for w in adapters)} matches {base.path}")
     notes += doubts(base, adapters, parts)
+    for name, acting in parts.items():
+        refuse_mixtures(name, acting)
     parted = part_tied(parts, ties, base, notes)
     _refuse_two_replacements(parts)
     untied = tuple(
@@ -179,6 +191,7 @@ def _wanted(weighted: Weighted) -> list[tuple[str, Part]]:
         wanted.append((module.weight, part))
         if module.bias:
             wanted.append((f"{module.module}.bias", Part(weighted, module, "bias")))
+    wanted += wanted_changes(weighted)
     for name, multiplier in sorted(adapter.multipliers.items()):
         wanted.append((f"{name}.weight", Part(weighted, multiplier, "ia3")))
         if not multiplier.on_input:
@@ -211,6 +224,8 @@ def _fit(part: Part, name: str, spec: TensorSpec, base: Checkpoint | BaseOutline
                     f"{part.weighted.path} brings {found}"
                 )
         return dataclasses.replace(part, layout=layout, shape=whole.shape)
+    if isinstance(part.source, ChangedModule):
+        return dataclasses.replace(part, layout=stored_as(part, spec, base), shape=spec.shape)
     if isinstance(part.source, Multiplier):
         stored = ia3.multiplier_layout(adapter, part.source, spec, base)
         return dataclasses.replace(part, layout=stored, shape=spec.shape)
@@ -274,13 +289,18 @@ def _both_replace(one: Part, other: Part) -> str:
     return f"its row of token {both[0]}" if both else ""
 
 
-def build_effects(target: Target) -> list[Effect]:
-    """Read the factors that act on a tensor."""
+def build_effects(target: Target, read: Read | None) -> list[Effect]:
+    """Read the factors that act on a tensor.
+
+    Args:
+        read: gives tensors of the base, of which some changes are made; None where it is not there:
+            these are left out then.
+    """
     import torch
 
     from lora_tools.linalg.merge import Added, LowRank, Multiplied, RowsReplaced, dense
 
-    effects: list[Effect] = []
+    effects: list[Effect] = [*change_effects(target, read)]
     for part in target.parts:
         adapter, weight, source = part.weighted.adapter, part.weighted.weight, part.source
         if isinstance(source, TokenRows):
@@ -293,7 +313,7 @@ def build_effects(target: Target) -> list[Effect]:
             effects += part.expert.replaced(adapter.tensor(source), part.shape, weight)
         elif isinstance(source, str):
             effects.append(replaced(part, adapter.tensor(source), target))
-        else:
+        elif not isinstance(source, ChangedModule):
             scale = scaling(source.alpha, source.r, adapter.use_rslora)
             if part.kind == "bias":
                 assert source.bias is not None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_tools.errors import UnsupportedAdapter
+from lora_tools.formats.adapters.changes import ChangedModule
 from lora_tools.formats.adapters.peft import LoraModule, Multiplier, TokenRows
 from lora_tools.formats.weights import Says, Weights
 from lora_tools.linalg.layouts import Block, Layout
@@ -46,8 +47,9 @@ class Part:
     """One key, or one pair of factors, of one adapter acting on one tensor."""
 
     weighted: Weighted
-    source: LoraModule | TokenRows | Multiplier | str  # a str: the key of a tensor saved whole
-    kind: str  # "lora", "dora", "bias", "saved", "rows", "ia3"
+    # a str: the key of a tensor saved whole
+    source: LoraModule | TokenRows | Multiplier | ChangedModule | str
+    kind: str  # "lora", "dora", "bias", "saved", "rows", "ia3", a row of ``linalg.changes.table``
     layout: Layout | None = None
     # Where the tensor is a part of what the adapter acts on, or has that as a part: its shape, and
     # the tensor's first row among its rows (below 0: it begins so many rows further down).
@@ -93,6 +95,7 @@ def key_of(part: Part) -> str:
         return part.source
     if isinstance(part.source, Multiplier):
         return part.source.key
+    assert not isinstance(part.source, ChangedModule)
     key = part.source.key if isinstance(part.source, TokenRows) else part.source.bias
     assert key is not None
     return key

@@ -149,7 +149,7 @@ class MergedRuns:
             self.source = as_matrix(base.tensor(target.base_name), target)
             dtype = self.source.dtype
         self._working = working_dtype(dtype)
-        self.effects = build_effects(target)
+        self.effects = build_effects(target, base.tensor)
         self.work = TensorMerge(self.effects, self.shape, self.read, self._working)
 
     def read(self, start: int, stop: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ import xxhash
 
 from lora_tools.errors import MismatchError, NonFiniteError, UnsupportedAdapter
 from lora_tools.formats import digest as hashing
+from lora_tools.formats.adapters.changes import ChangedModule
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.checkpoint_writer import Shard, TensorSink
 from lora_tools.formats.dtypes import torch_dtype
@@ -104,6 +105,12 @@ def refuse_lossy(plan: MergePlan) -> None:
     """Raises UnsupportedAdapter for what cannot be undone without a sidecar."""
     for target in (*plan.targets, *plan.untied):
         for part in target.parts:
+            if isinstance(part.source, ChangedModule) and part.source.kind.of_base:
+                raise UnsupportedAdapter(
+                    f"{target.spec.name}: cannot be undone without a sidecar "
+                    f"({part.source.kind.title} changed what was there, which is lost); "
+                    "`loratools merge --reversible` makes one that can be"
+                )
             if part.kind in ("dora", "saved", "rows", "ia3"):
                 why = {
                     "dora": "DoRA's norms are those of the base, which is lost",
@@ -218,7 +225,7 @@ class _RestoredRuns:
         self._dtype = torch_dtype("F64") if wide else working_dtype(stored)
         norms = self._listing.norms if self._listing is not None else ()
         self._shape = (self._source.shape[0], self._source.shape[1])
-        self._work = TensorMerge(build_effects(target), self._shape, None, self._dtype, norms)
+        self._work = TensorMerge(build_effects(target, None), self._shape, None, self._dtype, norms)
         self.energy = self.bound = 0.0
 
     def __iter__(self) -> Iterator[torch.Tensor]:

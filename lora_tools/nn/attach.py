@@ -159,7 +159,9 @@ def _act(
             continue
         name, old = target.base_name, state[target.base_name]
         _refuse_coded(name, old)
-        effects = [_moved_to(effect, old.device) for effect in build_effects(target)]
+        effects = [
+            _moved_to(effect, old.device) for effect in build_effects(target, state.__getitem__)
+        ]
         module = model.get_submodule(name.rpartition(".")[0])
         branch = _branch(module, name, effects) if branches else None
         if branch is not None:

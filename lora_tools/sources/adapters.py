@@ -12,7 +12,7 @@ from typing import Any
 
 from lora_tools.errors import AdapterError
 from lora_tools.formats import hub
-from lora_tools.formats.adapters import peft
+from lora_tools.formats.adapters import block_diagonal, peft
 from lora_tools.formats.adapters.base_names import BaseNames
 from lora_tools.formats.adapters.format import Format
 from lora_tools.formats.adapters.not_lora import refuse_by_config, refuse_by_keys
@@ -23,6 +23,7 @@ from lora_tools.formats.checkpoint import Checkpoint, open_weights
 from lora_tools.formats.folders import meant, named_adapters
 from lora_tools.formats.rank_files import is_rank_file
 from lora_tools.formats.regular_files import is_there
+from lora_tools.formats.tensor_file import TensorFile
 from lora_tools.formats.wrapped_names import (
     adapter_file,
     of_adapter,
@@ -76,7 +77,7 @@ def open_adapter(
         path = path.parent
     config = path / peft.CONFIG
     if form is FORMATS["peft"] or (form is None and _is_peft(source, config)):
-        adapter = peft.open_peft(source, path, allow_pickle)
+        adapter = peft.open_peft(source, path, allow_pickle, _seen_whole)
         adapter.notes = (*adapter.notes, *_beside(path))
         return adapter
     file_path = _weights(source, path)
@@ -96,6 +97,14 @@ def open_adapter(
     adapter = _opened(path, file, form, context)
     adapter.notes = (*said, *adapter.notes)
     return adapter
+
+
+def _seen_whole(
+    path: Path, file: TensorFile, config: dict[str, Any]
+) -> tuple[TensorFile, dict[str, Any]]:
+    from lora_tools.linalg import recipes
+
+    return block_diagonal.whole(path, file, config, recipes.compute)
 
 
 def _beside(folder: Path) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_tools.adapting.changes_to_lora import plan_lora, write_lora
 from lora_tools.adapting.convert_module import Conversion, product_energy
 from lora_tools.adapting.write import (
     ConvertJob,
@@ -81,6 +82,8 @@ def convert(
         alpha=formats.alpha,
         enable_lora=enabled,
     )
+    if given.changes:
+        return _made_lora(call, str(adapter), given, base, names, formats, adapter_form, ranks)
     given.need_lora("factors to convert")
     if isinstance(base, Checkpoint):
         names_in_base(Weighted(given, 1.0, str(adapter)), base)
@@ -101,6 +104,51 @@ def convert(
 
     read = (given.path, *([names.path] if names is not None else []))
     return Prepared(report, read, 3 * given.nbytes, write)
+
+
+def _made_lora(
+    call: Call,
+    path: str,
+    given: Adapter,
+    base: Checkpoint | Path | None,
+    names: BaseNames | None,
+    formats: Formats,
+    adapter_form: AdapterForm,
+    ranks: Ranks,
+) -> Prepared:
+    """An adapter of a type that is no LoRA, to be made one."""
+    works, rule = plan_lora(given, base, formats.to), rank_rule(ranks)
+    assert isinstance(base, Checkpoint)
+    dtype = parse_float_dtype(adapter_form.dtype) if adapter_form.dtype else None
+    if rule is None:
+        raise UsageError(
+            f"{path} is an adapter of {works[0].source.kind.title}, and no product of two factors: "
+            "how close a LoRA is to come, --rank or --energy says"
+        )
+    fates = [
+        *(Fate(w.source.module, Action.CONVERT, w.source.kind.title) for w in works),
+        *(Fate(name, Action.COPY, FEATURES["saved"]) for name in given.whole),
+    ]
+    report = call.report((Input("adapter", path),), tuple(fates), notes=given.notes)
+
+    def write(out: Path) -> Report[ConvertTotals]:
+        digest = adapter_digest(given)
+        made = handed_on(given.file.metadata, report.command, digest)
+        results = write_lora(
+            *(given, works, base, names, rule, dtype, made, out),
+            call.running.jobs,
+            call.running.progress,
+        )
+        totals: ConvertTotals = {
+            "modules": len(works),
+            "bytes": sum(f.stat().st_size for f in out.iterdir()),
+            **resized_totals(results, ()),
+        }
+        inputs = tuple(dataclasses.replace(i, digest=digest) for i in report.inputs)
+        return dataclasses.replace(report, inputs=inputs, modules=tuple(results), totals=totals)
+
+    nbytes = sum(4 * sum(w.target.spec.shape) * 64 for w in works)
+    return Prepared(report, (given.path, base.path), nbytes, write)
 
 
 def _refuse_tied(

@@ -151,6 +151,7 @@ def _open_adapter(path: Path, allow_pickle: bool) -> _Thing:
         )
         if there
     ]
+    parts += sorted({change.kind.title for change in adapter.changes.values()})
     facts: InspectTotals = {
         "format": adapter.form,
         "ranks": sorted({m.r for m in modules}),

@@ -253,7 +253,7 @@ def _from_base(target: Target, base: Checkpoint, tuned: Checkpoint, own: str) ->
         change, energy = measured((given, old), (tuned, new))
         if target.spec.shape == new.shape:
             matrix, wide = target.matrix(new.shape), base.tensor(target.base_name).double()
-            ours = merged_whole(wide, build_effects(target), matrix)
+            ours = merged_whole(wide, build_effects(target, base.tensor), matrix)
             return _Distance(_apart(tuned.tensor(own), ours), change, energy, hashes)
         if not target.parts:
             return _Distance(change, change, energy, hashes)
@@ -271,7 +271,9 @@ def _uncounted(
 
     found = base.tensor(target.base_name)
     if target.parts:
-        found = merged_whole(found, build_effects(target), target.matrix(target.spec.shape))
+        found = merged_whole(
+            found, build_effects(target, base.tensor), target.matrix(target.spec.shape)
+        )
     unlike = 0.0 if found.dtype == theirs.dtype and found.equal(theirs) else math.nan
     return _Distance(unlike, unlike, 0.0, hashes)
 
@@ -289,7 +291,7 @@ def _merged(target: Target, base: Checkpoint, theirs: torch.Tensor) -> tuple[flo
         return W[start:stop].to(torch.float64, copy=True)
 
     shape = (W.shape[0], W.shape[1])
-    work = TensorMerge(build_effects(target), shape, read, torch.float64)
+    work = TensorMerge(build_effects(target, base.tensor), shape, read, torch.float64)
     error = change = energy = 0.0
     for start, stop in row_runs(*shape, RUN_ELEMENTS):
         wide, ours = T[start:stop].double(), read(start, stop)

@@ -149,7 +149,7 @@ def _count(target: Target, merged: Checkpoint, base: Checkpoint) -> Fate:
     if found.dtype != before.dtype:
         return Fate(name, Action.DIFFERENT, f"is stored as {merged.specs[name].dtype}")
     matrix = target.matrix(target.spec.shape)
-    if merged_whole(before, build_effects(target), matrix).equal(found):
+    if merged_whole(before, build_effects(target, base.tensor), matrix).equal(found):
         return Fate(name, Action.SAME, "the adapter's")
     return Fate(name, Action.DIFFERENT, "is not the adapter's")
 

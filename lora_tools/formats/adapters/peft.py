@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_tools.errors import AdapterError, UnsupportedAdapter
-from lora_tools.formats.adapters.target_parameters import TargetParameters
-from lora_tools.formats.adapters.unmergeable import refuse_unmergeable
+from lora_tools.errors import AdapterError
+from lora_tools.formats.adapters.changes import ChangedModule, ChangedModules, is_finite
+from lora_tools.formats.adapters.target_parameters import IN_PROJ, TargetParameters, attention_of
+from lora_tools.formats.adapters.unmergeable import refuse_merge_only, refuse_unmergeable
 from lora_tools.formats.checkpoint import open_weights
 from lora_tools.formats.json_file import check_names, read_object
 from lora_tools.formats.names import split_tensor
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 PREFIX = "base_model.model."
 STEM = "adapter_model"
+Seen = Callable[[Path, TensorFile, dict[str, Any]], tuple[TensorFile, dict[str, Any]]]
 WEIGHTS = f"{STEM}.safetensors"
 CONFIG = "adapter_config.json"
 
@@ -39,11 +41,15 @@ _FACTOR = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B"
     r"|lora_magnitude_vector)(?:\.default)?(?:\.(?P<leaf>weight|bias))?"
 )
-_TOKENS = ".token_adapter.trainable_tokens_delta"
+_TOKENS = re.compile(r"(?P<module>.+?)(\.token_adapter)?\.trainable_tokens_delta")
 # What PEFT's wrappers put into the names of the tensors of the module that they stand for.
 _SAVED_PARTS = re.compile(
-    r"\.(modules_to_save|original_module|token_adapter(?=\.base_layer\.)|base_layer)(?=\.)"
+    r"\.(modules_to_save|original_module|token_adapter(?=\.base_layer\.)|base_layer|ln_tuning_layers)"
+    r"(?=\.)"
 )
+# Of LoRAs that differ from others in training only; PEFT merges their factors as any.
+_IDLE = re.compile(r".+\.(lora_velora_embed|lora_monteclora_sampler\.\w+)(\.default)?")
+_IDLE_FIELDS = ("velora_config", "monteclora_config")
 _IA3 = re.compile(r"(?P<module>.+)\.ia3_l(?:\.default)?")
 
 
@@ -120,6 +126,7 @@ class Adapter:
             them where the vocabulary was resized.
         tokens: trained embedding rows by module name.
         multipliers: IA³'s vectors by module name; an adapter has these or low-rank updates.
+        changes: of another type of PEFT, what it changes by module name. kind: the type.
         form, format, stored, notes, blocks, unresolved: see ``view.Foreign``.
     """
 
@@ -141,7 +148,9 @@ class Adapter:
         self.frozen: dict[str, str] = {}
         self.tokens: dict[str, TokenRows] = {}
         self.multipliers: dict[str, Multiplier] = {}
-        self.is_ia3 = config.get("peft_type") == "IA3"
+        self.kind = str(config.get("peft_type", "LORA"))
+        self.is_ia3 = self.kind == "IA3"
+        self.changes: Mapping[str, ChangedModule] = {}
         self._classify()
 
     def tensor(self, key: str) -> torch.Tensor:
@@ -180,30 +189,38 @@ class Adapter:
     def _classify(self) -> None:
         parts: dict[str, dict[str, str]] = {}
         targeted = TargetParameters(self.path, self.config)
+        written = "LoRA" if self.kind == "LORA" else self.kind
+        changed = ChangedModules(self.path, self.config, self.pattern)
         for key in self.file.specs:
             name = key.removeprefix(PREFIX)
+            if changed.take(name, key, self.file.specs[key]):
+                continue
             if self.is_ia3 and (match := _IA3.fullmatch(name)):
                 self._add_multiplier(match["module"], key)
             elif match := _FACTOR.fullmatch(name):
-                if self.is_ia3:
-                    raise self._fail(f"key {key!r} is none that PEFT's IA3 writes")
+                if self.kind != "LORA":
+                    raise self._fail(f"key {key!r} is none that PEFT's {self.kind} writes")
                 module, part = match["module"], match["part"]
                 leaf = "bias" if match["leaf"] == "bias" else part
                 if leaf in parts.setdefault(module, {}):
                     raise self._fail(f"{key!r} repeats {parts[module][leaf]!r}")
                 parts[module][leaf] = key
-            elif name.endswith(_TOKENS):
-                module = name.removesuffix(_TOKENS)
+            elif _IDLE.fullmatch(name) and any(map(self.config.get, _IDLE_FIELDS)):
+                self.notes = ("what VeLoRA or MonteCLoRA keeps for training has no part in it",)
+            elif match := _TOKENS.fullmatch(name):
+                module = match["module"]
                 self.tokens[module] = TokenRows(module, key, self._token_indices(module))
             elif ".lora_" in name or "." not in key or not _is_kept(self.file.specs[key]):
-                raise self._fail(f"key {key!r} is none that PEFT's LoRA writes")
+                raise self._fail(f"key {key!r} is none that PEFT's {written} writes")
             else:
                 self._add_whole(name, key)
         for nested, keys in sorted(parts.items()):
             parameter = targeted.acted_on(nested, parts)
-            found = self._module(nested.replace(".base_layer", ""), parameter, keys)
+            asked = attention_of(nested, parts)
+            found = self._module(nested.replace(".base_layer", ""), parameter, keys, asked)
             self.modules[found.name] = found
-        if not (self.modules or self.whole or self.tokens or self.multipliers):
+        self.changes = changed.modules()
+        if not any((self.modules, self.whole, self.tokens, self.multipliers, self.changes)):
             raise self._fail("holds no tensors")
 
     def _add_whole(self, name: str, key: str) -> None:
@@ -220,6 +237,8 @@ class Adapter:
     def _is_trained(self, tensor: str) -> bool:
         """Whether the config has a tensor trained that is saved whole."""
         module, parameter = split_tensor(tensor)
+        if self.kind == "LN_TUNING":
+            return True
         saved = self.config.get("modules_to_save") or []
         if any(module == name or module.endswith(f".{name}") for name in saved):
             return True
@@ -243,14 +262,16 @@ class Adapter:
         self.multipliers[module] = Multiplier(module, key, on_input)
 
     def need_lora(self, what: str) -> None:
-        """Raises UnsupportedAdapter for an IA³, which has no ``what``."""
-        if self.is_ia3:
-            raise UnsupportedAdapter(
-                f"{self.path}: an IA³ adapter: it multiplies activations by vectors and has no "
-                f"{what}; it can be merged into weights (loratools merge)"
-            )
+        """Raises UnsupportedAdapter for an adapter that has no ``what`` but can be merged."""
+        titles = [change.kind.title for change in self.changes.values()]
+        refuse_merge_only(self.path, self.is_ia3, titles, self.of_attention, what)
 
-    def _module(self, module: str, parameter: str, keys: dict[str, str]) -> LoraModule:
+    @property
+    def of_attention(self) -> bool:
+        """Whether it is PEFT's LoRA of an nn.MultiheadAttention."""
+        return any(module.parameter == IN_PROJ for module in self.modules.values())
+
+    def _module(self, module: str, parameter: str, keys: dict[str, str], asked: str) -> LoraModule:
         embedding = "lora_embedding_A" in keys or "lora_embedding_B" in keys
         a, b = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
         if a not in keys or b not in keys:
@@ -276,15 +297,16 @@ class Adapter:
             )
         form = "embedding" if embedding else "matrix" if len(A) == 2 else "conv"
         name = f"{module}.{parameter}" if parameter else module
-        r = self.pattern("rank_pattern", name, self.config.get("r"))
-        alpha = self.pattern("alpha_pattern", name, self.config.get("lora_alpha"))
+        r = self.pattern("rank_pattern", asked or name, self.config.get("r"))
+        alpha = self.pattern("alpha_pattern", asked or name, self.config.get("lora_alpha"))
         experts = 0
         if name != module and type(r) is int and r > 0 and A[0] % r == 0:
             form, experts = "experts", A[0] // r
         if r != A[0] and not experts:
             raise self._fail(f"{module}: {CONFIG} says rank {r}, its factors have rank {A[0]}")
-        if not _is_finite(alpha):
+        if not is_finite(alpha):
             raise self._fail(f"{module}: lora_alpha is {alpha!r} in {CONFIG}")
+        alpha = float(alpha) * (2 if asked and not parameter else 1)  # see ``attention_of``
         return LoraModule(
             module,
             form,
@@ -293,7 +315,7 @@ class Adapter:
             keys.get("bias"),
             keys.get("lora_magnitude_vector"),
             r,
-            float(alpha),
+            alpha,
             parameter or "weight",
             experts=experts,
         )
@@ -314,7 +336,7 @@ class Adapter:
             raise self._fail(said) from None
 
     def _token_indices(self, module: str) -> tuple[int, ...]:
-        given = self.config.get("trainable_token_indices")
+        given = self.config.get("trainable_token_indices", self.config.get("token_indices"))
         if isinstance(given, Mapping):
             given = next(
                 (v for k, v in given.items() if module == k or module.endswith("." + k)), None
@@ -337,8 +359,10 @@ def read_config(path: Path) -> dict[str, Any]:
     return said
 
 
-def open_peft(source: str | Path, folder: Path, allow_pickle: bool = False) -> Adapter:
-    """Open a PEFT adapter folder, which ``source`` stands for.
+def open_peft(
+    source: str | Path, folder: Path, allow_pickle: bool = False, seen: Seen | None = None
+) -> Adapter:
+    """Open a PEFT adapter folder, which ``source`` stands for; ``seen``: as what, if not as it is.
 
     Raises:
         AdapterError, UnsupportedAdapter, UnsafeInput, CheckpointError (a truncated file).
@@ -347,7 +371,13 @@ def open_peft(source: str | Path, folder: Path, allow_pickle: bool = False) -> A
         raise AdapterError(f"{source}: no {CONFIG} there; is it a PEFT adapter folder?")
     config = read_config(folder / CONFIG)
     refuse_unmergeable(folder, config)
-    return _by_plain_names(folder, _weights(folder, allow_pickle), config)
+    file = _weights(folder, allow_pickle)
+    plain, notes = adapter_file(folder, file)
+    plain, config = seen(folder, plain, config) if seen is not None else (plain, config)
+    adapter = Adapter(folder, plain, config)
+    adapter.stored, adapter.notes = file, (*adapter.notes, *notes)
+    adapter.config = {k: v for k, v in config.items() if k not in _IDLE_FIELDS}
+    return adapter
 
 
 def _weights(folder: Path, allow_pickle: bool) -> TensorFile:
@@ -364,21 +394,6 @@ def _weights(folder: Path, allow_pickle: bool) -> TensorFile:
     raise AdapterError(f"{folder}: no {WEIGHTS} in it")
 
 
-def _by_plain_names(folder: Path, file: TensorFile, config: dict[str, Any]) -> Adapter:
-    plain, notes = adapter_file(folder, file)
-    adapter = Adapter(folder, plain, config)
-    adapter.stored = file
-    adapter.notes = notes
-    return adapter
-
-
 def _is_kept(spec: TensorSpec) -> bool:
     """Whether a tensor can be saved whole: a float, or a counter such as a BatchNorm's."""
     return spec.is_float or spec.dtype in ("I16", "I32", "I64")
-
-
-def _is_finite(number: Any) -> bool:
-    try:
-        return isinstance(number, int | float) and math.isfinite(number)
-    except OverflowError:  # an integer beyond all floats
-        return False

@@ -14,6 +14,20 @@ from lora_tools.formats.patterns import matches
 
 _CONFIG = "adapter_config.json"
 _WRAPPED = ".base_layer"
+# PEFT's LoRA of an nn.MultiheadAttention: factors of its own for the input projections, and for the
+# output projection, which lies in what it wraps.
+_OUT = f"{_WRAPPED}.out_proj"
+IN_PROJ = "in_proj_weight"
+
+
+def attention_of(nested: str, factors: Collection[str]) -> str:
+    """The nn.MultiheadAttention that factors are of, by which patterns go; "" of others.
+
+    PEFT 0.21 adds the change of its output projection twice, whenever it runs and when it merges:
+    so the adapter was trained, and so it acts.
+    """
+    holder = nested.removesuffix(_OUT)
+    return holder if holder in factors and f"{holder}{_OUT}" in factors else ""
 
 
 class TargetParameters:
@@ -44,6 +58,8 @@ class TargetParameters:
         Raises:
             AdapterError, UnsupportedAdapter: list and file do not fit, or leave it open.
         """
+        if attention := attention_of(nested, factors):
+            return IN_PROJ if nested == attention else ""
         module, depth = nested.replace(_WRAPPED, ""), nested.count(_WRAPPED)
         deepest = max(n.count(_WRAPPED) for n in factors if n.replace(_WRAPPED, "") == module)
         named = self._named(module, deepest > 0)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_tools.errors import UnsupportedAdapter
+from lora_tools.formats.adapters.changes import change_of
 
 _NOT_LORA = {
     "PREFIX_TUNING": "prefix tuning trains keys and values put before the sequence",
@@ -15,24 +16,59 @@ _NOT_LORA = {
     "CPT": "context-aware prompt tuning trains input vectors put before the sequence",
     "P_TUNING": "p-tuning trains an encoder of input vectors",
     "ADAPTION_PROMPT": "LLaMA-Adapter trains prompts inside attention",
-    "ADALORA": "AdaLoRA holds three factors and its own ranks; save it as LoRA with PEFT first",
-    "LOHA": "LoHa is a Hadamard product of two low-rank deltas",
-    "LOKR": "LoKr is a Kronecker product",
-    "OFT": "OFT rotates weights",
-    "BOFT": "BOFT rotates weights",
-    "HRA": "HRA reflects weights",
-    "VERA": "VeRA shares random factors that are not in the file",
-    "LN_TUNING": "it holds whole norms and no low-rank delta",
-    "TRAINABLE_TOKENS": "it holds single embedding rows and no low-rank delta",
+    "LILY": "Lily routes every input to other experts",
+    "XLORA": "X-LoRA weighs its adapters anew for every input",
+    "POLY": "Poly weighs its modules by the task of every input",
+    "SHADOW": "ShadowPEFT runs a second model beside the first",
+    "CARTRIDGE": "a cartridge is keys and values put before the sequence",
+    "PSOFT": "PSOFT turns singular vectors of the base, whose signs the file does not say",
+    "ADAMSS": "AdaMSS groups rows by a clustering of the base that the file does not hold",
+    "OSF": "OSF replaces singular vectors of the base, which the file does not hold",
 }
+_READ = ("LORA", "IA3", "LN_TUNING", "TRAINABLE_TOKENS")
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def is_block_diagonal(config: Mapping[str, Any]) -> bool:
+    """Whether a config is of BD-LoRA, and says of which modules' factors the file has blocks."""
+    said = config.get("use_bdlora")
+    if not isinstance(said, dict) or not said.get("nblocks", 0):
+        return False
+    named = [said.get(f"target_modules_bd_{side}") or [] for side in "ab"]
+    sound = all(isinstance(n, list) and all(isinstance(x, str) for x in n) for n in named)
+    return sound and any(named) and type(said["nblocks"]) is int and said["nblocks"] > 0
+
+
+def refuse_merge_only(
+    path: Path, is_ia3: bool, titles: Sequence[str], of_attention: bool, what: str
+) -> None:
+    """Raises UnsupportedAdapter for an adapter that can be merged and has no ``what``.
+
+    Args:
+        titles: of types that are no LoRA; of_attention: a LoRA of an nn.MultiheadAttention.
+    """
+    if is_ia3:
+        raise UnsupportedAdapter(
+            f"{path}: an IA³ adapter: it multiplies activations by vectors and has no {what}; it "
+            "can be merged into weights (loratools merge)"
+        )
+    if titles:
+        raise UnsupportedAdapter(
+            f"{path}: an adapter of {titles[0]} has no {what}; it can be merged (loratools merge), "
+            f"or made a LoRA first: loratools convert {path} -o OUT --to peft --rank 16 --base BASE"
+        )
+    if of_attention:
+        raise UnsupportedAdapter(
+            f"{path}: a LoRA of an nn.MultiheadAttention, which PEFT alone runs: it has no {what} "
+            "that others would read; it can be merged (loratools merge)"
+        )
 
 
 def refuse_unmergeable(path: Path, config: Mapping[str, Any]) -> None:
     """Raises UnsupportedAdapter, with the reason, for what cannot be added to weights soundly."""
     kind = str(config.get("peft_type", "LORA"))
-    if kind not in ("LORA", "IA3"):
-        reason = _NOT_LORA.get(kind, "its weights are not those of LoRA")
+    if kind not in _READ and change_of(config) is None:
+        reason = _NOT_LORA.get(kind, "it is a type of PEFT that is not known here")
         raise UnsupportedAdapter(
             f"{path}: an adapter of PEFT's {kind} cannot be merged here: {reason}"
         )
@@ -43,13 +79,16 @@ def refuse_unmergeable(path: Path, config: Mapping[str, Any]) -> None:
         )
     for field, why in (
         ("arrow_config", "Arrow routes every token to other experts"),
-        ("use_bdlora", "its factors are block-diagonal (BD-LoRA)"),
+        (
+            "use_bdlora",
+            "its factors are block-diagonal (BD-LoRA), and of which modules is not said",
+        ),
         ("use_qalora", "QA-LoRA pools its inputs"),
         ("layer_replication", "it replicates layers, so its modules are not the checkpoint's"),
         ("kasa_config", "KaSA changed the base"),
         ("megatron_config", "Megatron's parallel layers are not the checkpoint's"),
     ):
-        if config.get(field):
+        if config.get(field) and not (field == "use_bdlora" and is_block_diagonal(config)):
             raise UnsupportedAdapter(f"{path}: cannot be merged: {why}")
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_CHANGED_BASE):

@@ -1,0 +1,205 @@
+"""An adapter of one of PEFT's types that are no LoRA, made one: each module's change is formed,
+decomposed as ``extract`` decomposes a difference, measured as written, and let go."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_tools.engine.tasks import Call
+from lora_tools.errors import NonFiniteError, UnsupportedAdapter, UsageError
+from lora_tools.figures import Total
+from lora_tools.formats.adapters.base_names import BaseNames
+from lora_tools.formats.adapters.changes import ChangedModule
+from lora_tools.formats.adapters.peft import Adapter
+from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.formats.dtypes import torch_dtype
+from lora_tools.linalg.layouts import LAYOUTS, Layout
+from lora_tools.linalg.ranks import RankRule
+from lora_tools.merging.changed import change_of, working_bytes
+from lora_tools.merging.plan import plan_merge
+from lora_tools.merging.targets import Target
+from lora_tools.records import ModuleResult, ProgressCallback
+from lora_tools.sources.weighted import Weighted
+
+if TYPE_CHECKING:
+    import torch
+
+    from lora_tools.formats.adapters.writer import Factors
+
+_SEED = 0
+# Fields of a config that mean the same of a LoRA.
+_KEPT = ("base_model_name_or_path", "revision", "task_type", "modules_to_save", "bias")
+
+
+@dataclasses.dataclass(frozen=True)
+class ToLora:
+    """A module to be made LoRA: what acts on which tensor of the base, and as which kind of layer
+    its factors are held."""
+
+    target: Target
+    layout: Layout
+
+    @property
+    def source(self) -> ChangedModule:
+        """The change."""
+        [part] = self.target.parts
+        assert isinstance(part.source, ChangedModule)
+        return part.source
+
+
+def plan_lora(given: Adapter, base: Checkpoint | Path | None, to: str) -> list[ToLora]:
+    """What is to be done, by the names and shapes of the base.
+
+    Raises:
+        UsageError: no base, or a format that is not written in one step.
+        UnsupportedAdapter: what a LoRA has no place for.
+    """
+    title = next(iter(given.changes.values())).kind.title
+    if to != "peft":
+        raise UsageError(
+            f"{given.path} is an adapter of {title}: make it a LoRA of PEFT first (--to peft), and "
+            f"convert that with --to {to}"
+        )
+    if not isinstance(base, Checkpoint):
+        raise UsageError(
+            f"{given.path} is an adapter of {title}, which does not say of which layers its "
+            "modules are: give the checkpoint it was trained on with --base"
+        )
+    found = []
+    for target in plan_merge(base, [Weighted(given, 1.0, str(given.path))]).targets:
+        changes = [p for p in target.parts if isinstance(p.source, ChangedModule)]
+        if not changes:
+            continue
+        weight = base.weights.of(target.spec)
+        if target.spec.name.endswith(".bias") or weight.layout is None:
+            raise UnsupportedAdapter(
+                f"{target.spec.name}: {title} changes it, and a LoRA has no place for that; merge "
+                "the adapter, and `loratools extract --rest save` what came out"
+            )
+        turned = changes[0].layout is not None and changes[0].layout.transposed
+        kind = "conv1d" if turned else weight.layout
+        layout = LAYOUTS[kind].having(groups=weight.groups) if kind == "conv" else LAYOUTS[kind]
+        found.append(ToLora(dataclasses.replace(target, parts=tuple(changes)), layout))
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fitted:
+    """The product of one region, in the dtype it is written in, ‖Δ‖²_F of the region, the square of
+    the error as written, and how much a better decomposition could have gained."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+    total: float
+    error: float
+    gain: float
+    method: str
+
+
+def _fitted(name: str, values: torch.Tensor, rule: RankRule, dtype: torch.dtype) -> _Fitted:
+    """The best product for a matrix at the rank that the rule chooses. Raises NonFiniteError."""
+    import torch
+
+    from lora_tools.linalg import lora
+    from lora_tools.linalg.delta import Delta
+    from lora_tools.linalg.svd import truncated
+
+    delta = Delta(values, values.new_zeros(()).expand(values.shape))
+    energies = delta.measure()
+    total = energies.delta
+    if not math.isfinite(total):
+        raise NonFiniteError(f"{name}: its change holds an inf or a NaN; check the adapter")
+    svd = truncated(values, rule, total=total, noise=energies.noise, seed=_SEED)
+    if not svd.rank:
+        rows, cols = values.shape
+        left, right = torch.zeros(rows, 1, dtype=dtype), torch.zeros(1, cols, dtype=dtype)
+        return _Fitted(left, right, total, total, 0.0, svd.method)
+    left, right, fit = lora.balanced_factors(svd, delta, 1.0, dtype)
+    if not math.isfinite(fit.error):
+        raise NonFiniteError(f"{name}: its factors overflow {dtype}; choose a wider --dtype")
+    gain = max(svd.captured + svd.gain - fit.captured, 0.0)
+    return _Fitted(left, right, total, max(fit.error, 0.0), gain, svd.method)
+
+
+def lora_of(
+    work: ToLora, base: Checkpoint, rule: RankRule, dtype: str | None
+) -> tuple[Factors, ModuleResult]:
+    """One module's factors, in ``dtype`` (by default the base's), and their measure.
+
+    Raises:
+        NonFiniteError: the change holds an inf or a NaN, or its factors overflow.
+        MismatchError: the adapter's tensors are of another layer.
+    """
+    from lora_tools.formats.adapters.writer import Factors
+
+    spec, layout, module = work.target.spec, work.layout, work.source.module
+    [part] = work.target.parts
+    weight = base.tensor(work.target.base_name).float() if work.source.kind.of_base else None
+    change = change_of(part, spec, weight).reshape(layout.matrix(spec.shape))
+    base.release(work.target.base_name)
+    written = torch_dtype(dtype or spec.dtype)
+    found = [
+        _fitted(
+            spec.name,
+            change[at.row : at.row + at.rows, at.col : at.col + at.cols].contiguous(),
+            rule,
+            written,
+        )
+        for at in layout.regions(spec.shape)
+    ]
+    A, B = layout.factors([(each.left, each.right) for each in found], spec.shape)
+    r = layout.r([each.right.shape[0] for each in found])
+    total = Total.of((each.total, each.error) for each in found)
+    result = ModuleResult(
+        module=module,
+        layout=layout.name,
+        shape=spec.shape,
+        rank=r,
+        relative_error=total.relative_error,
+        energy=1 - total.missing_share,
+        gain_bound=sum(each.gain for each in found) / total.energy if total.energy else 0.0,
+        delta_norm=math.sqrt(total.energy),
+        relative_change=math.nan,
+        method=found[0].method,
+    )
+    return Factors(module, A, B, float(r), 1.0, r, form=layout.written), result
+
+
+def write_lora(
+    given: Adapter,
+    works: list[ToLora],
+    base: Checkpoint,
+    names: BaseNames | None,
+    rule: RankRule,
+    dtype: str | None,
+    made: Mapping[str, str],
+    out: Path,
+    jobs: int | None,
+    progress: ProgressCallback | None,
+) -> list[ModuleResult]:
+    """Write the LoRA, and what the adapter saves whole, to a folder that does not exist."""
+    from lora_tools.engine import threads
+    from lora_tools.formats.adapters.peft_format import PeftFormat
+    from lora_tools.linalg.recipes import compute
+
+    tasks = [Call(lora_of, (w,), w.source.module, working_bytes(w.target)) for w in works]
+    writer, results = PeftFormat(out, names, compute), []
+    try:
+        for factors, result in threads.run(
+            tasks, (base, rule, dtype), None, jobs=jobs, progress=progress
+        ):
+            writer.add(factors)
+            results.append(result)
+        for key in given.saved_keys:
+            writer.add_raw(key, given.tensor(key))
+        config: dict[str, Any] = {k: v for k, v in given.config.items() if k in _KEPT}
+        writer.config = {**config, "target_modules": [w.source.module for w in works]}
+        writer.made = made
+        writer.finish()
+    finally:
+        writer.close()
+    return results

@@ -1,0 +1,50 @@
+"""The table of changes that PEFT's types make of weights and biases: one function each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lora_tools.errors import MismatchError
+
+if TYPE_CHECKING:
+    import torch
+
+    from lora_tools.linalg.changes.on import Change, On, Tensors
+
+
+def _changes() -> dict[str, Change]:
+    from lora_tools.linalg.changes import of_weight as w
+    from lora_tools.linalg.changes import patterns as s
+    from lora_tools.linalg.changes import products as p
+    from lora_tools.linalg.changes import rotations as r
+
+    rows = (
+        *(p.loha, p.lokr, p.adalora, p.vera, p.pvera, p.randlora, p.vblora, p.unilora),
+        *(p.gralora, p.tinylora, p.delora),
+        *(s.fourierft, s.waveft, s.c3a, s.shira, s.supertuning, s.miss, s.beft),
+        *(r.oft, r.boft, r.hra, r.bat, r.road, r.road_bias),
+        *(w.hira, w.glora, w.glora_bias, w.deft, w.frod, w.peanut),
+    )
+    return {row.__name__: row for row in rows}
+
+
+def change(name: str, tensors: Tensors, numbers: Mapping[str, Any], on: On) -> torch.Tensor:
+    """The change by a row of the table, in ``on.shape`` where that is known; in float32, or float64
+    where the base's weight is.
+
+    Raises:
+        MismatchError: the tensors do not go together, or are of another layer.
+    """
+    import torch
+
+    given = on.given if on.given is not None else on.given_bias
+    wide = torch.float64 if given is not None and given.dtype == torch.float64 else torch.float32
+    tensors = {k: x.to(wide) if x.is_floating_point() else x for k, x in tensors.items()}
+    shapes = ", ".join(f"{part} {list(x.shape)}" for part, x in sorted(tensors.items()))
+    try:
+        result = _changes()[name](tensors, numbers, on)
+        return result.reshape(on.shape) if on.shape else result
+    except (RuntimeError, ValueError, IndexError, KeyError, ZeroDivisionError, StopIteration) as e:
+        what = f" for {list(on.shape)}" if on.shape else ""
+        raise MismatchError(f"{shapes} make no {name}{what} ({type(e).__name__})") from None
