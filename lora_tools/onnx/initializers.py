@@ -211,16 +211,30 @@ def load(path: Path) -> onnx.ModelProto:
     """A graph without its external data. Raises CheckpointError."""
     try:
         model = onnx.load_model_from_string(read_file(path, most=MOST_OF_GRAPH))
+        _decode(model)
     except CheckpointError:
         raise
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}") from None
     except Exception as error:  # protobuf's DecodeError is Exception's own child
         text = " ".join(str(error).split())
         raise CheckpointError(f"{path}: not an ONNX model ({text:.200})") from None
     if not (model.HasField("graph") and model.graph.output):
         raise CheckpointError(f"{path}: not an ONNX model (it holds no graph with an output)")
     return model
+
+
+def _decode(message: Any) -> None:
+    """Look at every string of a graph, which protobuf decodes only then (in a list: into bytes,
+    where it is no UTF-8); of tensors at what is said about the numbers. Raises ValueError, or
+    TypeError."""
+    for field, value in () if isinstance(message, onnx.TensorProto) else message.ListFields():
+        if field.type == field.TYPE_STRING:
+            "".join(value)
+        elif field.type == field.TYPE_MESSAGE:
+            for inner in [value] if hasattr(value, "ListFields") else value:
+                _decode(inner)
+    if isinstance(message, onnx.TensorProto):
+        for text in (message.name, *((e.key, e.value) for e in message.external_data)):
+            "".join(text)
 
 
 def graphs_in(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
