@@ -8,6 +8,7 @@ would run stays a name. (The opcodes: ``pickletools`` of the standard library.)
 
 from __future__ import annotations
 
+import functools
 import io
 import pickle
 from collections.abc import Callable
@@ -87,6 +88,65 @@ class _Unpickler(pickle.Unpickler):
         return self._persistent(pid)
 
 
+_LINE, _LINES, _NONE = 1000, 1001, 1002  # beside the sizes of arguments
+_PUT, _LONG_BINPUT, _STOP = b"pr."
+
+
+@functools.cache
+def _sizes() -> list[int]:
+    """Of each opcode the bytes of its argument, or minus the bytes of the length before it; of what
+    ends with a line, and of what is no opcode, another."""
+    import pickletools
+
+    lengths = {
+        pickletools.TAKEN_FROM_ARGUMENT1: -1,
+        pickletools.TAKEN_FROM_ARGUMENT4: -4,
+        pickletools.TAKEN_FROM_ARGUMENT4U: -4,
+        pickletools.TAKEN_FROM_ARGUMENT8U: -8,
+        pickletools.UP_TO_NEWLINE: _LINE,
+    }
+    sizes = [_NONE] * 256
+    for op in pickletools.opcodes:
+        n = op.arg.n if op.arg is not None else 0
+        sizes[ord(op.code)] = lengths.get(n, n)
+    for code in b"ci":  # two lines: a module's, and a name's
+        sizes[code] = _LINES
+    return sizes
+
+
+def _refuse_far_memo(data: bytes) -> None:
+    """Raises CheckpointError for a pickle that numbers what it keeps beyond its own length: the
+    standard library makes a list of that many places, of up to 64 GB, for five bytes."""
+    sizes, at, end = _sizes(), 0, len(data)
+    while at < end:
+        op, size = data[at], sizes[data[at]]
+        at += 1
+        number = 0
+        if size >= _LINE:
+            if size == _NONE:  # which pickle says
+                return
+            line = data.find(b"\n", at)
+            number = _index(data[at:line]) if op == _PUT else 0
+            at = (line if size == _LINE else data.find(b"\n", line + 1)) + 1
+            if line < 0 or not at:
+                return
+        elif size < 0:
+            at += int.from_bytes(data[at : at - size], "little") - size
+        else:
+            number = int.from_bytes(data[at : at + 4], "little") if op == _LONG_BINPUT else 0
+            at += size
+        if number > end:
+            raise CheckpointError(f"numbers an object {number:,} in a pickle of {end:,} bytes")
+        if op == _STOP:
+            return
+
+
+def _index(line: bytes) -> int:
+    """The number in a line; where it is none, 0, of which pickle says so."""
+    short = len(line) < 20
+    return (int(line) if line.strip().isdigit() else 0) if short else 1 << 64
+
+
 def read_pickle(data: bytes, persistent: Callable[[Any], Any] | None = None) -> Any:
     """What a pickle holds, with ``Record`` for all that is not of Python's own plain types.
 
@@ -97,6 +157,7 @@ def read_pickle(data: bytes, persistent: Callable[[Any], Any] | None = None) -> 
         CheckpointError: it is none, or names what is neither torch's nor a path.
     """
     try:
+        _refuse_far_memo(data)
         return _Unpickler(data, persistent).load()
     except CheckpointError:
         raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,24 +13,37 @@ from lora_tools.formats.lfs import refuse_pointer
 from lora_tools.formats.regular_files import read_file
 
 _MOST_NESTED = 5_000_000  # lists and objects, of some 60 bytes each in memory
+_HALF = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")  # of a surrogate pair, written or read
 
 
-def refuse_nested(data: bytes | str) -> None:
+def refuse_nested(text: str) -> None:
     """Raises ValueError for JSON of more lists and objects than any is that is meant."""
-    count = data.count("[") + data.count("{") if isinstance(data, str) else 0
-    if isinstance(data, bytes):
-        count = data.count(b"[") + data.count(b"{")
-    if count > _MOST_NESTED:
+    if text.count("[") + text.count("{") > _MOST_NESTED:
         raise ValueError(f"it holds more than {_MOST_NESTED:,} lists and objects")
 
 
+def parse(data: bytes | str, **options: Any) -> Any:
+    """JSON, with options of ``json.loads``. Raises ValueError for what is none, for lists without
+    end, and for text that is not Unicode, which no file and no tensor can be named by; and
+    RecursionError."""
+    text = data.decode(json.detect_encoding(data)) if isinstance(data, bytes) else data
+    refuse_nested(text)
+    found = json.loads(text, **options)
+    if _HALF.search(text):
+        try:
+            json.dumps(found, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            part = error.object[max(error.start - 20, 0) : error.end]
+            raise ValueError(f"{part!r} is not Unicode (half a surrogate pair)") from None
+    return found
+
+
 def read_object(path: Path, fail: type[LoraToolsError] = CheckpointError) -> dict[str, Any]:
-    """What it holds. Raises ``fail`` for what is no JSON object, and OSError."""
+    """What it holds. Raises ``fail`` for what is no JSON object, or cannot be read."""
     try:
         data = read_file(path, fail)
         refuse_pointer(path, data, fail)
-        refuse_nested(data)
-        found = json.loads(data)
+        found = parse(data)
     except (ValueError, RecursionError) as error:
         raise fail(f"{path}: not JSON ({error})") from None
     if not isinstance(found, dict):

@@ -6,13 +6,12 @@ A transformer, pooling, dense layers: each lies in a folder of its own; the firs
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lora_tools.formats.digest import file_sha256
-from lora_tools.formats.json_file import read_object, refuse_nested
+from lora_tools.formats.json_file import parse, read_object
 from lora_tools.formats.regular_files import is_there, read_file
 
 NAME = "modules.json"
@@ -72,9 +71,7 @@ class Pipeline:
         if not is_there(path):
             return None
         try:
-            data = read_file(path)
-            refuse_nested(data)
-            given = json.loads(data)
+            given = parse(read_file(path))
             modules = [_module(root, each) for each in given]
             return cls(root, modules[0], tuple(modules[1:]))
         except (ValueError, RecursionError, TypeError, LookupError):

@@ -66,14 +66,18 @@ def read_file(path: Path, fail: type[LoraToolsError] = CheckpointError, most: in
     """What a small file holds.
 
     Raises:
-        fail: it is no file, or holds more than ``most`` bytes.
-        OSError: as ``open`` does.
+        fail: it is no file, cannot be read, or holds more than ``most`` bytes.
     """
-    with open_file(path, fail) as file:
-        size = os.fstat(file.fileno()).st_size
-        data = file.read(most + 1) if size <= most else b""  # what /proc holds has no size
-        if size > most or len(data) > most:
-            raise fail(f"{path}: {max(size, len(data)):,} bytes; at most {most:,} are read of it")
+    try:
+        with open_file(path, fail) as file:
+            size = os.fstat(file.fileno()).st_size
+            data = file.read(most + 1) if size <= most else b""  # what /proc holds has no size
+    except OSError as error:
+        if isinstance(error, fail):
+            raise
+        raise fail(f"{path}: {error.strerror or error}") from None
+    if size > most or len(data) > most:
+        raise fail(f"{path}: {max(size, len(data)):,} bytes; at most {most:,} are read of it")
     return data
 
 

@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import CheckpointError, OutputError, TensorNotFound
-from lora_tools.formats.json_file import refuse_nested
+from lora_tools.formats.json_file import parse
 from lora_tools.formats.lfs import HEAD, refuse_pointer
 from lora_tools.formats.mapped import MappedFile
 from lora_tools.formats.open_files import Descriptor, OpenFile
@@ -61,8 +61,7 @@ def strict_json(text: bytes | str) -> Any:
     """
     try:
         text = text.decode() if isinstance(text, bytes) else text
-        refuse_nested(text)
-        return json.loads(text, object_pairs_hook=_pairs_without_duplicates)
+        return parse(text, object_pairs_hook=_pairs_without_duplicates)
     except (ValueError, RecursionError) as error:  # a ValueError, too, is an endless number
         raise CheckpointError(f"not JSON ({error})") from None
 
@@ -113,9 +112,6 @@ def parse_header(
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError("__metadata__ is not a mapping of strings")
-    for text in (*header, *metadata, *metadata.values()):
-        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-            raise CheckpointError(f"the header: {text!r} is not Unicode (half a surrogate pair)")
     specs: dict[str, TensorSpec] = {}
     offsets: dict[str, int] = {}
     expected = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -10,7 +11,13 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
-from lora_tools.errors import MismatchError, NonFiniteError, UnsupportedAdapter
+from lora_tools.errors import (
+    CheckpointError,
+    LoraToolsError,
+    MismatchError,
+    NonFiniteError,
+    UnsupportedAdapter,
+)
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.adapters.changes import ChangedModule
 from lora_tools.formats.checkpoint import Checkpoint
@@ -83,11 +90,27 @@ def base_outline(merged: Checkpoint, memory: Sidecar) -> tuple[BaseOutline, list
         mine, _, metadata = parse_header(header, None)
         specs.update(mine)
         shards.append(Shard(name, tuple(mine.values()), metadata, header))
+    _check_files(memory, shards)
     config = merged.config
     if "config.json" in memory.files():
         config = strict_json(memory.files()["config.json"])
     says = functools.partial(class_says, config, specs)
     return BaseOutline(merged.path, specs, config, says=says), shards
+
+
+def _check_files(memory: Sidecar, shards: Sequence[Shard]) -> None:
+    """Raises CheckpointError where the base's files would not be found: by their names, or by the
+    index that the sidecar holds."""
+    where = {spec.name: shard.name for shard in shards for spec in shard.specs}
+    if strange := [shard.name for shard in shards if not shard.name.endswith(".safetensors")]:
+        raise CheckpointError(f"{memory.path}: {strange[0]!r} is no name of a file of weights")
+    for name, data in memory.files().items():
+        if not name.endswith(".safetensors.index.json"):
+            continue
+        index = strict_json(data)
+        said = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(said, dict) or any(where.get(n) != file for n, file in said.items()):
+            raise CheckpointError(f"{memory.path}: its {name} says other than its headers")
 
 
 def check_merged(merged: Checkpoint, plan: MergePlan) -> None:
@@ -195,15 +218,30 @@ class RestoreTensor:
         name = self.target.spec.name
         if not self.target.parts:
             return Restored(copy_tensor(merged, name, sink))
-        runs = _RestoredRuns(self.target, merged, memory)
         state, offset = xxhash.xxh3_128(), 0
-        for rows in runs:
-            data = as_bytes(rows)
-            sink.write(name, data, offset)
-            state.update(data)
-            offset += data.nbytes
+        with _damage_named(memory, name):
+            runs = _RestoredRuns(self.target, merged, memory)
+            for rows in runs:
+                data = as_bytes(rows)
+                sink.write(name, data, offset)
+                state.update(data)
+                offset += data.nbytes
         merged.release(name)
         return Restored(state.hexdigest(), runs.energy, runs.bound)
+
+
+@contextlib.contextmanager
+def _damage_named(memory: Sidecar | None, tensor: str) -> Iterator[None]:
+    """Whatever a listing that lies makes of torch and numpy is a CheckpointError."""
+    try:
+        yield
+    except (IndexError, TypeError, ValueError, RuntimeError) as error:
+        if memory is None or isinstance(error, LoraToolsError):
+            raise
+        text = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{memory.path}: what it holds of {tensor} is damaged ({text:.100}); fetch it again"
+        ) from None
 
 
 class _RestoredRuns:
@@ -246,7 +284,7 @@ class _RestoredRuns:
         assert self._listing is not None
         try:
             return codec.decode(estimate, rows, codec.Coded(*self._listing.runs[i]))
-        except (ValueError, IndexError, RuntimeError) as error:
+        except (ValueError, IndexError) as error:
             raise MismatchError(
                 f"{self._name}: the result is not the base ({error}): {_CHANGED}"
             ) from None

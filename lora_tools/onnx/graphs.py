@@ -11,10 +11,11 @@ import onnx
 
 from lora_tools.errors import CheckpointError, MismatchError
 from lora_tools.formats.checkpoint import Checkpoint, with_theta
-from lora_tools.formats.regular_files import MOST_OF_GRAPH, is_there, read_file
+from lora_tools.formats.regular_files import is_there
 from lora_tools.formats.synced import write_synced
 from lora_tools.formats.tensors import as_bytes
 from lora_tools.onnx import genai
+from lora_tools.onnx.initializers import load
 from lora_tools.onnx.linears import is_quantized
 from lora_tools.onnx.runtime_adapters import Branch, Replacement, add_branches, remove_branches
 from lora_tools.onnx.sentence import described, with_modules
@@ -233,14 +234,7 @@ def _again(graph: Path, checkpoint: Checkpoint, task: Task) -> dict[str, onnx.Mo
     folder, modules = _folder(graph), _modules_said(task)
     models = {}
     for file in task.files():
-        try:
-            model = onnx.load_model_from_string(read_file(folder / file, most=MOST_OF_GRAPH))
-        except CheckpointError:
-            raise
-        except (OSError, ValueError, onnx.checker.ValidationError) as error:
-            raise CheckpointError(f"{folder / file}: cannot be read ({error})") from None
-        except Exception as error:  # protobuf's DecodeError is Exception's own child
-            raise CheckpointError(f"{folder / file}: not an ONNX model ({error})") from None
+        model = load(folder / file)
         if model.producer_name != "loratools":
             raise MismatchError(f"{folder / file}: made by {model.producer_name or 'another tool'}")
         if is_quantized(model):

@@ -211,22 +211,22 @@ def load(path: Path) -> onnx.ModelProto:
     """A graph without its external data. Raises CheckpointError, also where a name is no text."""
     try:
         model = onnx.load_model_from_string(read_file(path, most=MOST_OF_GRAPH))
+        odd = _no_text(model)
     except CheckpointError:
         raise
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}") from None
     except Exception as error:  # protobuf's DecodeError is Exception's own child
         text = " ".join(str(error).split())
         raise CheckpointError(f"{path}: not an ONNX model ({text:.200})") from None
     if not (model.HasField("graph") and model.graph.output):
         raise CheckpointError(f"{path}: not an ONNX model (it holds no graph with an output)")
-    if (odd := _no_text(model)) is not None:
+    if odd is not None:
         raise CheckpointError(f"{path}: {odd[:60]!r} in it is not UTF-8 text")
     return model
 
 
 def _no_text(message: Any) -> bytes | None:
-    """A string that is not UTF-8, which protobuf gives as bytes, or None where all are."""
+    """A string of a list that is not UTF-8, which protobuf gives as bytes, or None where all are;
+    of one that stands alone it raises UnicodeDecodeError."""
     for field, value in message.ListFields():
         if field.type not in (field.TYPE_MESSAGE, field.TYPE_STRING):
             continue

@@ -23,7 +23,7 @@ from lora_tools.formats.adapters.writer import Factors, Writer
 from lora_tools.formats.alignment import align
 from lora_tools.formats.reopen import Reopened, Stamp
 from lora_tools.formats.safetensors_file import reserve
-from lora_tools.formats.synced import sync_file
+from lora_tools.formats.synced import held_bytes, sync_file
 from lora_tools.formats.tensors import as_bytes
 from lora_tools.records import TensorSpec
 
@@ -56,6 +56,8 @@ class OrtFile(Reopened):
         self.metadata: dict[str, str] = {}
         try:
             self.stamp = Stamp.of(path)
+            if held_bytes(path) < self.stamp.nbytes // 2:  # which onnxruntime would read whole
+                raise ValueError(f"more than half of its {self.stamp.nbytes:,} bytes is a hole")
             self._adapter = package.AdapterFormat.read_adapter(str(path))
             self._values = dict(self._adapter.get_parameters())
             arrays = {name: value.numpy() for name, value in self._values.items()}

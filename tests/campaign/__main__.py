@@ -1,0 +1,199 @@
+"""``python -m tests.campaign``: as large as one likes, and one table of what came of it."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+_MEMORY = Path("/dev/shm")
+_COLUMNS = (
+    "refused", "done", "checked", "tracebacks", "hangs > 20 s", "> 1.5 GB", "left on disk",
+    "wrong content",
+)  # fmt: skip
+_OPTIONS: dict[str, tuple[dict[str, object], str]] = {
+    "--inputs": ({"type": int, "default": 0}, "damaged files, over all doors"),
+    "--door": ({"default": ""}, "of these, doors in whose name this is found"),
+    "--seconds": ({"type": float}, "for the damaged files, at most"),
+    "--kills": ({"type": int, "default": 0}, "runs that are killed or sent a signal"),
+    "--races": ({"type": int, "default": 0}, "for one destination, of two to four runs"),
+    "--disks": ({"type": int, "default": 0, "metavar": "BYTES"},
+        "disks of all sizes in steps of so many bytes, and bounds on a file"),
+    "--elsewhere": ({"action": "store_true"},
+        "the same bytes with other jobs, threads, hashes, languages, processors"),
+    "--gigabytes": ({"type": float, "default": 0}, "of a checkpoint in little memory"),
+    "--limit": ({"type": int, "default": 500, "metavar": "MB"}, "of that memory"),
+    "--seed": ({"type": int, "default": 0}, "of everything"),
+    "--jobs": ({"type": int, "default": os.cpu_count()}, "at a time"),
+    "--here": ({"type": Path, "default": _MEMORY if _MEMORY.is_dir() else None},
+        "a folder for all that is made [default: /dev/shm, where there is one]"),
+    "--faults": ({"type": Path}, "a file for all that was wrong, in full"),
+}  # fmt: skip
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="python -m tests.campaign", description=__doc__)
+    for flag, (kind, text) in _OPTIONS.items():
+        made.add_argument(flag, help=text, **kind)  # type: ignore[arg-type]
+    return made
+
+
+class Table:
+    """Rows as they come, and what was wrong in a file."""
+
+    def __init__(self, faults: Path | None) -> None:
+        self._faults, self.wrong = faults, 0
+
+    def row(self, what: str, count: int, figures: str, wrong: Iterable[str] = ()) -> None:
+        said = list(wrong)
+        self.wrong += len(said)
+        print(f"{what:36} {count:8,}  {figures}", flush=True)
+        for text in said:
+            if self._faults:
+                with self._faults.open("a") as file:
+                    print(f"===== {what}: {text}", file=file)
+            else:
+                print(f"  {text}", file=sys.stderr)
+
+
+def fuzz(options: argparse.Namespace, here: Path, table: Table) -> None:
+    import torch
+
+    from tests.campaign import sound
+    from tests.campaign.fuzz import Bench
+    from tests.campaign.workers import Pool, deal
+    from tests.forkserver import import_everything
+
+    torch.set_num_threads(1)
+    (here / "sound").mkdir()
+    whole = sound.make(here / "sound")
+    import_everything()
+    Bench(whole, here / "warm").warm()
+    dealt = [pair for pair in deal(options.inputs, options.seed) if options.door in pair[0]]
+    tallies = Pool(whole, here, dealt, options.jobs).run(options.seconds)
+    print(f"{'damaged files of':36} {'inputs':>8}  " + "  ".join(_COLUMNS))
+    total: collections.Counter[str] = collections.Counter()
+    for t in tallies.values():
+        found = t.kinds + collections.Counter(checked=t.checked, inputs=t.inputs)
+        total += found
+        table.row(t.door, t.inputs, _figures(found), t.faults)
+    table.row("all doors", total["inputs"], _figures(total))
+
+
+def _figures(found: collections.Counter[str]) -> str:
+    return "  ".join(f"{found[column]:{len(column)},}" for column in _COLUMNS)
+
+
+def over(
+    count: int, jobs: int, here: Path, one: Callable[[Path, random.Random], list[str]], seed: str
+) -> list[str]:
+    """So many times, each in a folder of its own, some at a time."""
+
+    def each(number: int) -> list[str]:
+        folder = here / str(number)
+        folder.mkdir(parents=True)
+        wrong = one(folder, random.Random(f"{seed} {number}"))
+        shutil.rmtree(folder)
+        return [f"{number}: {text}" for text in wrong]
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return [text for texts in pool.map(each, range(count)) for text in texts]
+
+
+def moments(options: argparse.Namespace, here: Path, table: Table) -> None:
+    from tests import iotools
+    from tests.campaign import machines
+    from tests.campaign import moments as m
+
+    top = here / "ground"
+    top.mkdir()
+    place = m.ground(top)
+    for what, count, one in (
+        ("kills and signals", options.kills, m.kill),
+        ("races", options.races, m.race),
+    ):
+        if count:
+            seed = f"{options.seed} {what}"
+            wrong = over(count, options.jobs, here / what, lambda f, r, o=one: o(place, f, r), seed)
+            table.row(what, count, f"{len(wrong)} wrong", wrong)
+    if options.disks:
+        _disks(options.disks, here, place, table)
+    if options.elsewhere:
+        for what in machines.ELSEWHERE:
+            wrong = [w for verb in m.VERBS for w in machines.elsewhere(place, here, verb, what)]
+            table.row(f"elsewhere: {what}", len(m.VERBS), f"{len(wrong)} with other bytes", wrong)
+    if iotools.tree(place.top) != place.inputs:
+        table.row("inputs that changed", 1, "", ["an input was written to"])
+
+
+def _disks(step: int, here: Path, place: object, table: Table) -> None:
+    """Each verb on disks, and with a limit on files, from one step on until it has room."""
+    from tests.campaign import moments as m
+
+    assert isinstance(place, m.Ground)
+    for what, try_, where in (
+        ("files that may not be longer", m.short_file, None),
+        ("full disks", m.full_disk, m.small_disk),
+    ):
+        folder, count, wrong = here / what, 0, []
+        folder.mkdir()
+        try:
+            with where(folder) if where else tempfile.TemporaryDirectory(dir=here):
+                for verb in m.VERBS:
+                    enough, size = False, 0
+                    while not enough:
+                        size, count = size + step, count + 1
+                        enough, said = try_(place, folder, verb, size)
+                        wrong += said
+        except OSError as error:
+            print(f"{what}: not tried ({error})")
+            continue
+        table.row(what, count, f"{len(wrong)} wrong", wrong)
+
+
+def memory(options: argparse.Namespace, here: Path, table: Table) -> None:
+    from tests.campaign import machines
+    from tests.campaign.lines import VERBS
+
+    top = machines.large(here, options.gigabytes)
+    for verb in VERBS:
+        begun = time.monotonic()
+        code, peak, said = machines.in_little_memory(top, here, verb, options.limit << 20)
+        wrong = [f"exit {code}: {said}"] if code else []
+        figures = (
+            f"exit {code}, at most {peak / 1e6:.0f} MB of no file, {time.monotonic() - begun:.0f} s"
+        )
+        table.row(f"{options.gigabytes:g} GB in {options.limit} MB: {verb}", 1, figures, wrong)
+        shutil.rmtree(here / "out", ignore_errors=True)
+
+
+def main() -> int:
+    options = parser().parse_args()
+    table = Table(options.faults)
+    with tempfile.TemporaryDirectory(prefix="campaign-", dir=options.here) as folder:
+        for wanted, part in (
+            (options.inputs, fuzz),
+            (options.kills or options.races or options.disks or options.elsewhere, moments),
+            (options.gigabytes, memory),
+        ):
+            if wanted:
+                here = Path(folder, part.__name__)
+                here.mkdir()
+                part(options, here, table)
+    print(f"{table.wrong} faults, seed {options.seed}")
+    return int(table.wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
