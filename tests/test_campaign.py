@@ -118,7 +118,7 @@ def test_a_graph_whose_text_is_not_unicode_is_refused(
     for at in {data.find(part), data.rfind(part)}:
         path = tmp_path / "x.onnx"
         path.write_bytes(data[:at] + b"\xff" + data[at + 1 :])
-        with pytest.raises(CheckpointError, match=r"x\.onnx: (not an ONNX model|.* is not UTF-8 text)"):
+        with pytest.raises(CheckpointError, match=r"x\.onnx: .*(not an ONNX|is not UTF-8)"):
             load(path)
     assert isinstance(load(whole / "graph/model.onnx"), onnx.ModelProto)
 
