@@ -209,6 +209,25 @@ def test_what_comes_first_is_asked_where_it_matters(tmp_path: Path) -> None:
         lora_tools.merge(base, [tmp_path / "a", tmp_path / "b"], tmp_path / "m.safetensors")
 
 
+@pytest.mark.parametrize("case", ["hira", "oft"])
+def test_a_layer_that_is_saved_is_what_is_changed(case: str, tmp_path: Path) -> None:
+    """PEFT saves embeddings and output heads that an adapter acts on, and reads them back."""
+    base = store(net(), tmp_path / "base.safetensors")
+    trained(tmp_path / "a", case)
+    path, key = tmp_path / "a" / "adapter_model.safetensors", "base_model.model.wide.base_layer"
+    save_file({**load_file(path), f"{key}.weight": net(1).wide.weight.detach()}, path)
+    read = models.quietly(lambda: peft.PeftModel.from_pretrained(net(), tmp_path / "a")).eval()
+    wanted = models.quietly(read.merge_and_unload).state_dict()
+    lora_tools.merge(base, [tmp_path / "a"], tmp_path / "m.safetensors")
+    models.assert_same(load_file(tmp_path / "m.safetensors"), wanted, 2e-6)
+    lora_tools.convert(tmp_path / "a", tmp_path / "l", to="peft", base=base, rank=12)
+    lora_tools.merge(base, [tmp_path / "l"], tmp_path / "n.safetensors")
+    models.assert_same(load_file(tmp_path / "n.safetensors"), wanted, 1e-5)
+    trained(tmp_path / "b", "loha")
+    with pytest.raises(UnsupportedAdapter, match="merge one of them"):
+        lora_tools.merge(base, [tmp_path / "a", tmp_path / "b"], tmp_path / "x.safetensors")
+
+
 def test_the_weight_of_an_adapter_scales_its_change(tmp_path: Path) -> None:
     base = store(net(), tmp_path / "base.safetensors")
     before = load_file(base)

@@ -445,3 +445,27 @@ def test_sidecars_of_the_first_version_are_read(tmp_path: Path) -> None:
     assert found == "0e3e300d267f45d0b3f532ad8b21a711abe4442f1ff90555bf23664fdaa4e3f0"
     dtypes = {tensor.dtype for tensor in load_file(tmp_path / "back.safetensors").values()}
     assert dtypes == set(DTYPES.values())
+
+
+def test_an_alpha_that_was_changed_is_refused_without_a_sidecar(tmp_path: Path) -> None:
+    """The digest is of the adapter's tensors only; fields that do nothing may change."""
+    torch.manual_seed(0)
+    save_file({"lin.weight": torch.randn(6, 4)}, tmp_path / "base.safetensors")
+    factors = {"lora_A": torch.randn(2, 4), "lora_B": torch.randn(6, 2)}
+    (tmp_path / "a").mkdir()
+    names = {f"base_model.model.lin.{part}.weight": tensor for part, tensor in factors.items()}
+    save_file(names, tmp_path / "a" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["lin"]}
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+    merged = tmp_path / "m.safetensors"
+    lora_tools.merge(tmp_path / "base.safetensors", [(tmp_path / "a", 0.5)], merged)
+    for i, more in enumerate(({"inference_mode": True, "lora_dropout": 0.5}, {"lora_alpha": 8})):
+        (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config | more))
+        given = (merged, [(tmp_path / "a", 0.5)], tmp_path / f"{i}.safetensors")
+        if "lora_alpha" not in more:
+            lora_tools.unmerge(*given)
+            continue
+        with pytest.raises(MismatchError, match=r"other numbers \(alpha.*allow_other_base"):
+            lora_tools.unmerge(*given)
+        assert not given[2].exists()
+        lora_tools.unmerge(*given, allow_other_base=True)

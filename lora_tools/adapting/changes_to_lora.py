@@ -19,9 +19,9 @@ from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.linalg.layouts import LAYOUTS, Layout
 from lora_tools.linalg.ranks import RankRule
-from lora_tools.merging.changed import change_of, working_bytes
+from lora_tools.merging.changed import change_of, layer_of, working_bytes
 from lora_tools.merging.plan import plan_merge
-from lora_tools.merging.targets import Target
+from lora_tools.merging.targets import Part, Target
 from lora_tools.records import ModuleResult, ProgressCallback
 from lora_tools.sources.weighted import Weighted
 
@@ -44,11 +44,16 @@ class ToLora:
     layout: Layout
 
     @property
+    def part(self) -> Part:
+        """The one that changes."""
+        [part] = [p for p in self.target.parts if isinstance(p.source, ChangedModule)]
+        return part
+
+    @property
     def source(self) -> ChangedModule:
         """The change."""
-        [part] = self.target.parts
-        assert isinstance(part.source, ChangedModule)
-        return part.source
+        assert isinstance(self.part.source, ChangedModule)
+        return self.part.source
 
 
 def plan_lora(given: Adapter, base: Checkpoint | Path | None, to: str) -> list[ToLora]:
@@ -83,7 +88,7 @@ def plan_lora(given: Adapter, base: Checkpoint | Path | None, to: str) -> list[T
         turned = changes[0].layout is not None and changes[0].layout.transposed
         kind = "conv1d" if turned else weight.layout
         layout = LAYOUTS[kind].having(groups=weight.groups) if kind == "conv" else LAYOUTS[kind]
-        found.append(ToLora(dataclasses.replace(target, parts=tuple(changes)), layout))
+        found.append(ToLora(target, layout))
     return found
 
 
@@ -137,9 +142,10 @@ def lora_of(
     from lora_tools.formats.adapters.writer import Factors
 
     spec, layout, module = work.target.spec, work.layout, work.source.module
-    [part] = work.target.parts
-    weight = base.tensor(work.target.base_name).float() if work.source.kind.of_base else None
-    change = change_of(part, spec, weight).reshape(layout.matrix(spec.shape))
+    weight = None
+    if work.source.kind.of_base:
+        weight = layer_of(work.target, work.part, base.tensor).float()
+    change = change_of(work.part, spec, weight).reshape(layout.matrix(spec.shape))
     base.release(work.target.base_name)
     written = torch_dtype(dtype or spec.dtype)
     found = [

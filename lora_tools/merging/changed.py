@@ -65,7 +65,12 @@ def stored_as(part: Part, spec: TensorSpec, base: Checkpoint | BaseOutline) -> L
 def refuse_mixtures(name: str, parts: Sequence[Part]) -> None:
     """Raises UnsupportedAdapter where it matters which of several adapters comes first, and nobody
     says."""
-    kinds = [p.source.kind if isinstance(p.source, ChangedModule) else None for p in parts]
+    adapters = {id(part.weighted) for part in parts}
+    kinds = [
+        part.source.kind if isinstance(part.source, ChangedModule) else None
+        for part in parts
+        if len(adapters) > 1 or part.kind != "saved"  # of one's own: what it was changed from
+    ]
     of_base = [kind for kind in kinds if kind is not None and kind.of_base]
     if of_base and any(kind is not of_base[0] for kind in kinds):
         raise UnsupportedAdapter(
@@ -107,6 +112,15 @@ def change_of(
     return delta.T if turned else delta
 
 
+def layer_of(target: Target, part: Part, read: Read) -> torch.Tensor:
+    """The weight that a change is made on: the base's, or what its own adapter has saved of it, as
+    PEFT does of embeddings and output heads that it acts on."""
+    for other in target.parts:
+        if isinstance(other.source, str) and other.weighted is part.weighted:
+            return other.weighted.adapter.tensor(other.source)
+    return read(target.base_name)
+
+
 def change_effects(target: Target, read: Read | None) -> list[Added]:
     """What all of its parts that are such changes come to.
 
@@ -124,7 +138,7 @@ def change_effects(target: Target, read: Read | None) -> list[Added]:
             delta = change_of(part, target.spec)
             effects.append(Added(delta.reshape(matrix), part.weighted.weight))
         elif read is not None:
-            own = read(target.base_name)
+            own = layer_of(target, part, read)
             own = own.to(working_dtype(own.dtype))
             if moved is not None and part.source.kind.chained:
                 own = own + moved

@@ -15,7 +15,7 @@ from lora_tools.formats.checkpoint_writer import CheckpointWriter, Shard
 from lora_tools.merging.plan import MergePlan, adapter_digest
 from lora_tools.provenance import check_bases, tool_version
 from lora_tools.records import ProgressCallback, Report
-from lora_tools.sources.weighted import Weighted, digests_and_weights
+from lora_tools.sources.weighted import Weighted, digests_and_weights, settings_of
 
 
 class Hashed(Protocol):
@@ -35,6 +35,8 @@ def signed(shards: Sequence[Shard], command: str, adapters: Sequence[Weighted]) 
         "command": command,
         **_digests([hashing.BLANK] * (1 + len(adapters)), adapters),
     }
+    if adapters:
+        made["adapter_settings"] = settings_of(adapters)
     return [dataclasses.replace(s, metadata={**s.metadata, **made}) for s in shards]
 
 

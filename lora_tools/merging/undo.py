@@ -32,7 +32,7 @@ from lora_tools.merging.targets import BaseOutline, Target
 from lora_tools.merging.tensor import as_matrix, copy_tensor, working_dtype
 from lora_tools.records import Report, TensorSpec
 from lora_tools.sources.class_says import class_says
-from lora_tools.sources.weighted import Weighted, digests_and_weights
+from lora_tools.sources.weighted import Weighted, digests_and_weights, settings_of
 from lora_tools.totals import UnmergeTotals
 
 if TYPE_CHECKING:
@@ -55,8 +55,17 @@ def check_recorded(
 ) -> None:
     """Without a sidecar, what the metadata says was merged. Raises MismatchError."""
     recorded = merged.files[0].metadata.get("adapter_digests", "").split()
+    settings = merged.files[0].metadata.get("adapter_settings", "").split()
     given = digests_and_weights(digests, weighted).split()
     for mine, each in zip(given, weighted, strict=True):
+        if mine in recorded and len(settings) == len(recorded):
+            known = [s for d, s in zip(recorded, settings, strict=True) if d == mine]
+            if settings_of([each]) not in known:
+                raise MismatchError(
+                    f"{each.path}: its config has other numbers (alpha, …) than when it was merged "
+                    f"into {merged.path}; give it as it was, or pass --allow-other-base to "
+                    "subtract it all the same"
+                )
         if recorded and mine not in recorded:
             raise MismatchError(
                 f"{each.path}: is not what was merged with that weight, by the metadata of "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from lora_tools.errors import UsageError
 from lora_tools.formats.adapters.base_names import BaseNames
 from lora_tools.formats.adapters.peft import Adapter
 from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.linalg.scaling import scaling
 from lora_tools.sources.adapters import open_adapter
 
 
@@ -31,6 +33,25 @@ class Weighted:
 def digests_and_weights(digests: Sequence[str], weighted: Sequence[Weighted]) -> str:
     """As metadata has them: ``digest=weight digest=weight``."""
     return " ".join(f"{d}={w.weight:g}" for d, w in zip(digests, weighted, strict=True))
+
+
+def settings_of(weighted: Sequence[Weighted]) -> str:
+    """As metadata has them: of each adapter a hash of the numbers of its config that its effect
+    depends on, and that its digest, which is of its tensors, does not cover. No names are in it:
+    another base may call a module otherwise."""
+    return " ".join(_settings(each.adapter) for each in weighted)
+
+
+def _settings(adapter: Adapter) -> str:
+    said = (
+        [repr(scaling(m.alpha, m.r, adapter.use_rslora)) for m in adapter.modules.values()],
+        [repr((c.kind.title, sorted(c.numbers.items()))) for c in adapter.changes.values()],
+        [repr(m.on_input) for m in adapter.multipliers.values()],
+        [repr(t.indices) for t in adapter.tokens.values()],
+        [repr(adapter.fan_in_fan_out)],
+    )
+    lines = "".join(f"{' '.join(sorted(each))}\n" for each in said)
+    return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
 
 def open_weighted(
