@@ -90,7 +90,6 @@ def test_an_unknown_tensor_is_named(tmp_path):
         ({"tie_word_embeddings": True}, True),
         ({"text_config": {"tie_word_embeddings": True}}, True),
         ({"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": True}}, False),
-        ({"text_config": "odd"}, False),
     ],
 )
 def test_tied_embeddings(config, tied, tmp_path):

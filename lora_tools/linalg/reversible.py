@@ -143,7 +143,10 @@ def _open_bits(nearest: Array, merged: Array, dtype: torch.dtype) -> Array:
 
 
 def _exponent(bits: Array, dtype: torch.dtype) -> Array:
-    """Biased; subnormal numbers have the unit of the smallest normal ones."""
+    """Biased; subnormal numbers have the unit of the smallest normal ones, and whole ones of the
+    counters that batch norms keep the same everywhere."""
+    if not dtype.is_floating_point:
+        return np.zeros_like(bits)
     mantissa = -round(math.log2(torch.finfo(dtype).eps))
     exponent: Array = np.maximum((bits & np.iinfo(bits.dtype).max) >> mantissa, 1)
     return exponent
