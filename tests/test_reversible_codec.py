@@ -19,6 +19,14 @@ def bits(x: torch.Tensor) -> torch.Tensor:
     return x.view(INTEGERS[x.element_size()])
 
 
+def ordered(x: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(reversible.turned(bits(x).numpy()))
+
+
+def from_ordered(n: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.from_numpy(reversible.turned(n.numpy())).view(dtype)
+
+
 def floats(dtype: torch.dtype, patterns: list[int]) -> torch.Tensor:
     """Floats of those bit patterns."""
     size = dtype.itemsize
@@ -34,10 +42,10 @@ def arrays(dtype: torch.dtype, count: int) -> st.SearchStrategy[torch.Tensor]:
 @pytest.mark.parametrize("dtype", HALVES)
 def test_order_of_every_half_precision_number(dtype: torch.dtype) -> None:
     everything = floats(dtype, list(range(1 << 16)))
-    n = reversible.ordered(everything)
+    n = ordered(everything)
     assert n.dtype == torch.int16
     assert len(n.unique()) == 1 << 16
-    assert torch.equal(bits(reversible.from_ordered(n, dtype)), bits(everything))
+    assert torch.equal(bits(from_ordered(n, dtype)), bits(everything))
     numbers = ~everything.isnan()
     values, places = everything[numbers].double(), n[numbers].long()
     by_place = places.argsort()
@@ -51,8 +59,8 @@ def test_order_of_every_half_precision_number(dtype: torch.dtype) -> None:
 @hypothesis.given(data=st.data())
 def test_order_of_any_number(dtype: torch.dtype, data: st.DataObject) -> None:
     x = data.draw(arrays(dtype, 8))
-    n = reversible.ordered(x)
-    assert torch.equal(bits(reversible.from_ordered(n, dtype)), bits(x))
+    n = ordered(x)
+    assert torch.equal(bits(from_ordered(n, dtype)), bits(x))
     for i in range(8):
         for j in range(8):
             if x[i] < x[j]:
@@ -62,7 +70,7 @@ def test_order_of_any_number(dtype: torch.dtype, data: st.DataObject) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_order_of_a_strided_tensor(dtype: torch.dtype) -> None:
     x = torch.randn(5, 7).to(dtype).T
-    assert torch.equal(reversible.from_ordered(reversible.ordered(x), dtype), x)
+    assert torch.equal(from_ordered(ordered(x), dtype), x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -133,8 +141,8 @@ def test_ranks_are_a_count_of_nearer_numbers() -> None:
 def test_the_exponent_is_that_of_the_unit_in_the_last_place(dtype: torch.dtype) -> None:
     x = floats(dtype, list(range(1 << 16)))
     x = x[x.isfinite() & (x.abs() < torch.finfo(dtype).max)]
-    n = reversible.ordered(x.abs())
-    unit = reversible.from_ordered(n + 1, dtype).double() - x.abs().double()
+    n = ordered(x.abs())
+    unit = from_ordered(n + 1, dtype).double() - x.abs().double()
     found = reversible._exponent(reversible._bits(x), dtype)
     smallest = unit.min().log2()
     assert torch.equal(torch.from_numpy(found).double() - 1, unit.log2() - smallest)

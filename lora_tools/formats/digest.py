@@ -20,8 +20,12 @@ PREFIX = "xxh3-128/sha256:"
 BLANK = PREFIX + "0" * 64  # stands where a digest will
 # Metadata that says how a file was made: it does not pass to a checkpoint that is made of the file.
 PROVENANCE = (
-    *("loratools", "command", "base_digest", "tuned_digest"),
-    *("adapter_digests", "adapter_settings"),
+    "loratools",
+    "command",
+    "base_digest",
+    "tuned_digest",
+    "adapter_digests",
+    "adapter_settings",
 )
 
 

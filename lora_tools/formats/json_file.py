@@ -52,19 +52,18 @@ def read_object(path: Path, fail: type[LoraToolsError] = CheckpointError) -> dic
 
 
 # What entries of config.json that are read here may be; None stands for absent.
-_NUMBER, _TABLE = (int,), (dict,)
-_KINDS: Mapping[str, tuple[type, ...]] = {
-    "model_type": (str,),
-    "tie_word_embeddings": (bool,),
-    "vocab_size": _NUMBER,
-    "num_labels": _NUMBER,
-    "id2label": _TABLE,
-    "text_config": _TABLE,
-    "rope_parameters": _TABLE,
-    "rope_scaling": _TABLE,
-    "quantization_config": _TABLE,
-    "compression_config": _TABLE,
-    "_name_or_path": (str,),
+_KINDS: Mapping[str, type] = {
+    "model_type": str,
+    "tie_word_embeddings": bool,
+    "vocab_size": int,
+    "num_labels": int,
+    "id2label": dict,
+    "text_config": dict,
+    "rope_parameters": dict,
+    "rope_scaling": dict,
+    "quantization_config": dict,
+    "compression_config": dict,
+    "_name_or_path": str,
 }
 _SAID = {
     str: "a string",
@@ -78,11 +77,10 @@ def check_config(path: Path, said: Mapping[str, Any]) -> None:
     """Raises CheckpointError where an entry of a config.json, or of its text_config, is of a type
     that no reader of it takes."""
     check_names(path, said, "architectures")
-    for key, kinds in _KINDS.items():
+    for key, kind in _KINDS.items():
         found = said.get(key)
-        if found is not None and type(found) not in kinds:
-            wanted = " or ".join(_SAID[kind] for kind in kinds)
-            raise CheckpointError(f"{path}: {key} is {str(found)[:60]!r}, and not {wanted}")
+        if found is not None and type(found) is not kind:
+            raise CheckpointError(f"{path}: {key} is {str(found)[:60]!r}, and not {_SAID[kind]}")
     inner = said.get("text_config")
     if inner:
         check_config(path, inner)

@@ -50,25 +50,16 @@ class Coded(NamedTuple):
     within: bytes = b""
 
 
-def ordered(x: torch.Tensor) -> torch.Tensor:
-    """Floats as integers of the same size and order: neighbours differ by one."""
-    return torch.from_numpy(_turned(_bits(x))).view(x.shape)
-
-
-def from_ordered(n: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Inverse of ``ordered``."""
-    return torch.from_numpy(_turned(n.numpy())).view(dtype)
-
-
 def _bits(x: torch.Tensor) -> Array:
     """Flat. In numpy, which compares and gathers several times as fast as torch does."""
     return x.contiguous().view(_INT[x.element_size()]).view(-1).numpy()
 
 
-def _turned(bits: Array) -> Array:
-    """Bits of floats to integers in their order, and back: its own inverse."""
-    turned: Array = bits ^ ((bits >> (8 * bits.itemsize - 1)) & np.iinfo(bits.dtype).max)
-    return turned
+def turned(bits: Array) -> Array:
+    """Bits of floats → integers in their order, of which neighbours differ by one; and back: it is
+    its own inverse."""
+    result: Array = bits ^ ((bits >> (8 * bits.itemsize - 1)) & np.iinfo(bits.dtype).max)
+    return result
 
 
 def encode(
@@ -94,7 +85,7 @@ def encode(
     where = np.flatnonzero(listed)
     return Coded(
         _encode_gaps(where),
-        _split_planes(_turned(wanted[where]) - _turned(is_now[where])),  # wraps around, as decode
+        _split_planes(turned(wanted[where]) - turned(is_now[where])),  # wraps around, as decode
         _excess_planes(at[coded], excess[coded], len(listed)),
         _within_planes(rank[coded], k[coded]),
     )
@@ -123,9 +114,9 @@ def decode(estimate: torch.Tensor, merged: torch.Tensor, coded: Coded) -> torch.
         rank = (excess[at].astype(n.dtype) << k) + _join_within(coded.within, k, n.dtype)
         value = result.view(-1)[torch.from_numpy(at)].double().numpy()
         n += _off(rank, estimate.view(-1).numpy()[at] > value)
-        nearest[at] = _turned(n.astype(nearest.dtype))
+        nearest[at] = turned(n.astype(nearest.dtype))
     distance = _join_planes(coded.distances, nearest.itemsize)
-    nearest[listed] = _turned(_turned(is_now[listed]) + distance)
+    nearest[listed] = turned(turned(is_now[listed]) + distance)
     return result
 
 
@@ -154,7 +145,7 @@ def _exponent(bits: Array, dtype: torch.dtype) -> Array:
 
 def _ranked(bits: Array) -> Array:
     """In their order, as integers that hold a rank: of float64 as long as nothing wraps around."""
-    return _turned(bits).astype(np.int32 if bits.itemsize == 2 else np.int64)
+    return turned(bits).astype(np.int32 if bits.itemsize == 2 else np.int64)
 
 
 def _rank(off: Array, up: Array) -> Array:
@@ -183,8 +174,10 @@ def _planes_worth(excess: Array, count: int) -> int:
 
 def _excess_planes(at: Array, excess: Array, count: int) -> bytes:
     most = int(excess.max(initial=0))
-    dense = np.zeros(count if most else 0, np.uint8)
-    dense[at if most else []] = excess if most else []
+    if not most:
+        return b""
+    dense = np.zeros(count, np.uint8)
+    dense[at] = excess
     return b"".join(np.packbits(dense & (1 << b)).tobytes() for b in range(most.bit_length()))
 
 

@@ -104,7 +104,7 @@ def _seen_whole(
 ) -> tuple[TensorFile, dict[str, Any]]:
     from lora_tools.linalg import recipes
 
-    return block_diagonal.whole(path, file, config, recipes.compute)
+    return block_diagonal.seen_whole(path, file, config, recipes.compute)
 
 
 def _beside(folder: Path) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ _FIELD = "use_bdlora"
 _FACTOR = re.compile(r".*?(?P<last>[^.]+)\.lora_(?P<side>[AB])\.weight")
 
 
-def whole(
+def seen_whole(
     path: Path, file: TensorFile, config: Mapping[str, Any], compute: Compute
 ) -> tuple[TensorFile, dict[str, Any]]:
     """The file with whole factors, and the config of the LoRA that it is then; both as they are
@@ -30,27 +30,24 @@ def whole(
     if not is_block_diagonal(config):
         return file, dict(config)
     said, made = config[_FIELD], []
+    blocks = said["nblocks"]
     for key, spec in file.specs.items():
         match = _FACTOR.fullmatch(key)
-        names = {side: said.get(f"target_modules_bd_{side}") or [] for side in "ab"}
-        hit = {
-            side: bool(match) and any(name in match["last"] for name in named)  # type: ignore[index]
-            for side, named in names.items()
-        }
-        if (
-            match
-            and sum(hit.values()) != 1
-            and (said.get("match_strict", True) or all(hit.values()))
-        ):
+        sides = _sides(match["last"], said) if match else ""
+        if match and len(sides) != 1 and (sides or said.get("match_strict", True)):
             raise UnsupportedAdapter(
                 f"{path}: {key}: {_FIELD} does not say which of its factors is block-diagonal"
             )
-        if match and hit[match["side"].lower()] and len(spec.shape) == 2:
-            blocks = said["nblocks"]
-            shape = (spec.shape[0], spec.shape[1] * blocks)
-            spec = dataclasses.replace(spec, shape=shape)
-            made.append(Made(spec, (key,), "block_diagonal", (blocks,)))
+        if match and match["side"] in sides and len(spec.shape) == 2:
+            whole = dataclasses.replace(spec, shape=(spec.shape[0], spec.shape[1] * blocks))
+            made.append(Made(whole, (key,), "block_diagonal", (blocks,)))
         else:
             made.append(Made(spec, (key,)))
     kept = {field: value for field, value in config.items() if field != _FIELD}
     return View(file, made, compute), kept
+
+
+def _sides(module: str, said: Mapping[str, Any]) -> str:
+    """Which factors of a module are said to be block-diagonal: some of "AB"."""
+    named = {side: said.get(f"target_modules_bd_{side.lower()}") or () for side in "AB"}
+    return "".join(side for side, names in named.items() if any(n in module for n in names))
