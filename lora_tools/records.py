@@ -277,3 +277,13 @@ class Progress:
 
 
 ProgressCallback = Callable[[Progress], None]
+
+
+def counting(progress: ProgressCallback | None, total: int, label: str) -> Callable[[int], None]:
+    """What takes how many of a total are done, and says so where somebody listens."""
+
+    def done(count: int) -> None:
+        if progress is not None:
+            progress(Progress(count, total, label))
+
+    return done

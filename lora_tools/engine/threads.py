@@ -35,6 +35,14 @@ def default_jobs() -> int:
     return max(min(available, 8), 1)
 
 
+def _count(jobs: int | None) -> int:
+    """Of threads. Raises UsageError below 1."""
+    jobs = default_jobs() if jobs is None else jobs
+    if jobs < 1:
+        raise UsageError(f"--jobs {jobs}: at least 1 is needed")
+    return jobs
+
+
 @contextlib.contextmanager
 def one_torch_thread() -> Iterator[None]:
     """torch at one thread per operation within, as it was before without."""
@@ -43,13 +51,12 @@ def one_torch_thread() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """torch at that many threads per operation within. Raises UsageError below 1."""
+def torch_threads(jobs: int | None) -> Iterator[None]:
+    """torch at that many threads per operation within, by default the processors at hand. Raises
+    UsageError below 1."""
     import torch
 
-    if count < 1:
-        raise UsageError(f"--jobs {count}: at least 1 is needed")
-    before = torch.get_num_threads()
+    before, count = torch.get_num_threads(), _count(jobs)
     torch.set_num_threads(count)
     try:
         with torch.no_grad():
@@ -105,9 +112,7 @@ def run(
     quarter of that over, so memory follows the largest tensor. An exception in one, or a caller
     that stops iterating, ends the rest.
     """
-    jobs = default_jobs() if jobs is None else jobs
-    if jobs < 1:
-        raise UsageError(f"--jobs {jobs}: at least 1 is needed")
+    jobs = _count(jobs)
     sizes = [max(task.nbytes, 1) for task in tasks]
     total, done = sum(sizes), 0
     gate, buffers = _MemoryGate(int(1.25 * max(sizes, default=0))), Buffers()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -140,7 +140,7 @@ def _error(total: float, left: torch.Tensor, P: torch.Tensor, G: torch.Tensor) -
     return total - 2 * float((left * P).sum()) + float(((left.T @ left) * G).sum())
 
 
-def no_factors(shape: tuple[int, int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def no_factors(shape: Sequence[int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """left (rows, 0), right (0, cols): the factors of no change."""
     return torch.zeros(shape[0], 0, dtype=dtype), torch.zeros(0, shape[1], dtype=dtype)
 

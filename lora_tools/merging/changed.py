@@ -9,7 +9,7 @@ from lora_tools.errors import MismatchError, UnsupportedAdapter
 from lora_tools.formats.adapters.changes import ChangedModule
 from lora_tools.formats.names import split_tensor
 from lora_tools.linalg.layouts import LAYOUTS, Layout
-from lora_tools.merging.targets import BaseOutline, Part, Target
+from lora_tools.merging.targets import BaseOutline, Part, Target, need_float
 from lora_tools.records import TensorSpec
 from lora_tools.sources.weighted import Weighted
 
@@ -48,10 +48,7 @@ def stored_as(part: Part, spec: TensorSpec, base: Checkpoint | BaseOutline) -> L
     Raises:
         MismatchError: it is no float.
     """
-    if not spec.is_float:
-        raise MismatchError(
-            f"{spec.name}: the base stores it as {spec.dtype}, which is not a float"
-        )
+    need_float(spec.name, spec)
     if len(spec.shape) == 1:
         return None
     assert isinstance(part.source, ChangedModule)

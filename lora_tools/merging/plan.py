@@ -34,7 +34,7 @@ from lora_tools.merging.fitted import FittedBase
 from lora_tools.merging.names_in_memory import by_own_names, replaced
 from lora_tools.merging.orientation import as_stored
 from lora_tools.merging.passed_by import part_passed_by
-from lora_tools.merging.targets import BaseOutline, Part, Target, blocks_of, key_of
+from lora_tools.merging.targets import BaseOutline, Part, Target, blocks_of, key_of, need_float
 from lora_tools.merging.tied_weights import part_tied, ties_of
 from lora_tools.records import Action, Fate, TensorSpec
 from lora_tools.sources.weighted import Weighted
@@ -214,8 +214,7 @@ def _fit(part: Part, name: str, spec: TensorSpec, base: Checkpoint | BaseOutline
     if isinstance(part.source, LoraModule) and part.kind != "bias":
         whole = dataclasses.replace(spec, shape=part.shape or spec.shape)
         layout = _layout(part.source, whole, base, adapter)
-        if not spec.is_float:
-            raise MismatchError(f"{name}: the base stores it as {spec.dtype}, which is not a float")
+        need_float(name, spec)
         if part.source.magnitude:
             found, wanted = adapter.shape(part.source.magnitude), layout.magnitudes(whole.shape)
             if math.prod(found) != wanted:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_tools.errors import UnsupportedAdapter
+from lora_tools.errors import MismatchError, UnsupportedAdapter
 from lora_tools.formats.adapters.changes import ChangedModule
 from lora_tools.formats.adapters.peft import LoraModule, Multiplier, TokenRows
 from lora_tools.formats.weights import Says, Weights
@@ -87,6 +87,12 @@ def blocks_of(part: Part) -> list[Block]:
         return part.layout.blocks(A, B, part.shape)
     except UnsupportedAdapter as error:
         raise UnsupportedAdapter(f"{part.weighted.path}: {module.module}: {error}") from None
+
+
+def need_float(name: str, spec: TensorSpec) -> None:
+    """Raises MismatchError where a tensor that is to be changed is none of floats."""
+    if not spec.is_float:
+        raise MismatchError(f"{name}: the base stores it as {spec.dtype}, which is not a float")
 
 
 def key_of(part: Part) -> str:

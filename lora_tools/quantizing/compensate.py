@@ -142,10 +142,11 @@ class ErrorFit:
         """Quantize ``x`` (out, in), write it, and factorise what is lost. Raises NonFiniteError."""
         import torch
 
+        from lora_tools.linalg.lora import no_factors
         from lora_tools.quantizing.pack import pack
 
         item = with_factor(item)
-        left, right = no_factors(x, self._dtype(x))
+        left, right = no_factors(x.shape, self._dtype(x))
         results = []
         with (
             buffers.lend(tuple(x.shape), x.dtype) as back,
@@ -171,14 +172,14 @@ class ErrorFit:
     ) -> tuple[torch.Tensor, torch.Tensor, LeftOver]:
         """lora_B, lora_A of ``x − back``, and what is left; ``room``, as large, is written over."""
         from lora_tools.linalg.delta import Delta
-        from lora_tools.linalg.lora import balanced_factors
+        from lora_tools.linalg.lora import balanced_factors, no_factors
         from lora_tools.linalg.svd import sum_of_squares, truncated
 
         delta, by = Delta(x, back), item.feeding.by if item.feeding is not None else None
         lost = delta.fill(room).delta
         weighted = lost if by is None else sum_of_squares(by.apply(room))
         svd = truncated(room, RankRule("rank", self.rank), total=weighted, tolerance=_TOLERANCE)
-        left, right = no_factors(x, self._dtype(x))
+        left, right = no_factors(x.shape, self._dtype(x))
         error, of_outputs = 0.0, 0.0
         if svd.rank:
             left, right, fit = balanced_factors(svd, delta, 1.0, left.dtype, by, lost)
@@ -227,13 +228,6 @@ def with_factor(item: Item) -> Item:
         return item
     by = factor_of(item.feeding, width_of(item))
     return dataclasses.replace(item, feeding=dataclasses.replace(item.feeding, by=by))
-
-
-def no_factors(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """lora_B (out, 0), lora_A (0, in)."""
-    from lora_tools.linalg import lora
-
-    return lora.no_factors((x.shape[0], x.shape[1]), dtype)
 
 
 def _energy(x: torch.Tensor) -> float:

@@ -15,7 +15,8 @@ from lora_tools.options.parse import read_text
 from lora_tools.provenance import command_of, text_digest
 from lora_tools.quantizing.compensate import FOLDER
 from lora_tools.quantizing.prepare import prepare_dequantize
-from lora_tools.records import Input, Progress, Report
+from lora_tools.records import Input, Report, counting
+from lora_tools.sources.checkpoints import open_checkpoint
 from lora_tools.totals import QuantizeTotals, TextTotals
 
 
@@ -88,13 +89,8 @@ class Evaluator:
             merge_for_now(quantized, [adapter], scratch / "compensated", "float32", quiet)
             quantized = scratch / "compensated"
 
-        def done(count: int) -> None:
-            if running.progress is not None:
-                running.progress(Progress(count, len(rows), "sequences"))
-
-        with threads.torch_threads(
-            threads.default_jobs() if running.jobs is None else running.jobs
-        ):
+        done = counting(running.progress, len(rows), "sequences")
+        with threads.torch_threads(running.jobs):
             found = calibration.text_loss(plain, quantized, rows, running.allow_pickle, done)
         shutil.rmtree(scratch)
         return found
@@ -107,7 +103,7 @@ def _dequantized(checkpoint: str | Path, out: Path, running: Running) -> Path:
 
 
 def plan_evaluation(
-    given: str | Path, base: Checkpoint, adapters: Adapters, wanted: Evaluation, running: Running
+    given: str | Path, adapters: Adapters, wanted: Evaluation, running: Running
 ) -> Evaluator | None:
     """Check what is asked for, and read the text; None without one.
 
@@ -122,7 +118,7 @@ def plan_evaluation(
     from lora_tools.calibration import check_library
 
     check_library("--eval-text")
-    path = Path(wanted.eval_text)
+    path, base = Path(wanted.eval_text), open_checkpoint(given, running.allow_pickle)
     if not base.is_folder or not base.config:
         raise UsageError(
             f"--eval-text: {base.path}: a folder with a config.json and a tokenizer is needed"

@@ -18,7 +18,8 @@ from lora_tools.linalg.layouts import LAYOUTS
 from lora_tools.options import NumberFormat, Running
 from lora_tools.options.parse import read_text
 from lora_tools.provenance import text_digest
-from lora_tools.records import Action, Fate, Input, Progress, TensorSpec
+from lora_tools.records import Action, Fate, Input, TensorSpec, counting
+from lora_tools.sources.checkpoints import open_checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -51,12 +52,9 @@ def collect(
     from lora_tools import calibration
     from lora_tools.engine import threads
 
-    def done(count: int) -> None:
-        if running.progress is not None:
-            running.progress(Progress(count, len(rows), "sequences"))
-
     device = threads.pick_device(device)
-    with threads.torch_threads(threads.default_jobs() if running.jobs is None else running.jobs):
+    done = counting(running.progress, len(rows), "sequences")
+    with threads.torch_threads(running.jobs):
         return calibration.moments(folder, rows, kind, device, running.allow_pickle, done)
 
 
@@ -124,7 +122,7 @@ class Calibration:
 
 
 def plan_calibration(
-    checkpoint: Checkpoint, numbers: NumberFormat, running: Running
+    given: str | Path, numbers: NumberFormat, running: Running
 ) -> Calibration | None:
     """Check what is asked for, and read the text; None without one.
 
@@ -141,10 +139,10 @@ def plan_calibration(
         raise UsageError("--calibrate and --activations exclude each other: one set of statistics")
     from lora_tools.calibration import check_library, window
 
+    checkpoint = open_checkpoint(given, running.allow_pickle)
     length = window(checkpoint.config)
     if numbers.calibration_tokens is not None and numbers.calibration_tokens < length:
         raise UsageError(f"--calibration-tokens: at least {length} are needed, one sequence")
-
     check_library("--calibrate")
     if not checkpoint.is_folder or not checkpoint.config or checkpoint.scheme is not None:
         raise UsageError(

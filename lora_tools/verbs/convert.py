@@ -134,10 +134,18 @@ def _made_lora(
     def write(out: Path) -> Report[ConvertTotals]:
         digest = adapter_digest(given)
         made = handed_on(given.file.metadata, report.command, digest)
+        running = call.running
         results = write_lora(
-            *(given, works, base, names, rule, dtype, made, out),
-            call.running.jobs,
-            call.running.progress,
+            given,
+            works,
+            base,
+            names,
+            rule,
+            dtype,
+            made,
+            out,
+            jobs=running.jobs,
+            progress=running.progress,
         )
         totals: ConvertTotals = {
             "modules": len(works),

@@ -14,7 +14,6 @@ from lora_tools.quantizing.evaluate import plan_evaluation
 from lora_tools.quantizing.prepare import prepare_quantize
 from lora_tools.quantizing.statistics import Calibration, plan_calibration
 from lora_tools.records import Report, TensorResult
-from lora_tools.sources.checkpoints import open_checkpoint
 from lora_tools.totals import QuantizeTotals
 from lora_tools.verbs.frame import Call, verb
 
@@ -56,12 +55,11 @@ def quantize(
             call.command,
         )
 
-    source = open_checkpoint(checkpoint, call.running.allow_pickle)
-    calibration = plan_calibration(source, number_format, call.running)
+    calibration = plan_calibration(checkpoint, number_format, call.running)
     prepared = prepare(number_format.activations)
     if calibration is not None:
         prepared = _calibrated(prepared, prepare, calibration)
-    examiner = plan_evaluation(checkpoint, source, adding.adapters, evaluation, call.running)
+    examiner = plan_evaluation(checkpoint, adding.adapters, evaluation, call.running)
 
     def write(out: Path) -> Report[QuantizeTotals]:
         report = _gated(prepared.write(out), call.writing.max_error)
