@@ -81,7 +81,7 @@ class MergeTensor:
         survival = runs.survival() if self.measured else None
         for run in runs:
             merged = run.exact.to(dtype)
-            _check_finite(run.exact, merged, self.spec.name)
+            check_finite(run.exact, merged, self.spec.name)
             data = as_bytes(merged)
             sink.write(self.spec.name, data, offset)
             state.update(data)
@@ -165,7 +165,11 @@ class MergedRuns:
         from lora_tools.linalg.runs import RUN_ELEMENTS, row_runs
 
         for start, stop in row_runs(*self.shape, RUN_ELEMENTS):
-            yield MergedRun(start, stop, self.work.forward(self.read(start, stop), start, stop))
+            yield self.run(start, stop)
+
+    def run(self, start: int, stop: int) -> MergedRun:
+        """Rows [start, stop), which are to be those of a run."""
+        return MergedRun(start, stop, self.work.forward(self.read(start, stop), start, stop))
 
     def survival(self) -> Survival | None:
         """To measure with how much of a change is left; None where there is none to measure."""
@@ -212,7 +216,8 @@ def survival_totals(survivals: Sequence[Survival]) -> SurvivalTotals:
     }
 
 
-def _check_finite(exact: torch.Tensor, rounded: torch.Tensor, name: str) -> None:
+def check_finite(exact: torch.Tensor, rounded: torch.Tensor, name: str) -> None:
+    """Raises NonFiniteError for numbers of a merged tensor that are none as they were rounded."""
     import torch
 
     if not exact.numel() or not rounded.is_floating_point():

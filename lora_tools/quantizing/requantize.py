@@ -12,30 +12,33 @@ from typing import TYPE_CHECKING, Any
 from lora_tools.errors import UsageError
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.checkpoint_writer import Shard, Sink
+from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.formats.output import Prepared
 from lora_tools.formats.quantized.bitsandbytes import STATE
 from lora_tools.formats.quantized.packed import PackedWeight
 from lora_tools.formats.regular_files import is_there, read_file
 from lora_tools.merging.fitted import FittedBase
-from lora_tools.merging.in_memory import survival_of
+from lora_tools.merging.in_memory import Merging
 from lora_tools.merging.loadable import refuse_unloadable
 from lora_tools.merging.output_files import out_specs
 from lora_tools.merging.plan import MergePlan
 from lora_tools.merging.prepare import SIDECAR, Planned, dtype_of, limit_of, refuse_quantized_undo
 from lora_tools.merging.rewrite import Rewrite, signed
-from lora_tools.merging.tensor import MergeTensor, as_matrix, copy_tensor, survival_totals
+from lora_tools.merging.tensor import MergeTensor, copy_tensor, survival_totals
 from lora_tools.options import Running, Storage
 from lora_tools.quantizing.checkpoint import write_packed
 from lora_tools.quantizing.pack import Way, pack, way_of
 from lora_tools.quantizing.plan import Item, QuantizePlan, joined
-from lora_tools.quantizing.tensor import QuantizedItem, merged_for, with_scale, with_shared_scale
-from lora_tools.records import Action, Fate, Report, TensorSpec
+from lora_tools.quantizing.tensor import QuantizedItem, with_scale, with_shared_scale
+from lora_tools.records import Action, Fate, Report, TensorResult, TensorSpec
 from lora_tools.sources.dequantized import Dequantized
 from lora_tools.totals import MergeTotals
 
 _LITTLE = 0.5  # of an adapter, below which a merge is hardly one
 
 if TYPE_CHECKING:
+    import torch
+
     from lora_tools.engine.buffers import Buffers
 
 
@@ -206,15 +209,45 @@ class RequantizeItem:
         import torch
 
         item, noting = _with_shared_scale(self.item, source), Noting(sink)
-        with merged_for(item, source, buffers) as (x, base_hash):
-            shape = tuple(x.shape)
-            with buffers.lend(shape, torch.float32) as back:
-                result = pack(item, x.reshape(-1), noting, buffers, back=back.reshape(-1))
-                written = back.T.contiguous() if item.transposed else back
-                matrix = as_matrix(written, item.target)
-                survival = survival_of(matrix, item.target, source, item.spec)
+        spec, name = item.spec, item.target.base_name
+        base_hash, dtype = source.stored_hash(name), torch_dtype(spec.dtype)
+        with (
+            buffers.lend(spec.shape, dtype) as out,
+            buffers.lend((spec.numel,), torch.float32) as back,
+        ):
+            merging = Merging(out, item.target, source, spec)
+            if item.transposed:
+                result = _turned(item, out, merging, noting, buffers, back)
+            else:
+                result = pack(
+                    item,
+                    out.view(-1),
+                    noting,
+                    buffers,
+                    done=lambda _, stop: merging.compare(back, stop),
+                    back=back,
+                    ready=merging.form,
+                )
+        source.release(name)
         _copy([s for s in packed.specs.values() if s.name not in noting.written], source, sink)
-        return QuantizedItem(base_hash, result, survival=survival)
+        return QuantizedItem(base_hash, result, survival=merging.survival)
+
+
+def _turned(
+    item: Item,
+    out: torch.Tensor,
+    merging: Merging,
+    sink: Sink,
+    buffers: Buffers,
+    back: torch.Tensor,
+) -> TensorResult:
+    """Pack what is stored as (in, out) and quantized as (out, in): a whole one, since its runs are
+    others then."""
+    merging.form(out.numel())
+    with buffers.lend(tuple(out.T.shape), out.dtype) as turned:
+        result = pack(item, turned.copy_(out.T).view(-1), sink, buffers, back=back)
+    merging.compare(back.view(out.T.shape).T.reshape(-1), out.numel())
+    return result
 
 
 def _with_shared_scale(item: Item, source: Dequantized[Any]) -> Item:
