@@ -260,6 +260,7 @@ def quantize(
     calibrate: str | Path | None = None,
     calibration_tokens: int | None = None,
     calibration_seed: int | None = None,
+    budget: str | None = None,
     compensate: int | None = None,
     compensate_iterations: int | None = None,
     eval_text: str | Path | None = None,

@@ -97,6 +97,15 @@ class NumberFormat:
         FOUR_BITS,
         metavar="N",
     )
+    budget: str | None = option(
+        None,
+        "Spend so many bits a number of these layers (4.5bits), or bytes of all files (80MB): on "
+        "the smallest blocks that fit, --blocksize being the largest, then on layers that stay as "
+        "they are, those that four bits cost most for each byte. By the error of the layers' "
+        "outputs with --activations or --calibrate, of the weights without.",
+        FOUR_BITS,
+        metavar="BITS|SIZE",
+    )
     compensate: int | None = option(
         None,
         "Put an adapter of this rank into OUT/loftq_init that makes up for part of the error: with "

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from lora_tools.errors import CheckpointError, MismatchError, UsageError
 from lora_tools.formats.activations import Activations
 from lora_tools.formats.checkpoint import Checkpoint
-from lora_tools.formats.checkpoint_writer import lay_out
+from lora_tools.formats.checkpoint_writer import Shard, lay_out
 from lora_tools.formats.dtypes import torch_name
 from lora_tools.formats.output import Prepared
 from lora_tools.formats.quantized.bitsandbytes import QUANT_TYPES
@@ -25,6 +25,7 @@ from lora_tools.merging.prepare import Adapters, Planned, dtype_of, limit_of
 from lora_tools.merging.rewrite import signed
 from lora_tools.options import Matching, NumberFormat, Running, Storage, Tensors
 from lora_tools.options.parse import name_filter
+from lora_tools.quantizing.budget import Shares, note_on, parse_budget, plan_within, share_out
 from lora_tools.quantizing.checkpoint import quantize_checkpoint
 from lora_tools.quantizing.compensate import plan_compensation
 from lora_tools.quantizing.dequantize import dequantize_checkpoint
@@ -55,13 +56,17 @@ def prepare_quantize(
     matching: Matching,
     running: Running,
     command: str,
+    shares: Shares | None = None,
 ) -> Prepared:
     """The checkpoint, adapters merged, with its linear layers in another number format.
+
+    Args:
+        shares: what came of ``--budget``; None where that, if given, is still to be found.
 
     Raises:
         LoraToolsError: it cannot be read, or not be quantized so.
     """
-    form = form_of(numbers)
+    form, budget = form_of(numbers), parse_budget(numbers.budget)
     chosen = name_filter(tensors.include, tensors.exclude)
     given = base = open_checkpoint(checkpoint, running.allow_pickle)
     limit = limit_of(storage, base)
@@ -81,23 +86,33 @@ def prepare_quantize(
     specs = out_specs(merge, dtype_of(storage))
     refuse_unloadable(base, merge, specs)
     search, head = numbers.scale_search, tensors.lm_head
-    plan = plan_quantize(base, merge, specs, form, chosen, head, search)
+    if shares is None:
+        plan = plan_quantize(base, merge, specs, form, chosen, head, search)
+    else:
+        plan = plan_within(shares, base, merge, specs, form, chosen, head, search)
     kept = _stored_so(given, plan)
     known = _activations(numbers)
     plan, unfed = plan_feeding(plan, known) if known is not None else (plan, [])
-    shards = signed(plan.shards(base, limit), command, weighted)
-    if known is not None:
-        made_by = {"activations_digest": known.digest}
-        shards = [dataclasses.replace(s, metadata={**s.metadata, **made_by}) for s in shards]
+    shards = _made_by(signed(plan.shards(base, limit), command, weighted), known)
     fates = plan.fates() + (how.fates(plan) if how else ())
     nbytes = sum(shard.nbytes for shard in shards) + (fates[-1].nbytes if how else 0)
+    room = budget.room(plan, nbytes) if budget and not shares else None
+    nbytes += room.grows if room else 0
     entries = {**_dtype_entry(base, plan, form), "quantization_config": form.settings(plan.skip)}
-    report = planned.report("quantize", fates, {"expected_bytes_at_most": nbytes}, command)
-    notes = (*_notes(base, plan, tensors, entries), *kept, *_of_experts(base, plan, form), *unfed)
+    most = {"expected_bytes_at_most": nbytes}
+    report = planned.report("quantize", fates, most, command)
+    notes = [*_notes(base, plan, tensors, entries), *kept, *_of_experts(base, plan, form), *unfed]
+    notes += [note_on(budget, room)] if budget and room else [shares.note] if shares else []
     report = dataclasses.replace(report, notes=(*report.notes, *notes))
     job = planned.rewrite(report, shards, running)
 
     def write(out: Path) -> Report[QuantizeTotals]:
+        if budget and room:
+            found = share_out(budget, room, plan, base, running)
+            own = dataclasses.replace(numbers, blocksize=found.blocksize)
+            return prepare_quantize(
+                checkpoint, adapters, own, tensors, storage, matching, running, command, found
+            ).write(out)
         return _with_input(
             quantize_checkpoint(
                 job(out), plan, how, lambda changed: config_with(base, changed, entries)
@@ -146,6 +161,14 @@ def _activations(numbers: NumberFormat) -> Activations | None:
     if numbers.activations is None:
         return None
     return Activations(Path(numbers.activations))
+
+
+def _made_by(shards: list[Shard], known: Activations | None) -> list[Shard]:
+    """The files with the statistics in their metadata."""
+    if known is None:
+        return shards
+    more = {"activations_digest": known.digest}
+    return [dataclasses.replace(s, metadata={**s.metadata, **more}) for s in shards]
 
 
 def _with_input(report: Report[T], known: Activations | None) -> Report[T]:

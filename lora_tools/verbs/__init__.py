@@ -231,9 +231,9 @@ VERBS = {
             heads stay as they are.""",
             "loratools quantize base --adapter style=0.7 -o base-nf4",
             "adapters scheme quant_type blocksize double_quant compute_dtype quant_storage "
-            "scale_search activations calibrate calibration_tokens calibration_seed compensate "
-            "compensate_iterations eval_text max_loss_increase include exclude lm_head dtype "
-            "shard_size max_error allow_unmatched allow_other_base",
+            "scale_search activations calibrate calibration_tokens calibration_seed budget "
+            "compensate compensate_iterations eval_text max_loss_increase include exclude lm_head "
+            "dtype shard_size max_error allow_unmatched allow_other_base",
         ),
         Verb(
             "dequantize",
