@@ -46,6 +46,7 @@ def checkpoint_or_pipeline(
 def _pipeline(folder: Path, allow_pickle: bool) -> BaseNames:
     weights: dict[str, TensorSpec] = {}
     layouts: dict[str, str | None] = {}
+    others: dict[str, TensorSpec] = {}
     for part in sorted(folder.iterdir()):
         if part.is_dir() and any(part.glob("*.safetensors")):
             checkpoint = open_checkpoint(part, allow_pickle)
@@ -53,6 +54,7 @@ def _pipeline(folder: Path, allow_pickle: bool) -> BaseNames:
             mine = names_of(part, Weights(checkpoint.specs, {}), {}, f"{part.name}.")
             weights.update(mine.weights)
             layouts.update(mine.layouts)
+            others.update(mine.others)
     if not weights:
         raise AdapterError(f"{folder}: a diffusers pipeline without a .safetensors file in it")
-    return BaseNames(folder, weights, {}, layouts=layouts, pipeline=True)
+    return BaseNames(folder, weights, {}, layouts=layouts, pipeline=True, others=others)
