@@ -325,6 +325,77 @@ def test_an_adapter_of_one_layout_merges_into_the_other(
             )
 
 
+def effects(path: Path) -> Tensors:
+    """By the name of a module in a file, its change of the weight."""
+    file, result = load_file(path), {}
+    for key in file:
+        for a, b in (("lora_A", "lora_B"), ("lora_down", "lora_up")):
+            if key.endswith(f".{a}.weight"):
+                module = key.removesuffix(f".{a}.weight")
+                A, B = file[key], file[f"{module}.{b}.weight"]
+                scale = file.get(f"{module}.alpha", torch.tensor(float(len(A)))) / len(A)
+                product = scale * (B.flatten(1) @ A.flatten(1))
+                result[module] = product.reshape(B.shape[0], *A.shape[1:])
+    return result
+
+
+# The layout that kohya's files have.
+KOHYA = {"flux": "original", "sd1": "diffusers", "sdxl": "original"}
+
+
+@pytest.mark.sweep(3)
+@pytest.mark.parametrize("to", ["kohya", "diffusers"])
+@pytest.mark.parametrize("mine_is", ["original", "diffusers"])
+@pytest.mark.parametrize("case", BASES)
+def test_converted_into_the_layout_of_its_readers(
+    case: str, mine_is: str, to: str, tmp_path: Path
+) -> None:
+    original, theirs = in_both(case)
+    mine, base = (original, theirs) if mine_is == "original" else (theirs, original)
+    merged = adapter(tmp_path / "l.safetensors", mine, flat=True, prefix="")
+    deltas = {name: merged[name] - mine[name] for name in mine}
+    known = counterparts(specs(mine))
+    wanted = KOHYA[case] if to == "kohya" else "diffusers"
+    save_file(base, tmp_path / "b.safetensors")
+    out = tmp_path / "o.safetensors"
+    lora_tools.convert(tmp_path / "l.safetensors", out, to=to, base=tmp_path / "b.safetensors")
+    found = effects(out)
+    for name, weight in (original if wanted == "original" else theirs).items():
+        if not name.endswith(".weight") or weight.dim() < 2:
+            continue
+        module = name.removesuffix(".weight")
+        flat = f"lora_unet_{module.replace('.', '_')}"
+        got = found.pop(flat if to == "kohya" else BASES[case][1] + module)
+        delta = deltas[name] if wanted == mine_is else made(known[name], deltas)
+        torch.testing.assert_close(got, delta, rtol=1e-4, atol=1e-4, msg=name)
+    assert not found
+
+
+@pytest.mark.parametrize("unlike", ["alpha", "dora", "dtype"])
+def test_what_does_not_stack_exactly_is_refused(unlike: str, tmp_path: Path) -> None:
+    original, _ = in_both("flux")
+    save_file(original, tmp_path / "b.safetensors")
+    tensors, key = {}, ""
+    for name in ("to_q", "to_k"):
+        key = f"transformer.transformer_blocks.0.attn.{name}"
+        tensors[f"{key}.lora_A.weight"] = noise((2, 16), 0)
+        tensors[f"{key}.lora_B.weight"] = noise((16, 2), 1)
+        if unlike == "dora":
+            tensors[f"{key}.lora_magnitude_vector"] = noise((16,), 2)
+    if unlike == "alpha":
+        tensors[f"{key}.alpha"] = torch.tensor(1.0)
+    elif unlike == "dtype":
+        tensors[f"{key}.lora_A.weight"] = tensors[f"{key}.lora_A.weight"].bfloat16()
+    save_file(tensors, tmp_path / "l.safetensors")
+    words = {"alpha": "another scaling", "dora": "has DoRA", "dtype": "another dtype"}
+    out = tmp_path / "o.safetensors"
+    with pytest.raises(UnsupportedAdapter, match=words[unlike]):
+        lora_tools.convert(
+            tmp_path / "l.safetensors", out, to="kohya", base=tmp_path / "b.safetensors"
+        )
+    assert not out.exists()
+
+
 def test_what_a_part_of_a_fused_weight_cannot_have_is_refused(tmp_path: Path) -> None:
     original, _ = in_both("flux")
     save_file(original, tmp_path / "b.safetensors")

@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_tools.errors import AdapterError
 from lora_tools.formats.adapters.components import held, in_pipeline, placed, published
-from lora_tools.formats.counterparts.table import counterparts
+from lora_tools.formats.counterparts.table import Part, counterparts, parts
 from lora_tools.formats.names import EMBEDDING, split_tensor
 from lora_tools.formats.weights import Weights
 from lora_tools.records import TensorSpec
@@ -32,7 +32,11 @@ def names_of(
         for name, made in counterparts(weights.specs).items()
         if name.endswith(".weight")
     }
-    return BaseNames(path, specs, config, split_tensor(weights.head)[0], layouts, others=others)
+    two = tuple(
+        dataclasses.replace(part, wrapper=prefix + part.wrapper) for part in parts(weights.specs)
+    )
+    head = split_tensor(weights.head)[0]
+    return BaseNames(path, specs, config, head, layouts, others=others, parts=two)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +100,8 @@ class BaseNames:
     ``tied`` is the output head that is the input embedding, or "": it is among the modules, though
     the checkpoint may not store it. ``layouts`` are the weights' kinds of layer. The modules of a
     ``pipeline`` of diffusers begin with their component. ``others`` are weights by the modules that
-    have them in the model's other layout (``formats.counterparts``).
+    have them in the model's other layout, and ``parts`` are those that have one
+    (``formats.counterparts``).
     """
 
     path: Path
@@ -106,6 +111,7 @@ class BaseNames:
     layouts: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     pipeline: bool = False
     others: Mapping[str, TensorSpec] = dataclasses.field(default_factory=dict)
+    parts: tuple[Part, ...] = ()
 
     @functools.cached_property
     def components(self) -> tuple[str, ...]:

@@ -83,7 +83,7 @@ def counterparts(specs: Mapping[str, TensorSpec]) -> dict[str, Counterpart]:
 
 def _of_pair(pair: Pair, part: Part, specs: Mapping[str, TensorSpec]) -> Iterator[Counterpart]:
     stored = [part.wrapper + module for module in pair.modules(part.layout)]
-    others = [part.wrapper + module for module in pair.modules(_other(part.layout))]
+    others = [part.wrapper + module for module in pair.modules(other(part.layout))]
     for parameter in _PARAMETERS:
         there = [specs.get(tensor(module, parameter)) for module in stored]
         held = [spec for spec in there if spec is not None and spec.shape]
@@ -99,7 +99,8 @@ def _of_pair(pair: Pair, part: Part, specs: Mapping[str, TensorSpec]) -> Iterato
             yield _stacked(wanted[0], held)
 
 
-def _other(layout: Layout) -> Layout:
+def other(layout: Layout) -> Layout:
+    """The other one of two."""
     return "diffusers" if layout == "original" else "original"
 
 
