@@ -13,8 +13,9 @@ import xxhash
 
 from lora_tools.formats.checkpoint import Checkpoint, View
 from lora_tools.formats.names import layout_name
+from lora_tools.records import Piece, rows_of
 from lora_tools.sources.class_says import in_memory
-from lora_tools.sources.transformers_names import Loaded, Piece, loaded, rows_of, why_unknown
+from lora_tools.sources.transformers_names import Loaded, loaded, why_unknown
 
 if TYPE_CHECKING:
     import torch
