@@ -155,7 +155,7 @@ def _stacked(job: _Job, name: str) -> NewModule:
         "lora_B.weight": Made(
             dataclasses.replace(B, shape=(sum(sizes), rank)),
             tuple(m.B for m in held),
-            "block_diagonal",
+            "stacked_diagonal",
             (*sizes, *there),
         ),
     }

@@ -185,7 +185,7 @@ def stacked(tensors: Sequence[torch.Tensor], numbers: Sequence[int]) -> torch.Te
     return torch.cat(list(tensors))
 
 
-def block_diagonal(tensors: Sequence[torch.Tensor], numbers: Sequence[int]) -> torch.Tensor:
+def stacked_diagonal(tensors: Sequence[torch.Tensor], numbers: Sequence[int]) -> torch.Tensor:
     """(outᵢ, rᵢ) → (Σ out, Σ rᵢ), a block below the other. ``numbers``: the rows of every block,
     then 1 or 0 for each: whether it is there, or zeros."""
     sizes, there = numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :]
@@ -219,7 +219,7 @@ RECIPES: dict[str, Recipe] = {
         whole_right,
         rows,
         stacked,
-        block_diagonal,
+        stacked_diagonal,
         loralib.block_rows,
         loralib.placed_rows,
         loralib.first_rows,
