@@ -61,6 +61,17 @@ ROWS: dict[str, dict[str, Any]] = {
     "NF4, blocks of 32": {"blocksize": 32},
     "FP4": {"scheme": "fp4"},
     "FP4, error-fed": {"scheme": "fp4", "activations": True},
+    **{
+        f"{name}{', error-fed' * fed}": {"scheme": scheme, "activations": fed}
+        for name, scheme in (
+            ("INT4", "int4"),
+            ("MXFP4", "mxfp4"),
+            ("NVFP4", "nvfp4"),
+            ("FP8, channels", "fp8-channel"),
+            ("INT8", "int8"),
+        )
+        for fed in (False, True)
+    },
 }
 
 

@@ -191,6 +191,7 @@ class Export:
             replacements=self.runtime.replacements() if self.runtime else (),
             scheme=self.quantization.scheme,
             plain=whole,
+            factor=self.quantization.factor,
         ).write()
         for file in self.task.files():
             graphs.check_model(folder / file, linked=self.in_place)

@@ -57,7 +57,7 @@ def largest_in(target: Target, source: Checkpoint, spec: TensorSpec) -> float:
     return float(torch.stack(found).amax()) if found else 0.0
 
 
-class Merging:
+class MergeInMemory:
     """A merged tensor that is formed in memory as far as it is wanted, and then held against what
     was made of it. A few of its runs are kept between the two; others are formed twice."""
 

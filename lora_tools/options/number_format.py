@@ -19,13 +19,13 @@ from lora_tools.options.tables import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NumberFormat:
-    """How the numbers of linear layers are stored; all but the first are settings of the four bits
-    of bitsandbytes (nf4, fp4)."""
+    """How the numbers of linear layers are stored; all but the first and statistics are settings of
+    the four bits of bitsandbytes (nf4, fp4)."""
 
     scheme: str | None = option(
         None,
-        "The stored number format (docs/quantize.md). The other options of this group go with nf4 "
-        "and fp4.",
+        "The stored number format (docs/quantize.md). --activations and --calibrate go with all; "
+        "the other options of this group with nf4 and fp4.",
         FOUR_BITS,
         choices=schemes,
         unset="nf4",

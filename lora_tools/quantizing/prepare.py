@@ -6,12 +6,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from lora_tools.errors import CheckpointError, MismatchError, UsageError
-from lora_tools.formats.activations import Activations
 from lora_tools.formats.checkpoint import Checkpoint
-from lora_tools.formats.checkpoint_writer import Shard, lay_out
+from lora_tools.formats.checkpoint_writer import lay_out
 from lora_tools.formats.dtypes import torch_name
 from lora_tools.formats.output import Prepared
 from lora_tools.formats.quantized.bitsandbytes import QUANT_TYPES
@@ -29,7 +28,7 @@ from lora_tools.quantizing.budget import Shares, note_on, parse_budget, plan_wit
 from lora_tools.quantizing.checkpoint import quantize_checkpoint
 from lora_tools.quantizing.compensate import plan_compensation
 from lora_tools.quantizing.dequantize import dequantize_checkpoint
-from lora_tools.quantizing.feeding import plan_feeding
+from lora_tools.quantizing.feeding import activations_of, made_by, plan_feeding, with_input
 from lora_tools.quantizing.pack import config_with
 from lora_tools.quantizing.plan import (
     QuantizePlan,
@@ -38,13 +37,15 @@ from lora_tools.quantizing.plan import (
     is_stored_alike,
     plan_quantize,
 )
-from lora_tools.records import DTYPE_BITS, Action, Fate, Input, Report, counted
+from lora_tools.records import DTYPE_BITS, Action, Fate, Report, counted
 from lora_tools.sources.checkpoints import open_checkpoint
 from lora_tools.sources.dequantized import Dequantized
 from lora_tools.sources.weighted import open_weighted
 from lora_tools.totals import QuantizeTotals
 
-T = TypeVar("T")
+_OF_ALL_FORMS = (
+    "scheme", "quant_type", "activations", "calibrate", "calibration_tokens", "calibration_seed",
+)  # fmt: skip
 
 
 def prepare_quantize(
@@ -91,9 +92,9 @@ def prepare_quantize(
     else:
         plan = plan_within(shares, base, merge, specs, form, chosen, head, search)
     kept = _stored_so(given, plan)
-    known = _activations(numbers)
+    known = activations_of(numbers.activations)
     plan, unfed = plan_feeding(plan, known) if known is not None else (plan, [])
-    shards = _made_by(signed(plan.shards(base, limit), command, weighted), known)
+    shards = made_by(signed(plan.shards(base, limit), command, weighted), known)
     fates = plan.fates() + (how.fates(plan) if how else ())
     nbytes = sum(shard.nbytes for shard in shards) + (fates[-1].nbytes if how else 0)
     room = budget.room(plan, nbytes) if budget and not shares else None
@@ -113,7 +114,7 @@ def prepare_quantize(
             return prepare_quantize(
                 checkpoint, adapters, own, tensors, storage, matching, running, command, found
             ).write(out)
-        return _with_input(
+        return with_input(
             quantize_checkpoint(
                 job(out), plan, how, lambda changed: config_with(base, changed, entries)
             ),
@@ -122,7 +123,7 @@ def prepare_quantize(
 
     paths = (*planned.paths(), *([known.path] if known is not None else []))
     return Prepared(
-        _with_input(report, known),
+        with_input(report, known),
         paths,
         nbytes,
         write,
@@ -155,28 +156,6 @@ def _stored_so(base: Checkpoint, plan: QuantizePlan) -> list[str]:
         f"{base.path}: {counted(len(same), 'weight')} ({same[0]}{', …' if same[1:] else ''}) of "
         f"{len(packed)} {'are' if same[1:] else 'is'} stored as {label} already, and rounded again"
     ]
-
-
-def _activations(numbers: NumberFormat) -> Activations | None:
-    if numbers.activations is None:
-        return None
-    return Activations(Path(numbers.activations))
-
-
-def _made_by(shards: list[Shard], known: Activations | None) -> list[Shard]:
-    """The files with the statistics in their metadata."""
-    if known is None:
-        return shards
-    more = {"activations_digest": known.digest}
-    return [dataclasses.replace(s, metadata={**s.metadata, **more}) for s in shards]
-
-
-def _with_input(report: Report[T], known: Activations | None) -> Report[T]:
-    """The report with the statistics among its inputs."""
-    if known is None:
-        return report
-    given = Input("activations", str(known.path), known.digest)
-    return dataclasses.replace(report, inputs=(*report.inputs, given))
 
 
 def prepare_dequantize(
@@ -231,7 +210,7 @@ def form_of(numbers: NumberFormat) -> Form:
         )
     for field in dataclasses.fields(numbers):
         given = getattr(numbers, field.name)
-        if given != field.default and field.name not in ("scheme", "quant_type"):
+        if given != field.default and field.name not in _OF_ALL_FORMS:
             option = "--" + "no-" * (given is False) + field.name.replace("_", "-")
             raise UsageError(
                 f"{option} goes with {' and '.join(QUANT_TYPES)}, which bitsandbytes makes: "
