@@ -131,7 +131,7 @@ def test_snippets_run(page: str, desk: Path, pair: Path) -> None:
     count = 0
     for mark, kind, text in blocks(page):
         if kind == "bash" and mark.startswith("ci:"):
-            continue  # installs things: .ci/run executes it
+            continue  # installs things: .ci/run, or the test it names, executes it
         if mark == "real":
             continue  # needs real weights: test_export_real.py runs it
         if kind == "bash":

@@ -176,7 +176,7 @@ class Export:
         whole = self._plain(folder)
         if self.runtime:
             if not self.allow_other_base:
-                self.runtime.check_base(report.inputs[0].digest)
+                self.runtime.check_base(report.inputs[0].digest, self.source)
             self.runtime.write(folder, self.running.jobs)
         built = graphs.Build(
             folder,
