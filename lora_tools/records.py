@@ -199,7 +199,7 @@ class ModuleSpectrum:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TensorFacts:
-    """One stored tensor; ``hash`` is the XXH3-128 of its bytes, ``oddities`` what is unusual."""
+    """One stored tensor; ``hash`` is that of its bytes, ``oddities`` what is unusual."""
 
     tensor: str
     dtype: str

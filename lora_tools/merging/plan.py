@@ -77,7 +77,7 @@ class MergePlan:
 
 
 def adapter_digest(adapter: Adapter) -> str:
-    """Content digest of an adapter's tensors."""
+    """Content digest of an adapter's tensors, of the kind that is used here."""
     hashes = {name: hashing.tensor_hash(adapter.file.raw(name)) for name in adapter.file.specs}
     return hashing.digest(adapter.file.specs.values(), hashes)
 

@@ -7,10 +7,9 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-import xxhash
-
 from lora_tools.errors import NonFiniteError
 from lora_tools.figures import Total
+from lora_tools.formats import digest as hashing
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.checkpoint_writer import TensorSink
 from lora_tools.formats.dtypes import torch_dtype
@@ -76,7 +75,7 @@ class MergeTensor:
     ) -> tuple[str, Listing | None, Survival | None]:
         from lora_tools.formats.tensors import as_bytes
 
-        dtype, state, offset = torch_dtype(self.spec.dtype), xxhash.xxh3_128(), 0
+        dtype, state, offset = torch_dtype(self.spec.dtype), hashing.new_hash(), 0
         lister = _Lister(runs) if self.reversible else None
         survival = runs.survival() if self.measured else None
         for run in runs:
@@ -101,7 +100,7 @@ def _is_copied(target: Target, base: Checkpoint, spec: TensorSpec) -> bool:
 
 def copy_tensor(source: Checkpoint, name: str, sink: TensorSink) -> str:
     """Copy a tensor's bytes through; returns their hash."""
-    raw, state = source.raw(name), xxhash.xxh3_128()
+    raw, state = source.raw(name), hashing.new_hash()
     for offset in range(0, raw.nbytes, _COPY_STEP):
         chunk = raw[offset : offset + _COPY_STEP]
         state.update(chunk)

@@ -367,7 +367,7 @@ VERBS = {
                         "unset": "names and shapes are not looked up",
                     },
                 ),
-                *_RUNNING,
+                *take(Running, "jobs", "allow_pickle", "progress"),
             ),
             "Say whether a program reads all of an adapter.",
             """Say what a program makes of ADAPTER before it is loaded there: exit code 0 if it
