@@ -30,9 +30,15 @@ if TYPE_CHECKING:
 
 
 class LoraToolsError(Exception):
-    """Base of all errors raised on purpose; ``exit_code`` is what the command line returns."""
+    """Base of all errors raised on purpose.
+
+    Attributes:
+        exit_code: what the command line returns.
+        tensor: which one was worked on, if it was one.
+    """
 
     exit_code = 1
+    tensor: str | None = None
 
     def __str__(self) -> str:  # KeyError would print the repr of its argument
         return str(self.args[0]) if self.args else ""
@@ -108,6 +114,21 @@ def errors_of_the_tree() -> Iterator[None]:
         raise
     except OSError as error:
         raise FileError.of(error) from error
+
+
+def next_step(message: str) -> str | None:
+    """What a message says behind its last semicolon: what can be done, or what it may be."""
+    return message.rpartition("; ")[2] if "; " in message else None
+
+
+@contextlib.contextmanager
+def named(tensor: str) -> Iterator[None]:
+    """Errors within it are of that tensor."""
+    try:
+        yield
+    except LoraToolsError as error:
+        error.tensor = error.tensor or tensor
+        raise
 
 
 class QualityGateError(LoraToolsError):

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import UsageError
+from lora_tools.printable import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,7 +86,7 @@ def _without_formulas(picture: Picture) -> Picture:
     """Names as they are: matplotlib takes what stands between two dollars for a formula."""
 
     def plain(name: str) -> str:
-        return name.replace("$", r"\$")
+        return printable(name).replace("$", r"\$")
 
     return dataclasses.replace(
         picture,

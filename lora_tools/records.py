@@ -283,11 +283,20 @@ class Report(Generic[T]):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Progress:
-    """One step done: ``done`` of ``total`` units of work (bytes), and what was worked on."""
+    """One step done.
+
+    Attributes:
+        done, total: work, in ``unit``.
+        label: what was worked on.
+        step, steps: how many steps are done, of how many.
+    """
 
     done: int
     total: int
     label: str
+    step: int = 0
+    steps: int = 0
+    unit: str = "bytes"
 
 
 ProgressCallback = Callable[[Progress], None]
@@ -298,6 +307,6 @@ def counting(progress: ProgressCallback | None, total: int, label: str) -> Calla
 
     def done(count: int) -> None:
         if progress is not None:
-            progress(Progress(count, total, label))
+            progress(Progress(count, total, label, count, total, label))
 
     return done

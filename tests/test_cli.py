@@ -249,8 +249,8 @@ def test_dry_run_writes_nothing_and_does_without_torch(pair: Path, tmp_path: Pat
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        assert "nothing was written" in done.stderr
-        assert "model.layers.0.self_attn.q_proj" in done.stderr
+        assert "nothing was written" in done.stdout
+        assert "model.layers.0.self_attn.q_proj" in done.stdout
         assert list(tmp_path.iterdir()) == []
 
 

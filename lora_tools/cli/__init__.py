@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import json
 import os
 import signal
 import sys
@@ -15,8 +16,9 @@ import click
 from lora_tools import interruption
 from lora_tools.cli.commands import VerbCommand
 from lora_tools.cli.groups import OrderedGroup
-from lora_tools.errors import LoraToolsError
+from lora_tools.errors import LoraToolsError, QualityGateError, next_step
 from lora_tools.interruption import Course
+from lora_tools.printable import printable
 from lora_tools.verbs import VERBS
 
 # glibc's mallopt (malloc.h): from which size on a block is memory of its own, given back with it;
@@ -31,7 +33,7 @@ _STOPPED = {int(signal.SIGINT): "Interrupted", int(signal.SIGTERM): "Terminated"
     epilog="Exit codes: 0 done, 1 failed, 2 wrong invocation, 3 compared and found different "
     "(verify, check, export, --max-error). Documentation: README.md, docs/cli.md.",
 )
-@click.version_option(package_name="loratools", prog_name="loratools")
+@click.version_option(None, "-V", "--version", package_name="loratools", prog_name="loratools")
 def main() -> None:
     """Surgery on model weights, file to file: LoRA adapters out of fine-tunes and into checkpoints,
     four or eight bits, ONNX; and what a file is, what changed, whether it is right.
@@ -58,6 +60,24 @@ def completion(shell: str) -> None:
     kind = get_completion_class(shell)
     assert kind is not None
     click.echo(kind(main, {}, "loratools", "_LORATOOLS_COMPLETE").source())
+
+
+@main.command("help", short_help="Print the help of a command.")
+@click.argument("command", required=False)
+@click.pass_context
+def help_(ctx: click.Context, command: str | None) -> None:
+    """Print the help of COMMAND, as COMMAND --help does."""
+    above = ctx.parent
+    assert above is not None
+    if command is None:
+        click.echo(above.get_help())
+        return
+    found = main.get_command(above, command)
+    if found is None:
+        main.resolve_command(above, [command])  # raises, with what it may have been
+        return
+    with click.Context(found, info_name=command, parent=above) as its:
+        click.echo(found.get_help(its))
 
 
 def run(args: list[str] | None = None) -> int:
@@ -87,7 +107,9 @@ def _run(args: list[str] | None) -> int:
         if isinstance(error, KeyboardInterrupt | click.Abort):
             course.signal = course.signal or signal.SIGINT
         # Whatever comes out after a signal is what the signal has made.
-        return _stopped(course) if course.signal else _failed(error)
+        if course.signal:
+            return _stopped(course)
+        return _failed(error, "--json" in (sys.argv[1:] if args is None else args))
     return code if isinstance(code, int) else 0
 
 
@@ -98,7 +120,7 @@ def _stopped(course: Course) -> int:
     return 128 + course.signal
 
 
-def _failed(failure: BaseException) -> int:
+def _failed(failure: BaseException, as_json: bool) -> int:
     """Say what went wrong. Returns the exit code; raises what nobody has foreseen."""
     try:
         raise failure
@@ -107,22 +129,31 @@ def _failed(failure: BaseException) -> int:
         return error.exit_code
     except click.UsageError as error:
         hint = f" (see {error.ctx.command_path} --help)" if error.ctx is not None else ""
-        click.echo(f"Error: {' '.join(error.format_message().split())}{hint}", err=True)
+        _say("UsageError", " ".join(error.format_message().split()) + hint, as_json)
         return error.exit_code
     except click.ClickException as error:
-        error.show()
+        _say(type(error).__name__, error.format_message(), as_json)
         return error.exit_code
     except LoraToolsError as error:
-        click.echo(f"Error: {error}", err=True)
+        told = isinstance(error, QualityGateError) and error.report is not None  # by its report
+        _say(type(error).__name__, str(error), as_json and not told, error.tensor)
         return error.exit_code
     except BrokenPipeError:
         return 1
     except OSError as error:  # a file that cannot be opened, a disk that fails
-        click.echo(f"Error: {error}", err=True)
+        _say("OSError", str(error), as_json)
         return 1
     except MemoryError:
-        click.echo("Error: out of memory; try --jobs 1", err=True)
+        _say("MemoryError", "out of memory; try --jobs 1", as_json)
         return 1
+
+
+def _say(kind: str, message: str, as_json: bool, tensor: str | None = None) -> None:
+    """An error for people on stderr; with --json for programs on stdout as well."""
+    click.echo(f"Error: {printable(message)}", err=True)
+    if as_json:
+        said = {"kind": kind, "message": message, "tensor": tensor, "next": next_step(message)}
+        click.echo(json.dumps({"error": said}))
 
 
 def _keep_freed_memory() -> None:

@@ -28,7 +28,7 @@ class VerbCommand(GroupedCommand):
             callback=self._run,
             help=inspect.cleandoc(verb.text),
             short_help=verb.short,
-            epilog=f"Example: {verb.example}",
+            example=verb.example,
             options_metavar=f"{required} [OPTIONS]".strip(),
         )
 
@@ -47,17 +47,18 @@ class VerbCommand(GroupedCommand):
     def _run(
         self, report_file: str | None, as_json: bool, quiet: bool, verbose: bool, **given: Any
     ) -> None:
-        """Run the verb under a progress bar, then print people's text to stderr and JSON to stdout.
-        A failed quality gate is reported like the rest, before it is an error."""
-        from lora_tools.cli import render
+        """Run the verb under a progress bar, then print the report, for people and as JSON. A
+        failed quality gate is reported like the rest, before it is an error."""
+        from lora_tools.cli.progress import progress
+        from lora_tools.cli.render import show
         from lora_tools.verbs.frame import carry_out
         from lora_tools.verbs.report_file import plain
 
         file = Path(report_file) if report_file is not None else None
         failure = None
-        with render.progress(quiet) as progress:
+        with progress(quiet) as bar:
             try:
-                report = carry_out(self._verb, {**given, "progress": progress}, file)
+                report = carry_out(self._verb, {**given, "progress": bar}, file)
             except QualityGateError as error:
                 if error.report is None:
                     raise
@@ -65,6 +66,8 @@ class VerbCommand(GroupedCommand):
         if as_json:
             click.echo(json.dumps(plain(report)))
         if not quiet:
-            render.show(report, verbose=verbose, written=failure is None)
+            looked = not self._verb.writes or report.dry_run
+            answer = looked and not as_json
+            show(report, verbose=verbose, written=failure is None, answer=answer)
         if failure is not None:
             raise failure

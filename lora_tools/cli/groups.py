@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 
 class GroupedOption(click.Option):
-    """An option that stands under a heading of its command's help."""
+    """An option that stands under a heading of its command's help, and that an environment variable
+    can set: ``LORATOOLS_MERGE_JOBS`` for ``merge --jobs``, ``LORATOOLS_JOBS`` for that of all."""
 
     def __init__(self, *args: Any, group: str = "Other", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.group = group
+
+    def resolve_envvar_value(self, ctx: click.Context) -> str | None:
+        """As click has it, which knows one variable by the parameter's name."""
+        set_ = (os.environ[name] for name in self.variables(ctx) if os.environ.get(name))
+        return next(set_, None)
+
+    def variables(self, ctx: click.Context) -> tuple[str, str]:
+        """Names of the variables, the one that goes before the other first."""
+        long = next(flag for flag in self.opts if flag.startswith("--"))[2:]
+        names = (f"LORATOOLS_{ctx.command.name}_{long}", f"LORATOOLS_{long}")
+        return tuple(name.replace("-", "_").upper() for name in names)  # type: ignore[return-value]
+
+    def get_error_hint(self, ctx: click.Context | None) -> str:
+        """As click has it, with the variable where that was wrong."""
+        hint = super().get_error_hint(ctx) if ctx is not None else f"'{self.opts[-1]}'"
+        if ctx is None or ctx.get_parameter_source(self.name or "") != ParameterSource.ENVIRONMENT:
+            return hint
+        return f"{hint} ({next(n for n in self.variables(ctx) if os.environ.get(n))})"
 
 
 def headings(command: click.Command, ctx: click.Context) -> dict[str, list[click.Parameter]]:
@@ -26,7 +47,22 @@ def headings(command: click.Command, ctx: click.Context) -> dict[str, list[click
 
 
 class GroupedCommand(click.Command):
-    """Prints its options under their headings."""
+    """Prints an example first, and its options under their headings.
+
+    Attributes:
+        example: a command line.
+    """
+
+    def __init__(self, *args: Any, example: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.example = example
+
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The example, then what the command does."""
+        formatter.write_paragraph()
+        with formatter.indentation():
+            formatter.write(f"{'':{formatter.current_indent}}$ {self.example}\n")
+        super().format_help_text(ctx, formatter)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Replaces click's one long list."""

@@ -11,7 +11,7 @@ from lora_tools.cli.groups import GroupedOption
 from lora_tools.options.tables import OUTPUT, RUNNING
 from lora_tools.verbs.row import Argument, Keyword, Verb
 
-REPORT = "Report"
+REPORT, FIRST = "Report", "Most used"
 WEIGHTED = "ADAPTER[=WEIGHT]..."
 
 
@@ -22,6 +22,18 @@ def parameters(verb: Verb) -> list[click.Parameter]:
 
 
 def _options(verb: Verb) -> Iterator[click.Option]:
+    """Those that most people need first; then all others under their headings."""
+    found = list(_under_headings(verb))
+    order = ("out", *verb.first.split(), "as_json")
+    first = {option.name: option for option in found if option.name in order}
+    for name in order:
+        if name in first:
+            first[name].group = FIRST
+            yield first[name]
+    yield from (option for option in found if option.name not in order)
+
+
+def _under_headings(verb: Verb) -> Iterator[GroupedOption]:
     common = {OUTPUT: [_out()] if verb.writes else [], RUNNING: _reporting()}
     for keyword in verb.keywords:
         if keyword.option is not None:
@@ -32,12 +44,16 @@ def _options(verb: Verb) -> Iterator[click.Option]:
 def _argument(argument: Argument) -> click.Argument:
     if argument.several:
         return click.Argument(
-            [argument.name], nargs=-1, required=True, metavar=WEIGHTED, type=click.Path()
+            [argument.name],
+            nargs=-1,
+            required=argument.needed,
+            metavar=WEIGHTED if argument.needed else f"[{WEIGHTED}]",
+            type=click.Path(),
         )
     return click.Argument([argument.name], type=click.Path())
 
 
-def _option(keyword: Keyword) -> click.Option:
+def _option(keyword: Keyword) -> GroupedOption:
     option, default = keyword.option, keyword.default
     assert option is not None
     flags = option.flags or (keyword.flag,)
@@ -64,7 +80,7 @@ def _type(keyword: Keyword) -> Any:
     return keyword.type if keyword.type in (int, float) else str
 
 
-def _out() -> click.Option:
+def _out() -> GroupedOption:
     return GroupedOption(
         ["-o", "--out"],
         required=True,
@@ -74,7 +90,7 @@ def _out() -> click.Option:
     )
 
 
-def _reporting() -> list[click.Option]:
+def _reporting() -> list[GroupedOption]:
     return [
         GroupedOption(
             ["--report", "report_file"],

@@ -1,144 +1,153 @@
-"""Tables and sentences of the verbs that look and do not write."""
+"""The tables of a report: which columns there are, and which of them matter most."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from lora_tools.records import Report, counted
+from lora_tools.cli.table import Column, lines
+from lora_tools.records import ModuleResult, ModuleSpectrum, Report, TensorResult
 
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
-
-def _table(*columns: str) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for i, column in enumerate(columns):
-        left = i == 0
-        table.add_column(
-            column, no_wrap=True, justify="left" if left else "right", overflow="ellipsis"
-        )
-    return table
+_MOST_ROWS = 40
 
 
-def spectra(console: Console, report: Report[Any], most: int | None) -> None:
-    """One row a module."""
-    change = not all(math.isnan(s.relative_change) for s in report.spectra)
-    columns = ["module", "kind", "shape", "norm", "stable rank", "at 8", "at 16", "at 32", "at 64"]
-    columns += ["noise floor", "rank", "rel. change"] if change else ["rank", "alpha", "scaling"]
-    table = _table(*columns)
-    for s in report.spectra[:most]:
-        shares = [s.energy.get(r, math.nan) for r in ("8", "16", "32", "64")]
-        cells = [
-            s.module,
-            s.layout,
-            "x".join(map(str, s.shape)),
-            f"{s.norm:.4g}",
-            _number(s.stable_rank, ".1f"),
-            *(_number(share, ".1%") for share in shares),
-        ]
-        rank = ">64" if s.rank is None else str(s.rank)  # 64: what verbs/spectra.DEPTH looks at
-        if change:
-            cells += [_number(s.noise_floor, ".2e"), rank, _number(s.relative_change, ".3%")]
-        else:
-            cells += [rank, f"{s.alpha:g}", f"{s.scaling:g}"]
-        table.add_row(*cells)
-    console.print(table)
-    _left_out(console, len(report.spectra), most, "modules")
+def tables(report: Report[Any], verbose: bool, width: int | None) -> Iterator[str]:
+    """Lines of all that the report has; of long ones without ``verbose`` the first rows."""
+    most = None if verbose else _MOST_ROWS
+    if report.modules:
+        yield from _part(report.modules, most, "modules", _modules, width)
+    if report.tensors:
+        yield from _part(report.tensors, most, "tensors", _tensors, width)
+    if report.spectra:
+        yield from lines(_spectra(report.spectra[:most]), width)
+        yield from _left_out(len(report.spectra), most, "modules")
+    if report.stored and (verbose or not report.spectra):
+        yield from lines(_stored(report, most), width)
+        yield from _left_out(len(report.stored), most, "tensors")
+    if verbose or report.dry_run:
+        yield from lines(_fates(report), width)
 
 
-def tensors(console: Console, report: Report[Any], most: int | None) -> None:
-    """One row a tensor; with modules above, only where all are asked for."""
-    if report.spectra and most is not None:
-        return
-    table = _table("tensor", "dtype", "shape", "bytes", "hash")
-    for t in report.stored[:most]:
-        table.add_row(t.tensor, t.dtype, "x".join(map(str, t.shape)), str(t.nbytes), t.hash)
-    console.print(table)
-    _left_out(console, len(report.stored), most, "tensors")
+def _part(
+    rows: Sequence[Any], most: int | None, what: str, columns: Any, width: int | None
+) -> Iterator[str]:
+    """The rows of the largest errors, where there are too many."""
+    shown = rows
+    if most is not None and len(rows) > most:
+        shown = sorted(rows, key=lambda row: -row.relative_error)[:most]
+    yield from lines(columns(shown), width)
+    if len(shown) < len(rows):
+        yield f"({len(shown)} of {len(rows)} {what}, the largest errors first; -v shows all)"
 
 
-def _left_out(console: Console, count: int, most: int | None, what: str) -> None:
+def _left_out(count: int, most: int | None, what: str) -> Iterator[str]:
     if most is not None and count > most:
-        console.print(f"({most} of {count} {what}; -v shows all)")
+        yield f"({most} of {count} {what}; -v shows all)"
+
+
+def _modules(rows: Sequence[ModuleResult]) -> list[Column]:
+    def of(m: ModuleResult) -> tuple[str, str]:
+        if math.isfinite(m.energy):
+            return f"{m.relative_error:.4g}", f"{m.energy:.2%}"
+        return "-", "no change"
+
+    columns = [
+        Column("module", [m.module for m in rows], kind="name"),
+        Column("kind", [m.layout for m in rows], 5),
+        Column("shape", [_shape(m.shape) for m in rows], 3),
+        Column("rank", [str(m.rank) for m in rows]),
+        Column("rel. error", [of(m)[0] for m in rows]),
+        Column("energy", [of(m)[1] for m in rows], 1),
+    ]
+    # A resized adapter was not searched for, and no base is at hand to compare with.
+    if any(m.method not in ("resize", "difference") for m in rows):
+        columns += [
+            Column("could gain", [f"{m.gain_bound:.1e}" for m in rows], 4),
+            Column("rel. change", [_number(m.relative_change, ".3%") for m in rows], 2),
+        ]
+    return columns
+
+
+def _tensors(rows: Sequence[TensorResult]) -> list[Column]:
+    made_up = any(t.compensated_error is not None for t in rows)
+    fed = any(t.output_error is not None for t in rows)
+    columns = [
+        Column("tensor", [t.tensor for t in rows], kind="name"),
+        Column("shape", [_shape(t.shape) for t in rows], 3),
+        Column("bits", [f"{t.bits_per_parameter:.3f}" for t in rows], 2),
+        Column("rel. error", [_error(t.relative_error) for t in rows]),
+    ]
+    if made_up:
+        columns.append(Column("with adapter", [_error(t.compensated_error) for t in rows]))
+    if fed:
+        columns += [
+            Column("of outputs", [_error(t.output_error) for t in rows]),
+            Column("unfed", [_error(t.output_error_unfed) for t in rows], 1),
+        ]
+    if fed and made_up:
+        cells = [_error(t.compensated_output_error) for t in rows]
+        columns.append(Column("outputs with adapter", cells, 1))
+    return columns
+
+
+def _spectra(rows: Sequence[ModuleSpectrum]) -> list[Column]:
+    change = not all(math.isnan(s.relative_change) for s in rows)
+    columns = [
+        Column("module", [s.module for s in rows], kind="name"),
+        Column("kind", [s.layout for s in rows], 6),
+        Column("shape", [_shape(s.shape) for s in rows], 4),
+        Column("norm", [f"{s.norm:.4g}" for s in rows], 2),
+        Column("stable rank", [_number(s.stable_rank, ".1f") for s in rows], 3),
+    ]
+    for rank, place in (("8", 5), ("16", 2), ("32", 5), ("64", 5)):
+        cells = [_number(s.energy.get(rank, math.nan), ".1%") for s in rows]
+        columns.append(Column(f"at {rank}", cells, place))
+    # 64 is as deep as verbs/spectra.DEPTH looks.
+    ranks = Column("rank", [">64" if s.rank is None else str(s.rank) for s in rows])
+    if change:
+        return [
+            *columns,
+            Column("noise floor", [_number(s.noise_floor, ".2e") for s in rows], 4),
+            ranks,
+            Column("rel. change", [_number(s.relative_change, ".3%") for s in rows]),
+        ]
+    return [
+        *columns,
+        ranks,
+        Column("alpha", [f"{s.alpha:g}" for s in rows]),
+        Column("scaling", [f"{s.scaling:g}" for s in rows], 1),
+    ]
+
+
+def _stored(report: Report[Any], most: int | None) -> list[Column]:
+    rows = report.stored[:most]
+    return [
+        Column("tensor", [t.tensor for t in rows], kind="name"),
+        Column("dtype", [t.dtype for t in rows]),
+        Column("shape", [_shape(t.shape) for t in rows]),
+        Column("bytes", [str(t.nbytes) for t in rows], 1),
+        Column("hash", [t.hash for t in rows], 2),
+    ]
+
+
+def _fates(report: Report[Any]) -> list[Column]:
+    rows = report.plan
+    return [
+        Column("tensor", [fate.tensor for fate in rows], kind="name"),
+        Column("fate", [str(fate.action) for fate in rows], kind="word"),
+        Column("bytes", [str(fate.nbytes or "") for fate in rows], 1),
+        Column("why", [fate.reason for fate in rows], kind="text"),
+    ]
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
 
 
 def _number(value: float, style: str) -> str:
     return format(value, style) if math.isfinite(value) else "-"
 
 
-def _graph(file: str, graph: Mapping[str, Any]) -> Iterator[str]:
-    opset = ", ".join(f"{domain} {version}" for domain, version in graph["opset"].items())
-    yield f"{file}: opset {opset}; made by {graph['producer'] or 'nobody named'}"
-    for what in ("inputs", "outputs"):
-        values = graph[what]
-        more = f" and {len(values) - 8} more" if len(values) > 8 else ""
-        yield f"  {what}: {'; '.join(values[:8])}{more}"
-    kinds = list(graph["operators"].items())
-    more = f" and {len(kinds) - 12} kinds more" if len(kinds) > 12 else ""
-    nodes = ", ".join(f"{n} {kind}" for kind, n in kinds[:12])
-    yield f"  nodes: {graph['nodes']} ({nodes}{more})"
-    if graph["custom_domains"]:
-        yield f"  custom domains: {', '.join(graph['custom_domains'])}"
-    places = ", ".join(f"{name} ({n:,} bytes)" for name, n in graph["data"].items())
-    yield f"  initializers: {graph['initializers']}, in {places or 'no file'}"
-
-
-def _findings(t: Mapping[str, Any]) -> Iterator[str]:
-    for finding in t["findings"]:
-        keys = finding["keys"]
-        named = f" ({keys['count']}: {', '.join(keys['examples'])}" if keys["count"] else ""
-        more = ", …" if keys["count"] > len(keys["examples"]) else ""
-        yield f"{finding['verdict']}: {finding['what']}{named}{more}{')' if named else ''}"
-    for text in t["not_checked"]:
-        yield f"not checked: {text}"
-
-
-def totals(t: Mapping[str, Any]) -> Iterator[str]:
-    """Sentences for the totals of inspect, diff, verify and check."""
-    if "kind" in t:
-        dtypes = ", ".join(f"{n} {dtype}" for dtype, n in t["dtypes"].items())
-        yield f"{t['kind']}: {counted(t['tensors'], 'tensor')} ({dtypes}), {t['numbers']:,} numbers"
-        for name, facts in t["metadata"].items():
-            if facts:
-                yield f"{name}: " + ", ".join(f"{k}={str(v)[:80]}" for k, v in facts.items())
-        for key in (
-            "format",
-            "architectures",
-            "ranks",
-            "alphas",
-            "with",
-            "targets",
-            "base_model_name_or_path",
-            "base_digest",
-        ):
-            if t.get(key):
-                value = t[key]
-                yield f"{key}: " + (
-                    ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-                )
-        if "quantized" in t:
-            q = t["quantized"]
-            schemes = "; ".join(f"{n} in {scheme}" for scheme, n in q["schemes"].items())
-            yield (
-                f"quantized: {counted(q['weights'], 'weight')} ({schemes}), "
-                f"{q['numbers']:,} numbers at {q['bits_per_parameter']:.3f} bits, "
-                f"read back as {', '.join(q['dtypes'])}"
-            )
-        for file, graph in t.get("graphs", {}).items():
-            yield from _graph(file, graph)
-    if "relative_change" in t:
-        yield (
-            f"{counted(t['changed'], 'tensor')} changed, {t['unchanged']} did not; relative change "
-            f"{_number(t['relative_change'], '.3%')}"
-        )
-        if t["one_sided"]:
-            yield f"on one side only, and in no figure: {counted(t['one_sided'], 'tensor')}"
-    if "verdict" in t:
-        yield str(t["verdict"])
-    if "findings" in t:
-        yield from _findings(t)
+def _error(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

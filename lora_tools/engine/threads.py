@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import difflib
 import os
 import threading
 from collections import deque
@@ -19,11 +20,13 @@ from typing import TYPE_CHECKING
 
 from lora_tools.engine.buffers import Buffers
 from lora_tools.engine.tasks import K, R, S, Task
-from lora_tools.errors import UsageError
+from lora_tools.errors import UsageError, named
 from lora_tools.records import Progress, ProgressCallback
 
 if TYPE_CHECKING:
     import torch
+
+_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "npu")
 
 
 class Interrupted(Exception):
@@ -115,7 +118,7 @@ def run(
     """
     jobs = _count(jobs)
     sizes = [max(task.nbytes, 1) for task in tasks]
-    total, done = sum(sizes), 0
+    total, done, step = sum(sizes), 0, 0
     gate, buffers = _MemoryGate(int(1.25 * max(sizes, default=0))), Buffers()
 
     def submit(task: Task[S, K, R], size: int) -> Future[R]:
@@ -123,7 +126,7 @@ def run(
         return pool.submit(contextvars.copy_context().run, work, task, size)
 
     def work(task: Task[S, K, R], size: int) -> R:
-        with gate.hold(size), one_torch_thread_here():
+        with gate.hold(size), one_torch_thread_here(), named(task.label):
             return task.run(sources, sink, buffers)
 
     with one_torch_thread():
@@ -143,9 +146,9 @@ def run(
                     pending.append(submit(task, size))
                     break
                 task, size = next(finished)
-                done += size
+                done, step = done + size, step + 1
                 if progress is not None:
-                    progress(Progress(done, total, task.label))
+                    progress(Progress(done, total, task.label, step, len(tasks)))
                 yield result
         finally:
             gate.close()
@@ -173,7 +176,10 @@ def pick_device(name: str) -> str:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UsageError(f"--device {name}: not usable here ({reason}); try --device cpu") from None
+        kind = name.partition(":")[0]
+        close = [] if kind in _DEVICES else difflib.get_close_matches(kind, _DEVICES, 1)
+        hint = f"try --device {[*close, 'cpu'][0]}"
+        raise UsageError(f"--device {name}: not usable here ({reason}); {hint}") from None
     return name
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lora_tools.errors import UsageError
@@ -46,23 +46,36 @@ def read_text(path: Path) -> str:
         raise UsageError(f"{path}: not UTF-8 text") from None
 
 
-def name_filter(include: Sequence[str], exclude: Sequence[str]) -> Callable[[str], bool]:
-    """Whether a module name is chosen: some ``include`` is found in it and no ``exclude`` is.
+class NameFilter:
+    """Whether a module name is chosen: some ``include`` is found in it and no ``exclude`` is."""
 
-    Raises:
-        UsageError: a pattern is not a regular expression.
-    """
-    try:
-        wanted, unwanted = ([re.compile(p) for p in given] for given in (include, exclude))
-    except re.error as error:
-        raise UsageError(f"{error.pattern!r} is not a regular expression: {error}") from None
+    def __init__(self, include: Sequence[str], exclude: Sequence[str]) -> None:
+        """
+        Raises:
+            UsageError: a pattern is not a regular expression.
+        """
+        try:
+            self._include, self._exclude = (
+                [re.compile(p) for p in given] for given in (include, exclude)
+            )
+        except re.error as error:
+            raise UsageError(f"{error.pattern!r} is not a regular expression: {error}") from None
 
-    def chosen(name: str) -> bool:
-        return (not wanted or any(p.search(name) for p in wanted)) and not any(
-            p.search(name) for p in unwanted
-        )
+    def __call__(self, name: str) -> bool:
+        if self._include and not any(p.search(name) for p in self._include):
+            return False
+        return not any(p.search(name) for p in self._exclude)
 
-    return chosen
+    def refuse_idle(self, names: Iterable[str]) -> None:
+        """Raises UsageError for a pattern that is found in none of the names there are."""
+        known = sorted(set(names))
+        for flag, patterns in (("--include", self._include), ("--exclude", self._exclude)):
+            for pattern in patterns:
+                if not any(map(pattern.search, known)):
+                    such = f", such as {known[len(known) // 2]}" if known else ""
+                    raise UsageError(
+                        f"{flag} {pattern.pattern!r} is found in no name of a module{such}"
+                    )
 
 
 def layer_kinds(given: Sequence[str]) -> list[tuple[re.Pattern[str], Layout | None]]:

@@ -304,6 +304,7 @@ class Writing:
         False,
         "Print what would become of every tensor; read headers only, write nothing.",
         OUTPUT,
+        flags=("-n", "--dry-run"),
         recorded=False,
     )
 

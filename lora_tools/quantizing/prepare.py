@@ -23,7 +23,7 @@ from lora_tools.merging.plan import plan_merge
 from lora_tools.merging.prepare import Adapters, Planned, dtype_of, limit_of
 from lora_tools.merging.rewrite import signed
 from lora_tools.options import Matching, NumberFormat, Running, Storage, Tensors
-from lora_tools.options.parse import name_filter
+from lora_tools.options.parse import NameFilter
 from lora_tools.quantizing.budget import Shares, note_on, parse_budget, plan_within, share_out
 from lora_tools.quantizing.checkpoint import quantize_checkpoint
 from lora_tools.quantizing.compensate import plan_compensation
@@ -68,8 +68,9 @@ def prepare_quantize(
         LoraToolsError: it cannot be read, or not be quantized so.
     """
     form, budget = form_of(numbers), parse_budget(numbers.budget)
-    chosen = name_filter(tensors.include, tensors.exclude)
+    chosen = NameFilter(tensors.include, tensors.exclude)
     given = base = open_checkpoint(checkpoint, running.allow_pickle)
+    chosen.refuse_idle(w.module for w in base.weights.values())
     limit = limit_of(storage, base)
     weighted = open_weighted(adapters, running.allow_pickle, base) if adapters else []
     base = fit_base(base, weighted, matching.allow_unmatched)

@@ -76,13 +76,14 @@ VERBS = {
             (org/name[@revision]). --out becomes a folder that PEFT loads. Without --rank and
             --energy the rank is 32.""",
             "loratools extract org/base ./tuned -o adapter --rank 32",
+            "rank energy dtype names consumer max_error dry_run",
             "rank energy error ratio cumulative threshold noise_floor gavish_donoho budget "
             "max_rank activations spectrum_cache include exclude layout alpha rslora dtype "
             "embeddings rest consumer names svd tolerance seed device",
         ),
         Verb(
             "merge",
-            (_BASE, _ADAPTERS, _OUT),
+            (_BASE, Argument("adapters", needed=False), _OUT),
             (*take(Matching), *take(Storage), *take(Merging), *_WRITING, *_RUNNING),
             "Add adapters to the weights of BASE.",
             """Write BASE with the PEFT adapters added to its weights, each times its WEIGHT (1).
@@ -90,6 +91,7 @@ VERBS = {
             BASE is a Hugging Face folder, a .safetensors file or a hub id (org/name[@revision]);
             --out becomes the same kind of thing. The sum is formed in float32 and rounded once.""",
             "loratools merge base style=0.7 facts -o merged",
+            "dtype reversible requantize shard_size dry_run",
             "dtype shard_size reversible requantize activations allow_unmatched allow_other_base",
         ),
         Verb(
@@ -113,6 +115,7 @@ VERBS = {
             With the sidecar of merge --reversible it is the base bit for bit, as its digest says.
             Without, the adapters are subtracted, and a bound on what rounding lost is printed.""",
             "loratools unmerge merged style=0.7 facts -o base",
+            "sidecar dry_run",
         ),
         Verb(
             "rescale",
@@ -133,6 +136,7 @@ VERBS = {
             It stays in its format. Resizing is exact: QR of both factors and an SVD of the small
             core, never a dense product.""",
             "loratools rescale adapter -o small --energy 0.95 --max-rank 16",
+            "scale rank energy alpha dtype dry_run",
             "scale alpha effect rank energy error ratio cumulative threshold budget sv_fro "
             "sv_ratio sv_cumulative max_rank rslora dtype consumer base",
         ),
@@ -176,6 +180,7 @@ VERBS = {
             Every method acts on the true changes of the weights, with each adapter's scaling,
             rsLoRA and patterns applied; ranks may differ. The default, cat, is exact.""",
             "loratools combine style=0.7 facts=0.3 -o both --method ties --density 0.2",
+            "method density rank dtype dry_run",
             "method rank energy max_rank density seed majority_sign normalize base "
             "allow_other_base dtype",
         ),
@@ -198,6 +203,7 @@ VERBS = {
             of each module, the scale goes into lora_B. What it cannot hold is refused unless --drop
             names it.""",
             "loratools convert adapter -o adapter.gguf --to gguf --base base",
+            "to base rank dtype dry_run",
             "to base source drop alpha enable_lora layout rank energy max_rank dtype",
             usage="-o OUT --to FORMAT",
         ),
@@ -230,6 +236,7 @@ VERBS = {
             (org/name[@revision]); --out loads with from_pretrained as it is. Embeddings, norms and
             heads stay as they are.""",
             "loratools quantize base --adapter style=0.7 -o base-nf4",
+            "scheme adapters calibrate eval_text dtype dry_run",
             "adapters scheme quant_type blocksize double_quant compute_dtype quant_storage "
             "scale_search activations calibrate calibration_tokens calibration_seed budget "
             "compensate compensate_iterations eval_text max_loss_increase include exclude lm_head "
@@ -251,6 +258,7 @@ VERBS = {
             once. Plain numbers in pickles, or in parts as distributed training leaves them, become
             safetensors (--allow-pickle).""",
             "loratools dequantize base-nf4 -o base --dtype bfloat16",
+            "dtype shard_size dry_run",
         ),
         Verb(
             "export",
@@ -276,6 +284,7 @@ VERBS = {
             CHECKPOINT is a Hugging Face folder or a hub id (org/name[@revision]); with --out the
             same folder, only graphs are added to it. Needs: pip install 'loratools[onnx]'.""",
             "loratools export base --adapter style=0.7 -o onnx",
+            "adapters task weights int8 int4 nf4 dry_run",
             "adapters runtime_adapters task no_cache dtype weights nf4 int8 int4 activations "
             "eval_text graph "
             "opset atol rtol no_verify keep_failed trust_remote_code allow_unmatched "
@@ -294,6 +303,7 @@ VERBS = {
             of activation statistics, or a hub id. For an adapter: ranks, scaling, and the spectrum
             of each module.""",
             "loratools inspect adapter --plot adapter.png",
+            "plot",
         ),
         Verb(
             "diff",
@@ -311,6 +321,7 @@ VERBS = {
             32 and 64 directions, the noise floor that the stored dtypes set, and a recommended
             rank.""",
             "loratools diff org/base ./tuned --plot change.png",
+            "sort plot include exclude",
         ),
         Verb(
             "verify",
@@ -351,6 +362,7 @@ VERBS = {
             checkpoint gives these bytes, else the error. ONNX (--against): every weight, bit for
             bit, and the outputs in ONNX Runtime against torch's.""",
             "loratools verify merged --base org/base --adapter style=0.7",
+            "base adapters against tuned max_error",
             "base adapters tuned against max_error weights_only task atol rtol trust_remote_code",
         ),
         Verb(
@@ -378,6 +390,7 @@ VERBS = {
             (docs/check.md).""",
             "loratools check adapter --base org/base --for vllm",
             "consumer base",
+            "consumer base",
             usage="--for PROGRAM",
         ),
         Verb(
@@ -392,6 +405,7 @@ VERBS = {
             as the model will be used on. Needs loratools[stats] and memory for the whole model in
             float32.""",
             "loratools collect-stats org/base sample.txt -o stats.safetensors",
+            "kind max_tokens length dry_run",
         ),
     )
 }

@@ -20,7 +20,7 @@ from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.inspecting.spectrum import DEPTH, check_plot, drawn, recommended, shown, summary
 from lora_tools.linalg.ranks import RankRule
 from lora_tools.options import Search, Tensors, View
-from lora_tools.options.parse import name_filter
+from lora_tools.options.parse import NameFilter
 from lora_tools.records import Action, Fate, Input, ModuleSpectrum, ProgressCallback, Report
 from lora_tools.sources.pipelines import open_whole
 from lora_tools.totals import DiffTotals
@@ -56,10 +56,11 @@ def diff(
         MismatchError: nothing in common, or shapes that do not fit.
         LoraToolsError: any other of the tree.
     """
-    chosen = name_filter(tensors.include, tensors.exclude)
+    chosen = NameFilter(tensors.include, tensors.exclude)
     target = check_plot(view.plot)
     allow_pickle = call.running.allow_pickle
     sides = open_whole(base, allow_pickle), open_whole(tuned, allow_pickle)
+    chosen.refuse_idle(w.module for side in sides for w in side.weights.values())
     plan = make_plan(
         *sides, chosen=chosen, embeddings="skip" if _resized(*sides) else "lora", rest="skip"
     )

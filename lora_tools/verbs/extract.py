@@ -20,7 +20,7 @@ from lora_tools.formats.dtypes import parse_float_dtype
 from lora_tools.formats.output import Prepared
 from lora_tools.formats.quantized.packed import StoredFormat
 from lora_tools.options import AdapterForm, Ranks, Search, Tensors
-from lora_tools.options.parse import consumer_named, layer_kinds, name_filter
+from lora_tools.options.parse import NameFilter, consumer_named, layer_kinds
 from lora_tools.options.ranks import rank_rule, refuse_shared, size_of
 from lora_tools.records import Input, Report
 from lora_tools.sources.as_loaded import loaded_view, notes_on_names
@@ -52,9 +52,10 @@ def extract(
         LoraToolsError: any other of the tree, with nothing written.
     """
     options = _options(ranks, adapter_form, search)
-    chosen, kinds = name_filter(tensors.include, tensors.exclude), layer_kinds(tensors.layout)
+    chosen, kinds = NameFilter(tensors.include, tensors.exclude), layer_kinds(tensors.layout)
     size = size_of(ranks)
     sides, said = _sides(base, tuned, call.running.allow_pickle, options, adapter_form.names)
+    chosen.refuse_idle(w.module for side in sides for w in side.weights.values())
     plan = make_plan(
         *sides,
         chosen=chosen,

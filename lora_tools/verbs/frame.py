@@ -28,6 +28,8 @@ from lora_tools.verbs.paths import Paths
 from lora_tools.verbs.report_file import check_report_file, write_report
 from lora_tools.verbs.row import Verb
 
+_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".json")
+
 # What the types of keywords are written by.
 _NAMES = {
     **{record.__name__: record for record in RECORDS},
@@ -118,7 +120,7 @@ def carry_out(row: Verb, given: Mapping[str, Any], report_file: Path | None = No
     _refuse_no_place()
     asked = row.ask(given)
     call, paths = _call(row, given, asked), Paths.of(row, given, asked, report_file)
-    _refuse_gguf(row, call.out)
+    _refuse_name(row, call.out)
     paths.check(call.writing.dry_run)
     if report_file is not None:
         check_report_file(report_file)
@@ -162,12 +164,30 @@ def _call(row: Verb, given: Mapping[str, Any], asked: Mapping[str, Any]) -> Call
     )
 
 
-def _refuse_gguf(row: Verb, out: str) -> None:
-    """Raises UsageError where a checkpoint is to become a GGUF model, which is not written here."""
+def _refuse_name(row: Verb, out: str) -> None:
+    """Raises UsageError where a checkpoint is to become a GGUF model, which is not written here,
+    and for the usual name of stdout."""
+    if row.writes and out == "-":
+        raise UsageError(
+            "--out -: nothing is written to stdout; name a folder or a file (./- for one of that "
+            "name)"
+        )
     if row.writes and Storage in row.records.values() and Path(out).suffix == ".gguf":
         raise UsageError(
             f"--out {out}: GGUF models are read and not written; name a folder, which is written "
             "in safetensors, and make a GGUF of that with llama.cpp's convert_hf_to_gguf.py"
+        )
+
+
+def _refuse_file(row: Verb, prepared: Prepared, out: str) -> None:
+    """Raises UsageError for the name of a file where a folder is written: what it was made from is
+    one, too, or it never is a file."""
+    checkpoint = Storage in row.records.values() and prepared.inputs[0].is_dir()
+    folder = checkpoint or row.name in ("extract", "export")
+    if folder and Path(out).suffix in _FILES:
+        raise UsageError(
+            f"--out {out}: a folder is written, and this is a file's name; leave "
+            f"{Path(out).suffix} away"
         )
 
 
@@ -183,6 +203,7 @@ def _work(
         paths.check(dry_run=False)
         paths.check_kept()
         return prepared.run()
+    _refuse_file(row, prepared, call.out)
     paths.write(prepared, Path(call.out))
     paths.check(call.writing.dry_run)
     copied = copied_files(prepared)  # on a dry run, too: it refuses what may not be copied

@@ -23,9 +23,10 @@ _PARAMETER = inspect.Parameter
 @dataclasses.dataclass(frozen=True)
 class Argument:
     """A positional argument of the public function; all are paths, ``out`` is ``-o`` on the command
-    line, and ``adapters`` are several."""
+    line, and ``adapters`` are several: at least one where they are ``needed``."""
 
     name: str
+    needed: bool = True
 
     @property
     def several(self) -> bool:
@@ -163,6 +164,7 @@ class Verb:
         short, text, example: of ``--help``.
         order: names of the keywords that come first in the signature, and in the command that
             artifacts record; the others follow as in ``keywords``.
+        first: names of the keywords that most people need, for the head of ``--help``.
         usage: the options that must be given, for the first line of ``--help``.
         adds_to: the argument whose folder may be the output, where the verb only adds files to it.
     """
@@ -173,6 +175,7 @@ class Verb:
     short: str
     text: str
     example: str
+    first: str
     order: str = ""
     usage: str = ""
     adds_to: str = ""

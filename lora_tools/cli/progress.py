@@ -1,0 +1,52 @@
+"""The bar on a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+from lora_tools.cli.sentences import size
+from lora_tools.cli.table import shortened
+from lora_tools.printable import printable
+from lora_tools.records import Progress, ProgressCallback
+
+_BAR, _LABEL = 24, 28  # letters; the line stays as wide as it is, whatever is worked on
+
+
+@contextlib.contextmanager
+def progress(quiet: bool) -> Iterator[ProgressCallback | None]:
+    """How far the work is; nothing in a pipe or with --quiet."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    bar = Bar(
+        TextColumn("{task.percentage:>3.0f}%"),
+        BarColumn(_BAR),
+        TextColumn("{task.fields[steps]}"),
+        TextColumn("{task.fields[speed]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+        console=Console(stderr=True, highlight=False, markup=False, emoji=False),
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task("", total=None, steps="", speed="")
+
+        def advance(step: Progress) -> None:
+            speed = bar.tasks[0].speed
+            shown = f"{size(speed)}/s" if speed and step.unit == "bytes" else ""
+            bar.update(
+                task,
+                completed=step.done,
+                total=step.total,
+                description=shortened(printable(step.label), _LABEL).ljust(_LABEL),
+                steps=f"{step.step:>{len(str(step.steps))}}/{step.steps}",
+                speed=f"{shown:>11}",
+            )
+
+        yield advance
