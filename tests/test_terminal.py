@@ -182,6 +182,7 @@ def test_at_80_columns(pair: Path) -> None:
     table = said[said.index("\nmodule") : said.index("(no room for")].splitlines()
     assert all(len(line) <= 80 for line in table)
     assert "0.self_attn.q_proj" in said
+    assert "1.self_attn.q_proj" in said
     wide = on_a_terminal(["diff", pair / "base", pair / "tuned"], 200)
     assert "no room" not in wide
     assert "model.layers.0.self_attn.q_proj" in wide

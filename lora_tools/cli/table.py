@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from lora_tools.printable import printable
 
 _GAP = "  "
-_NAME = 24  # letters of a name that are worth more than another column
+_NAME = 28  # letters of a name that are worth more than another column
 _LEAST = 8
 _TEXT = 24  # letters of a line of text, below which it stays away
 
@@ -97,10 +97,10 @@ def _fitted(columns: Sequence[Column], width: int) -> list[Column]:
 
 
 def shortened(text: str, width: int) -> str:
-    """A text without its middle; both its ends tell names apart."""
+    """A text without its middle; most of what tells names apart is at the end."""
     if len(text) <= width:
         return text
-    end = (width - 1) * 2 // 3
+    end = width - 1 - min(6, width // 4)
     return f"{text[: width - 1 - end]}…{text[len(text) - end :]}"
 
 
