@@ -1,5 +1,5 @@
-"""Writes the table of adapter formats into README.md, and that of programs that load adapters into
-docs/check.md:  python docs/generate_formats.py"""
+"""Writes the table of adapter formats into docs/formats.md, and that of programs that load adapters
+into docs/check.md:  python docs/generate_formats.py"""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def insert(page: str, name: str = "formats", table: str = "") -> str:
 if __name__ == "__main__":
     root = Path(__file__).parents[1]
     for file, *what in (
-        ("README.md", "formats", render()),
+        ("docs/formats.md", "formats", render()),
         ("docs/check.md", "consumers", render_consumers()),
     ):
         path = root / file

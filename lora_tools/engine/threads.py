@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import difflib
-import os
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_tools.engine.buffers import Buffers
+from lora_tools.engine.processors import available
 from lora_tools.engine.tasks import K, R, S, Task
 from lora_tools.errors import UsageError, named
 from lora_tools.records import Progress, ProgressCallback
@@ -34,9 +34,8 @@ class Interrupted(Exception):
 
 
 def default_jobs() -> int:
-    """The processors this process may use, eight at most: more only fight over memory."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    return max(min(available, 8), 1)
+    """The processors there are for this process, eight at most: more only fight over memory."""
+    return min(available(), 8)
 
 
 def _count(jobs: int | None) -> int:

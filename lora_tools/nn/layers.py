@@ -184,7 +184,8 @@ class Linear(_Dense):
     """y = x Wᵀ + b + s · dropout(x) Aᵀ Bᵀ, W (out, in), A (r, in), B (out, r).
 
     Args:
-        r, lora_alpha: rank and alpha; s = lora_alpha / r.
+        r: the rank.
+        lora_alpha: alpha; s = lora_alpha / r.
         lora_dropout: on the branch's input, while training.
         fan_in_fan_out: W is stored as (in, out).
         merge_weights: fold the branch in on ``eval()``.

@@ -111,7 +111,7 @@ class Formats:
 
     to: str = option(
         dataclasses.MISSING,
-        "The format to write. README.md has what each one keeps.",
+        "The format to write. docs/formats.md has what each one keeps.",
         FORMAT,
         choices=formats,
     )

@@ -319,7 +319,7 @@ class Running:
         RUNNING,
         flags=("-j", "--jobs"),
         metavar="N",
-        unset="the processors, at most 8",
+        unset="the processors, or the quota of a container, at most 8",
         recorded=False,
     )
     allow_pickle: bool = option(

