@@ -604,7 +604,7 @@ def test_people_are_told_of_a_new_row(
     stepped: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["inspect", str(stepped["base"])]) == 0
-    said = " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().out.split())
     assert "quantized: 4 weights (4 in stepped), 1,536 numbers at 10.000 bits, read" in said
 
 

@@ -225,7 +225,7 @@ def test_what_is_merged_otherwise_is_told(
     with pytest.raises(QualityGateError, match="the adapter is applied not at all"):
         lora_tools.verify(work / scheme, against=base, adapters=[adapter])
     assert run(["verify", str(work / scheme), "--against", str(base)]) == 0
-    assert "byte for byte as quantize writes it" in capfd.readouterr().err
+    assert "byte for byte as quantize writes it" in capfd.readouterr().out
 
 
 def test_a_scale_of_another_rounding_is_no_fault(work: Path, tmp_path: Path) -> None:

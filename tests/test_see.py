@@ -266,11 +266,11 @@ def test_matplotlib_is_not_imported_unless_drawn_with(work):
 
 def test_the_command_line_shows_them(work, capfd):
     assert run(["diff", str(work / "base"), str(work / "tuned")]) == 0
-    said = capfd.readouterr().err
+    said = capfd.readouterr().out
     for words in (Q, "noise floor", "stable rank", "tensors changed"):
         assert words in said
     assert run(["inspect", str(work / "adapter"), "-v"]) == 0
-    said = capfd.readouterr().err
+    said = capfd.readouterr().out
     assert "adapter: " in said
     assert "lora_A.weight" in said
     assert run(["inspect", str(work / "base"), "--json", "-q"]) == 0
@@ -400,7 +400,7 @@ def test_what_an_adapter_leaves_out_counts(work, tmp_path):
 
 def test_exit_codes(work, capfd):
     base, adapter, merged = (str(work / n) for n in ("base", "adapter", "merged"))
-    assert run(["verify", merged, "--base", base, "--adapter", adapter]) == 0
+    assert run(["verify", merged, "--base", base, "--adapter", adapter, "-q"]) == 0
     assert run(["verify", merged, "--base", base, "--adapter", f"{adapter}=2", "--json"]) == 3
     printed, said = capfd.readouterr()
     assert json.loads(printed)["totals"]["same"] is False
