@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lora_tools
-from lora_tools.errors import AdapterError, UnsupportedAdapter
+from lora_tools.errors import AdapterError, MismatchError, UnsupportedAdapter
 from lora_tools.sources.adapters import open_adapter
 
 MODULES = ("transformer_blocks.0.attn.to_q", "transformer_blocks.1.ff.net.2")
@@ -122,3 +122,44 @@ def test_other_keys_are_refused(key: str, tmp_path: Path) -> None:
     save_file({**load_file(given), key: torch.ones(2, 2)}, given)
     with pytest.raises(AdapterError, match=f"key '{key}' is none"):
         open_adapter(given)
+
+
+@pytest.mark.parametrize("keys", ["lora_unet_proj_in", "unet.proj_in"])
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("kernel", [(), (1, 1)])
+def test_a_kernel_of_one_is_no_difference(
+    kernel: tuple[int, ...], dora: bool, keys: str, tmp_path: Path
+) -> None:
+    """Trainers take a transformer's ``proj_in`` for a linear layer or for a convolution."""
+    A, B = factors(0)
+    m = torch.rand(6, generator=torch.Generator().manual_seed(1)) + 0.5
+    weight = torch.ones(6, 8)
+    merged = []
+    for mine in (kernel, (1, 1) if not kernel else ()):
+        tensors = {
+            f"{keys}.lora_down.weight": A.reshape(*A.shape, *mine),
+            f"{keys}.lora_up.weight": B.reshape(*B.shape, *mine),
+        }
+        if dora:
+            tensors[f"{keys}.dora_scale"] = m.reshape(6, 1, *mine)
+        save_file(tensors, tmp_path / "l.safetensors")
+        save_file({"proj_in.weight": weight.reshape(6, 8, *kernel)}, tmp_path / "b.safetensors")
+        out = tmp_path / "m.safetensors"
+        lora_tools.merge(tmp_path / "b.safetensors", [tmp_path / "l.safetensors"], out, force=True)
+        merged.append(load_file(out)["proj_in.weight"])
+    whole = weight + B @ A
+    wanted = m[:, None] * whole / whole.norm(dim=1, keepdim=True) if dora else whole
+    torch.testing.assert_close(merged[0], wanted.reshape(6, 8, *kernel))
+    assert torch.equal(merged[0], merged[1])
+
+
+def test_a_kernel_of_three_is_no_matrix(tmp_path: Path) -> None:
+    A, B = factors(0)
+    tensors = {
+        "unet.proj_in.lora_A.weight": A[:, :, None, None].expand(2, 8, 3, 3).contiguous(),
+        "unet.proj_in.lora_B.weight": B[:, :, None, None],
+    }
+    save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "l.safetensors")
+    save_file({"proj_in.weight": torch.ones(6, 8)}, tmp_path / "b.safetensors")
+    with pytest.raises(MismatchError, match=r"proj_in: base is \(6, 8\)"):
+        lora_tools.merge(tmp_path / "b.safetensors", [tmp_path / "l.safetensors"], tmp_path / "m")

@@ -32,7 +32,7 @@ class _Job:
     def rows(self, module: str) -> int:
         """How many outputs a module has."""
         name = self.wrapper + module
-        spec = self.names.weights.get(name) or self.names.others.get(name)
+        spec = self.names.weight(name)
         if spec is None:
             raise self.refuse(f"{name} is not in {self.names.path}")
         return spec.shape[0]

@@ -130,6 +130,10 @@ class BaseNames:
         model itself may tell."""
         return in_pipeline(module) if self.pipeline else placed(module)
 
+    def weight(self, module: str) -> TensorSpec | None:
+        """The weight of a module of either layout."""
+        return self.weights.get(module) or self.others.get(module)
+
     def is_embedding(self, module: str, in_out: tuple[int, int]) -> bool:
         """Whether factors for (in, out) on this module are those of an Embedding, stored (in, out):
         by the weight's shape, and where that is square by the module's name."""

@@ -86,7 +86,7 @@ def knows(key: str) -> bool:
 
 def read(path: Path, file: TensorFile, context: Context) -> Outline:
     """What the file holds, as PEFT would; in a pipeline module names keep their component."""
-    outline = Outline(path, file, "diffusers")
+    outline = Outline(path, file, "diffusers", context.base)
     said = _metadata(outline)
     modules = group_parts(outline, set(_PARTS.values()), split)
     in_base = _in_base(modules, context.base)

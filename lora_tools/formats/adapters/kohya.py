@@ -62,7 +62,7 @@ def resolve_all(outline: Outline, names: Collection[str], context: Context) -> d
 
 def read(path: Path, file: TensorFile, context: Context) -> Outline:
     """What the file holds, as PEFT would."""
-    outline = Outline(path, file, "kohya (sd-scripts)")
+    outline = Outline(path, file, "kohya (sd-scripts)", context.base)
     modules = group_parts(outline, LORA_PARTS, split)
     names = resolve_all(outline, modules, context)
     for flat, keys in modules.items():

@@ -55,7 +55,7 @@ def knows(key: str) -> bool:
 
 def read(path: Path, file: TensorFile, context: Context) -> Outline:
     """What the file holds, as PEFT would."""
-    outline = Outline(path, file, "LyCORIS")
+    outline = Outline(path, file, "LyCORIS", context.base)
     for key in file.specs:
         found = split(key)
         if found is not None and found[1] in _OTHER:

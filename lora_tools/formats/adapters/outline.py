@@ -175,10 +175,13 @@ class Outline:
 
     Args:
         form: the format's title, for messages.
+        base: the model's names, where factors may have a kernel of 1 that its weight has not.
     """
 
-    def __init__(self, path: Path, file: TensorFile, form: str) -> None:
-        self.path, self.file, self.form = path, file, form
+    def __init__(
+        self, path: Path, file: TensorFile, form: str, base: BaseNames | None = None
+    ) -> None:
+        self.path, self.file, self.form, self.base = path, file, form, base
         self.made: list[Made] = []
         self.ranks: dict[str, int] = {}
         self.strengths: dict[str, tuple[float, int, bool]] = {}  # alpha, rank, rslora
@@ -210,6 +213,7 @@ class Outline:
         """
         if module in self.ranks:
             raise self.fail(f"{module} is there twice: {', '.join(lora_A.keys)} is the second")
+        lora_A, lora_B = self._as_weight(module, lora_A, lora_B)
         a, b = (
             ("lora_embedding_A", "lora_embedding_B")
             if embedding
@@ -227,12 +231,27 @@ class Outline:
             if len(lora_A.spec.shape) == 2:
                 made = reshaped(made, (max(shape, default=1),))
             else:
-                made = reshaped(made, (1, max(shape, default=1), *[1] * (len(shape) - 2)))
+                kernel = len(lora_A.spec.shape) - 2
+                made = reshaped(made, (1, max(shape, default=1), *[1] * kernel))
             self._add(f"{module}.lora_magnitude_vector", made)
             self.dora = True
         rank = lora_A.spec.shape[0]
         self.ranks[module] = rank
         self.strengths[module] = (float(rank) if alpha is None else alpha, of_rank or rank, rslora)
+
+    def _as_weight(self, module: str, lora_A: Made, lora_B: Made) -> tuple[Made, Made]:
+        """Factors of a 1x1 convolution for a weight that is a matrix, as a matrix, and the other
+        way about: trainers take a transformer's ``proj_in`` for either."""
+        a, b = lora_A.spec.shape, lora_B.spec.shape
+        weight = self.base.weight(module) if self.base is not None else None
+        if weight is None or len(weight.shape) == len(a) or len(a) != len(b):
+            return lora_A, lora_B
+        if len(weight.shape) == 2 and set(a[2:]) | set(b[2:]) == {1}:
+            return reshaped(lora_A, a[:2]), reshaped(lora_B, b[:2])
+        kernel = weight.shape[2:]
+        if len(a) == 2 and set(kernel) == {1}:
+            return reshaped(lora_A, (*a, *kernel)), reshaped(lora_B, (*b, *kernel))
+        return lora_A, lora_B
 
     def add_saved(self, name: str, key: str) -> None:
         """A tensor saved whole, by its name in the model."""
