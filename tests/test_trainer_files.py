@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lora_tools
-from lora_tools.errors import AdapterError, MismatchError, UnsupportedAdapter
+from lora_tools.errors import AdapterError, MismatchError
 from lora_tools.sources.adapters import open_adapter
 
 MODULES = ("transformer_blocks.0.attn.to_q", "transformer_blocks.1.ff.net.2")
@@ -95,18 +95,6 @@ def test_an_alpha_that_nobody_says_is_asked_for(tmp_path: Path) -> None:
         )
     given = open_adapter(tmp_path / "l.safetensors", alpha=4.0)
     assert [m.alpha for m in given.modules.values()] == [4.0]
-
-
-def test_magnitudes_over_the_inputs_are_refused(tmp_path: Path) -> None:
-    name = "diffusion_model." + MODULES[0]
-    tensors = {
-        f"{name}.lora_down.weight": torch.ones(2, 6),
-        f"{name}.lora_up.weight": torch.ones(6, 2),
-        f"{name}.dora_scale": torch.ones(1, 6),
-    }
-    save_file(tensors, tmp_path / "l.safetensors")
-    with pytest.raises(UnsupportedAdapter, match="one magnitude for each input"):
-        open_adapter(tmp_path / "l.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,11 @@ def in_layout(given: Adapter, target: Format, names: BaseNames | None) -> tuple[
             made |= {name: new if name == min(job.there) else [] for name in job.there}
     if not made:
         return given, []
+    if given.differences:
+        raise UnsupportedAdapter(
+            f"{given.path}: {min(given.differences)}: a difference, which is not brought into the "
+            "layout that is wanted; merge the adapter into the base instead"
+        )
     modules = []
     for name, module in given.modules.items():
         modules += made.get(name, [renamed(given, module, name)])

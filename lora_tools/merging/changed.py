@@ -113,7 +113,8 @@ def layer_of(target: Target, part: Part, read: Read) -> torch.Tensor:
     """The weight that a change is made on: the base's, or what its own adapter has saved of it, as
     PEFT does of embeddings and output heads that it acts on."""
     for other in target.parts:
-        if isinstance(other.source, str) and other.weighted is part.weighted:
+        if other.kind == "saved" and other.weighted is part.weighted:
+            assert isinstance(other.source, str)
             return other.weighted.adapter.tensor(other.source)
     return read(target.base_name)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from lora_tools.errors import AdapterError
 from lora_tools.formats import hub
-from lora_tools.formats.adapters import block_diagonal, peft
+from lora_tools.formats.adapters import block_diagonal, peft, peft_folder
 from lora_tools.formats.adapters.base_names import BaseNames
 from lora_tools.formats.adapters.format import Format
 from lora_tools.formats.adapters.not_lora import refuse_by_config, refuse_by_keys
@@ -25,6 +25,7 @@ from lora_tools.formats.rank_files import is_rank_file
 from lora_tools.formats.regular_files import is_there
 from lora_tools.formats.tensor_file import TensorFile
 from lora_tools.formats.wrapped_names import (
+    BUNDLED,
     adapter_file,
     of_adapter,
     of_wrapped_layers,
@@ -77,7 +78,7 @@ def open_adapter(
         path = path.parent
     config = path / peft.CONFIG
     if form is FORMATS["peft"] or (form is None and _is_peft(source, config)):
-        adapter = peft.open_peft(source, path, allow_pickle, _seen_whole)
+        adapter = peft_folder.open_peft(source, path, allow_pickle, _seen_whole)
         adapter.notes = (*adapter.notes, *_beside(path))
         return adapter
     file_path = _weights(source, path)
@@ -154,7 +155,8 @@ def is_adapter(source: str | Path, allow_pickle: bool = False) -> bool:
         return form.holds_adapter is None or form.holds_adapter(path)
     if path.suffix in _PICKLES and (not allow_pickle or is_rank_file(path)):
         return False
-    return bool(title_of(of_adapter(open_weights(path, allow_pickle).specs)[0].values()))
+    names = of_adapter(open_weights(path, allow_pickle).specs)[0].values()
+    return bool(title_of([name for name in names if not name.startswith(BUNDLED)]))
 
 
 def _alphas(outline: Outline) -> Mapping[str, float]:
@@ -177,7 +179,7 @@ def _is_peft(source: str | Path, config_path: Path) -> bool:
     """Whether the config there is PEFT's. Raises AdapterError for one that is none."""
     if not is_there(config_path, AdapterError):
         return False
-    config = peft.read_config(config_path)
+    config = peft_folder.read_config(config_path)
     refuse_by_config(config_path.parent, config)
     return not ("fine_tune_type" in config or "lora_parameters" in config)
 

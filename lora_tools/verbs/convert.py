@@ -17,6 +17,7 @@ from lora_tools.adapting.write import (
     conversion_notes,
     features,
     kept_modules,
+    without_factors,
     write_factors,
 )
 from lora_tools.errors import UnsupportedAdapter, UsageError
@@ -85,7 +86,8 @@ def convert(
     )
     if given.changes:
         return _made_lora(call, str(adapter), given, base, names, formats, adapter_form, ranks)
-    given.need_lora("factors to convert")
+    if not given.differences:
+        given.need_lora("factors to convert")
     if isinstance(base, Checkpoint):
         names_in_base(Weighted(given, 1.0, str(adapter)), base)
     given, said = in_layout(given, target, names)
@@ -203,14 +205,21 @@ def _fates(given: Adapter, kept: Mapping[str, LoraModule], options: Conversion) 
     for name, module in given.modules.items():
         lost = [
             f
-            for f, have in (("dora", module.magnitude), ("bias", module.bias))
+            for f, have in (
+                ("dora", module.magnitude),
+                ("bias", module.bias or f"{module.module}.bias" in given.differences),
+            )
             if have and f in options.dropped
         ]
         reason = f"rank {module.r}, alpha {module.alpha:g}"
         if lost:
             reason += "; without " + " and ".join(FEATURES[f] for f in lost)
         fates.append(Fate(name, Action.CONVERT if name in kept else Action.DROP, reason))
-    for feature, names in (("saved", given.whole), ("tokens", given.tokens)):
+    for feature, names in (
+        ("saved", [*given.whole]),
+        ("tokens", [*given.tokens]),
+        ("differences", without_factors(given)),
+    ):
         action = Action.DROP if feature in options.dropped else Action.COPY
         fates += [Fate(name, action, FEATURES[feature]) for name in names]
     return tuple(fates)

@@ -35,8 +35,11 @@ def names_of(
     two = tuple(
         dataclasses.replace(part, wrapper=prefix + part.wrapper) for part in parts(weights.specs)
     )
+    alone = frozenset(
+        prefix + w.spec.name for w in weights.values() if w.parameter not in ("weight", "bias")
+    )
     head = split_tensor(weights.head)[0]
-    return BaseNames(path, specs, config, head, layouts, others=others, parts=two)
+    return BaseNames(path, specs, config, head, layouts, others=others, parts=two, alone=alone)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +83,7 @@ def flattened(base: BaseNames) -> Flattened:
     """Index a model's module names by their flattened form."""
     whole: dict[str, list[str]] = {}
     endings: dict[str, list[str]] = {}
-    for module in (*base.weights, *base.others):
+    for module in (*base.weights, *base.others, *base.alone):
         parts = module.split(".")
         _, rest = base.place(module)
         for name in dict.fromkeys((module, rest, published(rest))):
@@ -101,7 +104,7 @@ class BaseNames:
     the checkpoint may not store it. ``layouts`` are the weights' kinds of layer. The modules of a
     ``pipeline`` of diffusers begin with their component. ``others`` are weights by the modules that
     have them in the model's other layout, and ``parts`` are those that have one
-    (``formats.counterparts``).
+    (``formats.counterparts``). ``alone`` are tensors that are no weight or bias of a module.
     """
 
     path: Path
@@ -112,6 +115,7 @@ class BaseNames:
     pipeline: bool = False
     others: Mapping[str, TensorSpec] = dataclasses.field(default_factory=dict)
     parts: tuple[Part, ...] = ()
+    alone: frozenset[str] = frozenset()
 
     @functools.cached_property
     def components(self) -> tuple[str, ...]:

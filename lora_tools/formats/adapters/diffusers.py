@@ -29,7 +29,7 @@ from lora_tools.formats.adapters.components import (
     published,
 )
 from lora_tools.formats.adapters.format import Format
-from lora_tools.formats.adapters.kohya import magnitude
+from lora_tools.formats.adapters.lycoris import OWN_PARTS, add_module, note_on_exact
 from lora_tools.formats.adapters.outline import Context, Outline, group_parts, pair
 from lora_tools.formats.adapters.peft import PREFIX
 from lora_tools.formats.adapters.writer import Factors, Keyed
@@ -59,7 +59,10 @@ _PARTS = {
     "down.weight": "A",
     "up.weight": "B",
     "dora_scale": "magnitude",
+    "magnitude": "magnitude",
+    **{part: part for part in OWN_PARTS},
 }
+_LYCORIS = {"A": "lora_down.weight", "B": "lora_up.weight", "magnitude": "dora_scale"}
 _PART = "|".join(re.escape(part) for part in sorted(_PARTS, key=len, reverse=True))
 _KEY = re.compile(rf"(?P<module>({'|'.join(NAMES)})\..+?)\.(?P<part>{_PART})")
 # Without a component before them; what a model's own layers may be called is none of a part then.
@@ -91,8 +94,12 @@ def read(path: Path, file: TensorFile, context: Context) -> Outline:
     modules = group_parts(outline, set(_PARTS.values()), split)
     in_base = _in_base(modules, context.base)
     for name, keys in modules.items():
-        a, b = pair(outline, name, keys, "A", "B")
         module = in_base[name]
+        if keys.keys() & {*OWN_PARTS}:
+            own = {_LYCORIS.get(part, part): key for part, key in keys.items()}
+            add_module(outline, module, own, context, zero_is_rank=False)
+            continue
+        a, b = pair(outline, name, keys, "A", "B")
         if "alpha" in keys:
             alpha: float | None = outline.scalar(keys["alpha"])
             rslora = False
@@ -106,16 +113,11 @@ def read(path: Path, file: TensorFile, context: Context) -> Outline:
             outline.same(b),
             alpha,
             bias=keys.get("bias", ""),
-            magnitude=_magnitude(outline, name, keys),
+            magnitude=keys.get("magnitude", ""),
             rslora=rslora,
         )
+    note_on_exact(outline)
     return outline
-
-
-def _magnitude(outline: Outline, module: str, keys: Mapping[str, str]) -> str:
-    """The key of DoRA's magnitudes, one for each output, or ""."""
-    found = {"dora_scale": keys["magnitude"]} if "magnitude" in keys else {}
-    return magnitude(outline, module, found)
 
 
 def _is_of_diffusion(name: str) -> bool:
@@ -130,7 +132,7 @@ def _in_base(names: Collection[str], base: BaseNames | None) -> dict[str, str]:
     if base is None:
         return {name: name for name in names}
     own: dict[str, str] = {}
-    for module in (*base.others, *base.weights):
+    for module in (*base.others, *base.weights, *base.alone):
         components, rest = base.place(module)
         for each in (rest, published(rest)):
             own |= {f"{part}.{each}" if part else each: module for part in components or ("",)}
@@ -235,9 +237,10 @@ FORMAT = Format(
     is_folder=True,
     as_file=FileWriter,
     by_component=True,
-    reads_besides="its older key names",
+    reads_besides="its older key names, those of trainers and ComfyUI",
     knows=knows,
     read=read,
     writer=DiffusersWriter,
     file_name=DiffusersWriter.file_name,
+    marks=("lora", "lokr_", "hada_", ".diff"),
 )

@@ -20,6 +20,7 @@ from lora_tools.errors import (
     UsageError,
 )
 from lora_tools.formats.adapters.base_names import BaseNames
+from lora_tools.formats.adapters.changes import INPUT_DORA, ChangedModule
 from lora_tools.formats.adapters.peft import PREFIX, Adapter
 from lora_tools.formats.adapters.training_metadata import is_carried
 from lora_tools.formats.safetensors_file import strict_json
@@ -153,6 +154,7 @@ class Foreign(Adapter):
         self.form, self.stored = outline.form, outline.file
         self.blocks, self.unresolved = outline.blocks, outline.unresolved
         self.notes = tuple(outline.notes)
+        self.differences, self.changes = outline.differences, outline.changes
         unused = set(file.specs) - outline.used
         if unused:
             raise AdapterError(f"{path}: key {min(unused)!r} is none that {outline.form} writes")
@@ -160,7 +162,8 @@ class Foreign(Adapter):
             "peft_type": "LORA",
             "target_modules": sorted(outline.ranks),
             "use_dora": outline.dora,
-            "lora_bias": any(m.spec.name.endswith(".lora_B.bias") for m in outline.made),
+            "lora_bias": any(m.spec.name.endswith(".lora_B.bias") for m in outline.made)
+            or any(f"{module}.bias" in outline.differences for module in outline.ranks),
             **outline.config,
         }
         super().__init__(path, View(file, outline.made, compute), config)
@@ -191,6 +194,9 @@ class Outline:
         self.blocks: dict[str, tuple[bool, ...]] = {}  # of loralib's MergedLinears
         self.unresolved = ""  # why the names are the file's own, where they are
         self.dora = False
+        self.differences: dict[str, str] = {}  # as in ``peft.Adapter``
+        self.changes: dict[str, ChangedModule] = {}
+        self.exact: list[int] = []  # ranks of modules that are no plain factors in the file
 
     def add_lora(
         self,
@@ -211,9 +217,12 @@ class Outline:
         ``bias`` and ``magnitude`` are keys of the file. ``alpha`` None: the rank. The scaling is
         that of ``alpha`` at ``of_rank`` (by default lora_A's own rank) with ``rslora`` or without.
         """
-        if module in self.ranks:
+        if module in self.ranks or module in self.changes:
             raise self.fail(f"{module} is there twice: {', '.join(lora_A.keys)} is the second")
         lora_A, lora_B = self._as_weight(module, lora_A, lora_B)
+        if magnitude and self._is_of_inputs(magnitude, lora_A):
+            self._add_input_dora(module, lora_A, lora_B, alpha, magnitude, of_rank)
+            return
         a, b = (
             ("lora_embedding_A", "lora_embedding_B")
             if embedding
@@ -241,17 +250,50 @@ class Outline:
 
     def _as_weight(self, module: str, lora_A: Made, lora_B: Made) -> tuple[Made, Made]:
         """Factors of a 1x1 convolution for a weight that is a matrix, as a matrix, and the other
-        way about: trainers take a transformer's ``proj_in`` for either."""
+        way about: trainers take a transformer's ``proj_in`` for either. DyLoRA keeps no kernel of
+        1 for lora_B."""
+        kernel = len(lora_A.spec.shape) - 2
+        if kernel and len(lora_B.spec.shape) == 2:
+            lora_B = reshaped(lora_B, (*lora_B.spec.shape, *[1] * kernel))
         a, b = lora_A.spec.shape, lora_B.spec.shape
         weight = self.base.weight(module) if self.base is not None else None
         if weight is None or len(weight.shape) == len(a) or len(a) != len(b):
             return lora_A, lora_B
         if len(weight.shape) == 2 and set(a[2:]) | set(b[2:]) == {1}:
             return reshaped(lora_A, a[:2]), reshaped(lora_B, b[:2])
-        kernel = weight.shape[2:]
-        if len(a) == 2 and set(kernel) == {1}:
-            return reshaped(lora_A, (*a, *kernel)), reshaped(lora_B, (*b, *kernel))
+        ones = weight.shape[2:]
+        if len(a) == 2 and set(ones) == {1}:
+            return reshaped(lora_A, (*a, *ones)), reshaped(lora_B, (*b, *ones))
         return lora_A, lora_B
+
+    def _is_of_inputs(self, magnitude: str, lora_A: Made) -> bool:
+        """Whether there is one for each input, (1, in, *1), and not for each output."""
+        shape = self.shape(magnitude)
+        return len(shape) > 1 and shape[0] == 1 and shape[1] == lora_A.spec.shape[1] != 1
+
+    def _add_input_dora(
+        self,
+        module: str,
+        lora_A: Made,
+        lora_B: Made,
+        alpha: float | None,
+        magnitude: str,
+        of_rank: int | None,
+    ) -> None:
+        parts = {"lora_A": lora_A, "lora_B": lora_B, "dora_scale": self.same(magnitude)}
+        for part, made in parts.items():
+            self._add(f"{module}.{part}", made)
+        rank = lora_A.spec.shape[0]
+        numbers = {"alpha": float(rank) if alpha is None else alpha, "r": of_rank or rank}
+        keys = {part: f"{PREFIX}{module}.{part}" for part in parts}
+        self.changes[module] = ChangedModule(module, INPUT_DORA, keys, numbers)
+
+    def add_difference(self, name: str, key: str) -> None:
+        """What is added to a tensor, by its name in the model."""
+        if name in self.differences:
+            raise self.fail(f"{key!r} is the second difference of {name}")
+        self._add(name, self.same(key))
+        self.differences[name] = PREFIX + name
 
     def add_saved(self, name: str, key: str) -> None:
         """A tensor saved whole, by its name in the model."""
