@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lora_tools
-from lora_tools.errors import AdapterError, UnsupportedAdapter
+from lora_tools.errors import AdapterError, QualityGateError, UnsupportedAdapter
 
 from . import iotools, models
 from .test_lycoris import CASES, LAYERS, _delta
@@ -217,7 +217,9 @@ def test_what_a_format_has_no_place_for_is_refused(net: tuple[Path, Net], tmp_pa
     given = tmp_path / "l.safetensors"
     save_file(extras("diffusion_model."), given)
     for to in ("peft", "kohya", "diffusers", "mlx"):
-        with pytest.raises(UnsupportedAdapter, match=r"differences of norms \(net\.group\.bias\)"):
+        with pytest.raises(
+            UnsupportedAdapter, match=r"differences of norms and the like \(net\.group\.bias\)"
+        ):
             lora_tools.convert(given, tmp_path / "o", to=to, base=net[0])
     with pytest.raises(UnsupportedAdapter, match=r"lora_bias \(net\.lin\)"):
         lora_tools.convert(given, tmp_path / "o", to="lycoris", base=net[0])
@@ -358,3 +360,13 @@ def test_bundled_embeddings_are_left_out(net: tuple[Path, Net], tmp_path: Path) 
     for name, tensor in models.tensors(tmp_path / "m").items():
         torch.testing.assert_close(tensor.double(), wanted[name], rtol=1e-6, atol=1e-6)
     assert lora_tools.inspect(tmp_path / "l.safetensors").totals["kind"].startswith("adapter")
+
+
+def test_no_program_is_said_to_read_what_it_does_not(tmp_path: Path) -> None:
+    key = "unet.proj"
+    file = {f"{key}.lora_down.weight": noise(2, 8), f"{key}.lora_up.weight": noise(6, 2)}
+    save_file({**file, f"{key}.dora_scale": noise(1, 8)}, tmp_path / "a.safetensors")
+    save_file({**file, "unet.norm.diff": noise(6)}, tmp_path / "b.safetensors")
+    for name, says in (("a", "DoRA over the inputs"), ("b", "differences of norms")):
+        with pytest.raises(QualityGateError, match=says):
+            lora_tools.check(tmp_path / f"{name}.safetensors", consumer="diffusers")

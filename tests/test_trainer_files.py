@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lora_tools
-from lora_tools.errors import AdapterError, MismatchError
+from lora_tools.errors import AdapterError, MismatchError, UnsafeInput, UsageError
 from lora_tools.sources.adapters import open_adapter
 
 MODULES = ("transformer_blocks.0.attn.to_q", "transformer_blocks.1.ff.net.2")
@@ -151,3 +151,32 @@ def test_a_kernel_of_three_is_no_matrix(tmp_path: Path) -> None:
     save_file({"proj_in.weight": torch.ones(6, 8)}, tmp_path / "b.safetensors")
     with pytest.raises(MismatchError, match=r"proj_in: base is \(6, 8\)"):
         lora_tools.merge(tmp_path / "b.safetensors", [tmp_path / "l.safetensors"], tmp_path / "m")
+
+
+def test_a_pickle_is_told_by_its_bytes(tmp_path: Path) -> None:
+    """Whatever the name; and nothing of it is read before it is allowed."""
+    plain = load_file(file(tmp_path / "l.safetensors", "unet.", PARTS[2], 1.0))
+    base = a_base(tmp_path / "b.safetensors", "")
+    lora_tools.merge(base, [tmp_path / "l.safetensors"], tmp_path / "wanted.safetensors")
+    wanted = load_file(tmp_path / "wanted.safetensors")
+    for name, state in (("a.ckpt", plain), ("b.ckpt", {"state_dict": plain}), ("c.lora", plain)):
+        for legacy in (False, True):
+            given = tmp_path / name
+            torch.save(state, given, _use_new_zipfile_serialization=not legacy)
+            with pytest.raises(UnsafeInput, match=r"a pickle.*allow_pickle=True"):
+                lora_tools.merge(base, [given], tmp_path / "m.safetensors")
+            lora_tools.merge(base, [given], tmp_path / "m.safetensors", allow_pickle=True)
+            found = load_file(tmp_path / "m.safetensors")
+            assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items())
+            (tmp_path / "m.safetensors").unlink()
+    save_file(plain, tmp_path / "s.pt")
+    lora_tools.merge(base, [tmp_path / "s.pt"], tmp_path / "m.safetensors")
+    assert lora_tools.inspect(tmp_path / "s.pt").totals["format"] == "diffusers"
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".ckpt", ".bin"])
+def test_no_name_of_a_pickle_is_written(suffix: str, tmp_path: Path) -> None:
+    given = file(tmp_path / "l.safetensors", "unet.", PARTS[2], 1.0)
+    with pytest.raises(UsageError, match="pickles are read and not written"):
+        lora_tools.convert(given, tmp_path / f"o{suffix}", to="loralib")
+    assert not (tmp_path / f"o{suffix}").exists()

@@ -278,10 +278,11 @@ def write_factors(
             _add_peft(writer, given, options)
         elif "saved" in options.to.keeps - options.dropped:
             for name in given.whole if job.saved is None else job.saved:
-                writer.add_saved(name, _finite(given, name, given.whole[name]))
+                writer.add_saved(name, _finite(given, name, given.whole[name], "saved whole"))
         if "differences" not in options.dropped:
             for name in without_factors(given):
-                writer.add_difference(name, _finite(given, name, given.differences[name]))
+                key = given.differences[name]
+                writer.add_difference(name, _finite(given, name, key, "a difference"))
         writer.made = updated(job.made, ranks, alphas)
         writer.finish()
     finally:
@@ -289,11 +290,11 @@ def write_factors(
     return results
 
 
-def _finite(given: Adapter, name: str, key: str) -> Any:
+def _finite(given: Adapter, name: str, key: str, what: str) -> Any:
     """What an adapter holds of a tensor that is no factor. Raises NonFiniteError."""
     tensor = given.tensor(key)
     if not tensor.isfinite().all():
-        raise NonFiniteError(f"{given.path}: what it holds of {name} has an inf or a NaN")
+        raise NonFiniteError(f"{given.path}: {name}, {what}, holds an inf or a NaN")
     return tensor
 
 

@@ -56,7 +56,7 @@ def attach(
             transformers' models do, tells what names and shapes leave open.
         adapters: a path or hub id, or several: ``path``, ``"path=weight"`` or ``(path, weight)``.
         allow_unmatched: leave out adapter keys that match no tensor instead of refusing.
-        allow_pickle: also read .bin, .pt and .pth files, with weights_only=True.
+        allow_pickle: also read .bin, .pt, .pth and .ckpt files, with weights_only=True.
 
     Returns:
         The model itself. ``detach`` takes them off. The branches are for inference: the factors are

@@ -19,7 +19,7 @@ from lora_tools.formats.adapters.not_lora import refuse_by_config, refuse_by_key
 from lora_tools.formats.adapters.outline import Context, Foreign, Outline
 from lora_tools.formats.adapters.peft import Adapter
 from lora_tools.formats.adapters.table import FORMATS, by_bytes, by_keys, format_named, title_of
-from lora_tools.formats.checkpoint import Checkpoint, open_weights
+from lora_tools.formats.checkpoint import PICKLE_SUFFIXES, Checkpoint, is_pickle, open_weights
 from lora_tools.formats.folders import meant, named_adapters
 from lora_tools.formats.rank_files import is_rank_file
 from lora_tools.formats.regular_files import is_there
@@ -35,8 +35,7 @@ from lora_tools.linalg.scaling import scaling
 from lora_tools.sources.base_names import base_names
 
 _NAMES = tuple(form.file_name for form in FORMATS.values() if form.file_name)
-_PICKLES = (".bin", ".pt", ".pth")
-_SUFFIXES = (*{form.suffix for form in FORMATS.values()}, *_PICKLES)
+_SUFFIXES = (*{form.suffix for form in FORMATS.values()}, *PICKLE_SUFFIXES)
 
 
 def open_adapter(
@@ -153,7 +152,7 @@ def is_adapter(source: str | Path, allow_pickle: bool = False) -> bool:
     form = by_bytes(path)
     if form is not None:
         return form.holds_adapter is None or form.holds_adapter(path)
-    if path.suffix in _PICKLES and (not allow_pickle or is_rank_file(path)):
+    if is_pickle(path) and (not allow_pickle or is_rank_file(path)):
         return False
     names = of_adapter(open_weights(path, allow_pickle).specs)[0].values()
     return bool(title_of([name for name in names if not name.startswith(BUNDLED)]))
@@ -196,7 +195,7 @@ def _weights(source: str | Path, path: Path) -> Path:
         raise AdapterError(f"{source}: no such adapter; neither a file nor a folder is there")
     named = [path / name for name in _NAMES if is_there(path / name, AdapterError)]
     found = named or [p for p in sorted(path.iterdir()) if p.suffix in _SUFFIXES and _is_file(p)]
-    safe = [p for p in found if p.suffix not in _PICKLES] or found
+    safe = [p for p in found if p.suffix not in PICKLE_SUFFIXES] or found
     if not safe:
         raise AdapterError(
             f"{source}: no {peft.CONFIG} there, and no file of tensors; is it an adapter folder?"

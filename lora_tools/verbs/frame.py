@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from lora_tools.errors import QualityGateError, UsageError, errors_of_the_tree
 from lora_tools.formats import digest as hashing
+from lora_tools.formats.checkpoint import PICKLE_SUFFIXES
 from lora_tools.formats.output import Prepared, check_destination, check_space, staged
 from lora_tools.formats.pipeline_output import copied_files, write_whole
 from lora_tools.formats.synced import held_bytes
@@ -118,7 +119,7 @@ def carry_out(row: Verb, given: Mapping[str, Any], report_file: Path | None = No
     _refuse_no_place()
     asked = row.ask(given)
     call, paths = _call(row, given, asked), Paths.of(row, given, asked, report_file)
-    _refuse_gguf(row, call.out)
+    _refuse_suffix(row, call.out)
     paths.check(call.writing.dry_run)
     if report_file is not None:
         check_report_file(report_file)
@@ -162,8 +163,13 @@ def _call(row: Verb, given: Mapping[str, Any], asked: Mapping[str, Any]) -> Call
     )
 
 
-def _refuse_gguf(row: Verb, out: str) -> None:
-    """Raises UsageError where a checkpoint is to become a GGUF model, which is not written here."""
+def _refuse_suffix(row: Verb, out: str) -> None:
+    """Raises UsageError where the output's name promises what is not written here: a GGUF model of
+    a checkpoint, or a pickle."""
+    if row.writes and Path(out).suffix in PICKLE_SUFFIXES:
+        raise UsageError(
+            f"--out {out}: pickles are read and not written; give a name that ends in .safetensors"
+        )
     if row.writes and Storage in row.records.values() and Path(out).suffix == ".gguf":
         raise UsageError(
             f"--out {out}: GGUF models are read and not written; name a folder, which is written "
