@@ -100,7 +100,7 @@ def test_an_alpha_that_nobody_says_is_asked_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "key",
     [
-        "double_blocks.0.processor.qkv_lora1.down.weight",  # XLabs'
+        "double_blocks.0.processor.qkv_lora3.down.weight",  # none of XLabs'
         "diffusion_model.blocks.0.q.lora_C.weight",
         "blocks.0.mlp.down.weight",  # a layer of a model
     ],
@@ -180,3 +180,23 @@ def test_no_name_of_a_pickle_is_written(suffix: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="pickles are read and not written"):
         lora_tools.convert(given, tmp_path / f"o{suffix}", to="loralib")
     assert not (tmp_path / f"o{suffix}").exists()
+
+
+@pytest.mark.parametrize("alpha", [None, 1.0])
+@pytest.mark.parametrize("wrapper", BASES)
+def test_onetrainers_flat_names(wrapper: str, alpha: float | None, tmp_path: Path) -> None:
+    """OneTrainer has ``lora_transformer_`` before diffusers' names."""
+    given = file(tmp_path / "d.safetensors", "", PARTS[2], alpha)
+    flat = {}
+    for key, tensor in load_file(given).items():
+        module = next(m for m in MODULES if key.startswith(m))
+        flat[f"lora_transformer_{module.replace('.', '_')}{key.removeprefix(module)}"] = tensor
+    save_file(flat, tmp_path / "l.safetensors")
+    base = a_base(tmp_path / "base.safetensors", wrapper)
+    found = []
+    for name in "dl":
+        out = tmp_path / f"{name}-merged.safetensors"
+        lora_tools.merge(base, [tmp_path / f"{name}.safetensors"], out)
+        found.append(load_file(out))
+    assert all(torch.equal(tensor, found[1][key]) for key, tensor in found[0].items())
+    assert any(tensor.any() for tensor in found[0].values())

@@ -2,7 +2,7 @@
 ``unet.``, ``transformer.``, ``text_encoder.`` …
 
 Trainers such as ai-toolkit write the same parts, or kohya's, under ComfyUI's wrappers
-(``diffusion_model.``) or the bare names of the model; they are read here, too.
+(``diffusion_model.``) or the bare names of the model; they are read here, as are ``xlabs``'.
 
 Read: PEFT's ``lora_A.weight``, the older ``lora.down.weight``, ``lora_linear_layer.down.weight``
 and ``processor.to_q_lora.down.weight``; alpha from ``.alpha`` keys or from the file's
@@ -12,12 +12,14 @@ folded into lora_B, so that readers of every age agree.
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_tools.errors import CheckpointError
+from lora_tools.errors import CheckpointError, UnsupportedAdapter
+from lora_tools.formats.adapters import xlabs
 from lora_tools.formats.adapters.base_names import BaseNames
 from lora_tools.formats.adapters.components import (
     DENOISERS,
@@ -30,7 +32,7 @@ from lora_tools.formats.adapters.components import (
 )
 from lora_tools.formats.adapters.format import Format
 from lora_tools.formats.adapters.lycoris import OWN_PARTS, add_module, note_on_exact
-from lora_tools.formats.adapters.outline import Context, Outline, group_parts, pair
+from lora_tools.formats.adapters.outline import Context, Outline, group_parts, pair, reshaped
 from lora_tools.formats.adapters.peft import PREFIX
 from lora_tools.formats.adapters.writer import Factors, Keyed
 from lora_tools.formats.patterns import ends_with
@@ -70,6 +72,7 @@ _BARE = re.compile(
     rf"(?P<module>(?!{'|'.join(KOHYA)}|{re.escape(PREFIX)}).+?)"
     rf"\.(?P<part>(?!(down|up)\.weight)({_PART}))"
 )
+_CONTROL = re.compile(r".*norm\.(query|key)_norm\.scale")
 _PROCESSOR = re.compile(r"\.processor\.(to_[qkv]|to_out)_lora$")
 
 
@@ -77,7 +80,7 @@ def split(key: str) -> tuple[str, str] | None:
     """A key → its module, ``unet.`` and all, and which part it is."""
     match = _KEY.fullmatch(key) or _BARE.fullmatch(key)
     if not match:
-        return None
+        return xlabs.split(key)
     module = _PROCESSOR.sub(lambda m: "." + m[1].replace("to_out", "to_out.0"), match["module"])
     return module, _PARTS[match["part"]]
 
@@ -90,9 +93,11 @@ def knows(key: str) -> bool:
 def read(path: Path, file: TensorFile, context: Context) -> Outline:
     """What the file holds, as PEFT would; in a pipeline module names keep their component."""
     outline = Outline(path, file, "diffusers", context.base)
+    _refuse_control(path, file.specs)
     said = _metadata(outline)
     modules = group_parts(outline, set(_PARTS.values()), split)
-    in_base = _in_base(modules, context.base)
+    several = {name: made for name in modules if (made := xlabs.modules(name))}
+    in_base = _in_base([*modules, *itertools.chain(*several.values())], context.base)
     for name, keys in modules.items():
         module = in_base[name]
         if keys.keys() & {*OWN_PARTS}:
@@ -100,6 +105,9 @@ def read(path: Path, file: TensorFile, context: Context) -> Outline:
             add_module(outline, module, own, context, zero_is_rank=False)
             continue
         a, b = pair(outline, name, keys, "A", "B")
+        if name in several:
+            _add_cut(outline, a, b, [in_base[each] for each in several[name]])
+            continue
         if "alpha" in keys:
             alpha: float | None = outline.scalar(keys["alpha"])
             rslora = False
@@ -118,6 +126,28 @@ def read(path: Path, file: TensorFile, context: Context) -> Outline:
         )
     note_on_exact(outline)
     return outline
+
+
+def _add_cut(outline: Outline, a: str, b: str, modules: Sequence[str]) -> None:
+    """Factors of several modules, whose outputs are as many each, one after the other."""
+    rows, *rest = outline.shape(b)
+    count, left = divmod(rows, len(modules))
+    if left:
+        raise outline.fail(f"{b}: its {rows} rows are not those of {len(modules)} modules alike")
+    for i, module in enumerate(modules):
+        B = outline.recipe(outline.same(b), "rows", (i * count, (i + 1) * count))
+        outline.add_lora(module, outline.same(a), reshaped(B, (count, *rest)), None)
+
+
+def _refuse_control(path: Path, keys: Collection[str]) -> None:
+    """Raises UnsupportedAdapter for a control LoRA of FLUX.1 Tools (Depth, Canny)."""
+    norms = [key for key in keys if _CONTROL.fullmatch(key)]
+    if norms and any(key.startswith("img_in.lora_A") for key in keys):
+        raise UnsupportedAdapter(
+            f"{path}: a control LoRA of FLUX.1 Tools: besides factors it replaces norms "
+            f"({min(norms)}), and it widens img_in for a second image, which FLUX.1 has no input "
+            "for; load it in diffusers' FluxControlPipeline or in ComfyUI"
+        )
 
 
 def _is_of_diffusion(name: str) -> bool:
