@@ -87,7 +87,13 @@ def noise(shape: tuple[int, ...], seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-BASES = {"flux": ("flux_8", "transformer."), "sd1": ("sd1", "unet."), "sdxl": ("sdxl", "unet.")}
+BASES = {
+    "flux": ("flux_8", "transformer."),
+    "sd1": ("sd1", "unet."),
+    "sdxl": ("sdxl", "unet."),
+    "sd3": ("sd3", "transformer."),
+    "wan": ("wan", "transformer."),
+}
 
 
 def in_both(case: str) -> tuple[Tensors, Tensors]:
@@ -104,7 +110,7 @@ def adapter(path: Path, model: Tensors, flat: bool, prefix: str) -> Tensors:
     """Factors of every linear layer and convolution, and the model with them."""
     tensors, result = {}, dict(model)
     for i, (name, weight) in enumerate(sorted(model.items())):
-        if not name.endswith(".weight") or weight.dim() < 2 or "pos_embed" in name:
+        if not name.endswith(".weight") or weight.dim() < 2:
             continue
         A = noise((2, *weight.shape[1:]), 100 + i)
         B = noise((weight.shape[0], 2, *[1] * (weight.dim() - 2)), 200 + i)
@@ -157,11 +163,29 @@ def effects(path: Path) -> Tensors:
     return result
 
 
-# The layout that kohya's files have.
-KOHYA = {"flux": "original", "sd1": "diffusers", "sdxl": "original"}
+# The layout that kohya's files have: sd-scripts 0.9 (networks/lora.py, lora_sd3.py, lora_flux.py),
+# musubi-tuner: ``lora_unet_`` before the names of the modules that they train, with underscores.
+KOHYA = {case: "diffusers" if case == "sd1" else "original" for case in BASES}
 
 
-@pytest.mark.sweep(3)
+def comfyui(case: str, original: Tensors, theirs: Tensors) -> set[str]:
+    """What ComfyUI knows modules by (comfy/lora.py, ``model_lora_keys_unet``, v0.3.77): the makers'
+    names with dots and flat; diffusers' flat of a UNet (with dots only as attention processors),
+    and under ``transformer.`` of SD3 and FLUX. Of Wan it has none of diffusers' names."""
+    own = [n.removesuffix(".weight") for n in original if n.endswith(".weight")]
+    other = [n.removesuffix(".weight") for n in theirs if n.endswith(".weight")]
+    known = {f"lora_unet_{n.replace('.', '_')}" for n in own} | {
+        f"diffusion_model.{n}" for n in own
+    }
+    if case in ("sd1", "sdxl"):
+        known |= {f"lora_unet_{n.replace('.', '_')}" for n in other}
+    if case in ("sd3", "flux"):
+        known |= {f"transformer.{n}" for n in other}
+        known |= {f"lora_transformer_{n.replace('.', '_')}" for n in other}
+    return known
+
+
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("to", ["kohya", "diffusers"])
 @pytest.mark.parametrize("mine_is", ["original", "diffusers"])
 @pytest.mark.parametrize("case", BASES)
@@ -178,6 +202,8 @@ def test_converted_into_the_layout_of_its_readers(
     out = tmp_path / "o.safetensors"
     lora_tools.convert(tmp_path / "l.safetensors", out, to=to, base=tmp_path / "b.safetensors")
     found = effects(out)
+    if to == "kohya" or case in ("sd3", "flux"):
+        assert found.keys() <= comfyui(case, original, theirs)
     for name, weight in (original if wanted == "original" else theirs).items():
         if not name.endswith(".weight") or weight.dim() < 2:
             continue
