@@ -200,3 +200,9 @@ def test_onetrainers_flat_names(wrapper: str, alpha: float | None, tmp_path: Pat
         found.append(load_file(out))
     assert all(torch.equal(tensor, found[1][key]) for key, tensor in found[0].items())
     assert any(tensor.any() for tensor in found[0].values())
+
+
+def test_a_weight_where_none_is_taken_is_named(tmp_path: Path) -> None:
+    given = file(tmp_path / "l.safetensors", "unet.", PARTS[2], 1.0)
+    with pytest.raises(AdapterError, match=r"takes no weight here; .*loratools rescale .* 0\.5"):
+        lora_tools.convert(f"{given}=0.5", tmp_path / "o", to="peft")

@@ -192,7 +192,14 @@ def _weights(source: str | Path, path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise AdapterError(f"{source}: no such adapter; neither a file nor a folder is there")
+        before, equals, weight = str(source).rpartition("=")
+        hint = "neither a file nor a folder is there"
+        if equals and Path(before).exists():
+            hint = (
+                f"{before} is there, and takes no weight here; an adapter with another strength "
+                f"makes: loratools rescale {before} -o OUT --scale {weight}"
+            )
+        raise AdapterError(f"{source}: no such adapter; {hint}")
     named = [path / name for name in _NAMES if is_there(path / name, AdapterError)]
     found = named or [p for p in sorted(path.iterdir()) if p.suffix in _SUFFIXES and _is_file(p)]
     safe = [p for p in found if p.suffix not in PICKLE_SUFFIXES] or found
