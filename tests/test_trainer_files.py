@@ -206,3 +206,34 @@ def test_a_weight_where_none_is_taken_is_named(tmp_path: Path) -> None:
     given = file(tmp_path / "l.safetensors", "unet.", PARTS[2], 1.0)
     with pytest.raises(AdapterError, match=r"takes no weight here; .*loratools rescale .* 0\.5"):
         lora_tools.convert(f"{given}=0.5", tmp_path / "o", to="peft")
+
+
+@pytest.mark.parametrize("parts", [PARTS[2], ("lokr_w1", "lokr_w2")])
+def test_flat_names_of_another_part_are_left_out_where_that_is_asked(
+    parts: tuple[str, str], tmp_path: Path
+) -> None:
+    """Most files have the text encoder's modules beside the UNet's, which may be the whole base."""
+    flat = {}
+    for module in ("lora_unet_net_to_q", "lora_te_text_model_encoder_layers_0_mlp_fc1"):
+        shapes = ((2, 8), (6, 2)) if parts[0].startswith("lora") else ((2, 2), (3, 4))
+        for seed, (part, shape) in enumerate(zip(parts, shapes, strict=True)):
+            noise = torch.Generator().manual_seed(seed)
+            flat[f"{module}.{part}"] = torch.randn(shape, generator=noise)
+    save_file(flat, tmp_path / "l.safetensors")
+    save_file({"net.to_q.weight": torch.zeros(6, 8)}, tmp_path / "b.safetensors")
+    given = (tmp_path / "b.safetensors", [tmp_path / "l.safetensors"], tmp_path / "m.safetensors")
+    with pytest.raises(AdapterError, match=r"lora_te_\w+: .* is no module of .*allow_unmatched"):
+        lora_tools.merge(*given)
+    report = lora_tools.merge(*given, allow_unmatched=True)
+    assert [fate.tensor for fate in report.plan if fate.action == "unmatched"] == [
+        "lora_te_text_model_encoder_layers_0_mlp_fc1.weight"
+    ]
+    one, two = (flat[f"lora_unet_net_to_q.{part}"] for part in parts)
+    wanted = two @ one if parts[0].startswith("lora") else torch.kron(one, two)
+    found = load_file(tmp_path / "m.safetensors")["net.to_q.weight"]
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    back = (tmp_path / "m.safetensors", given[1], tmp_path / "back.safetensors")
+    lora_tools.unmerge(*back, allow_unmatched=True)
+    assert load_file(back[2])["net.to_q.weight"].abs().max() < 1e-6
+    with pytest.raises(AdapterError, match=r"is this the right base\?$"):  # where it is no option
+        lora_tools.convert(given[1][0], tmp_path / "c", to="peft", base=given[0])

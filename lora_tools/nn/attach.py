@@ -114,7 +114,8 @@ def _put_on(
             "folder"
         )
     names = names_of(outline.path, outline.weights, outline.config)
-    plan = plan_merge(outline, open_weighted(given, allow_pickle, names), allow_unmatched)
+    weighted = open_weighted(given, allow_pickle, names, allow_unmatched)
+    plan = plan_merge(outline, weighted, allow_unmatched)
     record = _Record()
     try:
         with torch.no_grad():

@@ -48,6 +48,7 @@ def open_adapter(
     enable_lora: Sequence[bool] = (),
     as_stored: bool = False,
     guess: bool = False,
+    allow_unmatched: bool | None = None,
 ) -> Adapter:
     """Open an adapter folder, file or hub id of any format that is read.
 
@@ -59,6 +60,8 @@ def open_adapter(
         as_stored: where no base is at hand that a format needs, keep the names and the order of
             rows of the file; ``unresolved`` then says why.
         guess: what the file does not say, too, to look at it only.
+        allow_unmatched: let names that are none of the base's stay, for a plan to leave out; None
+            where that cannot be asked for.
 
     Raises:
         AdapterError, UnsupportedAdapter, UnsafeInput, CheckpointError (a truncated file),
@@ -93,7 +96,7 @@ def open_adapter(
         refuse_by_keys(path, file.specs)
         form = form or by_keys(path, file.specs)
     names = base_names(base, allow_pickle) if base is not None else None
-    context = Context(names, alpha, tuple(enable_lora), as_stored, guess)
+    context = Context(names, alpha, tuple(enable_lora), as_stored, guess, allow_unmatched)
     adapter = _opened(path, file, form, context)
     adapter.notes = (*said, *adapter.notes)
     return adapter

@@ -65,10 +65,12 @@ def open_weighted(
     adapters: Sequence[str | Path | tuple[str | Path, float]],
     allow_pickle: bool,
     base: BaseNames | Checkpoint | str | Path | None = None,
+    allow_unmatched: bool | None = None,
 ) -> list[Weighted]:
     """``PATH``, ``PATH=WEIGHT`` or (path, weight) → open adapters. Raises UsageError.
 
-    ``base`` has the names that some formats are resolved by.
+    ``base`` has the names that some formats are resolved by; ``allow_unmatched`` as in
+    ``plan_merge``, which leaves out those that are none of it.
     """
     if not adapters:
         raise UsageError("at least one adapter is needed")
@@ -77,7 +79,8 @@ def open_weighted(
         path, weight = given if isinstance(given, tuple) else split_weight(str(given))
         if not math.isfinite(weight):
             raise UsageError(f"{path}: its weight is {weight}; a finite number is needed")
-        result.append(Weighted(open_adapter(path, allow_pickle, base=base), weight, str(path)))
+        adapter = open_adapter(path, allow_pickle, base=base, allow_unmatched=allow_unmatched)
+        result.append(Weighted(adapter, weight, str(path)))
     _refuse_twice(result)
     return result
 

@@ -55,11 +55,15 @@ class Flattened:
     whole: Mapping[str, tuple[str, ...]]
     endings: Mapping[str, tuple[str, ...]]
 
-    def resolve(self, flat: str, components: Sequence[str] = ()) -> str:
-        """The module of that flattened name: the whole name, else one that ends in it.
+    def resolve(
+        self, flat: str, components: Sequence[str] = (), allow_unmatched: bool | None = None
+    ) -> str:
+        """The module of that flattened name: the whole name, else one that ends in it; "" where
+        none is and that is allowed.
 
         Args:
             components: those meant by the key, or none for any; the first that the base has is.
+            allow_unmatched: None where that cannot be asked for.
 
         Raises:
             AdapterError: none is, or several are: then they are listed.
@@ -74,9 +78,12 @@ class Flattened:
                 f"{flat!r} can stand for {' or '.join(sorted(found)[:8])} of {self.base.path}; "
                 "rename the key to PEFT's naming, with dots"
             )
-        if found:
-            return found[0]
-        raise AdapterError(f"{flat!r} is no module of {self.base.path}; is this the right base?")
+        if found or allow_unmatched:
+            return "".join(found)
+        hint = "" if allow_unmatched is None else " --allow-unmatched leaves such keys out"
+        raise AdapterError(
+            f"{flat!r} is no module of {self.base.path}; is this the right base?{hint}"
+        )
 
 
 def flattened(base: BaseNames) -> Flattened:

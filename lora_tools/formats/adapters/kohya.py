@@ -55,7 +55,8 @@ def resolve_all(outline: Outline, names: Collection[str], context: Context) -> d
     for name in names:
         prefix = next(p for p in KOHYA if name.startswith(p))
         try:
-            result[name] = index.resolve(name.removeprefix(prefix), KOHYA[prefix])
+            flat = name.removeprefix(prefix)
+            result[name] = index.resolve(flat, KOHYA[prefix], context.allow_unmatched) or name
         except AdapterError as error:
             raise outline.fail(f"{name}: {error}") from None
     return result

@@ -61,6 +61,8 @@ class Context:
         alpha: lora_alpha, for formats that do not store it.
         enable_lora: which blocks of a loralib MergedLinear are adapted.
         as_stored: without a base, keep the file's own names and order of rows instead of failing.
+        allow_unmatched: keep a name that is none of the base's as it is, for the plan to leave out;
+            None where that cannot be asked for.
         guess: take the rank for an alpha that is not said, and all blocks for enable_lora.
     """
 
@@ -69,6 +71,7 @@ class Context:
     enable_lora: tuple[bool, ...] = ()
     as_stored: bool = False
     guess: bool = False
+    allow_unmatched: bool | None = None
 
     def need_base(self, path: Path, why: str) -> BaseNames:
         """The base. Raises AdapterError where none is at hand."""
