@@ -24,7 +24,6 @@ from lora_tools.errors import UnsupportedAdapter, UsageError
 from lora_tools.figures import resized_totals
 from lora_tools.formats.adapters.base_names import BaseNames
 from lora_tools.formats.adapters.format import FEATURES, Format
-from lora_tools.formats.adapters.outline import parse_enable_lora
 from lora_tools.formats.adapters.peft import Adapter, LoraModule
 from lora_tools.formats.adapters.table import FORMATS
 from lora_tools.formats.adapters.training_metadata import is_carried
@@ -34,7 +33,7 @@ from lora_tools.formats.output import Prepared
 from lora_tools.linalg.layouts import Merged
 from lora_tools.merging.plan import adapter_digest, names_in_base
 from lora_tools.options import AdapterForm, Formats, Origin, Ranks, Running
-from lora_tools.options.parse import layer_kinds
+from lora_tools.options.parse import enable_lora, layer_kinds
 from lora_tools.options.ranks import rank_rule
 from lora_tools.provenance import handed_on
 from lora_tools.records import Action, Fate, Input, Report
@@ -72,7 +71,7 @@ def convert(
     target, rule = FORMATS[formats.to].at(call.out), rank_rule(ranks)
     dtype = adapter_form.dtype
     written = parse_float_dtype(dtype) if dtype else target.dtype or None
-    enabled, kinds = parse_enable_lora(formats.enable_lora), layer_kinds(formats.layout)
+    enabled, kinds = enable_lora(formats.enable_lora), layer_kinds(formats.layout)
     allow_pickle = call.running.allow_pickle
     base = checkpoint_or_pipeline(origin.base, allow_pickle)
     names = base_names(base) if base is not None else None

@@ -12,13 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_tools.errors import (
-    AdapterError,
-    CheckpointError,
-    MismatchError,
-    TensorNotFound,
-    UsageError,
-)
+from lora_tools.errors import AdapterError, CheckpointError, MismatchError, TensorNotFound
 from lora_tools.formats.adapters.base_names import BaseNames
 from lora_tools.formats.adapters.changes import INPUT_DORA, ChangedModule
 from lora_tools.formats.adapters.peft import PREFIX, Adapter
@@ -399,13 +393,3 @@ def pair(outline: Outline, module: str, keys: Mapping[str, str], a: str, b: str)
     if a not in keys or b not in keys:
         raise outline.fail(f"{module}: has {sorted(keys)} and lacks one of {a}, {b}")
     return keys[a], keys[b]
-
-
-def parse_enable_lora(text: str | None) -> tuple[bool, ...]:
-    """``1,0,1`` → (True, False, True). Raises UsageError."""
-    if not text:
-        return ()
-    words = [word.strip().lower() for word in text.split(",")]
-    if not all(word in ("0", "1", "true", "false") for word in words):
-        raise UsageError(f"--enable-lora {text!r}: such as 1,0,1 is needed, one for each block")
-    return tuple(word in ("1", "true") for word in words)
