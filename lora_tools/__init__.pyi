@@ -229,7 +229,7 @@ def convert(
     to: Literal['peft', 'kohya', 'lycoris', 'diffusers', 'torchtune', 'mlx', 'loralib', 'gguf', 'onnxruntime'],
     base: str | Path | None = None,
     source: Literal['peft', 'kohya', 'lycoris', 'diffusers', 'torchtune', 'mlx', 'loralib', 'gguf', 'onnxruntime'] | None = None,
-    drop: Sequence[Literal['embedding', 'conv', 'experts', 'dora', 'bias', 'saved', 'tokens', 'head']] = (),
+    drop: Sequence[Literal['embedding', 'conv', 'experts', 'dora', 'bias', 'saved', 'differences', 'tokens', 'head']] = (),
     alpha: float | None = None,
     enable_lora: str | None = None,
     layout: Sequence[str] = (),

@@ -69,6 +69,12 @@ def plan_lora(given: Adapter, base: Checkpoint | Path | None, to: str) -> list[T
             f"{given.path} is an adapter of {title}: make it a LoRA of PEFT first (--to peft), and "
             f"convert that with --to {to}"
         )
+    if given.modules or given.differences:
+        raise UnsupportedAdapter(
+            f"{given.path}: holds {title} ({min(given.changes)}) beside "
+            f"{min([*given.modules, *given.differences])}, which has it not; such a mixture is not "
+            "converted: merge the adapter into the base instead"
+        )
     if not isinstance(base, Checkpoint):
         raise UsageError(
             f"{given.path} is an adapter of {title}, which does not say of which layers its "

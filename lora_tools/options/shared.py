@@ -324,8 +324,8 @@ class Running:
     )
     allow_pickle: bool = option(
         False,
-        "Also read .bin, .pt and .pth files, with weights_only=True, and what distributed training "
-        "leaves (docs/inspect.md), of whose pickles nothing is run.",
+        "Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what distributed "
+        "training leaves (docs/inspect.md), of whose pickles nothing is run.",
         RUNNING,
         recorded=False,
     )

@@ -147,6 +147,7 @@ def _open_adapter(path: Path, allow_pickle: bool) -> _Thing:
             ("rsLoRA", adapter.use_rslora),
             ("biases", any(m.bias for m in modules)),
             ("tensors saved whole", adapter.whole),
+            ("differences of norms or biases", adapter.differences),
             ("trained tokens", adapter.tokens),
         )
         if there

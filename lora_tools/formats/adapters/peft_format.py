@@ -76,7 +76,7 @@ class PeftFormat(Writer):
 FORMAT = Format(
     "peft",
     "PEFT",
-    frozenset(FEATURES),
+    frozenset(FEATURES) - {"differences"},
     "module",
     "peft 0.21",
     is_folder=True,
