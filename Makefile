@@ -35,7 +35,6 @@ test:
 	mkdocs build --strict --quiet --site-dir build/site
 	pytest -n 2 --dist loadfile --no-loadscope-reorder
 	pytest --full tests/test_export_real.py  # real weights, whole models
-	$(MAKE) pythons
 
 # What needs no torch, on the other versions of Python that are at hand.
 pythons:

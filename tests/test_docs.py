@@ -215,8 +215,9 @@ def test_ci_runs_the_two_commands_of_readme() -> None:
     commands = [text.strip() for mark, _, text in blocks("README.md") if mark.startswith("ci:")]
     assert commands == ["make demo", "make test"]
     script = read(".ci/run")
-    assert "for command in demo test; do" in script
+    assert "for command in demo test" in script
     assert 'make "$command"' in script
+    assert "$(MAKE)" not in read("Makefile")  # make -n would run it, and all around it
     for name in ("demo", "test"):
         dry = subprocess.run(
             ["make", "-n", name], cwd=ROOT, capture_output=True, text=True, check=True
