@@ -325,7 +325,7 @@ def test_a_budget_that_cannot_be(pair, tmp_path):
 def stats(request, pair, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("stats") / f"{request.param}.safetensors"
     report = lora_tools.collect_stats(
-        pair / "base", pair / "text.txt", path, kind=request.param, length=20
+        pair / "base", pair / "text.txt", path, kind=request.param, length=20, jobs=1
     )
     assert report.totals["tokens"] == 600
     return path
@@ -337,8 +337,8 @@ def test_of_stored_codes_the_numbers_are_run(scheme, pair, tmp_path):
     lora_tools.quantize(pair / "base", tmp_path / "q", scheme=scheme)
     lora_tools.dequantize(tmp_path / "q", tmp_path / "p")
     given = pair / "text.txt"
-    report = lora_tools.collect_stats(tmp_path / "q", given, tmp_path / "a", length=20)
-    lora_tools.collect_stats(tmp_path / "p", given, tmp_path / "b", length=20)
+    report = lora_tools.collect_stats(tmp_path / "q", given, tmp_path / "a", length=20, jobs=1)
+    lora_tools.collect_stats(tmp_path / "p", given, tmp_path / "b", length=20, jobs=1)
     found, wanted = load_file(tmp_path / "a"), load_file(tmp_path / "b")
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
