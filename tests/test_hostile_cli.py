@@ -439,6 +439,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("name", ["merge", "unmerge", "rescale", "resize", "combine", "convert"])
 @pytest.mark.parametrize("what", CONFIGS)
 def test_adapter_config(what, name, work, refused):
