@@ -53,8 +53,25 @@ ROWS: dict[str, dict[str, Any]] = {
         "compensate_iterations": 3,
         "activations": True,
     },
+    "NF4, 4.5 bits": {"budget": "4.5bits"},
+    "NF4, blocks of 32, error-fed": {"blocksize": 32, "activations": True},
+    "NF4, 4.5 bits, error-fed": {"budget": "4.5bits", "activations": True},
+    "NF4, 5 bits, error-fed": {"budget": "5bits", "activations": True},
+    "NF4, 6 bits, error-fed": {"budget": "6bits", "activations": True},
+    "NF4, blocks of 32": {"blocksize": 32},
     "FP4": {"scheme": "fp4"},
     "FP4, error-fed": {"scheme": "fp4", "activations": True},
+    **{
+        f"{name}{', error-fed' * fed}": {"scheme": scheme, "activations": fed}
+        for name, scheme in (
+            ("INT4", "int4"),
+            ("MXFP4", "mxfp4"),
+            ("NVFP4", "nvfp4"),
+            ("FP8, channels", "fp8-channel"),
+            ("INT8", "int8"),
+        )
+        for fed in (False, True)
+    },
 }
 
 

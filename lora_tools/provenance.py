@@ -6,9 +6,10 @@ import dataclasses
 import hashlib
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, Protocol
 
 from lora_tools.errors import MismatchError
+from lora_tools.formats import digest as hashing
 
 
 def text_digest(text: str) -> str:
@@ -61,22 +62,65 @@ def handed_on(metadata: Mapping[str, str], command: str, digest: str) -> dict[st
     }
 
 
+class Digested(Protocol):
+    """What a digest can be formed of, such as a checkpoint."""
+
+    def digest(self, known: Mapping[str, str]) -> str: ...
+
+
+def digest_like(recorded: str, own: str, source: Digested) -> str:
+    """The digest of ``source`` to compare a recorded one with.
+
+    Args:
+        own: its digest as formed in this call; where the recorded one is of another kind, all of
+            it is read once more. Raises MismatchError for a kind that cannot be formed.
+    """
+    kind = hashing.kind_of(recorded)
+    if kind == hashing.kind_of(own):
+        return own
+    with hashing.using(kind):
+        return source.digest({})
+
+
 def check_bases(
-    adapters: Iterable[tuple[str, Mapping[str, str]]], base_digest: str, made_of: str = ""
+    adapters: Iterable[tuple[str, Mapping[str, str]]],
+    base_digest: str,
+    base: Digested,
+    made_of: str = "",
 ) -> None:
-    """Refuse an adapter whose metadata names another base than the one with this digest.
+    """Refuse an adapter whose metadata names another base than this one.
 
     Args:
         adapters: each one's path, and the metadata of its file.
+        base_digest: the base's, as formed in this call.
         made_of: the digest of what the base is another form of, which will do as well.
 
     Raises:
         MismatchError: naming it.
     """
+    allow = "pass --allow-other-base"
+    given = {hashing.kind_of(base_digest): base_digest}
     for path, metadata in adapters:
         recorded = metadata.get("base_digest", base_digest)
-        if recorded not in (base_digest, made_of):
+        if recorded in (base_digest, made_of):
+            continue
+        try:
+            kind = hashing.kind_of(recorded)
+        except MismatchError as error:
+            raise MismatchError(
+                f"{path}: {error}; to merge it without that check, {allow}"
+            ) from None
+        if kind not in given:
+            given[kind] = digest_like(recorded, base_digest, base)
+        if recorded != given[kind]:
             raise MismatchError(
                 f"{path}: was made for another base: its digest is {recorded}, and that of the one "
-                f"given is {base_digest}; give that base, or pass --allow-other-base"
+                f"given is {given[kind]}{_unlike(recorded, made_of)}; give that base, or {allow}"
             )
+
+
+def _unlike(recorded: str, made_of: str) -> str:
+    """Words on what the base was made of, where its digest cannot be compared with that one."""
+    if not made_of or made_of.partition(":")[0] == recorded.partition(":")[0]:
+        return ""
+    return f", which was made of {made_of}, a digest of another kind"

@@ -43,6 +43,20 @@ class TensorSpec:
         return f"{self.name} {self.dtype} {list(self.shape)}"
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows [first, first + rows) of a stored tensor, as ``rows_of`` counts them."""
+
+    stored: str
+    first: int
+    rows: int
+
+
+def rows_of(spec: TensorSpec) -> int:
+    """Rows of a tensor as a matrix of its last dimension; of a vector its elements."""
+    return spec.numel // max(spec.shape[-1], 1) if len(spec.shape) > 1 else spec.numel
+
+
 def counted(count: int, noun: str) -> str:
     """ "1 module", "2 modules"."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
@@ -185,7 +199,7 @@ class ModuleSpectrum:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TensorFacts:
-    """One stored tensor; ``hash`` is the XXH3-128 of its bytes, ``oddities`` what is unusual."""
+    """One stored tensor; ``hash`` is that of its bytes, ``oddities`` what is unusual."""
 
     tensor: str
     dtype: str

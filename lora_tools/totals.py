@@ -120,6 +120,10 @@ class MergeTotals(SurvivalTotals, total=False):
     sidecar_bytes: int
     sidecar_share: float
     bytes: int
+    output_delta_kept: float
+    output_delta_kept_unfed: float
+    output_delta_error: float
+    output_delta_error_unfed: float
 
 
 class UnmergeTotals(TypedDict, total=False):
@@ -180,6 +184,9 @@ class ExportTotals(FourBitTotals, OutputsTotals, LossTotals, total=False):
     output_digest: str
     graph_bytes: int
     graph_nodes: int
+    output_error: float
+    output_error_unfed: float
+    tensors_fed: int
     runtime_adapters: dict[str, RuntimeAdapterTotals]
     expected_bytes_at_most: int
 

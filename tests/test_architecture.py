@@ -158,6 +158,7 @@ NUMERIC = {
     "linalg/nf4.py",
     "linalg/nf4_search.py",
     "linalg/error_feedback.py",
+    "linalg/scaled_feedback.py",
     "nn/__init__.py",
     "nn/attach.py",
     "nn/layers.py",
@@ -171,6 +172,7 @@ NUMERIC = {
     "onnx/parts.py",
     "onnx/sentence_modules.py",
     "onnx/trace.py",
+    "onnx/nbits.py",
     "onnx/weights.py",
     "onnx/linears.py",
     "onnx/runtime_adapters.py",
@@ -469,7 +471,7 @@ def test_choices_are_the_rows_of_the_tables() -> None:
     assert choices("quantize", "quant_storage") == list(STORAGES)
     fields = {field.name for field in dataclasses.fields(Ranks)}
     assert fields == {*POLICIES, *SHARED, "max_rank"}
-    assert tuple(field.name for field in dataclasses.fields(Quantized)) == SCHEMES
+    assert tuple(field.name for field in dataclasses.fields(Quantized)) == (*SCHEMES, "activations")
 
 
 # Options that must be given.

@@ -62,9 +62,9 @@ READ: dict[str, tuple[tuple[str, ...], str | None, dict[str, str]]] = {
             "lora_unet_encoder_q": "",
             "lora_unet_input_blocks_1_q": SDXL[1],
             "lora_te1_" + FLAT_CLIP: SDXL[2],
-            "lora_te2_" + FLAT_CLIP: "",
+            "lora_te2_" + FLAT_CLIP: SDXL[3],
             "text_encoder." + CLIP: SDXL[2],
-            "text_encoder_2." + CLIP: "",
+            "text_encoder_2." + CLIP: SDXL[3],
             "unet.input_blocks.1.q": SDXL[1],
             # As loratools before 0.2 wrote it.
             "lora_unet_model_diffusion_model_input_blocks_1_q": SDXL[1],

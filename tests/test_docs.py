@@ -381,6 +381,17 @@ def test_every_total_and_action_is_documented(
             compensate=1,
             eval_text=pair / "words.txt",
         ),
+        lora_tools.merge(
+            out / "q", [pair / "adapter"], out / "rf", requantize=True, activations=out / "st"
+        ),
+        lora_tools.export(
+            pair / "words",
+            out / "j",
+            int4=True,
+            graph=out / "e",
+            no_verify=True,
+            activations=out / "st",
+        ),
     ]
     seen: dict[str, set[str]] = {}
     for report in reports:

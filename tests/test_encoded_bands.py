@@ -94,9 +94,17 @@ def _packed(case: str, band: int, x: torch.Tensor, patch: pytest.MonkeyPatch) ->
     scheme, packed = CASES[case]
     patch.setattr(encoded, "_BAND", band)
     item = Item(None, packed.plain, packed, scheme)  # type: ignore[arg-type]
-    sink, back = Sink(), torch.empty(packed.plain.numel)
-    read: list[tuple[int, int]] = []
-    result = encoded.pack(item, x, sink, Buffers(), lambda *run: read.append(run), back)  # type: ignore[arg-type]
+    sink, back = Sink(), torch.full((packed.plain.numel,), torch.nan)
+    there, read = torch.full_like(x, torch.nan), list[tuple[int, int]]()  # a NaN is refused
+
+    def ready(stop: int) -> None:
+        there[:stop] = x[:stop]
+
+    def done(start: int, stop: int) -> None:
+        assert not back[:stop].isnan().any()
+        read.append((start, stop))
+
+    result = encoded.pack(item, there, sink, Buffers(), done, back, ready)  # type: ignore[arg-type]
     assert read[0][0] == 0
     assert read[-1][1] == packed.plain.numel
     return sink, back, result

@@ -333,8 +333,10 @@ def test_statistics_that_are_none(what: str, work: Path, tmp_path: Path) -> None
 
 def test_what_does_not_go_together(work: Path, tmp_path: Path) -> None:
     stats, out = work / "llama.stats", tmp_path / "out"
-    with pytest.raises(UsageError, match="activations goes with nf4 and fp4"):
-        lora_tools.quantize(work / "llama", out, activations=stats, scheme="int8")
+    with pytest.raises(UsageError, match=r"scale.search.* goes with nf4 and fp4"):
+        lora_tools.quantize(
+            work / "llama", out, activations=stats, scheme="int8", scale_search=True
+        )
     with pytest.raises(OutputError, match="is the input"):
         lora_tools.quantize(work / "llama", stats, activations=stats, force=True)
     (tmp_path / "no").write_bytes(struct.pack("<Q", 2) + b"{}")

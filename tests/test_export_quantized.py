@@ -17,6 +17,7 @@ import onnx
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 import lora_tools
 from lora_tools.errors import (
@@ -27,9 +28,11 @@ from lora_tools.errors import (
     UsageError,
 )
 from lora_tools.formats import output
+from lora_tools.onnx.quantized_weights import stored_weights
 from lora_tools.onnx.schemes import AFFINE, SCHEMES
 
 from . import iotools, models
+from .test_error_feedback import MARK, moments_of, output_error
 from .traced import Traced
 from .traced import session as one_thread
 
@@ -336,6 +339,43 @@ def test_the_quantizer_leaves_the_log_alone() -> None:
 
 
 # -------------------------------------------------------------------------------------- the text
+
+
+@pytest.mark.parametrize(("kind", "how"), [("llama", "int4"), ("gpt2", "int8")])
+def test_errors_are_fed_forward(
+    kind: str, how: str, plain: dict[str, Path], tmp_path: Path
+) -> None:
+    """Figures are those of the file, against what export makes without statistics; rows that end
+    within a block, transposed layers, and one of which nothing is known, too."""
+    base = models.tensors(plain[kind])
+    moments = moments_of(base, kind == "gpt2")
+    left = min(moments)
+    save_file({k: v for k, v in moments.items() if k != left}, tmp_path / "stats", MARK)
+    given: dict[str, Any] = {"activations": tmp_path / "stats", "no_verify": True}
+    report = export(plain[kind], tmp_path / "onnx", how, **given)
+    model = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False)
+    fed = unfed = energy = 0.0
+    stored = {each.name: each for each in stored_weights(model)}
+    for name, each in stored.items():
+        W = base[name].T if kind == "gpt2" else base[name]
+        found = each.values(tmp_path / "onnx")
+        same, again = each.again(W, tmp_path / "onnx")
+        module = name.removesuffix(".weight")
+        assert same == (module == left)
+        if not same:
+            R = moments[module]
+            fed += output_error(found - W, R)
+            unfed += output_error(again - W, R)
+            energy += output_error(W, R)
+    totals = report.totals
+    assert totals["tensors_fed"] == len(stored) - 1
+    assert totals["output_error"] == pytest.approx(math.sqrt(fed / energy), rel=1e-3)
+    assert totals["output_error_unfed"] == pytest.approx(math.sqrt(unfed / energy), rel=1e-3)
+    assert fed < 0.8 * unfed
+    assert [i.role for i in report.inputs] == ["base", "activations"]
+    reasons = {fate.tensor.removesuffix(".weight"): fate.reason for fate in report.plan}
+    assert reasons[left].endswith("rounded by itself: no statistics of its inputs")
+    assert sum(reason.endswith("error-fed") for reason in reasons.values()) == len(stored) - 1
 
 
 @pytest.fixture(scope="module")

@@ -41,8 +41,9 @@ def same_tensors(one: Path, other: Path) -> bool:
     return list(a) == list(b) and all(bool((a[name] == b[name]).all()) for name in a)
 
 
-def test_it_is_both_steps(work: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"compensate": 2, "jobs": 1}
+@pytest.mark.parametrize("more", [{"compensate": 2}, {"scheme": "int8"}])
+def test_it_is_both_steps(more: dict[str, Any], work: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {**more, "jobs": 1}
     report = lora_tools.quantize(
         work / "llama", tmp_path / "one", calibrate=work / "text", **options
     )
@@ -83,7 +84,6 @@ def test_what_is_refused(work: Path, tmp_path: Path) -> None:
         ("goes with", "llama", {"calibration_seed": 0}),
         ("one sequence", "llama", {**given, "calibration_tokens": 3}),
         ("No such file", "llama", {"calibrate": tmp_path / "none"}),
-        ("goes with nf4", "llama", {**given, "scheme": "int8"}),
         ("plain weights", str(tmp_path / "fp8"), given),
     ):
         with pytest.raises(UsageError, match=said):

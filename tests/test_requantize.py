@@ -16,6 +16,9 @@ from safetensors.torch import save_file
 import lora_tools
 from lora_tools.cli import run
 from lora_tools.errors import CheckpointError, QualityGateError, UsageError
+from lora_tools.linalg import runs
+from lora_tools.merging import in_memory
+from lora_tools.quantizing import encoded
 
 from . import forms_compressed, forms_fp8, forms_groups, iotools, models
 from .written import NAME, NEW, Q, error, in_each_form, raw, verified
@@ -62,6 +65,24 @@ def test_merged_and_written_again_is_what_quantizing_the_merged_gives(
         for name in after:
             if any(part in name for part in acted):
                 assert torch.equal(after[name].view(torch.uint8), two[name].view(torch.uint8))
+
+
+@pytest.mark.parametrize("scheme", ["fp8-channel", "nvfp4"])
+def test_runs_that_are_kept_give_what_runs_formed_twice_do(
+    work: Path, tmp_path: Path, scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapters = work / scheme, [(work / "adapter", 0.05)]
+    monkeypatch.setattr(runs, "RUN_ELEMENTS", 1 << 11)
+    monkeypatch.setattr(encoded, "_BAND", 3 << 9)
+    said = {}
+    for few in (0, 2):
+        monkeypatch.setattr(in_memory, "_FEW", few)
+        out = tmp_path / str(few)
+        said[few] = lora_tools.merge(base, adapters, out, requantize=True).totals
+        assert iotools.tree(out) == iotools.tree(tmp_path / "0")
+    assert said[0] == said[2]
+    kept = pytest.approx(said[0]["delta_kept"], rel=1e-3)
+    assert _kept(base, tmp_path / "0", adapters, tmp_path) == kept
 
 
 def _kept(base: Path, merged: Path, adapters: list[Any], tmp_path: Path) -> float:

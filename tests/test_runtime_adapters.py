@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from lora_tools.errors import (
     UsageError,
 )
 
-from . import forks, iotools, models
+from . import forks, iotools, killing, models
 from .traced import Traced, session
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -368,12 +369,62 @@ def test_in_place_adapters_lie_beside_the_graph(made: Made, tmp_path: Path) -> N
     with pytest.raises(OutputError, match=r"uneven\.onnx_adapter already exists"):
         call()
     assert (here / "uneven.onnx_adapter").read_bytes() == b"someone's"
-    call(force=True)
+    assert not any("not of this export" in note for note in call(force=True).notes)
     after = iotools.tree(here)
     assert {k: after[k] for k in before} == before
     assert set(after) - set(before) == {"model.onnx", "genai_config.json", "uneven.onnx_adapter"}
     wanted = Session(made.out).logits(made.out / "uneven.onnx_adapter")
     assert np.abs(Session(here).logits(here / "uneven.onnx_adapter") - wanted).max() < 1e-5
+    (here / "older.onnx_adapter").write_bytes(b"of an earlier export")
+    assert "not of this export: older.onnx_adapter;" in " ".join(call(force=True).notes)
+    assert (here / "older.onnx_adapter").read_bytes() == b"of an earlier export"
+
+
+@pytest.mark.slow
+def test_killed_in_place_with_adapters(made: Made, tmp_path: Path, full: bool) -> None:
+    """An old graph never lies beside a new adapter, nor a new one beside an old; what the kill left
+    is put back, or away, by the next run. In CI some steps of the
+    commit, which is all that differs from other exports."""
+    here, sound, first, again = (tmp_path / name for name in ("here", "sound", "first", "uneven"))
+    shutil.copytree(made.base, sound)
+    lora_tools.rescale(made.top / "uneven", again, scale=0.5)
+    line = ["export", str(here), "-o", str(here), "--runtime-adapters", "--no-verify", "--force"]
+    line += ["-q", "--graph", str(made.plain), "--adapter"]
+    old = [*line, str(made.top / "uneven"), "--adapter", str(made.top / "rslora")]
+    new = [*line, str(again)]
+    shutil.copytree(sound, here)
+    assert run(old) == 0
+    shutil.copytree(here, first)
+    before = _parts(first)
+    kinds = killing.steps(new, here, tmp_path / "log")
+    after = _parts(here)
+    assert all(before[name] != after[name] for name in ("model.onnx", "uneven.onnx_adapter"))
+    told = killing.telling(kinds)
+    renames = [step for step in told if kinds[step - 1].startswith("os.rename")]
+    seen = set()
+    for i, step in enumerate(told if full else renames[-2:]):
+        shutil.rmtree(here)
+        shutil.copytree(first, here)
+        assert killing.stopped(new, here, step).returncode == -signal.SIGKILL, step
+        found = _parts(here)
+        graph = found.get("model.onnx")
+        seen.add("old" if graph == before["model.onnx"] else "new" if graph else "absent")
+        wanted = {before["model.onnx"]: before, after["model.onnx"]: after}.get(graph or b"")
+        assert wanted is None or found == wanted, step
+        if full or i % 2 == 0:
+            assert forks.run(*new).returncode == 0, step
+            assert _parts(here) == after, step
+            assert not [p.name for p in here.iterdir() if p.name.startswith(".")], step
+    assert seen >= {"absent", "new"}
+
+
+def _parts(folder: Path) -> dict[str, bytes]:
+    """What an export in place puts there."""
+    return {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if path.suffix in (".onnx", ".onnx_adapter", ".onnx_data") or path.name[:5] == "genai"
+    }
 
 
 # ---------------------------------------------------------------------------------- what is refused

@@ -220,6 +220,12 @@ def _totals(report: Report[Any]) -> Iterator[str]:
             f"of the adapters' change {t['delta_kept']:.1%} was kept, beside a rounding error of "
             f"{t['delta_error']:.2%} of its norm"
         )
+    if "output_delta_kept" in t:
+        yield (
+            f"in the layers' outputs {t['output_delta_kept']:.1%} was kept, beside "
+            f"{t['output_delta_error']:.2%}, where plain rounding keeps "
+            f"{t['output_delta_kept_unfed']:.1%} beside {t['output_delta_error_unfed']:.2%}"
+        )
     if "graph_nodes" in t:
         yield f"graph: {t['graph_nodes']} nodes, {size(t['graph_bytes'])}"
     if "verified" in t:

@@ -8,6 +8,7 @@ interpreter lock while it computes.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import os
 import threading
 from collections import deque
@@ -117,6 +118,10 @@ def run(
     total, done = sum(sizes), 0
     gate, buffers = _MemoryGate(int(1.25 * max(sizes, default=0))), Buffers()
 
+    def submit(task: Task[S, K, R], size: int) -> Future[R]:
+        # A thread takes over what is said for the call, such as the kind of its digests.
+        return pool.submit(contextvars.copy_context().run, work, task, size)
+
     def work(task: Task[S, K, R], size: int) -> R:
         with gate.hold(size), one_torch_thread_here():
             return task.run(sources, sink, buffers)
@@ -129,13 +134,13 @@ def run(
         try:
             # A few tasks ahead keep every thread busy without holding many results.
             for task, size in queue:
-                pending.append(pool.submit(work, task, size))
+                pending.append(submit(task, size))
                 if len(pending) > 2 * jobs:
                     break
             while pending:
                 result = pending.popleft().result()
                 for task, size in queue:
-                    pending.append(pool.submit(work, task, size))
+                    pending.append(submit(task, size))
                     break
                 task, size = next(finished)
                 done += size

@@ -165,7 +165,19 @@ class Export:
         for path in folder.iterdir():  # what is no part of the plan is of the graph alone
             kind = "beside" if path.name in self.files() else "parts"
             path.rename(main.with_name(kind) / path.name)
-        return report
+        return self._with_left(report, destination)
+
+    def _with_left(self, report: Report[ExportTotals], folder: Path) -> Report[ExportTotals]:
+        """A note on adapters that lie there and were not made now: this graph may have no inputs
+        for their factors, or other ones."""
+        left = sorted(p.name for p in folder.glob(f"*{SUFFIX}") if p.name not in self.files())
+        if not left:
+            return report
+        said = (
+            f"stays, and is not of this export: {', '.join(left)}; it may not fit this graph: "
+            "remove it, or export it again with --runtime-adapters"
+        )
+        return dataclasses.replace(report, notes=(*report.notes, said))
 
     def _work(
         self, report: Report[ExportTotals], folder: Path, rows: torch.Tensor | None
@@ -176,7 +188,7 @@ class Export:
         whole = self._plain(folder)
         if self.runtime:
             if not self.allow_other_base:
-                self.runtime.check_base(report.inputs[0].digest)
+                self.runtime.check_base(report.inputs[0].digest, self.source)
             self.runtime.write(folder, self.running.jobs)
         built = graphs.Build(
             folder,
@@ -191,6 +203,7 @@ class Export:
             replacements=self.runtime.replacements() if self.runtime else (),
             scheme=self.quantization.scheme,
             plain=whole,
+            factor=self.quantization.factor,
         ).write()
         for file in self.task.files():
             graphs.check_model(folder / file, linked=self.in_place)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_tools.errors import UsageError
+from lora_tools.exporting.feeding import Statistics, refuse_unfed, statistics_for
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.quantized.bitsandbytes import reason_to_keep
 from lora_tools.merging.prepare import OUTSIDE
 from lora_tools.onnx.schemes import AFFINE, NF4, SCHEMES
 from lora_tools.onnx.tasks import DECODER, Task
+from lora_tools.options import Quantized
 from lora_tools.options.parse import read_text
 from lora_tools.provenance import text_digest
+from lora_tools.quantizing.feeding import activations_of
 from lora_tools.records import Action, Fate, Input, Report
 from lora_tools.sources.schemes.bitsandbytes import BITSANDBYTES
 from lora_tools.totals import ExportTotals
@@ -22,7 +26,9 @@ from lora_tools.totals import ExportTotals
 if TYPE_CHECKING:
     import torch
 
+    from lora_tools.linalg.error_feedback import Errors
     from lora_tools.onnx.graphs import Built
+    from lora_tools.onnx.nbits import FactorOf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +40,14 @@ class Quantization:
         stored: the checkpoint's own weights are in four bits, which a graph reads as they are.
         decoded: they are in another scheme, and are written as the plain ones that they stand for.
         text: to measure perplexity on, or None.
+        statistics: of the layers' inputs, by which rounding errors are fed forward, or None.
     """
 
     scheme: str | None
     stored: bool
     decoded: bool
     text: str | None
+    statistics: Statistics | None = None
 
     @property
     def packs(self) -> bool:
@@ -51,11 +59,22 @@ class Quantization:
         """Whether ONNX Runtime's quantizer makes the weights, which only the graph reads."""
         return self.scheme in AFFINE
 
+    @property
+    def factor(self) -> FactorOf | None:
+        """What errors are fed forward by, where ONNX Runtime's quantizer makes the weights."""
+        if self.statistics is None or not self.affine:
+            return None
+        return self.statistics.factor
+
     def inputs(self, path: str | Path | None) -> tuple[Input, ...]:
-        """The text as an input of the report."""
+        """The text, and statistics that no other verb has used, as inputs of the report."""
+        given: tuple[Input, ...] = ()
+        if self.statistics is not None and self.affine:
+            known = self.statistics.known
+            given = (Input("activations", str(known.path), known.digest),)
         if self.text is None:
-            return ()
-        return (Input("text", str(path), text_digest(self.text)),)
+            return given
+        return (*given, Input("text", str(path), text_digest(self.text)))
 
     def weights(self, asked: str | None, in_place: bool) -> str:
         """``--weights``, or what it is if not given."""
@@ -97,6 +116,9 @@ class Quantization:
         nbytes = sum(each.nbytes for each in scheme.specs(spec.name, rows, cols))
         bits = 8 * nbytes / spec.numel
         said = f"{scheme.name} in blocks of {scheme.block}, {bits:.3f} bits a parameter"
+        if self.statistics is not None:
+            fed = self.statistics.has(spec.name, cols)
+            said += ", error-fed" if fed else ", rounded by itself: no statistics of its inputs"
         reason = "; ".join(filter(None, (said, fate.reason)))
         return Fate(fate.tensor, Action.QUANTIZE, reason, nbytes)
 
@@ -107,6 +129,8 @@ class Quantization:
         if self.scheme is None:
             return report
         totals: ExportTotals = {"tensors_quantized": len(built.quantized), **report.totals}
+        if built.fed:
+            totals = {**totals, **_of_outputs(list(built.fed.values()))}
         if not self.affine:
             return dataclasses.replace(report, totals=totals)
         if bundled:
@@ -135,10 +159,20 @@ class Quantization:
         return fate
 
 
+def _of_outputs(errors: Sequence[Errors]) -> ExportTotals:
+    """Over all layers that were fed, weighted by the energy of their outputs."""
+    energy = math.fsum(each.energy for each in errors) or 1.0
+    return {
+        "output_error": math.sqrt(math.fsum(each.fed for each in errors) / energy),
+        "output_error_unfed": math.sqrt(math.fsum(each.plain for each in errors) / energy),
+        "tensors_fed": len(errors),
+    }
+
+
 def plan_quantization(
     source: Checkpoint,
     task: Task,
-    wanted: Mapping[str, bool],
+    wanted: Quantized,
     eval_text: str | Path | None,
     *,
     verify: bool,
@@ -148,14 +182,14 @@ def plan_quantization(
     """Read the options.
 
     Args:
-        wanted: for each scheme, whether its option was given.
+        wanted: schemes, of which one may be given, and statistics.
         merging: whether weights are merged or cast.
         runtime: whether adapters are inputs of the graph.
 
     Raises:
         UsageError: options that exclude each other, or a text for a task without perplexity.
     """
-    chosen = [name for name in SCHEMES if wanted[name]]
+    chosen = [name for name in SCHEMES if getattr(wanted, name)]
     if len(chosen) > 1:
         raise UsageError(f"{' and '.join(f'--{name}' for name in chosen)} exclude each other")
     scheme = chosen[0] if chosen else None
@@ -175,6 +209,9 @@ def plan_quantization(
             f"--runtime-adapters and --{scheme} exclude each other: the branches of adapters are "
             "put beside layers that are not quantized"
         )
+    if wanted.activations is not None:
+        refuse_unfed(scheme, stored)
+    known = statistics_for(source, activations_of(wanted.activations))
     text = None
     if eval_text is not None:
         if task.kind != DECODER:
@@ -187,4 +224,4 @@ def plan_quantization(
             raise UsageError("--eval-text does not go with --runtime-adapters")
         text = read_text(Path(eval_text))
     decoded = source.scheme is not None and not stored
-    return Quantization(scheme, stored, decoded, text)
+    return Quantization(scheme, stored, decoded, text, known)

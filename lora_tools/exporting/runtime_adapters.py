@@ -122,10 +122,11 @@ class RuntimeAdapters:
         tensors = {tensor for adapter in self.each for tensor in adapter.saved.values()}
         return [Replacement(name, self.base.specs[name].shape) for name in sorted(tensors)]
 
-    def check_base(self, digest: str) -> None:
-        """Raises MismatchError for an adapter whose metadata names another base than this one."""
+    def check_base(self, digest: str, base: Checkpoint) -> None:
+        """Raises MismatchError for an adapter whose metadata names another base than this one, of
+        which that is the digest."""
         given = ((a.weighted.path, a.weighted.adapter.file.metadata) for a in self.each)
-        check_bases(given, digest)
+        check_bases(given, digest, base)
 
     def write(self, folder: Path, jobs: int | None) -> None:
         """Each as a file that ONNX Runtime loads."""

@@ -35,12 +35,13 @@ class Weights:
 
     def written(self) -> Prepared | None:
         """Those of the output; None where they are the checkpoint's."""
+        known = self.quantization.statistics
         if not self.quantization.packs:
             return self._merged()
         return prepare_quantize(
             self.checkpoint,
             self.adapters,
-            NumberFormat(),
+            NumberFormat(activations=known.known.path if known is not None else None),
             Tensors(),
             self.storage,
             self.matching,

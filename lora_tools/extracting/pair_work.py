@@ -337,11 +337,14 @@ def _is_codes(pair: Pair) -> bool:
 def _refuse_other(spectra: Spectra, name: str, key: str) -> None:
     """A file of another pair's decompositions is not to be overwritten unasked."""
     other = spectra.key(name)
-    if other is not None and _weights_of(other) != _weights_of(key):
-        raise CheckpointError(
-            f"{spectra.earlier}: {name} was decomposed from other weights than these; "
-            "give --spectrum-cache another file, or remove this one"
-        )
+    if other is None or _weights_of(other) == _weights_of(key):
+        return
+    why = "was decomposed from other weights than these"
+    if len(_weights_of(other)) != len(_weights_of(key)):  # a hash of another length
+        why = "was kept under a digest of another kind, and is found with that --digest alone"
+    raise CheckpointError(
+        f"{spectra.earlier}: {name} {why}; give --spectrum-cache another file, or remove this one"
+    )
 
 
 def _check_kept(spectra: Spectra, pair: Pair, sides: Sides, found: Sequence[Found]) -> None:

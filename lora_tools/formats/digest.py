@@ -1,23 +1,35 @@
 """Content hashes: of a tensor's bytes, and of a set of tensors however it is sharded.
 
-A checkpoint's digest is the SHA-256 of the sorted lines ``name dtype shape hash``, where ``hash``
-is the XXH3-128 of the tensor's bytes. It is the same for one file and for ten shards of it, and
-runs at the speed of memory. It tells accidents, not attacks: XXH3 is not cryptographic.
+A digest is the SHA-256 of the sorted lines of name, dtype, shape and hash of every tensor. It is
+the same for one file and for ten shards of it. What the hash of a tensor is says its prefix:
+
+- ``xxh3-128/sha256:``, the XXH3-128 of the bytes, which runs at the speed of memory. It tells
+  accidents, not attacks: XXH3 is not cryptographic, and a line is plain text.
+- ``sha256/sha256:``, the SHA-256 of the bytes, and each line a JSON array, so that no name can be
+  made to look like two lines: to make other tensors with that digest is not known to be possible.
+
+Which of them is formed is said once for a call, by ``using``; threads that work for it take it
+over (``engine.threads``). What was recorded in the other one is compared in that one, by ``like``.
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+import dataclasses
 import hashlib
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Literal, Protocol, get_args
 
 import xxhash
 
+from lora_tools.errors import MismatchError
 from lora_tools.formats.regular_files import open_file
 from lora_tools.records import TensorSpec
 
-PREFIX = "xxh3-128/sha256:"
-BLANK = PREFIX + "0" * 64  # stands where a digest will
+Kind = Literal["xxh3", "sha256"]
 # Metadata that says how a file was made: it does not pass to a checkpoint that is made of the file.
 PROVENANCE = (
     "loratools",
@@ -29,15 +41,99 @@ PROVENANCE = (
 )
 
 
+class Hash(Protocol):
+    """A hash that is formed piece by piece."""
+
+    def update(self, data: memoryview, /) -> None: ...
+
+    def hexdigest(self) -> str: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    prefix: str
+    new: Callable[[], Hash]
+    line: Callable[[TensorSpec, str], str]
+
+
+def _text(s: TensorSpec, value: str) -> str:
+    return f"{s.name} {s.dtype} {list(s.shape)} {value}\n"
+
+
+def _array(s: TensorSpec, value: str) -> str:
+    return json.dumps([s.name, s.dtype, list(s.shape), value]) + "\n"
+
+
+_FORMS: dict[Kind, _Form] = {
+    "xxh3": _Form("xxh3-128/sha256:", xxhash.xxh3_128, _text),
+    "sha256": _Form("sha256/sha256:", hashlib.sha256, _array),
+}
+assert tuple(_FORMS) == get_args(Kind)
+_used: contextvars.ContextVar[Kind] = contextvars.ContextVar("digest", default="xxh3")
+
+
+@contextlib.contextmanager
+def using(kind: Kind) -> Iterator[None]:
+    """Hashes and digests of that kind within."""
+    token = _used.set(kind)
+    try:
+        yield
+    finally:
+        _used.reset(token)
+
+
+def used() -> Kind:
+    """The kind that is formed here."""
+    return _used.get()
+
+
+def kind_of(recorded: str) -> Kind:
+    """The kind of a digest, by its prefix. Raises MismatchError for one that is not known here."""
+    for kind, form in _FORMS.items():
+        if recorded.startswith(form.prefix):
+            return kind
+    known = " and ".join(form.prefix for form in _FORMS.values())
+    raise MismatchError(
+        f"the digest {recorded!r} is of a kind that this version cannot form ({known}); it may be "
+        "a newer loratools' or another tool's"
+    )
+
+
+def like(recorded: str) -> contextlib.AbstractContextManager[None]:
+    """``using`` the kind of a recorded digest. Raises MismatchError as ``kind_of`` does."""
+    return using(kind_of(recorded))
+
+
+def new_hash() -> Hash:
+    """For the bytes of one tensor, piece by piece: what ``tensor_hash`` gives of all at once."""
+    return _FORMS[_used.get()].new()
+
+
 def tensor_hash(data: memoryview) -> str:
-    """XXH3-128 of the bytes, in hexadecimal."""
-    return xxhash.xxh3_128_hexdigest(data)
+    """Hash of a tensor's bytes, in hexadecimal."""
+    state = new_hash()
+    state.update(data)
+    return state.hexdigest()
 
 
 def digest(specs: Iterable[TensorSpec], hashes: Mapping[str, str]) -> str:
-    """Digest of named tensors, independent of their order and files."""
-    lines = sorted(f"{s.name} {s.dtype} {list(s.shape)} {hashes[s.name]}\n" for s in specs)
-    return PREFIX + hashlib.sha256("".join(lines).encode()).hexdigest()
+    """Digest of named tensors, independent of their order and files.
+
+    Args:
+        hashes: of the kind that is used here.
+    """
+    form = _FORMS[_used.get()]
+    return sealed("".join(sorted(form.line(s, hashes[s.name]) for s in specs)))
+
+
+def sealed(text: str) -> str:
+    """SHA-256 of a text that holds such hashes, with the prefix of their kind."""
+    return _FORMS[_used.get()].prefix + hashlib.sha256(text.encode()).hexdigest()
+
+
+def blank() -> str:
+    """What stands where a digest will: as long as one."""
+    return _FORMS[_used.get()].prefix + "0" * 64
 
 
 def file_sha256(path: Path) -> str:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import zstandard
 
-from lora_tools.errors import CheckpointError
+from lora_tools.errors import CheckpointError, MismatchError
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.regular_files import MOST
 from lora_tools.formats.safetensors_file import SafetensorsFile
@@ -120,18 +120,27 @@ class Sidecar:
             raise CheckpointError(f"{path}: not a sidecar this version can read")
         self._parts = _VERSIONS[version]
         self.is_first = version == "1"
-        hashes = {name: hashing.tensor_hash(self.file.raw(name)) for name in self.file.specs}
         try:
             self.base_digest = self.file.metadata["base_digest"]
+            whole = self._digest(self.file.metadata["digest"]) == self.file.metadata["digest"]
             self.adapters = [
                 (str(used["digest"]), float(used["weight"]))
                 for used in json.loads(self.file.metadata["adapters"])
             ]
-            whole = self.file.metadata["digest"] == hashing.digest(self.file.specs.values(), hashes)
         except (KeyError, TypeError, ValueError):
             whole = False
         if not whole:
             raise CheckpointError(f"{path}: the sidecar is damaged; fetch it again")
+
+    def _digest(self, recorded: str) -> str:
+        """Of the file, of the kind of the recorded one. Raises CheckpointError for an unknown."""
+        try:
+            kinds = [hashing.kind_of(each) for each in (recorded, self.base_digest)]
+        except MismatchError as error:
+            raise CheckpointError(f"{self.path}: {error}") from None
+        with hashing.using(kinds[0]):
+            hashes = {name: hashing.tensor_hash(self.file.raw(name)) for name in self.file.specs}
+            return hashing.digest(self.file.specs.values(), hashes)
 
     def __contains__(self, tensor: str) -> bool:
         return f"lengths/{tensor}" in self.file.specs

@@ -9,7 +9,6 @@ from (``key``) and plain numbers; and a digest of all that, which tells damage.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -28,6 +27,8 @@ if TYPE_CHECKING:
 
 _VERSION = "2"
 MARK = "loratools_spectra"
+# The kind of its own digest, whatever others are: who changes the file can write that anew, too.
+_DAMAGE: hashing.Kind = "xxh3"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Spectra:
             spec = TensorSpec(f"{part}/{module}", dtype_name(tensor.dtype), tuple(tensor.shape))
             data = as_bytes(tensor)
             self._spool.add(spec, data, replace=True)
-            self._hashes[spec.name] = hashing.tensor_hash(data)
+            self._hashes[spec.name] = _hash(data)
         self._facts[module] = {"key": stored.key, "facts": dict(stored.facts)}
         self.changed = True
 
@@ -131,8 +132,13 @@ class Spectra:
 
 def _digest(specs: Iterable[TensorSpec], hashes: Mapping[str, str], modules: str) -> str:
     """Of the tensors, and of what is said of them."""
-    whole = f"{hashing.digest(specs, hashes)} {modules}"
-    return hashing.PREFIX + hashlib.sha256(whole.encode()).hexdigest()
+    with hashing.using(_DAMAGE):
+        return hashing.sealed(f"{hashing.digest(specs, hashes)} {modules}")
+
+
+def _hash(data: memoryview) -> str:
+    with hashing.using(_DAMAGE):
+        return hashing.tensor_hash(data)
 
 
 def _open(path: Path) -> tuple[SafetensorsFile, dict[str, dict[str, Any]], dict[str, str]]:
@@ -163,7 +169,7 @@ def _open(path: Path) -> tuple[SafetensorsFile, dict[str, dict[str, Any]], dict[
             raise wrong
     hashes = {}
     for name in file.specs:
-        hashes[name] = hashing.tensor_hash(file.raw(name))
+        hashes[name] = _hash(file.raw(name))
         file.release(name)
     if file.metadata.get("digest") != _digest(
         file.specs.values(), hashes, file.metadata["modules"]

@@ -105,7 +105,7 @@ class Weights(Mapping[str, Weight]):
     def __init__(
         self, specs: Mapping[str, TensorSpec], config: Mapping[str, Any], model: Says = None
     ) -> None:
-        self._specs, self._config, self._model = specs, config, model
+        self.specs, self._config, self._model = specs, config, model
         self._layouts = model.layouts if isinstance(model, ModelSays) else {}
         self._seen: dict[str, Weight] = {}
 
@@ -125,10 +125,10 @@ class Weights(Mapping[str, Weight]):
     def groups_with(self, names: Collection[str]) -> tuple[tuple[str, ...], ...]:
         """Those that some of the names may belong to; of plain layers nobody is asked. A name that
         is not stored may be another one for what is: all groups are given then."""
-        if all(name in self._specs and not self._may_be_tied(name) for name in names):
+        if all(name in self.specs and not self._may_be_tied(name) for name in names):
             return ()
         wanted = set(names)
-        if not wanted.issubset(self._specs):
+        if not wanted.issubset(self.specs):
             return self.groups
         return tuple(group for group in self.groups if wanted.intersection(group))
 
@@ -174,26 +174,26 @@ class Weights(Mapping[str, Weight]):
 
     @property
     def _head_by_name(self) -> str:
-        return tied_head(self._config, self._specs) if ties_embeddings(self._config) else ""
+        return tied_head(self._config, self.specs) if ties_embeddings(self._config) else ""
 
     @property
     def _embedding_by_name(self) -> str:
         """By its name, else by its rows: one for each token of the vocabulary."""
         rows = (
             name
-            for name, spec in self._specs.items()
+            for name, spec in self.specs.items()
             if spec.shape[:1] in self._vocabularies
             and len(spec.shape) == 2
             and not is_output_head(name)
         )
-        return next(filter(is_input_embedding, self._specs), next(rows, ""))
+        return next(filter(is_input_embedding, self.specs), next(rows, ""))
 
     def _may_be_tied(self, name: str) -> bool:
         """Whether a stored tensor may go by other names, too: an embedding, a head, a weight with a
         row for each token."""
         module, _ = split_tensor(name)
         named = _SHARED.search(module) or EMBEDDING.fullmatch(module.rpartition(".")[2])
-        shape = self._specs[name].shape
+        shape = self.specs[name].shape
         return bool(named) or is_output_head(name) or shape[:1] in self._vocabularies
 
     @functools.cached_property
@@ -202,13 +202,13 @@ class Weights(Mapping[str, Weight]):
 
     def __getitem__(self, name: str) -> Weight:
         if name not in self._seen:
-            spec = self._specs.get(name) or self._specs[self.ties[name]]
+            spec = self.specs.get(name) or self.specs[self.ties[name]]
             self._seen[name] = self.of(dataclasses.replace(spec, name=name))
         return self._seen[name]
 
     def __iter__(self) -> Iterator[str]:
-        yield from self._specs
-        yield from (name for name in self.ties if name not in self._specs)
+        yield from self.specs
+        yield from (name for name in self.ties if name not in self.specs)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -217,7 +217,7 @@ class Weights(Mapping[str, Weight]):
         """What a tensor of that name is, in whatever dtype and under a name of any kind."""
         own = self._layouts.get(spec.name)
         layout, groups = own if own is not None else (layout_name(spec, self._config), 1)
-        return Weight(spec, layout, groups, spec.name in self._specs, self)
+        return Weight(spec, layout, groups, spec.name in self.specs, self)
 
 
 def weight_of(spec: TensorSpec, config: Mapping[str, Any]) -> Weight:

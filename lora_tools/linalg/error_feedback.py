@@ -1,5 +1,5 @@
-"""Codes on a stored four-bit grid whose errors make up for one another in a layer's outputs: GPTQ
-(arXiv 2210.17323), for scales that are there already.
+"""Codes on a stored grid whose errors make up for one another in a layer's outputs: GPTQ (arXiv
+2210.17323), for scales that are there already.
 
 A weight W (m, n) that is read back as W − E costs E‖Ex‖² = tr(E R Eᵀ) of the layer's outputs, with
 R = E[xxᵀ] of its inputs. Let R + λI = U Uᵀ, U upper triangular. Column j of E U is then made of the
@@ -151,7 +151,8 @@ def feed(
         dequantize_stored(torch.from_numpy(plain), scales, table, blocksize, back, first * n)
         cost = by.error(A - back.view(rows.shape).T[by.order].float())
         grid = _grid(scales, first, rows.shape, blocksize, by.order)
-        ranks, fed = _feed(A, grid, codebook, by, x.dtype)
+        column = Column(codebook.table[codebook.order], codebook.midpoints, len(rows), x.dtype)
+        ranks, fed = feed_columns(A, *grid, column, by)
         codes = np.empty(2 * packed_size(rows.numel()), np.uint8)
         codes[-1] = codebook.order[np.count_nonzero(codebook.midpoints < 0)]  # the number 0
         codes[: rows.numel()].reshape(rows.shape)[:, by.order.numpy()] = codebook.order[ranks].T
@@ -174,16 +175,25 @@ def _grid(
     return scales[at // blocksize], np.arange(n)
 
 
-def _feed(
-    A: torch.Tensor, grid: tuple[Array, Array], codebook: Codebook, by: Factor, dtype: torch.dtype
+def feed_columns(
+    A: torch.Tensor,
+    scales: Array,
+    of_column: Array,
+    column: Column,
+    by: Factor,
+    zeros: Array | None = None,
 ) -> tuple[Array, float]:
     """Ranks (n, m) uint8 of the values that the columns, the rows of A (n, m), come to, and
-    tr(E R Eᵀ); A becomes Eᵀ."""
+    tr(E R Eᵀ); A becomes Eᵀ.
+
+    Args:
+        scales: (k, m) float32.
+        of_column: (n,) which row of them each column goes by.
+        zeros: (k, m) float32, the value that stands for 0; 0 itself where they are not given.
+    """
     n, m = A.shape
-    scales, of_column = grid
     inverse = torch.from_numpy(1 / np.where(np.abs(scales) < TINY, TINY, scales))
     ranks = np.empty((n, m), np.uint8)
-    column = _Column(codebook, m, dtype)
     costs = torch.empty(n, dtype=torch.float64)
     T = torch.empty(_COLUMNS, m)
     for start in range(0, n, _COLUMNS):
@@ -196,7 +206,8 @@ def _feed(
             if k:
                 target.addmv_(before.narrow(1, 0, k), weights[k].narrow(0, 0, k))
             at = of_column[start + k]
-            back = column.round(target, scales[at], inverse[at], ranks[start + k])
+            zero = None if zeros is None else zeros[at]
+            back = column.round(target, scales[at], inverse[at], ranks[start + k], zero)
             error.sub_(back)
             target.sub_(back)
         costs[start:stop] = block.square().sum(1)
@@ -204,24 +215,34 @@ def _feed(
     return ranks, max(cost - by.damping * sum_of_squares(A), 0.0)
 
 
-class _Column:
-    """Rounds m numbers to the nearest values of their grids, as ``nf4`` does."""
+class Column:
+    """Rounds m numbers to the nearest of ascending values (k,) times their scales, as ``nf4`` does;
+    what a reader has of them it rounds to ``dtype``."""
 
-    def __init__(self, codebook: Codebook, m: int, dtype: torch.dtype) -> None:
-        self._midpoints = torch.from_numpy(codebook.midpoints)
-        self._values = codebook.table[codebook.order]
+    def __init__(self, values: Array, midpoints: Array, m: int, dtype: torch.dtype) -> None:
+        self._midpoints, self._values = torch.from_numpy(midpoints), values
         self._scaled, self._rank = torch.empty(m), torch.empty(m, dtype=torch.int64)
         self._back, self._narrow = torch.empty(m), torch.empty(m, dtype=dtype)
         self._into, self._ranks = self._back.numpy(), self._rank.numpy()
+        self._scaled_array = self._scaled.numpy()
 
     def round(
-        self, x: torch.Tensor, scales: Array, inverse: torch.Tensor, ranks: Array
+        self,
+        x: torch.Tensor,
+        scales: Array,
+        inverse: torch.Tensor,
+        ranks: Array,
+        zeros: Array | None = None,
     ) -> torch.Tensor:
         """What x (m,) comes to, as a reader has it; ranks (m,) takes the values' ranks."""
         torch.mul(x, inverse, out=self._scaled)
+        if zeros is not None:
+            np.add(self._scaled_array, zeros, out=self._scaled_array)
         torch.bucketize(self._scaled, self._midpoints, out=self._rank)
         np.copyto(ranks, self._ranks, casting="unsafe")
         self._values.take(self._ranks, out=self._into, mode="clip")
+        if zeros is not None:
+            np.subtract(self._into, zeros, out=self._into)
         np.multiply(self._into, scales, out=self._into)
         if self._narrow.dtype != torch.float32:
             self._back.copy_(self._narrow.copy_(self._back))

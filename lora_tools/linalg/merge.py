@@ -95,11 +95,19 @@ class Survival:
     def add(self, base: torch.Tensor, exact: torch.Tensor, written: torch.Tensor) -> None:
         """One run of rows of each, base and exact in the working dtype. May reuse ``base``."""
         off = written.to(exact.dtype) - exact
-        delta = torch.sub(exact, base, out=base).reshape(-1)
+        self.sum(torch.sub(exact, base, out=base), off)
+
+    def sum(self, delta: torch.Tensor, off: torch.Tensor) -> None:
+        """One run of Δ, and of written − exact."""
         energy = sum_of_squares(delta)
         self.wanted += energy
-        self.moved += energy + float(torch.dot(delta, off.reshape(-1)))
+        self.moved += energy + float(torch.dot(delta.reshape(-1), off.reshape(-1)))
         self.error += sum_of_squares(off)
+
+    def less(self, other: Survival, times: float) -> Survival:
+        """The sums less so many times another's."""
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Survival(*(a - times * b for a, b in pairs))
 
 
 # Where a product lies, its left (rows, r) with all scales, its right (r, cols).

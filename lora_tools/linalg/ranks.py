@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import heapq
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
+
+from lora_tools.linalg.allocation import allocate
 
 if TYPE_CHECKING:
     import torch
@@ -238,23 +239,14 @@ POLICIES: dict[str, Policy] = {
 def budget(spectra: Sequence[Spectrum], costs: Sequence[int], size: int) -> list[int | None]:
     """Ranks for all modules at once, so that Σ rank · cost ≤ size and the energy left out is least.
 
-    Greedy: always the next σ² / cost, which is optimal for the size it comes to because a module's
-    gains only fall; what is left of the size goes to the best that still fits. Compared with the
-    largest uniform rank of that size, which it can miss by the last item, and never worse.
+    Greedy (``allocation``): always the next σ² / cost, and a module's gains only fall. Compared
+    with the largest uniform rank of that size, which it can miss by the last item, and never worse.
 
     A rank is None where a module's whole known spectrum was taken: look deeper.
     """
-    gains = [(s.squared / cost).tolist() for s, cost in zip(spectra, costs, strict=True)]
-    heap = [(-known[0], i) for i, known in enumerate(gains) if known]
-    heapq.heapify(heap)
-    ranks, left = [0] * len(gains), size
-    while heap:
-        _, i = heapq.heappop(heap)
-        if costs[i] > left:
-            continue  # nor does the next one of this module
-        ranks[i], left = ranks[i] + 1, left - costs[i]
-        if ranks[i] < len(gains[i]):
-            heapq.heappush(heap, (-gains[i][ranks[i]], i))
+    prices = [(s.squared / cost).tolist() for s, cost in zip(spectra, costs, strict=True)]
+    each = [[cost] * len(known) for known, cost in zip(prices, costs, strict=True)]
+    ranks = allocate(prices, each, size)
     if any(r == len(s.squared) and not s.complete for r, s in zip(ranks, spectra, strict=True)):
         return [
             None if r == len(s.squared) and not s.complete else r

@@ -169,6 +169,37 @@ def kronecker_right(tensors: Sequence[torch.Tensor], numbers: Sequence[int]) -> 
     return torch.kron(one.contiguous(), two.contiguous())
 
 
+def rows(tensors: Sequence[torch.Tensor], numbers: Sequence[int]) -> torch.Tensor:
+    """(n, …) → its rows [first, after last), one run below the other. ``numbers``: both, for each
+    run."""
+    import torch
+
+    runs = zip(numbers[::2], numbers[1::2], strict=True)
+    return torch.cat([tensors[0][start:stop] for start, stop in runs])
+
+
+def stacked(tensors: Sequence[torch.Tensor], numbers: Sequence[int]) -> torch.Tensor:
+    """(rᵢ, in) → (Σ rᵢ, in)."""
+    import torch
+
+    return torch.cat(list(tensors))
+
+
+def stacked_diagonal(tensors: Sequence[torch.Tensor], numbers: Sequence[int]) -> torch.Tensor:
+    """(outᵢ, rᵢ) → (Σ out, Σ rᵢ), a block below the other. ``numbers``: the rows of every block,
+    then 1 or 0 for each: whether it is there, or zeros."""
+    sizes, there = numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :]
+    result = tensors[0].new_zeros(sum(sizes), sum(x.shape[1] for x in tensors))
+    blocks, row, column = iter(tensors), 0, 0
+    for size, on in zip(sizes, there, strict=True):
+        if on:
+            block = next(blocks)
+            result[row : row + size, column : column + block.shape[1]] = block
+            column += block.shape[1]
+        row += size
+    return result
+
+
 RECIPES: dict[str, Recipe] = {
     recipe.__name__: recipe
     for recipe in (
@@ -186,6 +217,9 @@ RECIPES: dict[str, Recipe] = {
         kronecker_right,
         whole_left,
         whole_right,
+        rows,
+        stacked,
+        stacked_diagonal,
         loralib.block_rows,
         loralib.placed_rows,
         loralib.first_rows,

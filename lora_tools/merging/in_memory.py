@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
 from typing import TYPE_CHECKING
 
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.merging.targets import Target
-from lora_tools.merging.tensor import MergedRuns, MergeTensor
+from lora_tools.merging.tensor import MergedRun, MergedRuns, MergeTensor, check_finite
 from lora_tools.records import TensorSpec
 
 if TYPE_CHECKING:
     import torch
 
-    from lora_tools.linalg.merge import Survival
+_FEW = 4  # runs, by which a tensor may be formed further than it is read back
 
 
 class _Memory:
@@ -56,15 +57,41 @@ def largest_in(target: Target, source: Checkpoint, spec: TensorSpec) -> float:
     return float(torch.stack(found).amax()) if found else 0.0
 
 
-def survival_of(
-    written: torch.Tensor, target: Target, source: Checkpoint, spec: TensorSpec
-) -> Survival | None:
-    """How much of a merge's change is left in ``written`` (rows, cols), which stands for its sum;
-    None where the tensor has another shape than the source's."""
-    runs = MergedRuns(target, source, spec)
-    survival = runs.survival()
-    if survival is not None:
-        for run in runs:
-            survival.add(runs.read(run.start, run.stop), run.exact, written[run.start : run.stop])
-        source.release(target.base_name)
-    return survival
+class MergeInMemory:
+    """A merged tensor that is formed in memory as far as it is wanted, and then held against what
+    was made of it. A few of its runs are kept between the two; others are formed twice."""
+
+    def __init__(
+        self, out: torch.Tensor, target: Target, source: Checkpoint, spec: TensorSpec
+    ) -> None:
+        """``out``: as ``merge_into`` has it."""
+        from lora_tools.linalg.runs import RUN_ELEMENTS, row_runs
+
+        self._runs, self._name = MergedRuns(target, source, spec), spec.name
+        self._out = out.view(self._runs.shape)
+        self._to_form = deque(row_runs(*self._runs.shape, RUN_ELEMENTS))
+        self._to_compare = self._to_form.copy()
+        self._kept: dict[int, tuple[MergedRun, torch.Tensor]] = {}
+        self.survival = self._runs.survival()
+
+    def form(self, count: int) -> None:
+        """Fill in the first ``count`` numbers, at least. Raises NonFiniteError."""
+        cols = self._runs.shape[1]
+        while self._to_form and self._to_form[0][0] * cols < count:
+            start, stop = self._to_form.popleft()
+            run = self._runs.run(start, stop)
+            check_finite(run.exact, self._out[start:stop].copy_(run.exact), self._name)
+            if self.survival is not None and len(self._kept) < _FEW:
+                self._kept[start] = run, self._runs.read(start, stop)
+
+    def compare(self, written: torch.Tensor, count: int) -> None:
+        """See how much of the change is left in the first ``count`` numbers of ``written``, flat,
+        which stands for the sum."""
+        if self.survival is None:
+            return
+        rows, cols = written.view(self._runs.shape), self._runs.shape[1]
+        while self._to_compare and self._to_compare[0][1] * cols <= count:
+            start, stop = self._to_compare.popleft()
+            kept = self._kept.pop(start, None)
+            run, base = kept or (self._runs.run(start, stop), self._runs.read(start, stop))
+            self.survival.add(base, run.exact, rows[start:stop])

@@ -1,14 +1,16 @@
 """Adapters that go by other names than the base: those in memory, and the base is a file; or the
-other way about."""
+other way about; or those of the other layout of a diffusion model."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from lora_tools.errors import UnsupportedAdapter
-from lora_tools.sources.transformers_names import loaded, rows_of
+from lora_tools.formats.counterparts.table import Counterpart, counterparts
+from lora_tools.records import rows_of
+from lora_tools.sources.transformers_names import LoadedTensor, loaded
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +25,7 @@ def by_own_names(
 ) -> list[tuple[str, Part]]:
     """Parts of an adapter with the tensor names that it asks for, by those that the base has.
 
-    Where all are ``known``, and where transformers has no other names for them, they stay. One that
+    Where all are ``known``, and where nobody has other names for them, they stay. One that
     is made of several stored tensors becomes a part for each.
     """
     aliases = getattr(base, "aliases", {})
@@ -35,16 +37,16 @@ def by_own_names(
     if renamed is not None:  # a live model
         own = renamed(strange)
         return [(own.get(name, name), part) for name, part in wanted]
-    how = loaded(base.config, base.specs)
-    if how is None or not strange & how.tensors.keys():
+    made = _other_names(base, strange)
+    if not made:
         return wanted
     result = []
     for name, part in wanted:
         placed = part.expert is not None and name in known
-        if placed or name not in how.tensors:
+        if placed or name not in made:
             result.append((name, part))
             continue
-        tensor, row = how.tensors[name], 0
+        tensor, row = made[name], 0
         if part.expert is not None and len(tensor.pieces) > 1:
             raise UnsupportedAdapter(
                 f"{part.weighted.path}: {part.expert.own.tensor} acts on a part of {name}, which "
@@ -56,6 +58,18 @@ def by_own_names(
             result.append((piece.stored, part))
             row += piece.rows
     return result
+
+
+def _other_names(
+    base: Checkpoint | BaseOutline, strange: Collection[str]
+) -> Mapping[str, Counterpart | LoadedTensor]:
+    """What the base's tensors are called elsewhere, where that is one of these names: in the other
+    layout of a diffusion model, or in memory."""
+    others = counterparts(base.specs)
+    if not others.keys().isdisjoint(strange):
+        return others
+    how = loaded(base.config, base.specs)
+    return {} if how is None or how.tensors.keys().isdisjoint(strange) else how.tensors
 
 
 def replaced(part: Part, saved: torch.Tensor, target: Target) -> Replaced:

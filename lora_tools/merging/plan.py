@@ -77,7 +77,7 @@ class MergePlan:
 
 
 def adapter_digest(adapter: Adapter) -> str:
-    """Content digest of an adapter's tensors."""
+    """Content digest of an adapter's tensors, of the kind that is used here."""
     hashes = {name: hashing.tensor_hash(adapter.file.raw(name)) for name in adapter.file.specs}
     return hashing.digest(adapter.file.specs.values(), hashes)
 
@@ -322,7 +322,7 @@ def build_effects(target: Target, read: Read | None) -> list[Effect]:
             assert part.layout is not None
             blocks, shape = blocks_of(part), target.matrix(target.spec.shape)
             magnitude = adapter.tensor(source.magnitude) if source.magnitude else None
-            if part.shape != target.spec.shape:
+            if part.start or part.shape != target.spec.shape:
                 blocks = clip(blocks, part.start, part.start + shape[0])
             elif part.layout.matrix(part.shape) != shape:
                 # Another adapter sees the tensor as another matrix.

@@ -33,7 +33,7 @@ def signed(shards: Sequence[Shard], command: str, adapters: Sequence[Weighted]) 
     made = {
         "loratools": tool_version(),
         "command": command,
-        **_digests([hashing.BLANK] * (1 + len(adapters)), adapters),
+        **_digests([hashing.blank()] * (1 + len(adapters)), adapters),
     }
     if adapters:
         made["adapter_settings"] = settings_of(adapters)
@@ -126,4 +126,5 @@ class Rewrite:
             made_of = self.source.files[0].metadata.get("base_digest", "")
             if not made_of:
                 return
-        check_bases(((w.path, w.adapter.file.metadata) for w in self.adapters), own, made_of)
+        given = ((w.path, w.adapter.file.metadata) for w in self.adapters)
+        check_bases(given, own, self.source, made_of)

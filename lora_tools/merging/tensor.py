@@ -7,10 +7,9 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-import xxhash
-
 from lora_tools.errors import NonFiniteError
 from lora_tools.figures import Total
+from lora_tools.formats import digest as hashing
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.checkpoint_writer import TensorSink
 from lora_tools.formats.dtypes import torch_dtype
@@ -76,12 +75,12 @@ class MergeTensor:
     ) -> tuple[str, Listing | None, Survival | None]:
         from lora_tools.formats.tensors import as_bytes
 
-        dtype, state, offset = torch_dtype(self.spec.dtype), xxhash.xxh3_128(), 0
+        dtype, state, offset = torch_dtype(self.spec.dtype), hashing.new_hash(), 0
         lister = _Lister(runs) if self.reversible else None
         survival = runs.survival() if self.measured else None
         for run in runs:
             merged = run.exact.to(dtype)
-            _check_finite(run.exact, merged, self.spec.name)
+            check_finite(run.exact, merged, self.spec.name)
             data = as_bytes(merged)
             sink.write(self.spec.name, data, offset)
             state.update(data)
@@ -101,7 +100,7 @@ def _is_copied(target: Target, base: Checkpoint, spec: TensorSpec) -> bool:
 
 def copy_tensor(source: Checkpoint, name: str, sink: TensorSink) -> str:
     """Copy a tensor's bytes through; returns their hash."""
-    raw, state = source.raw(name), xxhash.xxh3_128()
+    raw, state = source.raw(name), hashing.new_hash()
     for offset in range(0, raw.nbytes, _COPY_STEP):
         chunk = raw[offset : offset + _COPY_STEP]
         state.update(chunk)
@@ -165,7 +164,11 @@ class MergedRuns:
         from lora_tools.linalg.runs import RUN_ELEMENTS, row_runs
 
         for start, stop in row_runs(*self.shape, RUN_ELEMENTS):
-            yield MergedRun(start, stop, self.work.forward(self.read(start, stop), start, stop))
+            yield self.run(start, stop)
+
+    def run(self, start: int, stop: int) -> MergedRun:
+        """Rows [start, stop), which are to be those of a run."""
+        return MergedRun(start, stop, self.work.forward(self.read(start, stop), start, stop))
 
     def survival(self) -> Survival | None:
         """To measure with how much of a change is left; None where there is none to measure."""
@@ -212,7 +215,8 @@ def survival_totals(survivals: Sequence[Survival]) -> SurvivalTotals:
     }
 
 
-def _check_finite(exact: torch.Tensor, rounded: torch.Tensor, name: str) -> None:
+def check_finite(exact: torch.Tensor, rounded: torch.Tensor, name: str) -> None:
+    """Raises NonFiniteError for numbers of a merged tensor that are none as they were rounded."""
     import torch
 
     if not exact.numel() or not rounded.is_floating_point():

@@ -9,8 +9,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import xxhash
-
 from lora_tools.errors import (
     CheckpointError,
     LoraToolsError,
@@ -26,7 +24,7 @@ from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.formats.safetensors_file import parse_header, strict_json
 from lora_tools.formats.sidecar import NAME as SIDECAR_NAME
 from lora_tools.formats.sidecar import Sidecar
-from lora_tools.merging.plan import MergePlan, build_effects
+from lora_tools.merging.plan import MergePlan, adapter_digest, build_effects
 from lora_tools.merging.rewrite import Rewrite
 from lora_tools.merging.targets import BaseOutline, Target
 from lora_tools.merging.tensor import as_matrix, copy_tensor, working_dtype
@@ -50,13 +48,23 @@ class Restored:
     bound: float = 0.0
 
 
-def check_recorded(
-    merged: Checkpoint, weighted: Sequence[Weighted], digests: Sequence[str]
-) -> None:
+def digests_like(recorded: Sequence[str], weighted: Sequence[Weighted]) -> list[str]:
+    """The adapters' digests, to compare with recorded ones, which are all of one kind.
+
+    Raises:
+        MismatchError: of a kind that cannot be formed.
+    """
+    with hashing.using(hashing.kind_of(recorded[0]) if recorded else hashing.used()):
+        return [adapter_digest(w.adapter) for w in weighted]
+
+
+def check_recorded(merged: Checkpoint, weighted: Sequence[Weighted]) -> None:
     """Without a sidecar, what the metadata says was merged. Raises MismatchError."""
     recorded = merged.files[0].metadata.get("adapter_digests", "").split()
+    if not recorded:
+        return
     settings = merged.files[0].metadata.get("adapter_settings", "").split()
-    given = digests_and_weights(digests, weighted).split()
+    given = digests_and_weights(digests_like(recorded, weighted), weighted).split()
     for mine, each in zip(given, weighted, strict=True):
         if mine in recorded and len(settings) == len(recorded):
             known = [s for d, s in zip(recorded, settings, strict=True) if d == mine]
@@ -66,7 +74,7 @@ def check_recorded(
                     f"into {merged.path}; give it as it was, or pass --allow-other-base to "
                     "subtract it all the same"
                 )
-        if recorded and mine not in recorded:
+        if mine not in recorded:
             raise MismatchError(
                 f"{each.path}: is not what was merged with that weight, by the metadata of "
                 f"{merged.path} ({', '.join(recorded)}); pass --allow-other-base to subtract it "
@@ -74,9 +82,10 @@ def check_recorded(
             )
 
 
-def check_adapters(memory: Sidecar, weighted: Sequence[Weighted], digests: Sequence[str]) -> None:
+def check_adapters(memory: Sidecar, weighted: Sequence[Weighted]) -> None:
     """The adapters given must be those merged, in their order and with their weights."""
     used = memory.adapters
+    digests = digests_like([d for d, _ in used], weighted)
     given = [(d, w.weight) for d, w in zip(digests, weighted, strict=True)]
     if given == used:
         return
@@ -162,7 +171,8 @@ def refuse_lossy(plan: MergePlan) -> None:
 
 
 def unmerge_checkpoint(job: Rewrite, memory: Sidecar | None) -> Report[UnmergeTotals]:
-    """Write the base out of ``job.source``, which was merged; with a sidecar its digest proves it.
+    """Write the base out of ``job.source``, which was merged; with a sidecar its digest checks it,
+    in the sidecar's own kind.
 
     Raises:
         MismatchError: what comes out is not the base that the sidecar names.
@@ -170,7 +180,8 @@ def unmerge_checkpoint(job: Rewrite, memory: Sidecar | None) -> Report[UnmergeTo
     from lora_tools.engine import threads
 
     merged, targets = job.source, job.plan.targets
-    with job.writer() as writer:
+    kind = hashing.used() if memory is None else hashing.kind_of(memory.base_digest)
+    with hashing.using(kind), job.writer() as writer:
         tasks = [RestoreTensor(target) for target in targets]
         done = list(
             threads.run(tasks, (merged, memory), writer, jobs=job.jobs, progress=job.progress)
@@ -227,7 +238,7 @@ class RestoreTensor:
         name = self.target.spec.name
         if not self.target.parts:
             return Restored(copy_tensor(merged, name, sink))
-        state, offset = xxhash.xxh3_128(), 0
+        state, offset = hashing.new_hash(), 0
         with _damage_named(memory, name):
             runs = _RestoredRuns(self.target, merged, memory)
             for rows in runs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx
 
@@ -14,7 +14,7 @@ from lora_tools.formats.checkpoint import Checkpoint, with_theta
 from lora_tools.formats.regular_files import is_there
 from lora_tools.formats.synced import write_synced
 from lora_tools.formats.tensors import as_bytes
-from lora_tools.onnx import genai
+from lora_tools.onnx import genai, nbits
 from lora_tools.onnx.initializers import load
 from lora_tools.onnx.linears import is_quantized
 from lora_tools.onnx.runtime_adapters import Branch, Replacement, add_branches, remove_branches
@@ -32,6 +32,10 @@ from lora_tools.onnx.weights import (
 )
 from lora_tools.records import TensorSpec
 from lora_tools.sources.checkpoints import open_checkpoint
+
+if TYPE_CHECKING:
+    from lora_tools.linalg.error_feedback import Errors
+    from lora_tools.onnx.quantized import Packing
 
 _COPY_STEP = 8 << 20
 _MODULES = "sentence_modules"
@@ -60,6 +64,7 @@ class Built:
         quantized, used: names of weights in the graphs, the quantized ones and all.
         formed: transformers forms some of them of several of the checkpoint's tensors.
         bundle: bytes of the file of weights that no file of the checkpoint holds.
+        fed: of quantized weights, those whose errors were fed forward, and what that came to.
     """
 
     files: tuple[str, ...]
@@ -71,6 +76,7 @@ class Built:
     used: frozenset[str] = frozenset()
     formed: bool = False
     bundle: int = 0
+    fed: Mapping[str, Errors] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +89,7 @@ class Build:
         made: how they are made, for the graphs' metadata.
         branches, replacements: modules that may get factors at run time, and tensors that may be
             brought whole.
+        factor: what rounding errors of ``scheme`` are fed forward by (``onnx.quantized.NBits``).
         scheme: how linear layers are quantized (``onnx.schemes``); with "nf4" the folder's are.
         plain: the folder of the same checkpoint with no weight quantized, if not ``folder``.
     """
@@ -99,6 +106,7 @@ class Build:
     replacements: Sequence[Replacement] = ()
     scheme: str | None = None
     plain: Path | None = None
+    factor: nbits.FactorOf | None = None
 
     def write(self) -> Built:
         """Trace them, or take ``graph``, tie them to the weights and write them.
@@ -114,7 +122,7 @@ class Build:
         if not converted:
             for file, model in models.items():
                 check_shapes(model, checkpoint.specs, file)
-        where, quantized = self._places(checkpoint, models, converted)
+        where, quantized, fed = self._places(checkpoint, models, converted)
         extra = [BUNDLE] if any(place.file == BUNDLE for place in where.values()) else []
         unused = add_branches(models, self.branches, self.replacements, formed=bool(converted))
         for file, model in models.items():
@@ -137,6 +145,7 @@ class Build:
             frozenset(where) | quantized,
             bool(converted),
             (folder / BUNDLE).stat().st_size if BUNDLE in extra else 0,
+            fed,
         )
 
     def _models(self, checkpoint: Checkpoint) -> tuple[dict[str, onnx.ModelProto], set[str]]:
@@ -165,9 +174,9 @@ class Build:
 
     def _places(
         self, checkpoint: Checkpoint, models: Mapping[str, onnx.ModelProto], converted: set[str]
-    ) -> tuple[dict[str, Place], frozenset[str]]:
-        """Where each weight lies, and which are quantized, for which the graphs are changed; writes
-        the file of those that no file of the folder holds."""
+    ) -> tuple[dict[str, Place], frozenset[str], Mapping[str, Errors]]:
+        """Where each weight lies, and which are quantized, for which the graphs are changed, and
+        error-fed; writes the file of those that no file of the folder holds."""
         names = {name for model in models.values() for name in weights_of(model)}
         stored = open_checkpoint(self.folder, decoded=False)
         state: dict[str, Any] = {}
@@ -176,6 +185,7 @@ class Build:
 
             state = loaded(checkpoint.path, self.task, self.trust_remote_code).state_dict()
         packed: dict[str, tuple[TensorSpec, ...]] = {}
+        how: Packing | None = None
         if self.scheme:
             from lora_tools.onnx.quantized import packing, quantize_linears
 
@@ -184,6 +194,7 @@ class Build:
                 stored,
                 checkpoint.config,
                 lambda name: state[name] if name in converted else checkpoint.tensor(name),
+                self.factor,
             )
             packed = quantize_linears(models.values(), how, checkpoint.outside)
         own = sorted(names - converted - packed.keys())
@@ -191,7 +202,7 @@ class Build:
         # Modules beside the transformer may lie outside the folder.
         apart = checkpoint.outside if shared else checkpoint.specs.keys()
         where = places(stored, [name for name in own if name not in apart]) if shared else {}
-        if shared and packed:
+        if shared and how is not None:
             where |= how.places(packed)
         specs = [checkpoint.specs[name] for name in own if name in apart]
         specs += [
@@ -203,7 +214,7 @@ class Build:
         }
 
         def read(name: str) -> Iterable[memoryview]:
-            if name in parts:
+            if how is not None and name in parts:
                 yield how.read(name)
                 return
             if name in converted:
@@ -216,7 +227,7 @@ class Build:
 
         specs += parts.values()
         where |= bundle(self.folder / BUNDLE, specs, read) if specs else {}
-        return where, frozenset(packed)
+        return where, frozenset(packed), how.fed if how is not None else {}
 
 
 def _modules_said(task: Task) -> dict[str, str]:

@@ -29,6 +29,8 @@ from lora_tools.formats.tensors import as_bytes
 from lora_tools.formats.weights import weight_of
 from lora_tools.linalg import nf4
 from lora_tools.linalg.codebooks import CODEBOOKS
+from lora_tools.linalg.error_feedback import Errors
+from lora_tools.onnx import nbits
 from lora_tools.onnx.linears import DOMAIN, Linear, linears
 from lora_tools.onnx.schemes import AFFINE, NF4, Affine
 from lora_tools.onnx.weights import Place, places
@@ -42,9 +44,11 @@ _BNB4_BLOCKS = (16, 32, 64, 128, 256)
 
 
 class Packing(Protocol):
-    """One scheme: which weights it holds, by which operator, and their bytes."""
+    """One scheme: which weights it holds, by which operator, and their bytes; and those that were
+    error-fed in this."""
 
     operator: str
+    fed: Mapping[str, Errors]
 
     def takes(self, linear: Linear) -> bool:
         """Whether the layer's weight is quantized."""
@@ -69,6 +73,7 @@ class Bnb4:
 
     def __init__(self, stored: Checkpoint) -> None:
         self._stored = stored
+        self.fed: Mapping[str, Errors] = {}
         self._quantized = find_quantized(stored.specs, stored.raw, stored.config)
         for name, tensor in self._quantized.items():
             state = tensor.state
@@ -134,14 +139,25 @@ class NBits:
     Args:
         config: the checkpoint's ``config.json``.
         tensor: a weight as it is stored, by its name in the graph.
+        factor: (weight, inputs): that of the inputs' second moment, where rounding errors are to be
+            fed forward.
+
+    Attributes:
+        fed: weights whose errors were, and what that came to.
     """
 
     operator = "MatMulNBits"
 
     def __init__(
-        self, scheme: Affine, config: Mapping[str, Any], tensor: Callable[[str], torch.Tensor]
+        self,
+        scheme: Affine,
+        config: Mapping[str, Any],
+        tensor: Callable[[str], torch.Tensor],
+        factor: nbits.FactorOf | None = None,
     ) -> None:
         self._scheme, self._config, self._tensor = scheme, config, tensor
+        self._factor = factor
+        self.fed: Mapping[str, Errors] = {}
         self._shapes: dict[str, Linear] = {}
         self._last: dict[str, memoryview] = {}
 
@@ -182,6 +198,12 @@ class NBits:
                 f"{linear.weight}: holds an inf or a NaN, which has no whole number"
             )
         made = quantizer.qbits_block_quant(weight)
+        by = self._factor(linear.weight, linear.in_features) if self._factor else None
+        if by is not None:
+            rows = np.ascontiguousarray(weight.T)
+            bits, block = self._scheme.bits, self._scheme.block
+            codes, errors = nbits.feed(rows, made, bits, block, by)
+            made, self.fed = (codes, *made[1:]), {**self.fed, linear.weight: errors}
         return {
             spec.name: memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
             for spec, array in zip(self.specs(linear), made, strict=True)
@@ -203,10 +225,14 @@ def quantizer_of(scheme: Affine) -> Any:
 
 
 def packing(
-    name: str, stored: Checkpoint, config: Mapping[str, Any], tensor: Callable[[str], torch.Tensor]
+    name: str,
+    stored: Checkpoint,
+    config: Mapping[str, Any],
+    tensor: Callable[[str], torch.Tensor],
+    factor: nbits.FactorOf | None = None,
 ) -> Packing:
     """A scheme by its name; ``stored`` holds the weights of ``nf4``."""
-    return Bnb4(stored) if name == NF4 else NBits(AFFINE[name], config, tensor)
+    return Bnb4(stored) if name == NF4 else NBits(AFFINE[name], config, tensor, factor)
 
 
 def quantize_linears(

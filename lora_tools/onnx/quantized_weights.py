@@ -13,6 +13,7 @@ import torch
 
 from lora_tools.errors import CheckpointError
 from lora_tools.linalg import codebooks, nf4
+from lora_tools.onnx import nbits
 from lora_tools.onnx.linears import DOMAIN, QUANTIZED
 from lora_tools.onnx.quantized import BNB4_TYPES, quantizer_of
 from lora_tools.onnx.schemes import Affine
@@ -96,7 +97,8 @@ class StoredWeight:
 
     def _values(self, parts: list[Any]) -> torch.Tensor:
         if not self.is_flat:
-            return torch.from_numpy(_affine(parts, self.attributes))
+            a = self.attributes
+            return torch.from_numpy(nbits.values(parts, self.bits, a["N"], a["K"], self.block))
         out = torch.empty(self.attributes["N"], self.attributes["K"])
         codes, absmax = parts
         nf4.dequantize(codes, absmax, self._book, self.block, out.view(-1))
@@ -122,19 +124,6 @@ def dequantized(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     model = onnx.load(path, load_external_data=False)
     for stored in stored_weights(model):
         yield stored.name, stored.values(path.parent)
-
-
-def _affine(parts: list[Any], a: Mapping[str, int]) -> Any:
-    """scale · (q − zero point); of four bits the even element is in the low half of a byte."""
-    codes, scales, zeros = parts
-    scales = scales.reshape(a["N"], -1)
-    if a["bits"] == 4:
-        codes, zeros = (np.stack((each & 15, each >> 4), -1) for each in (codes, zeros))
-    blocks = scales.shape[1]
-    codes = codes.reshape(a["N"], blocks, a["block_size"]).astype(np.float32)
-    zeros = zeros.reshape(a["N"], -1)[:, :blocks].astype(np.float32)
-    whole = (codes - zeros[:, :, None]) * scales[:, :, None]
-    return np.ascontiguousarray(whole.reshape(a["N"], -1)[:, : a["K"]])
 
 
 def _array(tensor: onnx.TensorProto, folder: Path) -> Any:

@@ -19,13 +19,13 @@ from lora_tools.options.tables import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NumberFormat:
-    """How the numbers of linear layers are stored; all but the first are settings of the four bits
-    of bitsandbytes (nf4, fp4)."""
+    """How the numbers of linear layers are stored; all but the first and statistics are settings of
+    the four bits of bitsandbytes (nf4, fp4)."""
 
     scheme: str | None = option(
         None,
-        "The stored number format (docs/quantize.md). The other options of this group go with nf4 "
-        "and fp4.",
+        "The stored number format (docs/quantize.md). --activations and --calibrate go with all; "
+        "the other options of this group with nf4 and fp4.",
         FOUR_BITS,
         choices=schemes,
         unset="nf4",
@@ -96,6 +96,15 @@ class NumberFormat:
         "Of the choice of sequences, where the text has more of them (default 0).",
         FOUR_BITS,
         metavar="N",
+    )
+    budget: str | None = option(
+        None,
+        "Spend so many bits a number of these layers (4.5bits), or bytes of all files (80MB): on "
+        "the smallest blocks that fit, --blocksize being the largest, then on layers that stay as "
+        "they are, those that four bits cost most for each byte. By the error of the layers' "
+        "outputs with --activations or --calibrate, of the weights without.",
+        FOUR_BITS,
+        metavar="BITS|SIZE",
     )
     compensate: int | None = option(
         None,

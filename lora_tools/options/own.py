@@ -53,6 +53,16 @@ class Merging:
         OUTPUT,
         unset="a quantized BASE becomes plain",
     )
+    activations: str | Path | None = option(
+        None,
+        "With --requantize: round so that the error of the layers' outputs is small, on inputs as "
+        "collect-stats saw them in BASE; a small change outlasts that far better. The report says "
+        "how much is kept with it and without.",
+        OUTPUT,
+        metavar="FILE",
+        recorded=False,
+        path="input",
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -228,6 +238,16 @@ class Quantized:
     )
     int4: bool = option(
         False, "The same in four bits: smaller, and further from the original.", QUANTIZED
+    )
+    activations: str | Path | None = option(
+        None,
+        "With one of these: make the error of the layers' outputs small, on inputs as "
+        "collect-stats saw them, as `loratools quantize --activations` does; the same scales and "
+        "sizes.",
+        QUANTIZED,
+        metavar="FILE",
+        recorded=False,
+        path="input",
     )
 
 

@@ -310,7 +310,7 @@ class Writing:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Running:
-    """How the work is done; the output is the same with any."""
+    """How the work is done; the tensors of the output are the same with any."""
 
     jobs: int | None = option(
         None,
@@ -327,5 +327,11 @@ class Running:
         "leaves (docs/inspect.md), of whose pickles nothing is run.",
         RUNNING,
         recorded=False,
+    )
+    digest: Literal["xxh3", "sha256"] = option(
+        "xxh3",
+        "What the digests of inputs and output are made of: xxh3 tells accidents; sha256 stands "
+        "against attack as well (docs/verify.md).",
+        RUNNING,
     )
     progress: ProgressCallback | None = None  # called after each step; no option

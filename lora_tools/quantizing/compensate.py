@@ -27,7 +27,7 @@ from lora_tools.linalg.ranks import RankRule
 from lora_tools.merging.plan import plan_merge
 from lora_tools.merging.targets import Part
 from lora_tools.provenance import tool_version
-from lora_tools.quantizing.feeding import factor_of, width_of
+from lora_tools.quantizing.feeding import with_factor
 from lora_tools.quantizing.plan import Item, QuantizePlan
 from lora_tools.records import DTYPE_BITS, Action, Fate, TensorResult, counted
 from lora_tools.sources.weighted import Weighted
@@ -220,14 +220,6 @@ class LeftOver:
             compensated_output_error=relative(self.outputs, first.output_norm),
             output_norm=first.output_norm,
         )
-
-
-def with_factor(item: Item) -> Item:
-    """The item with the factor of its inputs' second moment, where that is known, made once."""
-    if item.feeding is None:
-        return item
-    by = factor_of(item.feeding, width_of(item))
-    return dataclasses.replace(item, feeding=dataclasses.replace(item.feeding, by=by))
 
 
 def _energy(x: torch.Tensor) -> float:

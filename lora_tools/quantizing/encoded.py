@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lora_tools.errors import NonFiniteError
 from lora_tools.formats.checkpoint_writer import Sink
 from lora_tools.formats.quantized.packed import PackedWeight
+from lora_tools.quantizing.feeding import Feeder, with_outputs
 from lora_tools.quantizing.plan import Item
 from lora_tools.records import TensorResult, TensorSpec
 from lora_tools.sources.schemes.row import is_finite, matrix_of
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from lora_tools.sources.schemes.row import Parts
 
 
-_BAND = 1 << 18  # numbers that are encoded at once, where so few can be
+_BAND = 1 << 20  # numbers that are encoded at once, where so few can be
 
 
 def pack(
@@ -33,23 +34,28 @@ def pack(
     buffers: Buffers,
     done: Callable[[int, int], None],
     back: torch.Tensor | None,
+    ready: Callable[[int], None],
 ) -> TensorResult:
-    """Quantize a flat tensor and write what its row makes of it, unless ``writer`` is None; into
-    ``back`` (n,), if given, goes what a reader makes of that, in float32."""
-    item = _with_own_scale(item, x)
-    error, energy = _measured(item, x, _bands(item, x, writer, buffers), done, buffers, back)
+    """Quantize a flat tensor and write what its row makes of it, as ``quantizing.pack.Way`` says;
+    ``back`` (n,) is float32."""
+    item = _with_own_scale(item, x, ready)
+    feeder = Feeder(item) if item.feeding is not None else None
+    bands = _bands(item, x, writer, buffers, ready, feeder)
+    error, energy = _measured(item, x, bands, done, buffers, back)
     bits = 8 * item.nbytes / x.numel()
     relative = math.sqrt(error / energy) if energy else 0.0
-    return TensorResult(item.name, item.spec.shape, bits, relative, math.sqrt(energy))
+    result = TensorResult(item.name, item.spec.shape, bits, relative, math.sqrt(energy))
+    return result if feeder is None else with_outputs(result, feeder.errors)
 
 
-def _with_own_scale(item: Item, x: torch.Tensor) -> Item:
+def _with_own_scale(item: Item, x: torch.Tensor, ready: Callable[[int], None]) -> Item:
     """The item with the scale of all its numbers, where its row has one, and may encode it by rows
     once that is known."""
     packed: Any = item.packed
     assert item.scheme is not None
     if getattr(packed, "shared", 0.0) is not None or item.scheme.shared_for(packed, 1.0) is None:
         return item
+    ready(x.numel())
     shared = item.scheme.shared_for(packed, _largest(x))
     return dataclasses.replace(item, packed=dataclasses.replace(packed, shared=shared))
 
@@ -71,7 +77,14 @@ class _Band:
     parts: Parts
 
 
-def _bands(item: Item, x: torch.Tensor, writer: Sink | None, buffers: Buffers) -> Iterator[_Band]:
+def _bands(
+    item: Item,
+    x: torch.Tensor,
+    writer: Sink | None,
+    buffers: Buffers,
+    ready: Callable[[int], None],
+    feeder: Feeder | None,
+) -> Iterator[_Band]:
     """The weight in bands of few rows, where its row encodes them by themselves: they stay in cache
     until they are measured. Each is written before it is given. Raises NonFiniteError."""
     import torch
@@ -80,14 +93,18 @@ def _bands(item: Item, x: torch.Tensor, writer: Sink | None, buffers: Buffers) -
     assert item.scheme is not None
     matrix = rows, cols = matrix_of(item.spec)
     unit = item.scheme.unit(item.packed)
-    step = max(_BAND // cols // unit, 1) * unit if unit else rows
+    height = _BAND // cols if feeder is None else feeder.rows
+    step = max(height // unit, 1) * unit if unit else rows
     shape = item.spec.shape if step >= rows else None
     written: Counter[str] = Counter()
     with buffers.lend((min(step, rows), cols), torch.float32) as room:
         for start in range(0, rows, step):
             stop = min(start + step, rows)
+            ready(stop * cols)
             wide = room[: stop - start].copy_(x.view(matrix)[start:stop])
-            parts = _encoded(item, wide if shape is None else wide.view(shape))
+            parts: Parts = _encoded(item, wide if shape is None else wide.view(shape))
+            if feeder is not None:
+                parts = feeder.feed(wide, parts)
             if writer is not None:
                 _write(item.packed, parts, writer, written)
             yield _Band(start, stop, parts)

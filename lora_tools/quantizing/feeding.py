@@ -6,14 +6,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_tools.errors import CheckpointError
 from lora_tools.formats.activations import Activations
+from lora_tools.formats.checkpoint_writer import Shard
+from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.formats.names import split_tensor
 from lora_tools.formats.quantized.bitsandbytes import QuantizedTensor, QuantState
 from lora_tools.quantizing.plan import Feeding, Item, QuantizePlan
-from lora_tools.records import TensorResult, counted
+from lora_tools.records import Input, Report, TensorResult, counted
+from lora_tools.sources.schemes.row import Scheme
 from lora_tools.totals import QuantizeTotals
 
 if TYPE_CHECKING:
@@ -22,19 +26,51 @@ if TYPE_CHECKING:
     from lora_tools.engine.buffers import Buffers
     from lora_tools.linalg.error_feedback import Errors, Factor
     from lora_tools.linalg.nf4 import Quantized
+    from lora_tools.sources.schemes.row import Parts
 
+T = TypeVar("T")
 _BY_ITSELF = ", rounded by itself: "
 
 
-def plan_feeding(plan: QuantizePlan, known: Activations) -> tuple[QuantizePlan, list[str]]:
+def activations_of(path: str | Path | None) -> Activations | None:
+    """The statistics that are given."""
+    return None if path is None else Activations(Path(path))
+
+
+def with_input(report: Report[T], known: Activations | None) -> Report[T]:
+    """The report with the statistics among its inputs."""
+    if known is None:
+        return report
+    given = Input("activations", str(known.path), known.digest)
+    return dataclasses.replace(report, inputs=(*report.inputs, given))
+
+
+def made_by(shards: list[Shard], known: Activations | None) -> list[Shard]:
+    """The files with the digest of the statistics in their metadata."""
+    if known is None:
+        return shards
+    said = {"activations_digest": known.digest}
+    return [dataclasses.replace(s, metadata={**s.metadata, **said}) for s in shards]
+
+
+def plan_feeding(
+    plan: QuantizePlan, known: Activations, merged: bool = False
+) -> tuple[QuantizePlan, list[str]]:
     """The plan with each weight fed whose inputs are known; and notes on what is not.
+
+    Args:
+        merged: of those alone that an adapter acts on.
 
     Raises:
         MismatchError: the statistics are of another model.
     """
+
+    def rounded(item: Item) -> bool:
+        return item.packed is not None and bool(item.target.parts or not merged)
+
     known.match([split_tensor(item.name)[0] for item in plan.items if item.packed is not None])
-    items = tuple(_fed(item, known) if item.packed is not None else item for item in plan.items)
-    return dataclasses.replace(plan, items=items), _notes(items, known)
+    items = tuple(_fed(item, known) if rounded(item) else item for item in plan.items)
+    return dataclasses.replace(plan, items=items), _notes(list(filter(rounded, items)), known)
 
 
 def _fed(item: Item, known: Activations) -> Item:
@@ -42,6 +78,10 @@ def _fed(item: Item, known: Activations) -> Item:
     if module not in known:
         return dataclasses.replace(item, rounding=f"{_BY_ITSELF}no statistics of its inputs")
     known.check(module, width)
+    if not _has_grid(item):
+        assert item.scheme is not None
+        why = f"{_BY_ITSELF}no errors are fed in {item.scheme.title}"
+        return dataclasses.replace(item, rounding=why)
     if not known.is_full(module):
         why = f"{_BY_ITSELF}of its inputs a diagonal is known only"
         return dataclasses.replace(item, rounding=why)
@@ -50,12 +90,17 @@ def _fed(item: Item, known: Activations) -> Item:
 
 def width_of(item: Item) -> int:
     """How many inputs the layer has."""
-    assert isinstance(item.packed, QuantizedTensor)
-    return item.packed.state.shape[-1]
+    return item.spec.shape[0 if item.transposed else -1]
 
 
-def _notes(items: Sequence[Item], known: Activations) -> list[str]:
-    packed = [item for item in items if item.packed is not None]
+def _has_grid(item: Item) -> bool:
+    scheme = item.scheme
+    if isinstance(item.packed, QuantizedTensor):
+        return True
+    return scheme is not None and scheme.coded is not None and len(item.spec.shape) == 2
+
+
+def _notes(packed: Sequence[Item], known: Activations) -> list[str]:
     left = [item for item in packed if item.feeding is None]
     notes = []
     if left:
@@ -75,12 +120,13 @@ def _notes(items: Sequence[Item], known: Activations) -> list[str]:
 
 
 def working_bytes(item: Item) -> int:
-    """Working memory of ``feed`` beside the weight and its codes."""
+    """Working memory of what is fed beside the weight and its codes."""
     from lora_tools.linalg.error_feedback import BYTES_EACH, ROWS
 
-    assert isinstance(item.packed, QuantizedTensor)
-    rows, width = item.packed.state.shape
-    return BYTES_EACH * width * width + 14 * min(rows, ROWS) * width + rows * width // 2
+    width = width_of(item)
+    rows = item.spec.numel // max(width, 1)
+    each = 14 if isinstance(item.packed, QuantizedTensor) else 22
+    return BYTES_EACH * width * width + each * min(rows, ROWS) * width + rows * width // 2
 
 
 def factor_of(feeding: Feeding, width: int) -> Factor | None:
@@ -101,6 +147,14 @@ def factor_of(feeding: Feeding, width: int) -> Factor | None:
             "negative eigenvalues; collect the statistics again"
         )
     return by
+
+
+def with_factor(item: Item) -> Item:
+    """The item with the factor of its inputs' second moment, where that is known, made once."""
+    if item.feeding is None:
+        return item
+    by = factor_of(item.feeding, width_of(item))
+    return dataclasses.replace(item, feeding=dataclasses.replace(item.feeding, by=by))
 
 
 def feed(
@@ -129,6 +183,49 @@ def feed(
             made.packed[:] = room.numpy()
             return errors
     return dataclasses.replace(errors, fed=errors.plain)
+
+
+class Feeder:
+    """Feeds the errors of a weight whose row has a grid, some rows at a time.
+
+    Attributes:
+        rows: how many at a time are best: each of them takes as many steps as there are columns.
+        errors: what it came to, of all rows so far.
+    """
+
+    def __init__(self, item: Item) -> None:
+        """Raises CheckpointError: what is known of the inputs is no second moment."""
+        from lora_tools.linalg.error_feedback import ROWS, Errors
+
+        assert item.feeding is not None
+        assert item.scheme is not None
+        assert item.packed is not None
+        self._scheme: Scheme[Any] = item.scheme
+        self._packed, self._dtype = item.packed, torch_dtype(item.spec.dtype)
+        self._by = item.feeding.by or factor_of(item.feeding, width_of(item))
+        self.rows, self.errors = ROWS, Errors(0.0, 0.0, 0.0)
+
+    def feed(self, x: torch.Tensor, parts: Parts) -> Parts:
+        """What is stored of rows x (m, n) float32: ``parts``, or with codes whose errors make up
+        for one another, where that lessens the error of the layer's outputs."""
+        import torch
+
+        from lora_tools.linalg import scaled_feedback
+
+        grid = self._scheme.grid(self._packed, parts)
+        if self._by is None or grid is None:  # its outputs are its bias: any codes will do
+            return parts
+        assert self._scheme.coded is not None
+        back = torch.empty(x.shape, dtype=self._dtype)
+        self._scheme.decode(self._packed, parts, back, 0)
+        values = torch.empty(x.shape)
+        errors = scaled_feedback.feed(x, back, grid, self._by, values)
+        if errors.fed >= errors.plain:
+            self.errors += dataclasses.replace(errors, fed=errors.plain)
+            return parts
+        self.errors += errors
+        codes = next(iter(self._packed.specs))
+        return {**parts, codes: self._scheme.coded(self._packed, values)}
 
 
 def weights_of(feeding: Feeding | None, state: QuantState) -> torch.Tensor | None:

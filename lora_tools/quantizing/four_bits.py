@@ -41,9 +41,10 @@ def pack(
     buffers: Buffers,
     done: Callable[[int, int], None],
     back: torch.Tensor | None,
+    ready: Callable[[int], None],
 ) -> TensorResult:
-    """Quantize a flat tensor and write all that is stored of it, unless ``writer`` is None; into
-    ``back`` (n,), if given, goes what a reader makes of that."""
+    """Quantize a flat tensor and write all that is stored of it, as ``quantizing.pack.Way`` says;
+    all of it has to be there."""
     import torch
 
     from lora_tools.formats.tensors import as_bytes
@@ -54,6 +55,7 @@ def pack(
     state, name, errors = item.packed.state, item.name, None
     book = codebooks.CODEBOOKS[state.quant_type]
     n = x.numel()
+    ready(n)
     with (
         buffers.lend((nf4.SCRATCH_BYTES,), torch.uint8) as store,
         buffers.lend((nf4.packed_size(n),), torch.uint8) as room,
@@ -73,11 +75,11 @@ def pack(
             errors = feed(item.feeding, x, made, state, buffers)
         if writer is not None:
             writer.write(name, as_bytes(room))
+        if back is not None:
+            nf4.dequantize(made.packed, made.scales, book, state.blocksize, back, scratch)
         error, energy = nf4.measure(
             x, made.packed, made.scales, book, state.blocksize, scratch, done
         )
-        if back is not None:
-            nf4.dequantize(made.packed, made.scales, book, state.blocksize, back, scratch)
     stored = dict(zip((ABSMAX, NESTED_ABSMAX), made.tensors(), strict=False))
     stored[QUANT_MAP] = torch.from_numpy(book.table)
     if made.nested is not None:

@@ -37,6 +37,7 @@ class Pack(Protocol):
         buffers: Buffers,
         done: Callable[[int, int], None],
         back: torch.Tensor | None,
+        ready: Callable[[int], None],
     ) -> TensorResult: ...
 
 
@@ -46,8 +47,9 @@ class Way:
 
     Attributes:
         pack: quantizes a flat tensor and writes all that is stored of it, unless ``writer`` is
-            None; into ``back`` (n,), if given, goes what a reader makes of that. ``done`` hears of
-            numbers that will not be read again. Raises NonFiniteError.
+            None; into ``back`` (n,), if given, goes what a reader makes of that. ``ready`` hears
+            how many numbers are to be there before they are read, and ``done`` of those that will
+            not be read again, and are in ``back``. Raises NonFiniteError.
         anew: (weight, its plain spec): what is stored of it with other numbers.
         ways: (item, what is stored of it): the item in the ways that it may have been written, the
             likeliest first.
@@ -80,12 +82,13 @@ def pack(
     buffers: Buffers,
     done: Callable[[int, int], None] = lambda start, stop: None,
     back: torch.Tensor | None = None,
+    ready: Callable[[int], None] = lambda stop: None,
 ) -> TensorResult:
     """``Way.pack`` of the item's scheme."""
     assert item.scheme is not None
     way = way_of(item.scheme)
     assert way is not None
-    return way.pack(item, x, writer, buffers, done, back)
+    return way.pack(item, x, writer, buffers, done, back, ready)
 
 
 def config_with(base: Checkpoint, changed: dict[str, bytes], entries: Mapping[str, Any]) -> None:

@@ -6,10 +6,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from lora_tools.errors import CheckpointError, MismatchError, UsageError
-from lora_tools.formats.activations import Activations
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.checkpoint_writer import lay_out
 from lora_tools.formats.dtypes import torch_name
@@ -25,10 +24,11 @@ from lora_tools.merging.prepare import Adapters, Planned, dtype_of, limit_of
 from lora_tools.merging.rewrite import signed
 from lora_tools.options import Matching, NumberFormat, Running, Storage, Tensors
 from lora_tools.options.parse import name_filter
+from lora_tools.quantizing.budget import Shares, note_on, parse_budget, plan_within, share_out
 from lora_tools.quantizing.checkpoint import quantize_checkpoint
 from lora_tools.quantizing.compensate import plan_compensation
 from lora_tools.quantizing.dequantize import dequantize_checkpoint
-from lora_tools.quantizing.feeding import plan_feeding
+from lora_tools.quantizing.feeding import activations_of, made_by, plan_feeding, with_input
 from lora_tools.quantizing.pack import config_with
 from lora_tools.quantizing.plan import (
     QuantizePlan,
@@ -37,13 +37,15 @@ from lora_tools.quantizing.plan import (
     is_stored_alike,
     plan_quantize,
 )
-from lora_tools.records import DTYPE_BITS, Action, Fate, Input, Report, counted
+from lora_tools.records import DTYPE_BITS, Action, Fate, Report, counted
 from lora_tools.sources.checkpoints import open_checkpoint
 from lora_tools.sources.dequantized import Dequantized
 from lora_tools.sources.weighted import open_weighted
 from lora_tools.totals import QuantizeTotals
 
-T = TypeVar("T")
+_OF_ALL_FORMS = (
+    "scheme", "quant_type", "activations", "calibrate", "calibration_tokens", "calibration_seed",
+)  # fmt: skip
 
 
 def prepare_quantize(
@@ -55,13 +57,17 @@ def prepare_quantize(
     matching: Matching,
     running: Running,
     command: str,
+    shares: Shares | None = None,
 ) -> Prepared:
     """The checkpoint, adapters merged, with its linear layers in another number format.
+
+    Args:
+        shares: what came of ``--budget``; None where that, if given, is still to be found.
 
     Raises:
         LoraToolsError: it cannot be read, or not be quantized so.
     """
-    form = form_of(numbers)
+    form, budget = form_of(numbers), parse_budget(numbers.budget)
     chosen = name_filter(tensors.include, tensors.exclude)
     given = base = open_checkpoint(checkpoint, running.allow_pickle)
     limit = limit_of(storage, base)
@@ -81,24 +87,34 @@ def prepare_quantize(
     specs = out_specs(merge, dtype_of(storage))
     refuse_unloadable(base, merge, specs)
     search, head = numbers.scale_search, tensors.lm_head
-    plan = plan_quantize(base, merge, specs, form, chosen, head, search)
+    if shares is None:
+        plan = plan_quantize(base, merge, specs, form, chosen, head, search)
+    else:
+        plan = plan_within(shares, base, merge, specs, form, chosen, head, search)
     kept = _stored_so(given, plan)
-    known = _activations(numbers)
+    known = activations_of(numbers.activations)
     plan, unfed = plan_feeding(plan, known) if known is not None else (plan, [])
-    shards = signed(plan.shards(base, limit), command, weighted)
-    if known is not None:
-        made_by = {"activations_digest": known.digest}
-        shards = [dataclasses.replace(s, metadata={**s.metadata, **made_by}) for s in shards]
+    shards = made_by(signed(plan.shards(base, limit), command, weighted), known)
     fates = plan.fates() + (how.fates(plan) if how else ())
     nbytes = sum(shard.nbytes for shard in shards) + (fates[-1].nbytes if how else 0)
+    room = budget.room(plan, nbytes) if budget and not shares else None
+    nbytes += room.grows if room else 0
     entries = {**_dtype_entry(base, plan, form), "quantization_config": form.settings(plan.skip)}
-    report = planned.report("quantize", fates, {"expected_bytes_at_most": nbytes}, command)
-    notes = (*_notes(base, plan, tensors, entries), *kept, *_of_experts(base, plan, form), *unfed)
+    most = {"expected_bytes_at_most": nbytes}
+    report = planned.report("quantize", fates, most, command)
+    notes = [*_notes(base, plan, tensors, entries), *kept, *_of_experts(base, plan, form), *unfed]
+    notes += [note_on(budget, room)] if budget and room else [shares.note] if shares else []
     report = dataclasses.replace(report, notes=(*report.notes, *notes))
     job = planned.rewrite(report, shards, running)
 
     def write(out: Path) -> Report[QuantizeTotals]:
-        return _with_input(
+        if budget and room:
+            found = share_out(budget, room, plan, base, running)
+            own = dataclasses.replace(numbers, blocksize=found.blocksize)
+            return prepare_quantize(
+                checkpoint, adapters, own, tensors, storage, matching, running, command, found
+            ).write(out)
+        return with_input(
             quantize_checkpoint(
                 job(out), plan, how, lambda changed: config_with(base, changed, entries)
             ),
@@ -107,7 +123,7 @@ def prepare_quantize(
 
     paths = (*planned.paths(), *([known.path] if known is not None else []))
     return Prepared(
-        _with_input(report, known),
+        with_input(report, known),
         paths,
         nbytes,
         write,
@@ -140,20 +156,6 @@ def _stored_so(base: Checkpoint, plan: QuantizePlan) -> list[str]:
         f"{base.path}: {counted(len(same), 'weight')} ({same[0]}{', …' if same[1:] else ''}) of "
         f"{len(packed)} {'are' if same[1:] else 'is'} stored as {label} already, and rounded again"
     ]
-
-
-def _activations(numbers: NumberFormat) -> Activations | None:
-    if numbers.activations is None:
-        return None
-    return Activations(Path(numbers.activations))
-
-
-def _with_input(report: Report[T], known: Activations | None) -> Report[T]:
-    """The report with the statistics among its inputs."""
-    if known is None:
-        return report
-    given = Input("activations", str(known.path), known.digest)
-    return dataclasses.replace(report, inputs=(*report.inputs, given))
 
 
 def prepare_dequantize(
@@ -208,7 +210,7 @@ def form_of(numbers: NumberFormat) -> Form:
         )
     for field in dataclasses.fields(numbers):
         given = getattr(numbers, field.name)
-        if given != field.default and field.name not in ("scheme", "quant_type"):
+        if given != field.default and field.name not in _OF_ALL_FORMS:
             option = "--" + "no-" * (given is False) + field.name.replace("_", "-")
             raise UsageError(
                 f"{option} goes with {' and '.join(QUANT_TYPES)}, which bitsandbytes makes: "

@@ -12,31 +12,44 @@ from typing import TYPE_CHECKING, Any
 from lora_tools.errors import UsageError
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.checkpoint_writer import Shard, Sink
+from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.formats.output import Prepared
 from lora_tools.formats.quantized.bitsandbytes import STATE
 from lora_tools.formats.quantized.packed import PackedWeight
 from lora_tools.formats.regular_files import is_there, read_file
 from lora_tools.merging.fitted import FittedBase
-from lora_tools.merging.in_memory import survival_of
+from lora_tools.merging.in_memory import MergeInMemory
 from lora_tools.merging.loadable import refuse_unloadable
 from lora_tools.merging.output_files import out_specs
 from lora_tools.merging.plan import MergePlan
 from lora_tools.merging.prepare import SIDECAR, Planned, dtype_of, limit_of, refuse_quantized_undo
 from lora_tools.merging.rewrite import Rewrite, signed
-from lora_tools.merging.tensor import MergeTensor, as_matrix, copy_tensor, survival_totals
-from lora_tools.options import Running, Storage
+from lora_tools.merging.tensor import MergeTensor, copy_tensor, survival_totals
+from lora_tools.options import Merging, Running, Storage
 from lora_tools.quantizing.checkpoint import write_packed
+from lora_tools.quantizing.feeding import (
+    activations_of,
+    made_by,
+    plan_feeding,
+    with_factor,
+    with_input,
+    working_bytes,
+)
 from lora_tools.quantizing.pack import Way, pack, way_of
 from lora_tools.quantizing.plan import Item, QuantizePlan, joined
-from lora_tools.quantizing.tensor import QuantizedItem, merged_for, with_scale, with_shared_scale
-from lora_tools.records import Action, Fate, Report, TensorSpec
+from lora_tools.quantizing.surviving import in_outputs, totals_of_outputs
+from lora_tools.quantizing.tensor import QuantizedItem, with_scale, with_shared_scale
+from lora_tools.records import Action, Fate, Report, TensorResult, TensorSpec
 from lora_tools.sources.dequantized import Dequantized
 from lora_tools.totals import MergeTotals
 
 _LITTLE = 0.5  # of an adapter, below which a merge is hardly one
 
 if TYPE_CHECKING:
+    import torch
+
     from lora_tools.engine.buffers import Buffers
+    from lora_tools.linalg.merge import Survival
 
 
 def plan_requantize(
@@ -55,7 +68,7 @@ def plan_requantize(
 
 
 def prepare_requantize(
-    planned: Planned, storage: Storage, running: Running, command: str, reversible: bool = False
+    planned: Planned, storage: Storage, running: Running, command: str, merging: Merging
 ) -> Prepared:
     """A merge into a base in a stored number format that stays in it.
 
@@ -78,22 +91,30 @@ def prepare_requantize(
             f"--requantize: {view.scheme.title} is read here and not written; leave it out, and "
             "the merged checkpoint is plain"
         )
-    if reversible:
+    if merging.reversible:
         refuse_quantized_undo(view)
     limit = limit_of(storage, view)
     specs = out_specs(planned.plan, dtype_of(storage))
     refuse_unloadable(view, planned.plan, specs)
     work = plan_requantize(view, way, planned.plan, specs)
+    known = activations_of(merging.activations)
+    work, unfed = plan_feeding(work, known, merged=True) if known is not None else (work, [])
     shards = _marked(work.shards(view, limit), view)
-    shards = signed(shards, command, planned.adapters)
+    shards = made_by(signed(shards, command, planned.adapters), known)
     nbytes = sum(shard.nbytes for shard in shards)
-    report = planned.report("merge", planned.plan.fates(), {"bytes": nbytes}, command)
+    fates = tuple(
+        dataclasses.replace(fate, reason=f"{fate.reason}{item.rounding}".removeprefix(", "))
+        for fate, item in zip(planned.plan.fates(), work.items, strict=False)
+    )
+    fates += planned.plan.unmatched
+    report = planned.report("merge", fates, {"bytes": nbytes}, command)
+    report = dataclasses.replace(report, notes=(*report.notes, *unfed))
     job = planned.rewrite(report, shards, running)
     return Prepared(
-        report,
-        planned.paths(),
+        with_input(report, known),
+        (*planned.paths(), *([known.path] if known is not None else [])),
         nbytes,
-        lambda out: requantized(job(out), view, work),
+        lambda out: with_input(requantized(job(out), view, work), known),
         dropped=() if view.is_folder else (SIDECAR,),
         pipeline=view.pipeline,
         copied=view.copied(),
@@ -122,6 +143,7 @@ def requantized(job: Rewrite, view: Dequantized[Any], plan: QuantizePlan) -> Rep
         "tensors_merged": merged,
         "tensors_copied": len(plan.items) - merged,
         **survival_totals([d.survival for d in done if d.survival is not None]),
+        **totals_of_outputs(done),
     }
     fates = tuple(_fate(fate, view) for fate in report.plan)
     notes = (*report.notes, *_lost(totals, view))
@@ -185,7 +207,8 @@ class RequantizeItem:
 
     @property
     def nbytes(self) -> int:
-        return 12 * self.item.spec.numel
+        fed = self.item.feeding is not None
+        return (12 + 24 * fed) * self.item.spec.numel + fed * working_bytes(self.item)
 
     def run(self, source: Checkpoint, sink: Sink, buffers: Buffers) -> QuantizedItem:
         """Write all that is stored of the tensor. Raises NonFiniteError."""
@@ -205,16 +228,65 @@ class RequantizeItem:
         """What the row does not make, such as scales of activations, stays as it was."""
         import torch
 
-        item, noting = _with_shared_scale(self.item, source), Noting(sink)
-        with merged_for(item, source, buffers) as (x, base_hash):
-            shape = tuple(x.shape)
-            with buffers.lend(shape, torch.float32) as back:
-                result = pack(item, x.reshape(-1), noting, buffers, back=back.reshape(-1))
-                written = back.T.contiguous() if item.transposed else back
-                matrix = as_matrix(written, item.target)
-                survival = survival_of(matrix, item.target, source, item.spec)
+        item = with_factor(_with_shared_scale(self.item, source))
+        noting, spec, name = Noting(sink), item.spec, item.target.base_name
+        base_hash, dtype = source.stored_hash(name), torch_dtype(spec.dtype)
+        with (
+            buffers.lend(spec.shape, dtype) as out,
+            buffers.lend((spec.numel,), torch.float32) as back,
+        ):
+            merge = MergeInMemory(out, item.target, source, spec)
+            if item.transposed:
+                result = _turned(item, out, merge, noting, buffers, back)
+            else:
+                result = pack(
+                    item,
+                    out.view(-1),
+                    noting,
+                    buffers,
+                    done=lambda _, stop: merge.compare(back, stop),
+                    back=back,
+                    ready=merge.form,
+                )
+            x = out.T if item.transposed else out
+            outputs = _in_outputs(item, x, back.view(x.shape), source, buffers)
+        source.release(name)
         _copy([s for s in packed.specs.values() if s.name not in noting.written], source, sink)
-        return QuantizedItem(base_hash, result, survival=survival)
+        return QuantizedItem(base_hash, result, survival=merge.survival, in_outputs=outputs)
+
+
+def _turned(
+    item: Item,
+    out: torch.Tensor,
+    merge: MergeInMemory,
+    sink: Sink,
+    buffers: Buffers,
+    back: torch.Tensor,
+) -> TensorResult:
+    """Pack what is stored as (in, out) and quantized as (out, in): a whole one, since its runs are
+    others then."""
+    merge.form(out.numel())
+    with buffers.lend(tuple(out.T.shape), out.dtype) as turned:
+        result = pack(item, turned.copy_(out.T).view(-1), sink, buffers, back=back)
+    merge.compare(back.view(out.T.shape).T.reshape(-1), out.numel())
+    return result
+
+
+def _in_outputs(
+    item: Item, x: torch.Tensor, fed: torch.Tensor, source: Dequantized[Any], buffers: Buffers
+) -> tuple[Survival, Survival] | None:
+    """How much of the change is in the outputs of what was written, ``fed``, and of ``x`` rounded
+    by itself; None where no errors are fed."""
+    import torch
+
+    by = item.feeding.by if item.feeding is not None else None
+    if by is None:
+        return None
+    with buffers.lend(tuple(x.shape), torch.float32) as plain:
+        unfed = dataclasses.replace(item, feeding=None)
+        pack(unfed, x.reshape(-1), None, buffers, back=plain.reshape(-1))
+        first, second = in_outputs((fed, plain), item, source, by)
+    return first, second
 
 
 def _with_shared_scale(item: Item, source: Dequantized[Any]) -> Item:

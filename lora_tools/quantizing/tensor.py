@@ -28,12 +28,13 @@ if TYPE_CHECKING:
 @dataclasses.dataclass(frozen=True)
 class QuantizedItem:
     """The hash of a base tensor, what quantizing it came to, factors for what it lost, and how much
-    of a merge is left in it."""
+    of a merge is left in it; and in the layer's outputs, error-fed and rounded by itself."""
 
     base_hash: str
     result: TensorResult | None = None
     factors: ErrorFactors | None = None
     survival: Survival | None = None
+    in_outputs: tuple[Survival, Survival] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,12 +9,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import xxhash
-
+from lora_tools.formats import digest as hashing
 from lora_tools.formats.checkpoint import Checkpoint, View
 from lora_tools.formats.names import layout_name
+from lora_tools.records import Piece, rows_of
 from lora_tools.sources.class_says import in_memory
-from lora_tools.sources.transformers_names import Loaded, Piece, loaded, rows_of, why_unknown
+from lora_tools.sources.transformers_names import Loaded, loaded, why_unknown
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +61,7 @@ class LoadedView(View):
 
     def hash(self, name: str) -> str:
         """Piece by piece, and those of several given back as they are read."""
-        state, pieces = xxhash.xxh3_128(), self._view.pieces(name)
+        state, pieces = hashing.new_hash(), self._view.pieces(name)
         for piece, part in zip(pieces, self._view.parts(name), strict=True):
             state.update(part)
             if len(pieces) > 1:

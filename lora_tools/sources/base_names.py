@@ -7,6 +7,7 @@ from pathlib import Path
 from lora_tools.errors import AdapterError, CheckpointError
 from lora_tools.formats.adapters.base_names import BaseNames, names_of
 from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.formats.counterparts.table import Part
 from lora_tools.formats.folders import meant
 from lora_tools.formats.regular_files import is_there
 from lora_tools.formats.weights import Weights
@@ -46,6 +47,8 @@ def checkpoint_or_pipeline(
 def _pipeline(folder: Path, allow_pickle: bool) -> BaseNames:
     weights: dict[str, TensorSpec] = {}
     layouts: dict[str, str | None] = {}
+    others: dict[str, TensorSpec] = {}
+    parts: tuple[Part, ...] = ()
     for part in sorted(folder.iterdir()):
         if part.is_dir() and any(part.glob("*.safetensors")):
             checkpoint = open_checkpoint(part, allow_pickle)
@@ -53,6 +56,10 @@ def _pipeline(folder: Path, allow_pickle: bool) -> BaseNames:
             mine = names_of(part, Weights(checkpoint.specs, {}), {}, f"{part.name}.")
             weights.update(mine.weights)
             layouts.update(mine.layouts)
+            others.update(mine.others)
+            parts += mine.parts
     if not weights:
         raise AdapterError(f"{folder}: a diffusers pipeline without a .safetensors file in it")
-    return BaseNames(folder, weights, {}, layouts=layouts, pipeline=True)
+    return BaseNames(
+        folder, weights, {}, layouts=layouts, pipeline=True, others=others, parts=parts
+    )

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_tools.formats.names import class_name
 from lora_tools.pretrained import quietly, too_many, without_kernels
-from lora_tools.records import TensorSpec
+from lora_tools.records import Piece, TensorSpec, rows_of
 from lora_tools.sources.model_facts import ModelFacts, facts_of
 
 if TYPE_CHECKING:
@@ -63,15 +63,6 @@ _READ = {
 _CALLED_IN_FOUR_BITS = ("falcon_mamba", "jamba")
 # Names of old files that transformers changes whatever the architecture.
 _LEGACY = re.compile(r"LayerNorm\.(gamma|beta)|\.weight_[gv]$|language_model\.model\.")
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Piece:
-    """Rows [first, first + rows) of a stored tensor; a vector's rows are its elements."""
-
-    stored: str
-    first: int
-    rows: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -354,11 +345,6 @@ def _stands_beside(layer: torch.nn.Linear) -> bool:
     except Exception:  # it is called with something else
         return True
     return isinstance(found, torch.Tensor)
-
-
-def rows_of(spec: TensorSpec) -> int:
-    """Rows of a tensor as a matrix of its last dimension; of a vector its elements."""
-    return spec.numel // max(spec.shape[-1], 1) if len(spec.shape) > 1 else spec.numel
 
 
 class _Rows:

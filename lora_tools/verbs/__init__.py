@@ -90,7 +90,7 @@ VERBS = {
             BASE is a Hugging Face folder, a .safetensors file or a hub id (org/name[@revision]);
             --out becomes the same kind of thing. The sum is formed in float32 and rounded once.""",
             "loratools merge base style=0.7 facts -o merged",
-            "dtype shard_size reversible requantize allow_unmatched allow_other_base",
+            "dtype shard_size reversible requantize activations allow_unmatched allow_other_base",
         ),
         Verb(
             "unmerge",
@@ -231,9 +231,9 @@ VERBS = {
             heads stay as they are.""",
             "loratools quantize base --adapter style=0.7 -o base-nf4",
             "adapters scheme quant_type blocksize double_quant compute_dtype quant_storage "
-            "scale_search activations calibrate calibration_tokens calibration_seed compensate "
-            "compensate_iterations eval_text max_loss_increase include exclude lm_head dtype "
-            "shard_size max_error allow_unmatched allow_other_base",
+            "scale_search activations calibrate calibration_tokens calibration_seed budget "
+            "compensate compensate_iterations eval_text max_loss_increase include exclude lm_head "
+            "dtype shard_size max_error allow_unmatched allow_other_base",
         ),
         Verb(
             "dequantize",
@@ -276,7 +276,8 @@ VERBS = {
             CHECKPOINT is a Hugging Face folder or a hub id (org/name[@revision]); with --out the
             same folder, only graphs are added to it. Needs: pip install 'loratools[onnx]'.""",
             "loratools export base --adapter style=0.7 -o onnx",
-            "adapters runtime_adapters task no_cache dtype weights nf4 int8 int4 eval_text graph "
+            "adapters runtime_adapters task no_cache dtype weights nf4 int8 int4 activations "
+            "eval_text graph "
             "opset atol rtol no_verify keep_failed trust_remote_code allow_unmatched "
             "allow_other_base",
             adds_to="checkpoint",
@@ -366,7 +367,7 @@ VERBS = {
                         "unset": "names and shapes are not looked up",
                     },
                 ),
-                *_RUNNING,
+                *take(Running, "jobs", "allow_pickle", "progress"),
             ),
             "Say whether a program reads all of an adapter.",
             """Say what a program makes of ADAPTER before it is loaded there: exit code 0 if it

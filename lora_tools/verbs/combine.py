@@ -105,9 +105,12 @@ def _check_bases(weighted: Sequence[Weighted]) -> None:
     bases = bases_named(weighted)
     if len(bases) > 1:
         (one, first), (other, second) = list(bases.items())[:2]
+        why = "their changes do not add up on either"
+        if one.partition(":")[0] != other.partition(":")[0]:
+            why = "whether these are digests of one base cannot be told, as they are of two kinds"
         raise MismatchError(
-            f"{first} was made for the base with the digest {one}, and {second} for {other}: their "
-            "changes do not add up on either; pass --allow-other-base to add them all the same"
+            f"{first} was made for the base with the digest {one}, and {second} for {other}: "
+            f"{why}; pass --allow-other-base to add them all the same"
         )
 
 

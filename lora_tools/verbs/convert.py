@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lora_tools.adapting.changes_to_lora import plan_lora, write_lora
 from lora_tools.adapting.convert_module import Conversion, product_energy
+from lora_tools.adapting.other_layout import in_layout
 from lora_tools.adapting.write import (
     ConvertJob,
     choose_conversion,
@@ -87,6 +88,7 @@ def convert(
     given.need_lora("factors to convert")
     if isinstance(base, Checkpoint):
         names_in_base(Weighted(given, 1.0, str(adapter)), base)
+    given, said = in_layout(given, target, names)
     found = features(given, names)
     if names is not None and names.tied:
         _refuse_tied(given, target, formats.drop, found, names)
@@ -96,7 +98,7 @@ def convert(
     report = call.report(
         (Input("adapter", str(adapter)),),
         _fates(given, kept, options),
-        notes=tuple(conversion_notes(given, kept, options, found, names)),
+        notes=(*said, *conversion_notes(given, kept, options, found, names)),
     )
 
     def write(out: Path) -> Report[ConvertTotals]:
@@ -229,7 +231,7 @@ def _convert(
     out: Path,
     running: Running,
 ) -> Report[ConvertTotals]:
-    digest = adapter_digest(given)
+    digest = adapter_digest(given.original)
     said = {key: text for key, text in given.file.metadata.items() if is_carried(key)}
     made = said | handed_on(said, report.command, digest)
     job = ConvertJob(given, kept, names, options, made, out)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 from lora_tools.errors import CheckpointError, UsageError
@@ -64,7 +63,7 @@ def export(
     quantization = plan_quantization(
         source,
         task,
-        dataclasses.asdict(quantized),
+        quantized,
         check.eval_text,
         verify=not check.no_verify,
         merging=bool(to_merge or storage.dtype),
@@ -111,6 +110,8 @@ def _prepared(work: Export, call: Call) -> Prepared:
     report, runtime = work.planned(call.command), work.runtime
     read = [each.weighted.adapter.path for each in (runtime.each if runtime else ())]
     read += work.weights.inputs if work.weights else ()
+    statistics = work.quantization.statistics
+    read += [statistics.known.path] if statistics is not None else []
     return Prepared(
         runtime.planned(report) if runtime and call.writing.dry_run else report,
         (work.source.path, *read),

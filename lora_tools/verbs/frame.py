@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora_tools.errors import QualityGateError, UsageError, errors_of_the_tree
+from lora_tools.formats import digest as hashing
 from lora_tools.formats.output import Prepared, check_destination, check_space, staged
 from lora_tools.formats.pipeline_output import copied_files, write_whole
 from lora_tools.formats.synced import held_bytes
@@ -123,7 +124,8 @@ def carry_out(row: Verb, given: Mapping[str, Any], report_file: Path | None = No
         check_report_file(report_file)
     failure = None
     try:
-        report = _work(row, call, given, asked, paths)
+        with hashing.using(call.running.digest):
+            report = _work(row, call, given, asked, paths)
     except QualityGateError as error:
         if error.report is None:
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lora_tools.errors import UsageError
 from lora_tools.formats.output import Prepared
 from lora_tools.merging.prepare import Adapters, plan_merging, prepare_merge
 from lora_tools.options import Matching, Merging, Storage
@@ -38,5 +39,7 @@ def merge(
     if merging.requantize:
         from lora_tools.quantizing.requantize import prepare_requantize
 
-        return prepare_requantize(planned, storage, running, call.command, merging.reversible)
+        return prepare_requantize(planned, storage, running, call.command, merging)
+    if merging.activations is not None:
+        raise UsageError("--activations goes with --requantize: plain numbers are rounded once")
     return prepare_merge(planned, storage, running, call.command, merging.reversible)

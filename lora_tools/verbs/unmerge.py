@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_tools.errors import CheckpointError, MismatchError
+from lora_tools.formats import digest as hashing
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.checkpoint_writer import Shard, lay_out
 from lora_tools.formats.output import Prepared
@@ -62,13 +63,13 @@ def unmerge(
     memory = _memory(checkpoint, undoing.sidecar)
     digests = [adapter_digest(w.adapter) for w in weighted]
     if memory is not None:
-        check_adapters(memory, weighted, digests)
+        check_adapters(memory, weighted)
         outline, shards = base_outline(checkpoint, memory)
         plan = plan_merge(outline, weighted, matching.allow_unmatched)
         check_merged(checkpoint, plan)
     else:
         if not matching.allow_other_base:
-            check_recorded(checkpoint, weighted, digests)
+            check_recorded(checkpoint, weighted)
         plan = plan_merge(checkpoint, weighted, matching.allow_unmatched)
         refuse_lossy(plan)
         shards = _shards(checkpoint, call.command)
@@ -77,7 +78,7 @@ def unmerge(
         (Input("merged", str(merged)), *_inputs(weighted, digests)),
         (*_fates(plan, memory), *copied_modules(checkpoint)),
         totals={"bytes": nbytes},
-        notes=plan.notes,
+        notes=(*plan.notes, *_weaker(memory)),
     )
     read = [checkpoint.path, *(w.adapter.path for w in weighted)]
     read += [memory.path] if memory is not None else []
@@ -110,6 +111,16 @@ def _shards(merged: Checkpoint, command: str) -> list[Shard]:
     return [
         dataclasses.replace(shard, metadata={**shard.metadata, **made})
         for shard in lay_out(merged, merged.specs, None)
+    ]
+
+
+def _weaker(memory: Sidecar | None) -> list[str]:
+    """A note where the result is checked by a weaker digest than was asked for."""
+    if memory is None or hashing.used() == "xxh3" or hashing.kind_of(memory.base_digest) != "xxh3":
+        return []
+    return [
+        f"{memory.path} holds an XXH3 digest of the base, and the result is checked by that: it "
+        "tells accidents, not attacks; `merge --reversible --digest sha256` writes the stronger"
     ]
 
 

@@ -10,12 +10,14 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from lora_tools.errors import MismatchError
 from lora_tools.figures import Total
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.alignment import align
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.merging.plan import MergePlan, adapter_digest, plan_merge
 from lora_tools.merging.targets import Target
+from lora_tools.provenance import digest_like
 from lora_tools.quantizing.pack import totals_of
 from lora_tools.quantizing.plan import Item, QuantizePlan
 from lora_tools.records import Action, Fate, Input, ProgressCallback
@@ -69,7 +71,7 @@ def verify_quantized(
     verdict = f"not {named}" if wrong else _verdict(view, checked, named, max_error)
     notes = [*plan.notes, *view.notes, *([f"its names: {sentence}"] if sentence else [])]
     inputs = _inputs(checked, view, source, weighted)
-    notes += _provenance(view, inputs, weighted)
+    notes += _provenance(view, inputs, source, weighted)
     return Findings(
         inputs,
         tuple(fates),
@@ -187,14 +189,20 @@ def _inputs(
     )
 
 
-def _provenance(view: View, inputs: Sequence[Input], weighted: Sequence[Weighted]) -> list[str]:
+def _provenance(
+    view: View, inputs: Sequence[Input], source: Checkpoint, weighted: Sequence[Weighted]
+) -> list[str]:
     """What its metadata says it was made of, where that is something else."""
     said = view.stored.files[0].metadata
     notes: list[str] = []
     if inputs[0].digest == inputs[1].digest:  # it is compared with itself
         return notes
-    if said.get("base_digest", inputs[1].digest) != inputs[1].digest:
-        notes.append(f"its metadata names another checkpoint: {said['base_digest']}")
+    recorded = said.get("base_digest", inputs[1].digest)
+    try:
+        if recorded != digest_like(recorded, inputs[1].digest, source):
+            notes.append(f"its metadata names another checkpoint: {recorded}")
+    except MismatchError as error:
+        notes.append(f"whether its metadata names this checkpoint cannot be told: {error}")
     made_with = len(said.get("adapter_digests", "").split())
     if "base_digest" in said and made_with != len(weighted):
         notes.append(f"its metadata says that {made_with} adapters were merged")

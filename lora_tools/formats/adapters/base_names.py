@@ -10,6 +10,7 @@ from typing import Any
 
 from lora_tools.errors import AdapterError
 from lora_tools.formats.adapters.components import held, in_pipeline, placed, published
+from lora_tools.formats.counterparts.table import Part, counterparts, parts
 from lora_tools.formats.names import EMBEDDING, split_tensor
 from lora_tools.formats.weights import Weights
 from lora_tools.records import TensorSpec
@@ -26,7 +27,16 @@ def names_of(
             module = prefix + weight.module
             there = weight if weight.stored else weights[weight.tied_to]
             specs[module], layouts[module] = there.spec, weight.layout
-    return BaseNames(path, specs, config, split_tensor(weights.head)[0], layouts)
+    others = {
+        prefix + split_tensor(name)[0]: made.spec
+        for name, made in counterparts(weights.specs).items()
+        if name.endswith(".weight")
+    }
+    two = tuple(
+        dataclasses.replace(part, wrapper=prefix + part.wrapper) for part in parts(weights.specs)
+    )
+    head = split_tensor(weights.head)[0]
+    return BaseNames(path, specs, config, head, layouts, others=others, parts=two)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,12 +80,13 @@ def flattened(base: BaseNames) -> Flattened:
     """Index a model's module names by their flattened form."""
     whole: dict[str, list[str]] = {}
     endings: dict[str, list[str]] = {}
-    for module in base.weights:
+    for module in (*base.weights, *base.others):
         parts = module.split(".")
         _, rest = base.place(module)
         for name in dict.fromkeys((module, rest, published(rest))):
             whole.setdefault(name.replace(".", "_"), []).append(module)
-        for start in range(1, 0 if base.is_cut else len(parts)):
+        alone = not base.is_cut and module in base.weights
+        for start in range(1, len(parts) if alone else 0):
             endings.setdefault("_".join(parts[start:]), []).append(module)
     return Flattened(
         base, {k: tuple(v) for k, v in whole.items()}, {k: tuple(v) for k, v in endings.items()}
@@ -88,7 +99,9 @@ class BaseNames:
 
     ``tied`` is the output head that is the input embedding, or "": it is among the modules, though
     the checkpoint may not store it. ``layouts`` are the weights' kinds of layer. The modules of a
-    ``pipeline`` of diffusers begin with their component.
+    ``pipeline`` of diffusers begin with their component. ``others`` are weights by the modules that
+    have them in the model's other layout, and ``parts`` are those that have one
+    (``formats.counterparts``).
     """
 
     path: Path
@@ -97,6 +110,8 @@ class BaseNames:
     tied: str = ""
     layouts: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     pipeline: bool = False
+    others: Mapping[str, TensorSpec] = dataclasses.field(default_factory=dict)
+    parts: tuple[Part, ...] = ()
 
     @functools.cached_property
     def components(self) -> tuple[str, ...]:

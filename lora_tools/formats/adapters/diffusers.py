@@ -130,7 +130,7 @@ def _in_base(names: Collection[str], base: BaseNames | None) -> dict[str, str]:
     if base is None:
         return {name: name for name in names}
     own: dict[str, str] = {}
-    for module in base.weights:
+    for module in (*base.others, *base.weights):
         components, rest = base.place(module)
         for each in (rest, published(rest)):
             own |= {f"{part}.{each}" if part else each: module for part in components or ("",)}

@@ -76,6 +76,9 @@ class Places:
         """Of a model by itself, all that it may be."""
         if self._base is not None and self._base.components:
             return self._base.components
+        if self._base is not None and self._base.parts:
+            looks = {looks_like(module) for module in self._base.weights} - {()}
+            return looks.pop() if len(looks) == 1 else ()
         return (self._trained_on.name,) if self._trained_on.name in NAMES else ()
 
     def notes(self, modules: Collection[str]) -> list[str]:

@@ -26,6 +26,8 @@ from lora_tools.sources.schemes.row import Parts, Scheme, refuse_non_finite
 if TYPE_CHECKING:
     import torch
 
+    from lora_tools.linalg.scaled_feedback import Grid
+
 # By bits of a float: the exponent of the largest, and the bits of mantissa that scales in E8M0 are
 # rounded by (of E4M3, too, the package takes those of E2M1).
 _EXPONENTS = {4: (2, 1), 6: (2, 3), 8: (8, 1)}
@@ -222,6 +224,23 @@ def _encode(weight: CompressedWeight, x: torch.Tensor) -> dict[str, torch.Tensor
     return {part: tensor.reshape(weight.specs[part].shape) for part, tensor in made.items()}
 
 
+def _grid(weight: CompressedWeight, parts: Parts) -> Grid | None:
+    """None where groups of columns lie apart."""
+    import torch
+
+    from lora_tools.linalg.scaled_feedback import Grid, finite
+
+    if G_IDX in weight.specs:
+        return None
+    if weight.settings.kind == "int":
+        least, most = _ends(weight.settings)
+        values = torch.arange(least, most + 1, dtype=torch.float32)
+    else:
+        values = finite(_values(weight))
+    every = slice(None)
+    return Grid(values, _scales(weight, parts, every), weight.block, _zeros(weight, parts, every))
+
+
 def _unit(weight: CompressedWeight) -> int:
     """Rows of blocks, where no word holds zero points of several rows, nor a scale is that of the
     whole weight and not yet known."""
@@ -336,6 +355,8 @@ COMPRESSED_TENSORS = Scheme(
     encode=_encode,
     rounding=_rounding,
     unit=_unit,
+    grid=_grid,
+    coded=_packed,
     shared=_shared,
     shared_for=_shared_for,
 )

@@ -18,6 +18,8 @@ from lora_tools.sources.schemes.row import Parts, Scheme, refuse_non_finite
 if TYPE_CHECKING:
     import torch
 
+    from lora_tools.linalg.scaled_feedback import Grid
+
 _INVERSES = ("_scale_inv", ".scale", ".qscale_weight")
 
 
@@ -103,6 +105,29 @@ def _encode(weight: FP8, x: torch.Tensor) -> dict[str, torch.Tensor]:
     return {CODES: codes.reshape(codes_spec.shape), SCALE: stored.reshape(spec.shape)}
 
 
+def _grid(weight: FP8, parts: Parts) -> Grid | None:
+    """None of stacked matrices."""
+    import torch
+
+    from lora_tools.linalg.scaled_feedback import Grid, finite
+
+    stacked, rows, cols = _matrices(weight, parts[CODES].numel())
+    if stacked != 1:
+        return None
+    codes = torch.arange(256, dtype=torch.uint8).view(torch_dtype(weight.specs[CODES].dtype))
+    values = finite(codes.float())
+    scales = _scales(weight, parts)
+    if scales is None:
+        return Grid(values, torch.ones(1, 1), (rows, cols))
+    return Grid(values, scales[0], weight.block)
+
+
+def _coded(weight: FP8, values: torch.Tensor) -> torch.Tensor:
+    spec = weight.specs[CODES]
+    codes = values.to(torch_dtype(spec.dtype))
+    return codes.reshape(spec.shape) if codes.numel() == weight.plain.numel else codes
+
+
 def _unit(weight: FP8) -> int:
     """Rows of blocks, unless those lie across the ends of stacked matrices."""
     (stacked, rows, _), (high, _) = weight.matrices, weight.block
@@ -149,6 +174,8 @@ FLOATS = Scheme(
     encode=_encode,
     rounding=_rounding,
     unit=_unit,
+    grid=_grid,
+    coded=_coded,
     files=(fp8.FILE,),
 )
 COMFY = Scheme(
@@ -160,5 +187,7 @@ COMFY = Scheme(
     encode=_encode,
     rounding=_rounding,
     unit=_unit,
+    grid=_grid,
+    coded=_coded,
     metadata=(comfy_fp8.METADATA,),
 )

@@ -17,6 +17,8 @@ from lora_tools.records import TensorSpec
 if TYPE_CHECKING:
     import torch
 
+    from lora_tools.linalg.scaled_feedback import Grid
+
 P = TypeVar("P", bound=PackedWeight)
 Parts = Mapping[str, "torch.Tensor"]
 
@@ -79,6 +81,10 @@ def _alone(weight: PackedWeight, _: object) -> None:
     """No scale in common with others."""
 
 
+def _no_grid(weight: PackedWeight, parts: Parts) -> None:
+    """Its numbers are not codes times scales, or not known to be."""
+
+
 def _whole(weight: PackedWeight) -> int:
     """No rows are encoded by themselves."""
     return 0
@@ -109,6 +115,10 @@ class Scheme(Generic[P]):
             0 where only all of them are. Then ``encode`` takes some rows (n, cols), from a multiple
             of it on, as well, and gives what is stored of these; and ``decode`` reads that as if it
             were the whole weight. What is stored once for all rows is given with any of them.
+        grid: (weight, what ``encode`` gave of it or of some rows): the numbers that it may be, its
+            scales given; None where that is not known, and none of its rounding errors is fed
+            forward (``linalg.error_feedback``).
+        coded: (weight, values of the grid (n, cols)): the first of its stored tensors, of these.
         rounding: (weight, its stored tensors): the square of the Frobenius norm that rounding to
             the format is expected to have cost, by the distances of the numbers that it holds near
             each code (``linalg.noise.rounding_errors``); None where that is not known.
@@ -134,6 +144,8 @@ class Scheme(Generic[P]):
     notes: Callable[[Mapping[str, P]], Sequence[str]] = no_notes
     encode: Callable[[P, torch.Tensor], dict[str, torch.Tensor]] | None = None
     unit: Callable[[P], int] = _whole
+    grid: Callable[[P, Parts], Grid | None] = _no_grid
+    coded: Callable[[P, torch.Tensor], torch.Tensor] | None = None
     rounding: Callable[[P, Parts], float] | None = None
     tells: Callable[[P], bool] = _always
     shared: Callable[[P, Parts], float | None] = _alone

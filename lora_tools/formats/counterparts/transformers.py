@@ -1,0 +1,154 @@
+"""The transformers of SD3, Wan, Z-Image and HunyuanVideo. diffusers 0.42, ``convert_sd3_…``,
+``convert_wan_…``, ``convert_z_image_…`` and ``convert_hunyuan_video_transformer_to_diffusers``."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from lora_tools.formats.counterparts.family import (
+    ADDED,
+    Family,
+    Layout,
+    Pair,
+    Rules,
+    by_rules,
+    has,
+    qkv,
+)
+
+_X, _C, _T = "joint_blocks.#.x_block", "joint_blocks.#.context_block", "transformer_blocks.#"
+_EMBED = "time_text_embed"
+_SD3: Rules = {
+    "x_embedder.proj": "pos_embed.proj",
+    "t_embedder.mlp.0": f"{_EMBED}.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": f"{_EMBED}.timestep_embedder.linear_2",
+    "y_embedder.mlp.0": f"{_EMBED}.text_embedder.linear_1",
+    "y_embedder.mlp.2": f"{_EMBED}.text_embedder.linear_2",
+    f"{_X}.attn.qkv": qkv(f"{_T}.attn"),
+    f"{_C}.attn.qkv": qkv(f"{_T}.attn", ADDED),
+    f"{_X}.attn2.qkv": qkv(f"{_T}.attn2"),
+    f"{_X}.attn.proj": f"{_T}.attn.to_out.0",
+    f"{_C}.attn.proj": f"{_T}.attn.to_add_out",
+    f"{_X}.attn2.proj": f"{_T}.attn2.to_out.0",
+    f"{_X}.adaLN_modulation.1": f"{_T}.norm1.linear",
+    f"{_C}.adaLN_modulation.1": f"{_T}.norm1_context.linear",
+    f"{_X}.mlp.fc1": f"{_T}.ff.net.0.proj",
+    f"{_X}.mlp.fc2": f"{_T}.ff.net.2",
+    f"{_C}.mlp.fc1": f"{_T}.ff_context.net.0.proj",
+    f"{_C}.mlp.fc2": f"{_T}.ff_context.net.2",
+    "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+}
+_FINAL = ("final_layer.adaLN_modulation.1",)
+_sd3_pairs = by_rules(_SD3, _FINAL)
+
+
+def _of_sd3(modules: Collection[str], layout: Layout) -> Iterator[Pair]:
+    """The last block's modulation of the text is as the final layer's: a scale and a shift alone,
+    which diffusers swaps."""
+    last = max((int(m.split(".")[1]) for m in modules if _is_block(m)), default=-1)
+    final = f"joint_blocks.{last}.context_block.adaLN_modulation.1"
+    for pair in _sd3_pairs(modules, layout):
+        swapped = pair.swapped or pair.original == final
+        yield Pair(pair.original, pair.diffusers, swapped)
+
+
+def _is_block(module: str) -> bool:
+    return module.startswith(("joint_blocks.", "transformer_blocks."))
+
+
+SD3 = Family(
+    "Stable Diffusion 3",
+    has("joint_blocks."),
+    has("pos_embed.proj", "transformer_blocks.0.attn.add_q_proj"),
+    _of_sd3,
+    lambda modules: "original",
+)
+
+_WAN: Rules = {
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
+    "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
+    "head.head": "proj_out",
+    "blocks.#.ffn.0": "blocks.#.ffn.net.0.proj",
+    "blocks.#.ffn.2": "blocks.#.ffn.net.2",
+    **{
+        f"blocks.#.{own}.{short}": f"blocks.#.{theirs}.{long}"
+        for own, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2"))
+        for short, long in (
+            ("q", "to_q"),
+            ("k", "to_k"),
+            ("v", "to_v"),
+            ("o", "to_out.0"),
+            ("k_img", "add_k_proj"),
+            ("v_img", "add_v_proj"),
+        )
+    },
+}
+WAN = Family(
+    "Wan",
+    has("blocks.0.self_attn.q", "blocks.0.cross_attn.q"),
+    has("blocks.0.attn1.to_q", "blocks.0.attn2.to_q", "condition_embedder."),
+    by_rules(_WAN),
+    lambda modules: "original",
+)
+
+_Z_IMAGE: Rules = {
+    "x_embedder": "all_x_embedder.2-1",
+    "final_layer.linear": "all_final_layer.2-1.linear",
+    "final_layer.adaLN_modulation.1": "all_final_layer.2-1.adaLN_modulation.1",
+    **{
+        f"{part}.#.attention.{own}": names
+        for part in ("layers", "context_refiner", "noise_refiner")
+        for own, names in (
+            ("qkv", qkv(f"{part}.#.attention")),
+            ("out", f"{part}.#.attention.to_out.0"),
+        )
+    },
+}
+Z_IMAGE = Family(
+    "Z-Image",
+    has("layers.0.attention.qkv", "cap_embedder.", "x_embedder", "noise_refiner."),
+    has("layers.0.attention.to_q", "all_x_embedder.2-1"),
+    by_rules(_Z_IMAGE),
+    lambda modules: "diffusers",
+)
+
+_HUNYUAN: Rules = {
+    "img_in.proj": "x_embedder.proj",
+    "time_in.mlp.0": f"{_EMBED}.timestep_embedder.linear_1",
+    "time_in.mlp.2": f"{_EMBED}.timestep_embedder.linear_2",
+    "guidance_in.mlp.0": f"{_EMBED}.guidance_embedder.linear_1",
+    "guidance_in.mlp.2": f"{_EMBED}.guidance_embedder.linear_2",
+    "vector_in.in_layer": f"{_EMBED}.text_embedder.linear_1",
+    "vector_in.out_layer": f"{_EMBED}.text_embedder.linear_2",
+    "double_blocks.#.img_attn_qkv": qkv("transformer_blocks.#.attn"),
+    "double_blocks.#.txt_attn_qkv": qkv("transformer_blocks.#.attn", ADDED),
+    "double_blocks.#.img_attn_proj": "transformer_blocks.#.attn.to_out.0",
+    "double_blocks.#.txt_attn_proj": "transformer_blocks.#.attn.to_add_out",
+    "double_blocks.#.img_mod.linear": "transformer_blocks.#.norm1.linear",
+    "double_blocks.#.txt_mod.linear": "transformer_blocks.#.norm1_context.linear",
+    "double_blocks.#.img_mlp.fc1": "transformer_blocks.#.ff.net.0.proj",
+    "double_blocks.#.img_mlp.fc2": "transformer_blocks.#.ff.net.2",
+    "double_blocks.#.txt_mlp.fc1": "transformer_blocks.#.ff_context.net.0.proj",
+    "double_blocks.#.txt_mlp.fc2": "transformer_blocks.#.ff_context.net.2",
+    "single_blocks.#.linear1": (
+        *qkv("single_transformer_blocks.#.attn"),
+        "single_transformer_blocks.#.proj_mlp",
+    ),
+    "single_blocks.#.linear2": "single_transformer_blocks.#.proj_out",
+    "single_blocks.#.modulation.linear": "single_transformer_blocks.#.norm.linear",
+    "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+}
+HUNYUAN_VIDEO = Family(
+    "HunyuanVideo",
+    has("double_blocks.0.img_attn_qkv"),
+    has("single_transformer_blocks.0.proj_mlp", "context_embedder.proj_in"),
+    by_rules(_HUNYUAN, _FINAL),
+    lambda modules: "original",
+)
