@@ -128,6 +128,7 @@ def shell(text: str, folder: Path, **env: str) -> subprocess.CompletedProcess[st
 # --------------------------------------------------------------------------------------- snippets
 
 
+@pytest.mark.usefixtures("remembered_traces")
 @pytest.mark.parametrize("page", [p for p in PAGES if "```bash" in read(p)])
 def test_snippets_run(page: str, desk: Path, pair: Path) -> None:
     """In order, in one folder, as a reader would type them."""

@@ -239,6 +239,7 @@ PLACES: dict[str, Run] = {
 }
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_verb_takes_codes_for_numbers(

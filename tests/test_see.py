@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from lora_tools.cli import run
 from lora_tools.errors import CheckpointError, QualityGateError, UsageError
 from lora_tools.formats.adapters.peft import WEIGHTS
 
-from . import iotools, models
+from . import forks, iotools, models
 
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -255,13 +254,12 @@ def test_pictures_are_refused_before_the_work(work, tmp_path, monkeypatch):
 
 def test_matplotlib_is_not_imported_unless_drawn_with(work):
     code = (
-        "import sys\nfrom lora_tools.cli import run\n"
+        "import sys\nassert 'matplotlib' not in sys.modules\nfrom lora_tools.cli import run\n"
         f"assert run(['diff', {str(work / 'base')!r}, {str(work / 'tuned')!r}, '-q']) == 0\n"
         "assert 'matplotlib' not in sys.modules"
     )
-    import subprocess
-
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = forks.run(code=code)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_command_line_shows_them(work, capfd):
