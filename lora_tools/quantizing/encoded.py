@@ -174,18 +174,18 @@ def _measured(
 
 
 def _distances(read: torch.Tensor, x: torch.Tensor) -> tuple[float, float]:
-    """‖x̂ − x‖² and ‖x‖² of a run (n,), x̂ being ``read`` in the dtype of x, while they are in the
-    nearest cache."""
+    """‖x̂ − x‖² and ‖x‖² of a run (n,), x̂ being ``read`` in the dtype of x."""
     import torch
 
-    from lora_tools.linalg.svd import SUM_RUN, sum_of_squares
+    from lora_tools.linalg.runs import row_runs
+    from lora_tools.linalg.svd import sum_of_squares
 
     errors, energies = [], []
-    runs = zip(torch.split(read, SUM_RUN), torch.split(x, SUM_RUN), strict=True)
-    for some, own in runs:
-        wide = own.to(torch.float32, copy=True)
+    for start, stop in row_runs(len(x), 1):
+        wide = x[start:stop].to(torch.float32, copy=True)
         energies.append(sum_of_squares(wide))
-        errors.append(sum_of_squares(torch.sub(some.to(x.dtype).float(), wide, out=wide)))
+        back = read[start:stop].to(x.dtype).float()
+        errors.append(sum_of_squares(torch.sub(back, wide, out=wide)))
     return math.fsum(errors), math.fsum(energies)
 
 

@@ -198,7 +198,6 @@ def _encode(weight: CompressedWeight, x: torch.Tensor) -> dict[str, torch.Tensor
     from lora_tools.linalg import scaled
     from lora_tools.linalg.runs import row_runs
 
-    refuse_non_finite(weight, x)
     if G_IDX in weight.specs:
         raise CheckpointError(
             f"{weight.plain.name}: its groups of columns are listed ({G_IDX}), and are not found "
@@ -255,7 +254,8 @@ def _unit(weight: CompressedWeight) -> int:
 def _new_scales(
     weight: CompressedWeight, x: torch.Tensor
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]:
-    """What is stored beside the codes; the scales and zero points of blocks, as they are read."""
+    """What is stored beside the codes; the scales and zero points of blocks, as they are read.
+    Raises NonFiniteError."""
     import torch
 
     from lora_tools.linalg import e2m1, scaled
@@ -263,16 +263,19 @@ def _new_scales(
     specs, settings = weight.specs, weight.settings
     if GLOBAL_SCALE in specs:
         largest = scaled.absmax(x, weight.block)
+        refuse_non_finite(weight, largest)
         own = weight.shared is None
         whole = e2m1.global_scale(largest.amax()) if own else torch.tensor([weight.shared])
         groups = e2m1.group_scales(largest, whole)
         return {GLOBAL_SCALE: whole, SCALE: groups}, groups.float() / whole, None
     if specs[SCALE].dtype in ("U8", "F8_E8M0"):
         largest = scaled.absmax(x, weight.block)
+        refuse_non_finite(weight, largest)
         exponents = e2m1.shared_exponents(largest, *_EXPONENTS[settings.bits])
         as_stored = exponents.view(torch_dtype(specs[SCALE].dtype))
         return {SCALE: as_stored}, e2m1.powers(exponents), None
     low, high = scaled.extremes(x, weight.block)
+    refuse_non_finite(weight, torch.maximum(-low, high))
     scales, zeros = scaled.linear_scales(low, high, _ends(settings), settings.symmetric)
     scales = scales.to(torch_dtype(specs[SCALE].dtype))
     scales[scales == 0] = torch.finfo(scales.dtype).eps
