@@ -182,6 +182,29 @@ def over_scales(
     return result
 
 
+def still_fit(
+    low: torch.Tensor,
+    high: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    ends: tuple[float, float],
+    anew: torch.Tensor,
+) -> torch.Tensor:
+    """For each block whether numbers from low to high (see ``extremes``) are well stored with these
+    scales: none is cut off by more than half a step, and steps of scales made ``anew`` for them
+    would be no finer than three quarters of these. Whole numbers that lie on these scales lie on
+    none made anew: their largest code is less than half the distance of the ends.
+
+    Args:
+        scales, zeros, anew: as ``low``, float32.
+        ends: the least and the largest code.
+    """
+    least, most = ends
+    offset = 0.0 if zeros is None else zeros
+    fit = (low / scales + offset >= least - 0.5) & (high / scales + offset <= most + 0.5)
+    return fit & (scales > 0) & ((anew >= 0.75 * scales) | (low == high))
+
+
 def linear_scales(
     low: torch.Tensor, high: torch.Tensor, ends: tuple[float, float], symmetric: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:

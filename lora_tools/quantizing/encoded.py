@@ -102,7 +102,10 @@ def _bands(
             stop = min(start + step, rows)
             ready(stop * cols)
             wide = room[: stop - start].copy_(x.view(matrix)[start:stop])
-            parts: Parts = _encoded(item, wide if shape is None else wide.view(shape))
+            packed = item.packed
+            if item.before is not None:
+                packed = item.scheme.keeping(packed, item.before, start, stop)
+            parts: Parts = _encoded(item, packed, wide if shape is None else wide.view(shape))
             if feeder is not None:
                 parts = feeder.feed(wide, parts)
             if writer is not None:
@@ -121,16 +124,15 @@ def _write(packed: PackedWeight, parts: Parts, writer: Sink, written: Counter[st
             written[part] += data.nbytes
 
 
-def _encoded(item: Item, wide: torch.Tensor) -> dict[str, torch.Tensor]:
+def _encoded(item: Item, packed: PackedWeight, wide: torch.Tensor) -> dict[str, torch.Tensor]:
     """What is stored, but for scales of activations. Raises NonFiniteError."""
-    assert item.packed is not None
     assert item.scheme is not None
     assert item.scheme.encode is not None
-    parts = item.scheme.encode(item.packed, wide)
+    parts = item.scheme.encode(packed, wide)
     for part, tensor in list(parts.items())[1:]:
         if tensor.is_floating_point() and not is_finite(tensor):
             raise NonFiniteError(
-                f"{item.packed.specs[part].name}: its numbers are so large that a scale overflows"
+                f"{packed.specs[part].name}: its numbers are so large that a scale overflows"
             )
     return parts
 

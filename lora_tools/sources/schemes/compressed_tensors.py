@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -276,9 +277,15 @@ def _new_scales(
         return {SCALE: as_stored}, e2m1.powers(exponents), None
     low, high = scaled.extremes(x, weight.block)
     refuse_non_finite(weight, torch.maximum(-low, high))
-    scales, zeros = scaled.linear_scales(low, high, _ends(settings), settings.symmetric)
+    ends = _ends(settings)
+    scales, zeros = scaled.linear_scales(low, high, ends, settings.symmetric)
     scales = scales.to(torch_dtype(specs[SCALE].dtype))
     scales[scales == 0] = torch.finfo(scales.dtype).eps
+    if weight.kept is not None:
+        own, own_zeros = weight.kept
+        kept = scaled.still_fit(low, high, own.float(), own_zeros, ends, scales.float())
+        scales = torch.where(kept, own, scales)
+        zeros = None if zeros is None else torch.where(kept, own_zeros, zeros)
     stored = {SCALE: scales}
     if ZERO_POINT in specs:
         stored[ZERO_POINT] = torch.zeros(scales.shape) if zeros is None else zeros
@@ -350,6 +357,17 @@ def _shared_for(weight: CompressedWeight, largest: float) -> float | None:
     return float(global_scale(torch.tensor(largest)))
 
 
+def _keeping(weight: CompressedWeight, parts: Parts, start: int, stop: int) -> CompressedWeight:
+    """Of whole numbers: scales of floats are, to their last bits, found again."""
+    if weight.settings.kind != "int":
+        return weight
+    high = weight.block[0]
+    lines = slice(start // high, -(stop // -high))
+    scales = parts[SCALE]
+    scales = scales.reshape(-1, scales.shape[-1] if scales.dim() else 1)[lines]
+    return dataclasses.replace(weight, kept=(scales, _zeros(weight, parts, lines)))
+
+
 COMPRESSED_TENSORS = Scheme(
     "compressed-tensors",
     "compressed-tensors' formats",
@@ -362,4 +380,5 @@ COMPRESSED_TENSORS = Scheme(
     coded=_packed,
     shared=_shared,
     shared_for=_shared_for,
+    keeping=_keeping,
 )
