@@ -101,7 +101,7 @@ LIBRARIES = {
     "linalg": {"torch", "numpy", "scipy", "gguf", "peft"},
     "calibration": {"torch", "transformers"},
     "pretrained": {"transformers"},
-    "plots": {"matplotlib"},
+    "plots": {"matplotlib", "plotly"},
 }
 
 
@@ -132,6 +132,8 @@ HEAVY = {
     "gguf",
     "onnxruntime",
     "matplotlib",
+    "plotly",
+    "pandas",
 }
 # Modules that work with tensors all along, which only a running verb imports.
 NUMERIC = {
