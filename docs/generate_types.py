@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from lora_tools.records import ProgressCallback
 '''
 
@@ -33,12 +35,14 @@ def render() -> str:
         for home, names in sorted(homes.items())
         for name in sorted(names)
     ]
-    return HEAD + "".join([*imports, *map(_function, VERBS.values())])
+    return HEAD + "".join([*imports, "\n__version__: str\n", *map(_function, VERBS.values())])
 
 
 def _function(verb: Verb) -> str:
     rows = [f"{a.name}: {a.type}" for a in verb.arguments] + ["*"]
     for name, written, default in verb.parameters():
+        if name in verb.by_name and verb.by_name[name].of_dtype:
+            written = f"torch.dtype | {written}"
         rows.append(f"{name}: {written}" + (f" = {default}" if default else ""))
     body = "".join(f"    {row},\n" for row in rows)
     text = textwrap.indent(inspect.getdoc(verb.function()) or "", "    ").strip()

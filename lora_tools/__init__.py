@@ -44,6 +44,7 @@ _HOMES = {
         "TensorSpec",
     ),
     "options": tuple(record.__name__ for record in RECORDS),
+    "schema": ("report_schema",),
     "totals": tuple(verb.totals for verb in VERBS.values()),
     **{f"verbs.{name}": (name,) for name in VERBS},
 }
@@ -53,9 +54,12 @@ __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name == "__version__":
+        value = importlib.import_module(f"{__name__}.provenance").tool_version()
+    elif name in _HOME:
+        value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
     globals()[name] = value
     return value
 

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from lora_tools.records import ProgressCallback
 from lora_tools.errors import AdapterError as AdapterError
 from lora_tools.errors import CheckpointError as CheckpointError
@@ -50,6 +52,7 @@ from lora_tools.records import Report as Report
 from lora_tools.records import TensorFacts as TensorFacts
 from lora_tools.records import TensorResult as TensorResult
 from lora_tools.records import TensorSpec as TensorSpec
+from lora_tools.schema import report_schema as report_schema
 from lora_tools.totals import CheckTotals as CheckTotals
 from lora_tools.totals import CollectStatsTotals as CollectStatsTotals
 from lora_tools.totals import CombineTotals as CombineTotals
@@ -64,6 +67,8 @@ from lora_tools.totals import QuantizeTotals as QuantizeTotals
 from lora_tools.totals import RescaleTotals as RescaleTotals
 from lora_tools.totals import UnmergeTotals as UnmergeTotals
 from lora_tools.totals import VerifyTotals as VerifyTotals
+
+__version__: str
 
 def extract(
     base: str | Path,
@@ -87,7 +92,7 @@ def extract(
     layout: Sequence[str] = (),
     alpha: float | None = None,
     rslora: bool = False,
-    dtype: str | None = None,
+    dtype: torch.dtype | str | None = None,
     embeddings: Literal['lora', 'save', 'skip'] = 'lora',
     rest: Literal['save', 'skip', 'error'] = 'save',
     consumer: Literal['peft', 'vllm', 'llama.cpp', 'sglang', 'tensorrt-llm'] = 'peft',
@@ -177,10 +182,10 @@ def extract(
 
 def merge(
     base: str | Path,
-    adapters: Sequence[str | Path | tuple[str | Path, float]],
+    adapters: str | Path | tuple[str | Path, float] | Sequence[str | Path | tuple[str | Path, float]],
     out: str | Path,
     *,
-    dtype: str | None = None,
+    dtype: torch.dtype | str | None = None,
     shard_size: str | None = None,
     reversible: bool = False,
     requantize: bool = False,
@@ -242,7 +247,7 @@ def merge(
 
 def unmerge(
     merged: str | Path,
-    adapters: Sequence[str | Path | tuple[str | Path, float]],
+    adapters: str | Path | tuple[str | Path, float] | Sequence[str | Path | tuple[str | Path, float]],
     out: str | Path,
     *,
     sidecar: bool | None = None,
@@ -311,7 +316,7 @@ def rescale(
     sv_cumulative: float | None = None,
     max_rank: int | None = None,
     rslora: bool | None = None,
-    dtype: str | None = None,
+    dtype: torch.dtype | str | None = None,
     consumer: Literal['peft', 'vllm', 'llama.cpp', 'sglang', 'tensorrt-llm'] = 'peft',
     base: str | Path | None = None,
     force: bool = False,
@@ -379,7 +384,7 @@ def rescale(
     """
 
 def combine(
-    adapters: Sequence[str | Path | tuple[str | Path, float]],
+    adapters: str | Path | tuple[str | Path, float] | Sequence[str | Path | tuple[str | Path, float]],
     out: str | Path,
     *,
     method: Literal['cat', 'linear', 'svd', 'ties', 'dare_linear', 'dare_ties', 'magnitude_prune'] = 'cat',
@@ -392,7 +397,7 @@ def combine(
     normalize: bool = False,
     base: str | Path | None = None,
     allow_other_base: bool = False,
-    dtype: str | None = None,
+    dtype: torch.dtype | str | None = None,
     force: bool = False,
     dry_run: bool = False,
     jobs: int | None = None,
@@ -478,7 +483,7 @@ def convert(
     rank: int | None = None,
     energy: float | None = None,
     max_rank: int | None = None,
-    dtype: str | None = None,
+    dtype: torch.dtype | str | None = None,
     force: bool = False,
     dry_run: bool = False,
     jobs: int | None = None,
@@ -539,13 +544,13 @@ def quantize(
     checkpoint: str | Path,
     out: str | Path,
     *,
-    adapters: Sequence[str | Path | tuple[str | Path, float]] = (),
+    adapters: str | Path | tuple[str | Path, float] | Sequence[str | Path | tuple[str | Path, float]] = (),
     scheme: Literal['nf4', 'fp4', 'fp8-block', 'fp8-channel', 'nvfp4', 'mxfp4', 'int8', 'int4'] | None = None,
     quant_type: Literal['nf4', 'fp4'] | None = None,
     blocksize: int = 64,
     double_quant: bool = True,
-    compute_dtype: str = 'bfloat16',
-    quant_storage: Literal['uint8', 'float16', 'bfloat16', 'float32'] = 'uint8',
+    compute_dtype: torch.dtype | str = 'bfloat16',
+    quant_storage: torch.dtype | Literal['uint8', 'float16', 'bfloat16', 'float32'] = 'uint8',
     scale_search: bool = False,
     activations: str | Path | None = None,
     calibrate: str | Path | None = None,
@@ -559,7 +564,7 @@ def quantize(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     lm_head: bool = False,
-    dtype: str | None = None,
+    dtype: torch.dtype | str | None = None,
     shard_size: str | None = None,
     max_error: float | None = None,
     allow_unmatched: bool = False,
@@ -658,7 +663,7 @@ def dequantize(
     checkpoint: str | Path,
     out: str | Path,
     *,
-    dtype: str | None = None,
+    dtype: torch.dtype | str | None = None,
     shard_size: str | None = None,
     force: bool = False,
     dry_run: bool = False,
@@ -702,11 +707,11 @@ def export(
     checkpoint: str | Path,
     out: str | Path,
     *,
-    adapters: Sequence[str | Path | tuple[str | Path, float]] = (),
+    adapters: str | Path | tuple[str | Path, float] | Sequence[str | Path | tuple[str | Path, float]] = (),
     runtime_adapters: bool = False,
     task: str = 'auto',
     no_cache: bool = False,
-    dtype: str | None = None,
+    dtype: torch.dtype | str | None = None,
     weights: Literal['shared', 'bundled'] | None = None,
     nf4: bool = False,
     int8: bool = False,
@@ -880,7 +885,7 @@ def verify(
     path: str | Path,
     *,
     base: str | Path | None = None,
-    adapters: Sequence[str | Path | tuple[str | Path, float]] = (),
+    adapters: str | Path | tuple[str | Path, float] | Sequence[str | Path | tuple[str | Path, float]] = (),
     tuned: str | Path | None = None,
     against: str | Path | None = None,
     max_error: float | None = None,

@@ -5,8 +5,14 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+from collections import Counter
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+
+from lora_tools import notebook
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 # Bits per element of every dtype a safetensors header may name.
 DTYPE_BITS: dict[str, int] = {
@@ -19,8 +25,19 @@ DTYPE_BITS: dict[str, int] = {
 FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
 
 
+class _Shown:
+    """A record that a notebook shows as a table of its fields."""
+
+    __slots__ = ()
+
+    def _repr_html_(self) -> str:
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]  # of the records below
+        rows = [(field.name, getattr(self, field.name)) for field in fields]
+        return notebook.table(type(self).__name__, rows)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
-class TensorSpec:
+class TensorSpec(_Shown):
     """Name, dtype (as safetensors spells it) and shape: all a plan needs to know of a tensor."""
 
     name: str
@@ -122,7 +139,7 @@ class Action(str, enum.Enum):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Fate:
+class Fate(_Shown):
     """What happens to one tensor or adapter key, and why. A plan is a tuple of these."""
 
     tensor: str
@@ -132,7 +149,7 @@ class Fate:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class ModuleResult:
+class ModuleResult(_Shown):
     """The measured outcome for one module.
 
     Attributes:
@@ -165,7 +182,7 @@ class ModuleResult:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class ModuleSpectrum:
+class ModuleSpectrum(_Shown):
     """What one module's change looks like: tuned − base, or an adapter's own s·B·A.
 
     Attributes:
@@ -198,7 +215,7 @@ class ModuleSpectrum:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class TensorFacts:
+class TensorFacts(_Shown):
     """One stored tensor; ``hash`` is that of its bytes, ``oddities`` what is unusual."""
 
     tensor: str
@@ -211,7 +228,7 @@ class TensorFacts:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class TensorResult:
+class TensorResult(_Shown):
     """The measured outcome of quantizing one tensor.
 
     Attributes:
@@ -242,7 +259,7 @@ class TensorResult:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Input:
+class Input(_Shown):
     """An input and its content hash (see ``formats.digest``); empty where nothing was read."""
 
     role: str
@@ -279,6 +296,48 @@ class Report(Generic[T]):
         for fate in result["plan"]:
             fate["action"] = str(fate["action"])
         return result
+
+    def to_frame(
+        self, part: Literal["modules", "tensors", "spectra", "stored", "plan"] | None = None
+    ) -> DataFrame:
+        """A part of the report as a pandas DataFrame: one row an entry, one column a field, and one
+        for each key of a field that is a dict (``energy.8``).
+
+        Args:
+            part: None: the first of ``modules``, ``tensors``, ``spectra`` and ``stored`` that is
+                not empty, else the plan.
+
+        Raises:
+            ImportError: pandas is not installed.
+            ValueError: there is no such part.
+        """
+        if part is not None and part not in _PARTS:
+            raise ValueError(f"to_frame({part!r}): one of {', '.join(_PARTS)} is needed")
+        filled = (name for name in _PARTS if getattr(self, name) or name == "plan")
+        chosen: str = part if part is not None else next(filled)
+        return notebook.frame(_PARTS[chosen], getattr(self, chosen))
+
+    def _repr_html_(self) -> str:
+        counts = Counter(str(fate.action) for fate in self.plan)
+        parts = {name: len(getattr(self, name)) for name in _PARTS}
+        rows = [
+            *((given.role, given.path) for given in self.inputs),
+            *([("output", self.output)] if self.output else []),
+            *self.totals.items(),  # type: ignore[attr-defined]  # T is a TypedDict
+            *([("plan", dict(counts.most_common()))] if counts else []),
+            *((f'to_frame("{name}")', counted(n, "row")) for name, n in parts.items() if n),
+        ]
+        title = f"loratools {self.verb}" + (": a plan, nothing was written" if self.dry_run else "")
+        return notebook.table(title, rows, self.notes)
+
+
+_PARTS: dict[str, type[Any]] = {
+    "modules": ModuleResult,
+    "tensors": TensorResult,
+    "spectra": ModuleSpectrum,
+    "stored": TensorFacts,
+    "plan": Fate,
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -49,6 +49,7 @@ SUBJECTS = (
 ROOMS = (
     "__main__",
     "__init__",
+    "schema",
     "cli",
     "verbs",
     *SUBJECTS,
@@ -65,15 +66,17 @@ ROOMS = (
     "plots",
     "figures",
     "interruption",
-    "printable",
     "errors",
     "records",
     "totals",
+    "notebook",
+    "printable",
 )
 # Rooms that see less than all that lies below them.
 ONLY = {
     "__main__": {"cli"},
-    "__init__": {"verbs", "options", "errors", "records"},
+    "__init__": {"schema", "verbs", "options", "errors", "records"},
+    "schema": {"verbs", "records", "totals"},
     "cli": {"verbs", "options", "interruption", "errors", "records", "printable"},
     "nn": {"sources", "options", "formats", "linalg", "errors", "records"},
     "options": {"onnx", "formats", "linalg", "errors", "records"},
@@ -110,7 +113,9 @@ LIBRARIES = {
     "linalg": {"torch", "numpy", "scipy", "gguf", "peft"},
     "calibration": {"torch", "transformers"},
     "pretrained": {"transformers"},
-    "plots": {"matplotlib"},
+    "plots": {"matplotlib", "plotly"},
+    "notebook": {"pandas"},
+    "records": {"pandas"},  # a type
 }
 
 
@@ -141,6 +146,8 @@ HEAVY = {
     "gguf",
     "onnxruntime",
     "matplotlib",
+    "plotly",
+    "pandas",
 }
 # Modules that work with tensors all along, which only a running verb imports.
 NUMERIC = {
@@ -364,6 +371,7 @@ EXPORTED = [
     "inspect",
     "merge",
     "quantize",
+    "report_schema",
     "rescale",
     "unmerge",
     "verify",

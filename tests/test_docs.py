@@ -15,11 +15,13 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 import yaml
+from jsonschema import Draft202012Validator
 from packaging.requirements import Requirement
 
 import lora_tools
 from lora_tools.records import Action
 from lora_tools.verbs import VERBS as TABLE
+from lora_tools.verbs.report_file import plain
 
 from . import forks, iotools, models
 from .traced import Traced
@@ -419,6 +421,10 @@ def test_every_total_and_action_is_documented(
             activations=out / "st",
         ),
     ]
+    validators = {verb: Draft202012Validator(lora_tools.report_schema(verb)) for verb in VERBS}
+    assert {report.verb for report in reports} == {*VERBS}
+    for report in reports:
+        validators[report.verb].validate(plain(report))
     seen: dict[str, set[str]] = {}
     for report in reports:
         for key in report.totals:

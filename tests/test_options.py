@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import lora_tools
 from lora_tools import (
@@ -22,7 +23,7 @@ from lora_tools import (
     Tensors,
     Writing,
 )
-from lora_tools.errors import UsageError
+from lora_tools.errors import LoraToolsError, UsageError
 from lora_tools.options import RECORDS
 from lora_tools.provenance import command_of
 from lora_tools.verbs import VERBS
@@ -172,7 +173,7 @@ TYPED = [
     (verb.name, keyword.name)
     for verb in VERBS.values()
     for keyword in verb.keywords
-    if keyword.type in (bool, int, float, str) or keyword.several
+    if (keyword.type in (bool, int, float, str) or keyword.several) and keyword.name != "adapters"
 ]
 OTHER = {bool: "no", int: 2.5, float: "0.5", str: 3}
 
@@ -187,12 +188,48 @@ def test_a_value_of_another_type_is_refused(name: str, option: str) -> None:
         getattr(lora_tools, name)(*arguments(verb), **{**needed(verb), option: wrong})
 
 
-@pytest.mark.parametrize("alone", ["adapter", Path("adapter")])
-def test_several_are_a_list(alone: Any) -> None:
-    with pytest.raises(TypeError, match=r"merge\(\) wants a list of adapters: "):
-        lora_tools.merge("base", alone, "out")
-    with pytest.raises(TypeError, match="adapters is to be Sequence"):
-        lora_tools.quantize("base", "out", adding=Adding(adapters=alone))
+@pytest.mark.parametrize(
+    "alone", [str, Path, lambda p: (p, 1.0), lambda p: (str(p), 1), lambda p: f"{p}=1"]
+)
+def test_one_adapter_may_stand_alone(alone: Any, sides: Path, tmp_path: Path) -> None:
+    """Where several can be, as an argument, as a keyword, and in a record."""
+    one = alone(sides / "adapter")
+    lora_tools.merge(sides / "base", [sides / "adapter"], tmp_path / "list")
+    lora_tools.merge(sides / "base", one, tmp_path / "one")
+    weights = [(tmp_path / n / "model.safetensors").read_bytes() for n in ("list", "one")]
+    assert weights[0] == weights[1]
+    for given in ({"adapters": one}, {"adding": Adding(adapters=one)}):
+        plan = lora_tools.quantize(sides / "base", tmp_path / "q", dry_run=True, **given)
+        assert [i.role for i in plan.inputs] == ["checkpoint", "adapter"]
+
+
+@pytest.mark.parametrize("wrong", [b"adapter", 3, None, ("a", True)])
+def test_what_is_no_adapter_is_refused(wrong: Any) -> None:
+    with pytest.raises((TypeError, LoraToolsError)):
+        lora_tools.merge("base", wrong, "out")
+
+
+def test_other_options_of_several_values_are_lists() -> None:
+    with pytest.raises(TypeError, match=r"extract\(\) wants a list of include: 'q_proj'"):
+        lora_tools.extract("base", "tuned", "out", include="q_proj")
+
+
+def test_dtypes_are_those_of_torch_too(sides: Path, tmp_path: Path) -> None:
+    """They are recorded by their names, so the output is the same bytes."""
+    for name, dtype in (("name", "bfloat16"), ("torch", torch.bfloat16)):
+        lora_tools.merge(sides / "base", sides / "adapter", tmp_path / name, dtype=dtype)
+        lora_tools.merge(
+            sides / "base", sides / "adapter", tmp_path / f"{name} 2", storage=Storage(dtype=dtype)
+        )
+    files = {p.read_bytes() for p in tmp_path.rglob("model.safetensors")}
+    assert len(files) == 1
+    plan = lora_tools.quantize(
+        sides / "base", tmp_path / "q", compute_dtype=torch.float16, quant_storage=torch.uint8,
+        dry_run=True,
+    )  # fmt: skip
+    assert "compute_dtype='float16'" in plan.command
+    with pytest.raises(LoraToolsError, match=r"dtype 'int8' is not one of"):
+        lora_tools.merge(sides / "base", sides / "adapter", tmp_path / "no", dtype=torch.int8)
 
 
 def test_what_gives_its_values_once_is_read_once(sides: Path, tmp_path: Path) -> None:

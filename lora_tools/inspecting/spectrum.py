@@ -110,7 +110,7 @@ def check_plot(plot: str | Path | None) -> Path | None:
         raise UsageError(f"--plot {plot}: its folder does not exist")
     from lora_tools.plots import check_library
 
-    check_library()
+    check_library(path.suffix)
     return path
 
 
@@ -119,7 +119,7 @@ def shown(path: str | Path) -> str:
     return "/".join(Path(path).parts[-2:])
 
 
-def drawn(report: Report[T], title: str, path: Path) -> Report[T]:
+def drawn(report: Report[T], title: str, note: str, path: Path) -> Report[T]:
     """The report, drawn into a file in place of what was there, whole or not at all; one without
     any change says so."""
     from lora_tools.plots import draw
@@ -127,47 +127,75 @@ def drawn(report: Report[T], title: str, path: Path) -> Report[T]:
     if not any(s.norm for s in report.spectra):
         note = f"no module has a low-rank change: nothing to draw, {path} is not written"
         return dataclasses.replace(report, notes=(*report.notes, note))
-    content = draw(picture(report, title), path.suffix)
+    content = draw(picture(report, title, note), path.suffix)
     with staged(path, force=True) as staging:
         write_synced(staging / "out", content)
     return dataclasses.replace(report, notes=(*report.notes, f"drew {path}"))
 
 
-def picture(report: Report[Any], title: str) -> Picture:
-    """What to draw of a report."""
-    from lora_tools.plots import Line, Picture
+def picture(report: Report[Any], title: str, note: str = "") -> Picture:
+    """What to draw of a report; ``note`` is what the title's figure is."""
+    from lora_tools.plots import MOST_LINES, Line, Picture
 
     spectra = [s for s in report.spectra if s.spectrum and s.norm]
     at = places([s.module for s in spectra])
     layers = sorted({layer for layer, _ in at.values()})
     # Embeddings and heads first, then the layers' modules by name.
-    by_place = sorted((min(layer, 0), kind) for layer, kind in at.values())
-    kinds = list(dict.fromkeys(kind for _, kind in by_place))
+    by_place = sorted((min(layer, 0), _counted(kind), kind) for layer, kind in at.values())
+    kinds = list(dict.fromkeys(kind for *_, kind in by_place))
     relative = all(math.isfinite(s.relative_change) for s in spectra)
     heat = [[math.nan] * len(layers) for _ in kinds]
+    details: list[list[tuple[str, ...]]] = [[()] * len(layers) for _ in kinds]
+    most: dict[str, ModuleSpectrum] = {}  # the module of each kind that changed most
+    row, column = ({k: i for i, k in enumerate(keys)} for keys in (kinds, layers))
     for s in spectra:
         layer, kind = at[s.module]
-        heat[kinds.index(kind)][layers.index(layer)] = (
-            100 * s.relative_change if relative else s.stable_rank
-        )
-    lines = []
-    for kind in kinds:  # the module of each kind that changed most
-        s = max((s for s in spectra if at[s.module][1] == kind), key=lambda s: s.norm)
-        lines.append(Line(s.module, s.spectrum, s.noise_floor, s.rank))
+        heat[row[kind]][column[layer]] = 100 * s.relative_change if relative else s.stable_rank
+        details[row[kind]][column[layer]] = _figures(s)
+        most[kind] = max(most.get(kind, s), s, key=lambda s: s.norm)
+    lines = [Line(s.module, s.spectrum, s.noise_floor, s.rank) for s in most.values()]
     drawn = curves(spectra)
     return Picture(
         title=title,
+        note=note,
         heat=heat,
+        details=details,
         rows=kinds,
         columns=["none" if layer < 0 else str(layer) for layer in layers],
         heat_label="relative change, %" if relative else "stable rank",
-        lines=sorted(lines, key=lambda line: -line.values[0])[:8],
+        lines=sorted(lines, key=lambda line: -line.values[0])[:MOST_LINES],
         curves=drawn,
         marks=[
             (f"rank {r}", *at_rank)
             for r, at_rank in zip(STEPS, drawn["uniform"], strict=True)
             if r in AT and r <= max(len(s.spectrum) for s in spectra)
         ],
+    )
+
+
+def _counted(name: str) -> list[tuple[str, int]]:
+    """A key by which the ninth expert comes before the tenth."""
+    return [(text, int(number or 0)) for text, number in re.findall(r"(\D*)([0-9]*)", name)]
+
+
+def _figures(s: ModuleSpectrum) -> tuple[str, ...]:
+    """What is known of a module, a line each."""
+    rank = "above 64" if s.rank is None else str(s.rank)
+    found = [
+        ("relative change", f"{s.relative_change:.3%}", s.relative_change),
+        ("norm of the change", f"{s.norm:.4g}", s.norm),
+        ("stable rank", f"{s.stable_rank:.2f}", s.stable_rank),
+        ("noise floor", f"{s.noise_floor:.4g}", s.noise_floor),
+        ("largest singular value", f"{s.spectrum[0]:.4g}", s.spectrum[0]),
+        ("scaling", f"{s.scaling:.4g}", s.scaling),
+    ]
+    held = [f"{r}: {share:.1%}" for r, share in s.energy.items() if math.isfinite(share)]
+    return (
+        s.module,
+        f"{s.layout} {' × '.join(map(str, s.shape))}",
+        *(f"{name}: {text}" for name, text, value in found if math.isfinite(value)),
+        f"rank: {rank}" if math.isfinite(s.alpha) else f"recommended rank: {rank}",
+        f"energy in the leading directions: {', '.join(held)}" if held else "",
     )
 
 

@@ -42,6 +42,9 @@ class _Seen:
     base: float = 0.0  # ‖W_base‖²
 
 
+_RELATIVE = "relative change: ‖tuned − base‖ / ‖base‖, in the title over all tensors of floats"
+
+
 @verb
 def diff(
     call: Call, base: str | Path, tuned: str | Path, tensors: Tensors, view: View, search: Search
@@ -72,7 +75,7 @@ def diff(
         if target is None:
             return report
         moved = f"relative change {report.totals['relative_change']:.2%}"
-        return drawn(report, f"{shown(base)} → {shown(tuned)}, {moved}", target)
+        return drawn(report, f"{shown(base)} → {shown(tuned)}, {moved}", _RELATIVE, target)
 
     return Look(tuple(side.path for side in sides), run)
 

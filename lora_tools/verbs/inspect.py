@@ -56,6 +56,9 @@ class _Thing:
     places: Mapping[str, str] = dataclasses.field(default_factory=dict)  # where not in the file
 
 
+_STABLE_RANK = "stable rank: ‖s·B·A‖² / σ₁², over how many directions a change is spread"
+
+
 @verb
 def inspect(call: Call, path: str | Path, view: View) -> Look:
     """Say what a file or folder is: in the report's ``stored`` each stored tensor, in ``spectra``
@@ -78,7 +81,8 @@ def inspect(call: Call, path: str | Path, view: View) -> Look:
         report = _described(call, path, thing)
         if target is None:
             return report
-        return drawn(report, f"{shown(path)}: the adapter's own change, s·B·A", target)
+        title = f"{shown(path)}: the adapter's own change, s·B·A"
+        return drawn(report, title, _STABLE_RANK, target)
 
     folder = thing.files[0].path.parent
     data = (folder / name for name in set(thing.places.values()))

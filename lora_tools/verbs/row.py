@@ -7,6 +7,7 @@ import functools
 import importlib
 import inspect
 import numbers
+import os
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +19,8 @@ from lora_tools.options.fields import KEY, Option
 from lora_tools.records import Report
 
 _PARAMETER = inspect.Parameter
+_ADAPTER = "str | Path | tuple[str | Path, float]"
+_ADAPTERS = f"{_ADAPTER} | Sequence[{_ADAPTER}]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Argument:
 
     @property
     def type(self) -> str:
-        return "Sequence[str | Path | tuple[str | Path, float]]" if self.several else "str | Path"
+        return _ADAPTERS if self.several else "str | Path"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +93,28 @@ class Keyword:
         return get_origin(self.type) is Sequence
 
     @property
+    def of_dtype(self) -> bool:
+        """Whether a dtype of torch can be given for its name."""
+        return self.name in ("dtype", "compute_dtype", "quant_storage")
+
+    @property
     def annotation(self) -> str:
-        """Its type in the function's signature: a Literal where choices are listed."""
+        """Its type in the function's signature: a Literal where choices are listed, and one adapter
+        where several can be."""
+        if self.name == "adapters":
+            return _ADAPTERS
         if not self.listed or "Literal" in self.written:
             return self.written
         return self.written.replace("str", f"Literal[{', '.join(map(repr, self.choices))}]")
+
+    def plain(self, value: Any) -> Any:
+        """What stands for a value in the record: of one adapter a tuple, of torch's dtype its
+        name."""
+        if self.of_dtype and (type(value).__module__, type(value).__name__) == ("torch", "dtype"):
+            return str(value).removeprefix("torch.")
+        if self.name == "adapters" and one_adapter(value):
+            return (value,)
+        return value
 
     def check(self, value: Any) -> None:
         """
@@ -132,6 +152,13 @@ _KINDS: dict[Any, type] = {bool: bool, int: numbers.Integral, float: numbers.Rea
 def listed(value: Any) -> bool:
     """Whether it holds several values that can be read more than once."""
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def one_adapter(value: Any) -> bool:
+    """Whether it is a path, or a path and its weight, where a list of them can stand."""
+    if isinstance(value, tuple) and len(value) == 2:
+        return isinstance(value[1], numbers.Real) and not isinstance(value[1], bool)
+    return isinstance(value, str | os.PathLike)
 
 
 def take(record: type[Any], *names: str, **said: Mapping[str, Any]) -> tuple[Keyword, ...]:
@@ -240,7 +267,9 @@ class Verb:
 
     def _list(self, name: str, value: Any) -> Sequence[Any]:
         """Several values, which are read more than once: what gives each only once is emptied
-        here. Raises TypeError for a value that stands alone."""
+        here. One adapter may stand alone. Raises TypeError for another value that does."""
+        if name == "adapters" and one_adapter(value):
+            return (value,)
         if listed(value):
             return value  # type: ignore[no-any-return]
         if isinstance(value, str | bytes) or not isinstance(value, Iterable):
@@ -275,7 +304,7 @@ class Verb:
             for field in mine:
                 if self.by_name[field].required and field not in single:
                     raise TypeError(f"{self.name}() misses the keyword argument {field!r}")
-            return record(**single)
+            return _plain(record(**single), self.by_name)
         if not isinstance(whole, record):
             raise TypeError(f"{self.name}() wants {name} to be of {record.__name__}: {whole!r}")
         if single:
@@ -283,7 +312,7 @@ class Verb:
         for other in dataclasses.fields(record):
             if other.name not in mine and getattr(whole, other.name) != other.default:
                 raise UsageError(f"{self.command} does not take {other.name} ({name})")
-        return whole
+        return _plain(whole, self.by_name)
 
     def parameters(self) -> list[tuple[str, str, str]]:
         """(name, type, default) of all keywords of the function, as Python code; the default is ""
@@ -318,6 +347,17 @@ class Verb:
         wrapped = "\n".join(_wrapped(line) for line in lines)
         head = "" if "\nArgs:\n" in body else "\n\nArgs:"
         return f"{body.rstrip()}{head}\n{wrapped}\n\n{mark}{rest}"
+
+
+def _plain(record: Any, keywords: Mapping[str, Keyword]) -> Any:
+    """The record with values as the verbs read them."""
+    given = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+    changed = {
+        name: plain
+        for name, value in given.items()
+        if name in keywords and (plain := keywords[name].plain(value)) is not value
+    }
+    return dataclasses.replace(record, **changed) if changed else record
 
 
 def _evaluated(written: str, names: Mapping[str, Any]) -> Any:
