@@ -101,6 +101,7 @@ def extract(
     tolerance: float = 0.001,
     seed: int = 0,
     device: str = 'cpu',
+    base_name: str | None = None,
     max_error: float | None = None,
     force: bool = False,
     dry_run: bool = False,
@@ -158,6 +159,9 @@ def extract(
         tolerance: The energy captured may miss the best possible at that rank by this share.
         seed: Of the random start.
         device: cpu, cuda, cuda:1, …
+        base_name: What adapter_config.json calls the base (base_model_name_or_path, revision), by
+            which AutoPeftModel loads it: ORG/NAME[@REVISION]. [default: the name that is there,
+            else its hub id where that is certain, else its absolute path (docs/hub.md)]
         max_error: Quality gate: exit 3 and write nothing but the report if the relative error of a
             module, or of all together, exceeds X.
         force: Replace what is at --out, once the new one is complete.
@@ -319,6 +323,7 @@ def rescale(
     dtype: torch.dtype | str | None = None,
     consumer: Literal['peft', 'vllm', 'llama.cpp', 'sglang', 'tensorrt-llm'] = 'peft',
     base: str | Path | None = None,
+    base_name: str | None = None,
     force: bool = False,
     dry_run: bool = False,
     jobs: int | None = None,
@@ -362,6 +367,9 @@ def rescale(
             padded to it with zeros. What it cannot read is refused, with the reason.
         base: The model the adapter was trained on: a checkpoint, or a diffusers pipeline's folder.
             Only names and shapes are read. Formats with names of their own need it.
+        base_name: What adapter_config.json calls the base (base_model_name_or_path, revision), by
+            which AutoPeftModel loads it: ORG/NAME[@REVISION]. [default: the name that is there,
+            else its hub id where that is certain, else its absolute path (docs/hub.md)]
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
@@ -398,6 +406,7 @@ def combine(
     base: str | Path | None = None,
     allow_other_base: bool = False,
     dtype: torch.dtype | str | None = None,
+    base_name: str | None = None,
     force: bool = False,
     dry_run: bool = False,
     jobs: int | None = None,
@@ -447,6 +456,9 @@ def combine(
         allow_other_base: Also combine adapters whose metadata names different bases.
         dtype: bfloat16, float16, float32 or float64. [default: each factor keeps the widest of the
             inputs]
+        base_name: What adapter_config.json calls the base (base_model_name_or_path, revision), by
+            which AutoPeftModel loads it: ORG/NAME[@REVISION]. [default: the name that is there,
+            else its hub id where that is certain, else its absolute path (docs/hub.md)]
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
@@ -484,6 +496,7 @@ def convert(
     energy: float | None = None,
     max_rank: int | None = None,
     dtype: torch.dtype | str | None = None,
+    base_name: str | None = None,
     force: bool = False,
     dry_run: bool = False,
     jobs: int | None = None,
@@ -520,6 +533,9 @@ def convert(
             norm of its change, such as 0.9.
         max_rank: The most that these may choose.
         dtype: bfloat16, float16, float32 or float64. [default: each factor keeps its own]
+        base_name: What adapter_config.json calls the base (base_model_name_or_path, revision), by
+            which AutoPeftModel loads it: ORG/NAME[@REVISION]. [default: the name that is there,
+            else its hub id where that is certain, else its absolute path (docs/hub.md)]
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the

@@ -48,6 +48,7 @@ PAGES = [
     "docs/layers.md",
     "docs/merge.md",
     "docs/formats.md",
+    "docs/hub.md",
     "docs/combine.md",
     "docs/quantize.md",
     "docs/export.md",

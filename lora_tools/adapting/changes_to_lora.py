@@ -32,7 +32,14 @@ if TYPE_CHECKING:
 
 _SEED = 0
 # Fields of a config that mean the same of a LoRA.
-_KEPT = ("base_model_name_or_path", "revision", "task_type", "modules_to_save", "bias")
+_KEPT = (
+    "base_model_name_or_path",
+    "revision",
+    "task_type",
+    "auto_mapping",
+    "modules_to_save",
+    "bias",
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -68,10 +68,7 @@ def open_adapter(
         UsageError (no such format).
     """
     form = format_named(source_format, "--from") if source_format else None
-    path = Path(source)
-    if not path.exists() and hub.looks_like_hub_id(str(source)):
-        path = hub.fetch(str(source), allow_pickle)
-    path = meant(path, AdapterError)
+    path = meant(hub.here(source, allow_pickle), AdapterError)
     if (
         path.is_file()
         and is_there(path.parent / peft.CONFIG, AdapterError)
