@@ -31,7 +31,7 @@ def table(title: str, rows: Iterable[tuple[str, Any]], notes: Iterable[str] = ()
 
 def shown(value: Any) -> str:
     """A value in few characters: four digits, the first of many values."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"

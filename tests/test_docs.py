@@ -53,6 +53,7 @@ PAGES = [
     "docs/quantize.md",
     "docs/export.md",
     "docs/report.md",
+    "docs/notebook.md",
     "docs/ranks.md",
     "docs/diff.md",
     "docs/verify.md",
@@ -132,15 +133,18 @@ def shell(text: str, folder: Path, **env: str) -> subprocess.CompletedProcess[st
 
 
 @pytest.mark.usefixtures("remembered_traces")
-@pytest.mark.parametrize("page", [p for p in PAGES if "```bash" in read(p)])
+@pytest.mark.parametrize("page", [p for p in PAGES if re.search("```(bash|python)", read(p))])
 def test_snippets_run(page: str, desk: Path, pair: Path) -> None:
-    """In order, in one folder, as a reader would type them."""
+    """In order, in one folder, as a reader would type them; the cells of a notebook know each
+    other's names."""
     forks.preload(*HEAVY)
     if page in (*TASKS, "docs/merge.md", "docs/formats.md", "docs/combine.md", "docs/export.md"):
         for name in ("adapter", "other", "attention"):
             shutil.copytree(pair / name, desk / name)
     count = 0
-    for mark, kind, text in blocks(page):
+    cells = "\n".join(text for mark, _, text in blocks(page) if mark == "cell")
+    found = [each for each in blocks(page) if each[0] != "cell"]
+    for mark, kind, text in [*found, *([("", "python", cells)] if cells else [])]:
         if kind == "bash" and mark.startswith("ci:"):
             continue  # installs things: .ci/run executes it
         if mark in ("real", "signing"):

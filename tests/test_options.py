@@ -203,10 +203,44 @@ def test_one_adapter_may_stand_alone(alone: Any, sides: Path, tmp_path: Path) ->
         assert [i.role for i in plan.inputs] == ["checkpoint", "adapter"]
 
 
-@pytest.mark.parametrize("wrong", [b"adapter", 3, None, ("a", True)])
-def test_what_is_no_adapter_is_refused(wrong: Any) -> None:
-    with pytest.raises((TypeError, LoraToolsError)):
-        lora_tools.merge("base", wrong, "out")
+STATE = {"a.weight": torch.zeros(2, 2)}
+PLACED = [
+    (verb.name, keyword.name)
+    for verb in VERBS.values()
+    for keyword in verb.keywords
+    if keyword.option is not None and keyword.option.path
+]
+
+
+@pytest.mark.parametrize("wrong", [b"adapter", 3, None, ("a", True), STATE, torch.nn.Linear(2, 2)])
+def test_what_is_no_path_is_refused(wrong: Any) -> None:
+    for name in VERBS:
+        verb = VERBS[name]
+        for i, argument in enumerate(verb.arguments):
+            given = arguments(verb)
+            given[i] = wrong
+            with pytest.raises(TypeError, match=rf"{name}\(\) wants .*{argument.name}"):
+                getattr(lora_tools, name)(*given, **needed(verb))
+
+
+def test_what_is_in_memory_is_to_be_written_first() -> None:
+    with pytest.raises(TypeError, match=r"not dict; safetensors.torch.save_file writes a state"):
+        lora_tools.diff(STATE, "tuned")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"list of adapters: dict; safetensors.torch.save_file"):
+        lora_tools.merge("base", STATE, "out")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"not Linear; save_pretrained writes a model"):
+        lora_tools.inspect(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("name", "option"), PLACED)
+def test_options_are_paths_where_they_name_a_place(name: str, option: str) -> None:
+    verb = VERBS[name]
+    with pytest.raises(TypeError, match=option):
+        getattr(lora_tools, name)(*arguments(verb), **{**needed(verb), option: 3})
+    if name in ("inspect", "diff", "verify"):
+        return  # they say what else is needed
+    with pytest.raises(LoraToolsError):  # taken for a path, like any other
+        getattr(lora_tools, name)(*arguments(verb), **{**needed(verb), option: Path("nowhere")})
 
 
 def test_other_options_of_several_values_are_lists() -> None:

@@ -7,7 +7,6 @@ import functools
 import importlib
 import inspect
 import numbers
-import os
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +16,7 @@ from lora_tools import totals
 from lora_tools.errors import UsageError
 from lora_tools.options.fields import KEY, Option
 from lora_tools.records import Report
+from lora_tools.verbs.values import check_place, dtype_name, listed, one_adapter, several
 
 _PARAMETER = inspect.Parameter
 _ADAPTER = "str | Path | tuple[str | Path, float]"
@@ -110,8 +110,8 @@ class Keyword:
     def plain(self, value: Any) -> Any:
         """What stands for a value in the record: of one adapter a tuple, of torch's dtype its
         name."""
-        if self.of_dtype and (type(value).__module__, type(value).__name__) == ("torch", "dtype"):
-            return str(value).removeprefix("torch.")
+        if self.of_dtype:
+            return dtype_name(value)
         if self.name == "adapters" and one_adapter(value):
             return (value,)
         return value
@@ -147,18 +147,6 @@ class Keyword:
 
 
 _KINDS: dict[Any, type] = {bool: bool, int: numbers.Integral, float: numbers.Real, str: str}
-
-
-def listed(value: Any) -> bool:
-    """Whether it holds several values that can be read more than once."""
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
-
-
-def one_adapter(value: Any) -> bool:
-    """Whether it is a path, or a path and its weight, where a list of them can stand."""
-    if isinstance(value, tuple) and len(value) == 2:
-        return isinstance(value[1], numbers.Real) and not isinstance(value[1], bool)
-    return isinstance(value, str | os.PathLike)
 
 
 def take(record: type[Any], *names: str, **said: Mapping[str, Any]) -> tuple[Keyword, ...]:
@@ -262,19 +250,12 @@ class Verb:
         if missing:
             raise TypeError(f"{self.name}() misses the argument {missing[0]!r}")
         for name in {a.name for a in self.arguments if a.several} & bound.keys():
-            bound[name] = self._list(name, bound[name])
+            bound[name] = several(self.name, name, bound[name])
+        for argument in self.arguments:
+            value = bound[argument.name]
+            for each in value if argument.several else (value,):
+                check_place(self.name, argument.name, each)
         return bound
-
-    def _list(self, name: str, value: Any) -> Sequence[Any]:
-        """Several values, which are read more than once: what gives each only once is emptied
-        here. One adapter may stand alone. Raises TypeError for another value that does."""
-        if name == "adapters" and one_adapter(value):
-            return (value,)
-        if listed(value):
-            return value  # type: ignore[no-any-return]
-        if isinstance(value, str | bytes) or not isinstance(value, Iterable):
-            raise TypeError(f"{self.name}() wants a list of {name}: {value!r}")
-        return tuple(value)
 
     def ask(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The records of a call, out of records and of their fields.
@@ -286,14 +267,18 @@ class Verb:
         """
         asked = {name: self._record(name, given) for name in self.records}
         for keyword in self.keywords:
-            keyword.check(getattr(asked[called(keyword.record)], keyword.name))
+            value = getattr(asked[called(keyword.record)], keyword.name)
+            keyword.check(value)
+            if keyword.option is not None and keyword.option.path and value is not None:
+                for each in value if keyword.several else (value,):
+                    check_place(self.name, keyword.name, each)
         return asked
 
     def _record(self, name: str, given: Mapping[str, Any]) -> Any:
         record = self.records[name]
         mine = [keyword.name for keyword in self.keywords if keyword.record is record]
         single = {
-            field: self._list(field, given[field])
+            field: several(self.name, field, given[field])
             if self.by_name[field].several and given[field] is not None
             else given[field]
             for field in mine
