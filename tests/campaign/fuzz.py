@@ -60,16 +60,17 @@ class Bench:
 
     def warm(self) -> None:
         """Run every command once on what is whole, so that forks need not import what they need.
-
-        Raises:
-            AssertionError: one of them does not pass.
-        """
+        Raises AssertionError where one of them does not pass."""
         for use in dict.fromkeys(use for door in DOORS.values() for use in door.uses):
-            outcome = self.run(use, quiet=False)
-            looks = "OUT" not in use.line
-            assert outcome.kinds == [DONE] or (looks and outcome.said == ""), (use.line, outcome)
-            assert outcome.checked is (use.check is not None), (use.line, outcome)
-            self.clear()
+            self.passes(use)
+
+    def passes(self, use: Use) -> None:
+        """A command on what is whole. Raises AssertionError where it is refused, or not checked."""
+        outcome = self.run(use, quiet=False)
+        looks = "OUT" not in use.line
+        assert outcome.kinds == [DONE] or (looks and outcome.said == ""), (use.line, outcome)
+        assert outcome.checked is (use.check is not None), (use.line, outcome)
+        self.clear()
 
     def meet(self, door: str, seed: str) -> Outcome:
         """Damage by the seed, run, look, mend."""
