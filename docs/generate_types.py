@@ -1,8 +1,10 @@
-"""Writes lora_tools/__init__.pyi, the types of the public names, from the table of verbs:
+"""Writes lora_tools/__init__.pyi, the types and texts of the public names, from the table of verbs:
 python docs/generate_types.py"""
 
 from __future__ import annotations
 
+import inspect
+import textwrap
 from pathlib import Path
 
 import lora_tools
@@ -43,7 +45,9 @@ def _function(verb: Verb) -> str:
             written = f"torch.dtype | {written}"
         rows.append(f"{name}: {written}" + (f" = {default}" if default else ""))
     body = "".join(f"    {row},\n" for row in rows)
-    return f"\ndef {verb.name}(\n{body}) -> Report[{verb.totals}]: ...\n"
+    text = textwrap.indent(inspect.getdoc(verb.function()) or "", "    ").strip()
+    quoted = f'    r"""{text}\n    """\n'
+    return f"\ndef {verb.name}(\n{body}) -> Report[{verb.totals}]:\n{quoted}"
 
 
 if __name__ == "__main__":

@@ -101,6 +101,7 @@ def extract(
     tolerance: float = 0.001,
     seed: int = 0,
     device: str = 'cpu',
+    base_name: str | None = None,
     max_error: float | None = None,
     force: bool = False,
     dry_run: bool = False,
@@ -114,7 +115,74 @@ def extract(
     adapter_form: AdapterForm | None = None,
     writing: Writing | None = None,
     running: Running | None = None,
-) -> Report[ExtractTotals]: ...
+) -> Report[ExtractTotals]:
+    r"""Write to ``out`` a PEFT LoRA adapter with base + adapter ≈ tuned, by truncated SVD.
+
+    Args:
+        base, tuned: checkpoint folders, safetensors files or hub ids.
+        rank: Rank of each module, at most; a module whose change has a lower rank gets that.
+        energy: Instead of --rank: each module's smallest rank that holds this share of the squared
+            norm of its change, such as 0.9.
+        error: Each module's smallest rank whose relative error is at most X.
+        ratio: Each module's singular values above T times its largest.
+        cumulative: Each module's smallest rank that holds this share of the sum of its singular
+            values.
+        threshold: All singular values above X.
+        noise_floor: What stands above the rounding of the stored weights (docs/ranks.md).
+        gavish_donoho: The optimal hard threshold for white noise of unknown level.
+        budget: Ranks shared out over all modules so that the whole error is least: a file no larger
+            than 50MB, or factors of 10M numbers.
+        max_rank: The most that these may choose.
+        activations: Make the error of the layers' outputs small, on inputs as collect-stats saw
+            them.
+        spectrum_cache: Keep the decompositions there, to the largest rank (--max-rank, or 128), and
+            use those that are there: another rank or policy then costs seconds.
+        include: Only modules in whose name this is found (model.layers.0.self_attn.q_proj);
+            repeatable.
+        exclude: No modules in whose name this is found; repeatable, stronger than --include.
+        layout: Layer kind of modules in whose name REGEX is found, where name and shape do not
+            tell: conv:GROUPS, merged:3 (factors for each block), merged:64,16,16/101 (by size,
+            first and last only), merged:3*12 (three in each of 12 heads), linear, conv1d,
+            embedding, none (docs/layers.md); repeatable.
+        alpha: lora_alpha; the effect is the same with any. [default: each module's rank]
+        rslora: Write use_rslora: scaling alpha/sqrt(r).
+        dtype: bfloat16, float16, float32 or float64. [default: that of each base tensor, for its
+            factors]
+        embeddings: Changed embeddings: decompose them, save them whole, or leave them out.
+        rest: Changed tensors without a low-rank form (norms, biases): save them whole, leave them
+            out, or stop.
+        consumer: Write what this program reads: where it knows one rank only, all modules are
+            padded to it with zeros. What it cannot read is refused, with the reason.
+        names: Of modules: loaded, those that the installed transformers gives them in memory, which
+            PEFT goes by; stored, those in BASE's files, as for all but peft always.
+        svd: auto: iterate until --tolerance is met, small matrices exactly; exact: every matrix.
+        tolerance: The energy captured may miss the best possible at that rank by this share.
+        seed: Of the random start.
+        device: cpu, cuda, cuda:1, …
+        base_name: What adapter_config.json calls the base (base_model_name_or_path, revision), by
+            which AutoPeftModel loads it: ORG/NAME[@REVISION]. [default: the name that is there,
+            else its hub id where that is certain, else its absolute path (docs/hub.md)]
+        max_error: Quality gate: exit 3 and write nothing but the report if the relative error of a
+            module, or of all together, exceeds X.
+        force: Replace what is at --out, once the new one is complete.
+        dry_run: Print what would become of every tensor; read headers only, write nothing.
+        jobs: Tensors worked on at a time; the output is the same with any number. [default: the
+            processors, or the quota of a container, at most 8]
+        allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
+            distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
+            stands against attack as well (docs/verify.md).
+        ranks: those of ``Ranks`` in one
+        search: those of ``Search`` in one
+        tensors: those of ``Tensors`` in one
+        adapter_form: those of ``AdapterForm`` in one
+        writing: those of ``Writing`` in one
+        running: those of ``Running`` in one
+
+    Raises:
+        QualityGateError: with the report; nothing is written then.
+        LoraToolsError: any other of the tree, with nothing written.
+    """
 
 def merge(
     base: str | Path,
@@ -139,7 +207,47 @@ def merge(
     merging: Merging | None = None,
     writing: Writing | None = None,
     running: Running | None = None,
-) -> Report[MergeTotals]: ...
+) -> Report[MergeTotals]:
+    r"""Write to ``out`` the base with every adapter added: W + Σ weight · (its effect on W).
+
+    The sum is formed in float32 (float64 for float64 tensors) and rounded once. A quantized base
+    is dequantized on the way, and the report states how much of the adapters was
+    kept.
+
+    Args:
+        base: a checkpoint folder, a safetensors file or a hub id.
+        adapters: of any format that is read: ``path``, ``"path=weight"`` or ``(path, weight)``;
+            none is enough where ``dtype`` is given.
+        dtype: bfloat16, float16, float32 or float64. [default: each tensor keeps its own]
+        shard_size: Most bytes of tensors in one file, such as 5GB. [default: the input's files
+            again]
+        reversible: Also write a small sidecar, from which unmerge gives BASE back bit for bit.
+        requantize: Where BASE is quantized, write its number format again, if it is one that is
+            written; in four bits most of a small change is lost, and the report says how much is
+            kept. [default: a quantized BASE becomes plain]
+        activations: With --requantize: round so that the error of the layers' outputs is small, on
+            inputs as collect-stats saw them in BASE; a small change outlasts that far better. The
+            report says how much is kept with it and without.
+        allow_unmatched: Leave out adapter keys that match no tensor, instead of refusing.
+        allow_other_base: Also merge an adapter whose metadata names another base than the one
+            given.
+        force: Replace what is at --out, once the new one is complete.
+        dry_run: Print what would become of every tensor; read headers only, write nothing.
+        jobs: Tensors worked on at a time; the output is the same with any number. [default: the
+            processors, or the quota of a container, at most 8]
+        allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
+            distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
+            stands against attack as well (docs/verify.md).
+        matching: those of ``Matching`` in one
+        storage: those of ``Storage`` in one
+        merging: those of ``Merging`` in one
+        writing: those of ``Writing`` in one
+        running: those of ``Running`` in one
+
+    Raises:
+        LoraToolsError: any of the tree; the destination is untouched then.
+    """
 
 def unmerge(
     merged: str | Path,
@@ -159,7 +267,39 @@ def unmerge(
     matching: Matching | None = None,
     writing: Writing | None = None,
     running: Running | None = None,
-) -> Report[UnmergeTotals]: ...
+) -> Report[UnmergeTotals]:
+    r"""Write to ``out`` the base that ``merged`` was made of.
+
+    With the sidecar that ``merge(reversible=True)`` wrote, the result is the base bit for bit, and
+    is checked against the base's digest before it appears. Without, the adapters' deltas are
+    subtracted and the report's ``error_bound`` states the most that rounding can have lost:
+    ‖result − base‖_F ≤ error_bound · ‖result‖_F.
+
+    Args:
+        merged: a checkpoint folder, a safetensors file or a hub id.
+        adapters: those merged: ``path``, ``"path=weight"`` or ``(path, weight)``.
+        sidecar: Refuse to go on without a sidecar, or ignore the one there is. [default: use it if
+            it is there]
+        allow_unmatched: Leave out adapter keys that match no tensor, instead of refusing.
+        allow_other_base: Without a sidecar: also subtract an adapter that MERGED's metadata does
+            not name.
+        force: Replace what is at --out, once the new one is complete.
+        dry_run: Print what would become of every tensor; read headers only, write nothing.
+        jobs: Tensors worked on at a time; the output is the same with any number. [default: the
+            processors, or the quota of a container, at most 8]
+        allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
+            distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
+            stands against attack as well (docs/verify.md).
+        undoing: those of ``Undoing`` in one
+        matching: those of ``Matching`` in one
+        writing: those of ``Writing`` in one
+        running: those of ``Running`` in one
+
+    Raises:
+        MismatchError: the adapters are not those merged, or the result is not the base.
+        UnsupportedAdapter: without a sidecar, where subtraction cannot undo the merge.
+    """
 
 def rescale(
     adapter: str | Path,
@@ -183,6 +323,7 @@ def rescale(
     dtype: torch.dtype | str | None = None,
     consumer: Literal['peft', 'vllm', 'llama.cpp', 'sglang', 'tensorrt-llm'] = 'peft',
     base: str | Path | None = None,
+    base_name: str | None = None,
     force: bool = False,
     dry_run: bool = False,
     jobs: int | None = None,
@@ -195,7 +336,60 @@ def rescale(
     origin: Origin | None = None,
     writing: Writing | None = None,
     running: Running | None = None,
-) -> Report[RescaleTotals]: ...
+) -> Report[RescaleTotals]:
+    r"""Write to ``out`` the adapter with another scale, alpha, rank or form.
+
+    Ranks are chosen as in ``extract``, but each is at least 1. What came in another format than
+    PEFT's is written in it, but for a ``consumer`` that reads PEFT's; LoHa, LoKr and whole
+    differences as LoCon.
+
+    Args:
+        scale: Multiply the adapter's effect by F; lora_alpha changes, the factors do not.
+        alpha: Set lora_alpha; --effect says what follows.
+        effect: With --alpha: lora_B makes up for it, or the effect changes in proportion.
+        rank: Rank of each module, at most; a module whose change has a lower rank gets that.
+        energy: Instead of --rank: each module's smallest rank that holds this share of the squared
+            norm of its change, such as 0.9.
+        error: Each module's smallest rank whose relative error is at most X.
+        ratio: Each module's singular values above T times its largest.
+        cumulative: Each module's smallest rank that holds this share of the sum of its singular
+            values.
+        threshold: All singular values above X.
+        budget: Ranks shared out over all modules so that the whole error is least: a file no larger
+            than 50MB, or factors of 10M numbers.
+        sv_fro: kohya's: the smallest rank that holds this share of the norm.
+        sv_ratio: kohya's: singular values above the largest divided by X.
+        sv_cumulative: kohya's name for --cumulative.
+        max_rank: The most that these may choose.
+        rslora: Write use_rslora (scaling alpha/sqrt(r)) or not; the effect is kept.
+        dtype: bfloat16, float16, float32 or float64. [default: each factor keeps its own]
+        consumer: Write what this program reads: where it knows one rank only, all modules are
+            padded to it with zeros. What it cannot read is refused, with the reason.
+        base: The model the adapter was trained on: a checkpoint, or a diffusers pipeline's folder.
+            Only names and shapes are read. Formats with names of their own need it.
+        base_name: What adapter_config.json calls the base (base_model_name_or_path, revision), by
+            which AutoPeftModel loads it: ORG/NAME[@REVISION]. [default: the name that is there,
+            else its hub id where that is certain, else its absolute path (docs/hub.md)]
+        force: Replace what is at --out, once the new one is complete.
+        dry_run: Print what would become of every tensor; read headers only, write nothing.
+        jobs: Tensors worked on at a time; the output is the same with any number. [default: the
+            processors, or the quota of a container, at most 8]
+        allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
+            distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
+            stands against attack as well (docs/verify.md).
+        strength: those of ``Strength`` in one
+        ranks: those of ``Ranks`` in one
+        adapter_form: those of ``AdapterForm`` in one
+        origin: those of ``Origin`` in one
+        writing: those of ``Writing`` in one
+        running: those of ``Running`` in one
+
+    Raises:
+        UsageError: nothing to do, or options that contradict each other.
+        UnsupportedAdapter: DoRA with ``scale`` (its magnitude fixes the norm, so that a factor on
+            the delta does not scale the effect), or a part that the consumer does not read.
+    """
 
 def combine(
     adapters: str | Path | tuple[str | Path, float] | Sequence[str | Path | tuple[str | Path, float]],
@@ -212,6 +406,7 @@ def combine(
     base: str | Path | None = None,
     allow_other_base: bool = False,
     dtype: torch.dtype | str | None = None,
+    base_name: str | None = None,
     force: bool = False,
     dry_run: bool = False,
     jobs: int | None = None,
@@ -225,7 +420,66 @@ def combine(
     adapter_form: AdapterForm | None = None,
     writing: Writing | None = None,
     running: Running | None = None,
-) -> Report[CombineTotals]: ...
+) -> Report[CombineTotals]:
+    r"""Write to ``out`` one PEFT adapter out of several, each with its weight.
+
+    With Δ_i = s_i · B_i·A_i the true change that adapter i makes to a weight, s_i its scaling with
+    rsLoRA and patterns applied:
+
+    - ``cat``: Σ w_i Δ_i with the factors side by side; exact, the rank is the sum of the ranks.
+      With ``rank`` or ``energy`` it is cut, by an exact SVD that never forms the product.
+    - ``linear``: the same sum, without the directions that are zero to rounding.
+    - ``svd``: the same sum, cut to ``rank``; by default the largest rank of the adapters.
+    - ``ties``, ``dare_linear``, ``dare_ties``, ``magnitude_prune``: see ``linalg.combine``; they
+      form the change of one weight at a time and decompose it, by default to the largest rank of
+      the adapters.
+
+    Each module and adapter has its own stream of random choices.
+
+    Args:
+        adapters: of any format that is read: ``path``, ``"path=weight"`` or ``(path, weight)``.
+        method: cat, linear and svd add the changes of the weights up; the others prune them first
+            (docs/combine.md).
+        rank: Cut each module to this rank. [default: cat and linear keep all; the others cut to the
+            largest rank of the adapters]
+        energy: Instead of --rank: each module's smallest rank that holds this share of the squared
+            norm of its change, such as 0.9.
+        max_rank: The most that these may choose.
+        density: The share of elements that the pruning methods keep, such as 0.2.
+        seed: Of the random choice of dare_linear and dare_ties.
+        majority_sign: ties and dare_ties elect each element's sign by the sum of the changes, by
+            their count, or by their sum with the weights (mergekit's).
+        normalize: Divide by the sum of the weights (mergekit's default); of those that agree, where
+            signs are elected.
+        base: The model the adapter was trained on: a checkpoint, or a diffusers pipeline's folder.
+            Only names and shapes are read. Formats with names of their own need it.
+        allow_other_base: Also combine adapters whose metadata names different bases.
+        dtype: bfloat16, float16, float32 or float64. [default: each factor keeps the widest of the
+            inputs]
+        base_name: What adapter_config.json calls the base (base_model_name_or_path, revision), by
+            which AutoPeftModel loads it: ORG/NAME[@REVISION]. [default: the name that is there,
+            else its hub id where that is certain, else its absolute path (docs/hub.md)]
+        force: Replace what is at --out, once the new one is complete.
+        dry_run: Print what would become of every tensor; read headers only, write nothing.
+        jobs: Tensors worked on at a time; the output is the same with any number. [default: the
+            processors, or the quota of a container, at most 8]
+        allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
+            distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
+            stands against attack as well (docs/verify.md).
+        combining: those of ``Combining`` in one
+        matching: those of ``Matching`` in one
+        ranks: those of ``Ranks`` in one
+        origin: those of ``Origin`` in one
+        adapter_form: those of ``AdapterForm`` in one
+        writing: those of ``Writing`` in one
+        running: those of ``Running`` in one
+
+    Raises:
+        UnsupportedAdapter: DoRA or IA³ among them, or tensors saved whole that cannot be added.
+        MismatchError: two adapters change one module in different shapes, or were made for
+            different bases.
+    """
 
 def convert(
     adapter: str | Path,
@@ -234,7 +488,7 @@ def convert(
     to: Literal['peft', 'kohya', 'lycoris', 'diffusers', 'torchtune', 'mlx', 'loralib', 'gguf', 'onnxruntime'],
     base: str | Path | None = None,
     source: Literal['peft', 'kohya', 'lycoris', 'diffusers', 'torchtune', 'mlx', 'loralib', 'gguf', 'onnxruntime'] | None = None,
-    drop: Sequence[Literal['embedding', 'conv', 'experts', 'dora', 'bias', 'saved', 'tokens', 'head']] = (),
+    drop: Sequence[Literal['embedding', 'conv', 'experts', 'dora', 'bias', 'saved', 'differences', 'tokens', 'head']] = (),
     alpha: float | None = None,
     enable_lora: str | None = None,
     layout: Sequence[str] = (),
@@ -242,6 +496,7 @@ def convert(
     energy: float | None = None,
     max_rank: int | None = None,
     dtype: torch.dtype | str | None = None,
+    base_name: str | None = None,
     force: bool = False,
     dry_run: bool = False,
     jobs: int | None = None,
@@ -254,7 +509,52 @@ def convert(
     ranks: Ranks | None = None,
     writing: Writing | None = None,
     running: Running | None = None,
-) -> Report[ConvertTotals]: ...
+) -> Report[ConvertTotals]:
+    r"""Write to ``out`` the adapter in the format ``to``.
+
+    Factors are renamed, turned and reordered without a change to any number. Only where the format
+    has no place for a module's alpha is its scale folded into lora_B, which rounds once. What the
+    format cannot hold is refused unless ``drop`` names it; without DoRA's magnitudes the effect is
+    another. LoHa and LoKr become the exact LoRA that they are, which may be of a high rank; a cut
+    of the rank lowers it, with the error stated.
+
+    Args:
+        to: The format to write. docs/formats.md has what each one keeps.
+        base: The model the adapter was trained on: a checkpoint, or a diffusers pipeline's folder.
+            Only names and shapes are read. Formats with names of their own need it.
+        source: The format of ADAPTER. [default: its content tells]
+        drop: Leave this out, where the format has no place for it (or you do not want it).
+        alpha: lora_alpha it was trained with, where its format does not keep it (loralib,
+            torchtune).
+        enable_lora: Which blocks of loralib's MergedLinear layers are adapted.
+        layout: With --to loralib: modules that are MergedLinear there, such as c_attn=merged:3/101.
+        rank: Rank of each module, at most; a module whose change has a lower rank gets that.
+        energy: Instead of --rank: each module's smallest rank that holds this share of the squared
+            norm of its change, such as 0.9.
+        max_rank: The most that these may choose.
+        dtype: bfloat16, float16, float32 or float64. [default: each factor keeps its own]
+        base_name: What adapter_config.json calls the base (base_model_name_or_path, revision), by
+            which AutoPeftModel loads it: ORG/NAME[@REVISION]. [default: the name that is there,
+            else its hub id where that is certain, else its absolute path (docs/hub.md)]
+        force: Replace what is at --out, once the new one is complete.
+        dry_run: Print what would become of every tensor; read headers only, write nothing.
+        jobs: Tensors worked on at a time; the output is the same with any number. [default: the
+            processors, or the quota of a container, at most 8]
+        allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
+            distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
+            stands against attack as well (docs/verify.md).
+        formats: those of ``Formats`` in one
+        origin: those of ``Origin`` in one
+        adapter_form: those of ``AdapterForm`` in one
+        ranks: those of ``Ranks`` in one
+        writing: those of ``Writing`` in one
+        running: those of ``Running`` in one
+
+    Raises:
+        UnsupportedAdapter: the format cannot hold a part of the adapter.
+        LoraToolsError: any other of the tree, with nothing written.
+    """
 
 def quantize(
     checkpoint: str | Path,
@@ -299,7 +599,81 @@ def quantize(
     storage: Storage | None = None,
     writing: Writing | None = None,
     running: Running | None = None,
-) -> Report[QuantizeTotals]: ...
+) -> Report[QuantizeTotals]:
+    r"""Write to ``out`` the checkpoint with its linear layers in another number format.
+
+    By default four bits: the bytes are those of ``merge`` followed by transformers'
+    ``load_in_4bit`` (bitsandbytes 0.50) and ``save_pretrained`` on a CPU with one torch thread. The
+    others are as compressed-tensors 0.20 or transformers 5.23 round them.
+
+    Args:
+        checkpoint: a folder, a safetensors file or a hub id.
+        adapters: Merge this PEFT adapter, times its WEIGHT (1), before quantizing; repeatable.
+        scheme: The stored number format (docs/quantize.md). --activations and --calibrate go with
+            all; the other options of this group with nf4 and fp4. [default: nf4]
+        quant_type: An older name of --scheme. [default: --scheme]
+        blocksize: Numbers that share a scale: a power of two from 32 to 4096.
+        double_quant: Store the scales in eight bits.
+        compute_dtype: What a loader computes in, for quantization_config.
+        quant_storage: The dtype whose elements hold the packed bytes (FSDP wants the model's).
+        scale_search: Search each block's scale for the least error of the weights: up to ten times
+            slower, some 9 % less of it, the same format. Of the model's loss it gains something
+            with --activations only.
+        activations: Make the error of the layers' outputs small, on inputs as collect-stats saw
+            them: each column is rounded to make up for those before it (GPTQ). The same scales,
+            bytes and format, and much less of the model's loss.
+        calibrate: Collect such statistics on this text first, in the same run, as --activations
+            takes them. Takes memory for the whole model in float32 and its statistics.
+        calibration_tokens: Tokens of the text to run the model over, in sequences of 512. [default:
+            five times as many as the widest layer has inputs, and 8,192 at least]
+        calibration_seed: Of the choice of sequences, where the text has more of them (default 0).
+        budget: Spend so many bits a number of these layers (4.5bits), or bytes of all files (80MB):
+            on the smallest blocks that fit, --blocksize being the largest, then on layers that stay
+            as they are, those that four bits cost most for each byte. By the error of the layers'
+            outputs with --activations or --calibrate, of the weights without.
+        compensate: Put an adapter of this rank into OUT/loftq_init that makes up for part of the
+            error: with --activations of the outputs' (QERA), which lowers the model's loss;
+            without, of the weights' (LoftQ), a start for training that hardly does. Adapters given
+            are then stacked in it as they are, not merged.
+        compensate_iterations: Quantize what the adapter leaves and fit it anew, N times in all
+            (default 1).
+        eval_text: Run a decoder (causal-lm) on this text, plain and quantized, both in float32 in
+            memory, and report the loss that is added and the KL divergence, in nats a token.
+        max_loss_increase: With --eval-text: exit 3 and write nothing but the report if more than X
+            nats a token are added.
+        include: Only modules in whose name this is found (model.layers.0.self_attn.q_proj);
+            repeatable.
+        exclude: No modules in whose name this is found; repeatable, stronger than --include.
+        lm_head: Quantize the output head as well, where it is not tied to the input embedding.
+        dtype: bfloat16, float16, float32 or float64. [default: each tensor keeps its own]
+        shard_size: Most bytes of tensors in one file, such as 5GB. [default: the input's files
+            again]
+        max_error: Quality gate: exit 3 and write nothing but the report if the relative error of a
+            tensor, or of all together, exceeds X.
+        allow_unmatched: Leave out adapter keys that match no tensor, instead of refusing.
+        allow_other_base: Also merge an adapter whose metadata names another base than the one
+            given.
+        force: Replace what is at --out, once the new one is complete.
+        dry_run: Print what would become of every tensor; read headers only, write nothing.
+        jobs: Tensors worked on at a time; the output is the same with any number. [default: the
+            processors, or the quota of a container, at most 8]
+        allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
+            distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
+            stands against attack as well (docs/verify.md).
+        adding: those of ``Adding`` in one
+        matching: those of ``Matching`` in one
+        tensors: those of ``Tensors`` in one
+        number_format: those of ``NumberFormat`` in one
+        evaluation: those of ``Evaluation`` in one
+        storage: those of ``Storage`` in one
+        writing: those of ``Writing`` in one
+        running: those of ``Running`` in one
+
+    Raises:
+        QualityGateError: with the report; nothing is written then.
+        LoraToolsError: any other of the tree, with nothing written.
+    """
 
 def dequantize(
     checkpoint: str | Path,
@@ -316,7 +690,34 @@ def dequantize(
     storage: Storage | None = None,
     writing: Writing | None = None,
     running: Running | None = None,
-) -> Report[DequantizeTotals]: ...
+) -> Report[DequantizeTotals]:
+    r"""Write to ``out`` the plain checkpoint that a quantized one stands for.
+
+    Each weight is computed in float32, as its format has it, and rounded once;
+    ``quantization_config`` leaves config.json. Plain numbers that are not in safetensors (pickles,
+    a distributed checkpoint) are written as they are.
+
+    Args:
+        checkpoint: a folder, a safetensors or GGUF file or a hub id.
+        dtype: bfloat16, float16, float32 or float64. [default: what each weight was quantized from]
+        shard_size: Most bytes of tensors in one file, such as 5GB. [default: the input's files
+            again]
+        force: Replace what is at --out, once the new one is complete.
+        dry_run: Print what would become of every tensor; read headers only, write nothing.
+        jobs: Tensors worked on at a time; the output is the same with any number. [default: the
+            processors, or the quota of a container, at most 8]
+        allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
+            distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
+            stands against attack as well (docs/verify.md).
+        storage: those of ``Storage`` in one
+        writing: those of ``Writing`` in one
+        running: those of ``Running`` in one
+
+    Raises:
+        MismatchError: nothing there is quantized, and all is safetensors.
+        LoraToolsError: any other of the tree, with nothing written.
+    """
 
 def export(
     checkpoint: str | Path,
@@ -356,7 +757,65 @@ def export(
     check: Check | None = None,
     writing: Writing | None = None,
     running: Running | None = None,
-) -> Report[ExportTotals]: ...
+) -> Report[ExportTotals]:
+    r"""Write to ``out`` a folder with the checkpoint's files and the ONNX graphs that run it.
+
+    Outputs may differ from torch's by atol + rtol times their largest element.
+
+    Args:
+        checkpoint: a checkpoint folder or a hub id; with ``out`` the same folder only the graphs
+            are added to it.
+        adapters: An adapter to merge in the same pass; may be given several times.
+        runtime_adapters: Do not merge them: write each as an .onnx_adapter file that ONNX Runtime
+            activates for a request, with optional inputs of the graph for its factors.
+        task: features, classification, token-classification, masked-lm, question-answering, causal-
+            lm, seq2seq, speech-seq2seq or image-classification; auto goes by config.json.
+        no_cache: A decoder without its key/value cache.
+        dtype: bfloat16, float16, float32 or float64. [default: each tensor keeps its own; the graph
+            computes in float32]
+        weights: shared: the graph points into the output's safetensors files. bundled: one
+            external-data file in their place. [default: shared; bundled with --int8 and --int4]
+        nf4: Linear layers in four bits, over the bytes that `loratools quantize` writes, or those
+            of a CHECKPOINT that it wrote. For size, not speed: on a CPU, one token at a time, it is
+            2 to 4 times slower than float32 (2.0 times on SmolLM2-135M).
+        int8: Linear layers in eight bits by ONNX Runtime's quantizer, in blocks of 32.
+        int4: The same in four bits: smaller, and further from the original.
+        activations: With one of these: make the error of the layers' outputs small, on inputs as
+            collect-stats saw them, as `loratools quantize --activations` does; the same scales and
+            sizes.
+        eval_text: Measure a decoder's perplexity on this text, and its divergence from the weights
+            before they were quantized.
+        graph: Use this graph, exported from another checkpoint of the same architecture, again.
+        opset: ONNX's opset.
+        atol: Outputs may differ from torch's by this much
+        rtol: plus this share of their largest element; else the exit code is 3.
+        no_verify: Do not run the graph.
+        keep_failed: Leave an output that differs too much, as OUT.failed.
+        trust_remote_code: Run the modelling code that comes with the checkpoint.
+        allow_unmatched: Leave out adapter keys that match no tensor, instead of refusing.
+        allow_other_base: Also merge an adapter whose metadata names another base than the one
+            given.
+        force: Replace what is at --out, once the new one is complete.
+        dry_run: Print what would become of every tensor; read headers only, write nothing.
+        jobs: Tensors worked on at a time; the output is the same with any number. [default: the
+            processors, or the quota of a container, at most 8]
+        allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
+            distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
+            stands against attack as well (docs/verify.md).
+        adding: those of ``Adding`` in one
+        matching: those of ``Matching`` in one
+        graphs: those of ``Graphs`` in one
+        storage: those of ``Storage`` in one
+        quantized: those of ``Quantized`` in one
+        check: those of ``Check`` in one
+        writing: those of ``Writing`` in one
+        running: those of ``Running`` in one
+
+    Raises:
+        QualityGateError: the outputs differ by more than allowed, or generate other tokens.
+        LoraToolsError: any other of the tree; the destination is untouched then.
+    """
 
 def inspect(
     path: str | Path,
@@ -368,7 +827,27 @@ def inspect(
     progress: ProgressCallback | None = None,
     view: View | None = None,
     running: Running | None = None,
-) -> Report[InspectTotals]: ...
+) -> Report[InspectTotals]:
+    r"""Say what a file or folder is: in the report's ``stored`` each stored tensor, in ``spectra``
+    an adapter's modules, in ``totals`` what kind of thing it is, and oddities in ``notes``.
+
+    Args:
+        path: a checkpoint, an adapter, a quantized folder, an ONNX model, a sidecar, a spectrum
+            cache, a file of activation statistics, or a hub id.
+        plot: Draw an adapter's own spectrum, as .png, .svg or .html (needs loratools[plot]).
+        jobs: Tensors worked on at a time; the output is the same with any number. [default: the
+            processors, or the quota of a container, at most 8]
+        allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
+            distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
+            stands against attack as well (docs/verify.md).
+        view: those of ``View`` in one
+        running: those of ``Running`` in one
+
+    Raises:
+        UsageError: ``plot`` for something that is no adapter.
+        LoraToolsError: it cannot be read, or is nothing that is known here.
+    """
 
 def diff(
     base: str | Path,
@@ -388,7 +867,35 @@ def diff(
     view: View | None = None,
     search: Search | None = None,
     running: Running | None = None,
-) -> Report[DiffTotals]: ...
+) -> Report[DiffTotals]:
+    r"""Say what changed from ``base`` to ``tuned``: in the report's ``spectra`` one entry for each
+    changed module with a low-rank form, in its ``plan`` the fate of every tensor.
+
+    Args:
+        base, tuned: checkpoint folders, safetensors files or hub ids.
+        include: Only modules in whose name this is found (model.layers.0.self_attn.q_proj);
+            repeatable.
+        exclude: No modules in whose name this is found; repeatable, stronger than --include.
+        sort: By relative change, by the norm of the change, or as in the file.
+        plot: Draw where it changed, spectra, and error against size, as .png, .svg or .html (needs
+            loratools[plot]).
+        seed: Of the random start.
+        device: cpu, cuda, cuda:1, …
+        jobs: Tensors worked on at a time; the output is the same with any number. [default: the
+            processors, or the quota of a container, at most 8]
+        allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
+            distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
+            stands against attack as well (docs/verify.md).
+        tensors: those of ``Tensors`` in one
+        view: those of ``View`` in one
+        search: those of ``Search`` in one
+        running: those of ``Running`` in one
+
+    Raises:
+        MismatchError: nothing in common, or shapes that do not fit.
+        LoraToolsError: any other of the tree.
+    """
 
 def verify(
     path: str | Path,
@@ -411,7 +918,45 @@ def verify(
     graphs: Graphs | None = None,
     check: Check | None = None,
     running: Running | None = None,
-) -> Report[VerifyTotals]: ...
+) -> Report[VerifyTotals]:
+    r"""Check a merged checkpoint, an adapter, a quantized checkpoint or an ONNX model against what
+    it was made of.
+
+    Args:
+        path: with ``base`` and ``adapters``, a checkpoint that should be ``base`` with these
+            merged; with ``base`` and ``tuned``, an adapter that should turn ``base`` into it; with
+            ``against``, that checkpoint in a stored number format or as ONNX, ``adapters``
+            merged.
+        base: The base of a merged checkpoint (with --adapter) or of an adapter (with --tuned).
+        adapters: PATH should be BASE, or CHECKPOINT, with this merged; repeatable.
+        tuned: PATH is an adapter that should turn BASE into this.
+        against: PATH is quantized, or an ONNX model, and should be this.
+        max_error: With --tuned: exit 3 if the relative error of a module, or of all together,
+            exceeds X. Of quantized weights: take any codes whose relative error is at most X,
+            tensor by tensor.
+        weights_only: Compare the weights of an ONNX model and do not run it.
+        task: What it was exported for, as for export.
+        atol: An output may differ from torch's by this, and --rtol times its largest element.
+        rtol: See --atol.
+        trust_remote_code: Run code that comes with the checkpoint.
+        jobs: Tensors worked on at a time; the output is the same with any number. [default: the
+            processors, or the quota of a container, at most 8]
+        allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
+            distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
+            stands against attack as well (docs/verify.md).
+        comparison: those of ``Comparison`` in one
+        graphs: those of ``Graphs`` in one
+        check: those of ``Check`` in one
+        running: those of ``Running`` in one
+
+    Returns:
+        the report; its ``totals["verdict"]`` is a sentence.
+
+    Raises:
+        QualityGateError: it is not, with the report and the worst offender named.
+        UsageError: it is not said what to compare with.
+    """
 
 def check(
     adapter: str | Path,
@@ -424,7 +969,31 @@ def check(
     audience: Audience | None = None,
     origin: Origin | None = None,
     running: Running | None = None,
-) -> Report[CheckTotals]: ...
+) -> Report[CheckTotals]:
+    r"""Say whether a program reads all of an adapter, from headers alone: its format and keys, ranks
+    and scales, and with ``base`` whether every module is there and has those shapes.
+
+    Args:
+        adapter: a folder, a file or a hub id, of any format that is read.
+        consumer: The program that is to load ADAPTER.
+        base: The model it will be loaded on: a checkpoint, or a diffusers pipeline's folder. Only
+            names and shapes are read. [default: names and shapes are not looked up]
+        jobs: Tensors worked on at a time; the output is the same with any number. [default: the
+            processors, or the quota of a container, at most 8]
+        allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
+            distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        audience: those of ``Audience`` in one
+        origin: those of ``Origin`` in one
+        running: those of ``Running`` in one
+
+    Returns:
+        the report; ``totals["fits"]`` is True.
+
+    Raises:
+        QualityGateError: the program would refuse it, pass parts of it by or scale it otherwise,
+            with the report; ``totals["next"]`` is the command that makes what it reads.
+        LoraToolsError: the adapter, or the base, cannot be read as one.
+    """
 
 def collect_stats(
     model: str | Path,
@@ -445,4 +1014,34 @@ def collect_stats(
     search: Search | None = None,
     writing: Writing | None = None,
     running: Running | None = None,
-) -> Report[CollectStatsTotals]: ...
+) -> Report[CollectStatsTotals]:
+    r"""Write to ``out`` the second moment E[xxᵀ] of each linear layer's input on this text, which
+    ``extract(activations=...)`` weighs its errors by. Needs transformers, and memory for the model.
+
+    A diagonal is far smaller than the whole matrix, and less exact. ``jobs`` are torch's threads.
+    Of a model in a stored number format the plain one that it stands for is run, which lies beside
+    ``out`` for that time.
+
+    Args:
+        model: a folder that transformers loads, with its tokenizer, or a hub id.
+        text: a UTF-8 file.
+        kind: The whole second moment of each layer's input, or its diagonal only.
+        length: Tokens a sequence.
+        max_tokens: Of the text, at most.
+        device: cpu, cuda, cuda:1, …
+        force: Replace what is at --out, once the new one is complete.
+        dry_run: Print what would become of every tensor; read headers only, write nothing.
+        jobs: Tensors worked on at a time; the output is the same with any number. [default: the
+            processors, or the quota of a container, at most 8]
+        allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
+            distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
+            stands against attack as well (docs/verify.md).
+        sampling: those of ``Sampling`` in one
+        search: those of ``Search`` in one
+        writing: those of ``Writing`` in one
+        running: those of ``Running`` in one
+
+    Raises:
+        LoraToolsError: any of the tree, with nothing written.
+    """

@@ -104,9 +104,21 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Traced]:
     """By an architecture's name: its checkpoint and graph, traced once in the whole session."""
     from .traced import traced
 
-    root = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        root = root.parent  # which the workers share
-    folder = root / "traced"
+    folder = _shared(tmp_path_factory) / "traced"
     folder.mkdir(exist_ok=True)
     return functools.cache(functools.partial(traced, root=Path(folder)))
+
+
+@pytest.fixture
+def remembered_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test that asks for it traces a model anew that one of them has traced before."""
+    from .traces import remembered
+
+    with remembered(_shared(tmp_path_factory) / "traces"):
+        yield
+
+
+def _shared(factory: pytest.TempPathFactory) -> Path:
+    """The folder that all workers share."""
+    root = factory.getbasetemp()
+    return root.parent if "PYTEST_XDIST_WORKER" in os.environ else root

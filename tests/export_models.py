@@ -173,6 +173,15 @@ REPEATING: dict[str, Callable[[], Any]] = {
 }
 
 
+def one_layer(family: str, folder: Path, **fields: Any) -> Path:
+    """A decoder of that family with a single layer, where its depth does not matter."""
+    torch.manual_seed(0)
+    config = getattr(hf, f"{family}Config")(**_DECODER | {"num_hidden_layers": 1} | fields)
+    model = getattr(hf, f"{family}ForCausalLM")(config)
+    perturb(model, 0.1, 0)
+    return save(model.eval(), folder)
+
+
 def make(name: str, folder: Path, seed: int = 0) -> Path:
     """The model of that architecture, every parameter random, saved to a folder."""
     torch.manual_seed(seed)

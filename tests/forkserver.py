@@ -152,7 +152,8 @@ def become(
         os.chdir(cwd)
         os.environ.clear()
         os.environ.update(env)
-        exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+        with _traces():
+            exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
         if isinstance(end.code, str):
@@ -163,6 +164,17 @@ def become(
     with contextlib.suppress(OSError):
         sys.stdout.flush()
     os._exit(status)
+
+
+def _traces() -> Any:
+    """What ``traces.remembered`` has begun in the process that asked."""
+    if "TRACES" not in os.environ:
+        return contextlib.nullcontext()
+    from pathlib import Path
+
+    import traces  # which lies beside this script
+
+    return traces.remembered(Path(os.environ["TRACES"]))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import graphlib
 import importlib.util
 import inspect
@@ -24,6 +25,14 @@ from lora_tools.options import RECORDS, Quantized, Ranks
 from lora_tools.verbs import VERBS
 
 PACKAGE = Path(lora_tools.__file__).parent
+
+
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    """A file's syntax tree, not to be changed."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 FILES = sorted(PACKAGE.rglob("*.py"))
 LONGEST_FILE = 420
 
@@ -196,9 +205,10 @@ def room(path: Path) -> str:
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
-def imports(path: Path) -> Iterator[tuple[str, ast.AST, bool]]:
+@functools.cache
+def imports(path: Path) -> tuple[tuple[str, ast.AST, bool], ...]:
     """(module, node, whether it runs on import) of every import statement in a file."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = parsed(path)
 
     def walk(node: ast.AST, at_top: bool) -> Iterator[tuple[str, ast.AST, bool]]:
         for child in ast.iter_child_nodes(node):
@@ -219,7 +229,7 @@ def imports(path: Path) -> Iterator[tuple[str, ast.AST, bool]]:
                 inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
                 yield from walk(child, at_top and not inside)
 
-    yield from walk(tree, True)
+    return tuple(walk(tree, True))
 
 
 def test_the_walker_sees_every_form_of_import(tmp_path: Path) -> None:
@@ -262,7 +272,7 @@ def test_no_two_files_import_each_other_in_a_circle() -> None:
     }
     after: dict[str, set[str]] = {name: set() for name in names}
     for name, path in names.items():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.Import):
                 after[name] |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
@@ -379,7 +389,7 @@ def test_exported_names() -> None:
 
 def public(path: Path) -> Iterator[tuple[str, ast.AST]]:
     """Public functions, classes and their public methods, with their names."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = parsed(path)
     kinds = ast.FunctionDef | ast.ClassDef
     for node in tree.body:
         if isinstance(node, kinds) and not node.name.startswith("_"):
@@ -399,7 +409,7 @@ def says_nothing_new(node: ast.AST) -> bool:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_what_is_public_has_a_docstring(path: Path) -> None:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = parsed(path)
     assert ast.get_docstring(tree) or not tree.body, "the module itself"
     without = [
         name

@@ -404,7 +404,7 @@ def test_exit_codes_and_json(desk: Path, capfd: pytest.CaptureFixture[str]) -> N
 
 
 def test_only_headers_are_read_and_torch_is_not_imported(desk: Path) -> None:
-    words = ["check", str(desk / "patterns"), "--base", str(desk / "base"), "--for", "vllm"]
+    words = ["check", str(desk / "patterns"), "--base", str(desk / "base"), "--for", "vllm", "-q"]
     code = (
         f"import sys; from lora_tools.cli import run; print(run({words!r}), 'torch' in sys.modules)"
     )

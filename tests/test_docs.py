@@ -48,6 +48,7 @@ PAGES = [
     "docs/layers.md",
     "docs/merge.md",
     "docs/formats.md",
+    "docs/hub.md",
     "docs/combine.md",
     "docs/quantize.md",
     "docs/export.md",
@@ -131,6 +132,7 @@ def shell(text: str, folder: Path, **env: str) -> subprocess.CompletedProcess[st
 # --------------------------------------------------------------------------------------- snippets
 
 
+@pytest.mark.usefixtures("remembered_traces")
 @pytest.mark.parametrize("page", [p for p in PAGES if re.search("```(bash|python)", read(p))])
 def test_snippets_run(page: str, desk: Path, pair: Path) -> None:
     """In order, in one folder, as a reader would type them; the cells of a notebook know each
@@ -221,8 +223,9 @@ def test_ci_runs_the_two_commands_of_readme() -> None:
     commands = [text.strip() for mark, _, text in blocks("README.md") if mark.startswith("ci:")]
     assert commands == ["make demo", "make test"]
     script = read(".ci/run")
-    assert "for command in demo test; do" in script
+    assert "for command in demo test" in script
     assert 'make "$command"' in script
+    assert "$(MAKE)" not in read("Makefile")  # make -n would run it, and all around it
     for name in ("demo", "test"):
         dry = subprocess.run(
             ["make", "-n", name], cwd=ROOT, capture_output=True, text=True, check=True

@@ -239,6 +239,7 @@ PLACES: dict[str, Run] = {
 }
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_verb_takes_codes_for_numbers(
@@ -604,7 +605,7 @@ def test_people_are_told_of_a_new_row(
     stepped: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["inspect", str(stepped["base"])]) == 0
-    said = " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().out.split())
     assert "quantized: 4 weights (4 in stepped), 1,536 numbers at 10.000 bits, read" in said
 
 

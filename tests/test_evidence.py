@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,21 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = " ".join(f"w{i * i % 41}" for i in range(600))
     (folder / "text.txt").write_text(text)
     return folder
+
+
+@pytest.fixture(scope="module")
+def sound_cache(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A spectrum cache, made once."""
+    folder = tmp_path_factory.mktemp("sound")
+    sides = pair / "base", pair / "tuned"
+    lora_tools.extract(*sides, folder / "a", rank=4, spectrum_cache=folder / "spectra")
+    return folder / "spectra"
+
+
+@pytest.fixture
+def kept(sound_cache: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be damaged."""
+    return Path(shutil.copy(sound_cache, tmp_path / "spectra"))
 
 
 def metadata(file: Path) -> dict[str, str]:
@@ -67,9 +83,7 @@ def test_a_cache_gives_what_a_fresh_decomposition_gives(pair, tmp_path):
 
 
 @pytest.mark.parametrize("side", ["base", "tuned"])
-def test_a_cache_of_another_pair_is_refused_and_left_alone(pair, tmp_path, side):
-    kept = tmp_path / "spectra"
-    lora_tools.extract(pair / "base", pair / "tuned", tmp_path / "a", rank=4, spectrum_cache=kept)
+def test_a_cache_of_another_pair_is_refused_and_left_alone(pair, kept, tmp_path, side):
     before = file_sha256(kept)
     model = models.load(pair / side)
     models.perturb(model, 0.02, seed=9, only="layers.1.mlp.up_proj")
@@ -82,9 +96,7 @@ def test_a_cache_of_another_pair_is_refused_and_left_alone(pair, tmp_path, side)
 
 
 @pytest.mark.parametrize("length", [0, 7, 100, -1])
-def test_a_truncated_cache_is_refused(pair, tmp_path, length):
-    kept = tmp_path / "spectra"
-    lora_tools.extract(pair / "base", pair / "tuned", tmp_path / "a", rank=4, spectrum_cache=kept)
+def test_a_truncated_cache_is_refused(pair, kept, tmp_path, length):
     data = kept.read_bytes()[:length]
     kept.write_bytes(data)
     with pytest.raises(CheckpointError, match=f"^{kept}: "):
@@ -153,9 +165,8 @@ def damage(kept, change, forged=False):
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("policy", [{"rank": 4}, {"energy": 0.5}, {"budget": "6000"}], ids=str)
 @pytest.mark.parametrize("what", DAMAGES)
-def test_a_damaged_cache_is_refused(pair, tmp_path, what, policy):
-    kept, sides = tmp_path / "spectra", (pair / "base", pair / "tuned")
-    lora_tools.extract(*sides, tmp_path / "a", rank=4, spectrum_cache=kept)
+def test_a_damaged_cache_is_refused(pair, kept, tmp_path, what, policy):
+    sides = pair / "base", pair / "tuned"
     damage(kept, DAMAGES[what])
     before = kept.read_bytes()
     with pytest.raises(CheckpointError, match=f"^{kept}: the spectrum cache is damaged"):
@@ -166,10 +177,9 @@ def test_a_damaged_cache_is_refused(pair, tmp_path, what, policy):
 
 @pytest.mark.parametrize("policy", [{"rank": 4}, {"energy": 0.5}, {"budget": "6000"}], ids=str)
 @pytest.mark.parametrize("facts", [{"total": 100}, {"total": 0.01}, {"base": 100}], ids=str)
-def test_a_cache_that_lies_of_the_weights_is_refused(pair, tmp_path, facts, policy):
+def test_a_cache_that_lies_of_the_weights_is_refused(pair, kept, tmp_path, facts, policy):
     """Its digest fits: somebody meant it."""
-    kept, sides = tmp_path / "spectra", (pair / "base", pair / "tuned")
-    lora_tools.extract(*sides, tmp_path / "a", rank=4, spectrum_cache=kept)
+    sides = pair / "base", pair / "tuned"
     damage(kept, _facts(**facts), forged=True)
     with pytest.raises(CheckpointError, match=rf"^{kept}: \S+ was kept with"):
         lora_tools.extract(*sides, tmp_path / "b", **policy, spectrum_cache=kept)
@@ -177,9 +187,8 @@ def test_a_cache_that_lies_of_the_weights_is_refused(pair, tmp_path, facts, poli
 
 
 @pytest.mark.parametrize("what", ["one bit of a vector", "vectors by chance", "longer vectors"])
-def test_figures_are_those_of_what_was_written_whatever_was_kept(pair, tmp_path, what):
-    kept, sides = tmp_path / "spectra", (pair / "base", pair / "tuned")
-    lora_tools.extract(*sides, tmp_path / "a", rank=4, spectrum_cache=kept)
+def test_figures_are_those_of_what_was_written_whatever_was_kept(pair, kept, tmp_path, what):
+    sides = pair / "base", pair / "tuned"
     damage(kept, DAMAGES[what], forged=True)
     said = lora_tools.extract(*sides, tmp_path / "b", rank=4, spectrum_cache=kept).totals
     found = lora_tools.verify(tmp_path / "b", base=sides[0], tuned=sides[1]).totals
@@ -187,9 +196,7 @@ def test_figures_are_those_of_what_was_written_whatever_was_kept(pair, tmp_path,
     assert 0 <= said["energy"] <= 1
 
 
-def test_a_cache_of_other_options_is_made_anew(pair, tmp_path):
-    kept = tmp_path / "spectra"
-    lora_tools.extract(pair / "base", pair / "tuned", tmp_path / "a", rank=4, spectrum_cache=kept)
+def test_a_cache_of_other_options_is_made_anew(pair, kept, tmp_path):
     before = file_sha256(kept)
     lora_tools.extract(
         pair / "base", pair / "tuned", tmp_path / "b", rank=4, seed=3, spectrum_cache=kept
@@ -325,7 +332,7 @@ def test_a_budget_that_cannot_be(pair, tmp_path):
 def stats(request, pair, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("stats") / f"{request.param}.safetensors"
     report = lora_tools.collect_stats(
-        pair / "base", pair / "text.txt", path, kind=request.param, length=20
+        pair / "base", pair / "text.txt", path, kind=request.param, length=20, jobs=1
     )
     assert report.totals["tokens"] == 600
     return path
@@ -337,8 +344,8 @@ def test_of_stored_codes_the_numbers_are_run(scheme, pair, tmp_path):
     lora_tools.quantize(pair / "base", tmp_path / "q", scheme=scheme)
     lora_tools.dequantize(tmp_path / "q", tmp_path / "p")
     given = pair / "text.txt"
-    report = lora_tools.collect_stats(tmp_path / "q", given, tmp_path / "a", length=20)
-    lora_tools.collect_stats(tmp_path / "p", given, tmp_path / "b", length=20)
+    report = lora_tools.collect_stats(tmp_path / "q", given, tmp_path / "a", length=20, jobs=1)
+    lora_tools.collect_stats(tmp_path / "p", given, tmp_path / "b", length=20, jobs=1)
     found, wanted = load_file(tmp_path / "a"), load_file(tmp_path / "b")
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)

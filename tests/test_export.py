@@ -29,10 +29,10 @@ from lora_tools.errors import (
 from lora_tools.formats import output
 
 from . import export_models, iotools, models
-from .traced import Traced
+from .traced import Traced, session
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxruntime")
 
 
 @pytest.fixture(scope="module")
@@ -48,22 +48,22 @@ def exported(traced: Callable[[str], Traced]) -> tuple[Path, dict[str, Any]]:
 
 
 def runtime(folder: Path) -> Any:
-    return onnxruntime.InferenceSession(str(folder / "model.onnx"))
+    return session(folder / "model.onnx")
 
 
 def decode(folder: Path, ids: np.ndarray) -> np.ndarray:
     """The logits of a prompt, the last two tokens of it in two steps of their own."""
-    session = runtime(folder)
-    names = [o.name for o in session.get_outputs()]
+    running = runtime(folder)
+    names = [o.name for o in running.get_outputs()]
     past = {
         i.name: np.zeros((len(ids), i.shape[1], 0, i.shape[3]), np.float32)
-        for i in session.get_inputs()
+        for i in running.get_inputs()
         if "past" in i.name
     }
     logits = []
     start = 0
     for stop in (ids.shape[1] - 2, ids.shape[1] - 1, ids.shape[1]):
-        outputs = session.run(
+        outputs = running.run(
             None,
             {
                 "input_ids": ids[:, start:stop],
@@ -77,6 +77,12 @@ def decode(folder: Path, ids: np.ndarray) -> np.ndarray:
         logits.append(named["logits"])
         start = stop
     return np.concatenate(logits, 1)
+
+
+def encode(folder: Path, ids: np.ndarray) -> np.ndarray:
+    """The last hidden state of an encoder."""
+    given = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    return runtime(folder).run(None, given | {"token_type_ids": np.zeros_like(ids)})[0]
 
 
 IDS = np.arange(2 * 9).reshape(2, 9) * 7 % 96
@@ -140,7 +146,11 @@ def test_steps_with_the_cache_are_torch(base: Path, exported: Any) -> None:
     assert np.abs(decode(exported[0], IDS) - in_torch(models.load(base))).max() < 1e-5
 
 
-def test_repeated_layers_are_traced_layers(base: Path, exported: Any, tmp_path: Path) -> None:
+@pytest.mark.sweep(2)
+@pytest.mark.parametrize("name", ["Llama", "BERT"])
+def test_repeated_layers_are_traced_layers(
+    name: str, traced: Callable[[str], Traced], tmp_path: Path
+) -> None:
     """The graph of every layer traced has the same nodes and gives the same numbers."""
     from lora_tools.onnx.layers import shorten
     from lora_tools.onnx.model import weightless
@@ -149,18 +159,21 @@ def test_repeated_layers_are_traced_layers(base: Path, exported: Any, tmp_path: 
     from lora_tools.onnx.weights import attach, places
     from lora_tools.sources.checkpoints import open_checkpoint
 
-    task, checkpoint = TASKS["causal-lm"], open_checkpoint(base)
+    base, exported = traced(name).base, traced(name).graph
+    task = TASKS["causal-lm" if name == "Llama" else "features"]
+    checkpoint = open_checkpoint(base)
     [stack] = shorten(weightless(base, task))
     assert (stack.kept, stack.total) == (4, 5)
     [graph] = trace(base, checkpoint.specs, task, whole=True)
     attach(graph.model, places(checkpoint, checkpoint.specs))
     shutil.copytree(base, tmp_path / "whole")
     (tmp_path / "whole" / "model.onnx").write_bytes(graph.model.SerializeToString())
-    one = onnx.load(exported[0] / "model.onnx", load_external_data=False)
+    one = onnx.load(exported / "model.onnx", load_external_data=False)
     assert sorted(n.op_type for n in one.graph.node) == sorted(
         n.op_type for n in graph.model.graph.node
     )
-    assert np.array_equal(decode(tmp_path / "whole", IDS), decode(exported[0], IDS))
+    run = decode if name == "Llama" else encode
+    assert np.array_equal(run(tmp_path / "whole", IDS), run(exported, IDS))
 
 
 def test_layers_that_differ_are_not_repeated() -> None:
@@ -291,7 +304,8 @@ def test_an_adapter_merged_in_the_same_pass_is_peft(
 
 def test_an_adapter_that_unties_the_head(tmp_path: Path) -> None:
     """The head is a tensor of its own then: the old graph is refused, a new one is right."""
-    base, adapters = models.save(models.make("llama-tied"), tmp_path / "base"), [tmp_path / "lora"]
+    base = export_models.one_layer("Llama", tmp_path / "base", tie_word_embeddings=True)
+    adapters = [tmp_path / "lora"]
     peft = models.adapt(base, adapters[0], ADAPTERS["embedding"])
     lora_tools.export(base, tmp_path / "tied", no_cache=True, no_verify=True)
     with pytest.raises(MismatchError, match="tie_word_embeddings"):
@@ -311,7 +325,10 @@ def test_a_sliding_window_past_its_length(
 ) -> None:
     """The window is 8: the prompt is twice as long, the steps go further."""
     name = "Mistral, sliding window"
-    base = export_models.make(name, tmp_path / "base") if no_cache else traced(name).base
+    if no_cache:
+        base = export_models.one_layer("Mistral", tmp_path / "base", sliding_window=8)
+    else:
+        base = traced(name).base
     ids = np.arange(2 * 21).reshape(2, 21) * 7 % 96
     model = models.load(base)
     with torch.no_grad():
@@ -451,7 +468,9 @@ def test_a_dry_run_imports_nothing_heavy(base: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["BERT", pytest.param("Llama", marks=pytest.mark.sweep(0))])
+@pytest.mark.parametrize(
+    "name", ["BERT, classifier", pytest.param("Llama", marks=pytest.mark.sweep(0))]
+)
 def test_the_same_graph_from_the_command_line(
     name: str, traced: Callable[[str], Traced], tmp_path: Path
 ) -> None:

@@ -116,7 +116,7 @@ def test_what_does_not_export_is_named(
 
     forward = Qwen2MLP.forward
     monkeypatch.setattr(Qwen2MLP, "forward", lambda self, x: forward(self, odd(x)))
-    base = export_models.make("Qwen2", tmp_path / "base")
+    base = export_models.one_layer("Qwen2", tmp_path / "base")
     with pytest.raises(
         CheckpointError, match=r"model\.onnx: module model\.layers\.0\.mlp"
     ) as caught:

@@ -34,14 +34,16 @@ from lora_tools.onnx.schemes import AFFINE, SCHEMES
 from . import iotools, models
 from .test_error_feedback import MARK, moments_of, output_error
 from .traced import Traced
+from .traced import session as one_thread
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxruntime")
 
-KINDS = ("llama", "llama-tied", "bert", "gpt2")
+# Whose graphs other tests use too; "Llama" is tied.
+KINDS = ("llama", "Llama", "BERT", "gpt2")
 OPERATORS = {"nf4": "MatMulBnb4", "int8": "MatMulNBits", "int4": "MatMulNBits"}
 # Linear layers that are no output head: seven a layer of Llama, six of BERT, four of GPT-2.
-LAYERS = {"llama": 14, "llama-tied": 14, "bert": 12, "gpt2": 8}
+LAYERS = {"llama": 14, "Llama": 35, "BERT": 30, "gpt2": 8}
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +85,7 @@ IDS = np.arange(2 * 9).reshape(2, 9) * 7 % models.VOCAB
 
 
 def run(folder: Path) -> np.ndarray:
-    session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
+    session = one_thread(folder / "model.onnx")
     given = {
         "input_ids": IDS,
         "attention_mask": np.ones_like(IDS),
@@ -195,7 +197,7 @@ def test_ours_is_the_kernels_reading(scheme: str, tmp_path: Path) -> None:
     )
     exact(model)
     (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
-    session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"))
+    session = one_thread(tmp_path / "m.onnx")
     [theirs] = session.run(None, {"x": np.eye(65, dtype=np.float32)})
     [(name, ours)] = dequantized(tmp_path / "m.onnx")
     assert name == "w"
@@ -236,9 +238,9 @@ def test_a_wrong_graph_is_found(plain: dict[str, Path], tmp_path: Path) -> None:
 )
 def test_a_four_bit_folder(options: Any, plain: dict[str, Path], tmp_path: Path) -> None:
     """Its graph is added in place, or it is copied; either runs its own bytes."""
-    lora_tools.quantize(plain["llama-tied"], tmp_path / "q", **options)
+    lora_tools.quantize(plain["Llama"], tmp_path / "q", **options)
     before = iotools.tree(tmp_path / "q")
-    report = lora_tools.export(tmp_path / "q", tmp_path / "q", graph=plain["llama-tied"], nf4=True)
+    report = lora_tools.export(tmp_path / "q", tmp_path / "q", graph=plain["Llama"], nf4=True)
     assert report.totals["verified"]
     assert "loss_max_difference" not in report.totals  # nothing says what it was
     after = iotools.tree(tmp_path / "q")
@@ -251,7 +253,7 @@ def test_a_four_bit_folder(options: Any, plain: dict[str, Path], tmp_path: Path)
     assert np.abs(run(tmp_path / "q") - in_torch(tmp_path / "plain")).max() < 2e-5
     if not options:
         export = lora_tools.export(
-            tmp_path / "q", tmp_path / "b", graph=plain["llama-tied"], nf4=True, weights="bundled"
+            tmp_path / "q", tmp_path / "b", graph=plain["Llama"], nf4=True, weights="bundled"
         )
         assert export.totals["verified"]
         assert not list((tmp_path / "b").glob("*.safetensors"))
@@ -302,7 +304,7 @@ def test_the_plan_imports_nothing_heavy(
 ) -> None:
     code = (
         "import sys; from lora_tools.cli import run; "
-        f"run(['export', {str(plain['bert'])!r}, '-o', 'out', '--dry-run', '--json', "
+        f"run(['export', {str(plain['BERT'])!r}, '-o', 'out', '--dry-run', '--json', "
         f"'--{scheme}']); "
         "print(*sorted({m.partition('.')[0] for m in sys.modules}))"
     )
@@ -312,13 +314,13 @@ def test_the_plan_imports_nothing_heavy(
     report, _, modules = done.stdout.partition("\n")
     assert not {"torch", "onnx", "transformers", "onnxruntime"} & set(modules.split())
     fates = {fate["tensor"]: fate for fate in json.loads(report)["plan"]}
-    assert set(models.tensors(plain["bert"])) == fates.keys() - {"model.onnx"}
+    assert set(models.tensors(plain["BERT"])) == fates.keys() - {"model.onnx"}
     query = fates["encoder.layer.0.attention.self.query.weight"]
     assert query["action"] == "quantize"
     assert "bits a parameter" in query["reason"]
     table = fates["embeddings.word_embeddings.weight"]
     assert (table["action"], table["reason"].split(",")[0]) == ("copy", "embedding")
-    done_report = export(plain["bert"], tmp_path / "out", scheme, no_verify=True)
+    done_report = export(plain["BERT"], tmp_path / "out", scheme, no_verify=True)
     after = {fate.tensor: fate for fate in done_report.plan}
     assert after["encoder.layer.0.attention.self.query.weight"].nbytes == query["nbytes"]
     if scheme != "nf4":
@@ -393,7 +395,7 @@ def perplexity(folder: Path, text: Path, length: int) -> float:
 
 
 @pytest.mark.parametrize(
-    ("kind", "scheme"), [("llama", ""), ("llama-tied", "nf4"), ("gpt2", "int8"), ("llama", "int4")]
+    ("kind", "scheme"), [("llama", ""), ("Llama", "nf4"), ("gpt2", "int8"), ("llama", "int4")]
 )
 def test_what_is_lost_on_a_text(
     kind: str, scheme: str, plain: dict[str, Path], text: Path, tmp_path: Path
@@ -439,7 +441,7 @@ def test_what_is_lost_on_a_text(
         ("llama", {"eval_text": "short.txt"}, UsageError, "1 tokens"),
         ("llama", {"eval_text": "bytes.txt"}, UsageError, "not UTF-8"),
         ("llama", {"eval_text": "short.txt", "no_verify": True}, UsageError, "no_verify"),
-        ("bert", {"eval_text": "short.txt"}, UsageError, "perplexity is that of a decoder"),
+        ("BERT", {"eval_text": "short.txt"}, UsageError, "perplexity is that of a decoder"),
         ("four", {}, UsageError, "pass --nf4"),
         ("four", {"int8": True}, UsageError, "dequantize"),
         ("four", {"nf4": True, "dtype": "float32"}, UsageError, "requantize"),
@@ -487,7 +489,7 @@ def test_a_disk_that_fails(
 
     monkeypatch.setattr(output.os, "fsync", fail)
     with pytest.raises(OutputError, match="No space left"):
-        export(plain["bert"], tmp_path / "out", scheme)
+        export(plain["BERT"], tmp_path / "out", scheme)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -501,7 +503,7 @@ def test_refused_in_place(plain: dict[str, Path]) -> None:
 def test_a_graph_without_linear_layers_to_quantize(plain: dict[str, Path]) -> None:
     from lora_tools.onnx.quantized import NBits, quantize_linears
 
-    model = onnx.load(plain["bert"] / "model.onnx", load_external_data=False)
+    model = onnx.load(plain["BERT"] / "model.onnx", load_external_data=False)
     how = NBits(AFFINE["int8"], {}, lambda name: torch.empty(0))
     how.takes = lambda linear: False  # type: ignore[method-assign]
     with pytest.raises(MismatchError, match="no linear layer"):

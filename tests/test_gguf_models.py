@@ -468,7 +468,7 @@ def write_tuned(plain: Path, folder: Path, tensors: dict[str, torch.Tensor]) -> 
 def test_people_are_told(made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, path, _ = made("llama", "Q8_0")
     assert run(["inspect", str(path)]) == 0
-    said = " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().out.split())
     assert "checkpoint in GGUF" in said
     assert "in Q8_0" in said
     assert run(["dequantize", str(path), "-o", str(tmp_path / "o")]) == 0

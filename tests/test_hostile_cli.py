@@ -175,6 +175,7 @@ SPOILT_FILES: dict[str, Callable[[Path], object]] = {
 }
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("what", SPOILT_FILES)
 @pytest.mark.parametrize(("name", "folder"), READS)
 def test_spoilt_weights(name, folder, what, work, refused):
@@ -192,6 +193,7 @@ def test_spoilt_weights(name, folder, what, work, refused):
     assert folder in said or (name, what) == ("bundle", "no tensors")  # a tensor and a graph
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("what", ["absent", "empty folder", "text file", "device"])
 @pytest.mark.parametrize(("name", "folder"), READS)
 def test_no_such_input(name, folder, what, work, refused):
@@ -356,6 +358,7 @@ def test_an_adapter_as_a_checkpoint_and_a_checkpoint_as_an_adapter(work, refused
 # ------------------------------------------------------------------------- numbers that are none
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
@@ -436,6 +439,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("name", ["merge", "unmerge", "rescale", "resize", "combine", "convert"])
 @pytest.mark.parametrize("what", CONFIGS)
 def test_adapter_config(what, name, work, refused):

@@ -33,7 +33,7 @@ def medium(tmp_path_factory):
 # ------------------------------------------------------------- a kill before every single step
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("force", [False, True], ids=["new", "force"])
 @pytest.mark.parametrize("verb", VERBS)

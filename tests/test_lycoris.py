@@ -243,16 +243,20 @@ def _spoilt() -> Iterator[tuple[str, dict[str, torch.Tensor], str]]:
         "no whole LoKr",
     )
     yield "an alpha of two", {**loha, "alpha": one(2)}, "one number"
-    yield "full, of a vector", {"diff": one(36)}, "difference of a vector"
+    yield "full, of a vector", {"diff": one(36)}, r"base is \(36, 24\)"
     yield "full and more", {"diff": one(36, 24), **loha}, "beside .*hada_w1_a"
     yield "full, another weight", {"diff": one(24, 36)}, "36, 24"
-    yield "a norm", {"w_norm": one(36)}, "difference of a norm"
+    yield "a norm", {"w_norm": one(36)}, r"base is \(36, 24\)"
+    yield "a norm and factors", {"w_norm": one(36), **loha}, "what its weight becomes"
+    yield "another weight and factors", {"set_weight": one(36, 24), **loha}, "its weight becomes"
+    yield "a larger weight", {**loha, "reshape_weight": one(2)}, "another shape of a weight"
     yield "parts of other ranks", {**loha, "hada_w1_a": one(36, 3)}, "go together"
     locon = {"lora_down.weight": one(2, 24), "lora_up.weight": one(36, 3)}
-    yield "a middle for a matrix", {**locon, "lora_mid.weight": one(3, 4, 1, 1)}, "factors are for"
+    yield "a middle for a matrix", {**locon, "lora_mid.weight": one(3, 4, 1, 1)}, "go together"
     yield "OFT", {"oft_blocks": one(2, 3, 3)}, "OFT"
-    yield "a bias", {**loha, "diff_b": one(36)}, "a bias"
-    yield "magnitudes of inputs", {**loha, "dora_scale": one(1, 24)}, "each input"
+    yield "a bias", {**loha, "diff_b": one(36)}, r"net\.linear\.bias matches no tensor"
+    yield "magnitudes of neither side", {**loha, "dora_scale": one(1, 25)}, "36 magnitudes"
+    yield "two magnitudes", {**loha, "dora_scale": one(36), "magnitude": one(36)}, "one of them"
     _ = name
 
 
@@ -289,7 +293,6 @@ OTHERS: dict[str, tuple[dict[str, Any], str, set[str]]] = {
     "oft-rescaled": ({"algo": "diag-oft", "rescaled": True}, "OFT", {"oft_blocks", "rescale"}),
     "boft": ({"algo": "boft"}, "BOFT", {"oft_blocks"}),
     "tlora": ({"algo": "tlora"}, "T-LoRA", {"q_layer.weight", "p_layer.weight", "lambda_layer"}),
-    "norms": ({"algo": "locon", "train_norm": True}, "norm", {"w_norm", "b_norm"}),
 }
 
 

@@ -29,14 +29,14 @@ def test_no_statistics_of_unknown_tokens(text: Path, tmp_path: Path) -> None:
     model = tmp_path / "bert"
     transformers.BertModel(config).save_pretrained(model)
     with pytest.raises(CheckpointError, match=r"bert: no tokenizer there: .*vocab.txt; put"):
-        lora_tools.collect_stats(model, text, tmp_path / "out", length=16)
+        lora_tools.collect_stats(model, text, tmp_path / "out", length=16, jobs=1)
     (model / "vocab.txt").write_text("\n".join(("[UNK]", "[CLS]", "[SEP]", "[PAD]", "other")))
     with pytest.raises(CheckpointError, match=r"does not know 120 of the text's 120 tokens"):
-        lora_tools.collect_stats(model, text, tmp_path / "out", length=16)
+        lora_tools.collect_stats(model, text, tmp_path / "out", length=16, jobs=1)
     assert not (tmp_path / "out").exists()
     words = ("some", "words", "that", "a", "model")
     (model / "vocab.txt").write_text("\n".join(("[UNK]", "[CLS]", "[SEP]", "[PAD]", *words)))
-    lora_tools.collect_stats(model, text, tmp_path / "out", length=16)
+    lora_tools.collect_stats(model, text, tmp_path / "out", length=16, jobs=1)
     assert (tmp_path / "out").exists()
 
 

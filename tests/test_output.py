@@ -165,6 +165,7 @@ def put(out: Path, new: str, force: bool = True) -> None:
         (staging / "out.extra").write_text("new, too")
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("old", OLD)
 @pytest.mark.parametrize("new", ["file", "folder"])
 @pytest.mark.parametrize("error", [OSError(5, "it broke"), KeyboardInterrupt()], ids=repr)

@@ -38,10 +38,17 @@ RUNNERS = {"eval", "exec", "compile", "__import__", "spec_from_file_location", "
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "runpy"}
 
 
+def dotted(node: ast.AST) -> str:
+    """``a.b.c`` as it stands there; of other expressions their attributes."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
 def reached(node: ast.AST) -> set[str]:
     """What a node of a syntax tree names: an attribute, a name, a string, or parts of an import."""
     if isinstance(node, ast.Attribute):
-        return {node.attr, ast.unparse(node)}
+        return {node.attr, dotted(node)}
     if isinstance(node, ast.Name):
         return {node.id}
     if isinstance(node, ast.Constant) and isinstance(node.value, str):

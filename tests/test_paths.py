@@ -113,6 +113,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(("name", "read", "written", "relation"), PAIRS)
 def test_no_output_is_an_input(
     name: str, read: str, written: str, relation: str, here: Path, said: Any

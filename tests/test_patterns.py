@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import lora_tools
 from lora_tools.errors import AdapterError
 from lora_tools.formats import patterns
-from lora_tools.formats.adapters.peft import open_peft
+from lora_tools.formats.adapters.peft_folder import open_peft
 from lora_tools.formats.patterns import ends_with, matches
 
 from . import iotools

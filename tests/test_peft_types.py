@@ -209,7 +209,7 @@ def test_what_comes_first_is_asked_where_it_matters(tmp_path: Path) -> None:
         lora_tools.merge(base, [tmp_path / "a", tmp_path / "b"], tmp_path / "m.safetensors")
 
 
-@pytest.mark.parametrize("case", ["hira", "oft"])
+@pytest.mark.parametrize("case", ["hira", "oft", "glora"])
 def test_a_layer_that_is_saved_is_what_is_changed(case: str, tmp_path: Path) -> None:
     """PEFT saves embeddings and output heads that an adapter acts on, and reads them back."""
     base = store(net(), tmp_path / "base.safetensors")
@@ -220,12 +220,27 @@ def test_a_layer_that_is_saved_is_what_is_changed(case: str, tmp_path: Path) -> 
     wanted = models.quietly(read.merge_and_unload).state_dict()
     lora_tools.merge(base, [tmp_path / "a"], tmp_path / "m.safetensors")
     models.assert_same(load_file(tmp_path / "m.safetensors"), wanted, 2e-6)
+    if case == "glora":  # whose change of a bias is made of that weight, too, and is no LoRA's
+        return
     lora_tools.convert(tmp_path / "a", tmp_path / "l", to="peft", base=base, rank=12)
     lora_tools.merge(base, [tmp_path / "l"], tmp_path / "n.safetensors")
     models.assert_same(load_file(tmp_path / "n.safetensors"), wanted, 1e-5)
     trained(tmp_path / "b", "loha")
     with pytest.raises(UnsupportedAdapter, match="merge one of them"):
         lora_tools.merge(base, [tmp_path / "a", tmp_path / "b"], tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_several_vectors_of_tinylora_in_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Which of them a module has, the seed of its projection says, rounded as it is."""
+    base = store(net(), tmp_path / "base.safetensors")
+    trained(tmp_path / "a", "tinylora-tied")
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    save_file({k: v.to(dtype) for k, v in load_file(path).items()}, path)
+    read = models.quietly(lambda: peft.PeftModel.from_pretrained(net(), tmp_path / "a")).eval()
+    wanted = models.quietly(read.merge_and_unload).state_dict()
+    lora_tools.merge(base, [tmp_path / "a"], tmp_path / "m.safetensors")
+    models.assert_same(load_file(tmp_path / "m.safetensors"), wanted, 2e-6)
 
 
 def test_the_weight_of_an_adapter_scales_its_change(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
 def test_the_loss_is_transformers_own(case: str, work: Path, tmp_path: Path) -> None:
     kind, options = CASES[case]
     adapters = [work / str(name) for name in options.get("adapters", [])]  # type: ignore[attr-defined]
-    given = {**options, "adapters": adapters}
+    given = {**options, "adapters": adapters, "jobs": 1}
     report = lora_tools.quantize(work / kind, tmp_path / "q", eval_text=work / "text", **given)
     before, after = work / kind, tmp_path / "back"
     if adapters:

@@ -8,7 +8,13 @@ import pytest
 import torch
 
 import lora_tools
-from lora_tools.errors import AdapterError, CheckpointError, UnsafeInput, UnsupportedAdapter
+from lora_tools.errors import (
+    AdapterError,
+    CheckpointError,
+    UnsafeInput,
+    UnsupportedAdapter,
+    UsageError,
+)
 
 from .refusals import (
     EMBED,
@@ -273,8 +279,8 @@ FORMATS: dict[str, Row] = {
         ),
     ),
     "a scale for each input": (
-        UnsupportedAdapter,
-        r"dora_scale \[1, 8\] has one magnitude for each input",
+        UsageError,
+        "DoRA over the inputs, and no product of two factors: how close a LoRA is to come",
         lambda t: to_peft(
             t,
             save(t / "k.safetensors", {**KOHYA, "lora_unet_q.dora_scale": torch.ones(1, 8)}),

@@ -30,7 +30,7 @@ from lora_tools.errors import (
 )
 
 from . import forks, iotools, killing, models
-from .traced import Traced
+from .traced import Traced, session
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -100,9 +100,7 @@ class Session:
     """A graph in ONNX Runtime; each call may have an adapter active."""
 
     def __init__(self, folder: Path) -> None:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        self.session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options)
+        self.session = session(folder / "model.onnx")
         self.inputs = {
             i.name: np.zeros((len(IDS), i.shape[1], 0, i.shape[3]), np.float32)
             for i in self.session.get_inputs()

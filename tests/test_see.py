@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from lora_tools.cli import run
 from lora_tools.errors import CheckpointError, QualityGateError, UsageError
 from lora_tools.formats.adapters.peft import WEIGHTS
 
-from . import iotools, models
+from . import forks, iotools, models
 
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -256,22 +255,21 @@ def test_pictures_are_refused_before_the_work(work, tmp_path, monkeypatch):
 
 def test_no_library_of_pictures_is_imported_unless_drawn_with(work):
     code = (
-        "import sys\nfrom lora_tools.cli import run\n"
+        "import sys\nassert 'matplotlib' not in sys.modules\nfrom lora_tools.cli import run\n"
         f"assert run(['diff', {str(work / 'base')!r}, {str(work / 'tuned')!r}, '-q']) == 0\n"
         "assert not {'matplotlib', 'plotly'} & set(sys.modules)"
     )
-    import subprocess
-
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = forks.run(code=code)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_command_line_shows_them(work, capfd):
     assert run(["diff", str(work / "base"), str(work / "tuned")]) == 0
-    said = capfd.readouterr().err
+    said = capfd.readouterr().out
     for words in (Q, "noise floor", "stable rank", "tensors changed"):
         assert words in said
     assert run(["inspect", str(work / "adapter"), "-v"]) == 0
-    said = capfd.readouterr().err
+    said = capfd.readouterr().out
     assert "adapter: " in said
     assert "lora_A.weight" in said
     assert run(["inspect", str(work / "base"), "--json", "-q"]) == 0
@@ -401,7 +399,7 @@ def test_what_an_adapter_leaves_out_counts(work, tmp_path):
 
 def test_exit_codes(work, capfd):
     base, adapter, merged = (str(work / n) for n in ("base", "adapter", "merged"))
-    assert run(["verify", merged, "--base", base, "--adapter", adapter]) == 0
+    assert run(["verify", merged, "--base", base, "--adapter", adapter, "-q"]) == 0
     assert run(["verify", merged, "--base", base, "--adapter", f"{adapter}=2", "--json"]) == 3
     printed, said = capfd.readouterr()
     assert json.loads(printed)["totals"]["same"] is False

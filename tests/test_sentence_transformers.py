@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import peft
 import pytest
 import torch
@@ -22,6 +21,7 @@ from lora_tools.onnx import sentence, sentence_modules
 from lora_tools.onnx.tasks import Step
 
 from . import models
+from .traced import session as one_thread
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 WIDTH = 32
@@ -119,7 +119,7 @@ def wanted(model: Any, weights: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def graph_gives(path: Path) -> dict[str, np.ndarray]:
-    session = onnxruntime.InferenceSession(str(path / "model.onnx"))
+    session = one_thread(path / "model.onnx")
     given = {
         "input_ids": IDS.numpy(),
         "attention_mask": MASK.numpy(),

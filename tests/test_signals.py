@@ -105,6 +105,7 @@ sys.addaudithook(hook)
 
 
 @pytest.mark.slow
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("number", WORDS)
 @pytest.mark.parametrize("force", [False, True], ids=["new", "force"])
 def test_signals_over_and_over_from_any_step_on(number, force, work, tmp_path):

@@ -161,7 +161,7 @@ def test_what_a_link_leads_to_outside_is_not_copied(name: str, target: str, work
 
 
 def test_a_tokenizer_beside_an_adapter_is_no_way_out(work: Path) -> None:
-    from lora_tools.formats.adapters.peft import open_peft
+    from lora_tools.formats.adapters.peft_folder import open_peft
     from lora_tools.merging.vocabulary import tokenizer_files
 
     Path("adapter/tokenizer.json").symlink_to("../secret")

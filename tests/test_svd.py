@@ -262,11 +262,11 @@ def spiked(m: int, n: int, spikes: list[float], seed: int, decay: float = 0.0) -
 
 @pytest.mark.parametrize("decay", [0.0, 0.3])
 @pytest.mark.parametrize("shape", [(400, 400), (320, 900), (900, 320)], ids=str)
-def test_rules_that_count_decide_by_bounds_as_by_all_values(shape, decay, monkeypatch):
+def test_rules_that_count_decide_by_bounds_as_by_all_values(shape, decay, monkeypatch, full):
     """And mostly do so by iteration, or this shows nothing."""
     monkeypatch.setattr(svd, "_LARGE", 64)
     iterated = 0
-    for seed in range(6):
+    for seed in range(6) if full else (0, 2, 5):
         scale = 4 * sum(side**0.5 for side in shape)
         spikes = [scale / (1 + 0.4 * i) for i in range(3 * seed)]
         A = spiked(*shape, spikes, seed, decay)
@@ -287,7 +287,7 @@ def test_rules_that_count_decide_by_bounds_as_by_all_values(shape, decay, monkey
             iterated += found.method == "krylov"
             if found.method == "krylov" and found.rank:
                 assert float(exact.captured - found.captured) <= found.gain + 1e-6 * exact.captured
-    assert iterated > 6
+    assert iterated > (6 if full else 3)
 
 
 @pytest.mark.parametrize("seed", range(4))

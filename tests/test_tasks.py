@@ -33,6 +33,7 @@ from lora_tools.sources.dequantized import Dequantized
 from lora_tools.sources.weighted import open_weighted
 
 from . import iotools, models
+from .elsewhere import work
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "plain": {"target_modules": ["q_proj", "down_proj"], "r": 4, "lora_alpha": 6},
@@ -261,14 +262,6 @@ def test_a_scratch_file_without_a_name_is_not_sent(tmp_path: Path) -> None:
 
 
 # ----------------------------------------------------------------------------------------- tasks
-
-
-def work(sent: bytes) -> bytes:
-    """One task, as another process does it that was sent all there is to it."""
-    task, sources, sink = pickle.loads(sent)
-    with threads.one_torch_thread(), threads.one_torch_thread_here():
-        result = task.run(sources, sink, Buffers())
-    return pickle.dumps((result, None if sink is None else sink.hand_over()))
 
 
 Engine = Callable[..., Iterator[Any]]

@@ -469,3 +469,25 @@ def test_an_alpha_that_was_changed_is_refused_without_a_sidecar(tmp_path: Path) 
             lora_tools.unmerge(*given)
         assert not given[2].exists()
         lora_tools.unmerge(*given, allow_other_base=True)
+
+
+def test_alphas_that_changed_places_are_refused_without_a_sidecar(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    save_file({f"{n}.weight": torch.randn(6, 4) for n in "xy"}, tmp_path / "base.safetensors")
+    (tmp_path / "a").mkdir()
+    shapes = {"lora_A": (2, 4), "lora_B": (6, 2)}
+    names = {
+        f"base_model.model.{n}.{part}.weight": torch.randn(shape)
+        for n in "xy"
+        for part, shape in shapes.items()
+    }
+    save_file(names, tmp_path / "a" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["x", "y"]}
+    place = tmp_path / "a" / "adapter_config.json"
+    place.write_text(json.dumps(config | {"alpha_pattern": {"x": 2}}))
+    merged = tmp_path / "m.safetensors"
+    lora_tools.merge(tmp_path / "base.safetensors", [tmp_path / "a"], merged)
+    lora_tools.unmerge(merged, [tmp_path / "a"], tmp_path / "b.safetensors")
+    place.write_text(json.dumps(config | {"alpha_pattern": {"y": 2}}))
+    with pytest.raises(MismatchError, match="other numbers"):
+        lora_tools.unmerge(merged, [tmp_path / "a"], tmp_path / "c.safetensors")

@@ -281,11 +281,11 @@ def test_calls_that_make_no_sense(work: Path, capfd: pytest.CaptureFixture[str])
     with pytest.raises(UsageError, match="give against"):
         lora_tools.verify(work / "plain", base=base, adapters=[work / "adapter"])
     assert run(["verify", str(work / "plain"), "--against", str(base)]) == 0
+    assert "byte for byte as quantize writes it" in capfd.readouterr().out
     assert run(["verify", str(work / "merged"), "--against", str(base), "-q", "--json"]) == 3
     printed, said = capfd.readouterr()
     assert "Error: not the checkpoint in four bits (4 different)" in said
     assert json.loads(printed)["totals"]["same"] is False
-    assert "byte for byte as quantize writes it" in said
 
 
 def test_inspect_says_what_is_in_four_bits(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -299,7 +299,7 @@ def test_inspect_says_what_is_in_four_bits(work: Path, capfd: pytest.CaptureFixt
     assert found["numbers"] == made["parameters_quantized"]
     assert found["bits_per_parameter"] == pytest.approx(made["bits_per_quantized_parameter"])
     assert run(["inspect", str(work / "plain")]) == 0
-    assert "14 in nf4, blocks of 64" in capfd.readouterr().err
+    assert "14 in nf4, blocks of 64" in capfd.readouterr().out
 
 
 def test_inspect_finds_what_keeps_it_from_loading(work: Path, tmp_path: Path) -> None:

@@ -344,7 +344,7 @@ def test_what_is_no_model(work: Path, tmp_path: Path) -> None:
 def test_exit_codes(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
     base = str(work / "base")
     assert run(["verify", str(work / "shared"), "--against", base]) == 0
-    assert "its weights are those of the checkpoint, bit for bit" in capfd.readouterr().err
+    assert "its weights are those of the checkpoint, bit for bit" in capfd.readouterr().out
     merged = [str(work / "merged"), "--against", base, "--weights-only", "--json", "-q"]
     assert run(["verify", *merged]) == 3
     printed, told = capfd.readouterr()
@@ -378,7 +378,7 @@ def test_inspect_a_model(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert made["adapter_digests"].endswith("=1")
     assert not report.notes
     assert run(["inspect", str(work / "merged")]) == 0
-    assert "opset ai.onnx 20; made by loratools" in capfd.readouterr().err
+    assert "opset ai.onnx 20; made by loratools" in capfd.readouterr().out
 
 
 def test_inspect_finds_what_is_odd(work: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import lora_tools
 
 from . import export_models, models
+from .traces import remembered
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,17 @@ class Traced:
     report: dict[str, Any]
 
 
+def session(file: Path) -> Any:
+    """The graph in ONNX Runtime, which by default has a thread on every processor that waits for
+    work without a pause."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(file), options)
+
+
 def traced(name: str, root: Path) -> Traced:
     """The model of ``export_models`` or the kind of ``models`` with that name, exported
     below ``root``, which all workers share; by the first of them that asks."""
@@ -33,7 +45,8 @@ def traced(name: str, root: Path) -> Traced:
     with (root / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
-            _make(name, root / f"{name}.part").rename(folder)
+            with remembered(root.parent / "traces"):
+                _make(name, root / f"{name}.part").rename(folder)
     return Traced(folder / "base", folder / "graph", json.loads((folder / "report").read_text()))
 
 

@@ -32,7 +32,14 @@ if TYPE_CHECKING:
 
 _SEED = 0
 # Fields of a config that mean the same of a LoRA.
-_KEPT = ("base_model_name_or_path", "revision", "task_type", "modules_to_save", "bias")
+_KEPT = (
+    "base_model_name_or_path",
+    "revision",
+    "task_type",
+    "auto_mapping",
+    "modules_to_save",
+    "bias",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +75,12 @@ def plan_lora(given: Adapter, base: Checkpoint | Path | None, to: str) -> list[T
         raise UsageError(
             f"{given.path} is an adapter of {title}: make it a LoRA of PEFT first (--to peft), and "
             f"convert that with --to {to}"
+        )
+    if given.modules or given.differences:
+        raise UnsupportedAdapter(
+            f"{given.path}: holds {title} ({min(given.changes)}) beside "
+            f"{min([*given.modules, *given.differences])}, which has it not; such a mixture is not "
+            "converted: merge the adapter into the base instead"
         )
     if not isinstance(base, Checkpoint):
         raise UsageError(

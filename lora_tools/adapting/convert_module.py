@@ -86,7 +86,8 @@ def convert_module(
     from lora_tools.linalg import factors as algebra
 
     A, B = given.tensor(module.A), given.tensor(module.B)
-    bias = given.tensor(module.bias) if module.bias and "bias" not in options.dropped else None
+    has_bias = "bias" not in options.dropped
+    bias = given.tensor(module.bias) if module.bias and has_bias else None
     magnitude = (
         given.tensor(module.magnitude)
         if module.magnitude and "dora" not in options.dropped
@@ -110,6 +111,10 @@ def convert_module(
         fold = fold_of(module, rank, given, options)
         A, B = algebra.scaled(A, 1.0, written), algebra.scaled(B, fold, written)
         bias = algebra.scaled(bias, fold, written)
+    difference = given.differences.get(f"{module.module}.bias", "")
+    if difference and has_bias:
+        factor = options.weight / _nonzero(module, _scale(module, rank, given, options))
+        bias = algebra.scaled(given.tensor(difference), factor, written)
     if options.pad_to is not None:
         A, B = algebra.padded(A, B, options.pad_to)
     check_finite(module, A, B, bias, magnitude)
@@ -126,6 +131,16 @@ def convert_module(
         magnitude=magnitude,
     )
     return _reformed(factors, options), result
+
+
+def _nonzero(module: LoraModule, scale: float) -> float:
+    """The scaling, by which a difference of a bias is divided. Raises UnsupportedAdapter."""
+    if not scale:
+        raise UnsupportedAdapter(
+            f"{module.module}: lora_alpha is 0, and so would be the effect of its difference of a "
+            "bias; --drop bias leaves that out, and merging the adapter into the base keeps it"
+        )
+    return scale
 
 
 def _reformed(factors: Factors, options: Conversion) -> Factors:

@@ -32,7 +32,7 @@ class _Job:
     def rows(self, module: str) -> int:
         """How many outputs a module has."""
         name = self.wrapper + module
-        spec = self.names.weights.get(name) or self.names.others.get(name)
+        spec = self.names.weight(name)
         if spec is None:
             raise self.refuse(f"{name} is not in {self.names.path}")
         return spec.shape[0]
@@ -60,6 +60,11 @@ def in_layout(given: Adapter, target: Format, names: BaseNames | None) -> tuple[
             made |= {name: new if name == min(job.there) else [] for name in job.there}
     if not made:
         return given, []
+    if given.differences:
+        raise UnsupportedAdapter(
+            f"{given.path}: {min(given.differences)}: a difference, which is not brought into the "
+            "layout that is wanted; merge the adapter into the base instead"
+        )
     modules = []
     for name, module in given.modules.items():
         modules += made.get(name, [renamed(given, module, name)])

@@ -69,12 +69,23 @@ def features(given: Adapter, names: BaseNames | None = None) -> dict[str, list[s
         "conv": [m.name for m in given.modules.values() if m.form == "conv"],
         "experts": [m.name for m in given.modules.values() if m.form == "experts"],
         "dora": [m.module for m in given.modules.values() if m.magnitude],
-        "bias": [m.module for m in given.modules.values() if m.bias],
+        "bias": [
+            m.module
+            for m in given.modules.values()
+            if m.bias or f"{m.module}.bias" in given.differences
+        ],
         "saved": list(given.whole),
+        "differences": without_factors(given),
         "tokens": list(given.tokens),
         "head": [m for m in given.modules if names is not None and m == names.tied],
     }
     return {feature: where for feature, where in found.items() if where}
+
+
+def without_factors(given: Adapter) -> list[str]:
+    """The tensors that it has a difference of, less the biases of modules with factors."""
+    beside = {f"{module.module}.bias" for module in given.modules.values()}
+    return sorted(given.differences.keys() - beside)
 
 
 def choose_conversion(
@@ -119,7 +130,10 @@ def kept_modules(
     """The modules that are written."""
     gone = {m for f in _MODULES if f in options.dropped for m in where.get(f, ())}
     kept = {name: module for name, module in given.modules.items() if name not in gone}
-    if not kept and not (options.to.name == "peft" and (given.whole or given.tokens)):
+    alone = options.to.name == "peft" and bool(given.whole or given.tokens)
+    if "differences" in options.to.keeps - options.dropped:
+        alone = alone or bool(without_factors(given))
+    if not kept and not alone:
         raise UnsupportedAdapter(f"{given.path}: nothing would be left of it")
     return kept
 
@@ -152,7 +166,7 @@ def conversion_notes(
             f"{len(kept)} modules, rounded once"
         )
     if options.rule is not None:
-        notes += uncovered([*given.whole, *given.tokens])
+        notes += uncovered([*given.whole, *given.tokens, *without_factors(given)])
     if options.pad_to is not None and any(m.r != options.pad_to for m in kept.values()):
         notes.append(f"every module has rank {options.pad_to}, with zeros where it had less")
     return notes
@@ -264,7 +278,11 @@ def write_factors(
             _add_peft(writer, given, options)
         elif "saved" in options.to.keeps - options.dropped:
             for name in given.whole if job.saved is None else job.saved:
-                writer.add_saved(name, _saved(given, name))
+                writer.add_saved(name, _finite(given, name, given.whole[name], "saved whole"))
+        if "differences" not in options.dropped:
+            for name in without_factors(given):
+                key = given.differences[name]
+                writer.add_difference(name, _finite(given, name, key, "a difference"))
         writer.made = updated(job.made, ranks, alphas)
         writer.finish()
     finally:
@@ -272,10 +290,11 @@ def write_factors(
     return results
 
 
-def _saved(given: Adapter, name: str) -> Any:
-    tensor = given.tensor(given.whole[name])
+def _finite(given: Adapter, name: str, key: str, what: str) -> Any:
+    """What an adapter holds of a tensor that is no factor. Raises NonFiniteError."""
+    tensor = given.tensor(key)
     if not tensor.isfinite().all():
-        raise NonFiniteError(f"{given.path}: {name}, saved whole, holds an inf or a NaN")
+        raise NonFiniteError(f"{given.path}: {name}, {what}, holds an inf or a NaN")
     return tensor
 
 

@@ -223,7 +223,7 @@ def plan_runtime_adapters(
     each: list[RuntimeAdapter] = []
     unmatched: list[Fate] = []
     notes: list[str] = []
-    for weighted in open_weighted(adapters, allow_pickle, names):
+    for weighted in open_weighted(adapters, allow_pickle, names, allow_unmatched):
         _refuse(weighted, names)
         plan = plan_merge(base, [weighted], allow_unmatched)
         unmatched += plan.unmatched

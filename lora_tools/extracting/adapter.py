@@ -18,11 +18,12 @@ from lora_tools.extracting.saved_whole import complete_saved
 from lora_tools.extracting.totals import extract_totals, noise_note, uncovered
 from lora_tools.formats.adapters.consumers import Consumer
 from lora_tools.formats.checkpoint import Checkpoint
-from lora_tools.formats.names import EMBEDDING, task_type
+from lora_tools.formats.names import EMBEDDING
 from lora_tools.formats.output import staged
 from lora_tools.provenance import tool_version
 from lora_tools.records import Action, Fate, Input, Report
 from lora_tools.sources.as_loaded import named_by
+from lora_tools.sources.auto_class import class_fields, identified
 from lora_tools.totals import ExtractTotals
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def extract_adapter(
         notes = [*plan.notes, *complete_saved(outcomes, plan, sides[1], writer)]
         notes += [*_unweighted(outcomes, options), *uncovered(outcomes)]
         digests = digests_of(outcomes, sides)
-        _finish(writer, plan, options, inputs[0].path, outcomes, digests, command, sides)
+        _finish(writer, plan, options, outcomes, digests, command, sides)
     finally:
         writer.close()
     if not options.consumer.patterns:
@@ -171,7 +172,6 @@ def _finish(
     writer: PeftWriter,
     plan: Plan,
     options: Decomposition,
-    base_name: str,
     outcomes: Sequence[Outcome],
     digests: tuple[str, str],
     command: str,
@@ -182,15 +182,14 @@ def _finish(
         for o in outcomes
         if o.result is not None and o.pair.layout is not None
     )
-    config: dict[str, Any] = {
-        "base_model_name_or_path": base_name,
-        "use_rslora": options.rslora,
-        "fan_in_fan_out": transposed,
-    }
+    config: dict[str, Any] = {"use_rslora": options.rslora, "fan_in_fan_out": transposed}
     if any(map(_is_tied_by_peft, outcomes)):
         config["ensure_weight_tying"] = True
+    config = identified(config, sides[0], options.base_name, writer.ranks, writer.saved)
     if any(o.pair.base is None and o.action == Action.SAVED_WHOLE for o in outcomes):
-        config["task_type"] = task_type(sides[1].config)  # whose head it is that the base lacks
+        # A head that the base lacks is of the class that the tuned one is.
+        config |= {"task_type": None, "auto_mapping": None}
+        config |= class_fields(sides[1].config, writer.ranks, writer.saved)
     metadata = {
         "loratools": tool_version(),
         "command": command,

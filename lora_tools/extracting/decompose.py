@@ -43,6 +43,7 @@ class Decomposition:
     activations: Activations | None = None
     depth: int = 0  # directions to find at least, for later use
     measured: bool = False  # whether to measure what rounding can have added
+    base_name: str | None = None  # what the adapter's config is to call the base
 
     def on_device(self) -> Decomposition:
         """With what the device can do. Raises UsageError where it is not usable."""

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 # (start, stop) → rows of a tensor
 Decoder = Callable[[int, int], "torch.Tensor"]
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+_TORCH = (b"PK\x03\x04", b"\x80\x02")  # torch.save since 1.6, and before
 _WEIGHT_SUFFIXES = (
     ".safetensors",
     ".bin",
@@ -251,13 +252,22 @@ def with_theta(config: Mapping[str, Any]) -> dict[str, Any]:
     return dict(config)
 
 
+def is_pickle(path: Path) -> bool:
+    """Whether a file is one of torch's, by its first bytes; where they tell nothing, by its name.
+    Raises CheckpointError for one that cannot be read, or is a pointer to another."""
+    with open_file(path) as file:
+        head, nbytes = file.read(HEAD), path.stat().st_size
+    refuse_pointer(path, head)
+    if head[8:9] == b"{" and 8 + int.from_bytes(head[:8], "little") <= nbytes:
+        return False  # safetensors, whatever its name
+    return path.suffix in PICKLE_SUFFIXES or head.startswith(_TORCH)
+
+
 def open_weights(path: Path, allow_pickle: bool) -> TensorFile:
     """One file of tensors, safetensors or a pickle. Raises UnsafeInput, CheckpointError."""
     refuse_part(path)
-    if path.suffix not in PICKLE_SUFFIXES:
+    if not is_pickle(path):
         return SafetensorsFile(path)
-    with open_file(path) as file:
-        refuse_pointer(path, file.read(HEAD))
     if not allow_pickle:
         raise UnsafeInput(
             f"{path}: a pickle, which can hold code. Convert it to safetensors, or pass "

@@ -12,7 +12,7 @@ from lora_tools.formats.regular_files import is_there, read_file
 from lora_tools.formats.sharded import inner_parts
 
 ADAPTER_CONFIG = "adapter_config.json"
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".onnx_adapter")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".onnx_adapter")
 # Files beside weights, or of what has them deeper: PEFT, diffusers, sentence-transformers, torch.
 _SIGNS = (ADAPTER_CONFIG, "model_index.json", "modules.json", ".metadata")
 # What a training run leaves beside weights, and where there are none.

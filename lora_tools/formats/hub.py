@@ -1,47 +1,287 @@
-"""``org/name[@revision]`` → a local folder, through huggingface_hub, its cache and offline mode."""
+"""Ids of the Hugging Face Hub → local folders, through huggingface_hub, its cache and offline mode.
+
+A repository is listed first, and of it is fetched what the reader opens: the small files, and of
+each folder the one set of weights that its index names.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import glob
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lora_tools.errors import CheckpointError
+from lora_tools.errors import CheckpointError, LoraToolsError
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-_PICKLES = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.metadata", "*.distcp")
-_SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "*.md", "*.py", "LICENSE*")
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
+
+_PART = r"[A-Za-z0-9][\w.-]*"
+_ID = re.compile(
+    rf"(?P<repository>{_PART}(/{_PART})?)(?P<subfolder>(/{_PART})*)(@(?P<revision>[\w./-]+))?"
+)
+_PAGE = re.compile(
+    rf"https?://(www\.)?(huggingface\.co|hf\.co)/(?P<repository>{_PART}/{_PART}|{_PART})"
+    rf"(/(tree|blob|resolve)/(?P<revision>[^/?#]+)(?P<subfolder>(/{_PART})*))?/?([?#].*)?"
+)
+_CACHED = re.compile(r"models--(.+)")
+# Of one name, these are files that were meant to be here.
+_FILES = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".json", ".npz", ".sidecar",
+)  # fmt: skip
+_PICKLES = (".bin", ".pt", ".pth")
+_PARTS = (".metadata", ".distcp")  # of a distributed checkpoint
+_SMALL = (
+    ".json", ".jsonl", ".txt", ".model", ".spm", ".bpe", ".vocab", ".codes", ".tiktoken", ".jinja",
+    ".md", ".py",
+)  # fmt: skip
+_INDEX = ".index.json"
+# Folders of a repository that are no part of the model, and copies of the weights in other names or
+# numbers: Mistral's, and those that diffusers calls variants.
+_NO_PART = re.compile(r"(\..*|checkpoint-\d+|global_step\d+|runs|wandb)")
+_TWIN = re.compile(r"consolidated[.-].*|.*\.(fp16|bf16|fp32|non_ema|ema)[.-].*")
+_LEFT = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state)[\w.-]*")
+
+
+@dataclasses.dataclass(frozen=True)
+class HubId:
+    """What a hub id names.
+
+    Attributes:
+        repository: ``org/name``, or ``name`` of the first models.
+        revision: a branch, tag or commit; None for ``main``.
+        subfolder: a folder or file in it; "" for all of it.
+    """
+
+    repository: str
+    revision: str | None = None
+    subfolder: str = ""
+
+    def __str__(self) -> str:
+        inside = f"/{self.subfolder}" if self.subfolder else ""
+        return f"{self.repository}{inside}" + (f"@{self.revision}" if self.revision else "")
+
+
+def parse(source: str) -> HubId | None:
+    """``org/name[/subfolder][@revision]``, ``name``, or the address of its page on the hub; None
+    for what is none of these, such as a path to a file."""
+    match = _PAGE.fullmatch(source) or _ID.fullmatch(source)
+    if match is None or (":" not in source and _means_a_file(source)):
+        return None
+    found = HubId(match["repository"], match["revision"], (match["subfolder"] or "").strip("/"))
+    return None if any(p.strip(".") == "" for p in str(found).split("/")) else found
+
+
+def _means_a_file(source: str) -> bool:
+    """Whether it is a file's name, or its first part a folder here: then the path has a mistake."""
+    first, _, rest = source.partition("/")
+    return (not rest and first.endswith(_FILES)) or (bool(rest) and os.path.isdir(first))  # noqa: PTH112
 
 
 def looks_like_hub_id(source: str) -> bool:
-    """True for ``org/name`` with an optional ``@revision``."""
-    return _HUB_ID.fullmatch(source) is not None
+    """Whether ``parse`` knows it as one."""
+    return parse(source) is not None
+
+
+def in_cache(path: Path) -> tuple[str, str | None] | None:
+    """The repository that a snapshot of the hub's cache is of, and its commit where that is not
+    ``main``; None for any other path, also for what lies in a snapshot."""
+    place = Path(os.path.abspath(path))  # noqa: PTH100 - the snapshot's files are links
+    match = _CACHED.fullmatch(place.parent.parent.name)
+    if match is None or place.parent.name != "snapshots":
+        return None
+    main = place.parent.parent / "refs" / "main"
+    is_main = main.is_file() and main.read_text(errors="replace").strip() == place.name
+    return match[1].replace("--", "/"), None if is_main else place.name
+
+
+def here(source: str | Path, allow_pickle: bool = False) -> Path:
+    """The path itself where something is there, or where it can be no hub id; else ``fetch``."""
+    if os.path.exists(source) or not looks_like_hub_id(str(source)):  # noqa: PTH110 - overlong names
+        return Path(source)
+    return fetch(str(source), allow_pickle)
 
 
 def fetch(source: str, allow_pickle: bool = False) -> Path:
-    """The snapshot folder of a hub repository; only weights and small files are fetched.
+    """The local folder (or file) that a hub id stands for, fetched as far as it is not there yet.
 
-    ``HF_HOME``, ``HF_HUB_OFFLINE`` and ``HF_TOKEN`` are honoured by huggingface_hub.
+    ``HF_HOME``, ``HF_HUB_OFFLINE``, ``HF_ENDPOINT`` and ``HF_TOKEN`` are honoured by
+    huggingface_hub.
 
     Raises:
-        CheckpointError: not reachable, not there, or offline and not in the cache.
+        CheckpointError: not reachable, not there, not allowed, or offline and not in the cache; or
+            several of its folders hold weights.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    repository, _, revision = source.partition("@")
-    patterns: Sequence[str] = (*_WEIGHTS, *_SMALL, *(_PICKLES if allow_pickle else ()))
+    wanted = parse(source)
+    if wanted is None:
+        raise CheckpointError(f"{source}: no id of the hub")
+    with _plainly(source, wanted):
+        names, trouble = _listed(wanted)
+        # Of what is in the cache the reader sees itself whether it is complete.
+        chosen = _chosen(wanted, names, allow_pickle) if trouble is None else []
+        try:
+            folder = snapshot_download(
+                wanted.repository,
+                revision=wanted.revision,
+                allow_patterns=[glob.escape(name) for name in chosen],
+                local_files_only=trouble is not None,
+            )
+        except FileNotFoundError:
+            if trouble is not None:
+                raise trouble from None
+            raise
+    path = Path(folder) / wanted.subfolder
+    if not path.exists():
+        raise CheckpointError(f"{source}: no {wanted.subfolder} in the hub's local cache of it")
+    return path
+
+
+def _listed(wanted: HubId) -> tuple[list[str], Exception | None]:
+    """All files of a repository, or why they cannot be listed."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
     try:
-        folder = snapshot_download(
-            repository, revision=revision or None, allow_patterns=list(patterns)
-        )
-    except LocalEntryNotFoundError:
+        info = HfApi().model_info(wanted.repository, revision=wanted.revision)
+    except HfHubHTTPError as error:
+        return [], error
+    except Exception as error:  # no connection: of requests or httpx, by huggingface_hub's version
+        return [], LocalEntryNotFoundError(_line(error))
+    return [each.rfilename for each in info.siblings or ()], None
+
+
+def _chosen(wanted: HubId, names: list[str], allow_pickle: bool) -> list[str]:
+    """The files of a repository to be fetched."""
+    if wanted.subfolder in names:
+        return [wanted.subfolder]
+    root = f"{wanted.subfolder}/" if wanted.subfolder else ""
+    mine = [name for name in names if name.startswith(root)]
+    if not mine:
         raise CheckpointError(
-            f"{source}: not a local path, and not in the hub's local cache; the hub could not be "
-            "reached or HF_HUB_OFFLINE is set. Fetch it first with `hf download`"
-        ) from None
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        first = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{source}: {first}") from None
-    return Path(folder)
+            f"{wanted}: no folder or file {wanted.subfolder!r} in {wanted.repository}; it holds "
+            f"{_some(sorted({name.partition('/')[0] for name in names}))}"
+        )
+    folders: dict[str, list[str]] = {}
+    for name in mine:
+        folder, _, last = name.removeprefix(root).rpartition("/")
+        if not any(map(_NO_PART.fullmatch, folder.split("/"))):
+            folders.setdefault(folder, []).append(last)
+    weights = {f: _weights(wanted, root + f, each, allow_pickle) for f, each in folders.items()}
+    weights = {folder: each for folder, each in weights.items() if each}
+    parts = {"model_index.json", "modules.json"} & set(folders.get("", ()))
+    if "" in weights and not parts:
+        weights = {"": weights[""]}
+    elif len(weights) > 1 and not parts:
+        raise CheckpointError(
+            f"{wanted}: holds no weights itself, and {len(weights)} folders that do: "
+            f"{_some(sorted(weights))}; give {wanted.repository}/{root}{min(weights)}"
+        )
+    found = [root + os.path.join(f, name) for f, each in weights.items() for name in each]  # noqa: PTH118
+    for folder, each in folders.items():
+        small = [n for n in each if n.endswith(_SMALL) and not n.endswith(_INDEX)]
+        small += [n for n in each if n.startswith(("LICENSE", "NOTICE")) and n not in small]
+        found += [root + os.path.join(folder, name) for name in small]  # noqa: PTH118
+    return sorted(set(found))
+
+
+def _weights(wanted: HubId, folder: str, names: list[str], allow_pickle: bool) -> list[str]:
+    """Names of one folder's weights: those of its index, the one file of the usual name, or all
+    that are no twins of others. Pickles are taken only where there is nothing else."""
+    kinds = [(".safetensors",), *(((suffix,)) for suffix in _PICKLES if allow_pickle)]
+    for (suffix,) in kinds:
+        there = [n for n in names if n.endswith(suffix) and not _LEFT.fullmatch(n)]
+        indexes = [n for n in names if n.endswith(suffix + _INDEX)]
+        plain = [n for n in indexes if not _TWIN.fullmatch(n)] or indexes
+        if plain:
+            usual = [n for n in plain if n.startswith(("model.", "pytorch_model."))] or plain
+            index = sorted(usual)[0]
+            return [index, *_named_by(wanted, f"{folder}/{index}".lstrip("/"), there)]
+        for usual_name in (f"model{suffix}", f"pytorch_model{suffix}", f"adapter_model{suffix}"):
+            if usual_name in there:
+                return [usual_name]
+        found = [n for n in there if not _TWIN.fullmatch(n)] or there
+        if found:
+            return found
+    return [n for n in names if allow_pickle and n.endswith(_PARTS)]
+
+
+def _named_by(wanted: HubId, index: str, there: list[str]) -> list[str]:
+    """The files that an index of the repository names, as far as they are there: what else is
+    wrong with it, its reader says."""
+    from huggingface_hub import hf_hub_download
+
+    from lora_tools.formats.regular_files import read_file
+    from lora_tools.formats.safetensors_file import strict_json
+
+    path = Path(hf_hub_download(wanted.repository, index, revision=wanted.revision))
+    said = strict_json(read_file(path))
+    names = said.get("weight_map") if isinstance(said, dict) else None
+    files = names.values() if isinstance(names, dict) else ()
+    return sorted({name for name in files if isinstance(name, str)} & set(there))
+
+
+@contextlib.contextmanager
+def _plainly(source: str, wanted: HubId) -> Iterator[None]:
+    """What huggingface_hub raises, as one line with the next step."""
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    page, name = f"https://huggingface.co/{wanted.repository}", wanted.repository
+    try:
+        yield
+    except LoraToolsError:
+        raise
+    except LocalEntryNotFoundError:
+        said = (
+            "no such file or folder, and not in the hub's local cache; the hub could not be "
+            f"reached or HF_HUB_OFFLINE is set. Fetch it first with `hf download {name}`"
+        )
+    except GatedRepoError:
+        said = f"gated on the hub: ask for access at {page}, then `hf auth login` (or set HF_TOKEN)"
+    except RevisionNotFoundError:
+        said = (
+            f"the hub has {name}, and no revision {wanted.revision!r} of it; see {page}/tree/main"
+        )
+    except RepositoryNotFoundError:
+        said = (
+            f"no such file or folder, and the hub shows no model {name}: is the name right? A "
+            "private one needs `hf auth login` (or HF_TOKEN) by an account that may read it"
+        )
+    except EntryNotFoundError as error:
+        said = _line(error)
+    except HfHubHTTPError as error:
+        said = _of_status(error, page)
+    except (OSError, ValueError, RuntimeError) as error:
+        said = _line(error)
+    else:
+        return
+    raise CheckpointError(f"{source}: {said}") from None
+
+
+def _of_status(error: HfHubHTTPError, page: str) -> str:
+    status = error.response.status_code if error.response is not None else 0
+    if status in (401, 403):
+        return f"the hub refuses it ({status}): `hf auth login` (or HF_TOKEN), and access at {page}"
+    if status == 429:
+        return "the hub allows no more requests for now (429): wait, or `hf auth login`"
+    return _line(error)
+
+
+def _line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (", …" if names[8:] else "")

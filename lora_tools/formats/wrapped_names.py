@@ -35,6 +35,10 @@ _NAMED = re.compile(
 )
 
 
+# Textual inversions that trainers put into a LoRA's file: vectors for new tokens.
+BUNDLED = "bundle_emb."
+
+
 class TwoNamesError(Exception):
     """Two tensors have one name once the wrappers' parts are out."""
 
@@ -134,8 +138,16 @@ def adapter_file(path: Path, file: TensorFile) -> tuple[TensorFile, tuple[str, .
             f"{path}: its keys are of several adapters ({', '.join(adapters[:8])}); save each by "
             f"itself: model.save_pretrained(OUT, selected_adapters=[{adapters[0]!r}])"
         )
-    said = note(plain)
-    return (Renamed(file, plain), (said,)) if said else (file, ())
+    said = [said] if (said := note(plain)) else []
+    bundled = [key for key in file.specs if key.startswith(BUNDLED)]
+    if bundled:
+        names = ", ".join(dict.fromkeys(key.split(".")[1] for key in bundled))
+        said.append(
+            f"left out: {len(bundled)} tensors of textual inversions bundled with it ({names}), "
+            "which change no weight; they go on being loaded from the file itself"
+        )
+    kept = {own: name for own, name in plain.items() if own not in bundled}
+    return (Renamed(file, kept), tuple(said)) if said else (file, ())
 
 
 def note(plain: Mapping[str, str]) -> str:
@@ -154,14 +166,14 @@ class Renamed:
     """A ``TensorFile`` whose tensors go by other names.
 
     Attributes:
-        file: what they are in; own: each name → the file's own.
+        file: what they are in; own: each name → the file's own. What has no name is left out.
     """
 
     header = b""
 
     def __init__(self, file: TensorFile, names: Mapping[str, str]) -> None:
         self.file, self.path, self.metadata = file, file.path, file.metadata
-        self.own = {names[own]: own for own in file.specs}
+        self.own = {names[own]: own for own in file.specs if own in names}
         self.specs = {
             name: dataclasses.replace(file.specs[own], name=name) for name, own in self.own.items()
         }

@@ -21,6 +21,7 @@ def encode_blocks(
     codes: torch.dtype,
     scales: torch.dtype,
     powers: bool = False,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x in eight bits with a scale for each block, as transformers 5.23 makes them
     (``integrations.finegrained_fp8.Fp8Quantize``) where blocks divide x; a ragged last block is one
@@ -34,6 +35,7 @@ def encode_blocks(
         x: (rows, cols) float32.
         codes: an eight-bit float dtype.
         scales: the dtype of the scales; ``float8_e8m0fnu`` holds powers of two only.
+        out: takes the codes, if it is given.
 
     Returns:
         The codes (rows, cols), and the scales (⌈rows / block[0]⌉, ⌈cols / block[1]⌉); W is their
@@ -49,11 +51,15 @@ def encode_blocks(
     if powers or scales != torch.float32:
         stored = stored.to(scales)
         forward = 1.0 / stored.float()
-    return _rounded(torch.Tensor.mul_, x, forward, block, codes), stored
+    return _rounded(torch.mul, x, forward, block, codes, out), stored
 
 
 def encode_divided(
-    x: torch.Tensor, block: tuple[int, int], codes: torch.dtype, scales: torch.dtype
+    x: torch.Tensor,
+    block: tuple[int, int],
+    codes: torch.dtype,
+    scales: torch.dtype,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As ``encode_blocks``, as compressed-tensors 0.20 and ModelOpt round, which differs in the
     last bits: scale = absmax / largest, rounded to its dtype, and x is divided by it.
@@ -62,7 +68,7 @@ def encode_divided(
     """
     stored = (absmax(x, block) / torch.finfo(codes).max).to(scales)
     stored = torch.where(stored == 0, torch.finfo(scales).eps, stored.float()).to(scales)
-    return _rounded(torch.Tensor.div_, x, stored, block, codes), stored
+    return _rounded(torch.div, x, stored, block, codes, out), stored
 
 
 def rounding_loss(codes: torch.Tensor, scales: torch.Tensor, block: tuple[int, int]) -> float:
@@ -77,18 +83,19 @@ def rounding_loss(codes: torch.Tensor, scales: torch.Tensor, block: tuple[int, i
 
 
 def _rounded(
-    operate: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    operate: Callable[..., torch.Tensor],
     x: torch.Tensor,
     scales: torch.Tensor,
     block: tuple[int, int],
     codes: torch.dtype,
+    rounded: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x times or by its scales, to nearest. The largest are brought within the range before: torch
     makes NaNs of them."""
     largest = torch.finfo(codes).max
-    rounded = torch.empty(x.shape, dtype=codes)
+    rounded = torch.empty(x.shape, dtype=codes) if rounded is None else rounded
     for start, stop in row_runs(*x.shape):
-        run = x[start:stop].clone()
-        by_blocks(operate, run, scales, block, start)
-        rounded[start:stop] = run.clamp_(-largest, largest)
+        run = x[start:stop]
+        scaled = by_blocks(operate, run, scales, block, start, torch.empty_like(run))
+        rounded[start:stop] = scaled.clamp_(-largest, largest)
     return rounded

@@ -9,6 +9,7 @@ from lora_tools.linalg.runs import row_runs
 
 _POINTS, _ROUNDS, _HALVINGS = 33, 3, 50
 _CODES = 1 << 18  # bytes of codes that are looked at in one go
+_SUMMED = 1 << 16  # codes of a run whose costs are added up by themselves
 
 
 def spacing(x: torch.Tensor) -> torch.Tensor:
@@ -76,7 +77,7 @@ def codes_noise(
         table = (table[:, None] + table).flatten()
         codes, wide = codes.view(torch.uint16), wide // 2
     table, total = table.float(), 0.0
-    for start, stop in row_runs(rows, cols):
+    for start, stop in row_runs(rows, cols, _SUMMED):
         run = codes[start:stop]
         costs = table.index_select(0, run.flatten().int()).view(run.shape)
         costs = torch.nn.functional.pad(costs, (0, -run.shape[1] % wide))

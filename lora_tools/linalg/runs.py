@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 RUN_ELEMENTS = 1 << 20  # numbers of a run that products are formed of
-_STEPS = 1 << 16  # of one that many small steps are taken with: they want the nearest cache
+_STEPS = 1 << 18  # of one that many small steps are taken with: they want a cache of the core's own
 
 
 def rows_per_run(shape: Sequence[int], numbers: int = RUN_ELEMENTS) -> int:

@@ -36,28 +36,32 @@ def times_scales(
         x = out[start:stop] if direct else torch.empty(stop - start, codes.shape[1])
         widen(codes[start:stop], x)
         if zeros is not None:
-            by_blocks(torch.Tensor.sub_, x, zeros, block, first + start)
-        by_blocks(torch.Tensor.mul_, x, scales, block, first + start)
+            by_blocks(torch.sub, x, zeros, block, first + start)
+        by_blocks(torch.mul, x, scales, block, first + start)
         if biases is not None:
-            by_blocks(torch.Tensor.add_, x, biases, block, first + start)
+            by_blocks(torch.add, x, biases, block, first + start)
         if not direct:
             out[start:stop] = x
     return out
 
 
 def by_blocks(
-    operate: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    operate: Callable[..., torch.Tensor],
     x: torch.Tensor,
     table: torch.Tensor,
     block: tuple[int, int],
     first: int = 0,
-) -> None:
-    """``operate`` in place on each number of x with that of its block in the table.
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``operate`` (``torch.mul``, ``div``, ``add`` or ``sub``) on each number of x and that of its
+    block in the table, into ``out``: x itself, if it is not given.
 
     Args:
         x: (n, cols) float32, contiguous in its rows: rows [first, first + n) of the weight.
         table: (⌈rows / block[0]⌉, ⌈cols / block[1]⌉), one of each block of the whole weight.
+        out: as x.
     """
+    out = x if out is None else out
     (n, cols), (high, wide) = x.shape, block
     low, top = first // high, -((first + n) // -high)
     each = table[low:top].float()  # (n, blocks across), where a block is of one row
@@ -65,9 +69,11 @@ def by_blocks(
         each = each[torch.arange(first, first + n) // high - low]
     whole = cols - cols % wide
     if whole:
-        operate(x[:, :whole].view(n, whole // wide, wide), each[:, : whole // wide, None])
+        given, made = (side[:, :whole].view(n, whole // wide, wide) for side in (x, out))
+        operate(given, each[:, : whole // wide, None], out=made)
     if whole < cols:
-        operate(x[:, whole:], each[:, -1:])
+        operate(x[:, whole:], each[:, -1:], out=out[:, whole:])
+    return out
 
 
 def times_indexed_scales(
@@ -133,9 +139,20 @@ def _reduce_blocks(
 
 
 def absmax(x: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    """The largest magnitude of each block, as ``extremes``."""
-    low, high = extremes(x, block)
-    return torch.maximum(low.neg_(), high)
+    """The largest magnitude of each block, as ``extremes`` takes them."""
+    high, wide = block
+    if high > 1:  # the long way first, in which numbers lie side by side
+        x = torch.stack([_largest_down(lines) for lines in torch.split(x, high)])
+    largest = torch.empty(len(x), -(x.shape[1] // -wide))
+    for start, stop in row_runs(*x.shape):
+        _reduce_blocks(torch.amax, x[start:stop].abs(), wide, largest[start:stop])
+    return largest
+
+
+def _largest_down(x: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude of each column, (cols,)."""
+    runs = [x[start:stop].abs().amax(0) for start, stop in row_runs(*x.shape)]
+    return runs[0] if len(runs) == 1 else torch.stack(runs).amax(0)
 
 
 def block_sizes(shape: tuple[int, int], block: tuple[int, int]) -> torch.Tensor:
@@ -158,11 +175,34 @@ def over_scales(
     Args:
         x: (n, cols) float32: rows [first, first + n) of the weight.
     """
-    result = x.clone(memory_format=torch.contiguous_format)
-    by_blocks(torch.Tensor.div_, result, scales, block, first)
+    result = torch.empty_like(x, memory_format=torch.contiguous_format)
+    by_blocks(torch.div, x, scales, block, first, result)
     if zeros is not None:
-        by_blocks(torch.Tensor.add_, result, zeros, block, first)
+        by_blocks(torch.add, result, zeros, block, first)
     return result
+
+
+def still_fit(
+    low: torch.Tensor,
+    high: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    ends: tuple[float, float],
+    anew: torch.Tensor,
+) -> torch.Tensor:
+    """For each block whether numbers from low to high (see ``extremes``) are well stored with these
+    scales: none is cut off by more than half a step, and steps of scales made ``anew`` for them
+    would be no finer than three quarters of these. Whole numbers that lie on these scales lie on
+    none made anew: their largest code is less than half the distance of the ends.
+
+    Args:
+        scales, zeros, anew: as ``low``, float32.
+        ends: the least and the largest code.
+    """
+    least, most = ends
+    offset = 0.0 if zeros is None else zeros
+    fit = (low / scales + offset >= least - 0.5) & (high / scales + offset <= most + 0.5)
+    return fit & (scales > 0) & ((anew >= 0.75 * scales) | (low == high))
 
 
 def linear_scales(

@@ -113,7 +113,8 @@ def layer_of(target: Target, part: Part, read: Read) -> torch.Tensor:
     """The weight that a change is made on: the base's, or what its own adapter has saved of it, as
     PEFT does of embeddings and output heads that it acts on."""
     for other in target.parts:
-        if isinstance(other.source, str) and other.weighted is part.weighted:
+        if other.kind == "saved" and other.weighted is part.weighted:
+            assert isinstance(other.source, str)
             return other.weighted.adapter.tensor(other.source)
     return read(target.base_name)
 
@@ -140,7 +141,7 @@ def change_effects(target: Target, read: Read | None) -> list[Added]:
             if moved is not None and part.source.kind.chained:
                 own = own + moved
             on_bias = len(target.spec.shape) == 1
-            weight = read(_weight_beside(target.base_name)) if on_bias else own
+            weight = _weight_beside(target, part, read) if on_bias else own
             weight = weight.to(own.dtype)
             delta = change_of(part, target.spec, weight, own if on_bias else None)
             delta = delta * part.weighted.weight
@@ -150,8 +151,14 @@ def change_effects(target: Target, read: Read | None) -> list[Added]:
     return effects
 
 
-def _weight_beside(bias: str) -> str:
-    return f"{split_tensor(bias)[0]}.weight"
+def _weight_beside(target: Target, part: Part, read: Read) -> torch.Tensor:
+    """The weight of the layer that a bias is of, as ``layer_of`` has it."""
+    adapter = part.weighted.adapter
+    assert isinstance(part.source, ChangedModule)
+    saved = adapter.whole.get(f"{part.source.module}.weight")
+    if saved is not None:
+        return adapter.tensor(saved)
+    return read(f"{split_tensor(target.base_name)[0]}.weight")
 
 
 def working_bytes(target: Target) -> int:

@@ -15,6 +15,7 @@ from lora_tools.records import TensorSpec
 if TYPE_CHECKING:
     import torch
 
+_LOOKED_AT = 1 << 16  # numbers at a time, in search of one that is changed
 _FEW = 4  # runs, by which a tensor may be formed further than it is read back
 
 
@@ -57,6 +58,18 @@ def largest_in(target: Target, source: Checkpoint, spec: TensorSpec) -> float:
     return float(torch.stack(found).amax()) if found else 0.0
 
 
+def changes(runs: MergedRuns) -> bool:
+    """Whether any number of the sum is another one; looks no further than the first of them."""
+    import torch
+
+    from lora_tools.linalg.runs import row_runs
+
+    return any(
+        not torch.equal(runs.run(start, stop).exact, runs.read(start, stop))
+        for start, stop in row_runs(*runs.shape, _LOOKED_AT)
+    )
+
+
 class MergeInMemory:
     """A merged tensor that is formed in memory as far as it is wanted, and then held against what
     was made of it. A few of its runs are kept between the two; others are formed twice."""
@@ -73,6 +86,10 @@ class MergeInMemory:
         self._to_compare = self._to_form.copy()
         self._kept: dict[int, tuple[MergedRun, torch.Tensor]] = {}
         self.survival = self._runs.survival()
+
+    def changes(self) -> bool:
+        """As the function."""
+        return changes(self._runs)
 
     def form(self, count: int) -> None:
         """Fill in the first ``count`` numbers, at least. Raises NonFiniteError."""

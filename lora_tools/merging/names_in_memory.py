@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from lora_tools.formats.checkpoint import Checkpoint
-    from lora_tools.linalg.merge import Replaced
+    from lora_tools.linalg.merge import Added, Replaced
     from lora_tools.merging.targets import BaseOutline, Part, Target
 
 
@@ -85,3 +85,17 @@ def replaced(part: Part, saved: torch.Tensor, target: Target) -> Replaced:
     if saved.dim() == 1:  # worked on as one row
         return Replaced(values.T, weight, col=first - part.start)
     return Replaced(values, weight, row=first - part.start)
+
+
+def differed(part: Part, difference: torch.Tensor, target: Target) -> Added:
+    """The effect of a difference, or of what of it is in the target."""
+    from lora_tools.linalg.merge import Added
+
+    matrix, weight = target.matrix(target.spec.shape), part.weighted.weight
+    if part.shape:
+        held = replaced(part, difference, target)
+        rows, cols = held.values.shape
+        whole = difference.new_zeros(matrix)
+        whole[held.row : held.row + rows, held.col : held.col + cols] = held.values
+        return Added(whole, weight)
+    return Added(difference.reshape(matrix), weight)

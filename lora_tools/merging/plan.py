@@ -31,7 +31,7 @@ from lora_tools.merging.changed import (
 from lora_tools.merging.doubts import doubts
 from lora_tools.merging.experts import as_base_holds, fit_share
 from lora_tools.merging.fitted import FittedBase
-from lora_tools.merging.names_in_memory import by_own_names, replaced
+from lora_tools.merging.names_in_memory import by_own_names, differed, replaced
 from lora_tools.merging.orientation import as_stored
 from lora_tools.merging.passed_by import part_passed_by
 from lora_tools.merging.targets import BaseOutline, Part, Target, blocks_of, key_of, need_float
@@ -186,6 +186,8 @@ def _wanted(weighted: Weighted) -> list[tuple[str, Part]]:
     wanted: list[tuple[str, Part]] = []
     for name, key in sorted(adapter.whole.items()):
         wanted.append((name, Part(weighted, key, "saved")))
+    for name, key in sorted(adapter.differences.items()):
+        wanted.append((name, Part(weighted, key, "difference")))
     for module in (adapter.modules[name] for name in sorted(adapter.modules)):
         part = Part(weighted, module, "dora" if module.magnitude else "lora")
         wanted.append((module.weight, part))
@@ -206,7 +208,7 @@ def _fit(part: Part, name: str, spec: TensorSpec, base: Checkpoint | BaseOutline
     adapter = part.weighted.adapter
     if part.expert is not None:
         return fit_share(part, name, spec, base)
-    if part.shape and (part.kind not in ("lora", "saved") or len(spec.shape) > 2):
+    if part.shape and (part.kind not in ("lora", "saved", "difference") or len(spec.shape) > 2):
         raise UnsupportedAdapter(
             f"{part.weighted.path}: has {part.kind} for a tensor of {part.shape} that {base.path} "
             f"stores in parts or in one with others ({name}); that is not merged"
@@ -230,6 +232,8 @@ def _fit(part: Part, name: str, spec: TensorSpec, base: Checkpoint | BaseOutline
         return dataclasses.replace(part, layout=stored, shape=spec.shape)
     key = key_of(part)
     shape = adapter.shape(key)
+    if part.kind == "difference":
+        need_float(name, spec)
     if isinstance(part.source, TokenRows):
         rows = part.source.indices
         fits = shape == (len(rows), *spec.shape[1:]) and all(0 <= i < spec.shape[0] for i in rows)
@@ -308,6 +312,8 @@ def build_effects(target: Target, read: Read | None) -> list[Effect]:
         elif isinstance(source, Multiplier):
             factor = ia3.factor(adapter.tensor(source.key), source, part.layout, target.spec)
             effects.append(Multiplied(factor, weight))
+        elif isinstance(source, str) and part.kind == "difference":
+            effects.append(differed(part, adapter.tensor(source), target))
         elif isinstance(source, str) and part.expert is not None:
             effects += part.expert.replaced(adapter.tensor(source), part.shape, weight)
         elif isinstance(source, str):

@@ -121,7 +121,7 @@ def plan_merging(
     source = open_checkpoint(base, running.allow_pickle)
     weighted: list[Weighted] = []
     if adapters or needs_adapters:
-        weighted = open_weighted(adapters, running.allow_pickle, source)
+        weighted = open_weighted(adapters, running.allow_pickle, source, matching.allow_unmatched)
     source = fit_base(source, weighted, matching.allow_unmatched)
     plan = plan_merge(source, weighted, matching.allow_unmatched)
     return Planned(str(base), "base", source, weighted, plan, matching.allow_other_base)

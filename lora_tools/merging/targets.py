@@ -47,9 +47,11 @@ class Part:
     """One key, or one pair of factors, of one adapter acting on one tensor."""
 
     weighted: Weighted
-    # a str: the key of a tensor saved whole
+    # a str: the key of a tensor saved whole, or of a difference
     source: LoraModule | TokenRows | Multiplier | ChangedModule | str
-    kind: str  # "lora", "dora", "bias", "saved", "rows", "ia3", a row of ``linalg.changes.table``
+    # "lora", "dora", "bias", "saved", "difference", "rows", "ia3", or a row of
+    # ``linalg.changes.table``
+    kind: str
     layout: Layout | None = None
     # Where the tensor is a part of what the adapter acts on, or has that as a part: its shape, and
     # the tensor's first row among its rows (below 0: it begins so many rows further down).

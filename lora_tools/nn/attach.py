@@ -56,7 +56,7 @@ def attach(
             transformers' models do, tells what names and shapes leave open.
         adapters: a path or hub id, or several: ``path``, ``"path=weight"`` or ``(path, weight)``.
         allow_unmatched: leave out adapter keys that match no tensor instead of refusing.
-        allow_pickle: also read .bin, .pt and .pth files, with weights_only=True.
+        allow_pickle: also read .bin, .pt, .pth and .ckpt files, with weights_only=True.
 
     Returns:
         The model itself. ``detach`` takes them off. The branches are for inference: the factors are
@@ -114,7 +114,8 @@ def _put_on(
             "folder"
         )
     names = names_of(outline.path, outline.weights, outline.config)
-    plan = plan_merge(outline, open_weighted(given, allow_pickle, names), allow_unmatched)
+    weighted = open_weighted(given, allow_pickle, names, allow_unmatched)
+    plan = plan_merge(outline, weighted, allow_unmatched)
     record = _Record()
     try:
         with torch.no_grad():

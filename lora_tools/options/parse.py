@@ -97,3 +97,13 @@ def consumer_named(name: str) -> Consumer:
     if name not in CONSUMERS:
         raise UsageError(f"--for {name!r}: one of {', '.join(CONSUMERS)} is needed")
     return CONSUMERS[name]
+
+
+def enable_lora(text: str | None) -> tuple[bool, ...]:
+    """``1,0,1`` → (True, False, True). Raises UsageError."""
+    if not text:
+        return ()
+    words = [word.strip().lower() for word in text.split(",")]
+    if not all(word in ("0", "1", "true", "false") for word in words):
+        raise UsageError(f"--enable-lora {text!r}: such as 1,0,1 is needed, one for each block")
+    return tuple(word in ("1", "true") for word in words)

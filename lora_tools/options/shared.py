@@ -23,6 +23,7 @@ from lora_tools.options.tables import (
     conformed,
     dtype_help,
     float_dtype,
+    hub_id,
     size,
 )
 from lora_tools.records import ProgressCallback
@@ -158,6 +159,16 @@ class AdapterForm:
         metavar="DTYPE",
         unset="each factor keeps its own",
         parse=float_dtype,
+    )
+    base_name: str | None = option(
+        None,
+        "What adapter_config.json calls the base (base_model_name_or_path, revision), by which "
+        "AutoPeftModel loads it: ORG/NAME[@REVISION].",
+        ADAPTER,
+        metavar="ORG/NAME",
+        unset="the name that is there, else its hub id where that is certain, else its absolute "
+        "path (docs/hub.md)",
+        parse=hub_id,
     )
     consumer: str = option(
         "peft",
@@ -324,8 +335,8 @@ class Running:
     )
     allow_pickle: bool = option(
         False,
-        "Also read .bin, .pt and .pth files, with weights_only=True, and what distributed training "
-        "leaves (docs/inspect.md), of whose pickles nothing is run.",
+        "Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what distributed "
+        "training leaves (docs/inspect.md), of whose pickles nothing is run.",
         RUNNING,
         recorded=False,
     )

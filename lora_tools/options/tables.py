@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from lora_tools.errors import UsageError
 from lora_tools.options.fields import one_of
 
 RANK, TENSORS, ADAPTER, ADAPTERS = "Rank", "Which tensors", "Adapter", "Adapters"
@@ -111,6 +112,18 @@ def float_dtype(text: str) -> str:
     from lora_tools.formats.dtypes import parse_float_dtype
 
     return parse_float_dtype(text)
+
+
+def hub_id(text: str) -> str:
+    """What ``--base-name`` says. Raises UsageError."""
+    from lora_tools.formats.hub import parse
+
+    found = parse(text)
+    if found is None or found.subfolder:
+        raise UsageError(
+            f"{text[:80]!r} is no id of the hub, such as org/name or org/name@revision"
+        )
+    return text
 
 
 def size(text: str) -> int:

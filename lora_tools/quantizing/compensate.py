@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_tools.adapting.stack import stack, stackable
 from lora_tools.errors import MismatchError, NonFiniteError, UsageError
-from lora_tools.formats.adapters.peft import open_peft
+from lora_tools.formats.adapters.peft_folder import open_peft
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.formats.names import split_tensor

@@ -102,7 +102,10 @@ def _bands(
             stop = min(start + step, rows)
             ready(stop * cols)
             wide = room[: stop - start].copy_(x.view(matrix)[start:stop])
-            parts: Parts = _encoded(item, wide if shape is None else wide.view(shape))
+            packed = item.packed
+            if item.before is not None:
+                packed = item.scheme.keeping(packed, item.before, start, stop)
+            parts: Parts = _encoded(item, packed, wide if shape is None else wide.view(shape))
             if feeder is not None:
                 parts = feeder.feed(wide, parts)
             if writer is not None:
@@ -121,16 +124,15 @@ def _write(packed: PackedWeight, parts: Parts, writer: Sink, written: Counter[st
             written[part] += data.nbytes
 
 
-def _encoded(item: Item, wide: torch.Tensor) -> dict[str, torch.Tensor]:
+def _encoded(item: Item, packed: PackedWeight, wide: torch.Tensor) -> dict[str, torch.Tensor]:
     """What is stored, but for scales of activations. Raises NonFiniteError."""
-    assert item.packed is not None
     assert item.scheme is not None
     assert item.scheme.encode is not None
-    parts = item.scheme.encode(item.packed, wide)
+    parts = item.scheme.encode(packed, wide)
     for part, tensor in list(parts.items())[1:]:
         if tensor.is_floating_point() and not is_finite(tensor):
             raise NonFiniteError(
-                f"{item.packed.specs[part].name}: its numbers are so large that a scale overflows"
+                f"{packed.specs[part].name}: its numbers are so large that a scale overflows"
             )
     return parts
 
@@ -174,18 +176,18 @@ def _measured(
 
 
 def _distances(read: torch.Tensor, x: torch.Tensor) -> tuple[float, float]:
-    """‖x̂ − x‖² and ‖x‖² of a run (n,), x̂ being ``read`` in the dtype of x, while they are in the
-    nearest cache."""
+    """‖x̂ − x‖² and ‖x‖² of a run (n,), x̂ being ``read`` in the dtype of x."""
     import torch
 
-    from lora_tools.linalg.svd import SUM_RUN, sum_of_squares
+    from lora_tools.linalg.runs import row_runs
+    from lora_tools.linalg.svd import sum_of_squares
 
     errors, energies = [], []
-    runs = zip(torch.split(read, SUM_RUN), torch.split(x, SUM_RUN), strict=True)
-    for some, own in runs:
-        wide = own.to(torch.float32, copy=True)
+    for start, stop in row_runs(len(x), 1):
+        wide = x[start:stop].to(torch.float32, copy=True)
         energies.append(sum_of_squares(wide))
-        errors.append(sum_of_squares(torch.sub(some.to(x.dtype).float(), wide, out=wide)))
+        back = read[start:stop].to(x.dtype).float()
+        errors.append(sum_of_squares(torch.sub(back, wide, out=wide)))
     return math.fsum(errors), math.fsum(energies)
 
 

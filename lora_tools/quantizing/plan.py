@@ -38,6 +38,7 @@ from lora_tools.sources.transformers_names import keeps_names
 
 if TYPE_CHECKING:
     from lora_tools.linalg.error_feedback import Factor
+    from lora_tools.sources.schemes.row import Parts
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
@@ -67,6 +68,7 @@ class Item:
         joined: the tensors, itself among them, that it has a scale in common with.
         feeding: what its rounding errors are fed forward by (``linalg.error_feedback``).
         rounding: how it is rounded, where statistics of inputs were given, for the plan.
+        before: what was stored of it, in the same form, of which scales are kept that still fit.
     """
 
     target: Target
@@ -78,6 +80,7 @@ class Item:
     joined: tuple[tuple[Target, TensorSpec], ...] = ()
     feeding: Feeding | None = None
     rounding: str = ""
+    before: Parts | None = None
 
     @property
     def name(self) -> str:

@@ -36,7 +36,7 @@ from lora_tools.quantizing.feeding import (
     working_bytes,
 )
 from lora_tools.quantizing.pack import Way, pack, way_of
-from lora_tools.quantizing.plan import Item, QuantizePlan, joined
+from lora_tools.quantizing.plan import Item, QuantizePlan, is_stored_alike, joined
 from lora_tools.quantizing.surviving import in_outputs, totals_of_outputs
 from lora_tools.quantizing.tensor import QuantizedItem, with_scale, with_shared_scale
 from lora_tools.records import Action, Fate, Report, TensorResult, TensorSpec
@@ -228,7 +228,7 @@ class RequantizeItem:
         """What the row does not make, such as scales of activations, stays as it was."""
         import torch
 
-        item = with_factor(_with_shared_scale(self.item, source))
+        item = with_factor(_with_shared_scale(_with_scales_before(self.item, source), source))
         noting, spec, name = Noting(sink), item.spec, item.target.base_name
         base_hash, dtype = source.stored_hash(name), torch_dtype(spec.dtype)
         with (
@@ -236,6 +236,9 @@ class RequantizeItem:
             buffers.lend((spec.numel,), torch.float32) as back,
         ):
             merge = MergeInMemory(out, item.target, source, spec)
+            if item.before is not None and not merge.changes():
+                _copy(source.quantized[name].specs.values(), source, sink)
+                return QuantizedItem(base_hash, survival=merge.survival)
             if item.transposed:
                 result = _turned(item, out, merge, noting, buffers, back)
             else:
@@ -287,6 +290,17 @@ def _in_outputs(
         pack(unfed, x.reshape(-1), None, buffers, back=plain.reshape(-1))
         first, second = in_outputs((fed, plain), item, source, by)
     return first, second
+
+
+def _with_scales_before(item: Item, source: Dequantized[Any]) -> Item:
+    """The item with what is stored of it in ``source``, where it is stored so again."""
+    before = source.quantized.get(item.name)
+    packed = item.packed
+    if packed is None or before is None or item.name != item.target.base_name:
+        return item
+    if not is_stored_alike(packed, before):
+        return item
+    return dataclasses.replace(item, before=source.parts(item.name))
 
 
 def _with_shared_scale(item: Item, source: Dequantized[Any]) -> Item:

@@ -12,19 +12,20 @@ from typing import Any
 
 from lora_tools.errors import AdapterError
 from lora_tools.formats import hub
-from lora_tools.formats.adapters import block_diagonal, peft
+from lora_tools.formats.adapters import block_diagonal, peft, peft_folder
 from lora_tools.formats.adapters.base_names import BaseNames
 from lora_tools.formats.adapters.format import Format
 from lora_tools.formats.adapters.not_lora import refuse_by_config, refuse_by_keys
 from lora_tools.formats.adapters.outline import Context, Foreign, Outline
 from lora_tools.formats.adapters.peft import Adapter
 from lora_tools.formats.adapters.table import FORMATS, by_bytes, by_keys, format_named, title_of
-from lora_tools.formats.checkpoint import Checkpoint, open_weights
+from lora_tools.formats.checkpoint import PICKLE_SUFFIXES, Checkpoint, is_pickle, open_weights
 from lora_tools.formats.folders import meant, named_adapters
 from lora_tools.formats.rank_files import is_rank_file
 from lora_tools.formats.regular_files import is_there
 from lora_tools.formats.tensor_file import TensorFile
 from lora_tools.formats.wrapped_names import (
+    BUNDLED,
     adapter_file,
     of_adapter,
     of_wrapped_layers,
@@ -34,8 +35,7 @@ from lora_tools.linalg.scaling import scaling
 from lora_tools.sources.base_names import base_names
 
 _NAMES = tuple(form.file_name for form in FORMATS.values() if form.file_name)
-_PICKLES = (".bin", ".pt", ".pth")
-_SUFFIXES = (*{form.suffix for form in FORMATS.values()}, *_PICKLES)
+_SUFFIXES = (*{form.suffix for form in FORMATS.values()}, *PICKLE_SUFFIXES)
 
 
 def open_adapter(
@@ -48,6 +48,7 @@ def open_adapter(
     enable_lora: Sequence[bool] = (),
     as_stored: bool = False,
     guess: bool = False,
+    allow_unmatched: bool | None = None,
 ) -> Adapter:
     """Open an adapter folder, file or hub id of any format that is read.
 
@@ -59,16 +60,15 @@ def open_adapter(
         as_stored: where no base is at hand that a format needs, keep the names and the order of
             rows of the file; ``unresolved`` then says why.
         guess: what the file does not say, too, to look at it only.
+        allow_unmatched: let names that are none of the base's stay, for a plan to leave out; None
+            where that cannot be asked for.
 
     Raises:
         AdapterError, UnsupportedAdapter, UnsafeInput, CheckpointError (a truncated file),
         UsageError (no such format).
     """
     form = format_named(source_format, "--from") if source_format else None
-    path = Path(source)
-    if not path.exists() and hub.looks_like_hub_id(str(source)):
-        path = hub.fetch(str(source), allow_pickle)
-    path = meant(path, AdapterError)
+    path = meant(hub.here(source, allow_pickle), AdapterError)
     if (
         path.is_file()
         and is_there(path.parent / peft.CONFIG, AdapterError)
@@ -77,7 +77,7 @@ def open_adapter(
         path = path.parent
     config = path / peft.CONFIG
     if form is FORMATS["peft"] or (form is None and _is_peft(source, config)):
-        adapter = peft.open_peft(source, path, allow_pickle, _seen_whole)
+        adapter = peft_folder.open_peft(source, path, allow_pickle, _seen_whole)
         adapter.notes = (*adapter.notes, *_beside(path))
         return adapter
     file_path = _weights(source, path)
@@ -93,7 +93,7 @@ def open_adapter(
         refuse_by_keys(path, file.specs)
         form = form or by_keys(path, file.specs)
     names = base_names(base, allow_pickle) if base is not None else None
-    context = Context(names, alpha, tuple(enable_lora), as_stored, guess)
+    context = Context(names, alpha, tuple(enable_lora), as_stored, guess, allow_unmatched)
     adapter = _opened(path, file, form, context)
     adapter.notes = (*said, *adapter.notes)
     return adapter
@@ -152,9 +152,10 @@ def is_adapter(source: str | Path, allow_pickle: bool = False) -> bool:
     form = by_bytes(path)
     if form is not None:
         return form.holds_adapter is None or form.holds_adapter(path)
-    if path.suffix in _PICKLES and (not allow_pickle or is_rank_file(path)):
+    if is_pickle(path) and (not allow_pickle or is_rank_file(path)):
         return False
-    return bool(title_of(of_adapter(open_weights(path, allow_pickle).specs)[0].values()))
+    names = of_adapter(open_weights(path, allow_pickle).specs)[0].values()
+    return bool(title_of([name for name in names if not name.startswith(BUNDLED)]))
 
 
 def _alphas(outline: Outline) -> Mapping[str, float]:
@@ -177,7 +178,7 @@ def _is_peft(source: str | Path, config_path: Path) -> bool:
     """Whether the config there is PEFT's. Raises AdapterError for one that is none."""
     if not is_there(config_path, AdapterError):
         return False
-    config = peft.read_config(config_path)
+    config = peft_folder.read_config(config_path)
     refuse_by_config(config_path.parent, config)
     return not ("fine_tune_type" in config or "lora_parameters" in config)
 
@@ -191,10 +192,17 @@ def _weights(source: str | Path, path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise AdapterError(f"{source}: no such adapter; neither a file nor a folder is there")
+        before, equals, weight = str(source).rpartition("=")
+        hint = "neither a file nor a folder is there"
+        if equals and Path(before).exists():
+            hint = (
+                f"{before} is there, and takes no weight here; an adapter with another strength "
+                f"makes: loratools rescale {before} -o OUT --scale {weight}"
+            )
+        raise AdapterError(f"{source}: no such adapter; {hint}")
     named = [path / name for name in _NAMES if is_there(path / name, AdapterError)]
     found = named or [p for p in sorted(path.iterdir()) if p.suffix in _SUFFIXES and _is_file(p)]
-    safe = [p for p in found if p.suffix not in _PICKLES] or found
+    safe = [p for p in found if p.suffix not in PICKLE_SUFFIXES] or found
     if not safe:
         raise AdapterError(
             f"{source}: no {peft.CONFIG} there, and no file of tensors; is it an adapter folder?"

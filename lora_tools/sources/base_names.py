@@ -49,6 +49,7 @@ def _pipeline(folder: Path, allow_pickle: bool) -> BaseNames:
     layouts: dict[str, str | None] = {}
     others: dict[str, TensorSpec] = {}
     parts: tuple[Part, ...] = ()
+    alone = frozenset[str]()
     for part in sorted(folder.iterdir()):
         if part.is_dir() and any(part.glob("*.safetensors")):
             checkpoint = open_checkpoint(part, allow_pickle)
@@ -58,8 +59,9 @@ def _pipeline(folder: Path, allow_pickle: bool) -> BaseNames:
             layouts.update(mine.layouts)
             others.update(mine.others)
             parts += mine.parts
+            alone |= mine.alone
     if not weights:
         raise AdapterError(f"{folder}: a diffusers pipeline without a .safetensors file in it")
     return BaseNames(
-        folder, weights, {}, layouts=layouts, pipeline=True, others=others, parts=parts
+        folder, weights, {}, "", layouts, pipeline=True, others=others, parts=parts, alone=alone
     )

@@ -44,7 +44,7 @@ from lora_tools.sources.schemes import scheme_of
 def open_checkpoint(
     source: str | Path, allow_pickle: bool = False, *, decoded: bool = True
 ) -> Checkpoint:
-    """Open a folder, a bare file, or a hub id ``org/name[@revision]``.
+    """Open a folder, a bare file, or a hub id, such as ``org/name[@revision]`` (``formats.hub``).
 
     Args:
         decoded: see a quantized one as the plain one that it stands for: ``scheme`` says what was
@@ -142,11 +142,9 @@ def as_plain(stored: Checkpoint) -> tuple[Checkpoint, Found | None]:
 
 
 def _open(source: str | Path, allow_pickle: bool) -> Checkpoint:
-    path = Path(source)
+    path = hub.here(source, allow_pickle)
     if not os.path.exists(path):  # noqa: PTH110 - Path.exists raises on an overlong name
-        if not hub.looks_like_hub_id(str(source)):
-            raise CheckpointError(f"{source}: no such file or folder, nor an org/name of the hub")
-        path = hub.fetch(str(source), allow_pickle)
+        raise CheckpointError(f"{source}: no such file or folder, nor an org/name of the hub")
     if not (path.is_file() or path.is_dir()):
         raise CheckpointError(f"{path}: neither a file nor a folder")
     path = meant(path, CheckpointError)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from lora_tools.errors import UsageError
 from lora_tools.formats.adapters.base_names import BaseNames
@@ -14,6 +15,8 @@ from lora_tools.formats.adapters.peft import Adapter
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.linalg.scaling import scaling
 from lora_tools.sources.adapters import open_adapter
+
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,31 +40,37 @@ def digests_and_weights(digests: Sequence[str], weighted: Sequence[Weighted]) ->
 
 def settings_of(weighted: Sequence[Weighted]) -> str:
     """As metadata has them: of each adapter a hash of the numbers of its config that its effect
-    depends on, and that its digest, which is of its tensors, does not cover. No names are in it:
-    another base may call a module otherwise."""
+    depends on, and that its digest, which is of its tensors, does not cover. No names are in it,
+    but the order of them: another base may put something else before all."""
     return " ".join(_settings(each.adapter) for each in weighted)
 
 
 def _settings(adapter: Adapter) -> str:
     said = (
-        [repr(scaling(m.alpha, m.r, adapter.use_rslora)) for m in adapter.modules.values()],
-        [repr((c.kind.title, sorted(c.numbers.items()))) for c in adapter.changes.values()],
-        [repr(m.on_input) for m in adapter.multipliers.values()],
-        [repr(t.indices) for t in adapter.tokens.values()],
+        [repr(scaling(m.alpha, m.r, adapter.use_rslora)) for m in _by_name(adapter.modules)],
+        [repr((c.kind.title, sorted(c.numbers.items()))) for c in _by_name(adapter.changes)],
+        [repr(m.on_input) for m in _by_name(adapter.multipliers)],
+        [repr(t.indices) for t in _by_name(adapter.tokens)],
         [repr(adapter.fan_in_fan_out)],
     )
-    lines = "".join(f"{' '.join(sorted(each))}\n" for each in said)
+    lines = "".join(f"{' '.join(each)}\n" for each in said)
     return hashlib.sha256(lines.encode()).hexdigest()[:16]
+
+
+def _by_name(held: Mapping[str, _T]) -> list[_T]:
+    return [held[name] for name in sorted(held)]
 
 
 def open_weighted(
     adapters: Sequence[str | Path | tuple[str | Path, float]],
     allow_pickle: bool,
     base: BaseNames | Checkpoint | str | Path | None = None,
+    allow_unmatched: bool | None = None,
 ) -> list[Weighted]:
     """``PATH``, ``PATH=WEIGHT`` or (path, weight) → open adapters. Raises UsageError.
 
-    ``base`` has the names that some formats are resolved by.
+    ``base`` has the names that some formats are resolved by; ``allow_unmatched`` as in
+    ``plan_merge``, which leaves out those that are none of it.
     """
     if not adapters:
         raise UsageError("at least one adapter is needed")
@@ -70,7 +79,8 @@ def open_weighted(
         path, weight = given if isinstance(given, tuple) else split_weight(str(given))
         if not math.isfinite(weight):
             raise UsageError(f"{path}: its weight is {weight}; a finite number is needed")
-        result.append(Weighted(open_adapter(path, allow_pickle, base=base), weight, str(path)))
+        adapter = open_adapter(path, allow_pickle, base=base, allow_unmatched=allow_unmatched)
+        result.append(Weighted(adapter, weight, str(path)))
     _refuse_twice(result)
     return result
 

@@ -125,7 +125,7 @@ VERBS = {
                 *take(
                     Ranks, *_POLICIES, "budget", "sv_fro", "sv_ratio", "sv_cumulative", "max_rank"
                 ),
-                *take(AdapterForm, "dtype", "consumer"),
+                *take(AdapterForm, "dtype", "base_name", "consumer"),
                 *take(Origin),
                 *_WRITING,
                 *_RUNNING,
@@ -168,6 +168,7 @@ VERBS = {
                 *take(
                     AdapterForm,
                     "dtype",
+                    "base_name",
                     dtype={"unset": "each factor keeps the widest of the inputs"},
                 ),
                 *_WRITING,
@@ -191,7 +192,7 @@ VERBS = {
                 *take(Formats, "to", "source"),
                 *take(Origin),
                 *take(Formats, "drop", "alpha", "enable_lora", "layout"),
-                *take(AdapterForm, "dtype"),
+                *take(AdapterForm, "dtype", "base_name"),
                 *take(Ranks, "rank", "energy", "max_rank"),
                 *_WRITING,
                 *_RUNNING,

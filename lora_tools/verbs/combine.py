@@ -17,9 +17,13 @@ from lora_tools.linalg.ranks import RankRule
 from lora_tools.options import AdapterForm, Combining, Matching, Origin, Ranks
 from lora_tools.options.ranks import rank_rule
 from lora_tools.records import Action, Fate, Input, Report
+from lora_tools.sources.auto_class import identified
+from lora_tools.sources.base_names import base_names
 from lora_tools.sources.weighted import Weighted, open_weighted
 from lora_tools.totals import CombineTotals
 from lora_tools.verbs.frame import Call, verb
+
+_NAME = "base_model_name_or_path"
 
 
 @verb
@@ -63,6 +67,7 @@ def combine(
             raise UsageError("--normalize divides by the sum of the weights, which is 0")
     if not matching.allow_other_base:
         _check_bases(weighted)
+    _identify(weighted, origin.base, adapter_form.base_name, call.running.allow_pickle)
     given = stackable(weighted)
     options = _with_default_rank(options, given.terms)
     fates = [_fate(name, mine) for name, mine in given.terms.items()]
@@ -80,6 +85,19 @@ def combine(
 
     read = tuple(w.adapter.path for w in weighted)
     return Prepared(report, read, 3 * sum(w.adapter.nbytes for w in weighted), write)
+
+
+def _identify(
+    weighted: Sequence[Weighted], base: str | Path | None, wanted: str | None, allow_pickle: bool
+) -> None:
+    """Have the first adapter's config, which is written, say which base all are for."""
+    first = weighted[0].adapter
+    said = next((c for w in weighted if (c := w.adapter.config).get(_NAME)), {})
+    config = {**first.config, **{key: said[key] for key in (_NAME, "revision") if key in said}}
+    names = base_names(base, allow_pickle) if base is not None else None
+    given = [w.adapter for w in weighted]
+    modules, saved = [m for a in given for m in a.modules], [t for a in given for t in a.whole]
+    first.config = identified(config, names, wanted, modules, saved)
 
 
 def _options(combining: Combining, ranks: Ranks, dtype: str | None) -> Combination:

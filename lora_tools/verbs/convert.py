@@ -17,13 +17,13 @@ from lora_tools.adapting.write import (
     conversion_notes,
     features,
     kept_modules,
+    without_factors,
     write_factors,
 )
 from lora_tools.errors import UnsupportedAdapter, UsageError
 from lora_tools.figures import resized_totals
 from lora_tools.formats.adapters.base_names import BaseNames
 from lora_tools.formats.adapters.format import FEATURES, Format
-from lora_tools.formats.adapters.outline import parse_enable_lora
 from lora_tools.formats.adapters.peft import Adapter, LoraModule
 from lora_tools.formats.adapters.table import FORMATS
 from lora_tools.formats.adapters.training_metadata import is_carried
@@ -33,11 +33,12 @@ from lora_tools.formats.output import Prepared
 from lora_tools.linalg.layouts import Merged
 from lora_tools.merging.plan import adapter_digest, names_in_base
 from lora_tools.options import AdapterForm, Formats, Origin, Ranks, Running
-from lora_tools.options.parse import layer_kinds
+from lora_tools.options.parse import enable_lora, layer_kinds
 from lora_tools.options.ranks import rank_rule
 from lora_tools.provenance import handed_on
 from lora_tools.records import Action, Fate, Input, Report
 from lora_tools.sources.adapters import open_adapter
+from lora_tools.sources.auto_class import identified
 from lora_tools.sources.base_names import base_names, checkpoint_or_pipeline
 from lora_tools.sources.weighted import Weighted
 from lora_tools.totals import ConvertTotals
@@ -71,7 +72,7 @@ def convert(
     target, rule = FORMATS[formats.to].at(call.out), rank_rule(ranks)
     dtype = adapter_form.dtype
     written = parse_float_dtype(dtype) if dtype else target.dtype or None
-    enabled, kinds = parse_enable_lora(formats.enable_lora), layer_kinds(formats.layout)
+    enabled, kinds = enable_lora(formats.enable_lora), layer_kinds(formats.layout)
     allow_pickle = call.running.allow_pickle
     base = checkpoint_or_pipeline(origin.base, allow_pickle)
     names = base_names(base) if base is not None else None
@@ -83,9 +84,11 @@ def convert(
         alpha=formats.alpha,
         enable_lora=enabled,
     )
+    _identify(given, target, names, adapter_form.base_name)
     if given.changes:
         return _made_lora(call, str(adapter), given, base, names, formats, adapter_form, ranks)
-    given.need_lora("factors to convert")
+    if not given.differences:
+        given.need_lora("factors to convert")
     if isinstance(base, Checkpoint):
         names_in_base(Weighted(given, 1.0, str(adapter)), base)
     given, said = in_layout(given, target, names)
@@ -106,6 +109,15 @@ def convert(
 
     read = (given.path, *([names.path] if names is not None else []))
     return Prepared(report, read, 3 * given.nbytes, write)
+
+
+def _identify(given: Adapter, target: Format, names: BaseNames | None, wanted: str | None) -> None:
+    """Have the config say which base it is for. Raises UsageError where there is no config."""
+    if target.name == "peft":
+        modules = given.changes or given.modules
+        given.config = identified(given.config, names, wanted, modules, given.whole)
+    elif wanted is not None:
+        raise UsageError(f"--base-name: {target.title} has no place for it")
 
 
 def _made_lora(
@@ -203,14 +215,21 @@ def _fates(given: Adapter, kept: Mapping[str, LoraModule], options: Conversion) 
     for name, module in given.modules.items():
         lost = [
             f
-            for f, have in (("dora", module.magnitude), ("bias", module.bias))
+            for f, have in (
+                ("dora", module.magnitude),
+                ("bias", module.bias or f"{module.module}.bias" in given.differences),
+            )
             if have and f in options.dropped
         ]
         reason = f"rank {module.r}, alpha {module.alpha:g}"
         if lost:
             reason += "; without " + " and ".join(FEATURES[f] for f in lost)
         fates.append(Fate(name, Action.CONVERT if name in kept else Action.DROP, reason))
-    for feature, names in (("saved", given.whole), ("tokens", given.tokens)):
+    for feature, names in (
+        ("saved", [*given.whole]),
+        ("tokens", [*given.tokens]),
+        ("differences", without_factors(given)),
+    ):
         action = Action.DROP if feature in options.dropped else Action.COPY
         fates += [Fate(name, action, FEATURES[feature]) for name in names]
     return tuple(fates)

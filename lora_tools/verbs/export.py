@@ -55,7 +55,9 @@ def export(
     runtime = _runtime(source, adding, matching, call)
     fitted = source
     if to_merge:  # they may make another class of it
-        opened = open_weighted(to_merge, call.running.allow_pickle, source)
+        opened = open_weighted(
+            to_merge, call.running.allow_pickle, source, matching.allow_unmatched
+        )
         fitted = fit_base(source, opened, matching.allow_unmatched)
     task, said = sentence_task(source.pipeline, fitted.config, graphs.task)
     if task.steps:  # whose weights may be pickles

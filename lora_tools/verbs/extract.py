@@ -121,6 +121,7 @@ def _options(ranks: Ranks, form: AdapterForm, search: Search) -> Decomposition:
         depth=(ranks.max_rank or _CACHE_DEPTH) if cached else 0,
         measured=ranks.noise_floor or cached,
         activations=Activations(Path(search.activations)) if search.activations else None,
+        base_name=form.base_name,
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from lora_tools.errors import QualityGateError, UsageError, errors_of_the_tree
 from lora_tools.formats import digest as hashing
+from lora_tools.formats.checkpoint import PICKLE_SUFFIXES
 from lora_tools.formats.output import Prepared, check_destination, check_space, staged
 from lora_tools.formats.pipeline_output import copied_files, write_whole
 from lora_tools.formats.synced import held_bytes
@@ -28,7 +29,7 @@ from lora_tools.verbs.paths import Paths
 from lora_tools.verbs.report_file import check_report_file, write_report
 from lora_tools.verbs.row import Verb
 
-_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".json")
+_FILES = (".safetensors", ".onnx", ".json")  # pickles have an error of their own
 
 # What the types of keywords are written by.
 _NAMES = {
@@ -165,12 +166,16 @@ def _call(row: Verb, given: Mapping[str, Any], asked: Mapping[str, Any]) -> Call
 
 
 def _refuse_name(row: Verb, out: str) -> None:
-    """Raises UsageError where a checkpoint is to become a GGUF model, which is not written here,
-    and for the usual name of stdout."""
+    """Raises UsageError where the output's name promises what is not written here: stdout, a GGUF
+    model of a checkpoint, or a pickle."""
     if row.writes and out == "-":
         raise UsageError(
             "--out -: nothing is written to stdout; name a folder or a file (./- for one of that "
             "name)"
+        )
+    if row.writes and Path(out).suffix in PICKLE_SUFFIXES:
+        raise UsageError(
+            f"--out {out}: pickles are read and not written; give a name that ends in .safetensors"
         )
     if row.writes and Storage in row.records.values() and Path(out).suffix == ".gguf":
         raise UsageError(

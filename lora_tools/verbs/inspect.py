@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import CheckpointError, UsageError
 from lora_tools.formats import digest as hashing
+from lora_tools.formats import hub
 from lora_tools.formats import sidecar as sidecars
 from lora_tools.formats.activations import MARK as ACTIVATIONS
 from lora_tools.formats.adapters.peft import CONFIG, Adapter, LoraModule
@@ -117,8 +118,8 @@ def _described(call: Call, path: str | Path, thing: _Thing) -> Report[InspectTot
 
 
 def _open(path: str | Path, allow_pickle: bool) -> _Thing:
-    given = Path(path)
-    graphs = onnx_graphs(path)
+    given = hub.here(path, allow_pickle)
+    graphs = onnx_graphs(given)
     if graphs:
         model = open_model(graphs)
         return _Thing(
@@ -133,7 +134,7 @@ def _open(path: str | Path, allow_pickle: bool) -> _Thing:
             "adapters": len(sidecar.adapters),
         }
         return _Thing("sidecar of a reversible merge", (sidecar.file,), facts)
-    checkpoint = open_checkpoint(path, allow_pickle, decoded=False)
+    checkpoint = open_checkpoint(given, allow_pickle, decoded=False)
     marks = checkpoint.files[0].metadata
     for mark, kind in ((SPECTRA, "spectrum cache"), (ACTIVATIONS, "activation statistics")):
         if mark in marks:
@@ -151,6 +152,7 @@ def _open_adapter(path: Path, allow_pickle: bool) -> _Thing:
             ("rsLoRA", adapter.use_rslora),
             ("biases", any(m.bias for m in modules)),
             ("tensors saved whole", adapter.whole),
+            ("differences of norms or biases", adapter.differences),
             ("trained tokens", adapter.tokens),
         )
         if there

@@ -23,6 +23,7 @@ from lora_tools.options.parse import consumer_named
 from lora_tools.options.ranks import rank_rule, refuse_shared, size_of
 from lora_tools.records import Action, Fate, Input, Report
 from lora_tools.sources.adapters import open_adapter
+from lora_tools.sources.auto_class import identified
 from lora_tools.sources.base_names import base_names, checkpoint_or_pipeline
 from lora_tools.totals import RescaleTotals
 from lora_tools.verbs.frame import Call, verb
@@ -56,10 +57,13 @@ def rescale(
     given = open_adapter(adapter, allow_pickle, base=names, as_stored=names is None)
     given.need_lora("rank or alpha to change")
     form = FORMATS[given.format if target.patterns else "peft"].at(call.out)
-    _refuse(given, form, strength, ranks)
+    _refuse(given, form, strength, ranks, adapter_form.base_name)
     checkpoint = base if isinstance(base, Checkpoint) else None
     given, said = in_terms_of(given, str(adapter), checkpoint, target)
     refuse_unread(given, target, names is not None and bool(names.tied))
+    if form.name == "peft":
+        named = adapter_form.base_name
+        given.config = identified(given.config, names, named, given.modules, given.whole)
     options = _for_adapter(options, strength, given)
     report = call.report(
         (Input("adapter", str(adapter)),),
@@ -86,11 +90,11 @@ def _options(strength: Strength, ranks: Ranks, form: AdapterForm) -> Rescaling:
     """What is asked of every module. Raises UsageError."""
     rule, target = rank_rule(ranks), consumer_named(form.consumer)
     refuse_shared(rule, target)
-    asked = (strength.scale, strength.alpha, rule, strength.rslora, form.dtype)
+    asked = (strength.scale, strength.alpha, rule, strength.rslora, form.dtype, form.base_name)
     if all(option is None for option in asked) and target.patterns:
         raise UsageError(
             "nothing to do: give --scale, --alpha, --rank or another way to "
-            "choose one, --rslora, --dtype or --for"
+            "choose one, --rslora, --dtype, --base-name or --for"
         )
     if strength.effect == "change" and (strength.alpha is None or rule is not None):
         raise UsageError("--effect change goes with --alpha, and not with --rank or --energy")
@@ -117,12 +121,16 @@ def _for_adapter(options: Rescaling, strength: Strength, given: Adapter) -> Resc
     return dataclasses.replace(options, rslora=rslora, pad_to=pad_to)
 
 
-def _refuse(given: Adapter, form: Format, strength: Strength, ranks: Ranks) -> None:
+def _refuse(
+    given: Adapter, form: Format, strength: Strength, ranks: Ranks, base_name: str | None
+) -> None:
     """What cannot be done to this adapter."""
     if given.unresolved and not form.keeps_names:
         raise AdapterError(
             f"{given.path}: {given.unresolved}; give the model it was trained on with --base"
         )
+    if base_name is not None and form.name != "peft":
+        raise UsageError(f"--base-name: {form.title} has no place for it")
     size = size_of(ranks)
     if size is not None and size.in_bytes and form.name != "peft":
         raise UsageError(

@@ -59,7 +59,7 @@ def unmerge(
             "unmerge the checkpoint that it was quantized from, or what `loratools dequantize` "
             "makes of it"
         )
-    weighted = open_weighted(adapters, allow_pickle, checkpoint)
+    weighted = open_weighted(adapters, allow_pickle, checkpoint, matching.allow_unmatched)
     memory = _memory(checkpoint, undoing.sidecar)
     digests = [adapter_digest(w.adapter) for w in weighted]
     if memory is not None:

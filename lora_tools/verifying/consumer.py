@@ -39,7 +39,7 @@ _TOWERS = ("vision_config", "audio_config")
 
 # What is found, by the words that the rows of the table use of it.
 FINDINGS = frozenset(FEATURES) | {
-    *("format", "shards", "keys", "ia3", "strength", "rank", "ranks"),
+    *("format", "shards", "keys", "ia3", "type", "strength", "rank", "ranks"),
     *("names", "unknown", "model", "towers", "shapes", "vocabulary", "targets"),
 }
 
@@ -182,6 +182,9 @@ def _parts(given: Adapter, consumer: Consumer, base: Base | None) -> Iterator[Fi
             what = "an IA³ adapter, which multiplies activations"
             yield Finding("ia3", what, list(given.multipliers), mended=False)
         return
+    if given.changes and consumer.name != "peft":
+        titles = " and ".join(sorted({c.kind.title for c in given.changes.values()}))
+        yield Finding("type", f"{titles}, which is no LoRA", list(given.changes), mended=False)
     found = features(given, base.names if base is not None else None)
     head = found.pop("head", [])
     named = given.config.get("modules_to_save")

@@ -11,11 +11,13 @@ from lora_tools.formats import digest as hashing
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.formats.quantized.packed import PackedWeight
+from lora_tools.merging.in_memory import changes
+from lora_tools.merging.tensor import MergedRuns
 from lora_tools.quantizing.pack import pack, way_of
-from lora_tools.quantizing.plan import Item
+from lora_tools.quantizing.plan import Item, is_stored_alike
 from lora_tools.quantizing.tensor import QuantizeItem, merged_for, with_scale
 from lora_tools.records import Action, Fate, TensorResult
-from lora_tools.sources.dequantized import Dequantized
+from lora_tools.sources.dequantized import Dequantized, stored_parts
 from lora_tools.verifying.findings import NEAR, times
 from lora_tools.verifying.merged import check_tensor
 
@@ -115,7 +117,7 @@ class _Comparison:
         if item.spec.shape != target.spec.shape or not target.spec.is_float:
             why = f"is of {item.spec}, and should be of {target.spec}"
             return self._said(Fate(item.name, Action.DIFFERENT, why), hashes)
-        if self._is_untouched(packed):
+        if self._is_copied(packed):
             return self._said(Fate(item.name, Action.COPIED, "its codes and scales"), hashes)
         return self._quantized(packed, hashes)
 
@@ -133,14 +135,14 @@ class _Comparison:
         source_hash = hashing.tensor_hash(self.source.raw(self.item.target.base_name))
         return Checked(self.item, fate, source_hash, hashes)
 
-    def _is_untouched(self, packed: PackedWeight) -> bool:
-        """Of a base in the same scheme: codes that no adapter acts on stay as they are."""
-        theirs = self._theirs()
+    def _is_copied(self, packed: PackedWeight) -> bool:
+        """Of a base in the same scheme: codes that no adapter changes stay as they are."""
+        theirs, target = self._theirs(), self.item.target
         return (
-            not self.item.target.parts
-            and theirs is not None
+            theirs is not None
             and _how(theirs) == _how(packed)
             and all(self._is_the_same(part, theirs) for part in packed.specs)
+            and not (target.parts and changes(MergedRuns(target, self.source, target.spec)))
         )
 
     def _theirs(self) -> PackedWeight | None:
@@ -177,7 +179,11 @@ class _Comparison:
         tried: list[tuple[set[str], Coded]] = []
         parts = self.view.parts(name)
         item = with_scale(item, self.view.scheme.shared(packed, parts))
-        for again in way.ways(item, parts):
+        theirs, ways = self._theirs(), way.ways(item, parts)
+        if theirs is not None and is_stored_alike(packed, theirs):  # of `merge --requantize`
+            before = stored_parts(self.source.stored, theirs)
+            ways = [*(dataclasses.replace(each, before=before) for each in ways), *ways]
+        for again in ways:
             stored = _Stored(self.view.stored)
             done = QuantizeItem(again).run(self.source, stored, self.buffers)
             differing = stored.differing | self._carried(packed, stored)

@@ -36,13 +36,15 @@ def looks(*lines: str) -> tuple[Use, ...]:
 
 
 def _adapter(name: str) -> tuple[Use, ...]:
-    said = " --allow-pickle" if name.endswith(".pt") else ""
-    alpha = " --alpha 2" if name.endswith(".pt") else ""
+    convert = f"convert {name} --to peft --base base -o OUT"
+    if name.endswith(".pt"):  # of which the alpha is not kept, so that convert alone reads it
+        said = "--allow-pickle"
+        return (Use(f"inspect {name} {said}"), Use(f"{convert} {said} --alpha 2", readers.readable))
     return (
-        Use(f"inspect {name}{said}"),
-        Use(f"merge base {name} -o OUT{said}", readers.merged_of(name)),
-        Use(f"check {name} --for vllm{said}"),
-        Use(f"convert {name} --to peft --base base -o OUT{said}{alpha}", readers.readable),
+        Use(f"inspect {name}"),
+        Use(f"merge base {name} -o OUT", readers.merged_of(name)),
+        Use(f"check {name} --for vllm"),
+        Use(convert, readers.readable),
     )
 
 

@@ -35,8 +35,11 @@ def names_of(
     two = tuple(
         dataclasses.replace(part, wrapper=prefix + part.wrapper) for part in parts(weights.specs)
     )
+    alone = frozenset(
+        prefix + w.spec.name for w in weights.values() if w.parameter not in ("weight", "bias")
+    )
     head = split_tensor(weights.head)[0]
-    return BaseNames(path, specs, config, head, layouts, others=others, parts=two)
+    return BaseNames(path, specs, config, head, layouts, others=others, parts=two, alone=alone)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +55,15 @@ class Flattened:
     whole: Mapping[str, tuple[str, ...]]
     endings: Mapping[str, tuple[str, ...]]
 
-    def resolve(self, flat: str, components: Sequence[str] = ()) -> str:
-        """The module of that flattened name: the whole name, else one that ends in it.
+    def resolve(
+        self, flat: str, components: Sequence[str] = (), allow_unmatched: bool | None = None
+    ) -> str:
+        """The module of that flattened name: the whole name, else one that ends in it; "" where
+        none is and that is allowed.
 
         Args:
             components: those meant by the key, or none for any; the first that the base has is.
+            allow_unmatched: None where that cannot be asked for.
 
         Raises:
             AdapterError: none is, or several are: then they are listed.
@@ -71,16 +78,19 @@ class Flattened:
                 f"{flat!r} can stand for {' or '.join(sorted(found)[:8])} of {self.base.path}; "
                 "rename the key to PEFT's naming, with dots"
             )
-        if found:
-            return found[0]
-        raise AdapterError(f"{flat!r} is no module of {self.base.path}; is this the right base?")
+        if found or allow_unmatched:
+            return "".join(found)
+        hint = "" if allow_unmatched is None else " --allow-unmatched leaves such keys out"
+        raise AdapterError(
+            f"{flat!r} is no module of {self.base.path}; is this the right base?{hint}"
+        )
 
 
 def flattened(base: BaseNames) -> Flattened:
     """Index a model's module names by their flattened form."""
     whole: dict[str, list[str]] = {}
     endings: dict[str, list[str]] = {}
-    for module in (*base.weights, *base.others):
+    for module in (*base.weights, *base.others, *base.alone):
         parts = module.split(".")
         _, rest = base.place(module)
         for name in dict.fromkeys((module, rest, published(rest))):
@@ -101,7 +111,7 @@ class BaseNames:
     the checkpoint may not store it. ``layouts`` are the weights' kinds of layer. The modules of a
     ``pipeline`` of diffusers begin with their component. ``others`` are weights by the modules that
     have them in the model's other layout, and ``parts`` are those that have one
-    (``formats.counterparts``).
+    (``formats.counterparts``). ``alone`` are tensors that are no weight or bias of a module.
     """
 
     path: Path
@@ -112,6 +122,7 @@ class BaseNames:
     pipeline: bool = False
     others: Mapping[str, TensorSpec] = dataclasses.field(default_factory=dict)
     parts: tuple[Part, ...] = ()
+    alone: frozenset[str] = frozenset()
 
     @functools.cached_property
     def components(self) -> tuple[str, ...]:
@@ -129,6 +140,10 @@ class BaseNames:
         """The components that a module may be of, and its name in that; () where nothing but the
         model itself may tell."""
         return in_pipeline(module) if self.pipeline else placed(module)
+
+    def weight(self, module: str) -> TensorSpec | None:
+        """The weight of a module of either layout."""
+        return self.weights.get(module) or self.others.get(module)
 
     def is_embedding(self, module: str, in_out: tuple[int, int]) -> bool:
         """Whether factors for (in, out) on this module are those of an Embedding, stored (in, out):

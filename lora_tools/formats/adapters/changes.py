@@ -226,6 +226,11 @@ CHANGES = (
     ),
 )
 
+# No type of PEFT: LyCORIS' weight_decompose over the inputs, beside any factors.
+INPUT_DORA = Change(
+    "", "DoRA over the inputs", "", {"alpha": float, "r": int}, weight="input_dora", of_base=True
+)
+
 
 def change_of(config: Mapping[str, Any]) -> Change | None:
     """The row of a config's type; None of LoRA, and of what is no change of weights."""

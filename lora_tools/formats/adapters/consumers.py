@@ -96,7 +96,7 @@ class Consumer:
         return UnsupportedAdapter(f"{self.name} does not read {what}; {instead}")
 
 
-_UNREAD = frozenset(("ia3", "dora", "saved", "bias", "tokens", "conv", "experts"))
+_UNREAD = frozenset(("ia3", "dora", "saved", "differences", "bias", "tokens", "conv", "experts"))
 CONSUMERS: dict[str, Consumer] = {
     consumer.name: consumer
     for consumer in (

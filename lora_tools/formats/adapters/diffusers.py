@@ -2,7 +2,7 @@
 ``unet.``, ``transformer.``, ``text_encoder.`` …
 
 Trainers such as ai-toolkit write the same parts, or kohya's, under ComfyUI's wrappers
-(``diffusion_model.``) or the bare names of the model; they are read here, too.
+(``diffusion_model.``) or the bare names of the model; they are read here, as are ``xlabs``'.
 
 Read: PEFT's ``lora_A.weight``, the older ``lora.down.weight``, ``lora_linear_layer.down.weight``
 and ``processor.to_q_lora.down.weight``; alpha from ``.alpha`` keys or from the file's
@@ -12,12 +12,14 @@ folded into lora_B, so that readers of every age agree.
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_tools.errors import CheckpointError
+from lora_tools.errors import CheckpointError, UnsupportedAdapter
+from lora_tools.formats.adapters import xlabs
 from lora_tools.formats.adapters.base_names import BaseNames
 from lora_tools.formats.adapters.components import (
     DENOISERS,
@@ -29,8 +31,8 @@ from lora_tools.formats.adapters.components import (
     published,
 )
 from lora_tools.formats.adapters.format import Format
-from lora_tools.formats.adapters.kohya import magnitude
-from lora_tools.formats.adapters.outline import Context, Outline, group_parts, pair
+from lora_tools.formats.adapters.lycoris import OWN_PARTS, add_module, note_on_exact
+from lora_tools.formats.adapters.outline import Context, Outline, group_parts, pair, reshaped
 from lora_tools.formats.adapters.peft import PREFIX
 from lora_tools.formats.adapters.writer import Factors, Keyed
 from lora_tools.formats.patterns import ends_with
@@ -59,7 +61,10 @@ _PARTS = {
     "down.weight": "A",
     "up.weight": "B",
     "dora_scale": "magnitude",
+    "magnitude": "magnitude",
+    **{part: part for part in OWN_PARTS},
 }
+_LYCORIS = {"A": "lora_down.weight", "B": "lora_up.weight", "magnitude": "dora_scale"}
 _PART = "|".join(re.escape(part) for part in sorted(_PARTS, key=len, reverse=True))
 _KEY = re.compile(rf"(?P<module>({'|'.join(NAMES)})\..+?)\.(?P<part>{_PART})")
 # Without a component before them; what a model's own layers may be called is none of a part then.
@@ -67,6 +72,7 @@ _BARE = re.compile(
     rf"(?P<module>(?!{'|'.join(KOHYA)}|{re.escape(PREFIX)}).+?)"
     rf"\.(?P<part>(?!(down|up)\.weight)({_PART}))"
 )
+_CONTROL = re.compile(r".*norm\.(query|key)_norm\.scale")
 _PROCESSOR = re.compile(r"\.processor\.(to_[qkv]|to_out)_lora$")
 
 
@@ -74,7 +80,7 @@ def split(key: str) -> tuple[str, str] | None:
     """A key → its module, ``unet.`` and all, and which part it is."""
     match = _KEY.fullmatch(key) or _BARE.fullmatch(key)
     if not match:
-        return None
+        return xlabs.split(key)
     module = _PROCESSOR.sub(lambda m: "." + m[1].replace("to_out", "to_out.0"), match["module"])
     return module, _PARTS[match["part"]]
 
@@ -86,13 +92,22 @@ def knows(key: str) -> bool:
 
 def read(path: Path, file: TensorFile, context: Context) -> Outline:
     """What the file holds, as PEFT would; in a pipeline module names keep their component."""
-    outline = Outline(path, file, "diffusers")
+    outline = Outline(path, file, "diffusers", context.base)
+    _refuse_control(path, file.specs)
     said = _metadata(outline)
     modules = group_parts(outline, set(_PARTS.values()), split)
-    in_base = _in_base(modules, context.base)
+    several = {name: made for name in modules if (made := xlabs.modules(name))}
+    in_base = _in_base([*modules, *itertools.chain(*several.values())], context.base)
     for name, keys in modules.items():
-        a, b = pair(outline, name, keys, "A", "B")
         module = in_base[name]
+        if keys.keys() & {*OWN_PARTS}:
+            own = {_LYCORIS.get(part, part): key for part, key in keys.items()}
+            add_module(outline, module, own, context, zero_is_rank=False)
+            continue
+        a, b = pair(outline, name, keys, "A", "B")
+        if name in several:
+            _add_cut(outline, a, b, [in_base[each] for each in several[name]])
+            continue
         if "alpha" in keys:
             alpha: float | None = outline.scalar(keys["alpha"])
             rslora = False
@@ -106,16 +121,33 @@ def read(path: Path, file: TensorFile, context: Context) -> Outline:
             outline.same(b),
             alpha,
             bias=keys.get("bias", ""),
-            magnitude=_magnitude(outline, name, keys),
+            magnitude=keys.get("magnitude", ""),
             rslora=rslora,
         )
+    note_on_exact(outline)
     return outline
 
 
-def _magnitude(outline: Outline, module: str, keys: Mapping[str, str]) -> str:
-    """The key of DoRA's magnitudes, one for each output, or ""."""
-    found = {"dora_scale": keys["magnitude"]} if "magnitude" in keys else {}
-    return magnitude(outline, module, found)
+def _add_cut(outline: Outline, a: str, b: str, modules: Sequence[str]) -> None:
+    """Factors of several modules, whose outputs are as many each, one after the other."""
+    rows, *rest = outline.shape(b)
+    count, left = divmod(rows, len(modules))
+    if left:
+        raise outline.fail(f"{b}: its {rows} rows are not those of {len(modules)} modules alike")
+    for i, module in enumerate(modules):
+        B = outline.recipe(outline.same(b), "rows", (i * count, (i + 1) * count))
+        outline.add_lora(module, outline.same(a), reshaped(B, (count, *rest)), None)
+
+
+def _refuse_control(path: Path, keys: Collection[str]) -> None:
+    """Raises UnsupportedAdapter for a control LoRA of FLUX.1 Tools (Depth, Canny)."""
+    norms = [key for key in keys if _CONTROL.fullmatch(key)]
+    if norms and any(key.startswith("img_in.lora_A") for key in keys):
+        raise UnsupportedAdapter(
+            f"{path}: a control LoRA of FLUX.1 Tools: besides factors it replaces norms "
+            f"({min(norms)}), and it widens img_in for a second image, which FLUX.1 has no input "
+            "for; load it in diffusers' FluxControlPipeline or in ComfyUI"
+        )
 
 
 def _is_of_diffusion(name: str) -> bool:
@@ -130,7 +162,7 @@ def _in_base(names: Collection[str], base: BaseNames | None) -> dict[str, str]:
     if base is None:
         return {name: name for name in names}
     own: dict[str, str] = {}
-    for module in (*base.others, *base.weights):
+    for module in (*base.others, *base.weights, *base.alone):
         components, rest = base.place(module)
         for each in (rest, published(rest)):
             own |= {f"{part}.{each}" if part else each: module for part in components or ("",)}
@@ -235,9 +267,10 @@ FORMAT = Format(
     is_folder=True,
     as_file=FileWriter,
     by_component=True,
-    reads_besides="its older key names",
+    reads_besides="its older key names, those of trainers and ComfyUI",
     knows=knows,
     read=read,
     writer=DiffusersWriter,
     file_name=DiffusersWriter.file_name,
+    marks=("lora", "lokr_", "hada_", ".diff"),
 )

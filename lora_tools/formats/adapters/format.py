@@ -19,6 +19,7 @@ FEATURES = {
     "dora": "DoRA's magnitudes",
     "bias": "lora_bias",
     "saved": "tensors saved whole",
+    "differences": "differences of norms and the like",
     "tokens": "trained tokens",
     # llama.cpp, MLX and torchtune have one module for it and the embedding.
     "head": "factors of an output head that is the embedding",

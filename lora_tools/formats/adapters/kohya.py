@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_tools.errors import AdapterError, UnsupportedAdapter
+from lora_tools.errors import AdapterError
 from lora_tools.formats.adapters.base_names import BaseNames, flattened
 from lora_tools.formats.adapters.components import KOHYA, is_open_clip
 from lora_tools.formats.adapters.format import READ, Format
@@ -28,7 +28,8 @@ from lora_tools.formats.adapters.places import Place
 from lora_tools.formats.adapters.writer import Factors, Keyed
 from lora_tools.formats.tensor_file import TensorFile
 
-LORA_PARTS = ("lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha", "dora_scale")
+_MAGNITUDES = ("dora_scale", "magnitude")  # the latter of ai-toolkit
+LORA_PARTS = ("lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha", *_MAGNITUDES)
 _KEY = re.compile(rf"(?P<prefix>{'|'.join(KOHYA)})(?P<flat>\w+)\.(?P<part>[\w.]+)")
 
 
@@ -54,7 +55,8 @@ def resolve_all(outline: Outline, names: Collection[str], context: Context) -> d
     for name in names:
         prefix = next(p for p in KOHYA if name.startswith(p))
         try:
-            result[name] = index.resolve(name.removeprefix(prefix), KOHYA[prefix])
+            flat = name.removeprefix(prefix)
+            result[name] = index.resolve(flat, KOHYA[prefix], context.allow_unmatched) or name
         except AdapterError as error:
             raise outline.fail(f"{name}: {error}") from None
     return result
@@ -62,7 +64,7 @@ def resolve_all(outline: Outline, names: Collection[str], context: Context) -> d
 
 def read(path: Path, file: TensorFile, context: Context) -> Outline:
     """What the file holds, as PEFT would."""
-    outline = Outline(path, file, "kohya (sd-scripts)")
+    outline = Outline(path, file, "kohya (sd-scripts)", context.base)
     modules = group_parts(outline, LORA_PARTS, split)
     names = resolve_all(outline, modules, context)
     for flat, keys in modules.items():
@@ -91,7 +93,7 @@ def add_locon(
         kernel = outline.shape(mid)
         shape = (kernel[0], outline.shape(down)[1], *kernel[2:])
         A = outline.computed(shape, (mid, down), "tucker_down")
-    if len(B.spec.shape) == 2 or "lora_mid.weight" in keys:  # DyLoRA keeps no kernel of 1 for it
+    if "lora_mid.weight" in keys:
         B = reshaped(B, (*B.spec.shape[:2], *[1] * (len(A.spec.shape) - 2)))
     alpha = outline.scalar(keys["alpha"]) if "alpha" in keys else None
     if zero_is_rank and not alpha:
@@ -100,17 +102,11 @@ def add_locon(
 
 
 def magnitude(outline: Outline, module: str, keys: Mapping[str, str]) -> str:
-    """The key of DoRA's magnitudes, or "". LyCORIS may keep one for each *input*, which is another
-    arithmetic than PEFT's."""
-    key = keys.get("dora_scale", "")
-    if key:
-        shape = outline.shape(key)
-        if len(shape) > 1 and shape[0] == 1 and shape[1] != 1:
-            raise UnsupportedAdapter(
-                f"{outline.path}: {module}: dora_scale {list(shape)} has one magnitude for each "
-                "input; LoRA's other formats know one for each output only"
-            )
-    return key
+    """The key of DoRA's magnitudes, or ""."""
+    found = [keys[part] for part in _MAGNITUDES if part in keys]
+    if len(found) > 1:
+        raise outline.fail(f"{module}: has {' and '.join(found)}, and one of them is meant")
+    return found[0] if found else ""
 
 
 def flat_name(module: str, place: Place | None) -> str:

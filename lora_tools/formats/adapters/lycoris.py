@@ -1,5 +1,6 @@
 """LyCORIS (lycoris-lora 4.1): LoCon, LoHa, LoKr and whole differences (``full``), read as the exact
-LoRA each of them is.
+LoRA each of them is; and what LyCORIS and ComfyUI (``comfy/lora.py``) have beside: differences of
+norms and biases, and tensors that replace the model's (``set_weight``).
 
 Names are kohya's, or begin with ``lycoris_``. A LoHa of rank r is a LoRA of rank r² at most, a LoKr
 one of the product of its two sides' ranks, a whole difference one of the weight's smaller side;
@@ -13,32 +14,41 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_tools.errors import UnsupportedAdapter
+from lora_tools.formats.adapters.base_names import BaseNames
 from lora_tools.formats.adapters.format import READ, Format
 from lora_tools.formats.adapters.kohya import (
     LORA_PARTS,
     KohyaWriter,
     add_locon,
+    flat_name,
     magnitude,
     resolve_all,
     split,
 )
-from lora_tools.formats.adapters.outline import Context, Made, Outline, group_parts
+from lora_tools.formats.adapters.outline import Compute, Context, Made, Outline, group_parts
+from lora_tools.formats.names import split_tensor
 from lora_tools.formats.tensor_file import TensorFile
+
+if TYPE_CHECKING:
+    import torch
 
 _HADA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 _KRON = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
-_FULL = ("diff", "diff_b")
-PARTS = (*LORA_PARTS, *_HADA, *_KRON, *_FULL)
+# Parts that are whole tensors, and which one of the module they are for.
+_DIFFERENCES = {"diff": "weight", "diff_b": "bias", "w_norm": "weight", "b_norm": "bias"}
+_SET = "set_weight"
+OWN_PARTS = ("lora_mid.weight", *_HADA, *_KRON, *_DIFFERENCES, _SET)
+PARTS = (*LORA_PARTS, *OWN_PARTS)
 _GLORA = "GLoRA, whose change of a weight is a product with that weight"
 _IA3 = "a scale of activations (IA³)"
 _ROTATION = "a rotation of the weight (OFT or BOFT)"
 _TLORA = "T-LoRA, which adds to directions of the base's own weight"
 # What LyCORIS has besides: parts of a key, and what they are refused as.
 _OTHER = {
-    "w_norm": "a difference of a norm",
-    "b_norm": "a difference of a norm's bias",
+    "reshape_weight": "another shape of a weight, which a model of this size has not",
     **dict.fromkeys(("oft_blocks", "oft_diag", "rescale"), _ROTATION),
     **dict.fromkeys(("weight", "on_input"), _IA3),
     **dict.fromkeys((f"{part}.weight" for part in ("a1", "a2", "b1", "b2", "bm")), _GLORA),
@@ -55,39 +65,84 @@ def knows(key: str) -> bool:
 
 def read(path: Path, file: TensorFile, context: Context) -> Outline:
     """What the file holds, as PEFT would."""
-    outline = Outline(path, file, "LyCORIS")
+    outline = Outline(path, file, "LyCORIS", context.base)
     for key in file.specs:
         found = split(key)
         if found is not None and found[1] in _OTHER:
             raise UnsupportedAdapter(f"{path}: {key}: holds {_OTHER[found[1]]}, which is not read")
     modules = group_parts(outline, PARTS, split)
     names = resolve_all(outline, modules, context)
-    exact = []
     for flat, keys in modules.items():
-        module = names[flat]
-        spec = context.base.weights[module].shape if context.base is not None else ()
-        if "diff_b" in keys and "diff" not in keys:
-            raise UnsupportedAdapter(
-                f"{path}: {keys['diff_b']}: holds a difference of a bias beside no whole "
-                "difference (diff), which is not read"
-            )
-        if "diff" in keys:
-            _add_full(outline, module, keys, spec)
-        elif "hada_w1_a" in keys:
-            _add_loha(outline, module, keys, spec)
-        elif "lokr_w1" in keys or "lokr_w1_a" in keys:
-            _add_lokr(outline, module, keys, spec)
-        else:
-            add_locon(outline, module, keys, zero_is_rank=True)
-            continue
-        exact.append(outline.ranks[module])
+        add_module(outline, names[flat], keys, context)
+    note_on_exact(outline)
+    return outline
+
+
+def add_module(
+    outline: Outline,
+    module: str,
+    keys: Mapping[str, str],
+    context: Context,
+    zero_is_rank: bool = True,
+) -> None:
+    """One module by its ``PARTS``.
+
+    Raises:
+        AdapterError, UnsupportedAdapter: they are none of a whole, or of several kinds.
+    """
+    base = context.base
+    weight = base.weight(module) if base is not None else None
+    shape = weight.shape if weight is not None else ()
+    keys = _without_whole_tensors(outline, module, keys, base)
+    if not keys.keys() - {"alpha"}:  # which no whole tensor is scaled by
+        outline.used |= set(keys.values())
+        return
+    if "diff" in keys:
+        _add_full(outline, module, keys, shape)
+    elif "hada_w1_a" in keys:
+        _add_loha(outline, module, keys, shape)
+    elif "lokr_w1" in keys or "lokr_w1_a" in keys:
+        _add_lokr(outline, module, keys, shape)
+    else:
+        add_locon(outline, module, keys, zero_is_rank)
+        return
+    if module in outline.ranks:
+        outline.exact.append(outline.ranks[module])
+
+
+def note_on_exact(outline: Outline) -> None:
+    """Say of what rank the modules are that are no plain factors."""
+    exact = outline.exact
     if exact:
         ranks = f"{min(exact)} to {max(exact)}" if min(exact) < max(exact) else str(exact[0])
         outline.notes.append(
             f"{len(exact)} modules are LoHa, LoKr or whole differences, and are read as the exact "
             f"LoRA that they are, of rank {ranks}; --rank or --energy makes it smaller"
         )
-    return outline
+
+
+def _without_whole_tensors(
+    outline: Outline, module: str, keys: Mapping[str, str], base: BaseNames | None
+) -> dict[str, str]:
+    """The keys without those that are added to a tensor as they are, or put in its place. A whole
+    difference of a matrix stays: it is a LoRA."""
+    rest = {}
+    for part, key in keys.items():
+        is_weight = _DIFFERENCES.get(part, "weight") == "weight"
+        alone = is_weight and base is not None and module in base.alone
+        name = module if alone else f"{module}.{_DIFFERENCES.get(part, 'weight')}"
+        if part == _SET:
+            outline.add_saved(name, key)
+        elif part in _DIFFERENCES and (part != "diff" or alone or len(outline.shape(key)) < 2):
+            outline.add_difference(name, key)
+        else:
+            rest[part] = key
+    is_whole = _SET in keys or f"{module}.weight" in outline.differences
+    if is_whole and rest.keys() - {"alpha"}:
+        raise outline.fail(
+            f"{module}: has {', '.join(sorted(keys))}, of which each says what its weight becomes"
+        )
+    return rest
 
 
 def _add_full(
@@ -96,17 +151,16 @@ def _add_full(
     """A whole difference is a product with the identity, on its smaller side."""
     diff = keys["diff"]
     shape = outline.shape(diff)
-    if len(shape) < 2 or set(keys) - {*_FULL, "alpha"}:
+    if set(keys) - {"diff", "alpha"}:
         raise UnsupportedAdapter(
-            f"{outline.path}: {diff}: holds a whole difference "
-            + ("of a vector" if len(shape) < 2 else f"beside {', '.join(sorted(keys))}")
-            + ", which is not read"
+            f"{outline.path}: {diff}: holds a whole difference beside {', '.join(sorted(keys))}, "
+            "which is not read"
         )
     size = shape[0], math.prod(shape[1:])
     _add_exact(
         outline,
         module,
-        {k: v for k, v in keys.items() if k != "alpha"},
+        {"diff": diff},
         weight or shape,
         size,
         min(size),
@@ -213,7 +267,6 @@ def _add_exact(
         left((out, rank, *[1] * len(kernel))),
         alpha,
         magnitude=magnitude(outline, module, keys),
-        bias=keys.get("diff_b", ""),
         of_rank=file_rank,
     )
 
@@ -223,15 +276,40 @@ class LycorisWriter(KohyaWriter):
 
     placing = False
 
+    def __init__(self, out: Path, base: BaseNames | None, compute: Compute) -> None:
+        super().__init__(out, base, compute)
+        self._norms: dict[str, set[str]] = {}  # the parameters written, by module
+
+    def add_difference(self, name: str, tensor: torch.Tensor) -> None:
+        """A norm's, of its weight or its bias. Raises UnsupportedAdapter."""
+        module, parameter = split_tensor(name)
+        part = {"weight": "w_norm", "bias": "b_norm"}.get(parameter)
+        if part is None:
+            raise UnsupportedAdapter(
+                f"{name}: LyCORIS has no key for its difference; --drop differences leaves it out"
+            )
+        self._norms.setdefault(module, set()).add(parameter)
+        self.add_key(f"{flat_name(module, None)}.{part}", tensor)
+
+    def finish(self) -> None:
+        """Write the file. Raises UnsupportedAdapter."""
+        for module, parameters in self._norms.items():
+            if parameters == {"bias"}:
+                raise UnsupportedAdapter(
+                    f"{module}.bias: LyCORIS reads a difference of a norm's bias beside one of its "
+                    "weight only; --drop differences leaves it out"
+                )
+        super().finish()
+
 
 FORMAT = Format(
     "lycoris",
     "LyCORIS",
-    frozenset({"conv", "dora", "head"}),
+    frozenset({"conv", "dora", "head", "differences"}),
     "module",
     "lycoris-lora 4.1",
     base=READ,
-    reads_besides="LoHa, LoKr, whole differences, CP-decomposed LoCon",
+    reads_besides="LoHa, LoKr, whole differences, those of norms and biases, CP-decomposed LoCon",
     marks=("lora", "lycoris"),
     knows=knows,
     read=read,

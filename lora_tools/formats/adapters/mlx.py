@@ -16,7 +16,8 @@ from lora_tools.errors import UnsupportedAdapter
 from lora_tools.formats.adapters.base_names import BaseNames, named_embedding
 from lora_tools.formats.adapters.format import Format
 from lora_tools.formats.adapters.outline import Compute, Context, Outline, group_parts, pair
-from lora_tools.formats.adapters.peft import CONFIG, read_config
+from lora_tools.formats.adapters.peft import CONFIG
+from lora_tools.formats.adapters.peft_folder import read_config
 from lora_tools.formats.adapters.writer import Factors, Keyed
 from lora_tools.formats.synced import write_synced
 from lora_tools.formats.tensor_file import TensorFile

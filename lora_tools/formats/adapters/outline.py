@@ -12,14 +12,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_tools.errors import (
-    AdapterError,
-    CheckpointError,
-    MismatchError,
-    TensorNotFound,
-    UsageError,
-)
+from lora_tools.errors import AdapterError, CheckpointError, MismatchError, TensorNotFound
 from lora_tools.formats.adapters.base_names import BaseNames
+from lora_tools.formats.adapters.changes import INPUT_DORA, ChangedModule
 from lora_tools.formats.adapters.peft import PREFIX, Adapter
 from lora_tools.formats.adapters.training_metadata import is_carried
 from lora_tools.formats.safetensors_file import strict_json
@@ -60,6 +55,8 @@ class Context:
         alpha: lora_alpha, for formats that do not store it.
         enable_lora: which blocks of a loralib MergedLinear are adapted.
         as_stored: without a base, keep the file's own names and order of rows instead of failing.
+        allow_unmatched: keep a name that is none of the base's as it is, for the plan to leave out;
+            None where that cannot be asked for.
         guess: take the rank for an alpha that is not said, and all blocks for enable_lora.
     """
 
@@ -68,6 +65,7 @@ class Context:
     enable_lora: tuple[bool, ...] = ()
     as_stored: bool = False
     guess: bool = False
+    allow_unmatched: bool | None = None
 
     def need_base(self, path: Path, why: str) -> BaseNames:
         """The base. Raises AdapterError where none is at hand."""
@@ -153,6 +151,7 @@ class Foreign(Adapter):
         self.form, self.stored = outline.form, outline.file
         self.blocks, self.unresolved = outline.blocks, outline.unresolved
         self.notes = tuple(outline.notes)
+        self.differences, self.changes = outline.differences, outline.changes
         unused = set(file.specs) - outline.used
         if unused:
             raise AdapterError(f"{path}: key {min(unused)!r} is none that {outline.form} writes")
@@ -160,7 +159,8 @@ class Foreign(Adapter):
             "peft_type": "LORA",
             "target_modules": sorted(outline.ranks),
             "use_dora": outline.dora,
-            "lora_bias": any(m.spec.name.endswith(".lora_B.bias") for m in outline.made),
+            "lora_bias": any(m.spec.name.endswith(".lora_B.bias") for m in outline.made)
+            or any(f"{module}.bias" in outline.differences for module in outline.ranks),
             **outline.config,
         }
         super().__init__(path, View(file, outline.made, compute), config)
@@ -175,10 +175,13 @@ class Outline:
 
     Args:
         form: the format's title, for messages.
+        base: the model's names, where factors may have a kernel of 1 that its weight has not.
     """
 
-    def __init__(self, path: Path, file: TensorFile, form: str) -> None:
-        self.path, self.file, self.form = path, file, form
+    def __init__(
+        self, path: Path, file: TensorFile, form: str, base: BaseNames | None = None
+    ) -> None:
+        self.path, self.file, self.form, self.base = path, file, form, base
         self.made: list[Made] = []
         self.ranks: dict[str, int] = {}
         self.strengths: dict[str, tuple[float, int, bool]] = {}  # alpha, rank, rslora
@@ -188,6 +191,9 @@ class Outline:
         self.blocks: dict[str, tuple[bool, ...]] = {}  # of loralib's MergedLinears
         self.unresolved = ""  # why the names are the file's own, where they are
         self.dora = False
+        self.differences: dict[str, str] = {}  # as in ``peft.Adapter``
+        self.changes: dict[str, ChangedModule] = {}
+        self.exact: list[int] = []  # ranks of modules that are no plain factors in the file
 
     def add_lora(
         self,
@@ -208,8 +214,12 @@ class Outline:
         ``bias`` and ``magnitude`` are keys of the file. ``alpha`` None: the rank. The scaling is
         that of ``alpha`` at ``of_rank`` (by default lora_A's own rank) with ``rslora`` or without.
         """
-        if module in self.ranks:
+        if module in self.ranks or module in self.changes:
             raise self.fail(f"{module} is there twice: {', '.join(lora_A.keys)} is the second")
+        lora_A, lora_B = self._as_weight(module, lora_A, lora_B)
+        if magnitude and self._is_of_inputs(magnitude, lora_A):
+            self._add_input_dora(module, lora_A, lora_B, alpha, magnitude, of_rank)
+            return
         a, b = (
             ("lora_embedding_A", "lora_embedding_B")
             if embedding
@@ -227,12 +237,60 @@ class Outline:
             if len(lora_A.spec.shape) == 2:
                 made = reshaped(made, (max(shape, default=1),))
             else:
-                made = reshaped(made, (1, max(shape, default=1), *[1] * (len(shape) - 2)))
+                kernel = len(lora_A.spec.shape) - 2
+                made = reshaped(made, (1, max(shape, default=1), *[1] * kernel))
             self._add(f"{module}.lora_magnitude_vector", made)
             self.dora = True
         rank = lora_A.spec.shape[0]
         self.ranks[module] = rank
         self.strengths[module] = (float(rank) if alpha is None else alpha, of_rank or rank, rslora)
+
+    def _as_weight(self, module: str, lora_A: Made, lora_B: Made) -> tuple[Made, Made]:
+        """Factors of a 1x1 convolution for a weight that is a matrix, as a matrix, and the other
+        way about: trainers take a transformer's ``proj_in`` for either. DyLoRA keeps no kernel of
+        1 for lora_B."""
+        kernel = len(lora_A.spec.shape) - 2
+        if kernel and len(lora_B.spec.shape) == 2:
+            lora_B = reshaped(lora_B, (*lora_B.spec.shape, *[1] * kernel))
+        a, b = lora_A.spec.shape, lora_B.spec.shape
+        weight = self.base.weight(module) if self.base is not None else None
+        if weight is None or len(weight.shape) == len(a) or len(a) != len(b):
+            return lora_A, lora_B
+        if len(weight.shape) == 2 and set(a[2:]) | set(b[2:]) == {1}:
+            return reshaped(lora_A, a[:2]), reshaped(lora_B, b[:2])
+        ones = weight.shape[2:]
+        if len(a) == 2 and set(ones) == {1}:
+            return reshaped(lora_A, (*a, *ones)), reshaped(lora_B, (*b, *ones))
+        return lora_A, lora_B
+
+    def _is_of_inputs(self, magnitude: str, lora_A: Made) -> bool:
+        """Whether there is one for each input, (1, in, *1), and not for each output."""
+        shape = self.shape(magnitude)
+        return len(shape) > 1 and shape[0] == 1 and shape[1] == lora_A.spec.shape[1] != 1
+
+    def _add_input_dora(
+        self,
+        module: str,
+        lora_A: Made,
+        lora_B: Made,
+        alpha: float | None,
+        magnitude: str,
+        of_rank: int | None,
+    ) -> None:
+        parts = {"lora_A": lora_A, "lora_B": lora_B, "dora_scale": self.same(magnitude)}
+        for part, made in parts.items():
+            self._add(f"{module}.{part}", made)
+        rank = lora_A.spec.shape[0]
+        numbers = {"alpha": float(rank) if alpha is None else alpha, "r": of_rank or rank}
+        keys = {part: f"{PREFIX}{module}.{part}" for part in parts}
+        self.changes[module] = ChangedModule(module, INPUT_DORA, keys, numbers)
+
+    def add_difference(self, name: str, key: str) -> None:
+        """What is added to a tensor, by its name in the model."""
+        if name in self.differences:
+            raise self.fail(f"{key!r} is the second difference of {name}")
+        self._add(name, self.same(key))
+        self.differences[name] = PREFIX + name
 
     def add_saved(self, name: str, key: str) -> None:
         """A tensor saved whole, by its name in the model."""
@@ -335,13 +393,3 @@ def pair(outline: Outline, module: str, keys: Mapping[str, str], a: str, b: str)
     if a not in keys or b not in keys:
         raise outline.fail(f"{module}: has {sorted(keys)} and lacks one of {a}, {b}")
     return keys[a], keys[b]
-
-
-def parse_enable_lora(text: str | None) -> tuple[bool, ...]:
-    """``1,0,1`` → (True, False, True). Raises UsageError."""
-    if not text:
-        return ()
-    words = [word.strip().lower() for word in text.split(",")]
-    if not all(word in ("0", "1", "true", "false") for word in words):
-        raise UsageError(f"--enable-lora {text!r}: such as 1,0,1 is needed, one for each block")
-    return tuple(word in ("1", "true") for word in words)

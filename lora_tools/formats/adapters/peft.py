@@ -1,7 +1,7 @@
 """Reading PEFT adapters: ``adapter_model.safetensors`` and ``adapter_config.json`` (peft 0.21).
 
 Every key of the file is classified; a key that is none of the known kinds is an error.
-``peft_writer`` writes them.
+``peft_folder`` opens and ``peft_writer`` writes them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +17,10 @@ from lora_tools.errors import AdapterError
 from lora_tools.formats.adapters.changes import ChangedModule, ChangedModules, is_finite
 from lora_tools.formats.adapters.target_parameters import IN_PROJ, TargetParameters, attention_of
 from lora_tools.formats.adapters.unmergeable import refuse_merge_only, refuse_unmergeable
-from lora_tools.formats.checkpoint import open_weights
-from lora_tools.formats.json_file import check_names, read_object
 from lora_tools.formats.names import split_tensor
 from lora_tools.formats.patterns import ends_with, matches
-from lora_tools.formats.regular_files import is_there
 from lora_tools.formats.reopen import SmallFile
-from lora_tools.formats.shards import Shards, check_index, read_index, shards_named
 from lora_tools.formats.tensor_file import TensorFile
-from lora_tools.formats.wrapped_names import adapter_file
 from lora_tools.records import TensorSpec
 
 if TYPE_CHECKING:
@@ -33,7 +28,6 @@ if TYPE_CHECKING:
 
 PREFIX = "base_model.model."
 STEM = "adapter_model"
-Seen = Callable[[Path, TensorFile, dict[str, Any]], tuple[TensorFile, dict[str, Any]]]
 WEIGHTS = f"{STEM}.safetensors"
 CONFIG = "adapter_config.json"
 
@@ -49,7 +43,7 @@ _SAVED_PARTS = re.compile(
 )
 # Of LoRAs that differ from others in training only; PEFT merges their factors as any.
 _IDLE = re.compile(r".+\.(lora_velora_embed|lora_monteclora_sampler\.\w+)(\.default)?")
-_IDLE_FIELDS = ("velora_config", "monteclora_config")
+IDLE_FIELDS = ("velora_config", "monteclora_config")
 _IA3 = re.compile(r"(?P<module>.+)\.ia3_l(?:\.default)?")
 
 
@@ -127,6 +121,8 @@ class Adapter:
         tokens: trained embedding rows by module name.
         multipliers: IA³'s vectors by module name; an adapter has these or low-rank updates.
         changes: of another type of PEFT, what it changes by module name. kind: the type.
+        differences: tensors that are added to the base's, by its name for them → key. (LyCORIS and
+            ComfyUI have them of norms and biases; PEFT has none.)
         form, format, stored, notes, blocks, unresolved: see ``view.Foreign``.
     """
 
@@ -134,6 +130,8 @@ class Adapter:
     notes: tuple[str, ...] = ()
     blocks: Mapping[str, tuple[bool, ...]] = {}
     unresolved = ""
+    changes: Mapping[str, ChangedModule] = {}
+    differences: Mapping[str, str] = {}
 
     def __init__(self, path: Path, file: TensorFile, config: dict[str, Any]) -> None:
         self.path, self.file, self.config = path, file, config
@@ -150,7 +148,6 @@ class Adapter:
         self.multipliers: dict[str, Multiplier] = {}
         self.kind = str(config.get("peft_type", "LORA"))
         self.is_ia3 = self.kind == "IA3"
-        self.changes: Mapping[str, ChangedModule] = {}
         self._classify()
 
     def tensor(self, key: str) -> torch.Tensor:
@@ -191,7 +188,9 @@ class Adapter:
         targeted = TargetParameters(self.path, self.config)
         written = "LoRA" if self.kind == "LORA" else self.kind
         changed = ChangedModules(self.path, self.config, self.pattern)
-        for key in self.file.specs:
+        besides = {*self.differences.values()}
+        besides |= {key for change in self.changes.values() for key in change.keys.values()}
+        for key in self.file.specs.keys() - besides:
             name = key.removeprefix(PREFIX)
             if changed.take(name, key, self.file.specs[key]):
                 continue
@@ -205,7 +204,7 @@ class Adapter:
                 if leaf in parts.setdefault(module, {}):
                     raise self._fail(f"{key!r} repeats {parts[module][leaf]!r}")
                 parts[module][leaf] = key
-            elif _IDLE.fullmatch(name) and any(map(self.config.get, _IDLE_FIELDS)):
+            elif _IDLE.fullmatch(name) and any(map(self.config.get, IDLE_FIELDS)):
                 self.notes = ("what VeLoRA or MonteCLoRA keeps for training has no part in it",)
             elif match := _TOKENS.fullmatch(name):
                 module = match["module"]
@@ -219,8 +218,9 @@ class Adapter:
             asked = attention_of(nested, parts)
             found = self._module(nested.replace(".base_layer", ""), parameter, keys, asked)
             self.modules[found.name] = found
-        self.changes = changed.modules()
-        if not any((self.modules, self.whole, self.tokens, self.multipliers, self.changes)):
+        self.changes = {**self.changes, **changed.modules()}
+        held = (self.modules, self.whole, self.tokens, self.multipliers)
+        if not any((*held, self.changes, self.differences)):
             raise self._fail("holds no tensors")
 
     def _add_whole(self, name: str, key: str) -> None:
@@ -264,7 +264,7 @@ class Adapter:
     def need_lora(self, what: str) -> None:
         """Raises UnsupportedAdapter for an adapter that has no ``what`` but can be merged."""
         titles = [change.kind.title for change in self.changes.values()]
-        refuse_merge_only(self.path, self.is_ia3, titles, self.of_attention, what)
+        refuse_merge_only(self.path, self.is_ia3, titles, self.of_attention, what, self.differences)
 
     @property
     def of_attention(self) -> bool:
@@ -344,54 +344,6 @@ class Adapter:
         if not isinstance(given, list) or not all(type(i) is int for i in given):
             raise self._fail(f"{module}: {CONFIG} gives no trainable_token_indices for it")
         return tuple(given)
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """An adapter_config.json. Raises AdapterError where it is absent, no JSON object, or selects
-    modules by something else than a pattern or names."""
-    try:
-        said = read_object(path, AdapterError)
-    except FileNotFoundError:
-        raise AdapterError(f"{path.parent}: no {path.name} there") from None
-    selects = ("target_modules", "exclude_modules", "modules_to_save")
-    listed = [key for key in selects if not isinstance(said.get(key), str)]
-    check_names(path, said, *listed, fail=AdapterError)
-    return said
-
-
-def open_peft(
-    source: str | Path, folder: Path, allow_pickle: bool = False, seen: Seen | None = None
-) -> Adapter:
-    """Open a PEFT adapter folder, which ``source`` stands for; ``seen``: as what, if not as it is.
-
-    Raises:
-        AdapterError, UnsupportedAdapter, UnsafeInput, CheckpointError (a truncated file).
-    """
-    if not is_there(folder / CONFIG, AdapterError):
-        raise AdapterError(f"{source}: no {CONFIG} there; is it a PEFT adapter folder?")
-    config = read_config(folder / CONFIG)
-    refuse_unmergeable(folder, config)
-    file = _weights(folder, allow_pickle)
-    plain, notes = adapter_file(folder, file)
-    plain, config = seen(folder, plain, config) if seen is not None else (plain, config)
-    adapter = Adapter(folder, plain, config)
-    adapter.stored, adapter.notes = file, (*adapter.notes, *notes)
-    adapter.config = {k: v for k, v in config.items() if k not in _IDLE_FIELDS}
-    return adapter
-
-
-def _weights(folder: Path, allow_pickle: bool) -> TensorFile:
-    """The file of tensors, or its shards; a pickle only where there is nothing else."""
-    for suffix in (".safetensors", ".bin"):
-        if is_there(folder / f"{STEM}{suffix}", AdapterError):
-            return open_weights(folder / f"{STEM}{suffix}", allow_pickle)
-        if found := shards_named(folder, STEM, suffix):
-            index, files = found
-            shards = Shards(index, [open_weights(file, allow_pickle) for file in files])
-            if index not in files:
-                check_index(shards.home, index, read_index(index))
-            return shards
-    raise AdapterError(f"{folder}: no {WEIGHTS} in it")
 
 
 def _is_kept(spec: TensorSpec) -> bool:

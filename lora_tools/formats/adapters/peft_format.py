@@ -22,8 +22,7 @@ _NARROWS = {"exclude_modules", "layers_to_transform", "layers_pattern"}
 
 
 class PeftFormat(Writer):
-    """Writes an adapter folder. With a base at hand, target_modules is as short as PEFT allows, and
-    base_model_name_or_path names it."""
+    """Writes an adapter folder. With a base at hand, target_modules is as short as PEFT allows."""
 
     def __init__(self, out: Path, base: BaseNames | None, compute: Compute) -> None:
         super().__init__(out, base, compute)
@@ -63,9 +62,6 @@ class PeftFormat(Writer):
                 config |= dict.fromkeys(_NARROWS & config.keys())
             kinds = {self.base.layouts.get(module) for module in self._modules}
             config["fan_in_fan_out"] = "conv1d" in kinds
-            config["base_model_name_or_path"] = config.get("base_model_name_or_path") or str(
-                self.base.config.get("_name_or_path") or self.base.path.name
-            )
         self._writer.finish(config, names, self.made)
 
     def close(self) -> None:
@@ -76,7 +72,7 @@ class PeftFormat(Writer):
 FORMAT = Format(
     "peft",
     "PEFT",
-    frozenset(FEATURES),
+    frozenset(FEATURES) - {"differences"},
     "module",
     "peft 0.21",
     is_folder=True,

@@ -102,6 +102,11 @@ class PeftWriter:
         return dict(self._rank)
 
     @property
+    def saved(self) -> set[str]:
+        """Modules that are saved whole."""
+        return set(self._saved_modules)
+
+    @property
     def alphas(self) -> dict[str, float]:
         """lora_alpha by module."""
         return dict(self._alpha)

@@ -68,6 +68,8 @@ class Reformed(Adapter):
             for key, part in module.parts.items()
         ]
         others = [*given.whole.values(), *(rows.key for rows in given.tokens.values())]
+        others += given.differences.values()
+        self.differences = given.differences
         made += [Made(given.file.specs[key], (key,)) for key in others]
         # The version tells how old ones turned factors of experts; these are as new ones have them.
         config = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,18 @@ def is_block_diagonal(config: Mapping[str, Any]) -> bool:
 
 
 def refuse_merge_only(
-    path: Path, is_ia3: bool, titles: Sequence[str], of_attention: bool, what: str
+    path: Path,
+    is_ia3: bool,
+    titles: Sequence[str],
+    of_attention: bool,
+    what: str,
+    differences: Collection[str] = (),
 ) -> None:
     """Raises UnsupportedAdapter for an adapter that can be merged and has no ``what``.
 
     Args:
-        titles: of types that are no LoRA; of_attention: a LoRA of an nn.MultiheadAttention.
+        titles: of types that are no LoRA; of_attention: a LoRA of an nn.MultiheadAttention;
+            differences: of tensors that have no factors.
     """
     if is_ia3:
         raise UnsupportedAdapter(
@@ -56,6 +62,11 @@ def refuse_merge_only(
         raise UnsupportedAdapter(
             f"{path}: an adapter of {titles[0]} has no {what}; it can be merged (loratools merge), "
             f"or made a LoRA first: loratools convert {path} -o OUT --to peft --rank 16 --base BASE"
+        )
+    if differences:
+        raise UnsupportedAdapter(
+            f"{path}: holds differences of norms or biases ({min(differences)}), which have no "
+            f"{what}; it can be merged (loratools merge)"
         )
     if of_attention:
         raise UnsupportedAdapter(

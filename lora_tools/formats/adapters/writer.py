@@ -74,6 +74,10 @@ class Writer:
         """Write a tensor saved whole, in formats that keep such."""
         raise NotImplementedError
 
+    def add_difference(self, name: str, tensor: torch.Tensor) -> None:
+        """Write what is added to a tensor, in formats that keep such."""
+        raise NotImplementedError
+
     def finish(self) -> None:
         """Complete the output."""
         raise NotImplementedError
@@ -99,8 +103,12 @@ class Keyed(Writer):
     def add(self, factors: Factors) -> None:
         """Write one module's factors. Not for use from several threads."""
         for key, tensor in self.keys(factors).items():
-            spec = TensorSpec(key, dtype_name(tensor.dtype), tuple(tensor.shape))
-            self._spool.add(spec, as_bytes(tensor))
+            self.add_key(key, tensor)
+
+    def add_key(self, key: str, tensor: torch.Tensor) -> None:
+        """Write one tensor."""
+        spec = TensorSpec(key, dtype_name(tensor.dtype), tuple(tensor.shape))
+        self._spool.add(spec, as_bytes(tensor))
 
     def keys(self, factors: Factors) -> dict[str, Any]:
         """The tensors of one module by key."""

@@ -90,11 +90,14 @@ class CompressedWeight(Packed):
     Attributes:
         packing: ``DENSE`` or ``ALIGNED``, of integers in words; "" of others.
         shared: the global scale to encode with, in common with other layers; None: its own.
+        kept: scales (n, across), and zero points or None, of the rows that are encoded: those that
+            stay where the numbers still fit them. None: all are made anew.
     """
 
     settings: Settings
     packing: str = ""
     shared: float | None = None
+    kept: tuple[Any, Any] | None = None
 
     @property
     def matrix(self) -> tuple[int, int]:

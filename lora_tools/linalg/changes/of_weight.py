@@ -1,4 +1,5 @@
-"""Changes that are made of the base's weight itself, as PEFT 0.21 makes them: each gives W' − W."""
+"""Changes that are made of the base's weight itself, as PEFT 0.21 and LyCORIS make them: each gives
+W' − W."""
 
 from __future__ import annotations
 
@@ -41,6 +42,19 @@ def glora_bias(t: Tensors, n: Numbers, on: On) -> torch.Tensor:
     C = _path(t, "glora_C")
     moved = (on.matrix @ C.expand(on.matrix.shape[1], 1) if C.dim() == 1 else on.matrix @ C)[:, 0]
     return on.bias * _path(t, "glora_D").flatten() + _path(t, "glora_E").flatten() + moved
+
+
+def input_dora(t: Tensors, n: Numbers, on: On) -> torch.Tensor:
+    """DoRA (arXiv 2402.09353) with a magnitude for each input, as LyCORIS 4.1 has it with
+    ``wd_on_out=False``: W' = m ∘ V / ‖V‖, V = W + α/r · B A, each norm over all of V that one
+    input is multiplied by. A (r, in, *k), B (out, r), m one for each input."""
+    product = t["lora_B"].flatten(1) @ t["lora_A"].flatten(1)
+    V = on.weight + scaling(n["alpha"], n["r"], False) * product.reshape(on.weight.shape)
+    others = [dim for dim in range(V.dim()) if dim != 1]
+    m = t["dora_scale"].reshape(1, -1, *[1] * (V.dim() - 2))
+    norms = torch.linalg.vector_norm(V, dim=others, keepdim=True)
+    moved: torch.Tensor = m * V / norms - on.weight
+    return moved
 
 
 def deft(t: Tensors, n: Numbers, on: On) -> torch.Tensor:

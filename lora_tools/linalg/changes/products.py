@@ -139,7 +139,7 @@ def tinylora(t: Tensors, n: Numbers, on: On) -> torch.Tensor:
     vectors = [name for name in t if name.startswith("tinylora_v.")]
     group = 0
     if len(vectors) > 1:
-        number = next(i for i in range(n["modules"]) if _projection(n, i, P).equal(P.float()))
+        number = next(i for i in range(n["modules"]) if _is_rounded(P, _projection(n, i, P)))
         group = min(number // max(1, n["modules"] // len(vectors)), len(vectors) - 1)
     R = torch.einsum("i,ijk->jk", t[f"tinylora_v.{group}"], P)
     product: torch.Tensor = t["tinylora_B"] @ R @ t["tinylora_A"]
@@ -152,6 +152,17 @@ def _projection(n: Numbers, number: int, like: torch.Tensor) -> torch.Tensor:
     std = 1.0 / like.shape[1] ** 0.5
     drawn: torch.Tensor = torch.normal(0.0, std, size=tuple(like.shape), generator=seed)
     return drawn
+
+
+def _is_rounded(stored: torch.Tensor, drawn: torch.Tensor) -> bool:
+    """Whether a projection is that one, in the dtype that it was stored in."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    return any(drawn.to(dtype).equal(stored.to(dtype)) for dtype in dtypes if _holds(dtype, stored))
+
+
+def _holds(dtype: torch.dtype, tensor: torch.Tensor) -> bool:
+    """Whether all of its numbers are numbers of that dtype."""
+    return bool(tensor.to(dtype).to(tensor.dtype).equal(tensor))
 
 
 def delora(t: Tensors, n: Numbers, on: On) -> torch.Tensor:

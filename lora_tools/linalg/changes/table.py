@@ -24,7 +24,7 @@ def _changes() -> dict[str, Change]:
         *(p.gralora, p.tinylora, p.delora),
         *(s.fourierft, s.waveft, s.c3a, s.shira, s.supertuning, s.miss, s.beft),
         *(r.oft, r.boft, r.hra, r.bat, r.road, r.road_bias),
-        *(w.hira, w.glora, w.glora_bias, w.deft, w.frod, w.peanut),
+        *(w.input_dora, w.hira, w.glora, w.glora_bias, w.deft, w.frod, w.peanut),
     )
     return {row.__name__: row for row in rows}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -198,7 +199,6 @@ def _encode(weight: CompressedWeight, x: torch.Tensor) -> dict[str, torch.Tensor
     from lora_tools.linalg import scaled
     from lora_tools.linalg.runs import row_runs
 
-    refuse_non_finite(weight, x)
     if G_IDX in weight.specs:
         raise CheckpointError(
             f"{weight.plain.name}: its groups of columns are listed ({G_IDX}), and are not found "
@@ -255,7 +255,8 @@ def _unit(weight: CompressedWeight) -> int:
 def _new_scales(
     weight: CompressedWeight, x: torch.Tensor
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]:
-    """What is stored beside the codes; the scales and zero points of blocks, as they are read."""
+    """What is stored beside the codes; the scales and zero points of blocks, as they are read.
+    Raises NonFiniteError."""
     import torch
 
     from lora_tools.linalg import e2m1, scaled
@@ -263,19 +264,28 @@ def _new_scales(
     specs, settings = weight.specs, weight.settings
     if GLOBAL_SCALE in specs:
         largest = scaled.absmax(x, weight.block)
+        refuse_non_finite(weight, largest)
         own = weight.shared is None
         whole = e2m1.global_scale(largest.amax()) if own else torch.tensor([weight.shared])
         groups = e2m1.group_scales(largest, whole)
         return {GLOBAL_SCALE: whole, SCALE: groups}, groups.float() / whole, None
     if specs[SCALE].dtype in ("U8", "F8_E8M0"):
         largest = scaled.absmax(x, weight.block)
+        refuse_non_finite(weight, largest)
         exponents = e2m1.shared_exponents(largest, *_EXPONENTS[settings.bits])
         as_stored = exponents.view(torch_dtype(specs[SCALE].dtype))
         return {SCALE: as_stored}, e2m1.powers(exponents), None
     low, high = scaled.extremes(x, weight.block)
-    scales, zeros = scaled.linear_scales(low, high, _ends(settings), settings.symmetric)
+    refuse_non_finite(weight, torch.maximum(-low, high))
+    ends = _ends(settings)
+    scales, zeros = scaled.linear_scales(low, high, ends, settings.symmetric)
     scales = scales.to(torch_dtype(specs[SCALE].dtype))
     scales[scales == 0] = torch.finfo(scales.dtype).eps
+    if weight.kept is not None:
+        own, own_zeros = weight.kept
+        kept = scaled.still_fit(low, high, own.float(), own_zeros, ends, scales.float())
+        scales = torch.where(kept, own, scales)
+        zeros = None if zeros is None else torch.where(kept, own_zeros, zeros)
     stored = {SCALE: scales}
     if ZERO_POINT in specs:
         stored[ZERO_POINT] = torch.zeros(scales.shape) if zeros is None else zeros
@@ -347,6 +357,17 @@ def _shared_for(weight: CompressedWeight, largest: float) -> float | None:
     return float(global_scale(torch.tensor(largest)))
 
 
+def _keeping(weight: CompressedWeight, parts: Parts, start: int, stop: int) -> CompressedWeight:
+    """Of whole numbers: scales of floats are, to their last bits, found again."""
+    if weight.settings.kind != "int":
+        return weight
+    high = weight.block[0]
+    lines = slice(start // high, -(stop // -high))
+    scales = parts[SCALE]
+    scales = scales.reshape(-1, scales.shape[-1] if scales.dim() else 1)[lines]
+    return dataclasses.replace(weight, kept=(scales, _zeros(weight, parts, lines)))
+
+
 COMPRESSED_TENSORS = Scheme(
     "compressed-tensors",
     "compressed-tensors' formats",
@@ -359,4 +380,5 @@ COMPRESSED_TENSORS = Scheme(
     coded=_packed,
     shared=_shared,
     shared_for=_shared_for,
+    keeping=_keeping,
 )

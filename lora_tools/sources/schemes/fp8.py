@@ -93,10 +93,12 @@ def _encode(weight: FP8, x: torch.Tensor) -> dict[str, torch.Tensor]:
     scales = torch.empty((stacked, -(rows // -weight.block[0]), weight.grid[2]), dtype=held)
     for i, matrix in enumerate(x.reshape(codes.shape) if x.numel() else ()):
         if as_blocks:
-            found = linalg.encode_blocks(matrix, weight.block, dtype, held, weight.is_power)
+            found = linalg.encode_blocks(
+                matrix, weight.block, dtype, held, weight.is_power, out=codes[i]
+            )
         else:
-            found = linalg.encode_divided(matrix, weight.block, dtype, held)
-        codes[i], scales[i] = found
+            found = linalg.encode_divided(matrix, weight.block, dtype, held, out=codes[i])
+        scales[i] = found[1]
     refuse_non_finite(weight, scales.float().reciprocal())
     refuse_non_finite(weight, scales.float())
     stored = scales.view(torch.uint8) if spec.dtype == "U8" else scales

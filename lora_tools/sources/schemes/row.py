@@ -81,6 +81,11 @@ def _alone(weight: PackedWeight, _: object) -> None:
     """No scale in common with others."""
 
 
+def _anew(weight: P, parts: Parts, start: int, stop: int) -> P:
+    """All scales are made anew."""
+    return weight
+
+
 def _no_grid(weight: PackedWeight, parts: Parts) -> None:
     """Its numbers are not codes times scales, or not known to be."""
 
@@ -127,6 +132,8 @@ class Scheme(Generic[P]):
             layers, since loaders put them into one with one scale; None where there is none. What
             has one is a dataclass with a field ``shared``, the scale that it is encoded with.
         shared_for: (weight, largest magnitude of all that have it in common): the scale for that.
+        keeping: (weight, what was stored of it, start, stop): the weight as its rows [start, stop)
+            are encoded again, with the scales that they have where the numbers still fit them.
         plain_config: config.json without what it says of the format.
         files: small files that say something of the format, and do not go with plain numbers.
         metadata: keys of the files' metadata that do not, either.
@@ -150,6 +157,7 @@ class Scheme(Generic[P]):
     tells: Callable[[P], bool] = _always
     shared: Callable[[P, Parts], float | None] = _alone
     shared_for: Callable[[P, float], float | None] = _alone
+    keeping: Callable[[P, Parts, int, int], P] = _anew
     plain_config: Callable[[Mapping[str, Any]], dict[str, Any]] = without_entries
     files: tuple[str, ...] = ()
     metadata: tuple[str, ...] = ()

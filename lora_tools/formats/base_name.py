@@ -1,0 +1,51 @@
+"""What an adapter's config calls the model it is for: ``base_model_name_or_path``, ``revision``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_tools.formats.hub import in_cache, looks_like_hub_id, parse
+
+_FIELDS = ("base_model_name_or_path", "revision")
+
+
+def base_name(path: Path, config: Mapping[str, Any]) -> tuple[str, str | None]:
+    """A hub id and its revision, where it is certain; else the absolute path, links not followed.
+
+    Certain is a snapshot in the hub's cache, and a folder whose own name is that of the id in its
+    config.json's ``_name_or_path``. Under another name the folder may be a fine-tuned copy: those
+    keep the ``_name_or_path`` of what they were tuned from. So do model cards (``base_model``).
+
+    Args:
+        path: of the model, as opened; config: its config.json.
+    """
+    cached = in_cache(path)
+    if cached is not None:
+        return cached
+    said = config.get("_name_or_path")
+    if isinstance(said, str) and looks_like_hub_id(said) and "@" not in said:
+        folder = Path(os.path.abspath(path)).name  # noqa: PTH100 - resolve would follow links
+        if said.rpartition("/")[2].lower() == folder.lower():
+            return said, None
+    return os.path.abspath(path), None  # noqa: PTH100
+
+
+def named(
+    config: Mapping[str, Any], base: tuple[Path, Mapping[str, Any]] | None, wanted: str | None
+) -> dict[str, Any]:
+    """A config of PEFT that names its base: as ``wanted`` (``org/name[@revision]``), else as it
+    does already, else by ``base_name``; as it is where no base is at hand.
+
+    Args:
+        base: the base's path and config.json.
+    """
+    if wanted is not None:
+        found = parse(wanted)
+        assert found is not None  # as the option's ``parse`` has seen to
+        return {**config, **dict(zip(_FIELDS, (found.repository, found.revision), strict=True))}
+    if config.get(_FIELDS[0]) or base is None:
+        return dict(config)
+    return {**config, **dict(zip(_FIELDS, base_name(*base), strict=True))}

@@ -1,0 +1,256 @@
+"""Ids of the hub, and what is fetched: against a small server that speaks the hub's protocol."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import torch
+from huggingface_hub import constants
+from safetensors.torch import save_file
+
+from lora_tools.errors import CheckpointError
+from lora_tools.formats import hub
+from lora_tools.formats.hub import HubId
+from lora_tools.sources.adapters import open_adapter
+from lora_tools.sources.checkpoints import open_checkpoint
+
+SHA = "1" * 40
+Repositories = dict[str, dict[str, bytes]]
+
+
+class _Hub(http.server.BaseHTTPRequestHandler):
+    """Listings, HEAD with etag and commit, and files; ``server.refused`` answers as the hub does
+    where a repository may not be read."""
+
+    server: Any
+
+    def log_message(self, *_: object) -> None:
+        """Nothing on stderr."""
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def _answer(self, body: bool) -> None:
+        parts = unquote(urlsplit(self.path).path).strip("/").split("/")
+        if parts[:2] == ["api", "models"]:
+            at = next((i for i, p in enumerate(parts) if p in ("revision", "tree")), len(parts))
+            name, revision = "/".join(parts[2:at]), (parts[at + 1 :] or ["main"])[0]
+            tree = parts[at : at + 1] == ["tree"]
+            status, code = self._allowed(name, revision, listing=True)
+            data = self._listing(name, tree) if status == 200 else b"{}"
+        elif "resolve" not in parts:  # what a version of huggingface_hub asks besides
+            status, code, data = 404, "", b""
+        else:
+            at = parts.index("resolve")
+            name, revision, file = "/".join(parts[:at]), parts[at + 1], "/".join(parts[at + 2 :])
+            status, code = self._allowed(name, revision, listing=False)
+            data = self.server.repositories.get(name, {}).get(file, b"")
+            if status == 200 and body:
+                self.server.fetched.append(file)
+        self.send_response(status)
+        self.send_header("X-Repo-Commit", SHA)
+        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+        if code:
+            self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+
+    def _allowed(self, name: str, revision: str, listing: bool) -> tuple[int, str]:
+        if name == "org/gated" and not listing:
+            return 403, "GatedRepo"
+        if name == "org/busy":
+            return 429, ""
+        if name not in self.server.repositories:
+            return 401, "RepoNotFound"
+        if revision not in ("main", "v1", SHA):
+            return 404, "RevisionNotFound"
+        return 200, ""
+
+    def _listing(self, name: str, tree: bool) -> bytes:
+        files = self.server.repositories[name]
+        if tree:
+            entries = [
+                {"type": "file", "path": path, "size": len(data), "oid": "0" * 40}
+                for path, data in files.items()
+            ]
+            return json.dumps(entries).encode()
+        said = {"id": name, "sha": SHA, "siblings": [{"rfilename": path} for path in files]}
+        return json.dumps(said).encode()
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The hub here: ``repositories`` are what it has, ``fetched`` the files that were."""
+    found: Any = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
+    found.daemon_threads = True
+    found.repositories, found.fetched = {"org/gated": {"config.json": b"{}"}}, []
+    endpoint = f"http://127.0.0.1:{found.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(
+        constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.chdir(tmp_path)
+    thread = threading.Thread(target=found.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield found
+    found.shutdown()
+    thread.join()
+    found.server_close()
+
+
+def safe(folder: Path, *names: str) -> bytes:
+    """A safetensors file with tensors of these names."""
+    save_file({name: torch.ones(2, 2) for name in names}, folder / "made")
+    return (folder / "made").read_bytes()
+
+
+def test_the_index_says_which_weights_are_fetched(server: Any, tmp_path: Path) -> None:
+    """And none of the copies, steps of training and files of optimizers that lie beside them."""
+    index = {"weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors"}}
+    files = {
+        "config.json": b"{}",
+        "model.safetensors.index.json": json.dumps(index).encode(),
+        "m-1.safetensors": safe(tmp_path, "a"),
+        "m-2.safetensors": safe(tmp_path, "b"),
+        "tokenizer.model": b"t",
+        "spiece.spm": b"s",
+        "qwen.tiktoken": b"q",
+        "LICENSE": b"l",
+    }
+    others = (
+        "consolidated.safetensors",
+        "model.fp16.safetensors",
+        "model.fp16.safetensors.index.json",
+        "pytorch_model.bin",
+        "optimizer.pt",
+        "checkpoint-500/model.safetensors",
+        "checkpoint-500/config.json",
+        "original/model.safetensors",
+        "tf_model.h5",
+    )
+    server.repositories["org/name"] = files | dict.fromkeys(others, b"x")
+    checkpoint = open_checkpoint("org/name")
+    assert sorted(checkpoint.specs) == ["a", "b"]
+    assert set(server.fetched) == set(files)
+    server.fetched.clear()
+    assert sorted(open_checkpoint("org/name@v1").specs) == ["a", "b"]
+    assert sorted(open_checkpoint("https://huggingface.co/org/name/tree/main").specs) == ["a", "b"]
+    assert server.fetched == []  # all is in the cache
+
+
+@pytest.mark.parametrize(
+    ("names", "fetched"),
+    [
+        (["model.safetensors", "consolidated.safetensors"], ["model.safetensors"]),
+        (["x.safetensors", "x.fp16.safetensors"], ["x.safetensors"]),
+        (["x.fp16.safetensors"], ["x.fp16.safetensors"]),
+        (["a.safetensors", "b.safetensors"], ["a.safetensors", "b.safetensors"]),
+        (["model.safetensors", "pytorch_model.bin"], ["model.safetensors"]),
+        (["pytorch_model.bin", "training_args.bin"], ["pytorch_model.bin"]),
+        (["adapter/adapter_model.safetensors"], ["adapter/adapter_model.safetensors"]),
+        (
+            ["model_index.json", "unet/d.safetensors", "vae/d.safetensors", "d.safetensors"],
+            ["d.safetensors", "model_index.json", "unet/d.safetensors", "vae/d.safetensors"],
+        ),
+        (["modules.json", "model.safetensors", "2_Dense/model.safetensors"], None),
+    ],
+)
+def test_one_set_of_weights_is_chosen(names: list[str], fetched: list[str] | None) -> None:
+    found = hub._chosen(HubId("org/name"), names, allow_pickle=True)
+    assert found == sorted(names if fetched is None else fetched)
+
+
+def test_pickles_are_not_fetched_unasked() -> None:
+    names = ["pytorch_model.bin", "config.json"]
+    assert hub._chosen(HubId("org/name"), names, allow_pickle=False) == ["config.json"]
+
+
+def test_a_folder_or_a_file_of_a_repository(server: Any, tmp_path: Path) -> None:
+    keys = {f"base_model.model.q.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}
+    save_file(keys, tmp_path / "lora")
+    said = json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q"]})
+    one = {"adapter_config.json": said.encode(), "adapter_model.safetensors": b""}
+    one["adapter_model.safetensors"] = (tmp_path / "lora").read_bytes()
+    both = {f"{folder}/{name}": data for folder in "ab" for name, data in one.items()}
+    server.repositories["org/two"] = both | {"x.safetensors.md": b""}
+    assert list(open_adapter("org/two/a").modules) == ["q"]
+    assert {name.partition("/")[0] for name in server.fetched} == {"a"}
+    with pytest.raises(CheckpointError, match=r"2 folders that do: a, b; give org/two/a$"):
+        open_adapter("org/two")
+    with pytest.raises(CheckpointError, match="no folder or file 'c' in org/two; it holds a, b"):
+        open_adapter("org/two/c")
+    assert hub.fetch("org/two/b/adapter_config.json").read_bytes() == said.encode()
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("org/none", "the hub shows no model org/none: is the name right.*hf auth login"),
+        ("org/name@v9", "no revision 'v9' of it; see https://huggingface.co/org/name/tree/main"),
+        ("org/gated", "gated on the hub: ask for access at https://huggingface.co/org/gated"),
+        ("org/busy", "allows no more requests"),
+    ],
+)
+def test_what_the_hub_refuses(source: str, said: str, server: Any, tmp_path: Path) -> None:
+    server.repositories["org/name"] = {"model.safetensors": safe(tmp_path, "a")}
+    with pytest.raises(CheckpointError, match=said) as caught:
+        open_checkpoint(source)
+    assert str(caught.value).startswith(f"{source}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_without_a_connection_the_cache_is_used(
+    server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the repository holds more than was fetched."""
+    files = {"model.safetensors": safe(tmp_path, "a"), "consolidated.safetensors": b"x"}
+    server.repositories["org/name"] = files
+    open_checkpoint("org/name")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert list(open_checkpoint("org/name").specs) == ["a"]
+    with pytest.raises(
+        CheckpointError, match="org/other: no such file or folder, and not in the hub's"
+    ):
+        open_checkpoint("org/other")
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("gpt2", HubId("gpt2")),
+        ("org/name/sub/folder@v1", HubId("org/name", "v1", "sub/folder")),
+        ("https://huggingface.co/org/name", HubId("org/name")),
+        ("https://hf.co/org/name/", HubId("org/name")),
+        ("https://huggingface.co/org/name/tree/v1/a/b", HubId("org/name", "v1", "a/b")),
+        ("https://huggingface.co/org/name/blob/main/a.gguf", HubId("org/name", "main", "a.gguf")),
+        ("https://example.com/org/name", None),
+        ("model.safetensors", None),
+        ("here/name", None),
+        ("here/a/b", None),
+        ("org/../name", None),
+    ],
+)
+def test_ids(
+    source: str, found: HubId | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A path below a folder that is here has a mistake in it, and nobody is asked."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    assert hub.parse(source) == found
