@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
 import torch
+import zstandard
 from safetensors.torch import load_file, save_file
 
 import lora_tools
@@ -20,6 +23,7 @@ from lora_tools.formats.inert_pickle import read_pickle
 from lora_tools.formats.json_file import parse
 from lora_tools.formats.sidecar import NAME
 from lora_tools.onnx.initializers import load
+from lora_tools.sources.checkpoints import open_checkpoint
 
 from .campaign import moments, sound
 from .campaign.damage import joined, signed, split
@@ -173,6 +177,43 @@ def test_a_sidecar_that_would_file_weights_elsewhere_is_refused(
     with pytest.raises(CheckpointError, match=said):
         lora_tools.unmerge(tmp_path / "m", [whole / "adapter"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def _other_index(folder: Path, name: str, change: Callable[[dict[str, str]], None]) -> None:
+    """Puts an index of that name into a sidecar, made of its own, and signs it again."""
+    header, body = split((folder / NAME).read_bytes())
+    begin, end = header["file/model.safetensors.index.json"]["data_offsets"]
+    index = json.loads(zstandard.ZstdDecompressor().decompress(body[begin:end]))
+    change(index["weight_map"])
+    data = zstandard.ZstdCompressor().compress(json.dumps(index).encode())
+    place = [len(body), len(body) + len(data)]
+    if (entry := header.pop(f"file/{name}", None)) is not None:  # its bytes stay, as another file
+        header["file/x"] = entry
+    header[f"file/{name}"] = {"dtype": "U8", "shape": [len(data)], "data_offsets": place}
+    (folder / NAME).write_bytes(joined(signed(header, body + data), body + data))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("a.safetensors.index.json", lambda where: None, "holds several indexes: "),
+        ("model.safetensors.index.json", lambda where: where.popitem(), "other than its headers"),
+        ("model.safetensors.index.json", lambda where: where.update(x="x"), "than its headers"),
+    ],
+)
+def test_a_sidecar_whose_output_would_not_open_is_refused(
+    name: str, change: Any, said: str, whole: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(whole / "merged", tmp_path / "m")
+    _other_index(tmp_path / "m", name, change)
+    with pytest.raises(CheckpointError, match=said):
+        lora_tools.unmerge(tmp_path / "m", [whole / "adapter"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    shutil.rmtree(tmp_path / "m")
+    shutil.copytree(whole / "merged", tmp_path / "m")
+    _other_index(tmp_path / "m", "model.safetensors.index.json", lambda where: None)
+    lora_tools.unmerge(tmp_path / "m", [whole / "adapter"], tmp_path / "out")
+    assert open_checkpoint(tmp_path / "out").specs == open_checkpoint(whole / "base").specs
 
 
 @pytest.mark.parametrize("value", [torch.tensor([[7, 3]]), torch.tensor([[1.5, 2.0]])])

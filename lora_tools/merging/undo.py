@@ -122,13 +122,14 @@ def _check_files(memory: Sidecar, shards: Sequence[Shard]) -> None:
     where = {spec.name: shard.name for shard in shards for spec in shard.specs}
     if strange := [shard.name for shard in shards if not shard.name.endswith(".safetensors")]:
         raise CheckpointError(f"{memory.path}: {strange[0]!r} is no name of a file of weights")
-    for name, data in memory.files().items():
-        if not name.endswith(".safetensors.index.json"):
-            continue
-        index = strict_json(data)
+    indexes = [name for name in memory.files() if name.endswith(".safetensors.index.json")]
+    for name in indexes:
+        index = strict_json(memory.files()[name])
         said = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(said, dict) or any(where.get(n) != file for n, file in said.items()):
+        if said != where:
             raise CheckpointError(f"{memory.path}: its {name} says other than its headers")
+    if len(indexes) > 1:
+        raise CheckpointError(f"{memory.path}: holds several indexes: {', '.join(indexes)}")
 
 
 def check_merged(merged: Checkpoint, plan: MergePlan) -> None:
