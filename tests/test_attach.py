@@ -273,7 +273,7 @@ def test_a_layer_with_a_branch_of_its_own(put: Any, tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[Any, type[LoraToolsError], str]] = {
-    "no-such-adapter": (lambda a: "no/such/folder", AdapterError, "no/such/folder"),
+    "no-such-adapter": (lambda a: "./no/such/folder", AdapterError, "no/such/folder"),
     "nothing": (lambda a: [], UsageError, "at least one adapter"),
     "weight": (lambda a: [(a, float("nan"))], UsageError, "finite"),
 }
