@@ -228,7 +228,12 @@ def test_ci_runs_the_two_commands_of_readme() -> None:
     assert "$(MAKE)" not in read("Makefile")  # make -n would run it, and all around it
     for name in ("demo", "test"):
         dry = subprocess.run(
-            ["make", "-n", name], cwd=ROOT, capture_output=True, text=True, check=True
+            ["make", "-n", "--no-print-directory", name],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+            env={k: v for k, v in os.environ.items() if not k.startswith("MAKE")},
         )
         assert [line.strip() for line in dry.stdout.splitlines()][:2] == [
             line.replace("$(PYTHON)", "python3") for line in target(name)[:2]
