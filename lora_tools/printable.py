@@ -17,6 +17,14 @@ def printable(text: str) -> str:
     return "".join(_escaped(char) for char in text)
 
 
+def shortened(text: str, width: int, head: int) -> str:
+    """A text in ``width`` letters, without its middle: ``head`` of them are its beginning, the
+    others its end, which is what tells names apart."""
+    if len(text) <= width:
+        return text
+    return f"{text[:head]}…{text[len(text) - (width - 1 - head) :]}"
+
+
 def _escaped(char: str) -> str:
     if unicodedata.category(char) not in _HIDDEN:
         return char

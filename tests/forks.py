@@ -6,12 +6,16 @@ import atexit
 import contextlib
 import functools
 import os
+import pty
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 from collections.abc import Iterator, Mapping, Sequence
+from fcntl import ioctl
 from pathlib import Path
 from typing import IO
 
@@ -112,6 +116,29 @@ def run(
             stream.seek(0)
             said.append(stream.read().decode())
     return subprocess.CompletedProcess([str(arg) for arg in args], status, *said)
+
+
+def on_a_terminal(
+    args: Sequence[object], *streams: str, width: int = 0, env: Mapping[str, str] | None = None
+) -> tuple[int, str]:
+    """The exit code of a run, and all that it wrote to a terminal, which these of its streams are;
+    of so many columns, or as pseudo-terminals are."""
+    main, other = pty.openpty()
+    if width:
+        ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
+    process = Run(args, env=env, **dict.fromkeys(streams, other))
+    os.close(other)
+    written = b""
+    while True:
+        try:
+            part = os.read(main, 1 << 16)
+        except OSError:  # the other side is closed
+            break
+        if not part:
+            break
+        written += part
+    os.close(main)
+    return process.wait(), written.decode()
 
 
 def preload(*names: str) -> None:

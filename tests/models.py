@@ -93,6 +93,15 @@ def save(model: torch.nn.Module, folder: Path, **options: Any) -> Path:
     return folder
 
 
+def pair(folder: Path) -> Path:
+    """``base`` and ``tuned`` in a folder: a Llama, and all of its weights a little otherwise."""
+    model = make("llama")
+    save(model, folder / "base")
+    perturb(model, 0.01, seed=1)
+    save(model, folder / "tuned")
+    return folder
+
+
 def quietly(work: Callable[[], Any]) -> Any:
     """Call ``work``; what PEFT and transformers warn of is not what is tested."""
     with warnings.catch_warnings():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import signal
 import subprocess
 import sys
@@ -21,11 +20,7 @@ SHELLS = {"bash": "complete", "zsh": "compdef", "fish": "complete"}
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with base, tuned and adapter, not to be written to."""
-    folder = tmp_path_factory.mktemp("pair")
-    model = models.make("llama")
-    models.save(model, folder / "base")
-    models.perturb(model, 0.01, seed=1)
-    models.save(model, folder / "tuned")
+    folder = models.pair(tmp_path_factory.mktemp("pair"))
     done = loratools("extract", folder / "base", folder / "tuned", "-o", folder / "adapter", "-q")
     assert done.returncode == 0, done.stderr
     return folder
@@ -292,21 +287,8 @@ def test_a_report_never_goes_into_an_input(pair: Path, tmp_path: Path, name: str
 
 def on_a_terminal(args: list[Any]) -> tuple[int, str]:
     """Run the command with its stderr on a pseudo-terminal; returns what it drew there."""
-    main, other = pty.openpty()
     env = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "120"}
-    process = forks.Run(args, stdin=other, stderr=other, env=env)
-    os.close(other)
-    drawn = b""
-    while True:
-        try:
-            part = os.read(main, 1 << 16)
-        except OSError:  # the other side is closed
-            break
-        if not part:
-            break
-        drawn += part
-    os.close(main)
-    return process.wait(), drawn.decode()
+    return forks.on_a_terminal(args, "stdin", "stderr", env=env)
 
 
 def test_a_bar_on_a_terminal_and_none_in_a_pipe(pair: Path, tmp_path: Path) -> None:

@@ -94,11 +94,7 @@ def blocks(page: str) -> list[tuple[str, str, str]]:
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """base, tuned and two adapters, of which the second saves nothing whole."""
-    folder = tmp_path_factory.mktemp("pair")
-    model = models.make("llama")
-    models.save(model, folder / "base")
-    models.perturb(model, 0.01, seed=1)
-    models.save(model, folder / "tuned")
+    folder = models.pair(tmp_path_factory.mktemp("pair"))
     sides = folder / "base", folder / "tuned"
     lora_tools.extract(*sides, folder / "adapter", rank=4)
     lora_tools.extract(*sides, folder / "other", rank=2, rest="skip", embeddings="skip")

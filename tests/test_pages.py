@@ -16,7 +16,7 @@ import pytest
 
 from lora_tools.inspecting.spectrum import picture
 from lora_tools.plots import MOST_LINES, Picture, draw
-from lora_tools.plots.picture import shortened, styles
+from lora_tools.plots.picture import label, styles
 from lora_tools.records import ModuleSpectrum, Report
 
 pytest.importorskip("plotly")
@@ -114,9 +114,9 @@ def test_experts_are_counted_and_what_is_left_out_is_said() -> None:
 
 def test_long_names_keep_their_ends() -> None:
     name = "a" * 100 + "_end"
-    assert len(shortened(name)) == 48
-    assert shortened(name).endswith("_end")
-    assert shortened("short") == "short"
+    assert len(label(name)) == 48
+    assert label(name).endswith("_end")
+    assert label("short") == "short"
 
 
 LOOK = """
@@ -184,7 +184,7 @@ def test_in_a_browser(page: bytes, browse: Callable[[bytes], dict[str, Any]]) ->
     assert seen["images"] == 0
     assert seen["fetched"] == []
     assert seen["buttons"] == [], "nothing is sent anywhere"
-    assert set(seen["first"]) >= {"mlp.part_0", shortened(HOSTILE)}
+    assert set(seen["first"]) >= {"mlp.part_0", label(HOSTILE)}
     assert seen["layers"] == [str(i) for i in range(80)]
     assert len(seen["traces"]) == 12
     assert (seen["light"], seen["dark"]) == ("light", "dark")

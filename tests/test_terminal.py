@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import pty
-import struct
-import termios
 import unicodedata
-from fcntl import ioctl
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from lora_tools import errors
-from lora_tools.cli.table import Column, lines, shortened
+from lora_tools.cli.table import Column, lines, short_name
 from lora_tools.printable import printable
 from lora_tools.records import Action, Fate, ModuleSpectrum, Report
 from lora_tools.verbs import VERBS
@@ -29,12 +25,7 @@ from . import forks, models
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pair")
-    model = models.make("llama")
-    models.save(model, folder / "base")
-    models.perturb(model, 0.01, seed=1)
-    models.save(model, folder / "tuned")
-    return folder
+    return models.pair(tmp_path_factory.mktemp("pair"))
 
 
 def loratools(*args: Any, **more: Any) -> Any:
@@ -43,23 +34,10 @@ def loratools(*args: Any, **more: Any) -> Any:
 
 def on_a_terminal(args: list[Any], width: int) -> str:
     """What the command prints to a terminal of that width."""
-    main, other = pty.openpty()
-    ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
     env = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
-    process = forks.Run(list(map(str, args)), stdout=other, env=env)
-    os.close(other)
-    said = b""
-    while True:
-        try:
-            part = os.read(main, 1 << 16)
-        except OSError:  # the other side is closed
-            break
-        said += part
-        if not part:
-            break
-    os.close(main)
-    assert process.wait() == 0
-    return said.decode().replace("\r\n", "\n")
+    code, said = forks.on_a_terminal(args, "stdout", width=width, env=env)
+    assert code == 0
+    return said.replace("\r\n", "\n")
 
 
 # ------------------------------------------------------------------------------ which stream it is
@@ -190,7 +168,7 @@ def test_at_80_columns(pair: Path) -> None:
 
 @given(st.text(max_size=50), st.integers(4, 40))
 def test_both_ends_of_a_name_stay(name: str, width: int) -> None:
-    short = shortened(name, width)
+    short = short_name(name, width)
     assert len(short) <= max(width, 4)
     if short != name:
         before, after = short.split("…") if short.count("…") == 1 else (short[0], short[-1])

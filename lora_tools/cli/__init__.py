@@ -72,10 +72,8 @@ def help_(ctx: click.Context, command: str | None) -> None:
     if command is None:
         click.echo(above.get_help())
         return
-    found = main.get_command(above, command)
-    if found is None:
-        main.resolve_command(above, [command])  # raises, with what it may have been
-        return
+    _, found, _ = main.resolve_command(above, [command])  # raises, with what it may have been
+    assert found is not None
     with click.Context(found, info_name=command, parent=above) as its:
         click.echo(found.get_help(its))
 

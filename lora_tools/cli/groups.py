@@ -19,21 +19,20 @@ class GroupedOption(click.Option):
 
     def resolve_envvar_value(self, ctx: click.Context) -> str | None:
         """As click has it, which knows one variable by the parameter's name."""
-        set_ = (os.environ[name] for name in self.variables(ctx) if os.environ.get(name))
-        return next(set_, None)
+        return os.environ.get(self._variable(ctx)) or None
 
-    def variables(self, ctx: click.Context) -> tuple[str, str]:
-        """Names of the variables, the one that goes before the other first."""
+    def _variable(self, ctx: click.Context) -> str:
+        """The variable that is set, the command's own before that of all; "" where none is."""
         long = next(flag for flag in self.opts if flag.startswith("--"))[2:]
         names = (f"LORATOOLS_{ctx.command.name}_{long}", f"LORATOOLS_{long}")
-        return tuple(name.replace("-", "_").upper() for name in names)  # type: ignore[return-value]
+        return next(filter(os.environ.get, (n.replace("-", "_").upper() for n in names)), "")
 
     def get_error_hint(self, ctx: click.Context | None) -> str:
         """As click has it, with the variable where that was wrong."""
-        hint = super().get_error_hint(ctx) if ctx is not None else f"'{self.opts[-1]}'"
+        hint = super().get_error_hint(ctx)
         if ctx is None or ctx.get_parameter_source(self.name or "") != ParameterSource.ENVIRONMENT:
             return hint
-        return f"{hint} ({next(n for n in self.variables(ctx) if os.environ.get(n))})"
+        return f"{hint} ({self._variable(ctx)})"
 
 
 def headings(command: click.Command, ctx: click.Context) -> dict[str, list[click.Parameter]]:

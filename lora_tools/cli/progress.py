@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 
 from lora_tools.cli.sentences import size
-from lora_tools.cli.table import shortened
+from lora_tools.cli.table import short_name
 from lora_tools.printable import printable
 from lora_tools.records import Progress, ProgressCallback
 
@@ -44,7 +44,7 @@ def progress(quiet: bool) -> Iterator[ProgressCallback | None]:
                 task,
                 completed=step.done,
                 total=step.total,
-                description=shortened(printable(step.label), _LABEL).ljust(_LABEL),
+                description=short_name(printable(step.label), _LABEL).ljust(_LABEL),
                 steps=f"{step.step:>{len(str(step.steps))}}/{step.steps}",
                 speed=f"{shown:>11}",
             )

@@ -224,7 +224,7 @@ def _of_looks(t: Mapping[str, Any]) -> Iterator[str]:
     if "relative_change" in t:
         yield (
             f"{counted(t['changed'], 'tensor')} changed, {t['unchanged']} did not; relative change "
-            f"{_number(t['relative_change'], '.3%')}"
+            f"{number(t['relative_change'], '.3%')}"
         )
         if t["one_sided"]:
             yield f"on one side only, and in no figure: {counted(t['one_sided'], 'tensor')}"
@@ -234,7 +234,8 @@ def _of_looks(t: Mapping[str, Any]) -> Iterator[str]:
         yield from _findings(t)
 
 
-def _number(value: float, style: str) -> str:
+def number(value: float, style: str) -> str:
+    """A figure, or a dash where there is none."""
     return format(value, style) if math.isfinite(value) else "-"
 
 

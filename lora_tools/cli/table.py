@@ -7,7 +7,7 @@ import dataclasses
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 
-from lora_tools.printable import printable
+from lora_tools.printable import printable, shortened
 
 _GAP = "  "
 _NAME = 28  # letters of a name that are worth more than another column
@@ -22,8 +22,8 @@ class Column:
     Attributes:
         cells: one for each row.
         rank: those of the highest go first where there is no room for all; of 0 never.
-        kind: "name": on the left, shortened in the middle; "number": on the right; "text": on the
-            left, in several lines.
+        kind: "name": on the left, shortened in the middle; "number": on the right; "word": on the
+            left; "text": on the left, in several lines.
     """
 
     title: str
@@ -92,16 +92,13 @@ def _fitted(columns: Sequence[Column], width: int) -> list[Column]:
     name = columns[0]
     others = sum(min(c.width, _TEXT) if c.kind == "text" else c.width for c in columns[1:])
     room = width - others - len(_GAP) * (len(columns) - 1)
-    cells = [shortened(cell, max(room, _LEAST)) for cell in name.cells]
+    cells = [short_name(cell, max(room, _LEAST)) for cell in name.cells]
     return [dataclasses.replace(name, cells=cells), *columns[1:]]
 
 
-def shortened(text: str, width: int) -> str:
-    """A text without its middle; most of what tells names apart is at the end."""
-    if len(text) <= width:
-        return text
-    end = width - 1 - min(6, width // 4)
-    return f"{text[: width - 1 - end]}…{text[len(text) - end :]}"
+def short_name(name: str, width: int) -> str:
+    """A name in so many letters."""
+    return shortened(name, width, min(6, width // 4))
 
 
 def _drawn(columns: Sequence[Column], width: int | None) -> Iterator[str]:

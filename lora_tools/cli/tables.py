@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from lora_tools.cli.sentences import number
 from lora_tools.cli.table import Column, lines
 from lora_tools.records import ModuleResult, ModuleSpectrum, Report, TensorResult
 
@@ -64,7 +65,7 @@ def _modules(rows: Sequence[ModuleResult]) -> list[Column]:
     if any(m.method not in ("resize", "difference") for m in rows):
         columns += [
             Column("could gain", [f"{m.gain_bound:.1e}" for m in rows], 4),
-            Column("rel. change", [_number(m.relative_change, ".3%") for m in rows], 2),
+            Column("rel. change", [number(m.relative_change, ".3%") for m in rows], 2),
         ]
     return columns
 
@@ -98,19 +99,19 @@ def _spectra(rows: Sequence[ModuleSpectrum]) -> list[Column]:
         Column("kind", [s.layout for s in rows], 6),
         Column("shape", [_shape(s.shape) for s in rows], 4),
         Column("norm", [f"{s.norm:.4g}" for s in rows], 2),
-        Column("stable rank", [_number(s.stable_rank, ".1f") for s in rows], 3),
+        Column("stable rank", [number(s.stable_rank, ".1f") for s in rows], 3),
     ]
     for rank, place in (("8", 5), ("16", 2), ("32", 5), ("64", 5)):
-        cells = [_number(s.energy.get(rank, math.nan), ".1%") for s in rows]
+        cells = [number(s.energy.get(rank, math.nan), ".1%") for s in rows]
         columns.append(Column(f"at {rank}", cells, place))
-    # 64 is as deep as verbs/spectra.DEPTH looks.
+    # 64 is as deep as inspecting.spectrum.DEPTH looks.
     ranks = Column("rank", [">64" if s.rank is None else str(s.rank) for s in rows])
     if change:
         return [
             *columns,
-            Column("noise floor", [_number(s.noise_floor, ".2e") for s in rows], 4),
+            Column("noise floor", [number(s.noise_floor, ".2e") for s in rows], 4),
             ranks,
-            Column("rel. change", [_number(s.relative_change, ".3%") for s in rows]),
+            Column("rel. change", [number(s.relative_change, ".3%") for s in rows]),
         ]
     return [
         *columns,
@@ -143,10 +144,6 @@ def _fates(report: Report[Any]) -> list[Column]:
 
 def _shape(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
-
-
-def _number(value: float, style: str) -> str:
-    return format(value, style) if math.isfinite(value) else "-"
 
 
 def _error(value: float | None) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import difflib
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -174,6 +173,8 @@ def pick_device(name: str) -> str:
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
+        import difflib
+
         reason = str(error).splitlines()[0]
         kind = name.partition(":")[0]
         close = [] if kind in _DEVICES else difflib.get_close_matches(kind, _DEVICES, 1)

@@ -70,8 +70,7 @@ class Quantization:
         """The text, and statistics that no other verb has used, as inputs of the report."""
         given: tuple[Input, ...] = ()
         if self.statistics is not None and self.affine:
-            known = self.statistics.known
-            given = (Input("activations", str(known.path), known.digest),)
+            given = (self.statistics.known.as_input(),)
         if self.text is None:
             return given
         return (*given, Input("text", str(path), text_digest(self.text)))

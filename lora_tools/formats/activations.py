@@ -14,6 +14,7 @@ from lora_tools.errors import CheckpointError, MismatchError
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.alignment import align
 from lora_tools.formats.safetensors_file import SafetensorsFile
+from lora_tools.records import Input
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +52,10 @@ class Activations:
                 f"{self._path}: names none of the modules ({next(iter(modules), '-')}, …); was it "
                 "collected on this model?"
             )
+
+    def as_input(self) -> Input:
+        """As a report has it among its inputs."""
+        return Input("activations", str(self.path), self.digest)
 
     def __contains__(self, module: str) -> bool:
         return module in self._own

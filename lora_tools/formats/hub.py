@@ -193,8 +193,7 @@ def _chosen(wanted: HubId, names: list[str], allow_pickle: bool) -> list[str]:
 def _weights(wanted: HubId, folder: str, names: list[str], allow_pickle: bool) -> list[str]:
     """Names of one folder's weights: those of its index, the one file of the usual name, or all
     that are no twins of others. Pickles are taken only where there is nothing else."""
-    kinds = [(".safetensors",), *(((suffix,)) for suffix in _PICKLES if allow_pickle)]
-    for (suffix,) in kinds:
+    for suffix in (".safetensors", *(_PICKLES if allow_pickle else ())):
         there = [n for n in names if n.endswith(suffix) and not _LEFT.fullmatch(n)]
         indexes = [n for n in names if n.endswith(suffix + _INDEX)]
         plain = [n for n in indexes if not _TWIN.fullmatch(n)] or indexes

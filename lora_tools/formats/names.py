@@ -125,12 +125,6 @@ def class_name(config: Mapping[str, Any]) -> str:
     return str(names[0]) if isinstance(names, list) and names else ""
 
 
-def task_type(config: Mapping[str, Any]) -> str | None:
-    """PEFT's task type of the class that a config.json names, where it is one of those above."""
-    mine = class_name(config)
-    return next((task for task, name in TASK_CLASSES.items() if mine.endswith(name)), None)
-
-
 def modules_matched(name: str, modules: Iterable[str]) -> set[str]:
     """Modules that PEFT's ``target_modules: [name]`` selects: by whole name or by last parts."""
     return {m for m in modules if m == name or m.endswith("." + name)}

@@ -121,6 +121,10 @@ class Errors:
     fed: float
     energy: float
 
+    def unfed(self) -> Errors:
+        """Where the codes rounded by themselves stay."""
+        return dataclasses.replace(self, fed=self.plain)
+
     def __add__(self, other: Errors) -> Errors:
         return Errors(self.plain + other.plain, self.fed + other.fed, self.energy + other.energy)
 

@@ -116,11 +116,14 @@ def plan_merging(
     """Open a base and adapters, and plan their merge. Headers only are read.
 
     Raises:
+        UsageError: there is no adapter where one is needed; nothing is read then.
         LoraToolsError: they cannot be read, or do not fit.
     """
+    if needs_adapters and not adapters:
+        raise UsageError("no ADAPTER: give at least one, or --dtype to change the numbers alone")
     source = open_checkpoint(base, running.allow_pickle)
     weighted: list[Weighted] = []
-    if adapters or needs_adapters:
+    if adapters:
         weighted = open_weighted(adapters, running.allow_pickle, source, matching.allow_unmatched)
     source = fit_base(source, weighted, matching.allow_unmatched)
     plan = plan_merge(source, weighted, matching.allow_unmatched)

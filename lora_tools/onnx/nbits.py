@@ -55,7 +55,7 @@ def feed(W: Any, parts: Sequence[Any], bits: int, block: int, by: Factor) -> tup
     out = torch.empty(rows, cols)
     errors = scaled_feedback.feed(torch.from_numpy(W), back, grid, by, out)
     if errors.fed >= errors.plain:
-        return parts[0], Errors(errors.plain, errors.plain, errors.energy)
+        return parts[0], errors.unfed()
     made = codes.copy()  # what fills the last block stays
     made[:, :cols] = out.numpy()
     if bits == 4:

@@ -67,7 +67,10 @@ class NameFilter:
         return not any(p.search(name) for p in self._exclude)
 
     def refuse_idle(self, names: Iterable[str]) -> None:
-        """Raises UsageError for a pattern that is found in none of the names there are."""
+        """Raises UsageError for a pattern that is found in none of the names there are; where there
+        is none, nobody is asked for them."""
+        if not (self._include or self._exclude):
+            return
         known = sorted(set(names))
         for flag, patterns in (("--include", self._include), ("--exclude", self._exclude)):
             for pattern in patterns:

@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 from lora_tools.plots import picture as drawn
-from lora_tools.plots.picture import Line, Picture, shortened, styles
+from lora_tools.plots.picture import Line, Picture, label, styles
 from lora_tools.printable import printable
 
 _PAGE = """<!DOCTYPE html>
@@ -86,7 +86,7 @@ def _text(name: str) -> str:
 
 
 def _label(name: str) -> str:
-    return _text(shortened(printable(name)))
+    return _text(label(name))
 
 
 def _templates() -> dict[str, Any]:

@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import cycle, islice, product
 
+from lora_tools.printable import printable, shortened
+
 _WIDE = 5  # colours follow the logarithm of values that spread wider than this
 _DEEP = 100  # a floor that lies this far below every value is not drawn
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8E6BBF", "#888888")
@@ -106,6 +108,6 @@ def styles(count: int) -> list[tuple[str, str]]:
     return list(islice(cycle(product(_DASHES, _COLOURS)), count))
 
 
-def shortened(name: str, most: int = 48) -> str:
-    """A name that takes no more room than that, its end kept: it is what tells names apart."""
-    return name if len(name) <= most else f"{name[: most // 3]}…{name[-(most - most // 3 - 1) :]}"
+def label(name: str, most: int = 48) -> str:
+    """A name as it is drawn, in that many letters at most."""
+    return shortened(printable(name), most, most // 3)

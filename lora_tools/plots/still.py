@@ -8,8 +8,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from lora_tools.plots import picture as drawn
-from lora_tools.plots.picture import Picture, shortened, styles
-from lora_tools.printable import printable
+from lora_tools.plots.picture import Picture, label, styles
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,11 +41,11 @@ def _without_formulas(picture: Picture) -> Picture:
     """Names as they are: matplotlib takes what stands between two dollars for a formula."""
 
     def plain(name: str) -> str:
-        return shortened(printable(name)).replace("$", r"\$")
+        return label(name).replace("$", r"\$")
 
     return dataclasses.replace(
         picture,
-        title=shortened(printable(picture.title), 110).replace("$", r"\$"),
+        title=label(picture.title, 110).replace("$", r"\$"),
         rows=[plain(name) for name in picture.rows],
         columns=[plain(name) for name in picture.columns],
         lines=[dataclasses.replace(line, label=plain(line.label)) for line in picture.lines],

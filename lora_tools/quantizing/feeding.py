@@ -16,7 +16,7 @@ from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.formats.names import split_tensor
 from lora_tools.formats.quantized.bitsandbytes import QuantizedTensor, QuantState
 from lora_tools.quantizing.plan import Feeding, Item, QuantizePlan
-from lora_tools.records import Input, Report, TensorResult, counted
+from lora_tools.records import Report, TensorResult, counted
 from lora_tools.sources.schemes.row import Scheme
 from lora_tools.totals import QuantizeTotals
 
@@ -41,8 +41,7 @@ def with_input(report: Report[T], known: Activations | None) -> Report[T]:
     """The report with the statistics among its inputs."""
     if known is None:
         return report
-    given = Input("activations", str(known.path), known.digest)
-    return dataclasses.replace(report, inputs=(*report.inputs, given))
+    return dataclasses.replace(report, inputs=(*report.inputs, known.as_input()))
 
 
 def made_by(shards: list[Shard], known: Activations | None) -> list[Shard]:
@@ -182,7 +181,7 @@ def feed(
         if errors.fed < errors.plain:
             made.packed[:] = room.numpy()
             return errors
-    return dataclasses.replace(errors, fed=errors.plain)
+    return errors.unfed()
 
 
 class Feeder:
@@ -221,7 +220,7 @@ class Feeder:
         values = torch.empty(x.shape)
         errors = scaled_feedback.feed(x, back, grid, self._by, values)
         if errors.fed >= errors.plain:
-            self.errors += dataclasses.replace(errors, fed=errors.plain)
+            self.errors += errors.unfed()
             return parts
         self.errors += errors
         codes = next(iter(self._packed.specs))

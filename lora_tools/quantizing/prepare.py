@@ -40,7 +40,7 @@ from lora_tools.quantizing.plan import (
 from lora_tools.records import DTYPE_BITS, Action, Fate, Report, counted
 from lora_tools.sources.checkpoints import open_checkpoint
 from lora_tools.sources.dequantized import Dequantized
-from lora_tools.sources.weighted import Weighted, open_weighted
+from lora_tools.sources.weighted import open_weighted
 from lora_tools.totals import QuantizeTotals
 
 _OF_ALL_FORMS = (
@@ -72,11 +72,9 @@ def prepare_quantize(
     given = base = open_checkpoint(checkpoint, running.allow_pickle)
     chosen.refuse_idle(w.module for w in base.weights.values())
     limit = limit_of(storage, base)
-    weighted: list[Weighted] = []
-    if adapters:
-        lenient = matching.allow_unmatched
-        weighted = open_weighted(adapters, running.allow_pickle, base, lenient)
-    base = fit_base(base, weighted, matching.allow_unmatched)
+    lenient = matching.allow_unmatched
+    weighted = open_weighted(adapters, running.allow_pickle, base, lenient) if adapters else []
+    base = fit_base(base, weighted, lenient)
     how = plan_compensation(base, numbers.compensate, numbers.compensate_iterations, weighted)
     if form.needs_config and not base.stored.config:
         raise UsageError(

@@ -8,6 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from lora_tools.errors import UsageError
+from lora_tools.formats.adapters.format import Format
+from lora_tools.formats.adapters.peft import Adapter
 from lora_tools.formats.base_name import named
 from lora_tools.formats.names import TASK_CLASSES, class_name
 
@@ -57,6 +60,19 @@ def identified(
     if base is None or found.get("task_type") or found.get("auto_mapping"):
         return found
     return {**found, **class_fields(base.config, modules, saved)}
+
+
+def identify(given: Adapter, form: Format, base: Base | None, wanted: str | None) -> None:
+    """Have the config of an adapter that is to be written in a format be ``identified``.
+
+    Raises:
+        UsageError: a name is wanted, and the format has no config to put it in.
+    """
+    if form.name == "peft":
+        modules = given.changes or given.modules
+        given.config = identified(given.config, base, wanted, modules, given.whole)
+    elif wanted is not None:
+        raise UsageError(f"--base-name: {form.title} has no place for it")
 
 
 def class_fields(

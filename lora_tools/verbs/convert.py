@@ -38,7 +38,7 @@ from lora_tools.options.ranks import rank_rule
 from lora_tools.provenance import handed_on
 from lora_tools.records import Action, Fate, Input, Report
 from lora_tools.sources.adapters import open_adapter
-from lora_tools.sources.auto_class import identified
+from lora_tools.sources.auto_class import identify
 from lora_tools.sources.base_names import base_names, checkpoint_or_pipeline
 from lora_tools.sources.weighted import Weighted
 from lora_tools.totals import ConvertTotals
@@ -84,7 +84,7 @@ def convert(
         alpha=formats.alpha,
         enable_lora=enabled,
     )
-    _identify(given, target, names, adapter_form.base_name)
+    identify(given, target, names, adapter_form.base_name)
     if given.changes:
         return _made_lora(call, str(adapter), given, base, names, formats, adapter_form, ranks)
     if not given.differences:
@@ -109,15 +109,6 @@ def convert(
 
     read = (given.path, *([names.path] if names is not None else []))
     return Prepared(report, read, 3 * given.nbytes, write)
-
-
-def _identify(given: Adapter, target: Format, names: BaseNames | None, wanted: str | None) -> None:
-    """Have the config say which base it is for. Raises UsageError where there is no config."""
-    if target.name == "peft":
-        modules = given.changes or given.modules
-        given.config = identified(given.config, names, wanted, modules, given.whole)
-    elif wanted is not None:
-        raise UsageError(f"--base-name: {target.title} has no place for it")
 
 
 def _made_lora(

@@ -35,8 +35,6 @@ def merge(
         LoraToolsError: any of the tree; the destination is untouched then.
     """
     running = call.running
-    if not adapters and not storage.dtype:
-        raise UsageError("no ADAPTER: give at least one, or --dtype to change the numbers alone")
     planned = plan_merging(base, adapters, matching, running, needs_adapters=not storage.dtype)
     if merging.requantize:
         from lora_tools.quantizing.requantize import prepare_requantize

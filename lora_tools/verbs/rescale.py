@@ -23,7 +23,7 @@ from lora_tools.options.parse import consumer_named
 from lora_tools.options.ranks import rank_rule, refuse_shared, size_of
 from lora_tools.records import Action, Fate, Input, Report
 from lora_tools.sources.adapters import open_adapter
-from lora_tools.sources.auto_class import identified
+from lora_tools.sources.auto_class import identify
 from lora_tools.sources.base_names import base_names, checkpoint_or_pipeline
 from lora_tools.totals import RescaleTotals
 from lora_tools.verbs.frame import Call, verb
@@ -57,13 +57,11 @@ def rescale(
     given = open_adapter(adapter, allow_pickle, base=names, as_stored=names is None)
     given.need_lora("rank or alpha to change")
     form = FORMATS[given.format if target.patterns else "peft"].at(call.out)
-    _refuse(given, form, strength, ranks, adapter_form.base_name)
+    _refuse(given, form, strength, ranks)
     checkpoint = base if isinstance(base, Checkpoint) else None
     given, said = in_terms_of(given, str(adapter), checkpoint, target)
     refuse_unread(given, target, names is not None and bool(names.tied))
-    if form.name == "peft":
-        named = adapter_form.base_name
-        given.config = identified(given.config, names, named, given.modules, given.whole)
+    identify(given, form, names, adapter_form.base_name)
     options = _for_adapter(options, strength, given)
     report = call.report(
         (Input("adapter", str(adapter)),),
@@ -121,16 +119,12 @@ def _for_adapter(options: Rescaling, strength: Strength, given: Adapter) -> Resc
     return dataclasses.replace(options, rslora=rslora, pad_to=pad_to)
 
 
-def _refuse(
-    given: Adapter, form: Format, strength: Strength, ranks: Ranks, base_name: str | None
-) -> None:
+def _refuse(given: Adapter, form: Format, strength: Strength, ranks: Ranks) -> None:
     """What cannot be done to this adapter."""
     if given.unresolved and not form.keeps_names:
         raise AdapterError(
             f"{given.path}: {given.unresolved}; give the model it was trained on with --base"
         )
-    if base_name is not None and form.name != "peft":
-        raise UsageError(f"--base-name: {form.title} has no place for it")
     size = size_of(ranks)
     if size is not None and size.in_bytes and form.name != "peft":
         raise UsageError(

@@ -108,3 +108,9 @@ def qkv(path: str, names: Sequence[str] = ("to_q", "to_k", "to_v")) -> tuple[str
 
 
 ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")
+# The last layers, which several families have; of the modulation diffusers swaps the halves.
+FINAL: Rules = {
+    "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+}
+FINAL_SWAPPED = ("final_layer.adaLN_modulation.1",)

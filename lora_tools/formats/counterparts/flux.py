@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
-from lora_tools.formats.counterparts.family import ADDED, Family, Rules, by_rules, has, qkv
+from lora_tools.formats.counterparts.family import (
+    ADDED,
+    FINAL,
+    FINAL_SWAPPED,
+    Family,
+    Rules,
+    by_rules,
+    has,
+    qkv,
+)
 
-_EMBEDDINGS: Rules = {
-    "img_in": "x_embedder",
-    "txt_in": "context_embedder",
-    "final_layer.linear": "proj_out",
-    "final_layer.adaLN_modulation.1": "norm_out.linear",
-}
+_EMBEDDINGS: Rules = {"img_in": "x_embedder", "txt_in": "context_embedder", **FINAL}
 _ATTENTION: Rules = {
     "double_blocks.#.img_attn.qkv": qkv("transformer_blocks.#.attn"),
     "double_blocks.#.txt_attn.qkv": qkv("transformer_blocks.#.attn", ADDED),
@@ -58,13 +62,12 @@ _SECOND: Rules = {
     "single_blocks.#.linear1": "single_transformer_blocks.#.attn.to_qkv_mlp_proj",
     "single_blocks.#.linear2": "single_transformer_blocks.#.attn.to_out",
 }
-_SWAPPED = ("final_layer.adaLN_modulation.1",)
 
 FLUX_2 = Family(
     "FLUX.2",
     has("double_blocks.", "double_stream_modulation_img.lin"),
     has("single_transformer_blocks.", "double_stream_modulation_img.linear"),
-    by_rules(_SECOND, _SWAPPED),
+    by_rules(_SECOND, FINAL_SWAPPED),
     lambda modules: "original",
 )
 FLUX = Family(
@@ -76,6 +79,6 @@ FLUX = Family(
         any(m.endswith(".proj_mlp") for m in modules)
         and "context_embedder.proj_in" not in modules  # HunyuanVideo
     ),
-    by_rules(_FIRST, _SWAPPED),
+    by_rules(_FIRST, FINAL_SWAPPED),
     lambda modules: "original",
 )

@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterator
 
 from lora_tools.formats.counterparts.family import (
     ADDED,
+    FINAL,
+    FINAL_SWAPPED,
     Family,
     Layout,
     Pair,
@@ -36,11 +38,9 @@ _SD3: Rules = {
     f"{_X}.mlp.fc2": f"{_T}.ff.net.2",
     f"{_C}.mlp.fc1": f"{_T}.ff_context.net.0.proj",
     f"{_C}.mlp.fc2": f"{_T}.ff_context.net.2",
-    "final_layer.linear": "proj_out",
-    "final_layer.adaLN_modulation.1": "norm_out.linear",
+    **FINAL,
 }
-_FINAL = ("final_layer.adaLN_modulation.1",)
-_sd3_pairs = by_rules(_SD3, _FINAL)
+_sd3_pairs = by_rules(_SD3, FINAL_SWAPPED)
 
 
 def _of_sd3(modules: Collection[str], layout: Layout) -> Iterator[Pair]:
@@ -142,13 +142,12 @@ _HUNYUAN: Rules = {
     ),
     "single_blocks.#.linear2": "single_transformer_blocks.#.proj_out",
     "single_blocks.#.modulation.linear": "single_transformer_blocks.#.norm.linear",
-    "final_layer.linear": "proj_out",
-    "final_layer.adaLN_modulation.1": "norm_out.linear",
+    **FINAL,
 }
 HUNYUAN_VIDEO = Family(
     "HunyuanVideo",
     has("double_blocks.0.img_attn_qkv"),
     has("single_transformer_blocks.0.proj_mlp", "context_embedder.proj_in"),
-    by_rules(_HUNYUAN, _FINAL),
+    by_rules(_HUNYUAN, FINAL_SWAPPED),
     lambda modules: "original",
 )
