@@ -16,15 +16,17 @@ from typing import Any, Literal
 
 from lora_tools.errors import QualityGateError, UsageError, errors_of_the_tree
 from lora_tools.formats import digest as hashing
+from lora_tools.formats import model_card
 from lora_tools.formats.checkpoint import PICKLE_SUFFIXES
 from lora_tools.formats.output import Prepared, check_destination, check_space, staged
 from lora_tools.formats.pipeline_output import copied_files, write_whole
-from lora_tools.formats.synced import held_bytes
+from lora_tools.formats.synced import held_bytes, write_synced
 from lora_tools.options import RECORDS, Running, Storage, Writing
 from lora_tools.options.spelling import errors_for_python
 from lora_tools.provenance import command_of, tool_version
 from lora_tools.records import Fate, Input, ProgressCallback, Report
 from lora_tools.verbs import VERBS
+from lora_tools.verbs.card import card_of
 from lora_tools.verbs.paths import Paths
 from lora_tools.verbs.report_file import check_report_file, write_report
 from lora_tools.verbs.row import Verb
@@ -216,11 +218,14 @@ def _work(
         return prepared.report
     paths.check_kept()
     nbytes = prepared.nbytes + sum(map(held_bytes, copied))
-    return _write(prepared, Path(call.out), nbytes, call.writing.force)
+    return _write(row, asked, prepared, Path(call.out), nbytes)
 
 
-def _write(prepared: Prepared, out: Path, nbytes: int, force: bool) -> Report[Any]:
+def _write(
+    row: Verb, asked: Mapping[str, Any], prepared: Prepared, out: Path, nbytes: int
+) -> Report[Any]:
     """Make the output beside its place, and put it there once it is complete."""
+    force = asked["writing"].force
     made = [out / name for name in prepared.added] or [out]
     made += [out.with_name(out.name + suffix) for suffix in prepared.beside]
     for path in made:
@@ -228,6 +233,24 @@ def _write(prepared: Prepared, out: Path, nbytes: int, force: bool) -> Report[An
     check_space(out, nbytes)
     with staged(made[0], force=force) as staging:
         report = write_whole(prepared, staging / "out")
+        if (staging / "out").is_dir():
+            _put_card(row, asked, prepared, report, staging / "out")
     for suffix in prepared.dropped if force else ():
         out.with_name(out.name + suffix).unlink(missing_ok=True)
     return report
+
+
+def _put_card(
+    row: Verb, asked: Mapping[str, Any], prepared: Prepared, report: Report[Any], folder: Path
+) -> None:
+    """Put the result's own card into its folder. What was copied from the input speaks of that, and
+    is the right one only where that comes back."""
+    place = folder / model_card.NAME
+    if "no_card" not in row.by_name:
+        if prepared.card is not None:
+            place.unlink(missing_ok=True)
+            write_synced(place, prepared.card)
+        return
+    place.unlink(missing_ok=True)
+    if not asked["writing"].no_card:
+        write_synced(place, card_of(row, asked, report, folder, prepared))

@@ -92,6 +92,7 @@ def unmerge(
         ),
         pipeline=checkpoint.pipeline,
         copied=checkpoint.copied(),
+        card=memory.card() if memory is not None else None,
     )
 
 
