@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -289,3 +290,80 @@ def test_an_adapter_named_by_a_path_has_no_base_model(here: Path) -> None:
         Path("ad/adapter_config.json").write_text(text)
         lora_tools.rescale("ad", "small", rank=1, force=True)
         assert head("small").get("base_model") == wanted
+
+
+# ----------------------------------------------------------------------------- inspect
+
+
+def said_by_inspect(folder: str | Path) -> dict[str, Any]:
+    found: dict[str, Any] = lora_tools.inspect(folder).totals["hub"]
+    return found
+
+
+def test_inspect_says_what_the_hub_will_make_of_a_folder(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said_by_inspect("base") == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": [],
+        "base_model_relation": None,
+        "license": "apache-2.0",
+        "missing": [],
+    }
+    bare = said_by_inspect("ad")
+    assert bare["library_name"] == "peft"
+    assert bare["missing"] == ["a model card (README.md)", "license", "pipeline_tag", "base_model"]
+    lora_tools.extract(BASE, "tuned", "named", rank=1)
+    found = said_by_inspect("named")
+    assert (found["base_model"], found["base_model_relation"]) == (["org/base"], "adapter")
+    lora_tools.extract("base", "tuned", "by-path", rank=1)
+    found = said_by_inspect("by-path")
+    assert found["base_model"] == []
+    assert any("which names a path (--base-name)" in each for each in found["missing"])
+    capsys.readouterr()
+    main(["inspect", BASE], standalone_mode=False)
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "on the Hub: library transformers; task text-generation; license apache-2.0; nothing is "
+        "missing"
+    )
+    assert "hub" not in lora_tools.inspect("base/model.safetensors").totals
+
+
+def test_a_head_of_other_types_says_nothing(here: Path) -> None:
+    Path("base/README.md").write_text(
+        "---\nlicense: [mit]\nlibrary_name: 3\npipeline_tag: {}\nbase_model: [1, org/x]\n"
+        'base_model_relation: "\\e[1m"\n---\n'
+    )
+    found = said_by_inspect("base")
+    assert found["base_model"] == ["org/x"]
+    assert (found["license"], found["base_model_relation"]) == (None, None)
+    assert found["library_name"] == "transformers"
+    assert found["missing"] == ["license"]
+
+
+KINDS: dict[str, tuple[str | None, str | None, Callable[[Path], object]]] = {
+    "diffusers": ("diffusers", None, lambda f: (f / "model_index.json").write_text("{}")),
+    "sentence-transformers": (
+        "sentence-transformers",
+        "sentence-similarity",
+        lambda f: (f / "modules.json").write_text("[]"),
+    ),
+    "a LoRA of diffusers": (
+        "diffusers",
+        None,
+        lambda f: (f / "pytorch_lora_weights.safetensors").touch(),
+    ),
+    "no weights that transformers loads": (
+        None,
+        None,
+        lambda f: (f / "config.json").write_text('{"model_type": "bert"}'),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_library_and_the_task_that_files_tell(kind: str, tmp_path: Path) -> None:
+    library, task, make = KINDS[kind]
+    make(tmp_path)
+    assert (model_card.library_of(tmp_path), model_card.task_of(tmp_path)) == (library, task)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_tools.formats import hub, model_card
-from lora_tools.formats.base_name import base_name
+from lora_tools.formats.base_name import base_name, named_base
 from lora_tools.formats.json_file import read_object
 from lora_tools.formats.output import Prepared
 from lora_tools.formats.regular_files import is_there
@@ -39,7 +39,7 @@ def card_of(
     is_adapter = model_card.library_of(folder) in _ADAPTERS
     bases, adapters = _hub_ids(report.inputs, *_BASES), _hub_ids(report.inputs, "adapter")
     if is_adapter:
-        named = _named_base(folder)
+        named = named_base(folder)
         bases = [named] if named else bases[:1]
     merged = not is_adapter and any(each.role == "adapter" for each in report.inputs)
     title, tags = _titled(folder, is_adapter, merged)
@@ -126,14 +126,6 @@ def _hub_id(given: Input) -> str | None:
     if not hub.looks_like_hub_id(name):
         return None
     return f"{name}@{revision}" if revision else name
-
-
-def _named_base(folder: Path) -> str | None:
-    """The hub id that an adapter's config calls its base; None where it is a path."""
-    config = folder / "adapter_config.json"
-    named = read_object(config).get("base_model_name_or_path") if is_there(config) else None
-    found = hub.parse(named) if isinstance(named, str) and not Path(named).exists() else None
-    return found.repository if found and not found.subfolder else None
 
 
 def _typed(row: Verb, asked: Mapping[str, Any], inputs: Sequence[Input]) -> str:
