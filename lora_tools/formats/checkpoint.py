@@ -15,6 +15,7 @@ from lora_tools.errors import UnsafeInput
 from lora_tools.formats import digest as hashing
 from lora_tools.formats import model_card
 from lora_tools.formats.dtypes import torch_dtype
+from lora_tools.formats.hub_headers import stand_ins
 from lora_tools.formats.json_file import check_config, read_object
 from lora_tools.formats.lfs import HEAD, refuse_pointer
 from lora_tools.formats.pipelines import Pipeline
@@ -269,6 +270,10 @@ def is_pickle(path: Path) -> bool:
 def open_weights(path: Path, allow_pickle: bool) -> TensorFile:
     """One file of tensors, safetensors or a pickle. Raises UnsafeInput, CheckpointError."""
     refuse_part(path)
+    made = stand_ins()
+    stand_in = made.open(path) if made is not None else None
+    if stand_in is not None:
+        return stand_in
     if not is_pickle(path):
         return SafetensorsFile(path)
     if not allow_pickle:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_tools.errors import CheckpointError, LoraToolsError
+from lora_tools.formats.hub_headers import stand_ins
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
@@ -99,15 +100,19 @@ def in_cache(path: Path) -> tuple[str, str | None] | None:
     return match[1].replace("--", "/"), None if is_main else place.name
 
 
-def here(source: str | Path, allow_pickle: bool = False) -> Path:
+def here(source: str | Path, allow_pickle: bool = False, *, by_headers: bool = False) -> Path:
     """The path itself where something is there, or where it can be no hub id; else ``fetch``."""
     if os.path.exists(source) or not looks_like_hub_id(str(source)):  # noqa: PTH110 - overlong names
         return Path(source)
-    return fetch(str(source), allow_pickle)
+    return fetch(str(source), allow_pickle, by_headers=by_headers)
 
 
-def fetch(source: str, allow_pickle: bool = False) -> Path:
+def fetch(source: str, allow_pickle: bool = False, *, by_headers: bool = False) -> Path:
     """The local folder (or file) that a hub id stands for, fetched as far as it is not there yet.
+
+    Args:
+        by_headers: of safetensors files that are not there, headers will do for a plan
+            (``formats.hub_headers``).
 
     ``HF_HOME``, ``HF_HUB_OFFLINE``, ``HF_ENDPOINT`` and ``HF_TOKEN`` are honoured by
     huggingface_hub.
@@ -125,21 +130,40 @@ def fetch(source: str, allow_pickle: bool = False) -> Path:
         names, trouble = _listed(wanted)
         # Of what is in the cache the reader sees itself whether it is complete.
         chosen = _chosen(wanted, names, allow_pickle) if trouble is None else []
+        remote = _not_here(wanted, chosen) if by_headers and stand_ins() is not None else []
+        small = [name for name in chosen if name not in remote]
         try:
-            folder = snapshot_download(
-                wanted.repository,
-                revision=wanted.revision,
-                allow_patterns=[glob.escape(name) for name in chosen],
-                local_files_only=trouble is not None,
+            folder = Path(
+                snapshot_download(
+                    wanted.repository,
+                    revision=wanted.revision,
+                    allow_patterns=[glob.escape(name) for name in small],
+                    local_files_only=trouble is not None,
+                )
             )
         except FileNotFoundError:
             if trouble is not None:
                 raise trouble from None
             raise
-    path = Path(folder) / wanted.subfolder
+        made = stand_ins()
+        if remote and made is not None:
+            folder = made.snapshot(folder, wanted.repository, small, remote)
+    path = folder / wanted.subfolder
     if not path.exists():
         raise CheckpointError(f"{source}: no {wanted.subfolder} in the hub's local cache of it")
     return path
+
+
+def _not_here(wanted: HubId, names: list[str]) -> list[str]:
+    """The safetensors files of these that are not in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    def is_here(name: str) -> bool:
+        return isinstance(
+            try_to_load_from_cache(wanted.repository, name, revision=wanted.revision), str
+        )
+
+    return [name for name in names if name.endswith(".safetensors") and not is_here(name)]
 
 
 def _listed(wanted: HubId) -> tuple[list[str], Exception | None]:

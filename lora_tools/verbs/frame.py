@@ -7,6 +7,7 @@ written over, room on the disk, staging, the time, the report.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -18,6 +19,7 @@ from lora_tools.errors import QualityGateError, UsageError, errors_of_the_tree
 from lora_tools.formats import digest as hashing
 from lora_tools.formats import model_card
 from lora_tools.formats.checkpoint import PICKLE_SUFFIXES
+from lora_tools.formats.hub_headers import headers_only
 from lora_tools.formats.output import Prepared, check_destination, check_space, staged
 from lora_tools.formats.pipeline_output import copied_files, write_whole
 from lora_tools.formats.synced import held_bytes, write_synced
@@ -129,7 +131,10 @@ def carry_out(row: Verb, given: Mapping[str, Any], report_file: Path | None = No
         check_report_file(report_file)
     failure = None
     try:
-        with hashing.using(call.running.digest):
+        with contextlib.ExitStack() as held:
+            held.enter_context(hashing.using(call.running.digest))
+            if call.writing.dry_run:
+                held.enter_context(headers_only())
             report = _work(row, call, given, asked, paths)
     except QualityGateError as error:
         if error.report is None:
