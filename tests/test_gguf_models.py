@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import math
 import pickle
 import re
 import struct
@@ -370,6 +371,24 @@ def test_no_rank_is_spent_on_the_rounding_of_a_gguf(tmp_path: Path) -> None:
     assert {m.module: m.rank for m in done.modules if m.rank} == {name: 3}
     others = [m.quantization_noise for m in done.modules if m.module != name]
     assert others == pytest.approx([1.0] * len(others), rel=0.05)
+
+
+def test_a_tensor_of_unknown_rounding_hides_no_other_s_floor(tmp_path: Path) -> None:
+    base = models.save(models.make("llama", width=256), tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    fields = forms_gguf.fields_of(config, vocab_size=config["vocab_size"])
+    stored = gguf_tensors("llama", models.tensors(base), config)
+    one = "blk.0.attn_q.weight"
+    rows = blocks("TQ1_0", 256, 256 // gguf.GGML_QUANT_SIZES[KINDS["TQ1_0"]][0])
+    path = write(
+        tmp_path / "q.gguf", "llama", fields, stored, "Q8_0", blocks={one: (rows, "TQ1_0")}
+    )
+    report = lora_tools.diff(path, base)
+    floors = {s.module: s.noise_floor for s in report.spectra}
+    name = "model.layers.0.self_attn.q_proj"
+    assert math.isnan(floors.pop(name))
+    assert all(floor > 0 for floor in floors.values())
+    assert any(f"is not known of {name}.weight" in note for note in report.notes)
 
 
 def test_types_that_are_read() -> None:

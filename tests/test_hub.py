@@ -18,7 +18,7 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 
 import lora_tools
-from lora_tools.errors import CheckpointError
+from lora_tools.errors import CheckpointError, UnsafeInput
 from lora_tools.formats import hub
 from lora_tools.formats.hub import HubId
 from lora_tools.sources.adapters import open_adapter
@@ -191,9 +191,22 @@ def test_one_set_of_weights_is_chosen(names: list[str], fetched: list[str] | Non
     assert found == sorted(names if fetched is None else fetched)
 
 
-def test_pickles_are_not_fetched_unasked() -> None:
-    names = ["pytorch_model.bin", "config.json"]
-    assert hub._chosen(HubId("org/name"), names, allow_pickle=False) == ["config.json"]
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "v1-5.ckpt", "unet/m.bin", "__0_0.distcp"])
+def test_pickles_are_not_fetched_unasked(name: str) -> None:
+    names = [name, "config.json", "training_args.bin"]
+    with pytest.raises(UnsafeInput, match=f"are pickles.*({name}).*--allow-pickle"):
+        hub._chosen(HubId("org/name"), names, allow_pickle=False)
+    found = hub._chosen(HubId("org/name"), names, allow_pickle=True)
+    assert found == sorted(["config.json", name])
+
+
+def test_files_of_gguf_are_named() -> None:
+    names = ["a/m-Q4.gguf", "a/m-Q8.gguf", "a/README.md"]
+    with pytest.raises(CheckpointError, match=r"such as org/name/a/m-Q4\.gguf@v1$"):
+        hub._chosen(HubId("org/name", "v1", "a"), names, allow_pickle=True)
+    one = HubId("org/name", None, "a/m-Q4.gguf")
+    assert hub._chosen(one, names, allow_pickle=True) == ["a/m-Q4.gguf"]
+    assert hub._chosen(HubId("org/name"), ["config.json"], allow_pickle=False) == ["config.json"]
 
 
 def test_a_folder_or_a_file_of_a_repository(server: Any, tmp_path: Path) -> None:
@@ -351,5 +364,5 @@ def test_a_header_that_is_none(data: bytes, said: str, big: Any) -> None:
 
 def test_a_header_that_is_not_given(big: Any) -> None:
     big.no_ranges = True
-    with pytest.raises(CheckpointError, match="org/tuned/model.safetensors: its header cannot be"):
+    with pytest.raises(CheckpointError, match="its header cannot be read"):
         lora_tools.merge("org/tuned", "ad", "out", dry_run=True)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_tools.errors import CheckpointError, LoraToolsError
+from lora_tools.errors import CheckpointError, LoraToolsError, UnsafeInput
 from lora_tools.formats.hub_headers import stand_ins
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ _CACHED = re.compile(r"models--(.+)")
 _FILES = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".json", ".npz", ".sidecar",
 )  # fmt: skip
-_PICKLES = (".bin", ".pt", ".pth")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _PARTS = (".metadata", ".distcp")  # of a distributed checkpoint
 _SMALL = (
     ".json", ".jsonl", ".txt", ".model", ".spm", ".bpe", ".vocab", ".codes", ".tiktoken", ".jinja",
@@ -198,6 +198,8 @@ def _chosen(wanted: HubId, names: list[str], allow_pickle: bool) -> list[str]:
             folders.setdefault(folder, []).append(last)
     weights = {f: _weights(wanted, root + f, each, allow_pickle) for f, each in folders.items()}
     weights = {folder: each for folder, each in weights.items() if each}
+    if not weights:
+        _refuse_others(wanted, [os.path.join(f, name) for f in folders for name in folders[f]])  # noqa: PTH118
     parts = {"model_index.json", "modules.json"} & set(folders.get("", ()))
     if "" in weights and not parts:
         weights = {"": weights[""]}
@@ -212,6 +214,28 @@ def _chosen(wanted: HubId, names: list[str], allow_pickle: bool) -> list[str]:
         small += [n for n in each if n.startswith(("LICENSE", "NOTICE")) and n not in small]
         found += [root + os.path.join(folder, name) for name in small]  # noqa: PTH118
     return sorted(set(found))
+
+
+def _refuse_others(wanted: HubId, names: list[str]) -> None:
+    """Raises UnsafeInput, CheckpointError where there are weights of which none is fetched."""
+    root = f"{wanted.subfolder}/" if wanted.subfolder else ""
+    pickles = [
+        name
+        for name in names
+        if name.endswith((*_PICKLES, *_PARTS)) and not _LEFT.fullmatch(name.rpartition("/")[2])
+    ]
+    if pickles:
+        raise UnsafeInput(
+            f"{wanted}: its weights are pickles, which can hold code ({_some(pickles)}): pass "
+            "--allow-pickle to fetch them, and read them with weights_only=True"
+        )
+    models = [name for name in names if name.endswith(".gguf")]
+    if models:
+        at = f"@{wanted.revision}" if wanted.revision else ""
+        raise CheckpointError(
+            f"{wanted}: holds GGUF files ({_some(models)}); give one of them, such as "
+            f"{wanted.repository}/{root}{models[0]}{at}"
+        )
 
 
 def _weights(wanted: HubId, folder: str, names: list[str], allow_pickle: bool) -> list[str]:

@@ -191,12 +191,9 @@ def _refuse_name(row: Verb, out: str) -> None:
         )
 
 
-def _refuse_file(row: Verb, prepared: Prepared, out: str) -> None:
-    """Raises UsageError for the name of a file where a folder is written: what it was made from is
-    one, too, or it never is a file."""
-    checkpoint = Storage in row.records.values() and prepared.inputs[0].is_dir()
-    folder = checkpoint or row.name in ("extract", "export")
-    if folder and Path(out).suffix in _FILES:
+def _refuse_file(prepared: Prepared, out: str) -> None:
+    """Raises UsageError for the name of a file where a folder is written."""
+    if prepared.is_folder and Path(out).suffix in _FILES:
         raise UsageError(
             f"--out {out}: a folder is written, and this is a file's name; leave "
             f"{Path(out).suffix} away"
@@ -215,7 +212,7 @@ def _work(
         paths.check(dry_run=False)
         paths.check_kept()
         return prepared.run()
-    _refuse_file(row, prepared, call.out)
+    _refuse_file(prepared, call.out)
     paths.write(prepared, Path(call.out))
     paths.check(call.writing.dry_run)
     copied = copied_files(prepared)  # on a dry run, too: it refuses what may not be copied
