@@ -160,6 +160,8 @@ NUMERIC = {
     "linalg/changes/rotations.py",
     "linalg/reversible.py",
     "linalg/svd.py",
+    "linalg/krylov.py",
+    "linalg/truncation.py",
     "linalg/ritz.py",
     "linalg/factors.py",
     "linalg/codebooks.py",
