@@ -91,6 +91,7 @@ def prepare_requantize(
             f"--requantize: {view.scheme.title} is read here and not written; leave it out, and "
             "the merged checkpoint is plain"
         )
+    _refuse_shared_tensors(view)
     if merging.reversible:
         refuse_quantized_undo(view)
     limit = limit_of(storage, view)
@@ -119,6 +120,19 @@ def prepare_requantize(
         pipeline=view.pipeline,
         copied=view.copied(),
     )
+
+
+def _refuse_shared_tensors(view: Dequantized[Any]) -> None:
+    """Raises UsageError where what is stored of several weights lies in one tensor."""
+    seen: set[str] = set()
+    for name, weight in view.quantized.items():
+        mine = {spec.name for spec in weight.specs.values()}
+        for tensor in sorted(mine & seen):
+            raise UsageError(
+                f"--requantize: {tensor} is of {name} and of other weights, and is not written "
+                "anew here; leave it out, and the merged checkpoint is plain"
+            )
+        seen |= mine
 
 
 def _marked(shards: Sequence[Shard], view: Dequantized[Any]) -> list[Shard]:
