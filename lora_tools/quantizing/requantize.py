@@ -35,7 +35,7 @@ from lora_tools.quantizing.feeding import (
     with_input,
     working_bytes,
 )
-from lora_tools.quantizing.pack import Way, pack, way_of
+from lora_tools.quantizing.pack import Way, into, pack, way_of
 from lora_tools.quantizing.plan import Item, QuantizePlan, is_stored_alike, joined
 from lora_tools.quantizing.surviving import in_outputs, totals_of_outputs
 from lora_tools.quantizing.tensor import QuantizedItem, with_scale, with_shared_scale
@@ -221,8 +221,10 @@ class RequantizeItem:
 
     @property
     def nbytes(self) -> int:
-        fed = self.item.feeding is not None
-        return (12 + 24 * fed) * self.item.spec.numel + fed * working_bytes(self.item)
+        item, fed = self.item, self.item.feeding is not None
+        whole = 4 * item.spec.numel * (item.transposed or fed)
+        working = (24 * item.spec.numel + working_bytes(item)) * fed
+        return 2 * item.spec.nbytes + whole + working
 
     def run(self, source: Checkpoint, sink: Sink, buffers: Buffers) -> QuantizedItem:
         """Write all that is stored of the tensor. Raises NonFiniteError."""
@@ -245,28 +247,25 @@ class RequantizeItem:
         item = with_factor(_with_shared_scale(_with_scales_before(self.item, source), source))
         noting, spec, name = Noting(sink), item.spec, item.target.base_name
         base_hash, dtype = source.stored_hash(name), torch_dtype(spec.dtype)
-        with (
-            buffers.lend(spec.shape, dtype) as out,
-            buffers.lend((spec.numel,), torch.float32) as back,
-        ):
-            merge = MergeInMemory(out, item.target, source, spec)
+        is_fed = item.feeding is not None
+        held = spec.numel * (item.transposed or is_fed)  # what is read back is wanted whole
+        with buffers.lend(spec.shape, dtype) as out, buffers.lend((held,), torch.float32) as back:
+            merge, fill = MergeInMemory(out, item.target, source, spec), into(back)
             if item.before is not None and not merge.changes():
                 _copy(source.quantized[name].specs.values(), source, sink)
                 return QuantizedItem(base_hash, survival=merge.survival)
+
+            def read(run: torch.Tensor) -> None:
+                merge.compare(run)
+                if is_fed:
+                    fill(run)
+
             if item.transposed:
                 result = _turned(item, out, merge, noting, buffers, back)
             else:
-                result = pack(
-                    item,
-                    out.view(-1),
-                    noting,
-                    buffers,
-                    done=lambda _, stop: merge.compare(back, stop),
-                    back=back,
-                    ready=merge.form,
-                )
+                result = pack(item, out.view(-1), noting, buffers, read=read, ready=merge.form)
             x = out.T if item.transposed else out
-            outputs = _in_outputs(item, x, back.view(x.shape), source, buffers)
+            outputs = _in_outputs(item, x, back, source, buffers)
         source.release(name)
         _copy([s for s in packed.specs.values() if s.name not in noting.written], source, sink)
         return QuantizedItem(base_hash, result, survival=merge.survival, in_outputs=outputs)
@@ -284,16 +283,16 @@ def _turned(
     others then."""
     merge.form(out.numel())
     with buffers.lend(tuple(out.T.shape), out.dtype) as turned:
-        result = pack(item, turned.copy_(out.T).view(-1), sink, buffers, back=back)
-    merge.compare(back.view(out.T.shape).T.reshape(-1), out.numel())
+        result = pack(item, turned.copy_(out.T).view(-1), sink, buffers, read=into(back))
+    merge.compare(back.view(out.T.shape).T.reshape(-1))
     return result
 
 
 def _in_outputs(
     item: Item, x: torch.Tensor, fed: torch.Tensor, source: Dequantized[Any], buffers: Buffers
 ) -> tuple[Survival, Survival] | None:
-    """How much of the change is in the outputs of what was written, ``fed``, and of ``x`` rounded
-    by itself; None where no errors are fed."""
+    """How much of the change is in the outputs of what was written, ``fed`` (n,), and of ``x``
+    rounded by itself; None where no errors are fed."""
     import torch
 
     by = item.feeding.by if item.feeding is not None else None
@@ -301,8 +300,8 @@ def _in_outputs(
         return None
     with buffers.lend(tuple(x.shape), torch.float32) as plain:
         unfed = dataclasses.replace(item, feeding=None)
-        pack(unfed, x.reshape(-1), None, buffers, back=plain.reshape(-1))
-        first, second = in_outputs((fed, plain), item, source, by)
+        pack(unfed, x.reshape(-1), None, buffers, read=into(plain.view(-1)))
+        first, second = in_outputs((fed.view(x.shape), plain), item, source, by)
     return first, second
 
 
