@@ -244,7 +244,8 @@ class RequantizeItem:
         """What the row does not make, such as scales of activations, stays as it was."""
         import torch
 
-        item = with_factor(_with_shared_scale(_with_scales_before(self.item, source), source))
+        item = _with_shared_scale(_with_scales_before(self.item, source), source, buffers)
+        item = with_factor(item)
         noting, spec, name = Noting(sink), item.spec, item.target.base_name
         base_hash, dtype = source.stored_hash(name), torch_dtype(spec.dtype)
         is_fed = item.feeding is not None
@@ -316,7 +317,7 @@ def _with_scales_before(item: Item, source: Dequantized[Any]) -> Item:
     return dataclasses.replace(item, before=source.parts(item.name))
 
 
-def _with_shared_scale(item: Item, source: Dequantized[Any]) -> Item:
+def _with_shared_scale(item: Item, source: Dequantized[Any], buffers: Buffers) -> Item:
     """The item with the scale that it has in common with others: the stored one, unless an adapter
     acts on all of them."""
 
@@ -330,7 +331,7 @@ def _with_shared_scale(item: Item, source: Dequantized[Any]) -> Item:
     others = tuple(each for each in item.joined if stored(each[0].base_name) == scale)
     if not all(target.parts for target, _ in others):
         return with_scale(item, scale)
-    return with_shared_scale(dataclasses.replace(item, joined=others), source)
+    return with_shared_scale(dataclasses.replace(item, joined=others), source, buffers)
 
 
 class Noting:
