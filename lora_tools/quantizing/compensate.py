@@ -143,7 +143,7 @@ class ErrorFit:
         import torch
 
         from lora_tools.linalg.lora import no_factors
-        from lora_tools.quantizing.pack import pack
+        from lora_tools.quantizing.pack import into, pack
 
         item = with_factor(item)
         left, right = no_factors(x.shape, self._dtype(x))
@@ -156,8 +156,8 @@ class ErrorFit:
                 rest = x
                 if left.shape[1]:
                     rest = room.copy_(x).addmm_(left.float(), right.float(), alpha=-1)
-                into = sink if i == self.iterations else None
-                results.append(pack(item, rest.reshape(-1), into, buffers, back=back.reshape(-1)))
+                last, read = sink if i == self.iterations else None, into(back.view(-1))
+                results.append(pack(item, rest.reshape(-1), last, buffers, read=read))
                 left, right, left_over = self._factorise(item, x, back, room)
         if not math.isfinite(left_over.weights):
             raise NonFiniteError(f"{item.name}: the factors of its error overflow {left.dtype}")
