@@ -105,6 +105,7 @@ def extract(
     max_error: float | None = None,
     force: bool = False,
     dry_run: bool = False,
+    no_card: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
@@ -166,6 +167,7 @@ def extract(
             module, or of all together, exceeds X.
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
+        no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -198,6 +200,7 @@ def merge(
     allow_other_base: bool = False,
     force: bool = False,
     dry_run: bool = False,
+    no_card: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
@@ -233,6 +236,7 @@ def merge(
             given.
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
+        no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -326,6 +330,7 @@ def rescale(
     base_name: str | None = None,
     force: bool = False,
     dry_run: bool = False,
+    no_card: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
@@ -372,6 +377,7 @@ def rescale(
             else its hub id where that is certain, else its absolute path (docs/hub.md)]
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
+        no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -409,6 +415,7 @@ def combine(
     base_name: str | None = None,
     force: bool = False,
     dry_run: bool = False,
+    no_card: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
@@ -461,6 +468,7 @@ def combine(
             else its hub id where that is certain, else its absolute path (docs/hub.md)]
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
+        no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -499,6 +507,7 @@ def convert(
     base_name: str | None = None,
     force: bool = False,
     dry_run: bool = False,
+    no_card: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
@@ -538,6 +547,7 @@ def convert(
             else its hub id where that is certain, else its absolute path (docs/hub.md)]
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
+        no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -587,6 +597,7 @@ def quantize(
     allow_other_base: bool = False,
     force: bool = False,
     dry_run: bool = False,
+    no_card: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
@@ -655,6 +666,7 @@ def quantize(
             given.
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
+        no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -683,6 +695,7 @@ def dequantize(
     shard_size: str | None = None,
     force: bool = False,
     dry_run: bool = False,
+    no_card: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
@@ -704,6 +717,7 @@ def dequantize(
             again]
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
+        no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -745,6 +759,7 @@ def export(
     allow_other_base: bool = False,
     force: bool = False,
     dry_run: bool = False,
+    no_card: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
@@ -797,6 +812,7 @@ def export(
             given.
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
+        no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what

@@ -96,6 +96,27 @@ def test_an_error_is_json_as_well(pair: Path, tmp_path: Path) -> None:
     assert json.loads(done.stdout)["error"]["kind"] == "UsageError"
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "asked"),
+    [
+        ("LORATOOLS_JSON", "1", True),
+        ("LORATOOLS_MERGE_JSON", "true", True),
+        ("LORATOOLS_JSON", "0", False),
+        ("LORATOOLS_DIFF_JSON", "1", False),
+        ("LORATOOLS_JSON", "perhaps", False),
+    ],
+)
+def test_a_variable_asks_for_json_as_well(
+    variable: str, value: str, asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    for more in (["-o", "out"], ["--nosuch"]):
+        done = loratools("merge", "no", "ad", *more)
+        assert done.returncode in (1, 2)
+        assert bool(done.stdout) is asked
+        assert not asked or set(json.loads(done.stdout)) == {"error"}
+
+
 def test_an_error_says_of_which_tensor_it_is(pair: Path, tmp_path: Path) -> None:
     broken = {**models.tensors(pair / "base")}
     name = "model.layers.0.mlp.down_proj.weight"

@@ -59,6 +59,8 @@ class Prepared:
         added: where only these files are put into the output, a folder that exists.
         pipeline: the sentence-transformers folder that the output is made as, where it is one.
         copied: small files that are copied into it, besides what ``nbytes`` counts.
+        is_folder: whether a folder is made, whatever its name.
+        card: what README.md is to hold, where it is restored.
     """
 
     report: Report[Any]
@@ -70,6 +72,8 @@ class Prepared:
     added: tuple[str, ...] = ()
     pipeline: Pipeline | None = None
     copied: tuple[Path, ...] = ()
+    is_folder: bool = False
+    card: bytes | None = None
 
 
 def real(path: Path) -> Path:

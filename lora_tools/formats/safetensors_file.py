@@ -37,7 +37,7 @@ from lora_tools.records import DTYPE_BITS, TensorSpec
 if TYPE_CHECKING:
     import torch
 
-_MAX_HEADER = 100_000_000  # the safetensors package's own limit
+MAX_HEADER = 100_000_000  # the safetensors package's own limit
 _MAX_DIMS = 64  # numpy's limit
 _MAX_SIZE = 2**63 - 1  # torch's limit
 MAX_NAME = 10_000  # characters of a tensor's name: patterns go over it again and again
@@ -146,7 +146,7 @@ class SafetensorsFile(Reopened):
                 head = file.read(HEAD)
                 refuse_pointer(path, head)
                 length = int.from_bytes(head[:8], "little")
-                if size < 8 or length > min(size - 8, _MAX_HEADER):
+                if size < 8 or length > min(size - 8, MAX_HEADER):
                     raise CheckpointError(
                         f"the first 8 bytes promise a header of {length} bytes and the file has "
                         f"{size}; it is truncated or not safetensors"

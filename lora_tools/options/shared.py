@@ -318,6 +318,12 @@ class Writing:
         flags=("-n", "--dry-run"),
         recorded=False,
     )
+    no_card: bool = option(
+        False,
+        "Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).",
+        OUTPUT,
+        recorded=False,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -38,7 +38,7 @@ from lora_tools.verbs.row import Argument, Verb, take
 _BASE, _TUNED, _ADAPTER, _CHECKPOINT = map(Argument, ("base", "tuned", "adapter", "checkpoint"))
 _ADAPTERS, _OUT, _PATH = map(Argument, ("adapters", "out", "path"))
 _POLICIES = ("rank", "energy", "error", "ratio", "cumulative", "threshold")
-_WRITING = take(Writing, "force", "dry_run")
+_WRITING = take(Writing, "force", "dry_run", "no_card")
 _RUNNING = take(Running)
 _ONNX = {"group": "Running an ONNX model"}
 
@@ -106,7 +106,7 @@ VERBS = {
                         "metadata does not name."
                     },
                 ),
-                *_WRITING,
+                *take(Writing, "force", "dry_run"),
                 *_RUNNING,
             ),
             "Get the base back out of a merged checkpoint.",
@@ -397,7 +397,12 @@ VERBS = {
         Verb(
             "collect_stats",
             (Argument("model"), Argument("text"), _OUT),
-            (*take(Sampling), *take(Search, "device"), *_WRITING, *_RUNNING),
+            (
+                *take(Sampling),
+                *take(Search, "device"),
+                *take(Writing, "force", "dry_run"),
+                *_RUNNING,
+            ),
             "Measure what a model's layers are given, on text.",
             """Run MODEL over TEXT and write the second moment of each layer's input to --out, for
             extract --activations.

@@ -84,7 +84,8 @@ def combine(
         return combine_adapters(report, given, options, out, jobs, progress)
 
     read = tuple(w.adapter.path for w in weighted)
-    return Prepared(report, read, 3 * sum(w.adapter.nbytes for w in weighted), write)
+    nbytes = 3 * sum(w.adapter.nbytes for w in weighted)
+    return Prepared(report, read, nbytes, write, is_folder=True)
 
 
 def _identify(

@@ -93,6 +93,7 @@ def extract(
         tuple(side.path for side in sides),
         2 * expected,
         write,
+        is_folder=True,
     )
 
 

@@ -7,6 +7,7 @@ written over, room on the disk, staging, the time, the report.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -16,15 +17,18 @@ from typing import Any, Literal
 
 from lora_tools.errors import QualityGateError, UsageError, errors_of_the_tree
 from lora_tools.formats import digest as hashing
+from lora_tools.formats import model_card
 from lora_tools.formats.checkpoint import PICKLE_SUFFIXES
+from lora_tools.formats.hub_headers import headers_only
 from lora_tools.formats.output import Prepared, check_destination, check_space, staged
 from lora_tools.formats.pipeline_output import copied_files, write_whole
-from lora_tools.formats.synced import held_bytes
+from lora_tools.formats.synced import held_bytes, write_synced
 from lora_tools.options import RECORDS, Running, Storage, Writing
 from lora_tools.options.spelling import errors_for_python
 from lora_tools.provenance import command_of, tool_version
 from lora_tools.records import Fate, Input, ProgressCallback, Report
 from lora_tools.verbs import VERBS
+from lora_tools.verbs.card import card_of
 from lora_tools.verbs.paths import Paths
 from lora_tools.verbs.report_file import check_report_file, write_report
 from lora_tools.verbs.row import Verb
@@ -127,7 +131,10 @@ def carry_out(row: Verb, given: Mapping[str, Any], report_file: Path | None = No
         check_report_file(report_file)
     failure = None
     try:
-        with hashing.using(call.running.digest):
+        with contextlib.ExitStack() as held:
+            held.enter_context(hashing.using(call.running.digest))
+            if call.writing.dry_run:
+                held.enter_context(headers_only())
             report = _work(row, call, given, asked, paths)
     except QualityGateError as error:
         if error.report is None:
@@ -184,12 +191,9 @@ def _refuse_name(row: Verb, out: str) -> None:
         )
 
 
-def _refuse_file(row: Verb, prepared: Prepared, out: str) -> None:
-    """Raises UsageError for the name of a file where a folder is written: what it was made from is
-    one, too, or it never is a file."""
-    checkpoint = Storage in row.records.values() and prepared.inputs[0].is_dir()
-    folder = checkpoint or row.name in ("extract", "export")
-    if folder and Path(out).suffix in _FILES:
+def _refuse_file(prepared: Prepared, out: str) -> None:
+    """Raises UsageError for the name of a file where a folder is written."""
+    if prepared.is_folder and Path(out).suffix in _FILES:
         raise UsageError(
             f"--out {out}: a folder is written, and this is a file's name; leave "
             f"{Path(out).suffix} away"
@@ -208,7 +212,7 @@ def _work(
         paths.check(dry_run=False)
         paths.check_kept()
         return prepared.run()
-    _refuse_file(row, prepared, call.out)
+    _refuse_file(prepared, call.out)
     paths.write(prepared, Path(call.out))
     paths.check(call.writing.dry_run)
     copied = copied_files(prepared)  # on a dry run, too: it refuses what may not be copied
@@ -216,11 +220,14 @@ def _work(
         return prepared.report
     paths.check_kept()
     nbytes = prepared.nbytes + sum(map(held_bytes, copied))
-    return _write(prepared, Path(call.out), nbytes, call.writing.force)
+    return _write(row, asked, prepared, Path(call.out), nbytes)
 
 
-def _write(prepared: Prepared, out: Path, nbytes: int, force: bool) -> Report[Any]:
+def _write(
+    row: Verb, asked: Mapping[str, Any], prepared: Prepared, out: Path, nbytes: int
+) -> Report[Any]:
     """Make the output beside its place, and put it there once it is complete."""
+    force = asked["writing"].force
     made = [out / name for name in prepared.added] or [out]
     made += [out.with_name(out.name + suffix) for suffix in prepared.beside]
     for path in made:
@@ -228,6 +235,24 @@ def _write(prepared: Prepared, out: Path, nbytes: int, force: bool) -> Report[An
     check_space(out, nbytes)
     with staged(made[0], force=force) as staging:
         report = write_whole(prepared, staging / "out")
+        if (staging / "out").is_dir():
+            _put_card(row, asked, prepared, report, staging / "out")
     for suffix in prepared.dropped if force else ():
         out.with_name(out.name + suffix).unlink(missing_ok=True)
     return report
+
+
+def _put_card(
+    row: Verb, asked: Mapping[str, Any], prepared: Prepared, report: Report[Any], folder: Path
+) -> None:
+    """Put the result's own card into its folder. What was copied from the input speaks of that, and
+    is the right one only where that comes back."""
+    place = folder / model_card.NAME
+    if "no_card" not in row.by_name:
+        if prepared.card is not None:
+            place.unlink(missing_ok=True)
+            write_synced(place, prepared.card)
+        return
+    place.unlink(missing_ok=True)
+    if not asked["writing"].no_card:
+        write_synced(place, card_of(row, asked, report, folder, prepared))

@@ -81,7 +81,7 @@ def rescale(
         return _written_as(done, form, names, given, folder, out, jobs)
 
     read = (given.path, *([names.path] if names is not None else []))
-    return Prepared(report, read, 6 * given.nbytes, write)
+    return Prepared(report, read, 6 * given.nbytes, write, is_folder=form.is_folder)
 
 
 def _options(strength: Strength, ranks: Ranks, form: AdapterForm) -> Rescaling:

@@ -137,6 +137,15 @@ class Keyword:
         if self.option.parse is not None:
             self.option.parse(value)
 
+    def typed(self, value: Any) -> list[str]:
+        """The words by which the command line gives it that value."""
+        if self.type is bool:
+            flags = self.option.flags if self.option is not None else ()
+            off = next((flag.partition("/")[2] for flag in flags if "/" in flag), "")
+            return [self.flag if value else off]
+        values = value if self.several else (value,)
+        return [word for each in values for word in (self.flag, str(each))]
+
     def _suits(self, value: Any) -> bool:
         """Whether a value is of its type, as far as a mistake would go unseen: a text is a sequence
         of letters, a fraction may be cut, ``"no"`` is true."""
