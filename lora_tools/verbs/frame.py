@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from lora_tools.errors import QualityGateError, UsageError, errors_of_the_tree
 from lora_tools.formats import digest as hashing
+from lora_tools.formats.adapters.format import refuse_file_name
 from lora_tools.formats.checkpoint import PICKLE_SUFFIXES
 from lora_tools.formats.output import Prepared, check_destination, check_space, staged
 from lora_tools.formats.pipeline_output import copied_files, write_whole
@@ -28,8 +29,6 @@ from lora_tools.verbs import VERBS
 from lora_tools.verbs.paths import Paths
 from lora_tools.verbs.report_file import check_report_file, write_report
 from lora_tools.verbs.row import Verb
-
-_FILES = (".safetensors", ".onnx", ".json")  # pickles have an error of their own
 
 # What the types of keywords are written by.
 _NAMES = {
@@ -188,12 +187,7 @@ def _refuse_file(row: Verb, prepared: Prepared, out: str) -> None:
     """Raises UsageError for the name of a file where a folder is written: what it was made from is
     one, too, or it never is a file."""
     checkpoint = Storage in row.records.values() and prepared.inputs[0].is_dir()
-    folder = checkpoint or row.name in ("extract", "export")
-    if folder and Path(out).suffix in _FILES:
-        raise UsageError(
-            f"--out {out}: a folder is written, and this is a file's name; leave "
-            f"{Path(out).suffix} away"
-        )
+    refuse_file_name(out, checkpoint or row.name == "export")
 
 
 def _work(
