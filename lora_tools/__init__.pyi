@@ -101,6 +101,7 @@ def extract(
     tolerance: float = 0.001,
     seed: int = 0,
     device: str = 'cpu',
+    to: Literal['peft', 'kohya', 'lycoris', 'diffusers', 'comfyui', 'torchtune', 'mlx', 'loralib', 'gguf', 'onnxruntime'] | None = None,
     base_name: str | None = None,
     max_error: float | None = None,
     force: bool = False,
@@ -117,7 +118,8 @@ def extract(
     writing: Writing | None = None,
     running: Running | None = None,
 ) -> Report[ExtractTotals]:
-    r"""Write to ``out`` a PEFT LoRA adapter with base + adapter ≈ tuned, by truncated SVD.
+    r"""Write to ``out`` a LoRA adapter with base + adapter ≈ tuned, by truncated SVD: PEFT's, or in
+    the format ``to``.
 
     Args:
         base, tuned: checkpoint folders, safetensors files or hub ids.
@@ -160,6 +162,7 @@ def extract(
         tolerance: The energy captured may miss the best possible at that rank by this share.
         seed: Of the random start.
         device: cpu, cuda, cuda:1, …
+        to: The format to write (docs/formats.md). [default: peft]
         base_name: What adapter_config.json calls the base (base_model_name_or_path, revision), by
             which AutoPeftModel loads it: ORG/NAME[@REVISION]. [default: the name that is there,
             else its hub id where that is certain, else its absolute path (docs/hub.md)]
@@ -412,6 +415,7 @@ def combine(
     base: str | Path | None = None,
     allow_other_base: bool = False,
     dtype: torch.dtype | str | None = None,
+    to: Literal['peft', 'kohya', 'lycoris', 'diffusers', 'comfyui', 'torchtune', 'mlx', 'loralib', 'gguf', 'onnxruntime'] | None = None,
     base_name: str | None = None,
     force: bool = False,
     dry_run: bool = False,
@@ -428,7 +432,8 @@ def combine(
     writing: Writing | None = None,
     running: Running | None = None,
 ) -> Report[CombineTotals]:
-    r"""Write to ``out`` one PEFT adapter out of several, each with its weight.
+    r"""Write to ``out`` one adapter out of several, each with its weight: in their format where it
+    is one, else in PEFT's, or in the format ``to``.
 
     With Δ_i = s_i · B_i·A_i the true change that adapter i makes to a weight, s_i its scaling with
     rsLoRA and patterns applied:
@@ -463,6 +468,8 @@ def combine(
         allow_other_base: Also combine adapters whose metadata names different bases.
         dtype: bfloat16, float16, float32 or float64. [default: each factor keeps the widest of the
             inputs]
+        to: The format to write (docs/formats.md). [default: the format of the ADAPTERS, where it is
+            one; else peft]
         base_name: What adapter_config.json calls the base (base_model_name_or_path, revision), by
             which AutoPeftModel loads it: ORG/NAME[@REVISION]. [default: the name that is there,
             else its hub id where that is certain, else its absolute path (docs/hub.md)]
@@ -493,9 +500,9 @@ def convert(
     adapter: str | Path,
     out: str | Path,
     *,
-    to: Literal['peft', 'kohya', 'lycoris', 'diffusers', 'torchtune', 'mlx', 'loralib', 'gguf', 'onnxruntime'],
+    to: Literal['peft', 'kohya', 'lycoris', 'diffusers', 'comfyui', 'torchtune', 'mlx', 'loralib', 'gguf', 'onnxruntime'],
     base: str | Path | None = None,
-    source: Literal['peft', 'kohya', 'lycoris', 'diffusers', 'torchtune', 'mlx', 'loralib', 'gguf', 'onnxruntime'] | None = None,
+    source: Literal['peft', 'kohya', 'lycoris', 'diffusers', 'comfyui', 'torchtune', 'mlx', 'loralib', 'gguf', 'onnxruntime'] | None = None,
     drop: Sequence[Literal['embedding', 'conv', 'experts', 'dora', 'bias', 'saved', 'differences', 'tokens', 'head']] = (),
     alpha: float | None = None,
     enable_lora: str | None = None,

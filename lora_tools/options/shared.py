@@ -23,6 +23,7 @@ from lora_tools.options.tables import (
     conformed,
     dtype_help,
     float_dtype,
+    formats,
     hub_id,
     size,
 )
@@ -159,6 +160,9 @@ class AdapterForm:
         metavar="DTYPE",
         unset="each factor keeps its own",
         parse=float_dtype,
+    )
+    to: str | None = option(
+        None, "The format to write (docs/formats.md).", ADAPTER, choices=formats, unset="peft"
     )
     base_name: str | None = option(
         None,

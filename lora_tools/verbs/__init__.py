@@ -73,10 +73,10 @@ VERBS = {
             """Write the LoRA adapter that turns BASE into TUNED, a fully fine-tuned copy of it.
 
             BASE and TUNED are Hugging Face folders, .safetensors files or hub ids
-            (org/name[@revision]). --out becomes a folder that PEFT loads. Without --rank and
-            --energy the rank is 32.""",
+            (org/name[@revision]). --out becomes a folder that PEFT loads, or with --to what other
+            programs load. Without --rank and --energy the rank is 32.""",
             "loratools extract org/base ./tuned -o adapter --rank 32",
-            "rank energy dtype names consumer max_error dry_run",
+            "rank energy dtype to consumer max_error dry_run",
             "rank energy error ratio cumulative threshold noise_floor gavish_donoho budget "
             "max_rank activations spectrum_cache include exclude layout alpha rslora dtype "
             "embeddings rest consumer names svd tolerance seed device",
@@ -167,21 +167,23 @@ VERBS = {
                 *take(Origin),
                 *take(
                     AdapterForm,
+                    "to",
                     "dtype",
                     "base_name",
+                    to={"unset": "the format of the ADAPTERS, where it is one; else peft"},
                     dtype={"unset": "each factor keeps the widest of the inputs"},
                 ),
                 *_WRITING,
                 *_RUNNING,
             ),
             "Make one adapter out of several.",
-            """Write one PEFT adapter that does what the ADAPTERs do together, each times its WEIGHT
-            (1).
+            """Write one adapter that does what the ADAPTERs do together, each times its WEIGHT (1),
+            in their format.
 
             Every method acts on the true changes of the weights, with each adapter's scaling,
             rsLoRA and patterns applied; ranks may differ. The default, cat, is exact.""",
             "loratools combine style=0.7 facts=0.3 -o both --method ties --density 0.2",
-            "method density rank dtype dry_run",
+            "method density rank dtype to dry_run",
             "method rank energy max_rank density seed majority_sign normalize base "
             "allow_other_base dtype",
         ),

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from lora_tools.errors import QualityGateError, UsageError, errors_of_the_tree
 from lora_tools.formats import digest as hashing
 from lora_tools.formats import model_card
+from lora_tools.formats.adapters.format import refuse_file_name
 from lora_tools.formats.checkpoint import PICKLE_SUFFIXES
 from lora_tools.formats.hub_headers import headers_only
 from lora_tools.formats.output import Prepared, check_destination, check_space, staged
@@ -32,8 +33,6 @@ from lora_tools.verbs.card import card_of
 from lora_tools.verbs.paths import Paths
 from lora_tools.verbs.report_file import check_report_file, write_report
 from lora_tools.verbs.row import Verb
-
-_FILES = (".safetensors", ".onnx", ".json")  # pickles have an error of their own
 
 # What the types of keywords are written by.
 _NAMES = {
@@ -191,15 +190,6 @@ def _refuse_name(row: Verb, out: str) -> None:
         )
 
 
-def _refuse_file(prepared: Prepared, out: str) -> None:
-    """Raises UsageError for the name of a file where a folder is written."""
-    if prepared.is_folder and Path(out).suffix in _FILES:
-        raise UsageError(
-            f"--out {out}: a folder is written, and this is a file's name; leave "
-            f"{Path(out).suffix} away"
-        )
-
-
 def _work(
     row: Verb, call: Call, given: Mapping[str, Any], asked: Mapping[str, Any], paths: Paths
 ) -> Report[Any]:
@@ -212,7 +202,7 @@ def _work(
         paths.check(dry_run=False)
         paths.check_kept()
         return prepared.run()
-    _refuse_file(prepared, call.out)
+    refuse_file_name(call.out, prepared.is_folder)
     paths.write(prepared, Path(call.out))
     paths.check(call.writing.dry_run)
     copied = copied_files(prepared)  # on a dry run, too: it refuses what may not be copied
