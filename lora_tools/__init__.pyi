@@ -105,6 +105,8 @@ def extract(
     max_error: float | None = None,
     force: bool = False,
     dry_run: bool = False,
+    resume: bool = False,
+    clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
@@ -166,6 +168,9 @@ def extract(
             module, or of all together, exceeds X.
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
+        resume: Go on with the work of a run to the same place that was ended; with nothing to go on
+            with, begin (docs/tasks/resume.md).
+        clean: Remove what a run to the same place that was ended has left.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -198,6 +203,8 @@ def merge(
     allow_other_base: bool = False,
     force: bool = False,
     dry_run: bool = False,
+    resume: bool = False,
+    clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
@@ -233,6 +240,9 @@ def merge(
             given.
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
+        resume: Go on with the work of a run to the same place that was ended; with nothing to go on
+            with, begin (docs/tasks/resume.md).
+        clean: Remove what a run to the same place that was ended has left.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -259,6 +269,8 @@ def unmerge(
     allow_other_base: bool = False,
     force: bool = False,
     dry_run: bool = False,
+    resume: bool = False,
+    clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
@@ -285,6 +297,9 @@ def unmerge(
             not name.
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
+        resume: Go on with the work of a run to the same place that was ended; with nothing to go on
+            with, begin (docs/tasks/resume.md).
+        clean: Remove what a run to the same place that was ended has left.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -326,6 +341,8 @@ def rescale(
     base_name: str | None = None,
     force: bool = False,
     dry_run: bool = False,
+    resume: bool = False,
+    clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
@@ -372,6 +389,9 @@ def rescale(
             else its hub id where that is certain, else its absolute path (docs/hub.md)]
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
+        resume: Go on with the work of a run to the same place that was ended; with nothing to go on
+            with, begin (docs/tasks/resume.md).
+        clean: Remove what a run to the same place that was ended has left.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -409,6 +429,8 @@ def combine(
     base_name: str | None = None,
     force: bool = False,
     dry_run: bool = False,
+    resume: bool = False,
+    clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
@@ -461,6 +483,9 @@ def combine(
             else its hub id where that is certain, else its absolute path (docs/hub.md)]
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
+        resume: Go on with the work of a run to the same place that was ended; with nothing to go on
+            with, begin (docs/tasks/resume.md).
+        clean: Remove what a run to the same place that was ended has left.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -499,6 +524,8 @@ def convert(
     base_name: str | None = None,
     force: bool = False,
     dry_run: bool = False,
+    resume: bool = False,
+    clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
@@ -538,6 +565,9 @@ def convert(
             else its hub id where that is certain, else its absolute path (docs/hub.md)]
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
+        resume: Go on with the work of a run to the same place that was ended; with nothing to go on
+            with, begin (docs/tasks/resume.md).
+        clean: Remove what a run to the same place that was ended has left.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -587,6 +617,8 @@ def quantize(
     allow_other_base: bool = False,
     force: bool = False,
     dry_run: bool = False,
+    resume: bool = False,
+    clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
@@ -655,6 +687,9 @@ def quantize(
             given.
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
+        resume: Go on with the work of a run to the same place that was ended; with nothing to go on
+            with, begin (docs/tasks/resume.md).
+        clean: Remove what a run to the same place that was ended has left.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -683,6 +718,8 @@ def dequantize(
     shard_size: str | None = None,
     force: bool = False,
     dry_run: bool = False,
+    resume: bool = False,
+    clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
@@ -704,6 +741,9 @@ def dequantize(
             again]
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
+        resume: Go on with the work of a run to the same place that was ended; with nothing to go on
+            with, begin (docs/tasks/resume.md).
+        clean: Remove what a run to the same place that was ended has left.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
