@@ -107,6 +107,8 @@ def extract(
     force: bool = False,
     dry_run: bool = False,
     no_card: bool = False,
+    resume: bool = False,
+    clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
@@ -171,6 +173,9 @@ def extract(
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
         no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
+        resume: Go on with the work of a run to the same place that was ended; with nothing to go on
+            with, begin (docs/tasks/resume.md).
+        clean: Remove what a run to the same place that was ended has left.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -204,6 +209,8 @@ def merge(
     force: bool = False,
     dry_run: bool = False,
     no_card: bool = False,
+    resume: bool = False,
+    clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
@@ -240,6 +247,9 @@ def merge(
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
         no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
+        resume: Go on with the work of a run to the same place that was ended; with nothing to go on
+            with, begin (docs/tasks/resume.md).
+        clean: Remove what a run to the same place that was ended has left.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -266,6 +276,8 @@ def unmerge(
     allow_other_base: bool = False,
     force: bool = False,
     dry_run: bool = False,
+    resume: bool = False,
+    clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
@@ -292,6 +304,9 @@ def unmerge(
             not name.
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
+        resume: Go on with the work of a run to the same place that was ended; with nothing to go on
+            with, begin (docs/tasks/resume.md).
+        clean: Remove what a run to the same place that was ended has left.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -334,6 +349,8 @@ def rescale(
     force: bool = False,
     dry_run: bool = False,
     no_card: bool = False,
+    resume: bool = False,
+    clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
@@ -381,6 +398,9 @@ def rescale(
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
         no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
+        resume: Go on with the work of a run to the same place that was ended; with nothing to go on
+            with, begin (docs/tasks/resume.md).
+        clean: Remove what a run to the same place that was ended has left.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -420,6 +440,8 @@ def combine(
     force: bool = False,
     dry_run: bool = False,
     no_card: bool = False,
+    resume: bool = False,
+    clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
@@ -476,6 +498,9 @@ def combine(
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
         no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
+        resume: Go on with the work of a run to the same place that was ended; with nothing to go on
+            with, begin (docs/tasks/resume.md).
+        clean: Remove what a run to the same place that was ended has left.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -515,6 +540,8 @@ def convert(
     force: bool = False,
     dry_run: bool = False,
     no_card: bool = False,
+    resume: bool = False,
+    clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
@@ -555,6 +582,9 @@ def convert(
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
         no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
+        resume: Go on with the work of a run to the same place that was ended; with nothing to go on
+            with, begin (docs/tasks/resume.md).
+        clean: Remove what a run to the same place that was ended has left.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -605,6 +635,8 @@ def quantize(
     force: bool = False,
     dry_run: bool = False,
     no_card: bool = False,
+    resume: bool = False,
+    clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
@@ -674,6 +706,9 @@ def quantize(
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
         no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
+        resume: Go on with the work of a run to the same place that was ended; with nothing to go on
+            with, begin (docs/tasks/resume.md).
+        clean: Remove what a run to the same place that was ended has left.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -703,6 +738,8 @@ def dequantize(
     force: bool = False,
     dry_run: bool = False,
     no_card: bool = False,
+    resume: bool = False,
+    clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
@@ -725,6 +762,9 @@ def dequantize(
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
         no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
+        resume: Go on with the work of a run to the same place that was ended; with nothing to go on
+            with, begin (docs/tasks/resume.md).
+        clean: Remove what a run to the same place that was ended has left.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what

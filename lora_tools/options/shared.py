@@ -328,6 +328,19 @@ class Writing:
         OUTPUT,
         recorded=False,
     )
+    resume: bool = option(
+        False,
+        "Go on with the work of a run to the same place that was ended; with nothing to go on "
+        "with, begin (docs/tasks/resume.md).",
+        OUTPUT,
+        recorded=False,
+    )
+    clean: bool = option(
+        False,
+        "Remove what a run to the same place that was ended has left.",
+        OUTPUT,
+        recorded=False,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
