@@ -101,11 +101,14 @@ def extract(
     tolerance: float = 0.001,
     seed: int = 0,
     device: str = 'cpu',
+    to: Literal['peft', 'kohya', 'lycoris', 'diffusers', 'comfyui', 'torchtune', 'mlx', 'loralib', 'gguf', 'onnxruntime'] | None = None,
     base_name: str | None = None,
     max_error: float | None = None,
     force: bool = False,
     dry_run: bool = False,
     no_card: bool = False,
+    resume: bool = False,
+    clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
@@ -117,7 +120,8 @@ def extract(
     writing: Writing | None = None,
     running: Running | None = None,
 ) -> Report[ExtractTotals]:
-    r"""Write to ``out`` a PEFT LoRA adapter with base + adapter ≈ tuned, by truncated SVD.
+    r"""Write to ``out`` a LoRA adapter with base + adapter ≈ tuned, by truncated SVD: PEFT's, or in
+    the format ``to``.
 
     Args:
         base, tuned: checkpoint folders, safetensors files or hub ids.
@@ -160,6 +164,7 @@ def extract(
         tolerance: The energy captured may miss the best possible at that rank by this share.
         seed: Of the random start.
         device: cpu, cuda, cuda:1, …
+        to: The format to write (docs/formats.md). [default: peft]
         base_name: What adapter_config.json calls the base (base_model_name_or_path, revision), by
             which AutoPeftModel loads it: ORG/NAME[@REVISION]. [default: the name that is there,
             else its hub id where that is certain, else its absolute path (docs/hub.md)]
@@ -168,6 +173,9 @@ def extract(
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
         no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
+        resume: Go on with the work of a run to the same place that was ended; with nothing to go on
+            with, begin (docs/tasks/resume.md).
+        clean: Remove what a run to the same place that was ended has left.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -201,6 +209,8 @@ def merge(
     force: bool = False,
     dry_run: bool = False,
     no_card: bool = False,
+    resume: bool = False,
+    clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
@@ -237,6 +247,9 @@ def merge(
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
         no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
+        resume: Go on with the work of a run to the same place that was ended; with nothing to go on
+            with, begin (docs/tasks/resume.md).
+        clean: Remove what a run to the same place that was ended has left.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -263,6 +276,8 @@ def unmerge(
     allow_other_base: bool = False,
     force: bool = False,
     dry_run: bool = False,
+    resume: bool = False,
+    clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
@@ -289,6 +304,9 @@ def unmerge(
             not name.
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
+        resume: Go on with the work of a run to the same place that was ended; with nothing to go on
+            with, begin (docs/tasks/resume.md).
+        clean: Remove what a run to the same place that was ended has left.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -331,6 +349,8 @@ def rescale(
     force: bool = False,
     dry_run: bool = False,
     no_card: bool = False,
+    resume: bool = False,
+    clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
@@ -378,6 +398,9 @@ def rescale(
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
         no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
+        resume: Go on with the work of a run to the same place that was ended; with nothing to go on
+            with, begin (docs/tasks/resume.md).
+        clean: Remove what a run to the same place that was ended has left.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -412,10 +435,13 @@ def combine(
     base: str | Path | None = None,
     allow_other_base: bool = False,
     dtype: torch.dtype | str | None = None,
+    to: Literal['peft', 'kohya', 'lycoris', 'diffusers', 'comfyui', 'torchtune', 'mlx', 'loralib', 'gguf', 'onnxruntime'] | None = None,
     base_name: str | None = None,
     force: bool = False,
     dry_run: bool = False,
     no_card: bool = False,
+    resume: bool = False,
+    clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
@@ -428,7 +454,8 @@ def combine(
     writing: Writing | None = None,
     running: Running | None = None,
 ) -> Report[CombineTotals]:
-    r"""Write to ``out`` one PEFT adapter out of several, each with its weight.
+    r"""Write to ``out`` one adapter out of several, each with its weight: in their format where it
+    is one, else in PEFT's, or in the format ``to``.
 
     With Δ_i = s_i · B_i·A_i the true change that adapter i makes to a weight, s_i its scaling with
     rsLoRA and patterns applied:
@@ -463,12 +490,17 @@ def combine(
         allow_other_base: Also combine adapters whose metadata names different bases.
         dtype: bfloat16, float16, float32 or float64. [default: each factor keeps the widest of the
             inputs]
+        to: The format to write (docs/formats.md). [default: the format of the ADAPTERS, where it is
+            one; else peft]
         base_name: What adapter_config.json calls the base (base_model_name_or_path, revision), by
             which AutoPeftModel loads it: ORG/NAME[@REVISION]. [default: the name that is there,
             else its hub id where that is certain, else its absolute path (docs/hub.md)]
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
         no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
+        resume: Go on with the work of a run to the same place that was ended; with nothing to go on
+            with, begin (docs/tasks/resume.md).
+        clean: Remove what a run to the same place that was ended has left.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -493,9 +525,9 @@ def convert(
     adapter: str | Path,
     out: str | Path,
     *,
-    to: Literal['peft', 'kohya', 'lycoris', 'diffusers', 'torchtune', 'mlx', 'loralib', 'gguf', 'onnxruntime'],
+    to: Literal['peft', 'kohya', 'lycoris', 'diffusers', 'comfyui', 'torchtune', 'mlx', 'loralib', 'gguf', 'onnxruntime'],
     base: str | Path | None = None,
-    source: Literal['peft', 'kohya', 'lycoris', 'diffusers', 'torchtune', 'mlx', 'loralib', 'gguf', 'onnxruntime'] | None = None,
+    source: Literal['peft', 'kohya', 'lycoris', 'diffusers', 'comfyui', 'torchtune', 'mlx', 'loralib', 'gguf', 'onnxruntime'] | None = None,
     drop: Sequence[Literal['embedding', 'conv', 'experts', 'dora', 'bias', 'saved', 'differences', 'tokens', 'head']] = (),
     alpha: float | None = None,
     enable_lora: str | None = None,
@@ -508,6 +540,8 @@ def convert(
     force: bool = False,
     dry_run: bool = False,
     no_card: bool = False,
+    resume: bool = False,
+    clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
@@ -548,6 +582,9 @@ def convert(
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
         no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
+        resume: Go on with the work of a run to the same place that was ended; with nothing to go on
+            with, begin (docs/tasks/resume.md).
+        clean: Remove what a run to the same place that was ended has left.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -598,6 +635,8 @@ def quantize(
     force: bool = False,
     dry_run: bool = False,
     no_card: bool = False,
+    resume: bool = False,
+    clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
@@ -667,6 +706,9 @@ def quantize(
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
         no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
+        resume: Go on with the work of a run to the same place that was ended; with nothing to go on
+            with, begin (docs/tasks/resume.md).
+        clean: Remove what a run to the same place that was ended has left.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -696,6 +738,8 @@ def dequantize(
     force: bool = False,
     dry_run: bool = False,
     no_card: bool = False,
+    resume: bool = False,
+    clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
@@ -718,6 +762,9 @@ def dequantize(
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
         no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
+        resume: Go on with the work of a run to the same place that was ended; with nothing to go on
+            with, begin (docs/tasks/resume.md).
+        clean: Remove what a run to the same place that was ended has left.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what

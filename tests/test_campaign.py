@@ -7,6 +7,8 @@ import os
 import pickle
 import random
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from .campaign import moments, sound
 from .campaign.damage import joined, signed, split
 from .campaign.doors import DOORS, Use
 from .campaign.fuzz import DONE, REFUSED, WRONG, Bench
+from .campaign.workers import Pool
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -62,6 +65,22 @@ _OTHERS = [pytest.param(door, marks=pytest.mark.sweep(20)) for door in DOORS if 
 def test_what_is_whole_is_done_and_checked(door: str, bench: Bench) -> None:
     for use in DOORS[door].uses:
         bench.passes(use)
+
+
+def test_a_campaign_that_is_told_to_end_tells_what_there_was(whole: Path, tmp_path: Path) -> None:
+    """Its workers end after the input that each has begun, and none is held against them."""
+    ending, inputs = threading.Event(), [("config.json", f"end {n}") for n in range(10_000)]
+    pool = Pool(whole, tmp_path, inputs, 2)
+
+    def tell() -> None:
+        while not any(log.stat().st_size for log in tmp_path.glob("*.log")):
+            time.sleep(0.01)
+        ending.set()
+
+    threading.Thread(target=tell).start()
+    tally = pool.run(ending=ending)["config.json"]
+    assert 0 < tally.inputs < len(inputs)
+    assert tally.faults == []
 
 
 def test_other_content_is_seen(bench: Bench) -> None:

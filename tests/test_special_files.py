@@ -61,6 +61,7 @@ def work(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 MERGE = ["merge", "base", "adapter", "-o", "out"]
 EXTRACT = ["extract", "base", "tuned", "-o", "out", "--rank", "1"]
+STATISTICS = ["collect-stats", "base", "text", "-o", "out"]
 PLACES = {
     "base/model-00001-of-00002.safetensors": MERGE,
     "base/model.safetensors.index.json": MERGE,
@@ -76,7 +77,10 @@ PLACES = {
     "graph/config.json": ["export", "base", "-o", "out", *iotools.EXPORT],
     "cache": [*EXTRACT, "--spectrum-cache", "cache"],
     "stats": [*EXTRACT, "--activations", "stats"],
-    "text": ["collect-stats", "base", "text", "-o", "out"],
+    "text": STATISTICS,
+    "base/tokenizer_config.json": STATISTICS,
+    "base/vocab.txt": STATISTICS,
+    "base/chat_template.jinja": STATISTICS,
 }
 
 

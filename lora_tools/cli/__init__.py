@@ -107,8 +107,12 @@ def _run(args: list[str] | None) -> int:
             course.signal = course.signal or signal.SIGINT
         # Whatever comes out after a signal is what the signal has made.
         if course.signal:
-            return _stopped(course)
-        return _failed(error, _asks_for_json(sys.argv[1:] if args is None else args))
+            code = _stopped(course)
+        else:
+            code = _failed(error, _asks_for_json(sys.argv[1:] if args is None else args))
+        for said in course.kept:
+            click.echo(printable(said), err=True)
+        return code
     return code if isinstance(code, int) else 0
 
 

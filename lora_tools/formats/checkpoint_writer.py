@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from lora_tools.errors import UnsafeInput, UsageError
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.digest import PROVENANCE
+from lora_tools.formats.recorded import Recording, Taken
 from lora_tools.formats.regular_files import read_file
 from lora_tools.formats.safetensors_file import SafetensorsWriter, Written, encode_header
 from lora_tools.formats.shards import is_plain_name
@@ -198,6 +199,29 @@ class CheckpointWriter:
             self._home[name].credit(Written({name: nbytes}, {}))
         for name, data in written.last.items():
             self._home[name].credit(Written({}, {name: data}))
+
+    def memo_key(self) -> tuple[Sequence[Shard], bool]:
+        """What is written, wherever that is."""
+        return self._shards, self._is_folder
+
+    def recording(self) -> Recording:
+        """The same for one task, and what it wrote can be told afterwards."""
+        return Recording(self)
+
+    def confirm(self, taken: Taken) -> bool:
+        """Whether all of it is there, byte for byte, as an earlier run has left it: then it is
+        taken for done."""
+        there = all(
+            name in self._home and self._home[name].has(name, start, nbytes, digest)
+            for name, start, nbytes, digest in taken.extents
+        )
+        if there and taken.last.keys() <= self._home.keys():
+            for name, _, nbytes, _ in taken.extents:
+                self._home[name].credit(Written({name: nbytes}, {}))
+            for name, data in taken.last.items():
+                self.write_last(name, data)
+            return True
+        return False
 
     @property
     def nbytes(self) -> int:

@@ -23,6 +23,7 @@ from lora_tools.options.tables import (
     conformed,
     dtype_help,
     float_dtype,
+    formats,
     hub_id,
     size,
 )
@@ -159,6 +160,9 @@ class AdapterForm:
         metavar="DTYPE",
         unset="each factor keeps its own",
         parse=float_dtype,
+    )
+    to: str | None = option(
+        None, "The format to write (docs/formats.md).", ADAPTER, choices=formats, unset="peft"
     )
     base_name: str | None = option(
         None,
@@ -321,6 +325,19 @@ class Writing:
     no_card: bool = option(
         False,
         "Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).",
+        OUTPUT,
+        recorded=False,
+    )
+    resume: bool = option(
+        False,
+        "Go on with the work of a run to the same place that was ended; with nothing to go on "
+        "with, begin (docs/tasks/resume.md).",
+        OUTPUT,
+        recorded=False,
+    )
+    clean: bool = option(
+        False,
+        "Remove what a run to the same place that was ended has left.",
         OUTPUT,
         recorded=False,
     )

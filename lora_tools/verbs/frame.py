@@ -12,14 +12,19 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from lora_tools.engine import memo
 from lora_tools.errors import QualityGateError, UsageError, errors_of_the_tree
 from lora_tools.formats import digest as hashing
 from lora_tools.formats import model_card
+from lora_tools.formats.adapters.format import refuse_file_name
 from lora_tools.formats.checkpoint import PICKLE_SUFFIXES
 from lora_tools.formats.hub_headers import headers_only
+from lora_tools.formats.ledger import Ledger
+from lora_tools.formats.leftover import Way, reusable
 from lora_tools.formats.output import Prepared, check_destination, check_space, staged
 from lora_tools.formats.pipeline_output import copied_files, write_whole
 from lora_tools.formats.synced import held_bytes, write_synced
@@ -32,8 +37,6 @@ from lora_tools.verbs.card import card_of
 from lora_tools.verbs.paths import Paths
 from lora_tools.verbs.report_file import check_report_file, write_report
 from lora_tools.verbs.row import Verb
-
-_FILES = (".safetensors", ".onnx", ".json")  # pickles have an error of their own
 
 # What the types of keywords are written by.
 _NAMES = {
@@ -191,15 +194,6 @@ def _refuse_name(row: Verb, out: str) -> None:
         )
 
 
-def _refuse_file(prepared: Prepared, out: str) -> None:
-    """Raises UsageError for the name of a file where a folder is written."""
-    if prepared.is_folder and Path(out).suffix in _FILES:
-        raise UsageError(
-            f"--out {out}: a folder is written, and this is a file's name; leave "
-            f"{Path(out).suffix} away"
-        )
-
-
 def _work(
     row: Verb, call: Call, given: Mapping[str, Any], asked: Mapping[str, Any], paths: Paths
 ) -> Report[Any]:
@@ -212,7 +206,7 @@ def _work(
         paths.check(dry_run=False)
         paths.check_kept()
         return prepared.run()
-    _refuse_file(prepared, call.out)
+    refuse_file_name(call.out, prepared.is_folder)
     paths.write(prepared, Path(call.out))
     paths.check(call.writing.dry_run)
     copied = copied_files(prepared)  # on a dry run, too: it refuses what may not be copied
@@ -220,23 +214,45 @@ def _work(
         return prepared.report
     paths.check_kept()
     nbytes = prepared.nbytes + sum(map(held_bytes, copied))
-    return _write(row, asked, prepared, Path(call.out), nbytes)
+    return _write(row, asked, prepared, call, nbytes)
+
+
+def way_of(writing: Writing) -> Way:
+    """What becomes of what a run that was ended has left. Raises UsageError."""
+    if writing.resume and writing.clean:
+        raise UsageError(
+            "--resume goes on with what was left, --clean removes it: give one of them"
+        )
+    return "resume" if writing.resume else "clean" if writing.clean else "refuse"
+
+
+def _versions(call: Call) -> tuple[str, ...]:
+    """Whatever else than a task, its sources and its sink decides what comes of it."""
+    return tool_version(), metadata.version("torch"), call.running.digest
 
 
 def _write(
-    row: Verb, asked: Mapping[str, Any], prepared: Prepared, out: Path, nbytes: int
+    row: Verb, asked: Mapping[str, Any], prepared: Prepared, call: Call, nbytes: int
 ) -> Report[Any]:
     """Make the output beside its place, and put it there once it is complete."""
-    force = asked["writing"].force
+    out, force, way = Path(call.out), call.writing.force, way_of(call.writing)
     made = [out / name for name in prepared.added] or [out]
     made += [out.with_name(out.name + suffix) for suffix in prepared.beside]
     for path in made:
-        check_destination(path, force)
-    check_space(out, nbytes)
-    with staged(made[0], force=force) as staging:
+        check_destination(path, force, way)
+    resume = way == "resume"
+    check_space(out, nbytes, reusable(made[0]) if resume else 0)
+    with (
+        staged(made[0], force=force, resume=resume) as staging,
+        contextlib.closing(Ledger(staging)) as ledger,
+        memo.using(account := memo.Account(ledger, _versions(call))),
+    ):
         report = write_whole(prepared, staging / "out")
         if (staging / "out").is_dir():
             _put_card(row, asked, prepared, report, staging / "out")
+    if account.recalled:
+        said = f"{account.recalled} pieces of work were found done, and not done again (--resume)"
+        report = dataclasses.replace(report, notes=(*report.notes, said))
     for suffix in prepared.dropped if force else ():
         out.with_name(out.name + suffix).unlink(missing_ok=True)
     return report

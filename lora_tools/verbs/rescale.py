@@ -8,9 +8,8 @@ from pathlib import Path
 from lora_tools.adapting.convert_module import rank_ceiling
 from lora_tools.adapting.for_consumer import in_terms_of
 from lora_tools.adapting.scale import Rescaling, refuse_unread, rescale_adapter
-from lora_tools.adapting.write import no_effect, uncovered, write_as
+from lora_tools.adapting.write import no_effect, uncovered, written_as
 from lora_tools.errors import AdapterError, UnsupportedAdapter, UsageError
-from lora_tools.formats.adapters.base_names import BaseNames
 from lora_tools.formats.adapters.format import Format
 from lora_tools.formats.adapters.peft import Adapter
 from lora_tools.formats.adapters.table import FORMATS
@@ -20,7 +19,7 @@ from lora_tools.formats.dtypes import parse_float_dtype
 from lora_tools.formats.output import Prepared
 from lora_tools.options import AdapterForm, Origin, Ranks, Strength
 from lora_tools.options.parse import consumer_named
-from lora_tools.options.ranks import rank_rule, refuse_shared, size_of
+from lora_tools.options.ranks import rank_rule, refuse_bytes, refuse_shared, size_of
 from lora_tools.records import Action, Fate, Input, Report
 from lora_tools.sources.adapters import open_adapter
 from lora_tools.sources.auto_class import identify
@@ -78,7 +77,8 @@ def rescale(
             return rescale_adapter(report, given, options, out, jobs, call.running.progress)
         folder = out.with_name("peft")
         done = rescale_adapter(report, given, options, folder, jobs, call.running.progress)
-        return _written_as(done, form, names, given, folder, out, jobs)
+        new, dtype = open_adapter(folder), options.dtype
+        return written_as(done, new, form, names, out, given.blocks, dtype, jobs)
 
     read = (given.path, *([names.path] if names is not None else []))
     return Prepared(report, read, 6 * given.nbytes, write, is_folder=form.is_folder)
@@ -125,33 +125,12 @@ def _refuse(given: Adapter, form: Format, strength: Strength, ranks: Ranks) -> N
         raise AdapterError(
             f"{given.path}: {given.unresolved}; give the model it was trained on with --base"
         )
-    size = size_of(ranks)
-    if size is not None and size.in_bytes and form.name != "peft":
-        raise UsageError(
-            f"--budget {ranks.budget}: a size in bytes is for PEFT's file; for {form.title} "
-            "give numbers, such as 10M"
-        )
+    refuse_bytes(ranks, form)
     if given.use_dora and (strength.scale is not None or strength.effect == "change"):
         raise UnsupportedAdapter(
             f"{given.path}: a DoRA adapter cannot be scaled: its magnitudes fix the norm of each "
             "output; merge it with a weight instead (ADAPTER=0.5)"
         )
-
-
-def _written_as(
-    report: Report[RescaleTotals],
-    form: Format,
-    names: BaseNames | None,
-    given: Adapter,
-    folder: Path,
-    out: Path,
-    jobs: int | None,
-) -> Report[RescaleTotals]:
-    """The PEFT adapter in ``folder`` in the format that it came in."""
-    notes = write_as(open_adapter(folder), form, names, out, given.blocks, jobs)
-    files = list(out.iterdir()) if out.is_dir() else [out]
-    totals: RescaleTotals = {**report.totals, "bytes": sum(file.stat().st_size for file in files)}
-    return dataclasses.replace(report, totals=totals, notes=(*report.notes, *notes))
 
 
 def _fates(given: Adapter, options: Rescaling) -> tuple[Fate, ...]:

@@ -11,6 +11,7 @@ import os
 import resource
 import signal
 import struct
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -54,23 +55,25 @@ class Pool:
         self, sound: Path, here: Path, inputs: Sequence[tuple[str, str]], jobs: int
     ) -> None:
         self._sound, self._here, self._inputs, self._jobs = sound, here, inputs, jobs
-        self._shared = mmap.mmap(-1, _PLACE.size * jobs)
+        self._shared = mmap.mmap(-1, _PLACE.size * jobs + 1)  # the last says that all is to end
         self._pids: dict[int, int] = {}  # by process, which worker
         self.tallies = {door: Tally(door) for door in DOORS}
 
-    def run(self, seconds: float | None = None) -> dict[str, Tally]:
-        """All inputs, or those of so many seconds."""
+    def run(
+        self, seconds: float | None = None, ending: threading.Event | None = None
+    ) -> dict[str, Tally]:
+        """All inputs, or those of so many seconds, or those until it is told to end."""
         end = time.monotonic() + seconds if seconds else float("inf")
         for worker in range(self._jobs):
             self._begin(worker, worker)
         while self._pids:
             time.sleep(0.2)
+            if time.monotonic() > end or (ending is not None and ending.is_set()):
+                self._shared[-1] = 1
             for pid in list(self._pids):
                 ended, status = os.waitpid(pid, os.WNOHANG)
                 if ended:
                     self._ended(pid, status)
-                elif time.monotonic() > end:
-                    os.kill(pid, signal.SIGTERM)
                 elif (kind := self._fault(pid)) is not None:
                     self._lost(pid, kind)
         for worker in range(self._jobs):
@@ -78,6 +81,8 @@ class Pool:
         return self.tallies
 
     def _begin(self, worker: int, first: int) -> None:
+        if self._shared[-1]:
+            return
         _PLACE.pack_into(self._shared, worker * _PLACE.size, first, float("inf"))
         pid = os.fork()
         if pid == 0:
@@ -86,14 +91,14 @@ class Pool:
 
     def _work(self, worker: int, first: int) -> NoReturn:
         """In the fork: input after input; what came of each is a line in a file."""
-        status, stop = 1, []
+        status = 1
         try:
-            signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # from a terminal: it says so to all
             resource.setrlimit(resource.RLIMIT_DATA, (_GUARD, _GUARD))
             bench = Bench(self._sound, self._here / str(worker))
             with (self._here / f"{worker}.log").open("a") as log:
                 for number in range(first, len(self._inputs), self._jobs):
-                    if stop:
+                    if self._shared[-1]:
                         break
                     door, seed = self._inputs[number]
                     _PLACE.pack_into(
@@ -115,7 +120,7 @@ class Pool:
                         break
                 else:
                     status = 0
-                status = 0 if stop else status
+                status = 0 if self._shared[-1] else status
         except BaseException:
             traceback.print_exc()
         finally:

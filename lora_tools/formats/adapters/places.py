@@ -21,6 +21,7 @@ class Place:
         component: the part of a pipeline; rest: its name in that.
         beside_others: of a text encoder, that the pipeline has several.
         guessed: nothing tells the component.
+        unlooked: no base is at hand, among whose modules it was looked up.
     """
 
     module: str
@@ -28,6 +29,7 @@ class Place:
     rest: str
     beside_others: bool = False
     guessed: bool = False
+    unlooked: bool = False
 
     def refusal(self, why: str) -> UnsupportedAdapter:
         """The error for a module that a format has no name for."""
@@ -70,7 +72,8 @@ class Places:
         if component in ENCODERS:
             rest = published(rest)
         guessed = len(likely) != 1 and (component in ENCODERS if len(found) > 1 else not found)
-        return Place(module, component, rest, self._beside_others, guessed)
+        unlooked = self._base is None
+        return Place(module, component, rest, self._beside_others, guessed, unlooked)
 
     def _of_all(self) -> tuple[str, ...]:
         """Of a model by itself, all that it may be."""
