@@ -10,7 +10,6 @@ import mmap
 import os
 import resource
 import signal
-import struct
 import threading
 import time
 import traceback
@@ -25,7 +24,7 @@ HANG, MEMORY = "hangs > 20 s", "> 1.5 GB"
 _HANG = 20.0  # seconds of processor time for one input
 _MEMORY = 1_500_000_000  # bytes, resident
 _GUARD = 6_000_000_000  # bytes that a process may ask for, so that the machine stands
-_PLACE = struct.Struct("qd")  # the input being worked on, and the processor time at its start
+_WORDS = 2  # of each worker: the input that it is at, and the processor time at its start
 
 
 @dataclasses.dataclass
@@ -55,7 +54,9 @@ class Pool:
         self, sound: Path, here: Path, inputs: Sequence[tuple[str, str]], jobs: int
     ) -> None:
         self._sound, self._here, self._inputs, self._jobs = sound, here, inputs, jobs
-        self._shared = mmap.mmap(-1, _PLACE.size * jobs + 1)  # the last says that all is to end
+        # The last says that all is to end. Each is written in one go: struct.pack_into writes zeros
+        # first, which another process then reads.
+        self._shared = memoryview(mmap.mmap(-1, 8 * (_WORDS * jobs + 1))).cast("d")
         self._pids: dict[int, int] = {}  # by process, which worker
         self.tallies = {door: Tally(door) for door in DOORS}
 
@@ -83,7 +84,7 @@ class Pool:
     def _begin(self, worker: int, first: int) -> None:
         if self._shared[-1]:
             return
-        _PLACE.pack_into(self._shared, worker * _PLACE.size, first, float("inf"))
+        self._note(worker, first, float("inf"))
         pid = os.fork()
         if pid == 0:
             self._work(worker, first)
@@ -101,9 +102,7 @@ class Pool:
                     if self._shared[-1]:
                         break
                     door, seed = self._inputs[number]
-                    _PLACE.pack_into(
-                        self._shared, worker * _PLACE.size, number, time.process_time()
-                    )
+                    self._note(worker, number, time.process_time())
                     outcome = bench.meet(door, seed)
                     fault = set(outcome.kinds) - {DONE, "refused"}
                     row = [
@@ -126,9 +125,15 @@ class Pool:
         finally:
             os._exit(status)
 
+    def _note(self, worker: int, number: int, seconds: float) -> None:
+        """Which input a worker is at. The time first: the next input's is never held for the old
+        one's."""
+        self._shared[_WORDS * worker + 1] = seconds
+        self._shared[_WORDS * worker] = number
+
     def _fault(self, pid: int) -> str | None:
         """What a process is doing too long, or with too much."""
-        _, begun = _PLACE.unpack_from(self._shared, self._pids[pid] * _PLACE.size)
+        begun = self._shared[_WORDS * self._pids[pid] + 1]
         if _seconds(pid) - begun > _HANG:
             return HANG
         return MEMORY if _resident(pid) > _MEMORY else None
@@ -136,7 +141,7 @@ class Pool:
     def _lost(self, pid: int, kind: str) -> None:
         """Note it, end the process and go on after that input."""
         worker = self._pids.pop(pid)
-        number, _ = _PLACE.unpack_from(self._shared, worker * _PLACE.size)
+        number = int(self._shared[_WORDS * worker])
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         door, seed = self._inputs[number]
@@ -146,7 +151,7 @@ class Pool:
 
     def _ended(self, pid: int, status: int) -> None:
         worker = self._pids[pid]
-        number, _ = _PLACE.unpack_from(self._shared, worker * _PLACE.size)
+        number = int(self._shared[_WORDS * worker])
         if os.waitstatus_to_exitcode(status) == 3:
             del self._pids[pid]
             self._begin(worker, number + self._jobs)
