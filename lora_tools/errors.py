@@ -50,6 +50,11 @@ class UsageError(LoraToolsError, ValueError):
     exit_code = 2
 
 
+def not_installed(what: str, extra: str, *modules: str) -> UsageError:
+    """What is raised where modules of an extra are missing, whatever needs them."""
+    return UsageError(f"{what} needs {', '.join(modules)}: pip install 'loratools[{extra}]'")
+
+
 class CheckpointError(LoraToolsError):
     """A checkpoint is absent, truncated, or says something untrue of itself."""
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_tools.errors import QualityGateError, UsageError
+from lora_tools.errors import QualityGateError
 from lora_tools.exporting.quantized import Quantization
 from lora_tools.exporting.runtime_adapters import SUFFIX, RuntimeAdapters
 from lora_tools.formats.checkpoint import Checkpoint, with_theta
@@ -21,6 +20,7 @@ from lora_tools.merging.prepare import copied_modules
 from lora_tools.onnx import genai
 from lora_tools.onnx.tasks import Task
 from lora_tools.options import Check, Graphs, Running
+from lora_tools.options.parse import need
 from lora_tools.provenance import tool_version
 from lora_tools.records import Action, Fate, Input, Report
 from lora_tools.sources.checkpoints import open_checkpoint
@@ -257,11 +257,7 @@ class Export:
 
 def check_installed() -> None:
     """Raises UsageError, saying what to install, where something is missing."""
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UsageError(
-            f"export needs {', '.join(missing)}: install them with pip install 'loratools[onnx]'"
-        )
+    need("export", "onnx", *_NEEDED)
 
 
 def _as_bases(inputs: Sequence[Input]) -> tuple[Input, ...]:

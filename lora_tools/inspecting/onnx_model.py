@@ -31,7 +31,7 @@ def open_model(paths: list[Path]) -> Model:
         CheckpointError: one is no ONNX model.
         UsageError: onnx is not installed.
     """
-    need("onnx")
+    need("inspect of an ONNX model", "onnx", "onnx")
     from lora_tools.onnx.initializers import GraphWeights, described, unused
 
     weights = GraphWeights(paths)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from lora_tools.errors import UsageError
+from lora_tools.errors import not_installed
 from lora_tools.plots.picture import MOST_LINES, Line, Picture
 
 __all__ = ["MOST_LINES", "Line", "Picture", "check_library", "draw"]
@@ -15,7 +15,7 @@ def check_library(suffix: str) -> None:
     """Raises UsageError, saying what to install, where that which draws such files is missing."""
     library = "plotly" if suffix == ".html" else "matplotlib"
     if find_spec(library) is None:
-        raise UsageError(f"--plot: {suffix} needs {library}: pip install 'loratools[plot]'")
+        raise not_installed(f"--plot {suffix}", "plot", library)
 
 
 def draw(picture: Picture, suffix: str) -> bytes:

@@ -67,7 +67,7 @@ def verify_onnx(
     Raises:
         MismatchError: with the weights only, some of them have no names to be compared by.
     """
-    need("onnx", *(_TO_RUN if run else ()))
+    need("verify of an ONNX model", "onnx", "onnx", *(_TO_RUN if run else ()))
     from lora_tools.onnx.initializers import GraphWeights
 
     plan = plan_merge(source, weighted)

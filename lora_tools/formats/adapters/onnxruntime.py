@@ -15,7 +15,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_tools.errors import AdapterError, CheckpointError, TensorNotFound
+from lora_tools.errors import AdapterError, CheckpointError, TensorNotFound, not_installed
 from lora_tools.formats.adapters.base_names import BaseNames
 from lora_tools.formats.adapters.format import Format
 from lora_tools.formats.adapters.outline import Compute, Context, Outline, group_parts, pair
@@ -41,9 +41,7 @@ def _package() -> Any:
     try:
         import onnxruntime
     except ImportError:
-        raise AdapterError(
-            "ONNX Runtime's adapter files need onnxruntime: pip install 'loratools[onnxruntime]'"
-        ) from None
+        raise not_installed("an .onnx_adapter file", "onnxruntime", "onnxruntime") from None
     return onnxruntime
 
 
