@@ -108,6 +108,7 @@ def extract(
     dry_run: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
     progress: ProgressCallback | None = None,
     ranks: Ranks | None = None,
@@ -173,6 +174,9 @@ def extract(
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         ranks: those of ``Ranks`` in one
@@ -203,6 +207,7 @@ def merge(
     dry_run: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
     progress: ProgressCallback | None = None,
     matching: Matching | None = None,
@@ -218,7 +223,7 @@ def merge(
     kept.
 
     Args:
-        base: a checkpoint folder, a safetensors file or a hub id.
+        base: a checkpoint folder, a diffusers pipeline's folder, a safetensors file or a hub id.
         adapters: of any format that is read: ``path``, ``"path=weight"`` or ``(path, weight)``;
             none is enough where ``dtype`` is given.
         dtype: bfloat16, float16, float32 or float64. [default: each tensor keeps its own]
@@ -240,6 +245,9 @@ def merge(
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         matching: those of ``Matching`` in one
@@ -264,6 +272,7 @@ def unmerge(
     dry_run: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
     progress: ProgressCallback | None = None,
     undoing: Undoing | None = None,
@@ -292,6 +301,9 @@ def unmerge(
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         undoing: those of ``Undoing`` in one
@@ -331,6 +343,7 @@ def rescale(
     dry_run: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
     progress: ProgressCallback | None = None,
     strength: Strength | None = None,
@@ -379,6 +392,9 @@ def rescale(
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         strength: those of ``Strength`` in one
@@ -415,6 +431,7 @@ def combine(
     dry_run: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
     progress: ProgressCallback | None = None,
     combining: Combining | None = None,
@@ -472,6 +489,9 @@ def combine(
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         combining: those of ``Combining`` in one
@@ -508,6 +528,7 @@ def convert(
     dry_run: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
     progress: ProgressCallback | None = None,
     formats: Formats | None = None,
@@ -549,6 +570,9 @@ def convert(
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         formats: those of ``Formats`` in one
@@ -596,6 +620,7 @@ def quantize(
     dry_run: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
     progress: ProgressCallback | None = None,
     adding: Adding | None = None,
@@ -666,6 +691,9 @@ def quantize(
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         adding: those of ``Adding`` in one
@@ -692,6 +720,7 @@ def dequantize(
     dry_run: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
     progress: ProgressCallback | None = None,
     storage: Storage | None = None,
@@ -715,6 +744,9 @@ def dequantize(
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         storage: those of ``Storage`` in one
@@ -754,6 +786,7 @@ def export(
     dry_run: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
     progress: ProgressCallback | None = None,
     adding: Adding | None = None,
@@ -808,6 +841,9 @@ def export(
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         adding: those of ``Adding`` in one
@@ -830,6 +866,7 @@ def inspect(
     plot: str | Path | None = None,
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
     progress: ProgressCallback | None = None,
     view: View | None = None,
@@ -846,6 +883,9 @@ def inspect(
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         view: those of ``View`` in one
@@ -868,6 +908,7 @@ def diff(
     device: str = 'cpu',
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
     progress: ProgressCallback | None = None,
     tensors: Tensors | None = None,
@@ -892,6 +933,9 @@ def diff(
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         tensors: those of ``Tensors`` in one
@@ -919,6 +963,7 @@ def verify(
     trust_remote_code: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
     progress: ProgressCallback | None = None,
     comparison: Comparison | None = None,
@@ -950,6 +995,9 @@ def verify(
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         comparison: those of ``Comparison`` in one
@@ -1015,6 +1063,7 @@ def collect_stats(
     dry_run: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
     progress: ProgressCallback | None = None,
     sampling: Sampling | None = None,
@@ -1042,6 +1091,9 @@ def collect_stats(
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         sampling: those of ``Sampling`` in one

@@ -17,7 +17,7 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 
 from lora_tools.errors import CheckpointError
-from lora_tools.formats import hub
+from lora_tools.formats import hub, variants
 from lora_tools.formats.hub import HubId
 from lora_tools.sources.adapters import open_adapter
 from lora_tools.sources.checkpoints import open_checkpoint
@@ -167,7 +167,7 @@ def test_the_index_says_which_weights_are_fetched(server: Any, tmp_path: Path) -
         (["adapter/adapter_model.safetensors"], ["adapter/adapter_model.safetensors"]),
         (
             ["model_index.json", "unet/d.safetensors", "vae/d.safetensors", "d.safetensors"],
-            ["d.safetensors", "model_index.json", "unet/d.safetensors", "vae/d.safetensors"],
+            ["model_index.json", "unet/d.safetensors", "vae/d.safetensors"],
         ),
         (["modules.json", "model.safetensors", "2_Dense/model.safetensors"], None),
     ],
@@ -175,6 +175,16 @@ def test_the_index_says_which_weights_are_fetched(server: Any, tmp_path: Path) -
 def test_one_set_of_weights_is_chosen(names: list[str], fetched: list[str] | None) -> None:
     found = hub._chosen(HubId("org/name"), names, allow_pickle=True)
     assert found == sorted(names if fetched is None else fetched)
+
+
+def test_a_variant_is_fetched_where_there_is_one() -> None:
+    stem = "unet/diffusion_pytorch_model"
+    plain = [f"{stem}-00001-of-00001.safetensors", f"{stem}.safetensors.index.json"]
+    half = [f"{stem}.fp16-00001-of-00001.safetensors", f"{stem}.safetensors.index.fp16.json"]
+    alone = ["vae/diffusion_pytorch_model.safetensors"]
+    with variants.using("fp16"):
+        found = hub._chosen(HubId("org/name"), [*plain, *half, *alone, "model_index.json"], False)
+    assert found == sorted([*half, *alone, "model_index.json"])
 
 
 def test_pickles_are_not_fetched_unasked() -> None:

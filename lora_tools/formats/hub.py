@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_tools.errors import CheckpointError, LoraToolsError
+from lora_tools.formats import variants
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
@@ -175,6 +176,8 @@ def _chosen(wanted: HubId, names: list[str], allow_pickle: bool) -> list[str]:
     weights = {f: _weights(wanted, root + f, each, allow_pickle) for f, each in folders.items()}
     weights = {folder: each for folder, each in weights.items() if each}
     parts = {"model_index.json", "modules.json"} & set(folders.get("", ()))
+    if "model_index.json" in parts and len(weights) > 1:
+        weights.pop("", None)  # all of its models in one file, once more
     if "" in weights and not parts:
         weights = {"": weights[""]}
     elif len(weights) > 1 and not parts:
@@ -195,6 +198,9 @@ def _weights(wanted: HubId, folder: str, names: list[str], allow_pickle: bool) -
     that are no twins of others. Pickles are taken only where there is nothing else."""
     for suffix in (".safetensors", *(_PICKLES if allow_pickle else ())):
         there = [n for n in names if n.endswith(suffix) and not _LEFT.fullmatch(n)]
+        if mine := [n for n in there if variants.variant_of(n) == variants.wanted()]:
+            named = [n for n in names if variants.plain(n).endswith(suffix + _INDEX)]
+            return mine + [n for n in named if variants.variant_of(n) == variants.wanted()]
         indexes = [n for n in names if n.endswith(suffix + _INDEX)]
         plain = [n for n in indexes if not _TWIN.fullmatch(n)] or indexes
         if plain:

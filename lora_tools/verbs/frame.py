@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from lora_tools.errors import QualityGateError, UsageError, errors_of_the_tree
 from lora_tools.formats import digest as hashing
+from lora_tools.formats import variants
 from lora_tools.formats.adapters.format import refuse_file_name
 from lora_tools.formats.checkpoint import PICKLE_SUFFIXES
 from lora_tools.formats.output import Prepared, check_destination, check_space, staged
@@ -126,7 +127,7 @@ def carry_out(row: Verb, given: Mapping[str, Any], report_file: Path | None = No
         check_report_file(report_file)
     failure = None
     try:
-        with hashing.using(call.running.digest):
+        with hashing.using(call.running.digest), variants.using(call.running.variant):
             report = _work(row, call, given, asked, paths)
     except QualityGateError as error:
         if error.report is None:
