@@ -111,6 +111,7 @@ def extract(
     clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
     progress: ProgressCallback | None = None,
     ranks: Ranks | None = None,
@@ -180,6 +181,9 @@ def extract(
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         ranks: those of ``Ranks`` in one
@@ -213,6 +217,7 @@ def merge(
     clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
     progress: ProgressCallback | None = None,
     matching: Matching | None = None,
@@ -228,7 +233,7 @@ def merge(
     kept.
 
     Args:
-        base: a checkpoint folder, a safetensors file or a hub id.
+        base: a checkpoint folder, a diffusers pipeline's folder, a safetensors file or a hub id.
         adapters: of any format that is read: ``path``, ``"path=weight"`` or ``(path, weight)``;
             none is enough where ``dtype`` is given.
         dtype: bfloat16, float16, float32 or float64. [default: each tensor keeps its own]
@@ -254,6 +259,9 @@ def merge(
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         matching: those of ``Matching`` in one
@@ -280,6 +288,7 @@ def unmerge(
     clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
     progress: ProgressCallback | None = None,
     undoing: Undoing | None = None,
@@ -311,6 +320,9 @@ def unmerge(
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         undoing: those of ``Undoing`` in one
@@ -353,6 +365,7 @@ def rescale(
     clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
     progress: ProgressCallback | None = None,
     strength: Strength | None = None,
@@ -405,6 +418,9 @@ def rescale(
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         strength: those of ``Strength`` in one
@@ -444,6 +460,7 @@ def combine(
     clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
     progress: ProgressCallback | None = None,
     combining: Combining | None = None,
@@ -505,6 +522,9 @@ def combine(
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         combining: those of ``Combining`` in one
@@ -544,6 +564,7 @@ def convert(
     clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
     progress: ProgressCallback | None = None,
     formats: Formats | None = None,
@@ -589,6 +610,9 @@ def convert(
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         formats: those of ``Formats`` in one
@@ -639,6 +663,7 @@ def quantize(
     clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
     progress: ProgressCallback | None = None,
     adding: Adding | None = None,
@@ -713,6 +738,9 @@ def quantize(
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         adding: those of ``Adding`` in one
@@ -742,6 +770,7 @@ def dequantize(
     clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
     progress: ProgressCallback | None = None,
     storage: Storage | None = None,
@@ -769,6 +798,9 @@ def dequantize(
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         storage: those of ``Storage`` in one
@@ -809,6 +841,7 @@ def export(
     no_card: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
     progress: ProgressCallback | None = None,
     adding: Adding | None = None,
@@ -864,6 +897,9 @@ def export(
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         adding: those of ``Adding`` in one
@@ -886,6 +922,7 @@ def inspect(
     plot: str | Path | None = None,
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
     progress: ProgressCallback | None = None,
     view: View | None = None,
@@ -902,6 +939,9 @@ def inspect(
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         view: those of ``View`` in one
@@ -924,6 +964,7 @@ def diff(
     device: str = 'cpu',
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
     progress: ProgressCallback | None = None,
     tensors: Tensors | None = None,
@@ -948,6 +989,9 @@ def diff(
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         tensors: those of ``Tensors`` in one
@@ -975,6 +1019,7 @@ def verify(
     trust_remote_code: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
     progress: ProgressCallback | None = None,
     comparison: Comparison | None = None,
@@ -1006,6 +1051,9 @@ def verify(
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         comparison: those of ``Comparison`` in one
@@ -1071,6 +1119,7 @@ def collect_stats(
     dry_run: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
     progress: ProgressCallback | None = None,
     sampling: Sampling | None = None,
@@ -1098,6 +1147,9 @@ def collect_stats(
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         sampling: those of ``Sampling`` in one

@@ -363,6 +363,13 @@ class Running:
         RUNNING,
         recorded=False,
     )
+    variant: str | None = option(
+        None,
+        "Of a folder, or of each folder of a diffusers pipeline that has such: read the weight "
+        "files of this variant, such as fp16. What is made of them is called as files of none.",
+        RUNNING,
+        metavar="NAME",
+    )
     digest: Literal["xxh3", "sha256"] = option(
         "xxh3",
         "What the digests of inputs and output are made of: xxh3 tells accidents; sha256 stands "

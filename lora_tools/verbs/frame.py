@@ -19,7 +19,7 @@ from typing import Any, Literal
 from lora_tools.engine import memo
 from lora_tools.errors import QualityGateError, UsageError, errors_of_the_tree
 from lora_tools.formats import digest as hashing
-from lora_tools.formats import model_card
+from lora_tools.formats import model_card, variants
 from lora_tools.formats.adapters.format import refuse_file_name
 from lora_tools.formats.checkpoint import PICKLE_SUFFIXES
 from lora_tools.formats.hub_headers import headers_only
@@ -136,6 +136,7 @@ def carry_out(row: Verb, given: Mapping[str, Any], report_file: Path | None = No
     try:
         with contextlib.ExitStack() as held:
             held.enter_context(hashing.using(call.running.digest))
+            held.enter_context(variants.using(call.running.variant))
             if call.writing.dry_run:
                 held.enter_context(headers_only())
             report = _work(row, call, given, asked, paths)

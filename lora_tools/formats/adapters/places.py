@@ -8,7 +8,14 @@ from pathlib import Path
 
 from lora_tools.errors import UnsupportedAdapter
 from lora_tools.formats.adapters.base_names import BaseNames
-from lora_tools.formats.adapters.components import ENCODERS, NAMES, looks_like, placed, published
+from lora_tools.formats.adapters.components import (
+    ENCODERS,
+    KOHYA,
+    NAMES,
+    looks_like,
+    placed,
+    published,
+)
 
 _BY_BASE = "give the pipeline that it was trained on, or its folder of that part, with --base"
 
@@ -86,7 +93,8 @@ class Places:
 
     def notes(self, modules: Collection[str]) -> list[str]:
         """What to say where nothing tells the component."""
-        guessed = [place for place in map(self.of, sorted(modules)) if place.guessed]
+        resolved = (m for m in sorted(modules) if "." in m or not m.startswith(tuple(KOHYA)))
+        guessed = [place for place in map(self.of, resolved) if place.guessed]
         if not guessed:
             return []
         return [
