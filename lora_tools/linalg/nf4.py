@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from lora_tools.linalg.codebooks import Array, Codebook, dynamic_codes, dynamic_map
-from lora_tools.linalg.svd import sum_of_squares
+from lora_tools.linalg.truncation import sum_of_squares
 
 NESTED_BLOCKSIZE = 256
 RUN = 1 << 19  # elements at a time, a multiple of every block size: smaller runs stay in a nearer

@@ -173,7 +173,8 @@ class ErrorFit:
         """lora_B, lora_A of ``x − back``, and what is left; ``room``, as large, is written over."""
         from lora_tools.linalg.delta import Delta
         from lora_tools.linalg.lora import balanced_factors, no_factors
-        from lora_tools.linalg.svd import sum_of_squares, truncated
+        from lora_tools.linalg.svd import truncated
+        from lora_tools.linalg.truncation import sum_of_squares
 
         delta, by = Delta(x, back), item.feeding.by if item.feeding is not None else None
         lost = delta.fill(room).delta
@@ -224,7 +225,7 @@ class LeftOver:
 
 def _energy(x: torch.Tensor) -> float:
     from lora_tools.linalg.lora import Whole
-    from lora_tools.linalg.svd import sum_of_squares
+    from lora_tools.linalg.truncation import sum_of_squares
 
     return math.fsum(sum_of_squares(run.float()) for _, _, run in Whole(x).runs())
 

@@ -180,7 +180,7 @@ def _distances(read: torch.Tensor, x: torch.Tensor) -> tuple[float, float]:
     import torch
 
     from lora_tools.linalg.runs import row_runs
-    from lora_tools.linalg.svd import sum_of_squares
+    from lora_tools.linalg.truncation import sum_of_squares
 
     errors, energies = [], []
     for start, stop in row_runs(len(x), 1):

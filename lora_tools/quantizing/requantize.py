@@ -118,6 +118,7 @@ def prepare_requantize(
         lambda out: with_input(requantized(job(out), view, work), known),
         dropped=() if view.is_folder else (SIDECAR,),
         pipeline=view.pipeline,
+        is_folder=view.is_folder,
         copied=view.copied(),
     )
 
