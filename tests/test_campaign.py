@@ -27,7 +27,7 @@ from lora_tools.formats.sidecar import NAME
 from lora_tools.onnx.initializers import load
 from lora_tools.sources.checkpoints import open_checkpoint
 
-from .campaign import moments, sound
+from .campaign import bombs, moments, sound
 from .campaign.damage import joined, signed, split
 from .campaign.doors import DOORS, Use
 from .campaign.fuzz import DONE, REFUSED, WRONG, Bench
@@ -96,6 +96,17 @@ def test_a_block_size_that_is_no_whole_number_is_refused(tmp_path: Path) -> None
     """As coverage-guided fuzzing found: 64.0 is 64, and no index."""
     place = Ground("nf4-state", tmp_path)
     assert not place.meet(place.whole.replace(b'"blocksize": 64', b'"blocksize": 64.0'))
+
+
+BOMBS = list(bombs.bombs())
+
+
+@pytest.mark.parametrize(
+    "number", [pytest.param(i, marks=pytest.mark.sweep(20)) for i in range(len(BOMBS))]
+)
+def test_a_bomb_is_refused(number: int, whole: Path, tmp_path: Path) -> None:
+    assert len(BOMBS) >= 40
+    assert bombs.meet(BOMBS[number], whole, tmp_path / "here") == []
 
 
 def test_other_content_is_seen(bench: Bench) -> None:
