@@ -104,8 +104,8 @@ class ComfyuiWriter(Keyed):
         result: dict[str, Any] = {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
         if factors.alpha != factors.r:  # diffusers takes alphas of some models only
             result[f"{name}.alpha"] = torch.tensor(factors.alpha, dtype=torch.float32)
-        if factors.magnitude is not None:
-            result[f"{name}.dora_scale"] = factors.magnitude.reshape(-1, *[1] * (A.dim() - 1))
+        if factors.dora_scale is not None:
+            result[f"{name}.dora_scale"] = factors.dora_scale
         if factors.bias is not None:  # which no alpha scales there
             result[f"{name}.diff_b"] = factors.bias * factors.scale
         return result
@@ -137,6 +137,7 @@ FORMAT = Format(
     frozenset({"conv", "dora", "bias", "saved", "differences", "head"}),
     "module",
     "ComfyUI 0.3.77",
+    input_dora=True,
     by_component=True,
     names="comfyui",
     called=name_of,

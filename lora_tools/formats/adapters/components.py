@@ -49,6 +49,8 @@ _WRAPPERS: dict[str, tuple[str, ...]] = {
     "text_encoders.t5xxl.": ("text_encoder_3", "text_encoder_2"),
     "first_stage_model.": (VAE,),
 }
+# What only a single file with several text encoders has: SDXL.
+OF_SEVERAL = "conditioner.embedders."
 _EVERY_WRAPPER = tuple(_WRAPPERS)
 # Names of modules that only one kind of part has. Those of models before diffusers renamed them
 # are told apart: diffusers' own adapters have no such names.

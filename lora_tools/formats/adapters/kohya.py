@@ -164,10 +164,8 @@ class KohyaWriter(Keyed):
             f"{name}.lora_up.weight": factors.lora_B,
             f"{name}.alpha": torch.tensor(factors.alpha, dtype=torch.float32),
         }
-        if factors.magnitude is not None:
-            out = factors.lora_B.shape[0]
-            shape = (out, *[1] * (factors.lora_A.dim() - 1))
-            result[f"{name}.dora_scale"] = factors.magnitude.reshape(shape)
+        if factors.dora_scale is not None:
+            result[f"{name}.dora_scale"] = factors.dora_scale
         return result
 
 
@@ -179,6 +177,7 @@ FORMAT = Format(
     "sd-scripts",
     base=READ,
     keeps_names=True,
+    input_dora=True,
     by_component=True,
     names="kohya",
     called=lambda place: flat_name(place.module, place),
