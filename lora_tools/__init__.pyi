@@ -106,6 +106,9 @@ def extract(
     max_error: float | None = None,
     force: bool = False,
     dry_run: bool = False,
+    no_card: bool = False,
+    resume: bool = False,
+    clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     variant: str | None = None,
@@ -170,6 +173,10 @@ def extract(
             module, or of all together, exceeds X.
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
+        no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
+        resume: Go on with the work of a run to the same place that was ended; with nothing to go on
+            with, begin (docs/tasks/resume.md).
+        clean: Remove what a run to the same place that was ended has left.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -205,6 +212,9 @@ def merge(
     allow_other_base: bool = False,
     force: bool = False,
     dry_run: bool = False,
+    no_card: bool = False,
+    resume: bool = False,
+    clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     variant: str | None = None,
@@ -241,6 +251,10 @@ def merge(
             given.
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
+        no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
+        resume: Go on with the work of a run to the same place that was ended; with nothing to go on
+            with, begin (docs/tasks/resume.md).
+        clean: Remove what a run to the same place that was ended has left.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -270,6 +284,8 @@ def unmerge(
     allow_other_base: bool = False,
     force: bool = False,
     dry_run: bool = False,
+    resume: bool = False,
+    clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     variant: str | None = None,
@@ -297,6 +313,9 @@ def unmerge(
             not name.
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
+        resume: Go on with the work of a run to the same place that was ended; with nothing to go on
+            with, begin (docs/tasks/resume.md).
+        clean: Remove what a run to the same place that was ended has left.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -341,6 +360,9 @@ def rescale(
     base_name: str | None = None,
     force: bool = False,
     dry_run: bool = False,
+    no_card: bool = False,
+    resume: bool = False,
+    clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     variant: str | None = None,
@@ -388,6 +410,10 @@ def rescale(
             else its hub id where that is certain, else its absolute path (docs/hub.md)]
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
+        no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
+        resume: Go on with the work of a run to the same place that was ended; with nothing to go on
+            with, begin (docs/tasks/resume.md).
+        clean: Remove what a run to the same place that was ended has left.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -429,6 +455,9 @@ def combine(
     base_name: str | None = None,
     force: bool = False,
     dry_run: bool = False,
+    no_card: bool = False,
+    resume: bool = False,
+    clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     variant: str | None = None,
@@ -485,6 +514,10 @@ def combine(
             else its hub id where that is certain, else its absolute path (docs/hub.md)]
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
+        no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
+        resume: Go on with the work of a run to the same place that was ended; with nothing to go on
+            with, begin (docs/tasks/resume.md).
+        clean: Remove what a run to the same place that was ended has left.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -526,6 +559,9 @@ def convert(
     base_name: str | None = None,
     force: bool = False,
     dry_run: bool = False,
+    no_card: bool = False,
+    resume: bool = False,
+    clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     variant: str | None = None,
@@ -566,6 +602,10 @@ def convert(
             else its hub id where that is certain, else its absolute path (docs/hub.md)]
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
+        no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
+        resume: Go on with the work of a run to the same place that was ended; with nothing to go on
+            with, begin (docs/tasks/resume.md).
+        clean: Remove what a run to the same place that was ended has left.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -618,6 +658,9 @@ def quantize(
     allow_other_base: bool = False,
     force: bool = False,
     dry_run: bool = False,
+    no_card: bool = False,
+    resume: bool = False,
+    clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     variant: str | None = None,
@@ -687,6 +730,10 @@ def quantize(
             given.
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
+        no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
+        resume: Go on with the work of a run to the same place that was ended; with nothing to go on
+            with, begin (docs/tasks/resume.md).
+        clean: Remove what a run to the same place that was ended has left.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -718,6 +765,9 @@ def dequantize(
     shard_size: str | None = None,
     force: bool = False,
     dry_run: bool = False,
+    no_card: bool = False,
+    resume: bool = False,
+    clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     variant: str | None = None,
@@ -740,6 +790,10 @@ def dequantize(
             again]
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
+        no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
+        resume: Go on with the work of a run to the same place that was ended; with nothing to go on
+            with, begin (docs/tasks/resume.md).
+        clean: Remove what a run to the same place that was ended has left.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -784,6 +838,7 @@ def export(
     allow_other_base: bool = False,
     force: bool = False,
     dry_run: bool = False,
+    no_card: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     variant: str | None = None,
@@ -837,6 +892,7 @@ def export(
             given.
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
+        no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what

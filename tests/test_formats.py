@@ -88,7 +88,7 @@ def merged(root: Path, adapter: Path, out: Path) -> dict[str, torch.Tensor]:
 def unsigned(path: Path) -> Any:
     """A file, or those of a folder, without what says how it was made."""
     if path.is_dir():
-        return {p.name: unsigned(p) for p in path.iterdir()}
+        return {p.name: unsigned(p) for p in path.iterdir() if p.name != "README.md"}
     data = path.read_bytes()
     if data.startswith(b"GGUF"):
         file = GgufFile(path)

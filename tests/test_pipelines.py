@@ -71,8 +71,9 @@ def save(folder: Path, tensors: dict[str, Tensors], variant: str = "") -> Path:
 
 
 def names(folder: Path) -> set[Path]:
-    """All files in it."""
-    return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+    """All files in it but its card."""
+    files = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+    return files - {Path("README.md")}
 
 
 def held(folder: Path) -> dict[str, torch.Tensor]:

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import UnsafeInput
 from lora_tools.formats import digest as hashing
+from lora_tools.formats import model_card
 from lora_tools.formats.dtypes import torch_dtype
+from lora_tools.formats.hub_headers import stand_ins
 from lora_tools.formats.json_file import check_config, read_object
 from lora_tools.formats.lfs import HEAD, refuse_pointer
 from lora_tools.formats.pipelines import Pipeline
@@ -185,7 +187,8 @@ class Checkpoint(Shards):
         """Files that travel with the weights, and weight-like files left behind; both relative.
 
         Folders named in a sentence-transformers ``modules.json`` travel whole: they are part of
-        the model. Hidden files never travel, nor does a folder that holds a PEFT adapter.
+        the model. Hidden files never travel, nor do a folder that holds a PEFT adapter and a model
+        card that this tool wrote.
 
         Raises:
             UnsafeInput: one that travels is a link that leads out of the folder.
@@ -214,7 +217,8 @@ class Checkpoint(Shards):
                 left.append(relative)
             elif is_there(path):
                 refuse_outside(path, self.pipeline.root if self.pipeline else self.path)
-                travel.append(relative)
+                if not model_card.is_ours(path):
+                    travel.append(relative)
         return travel, left
 
     def copied(self) -> tuple[Path, ...]:
@@ -276,6 +280,10 @@ def is_pickle(path: Path) -> bool:
 def open_weights(path: Path, allow_pickle: bool) -> TensorFile:
     """One file of tensors, safetensors or a pickle. Raises UnsafeInput, CheckpointError."""
     refuse_part(path)
+    made = stand_ins()
+    stand_in = made.open(path) if made is not None else None
+    if stand_in is not None:
+        return stand_in
     if not is_pickle(path):
         return SafetensorsFile(path)
     if not allow_pickle:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from lora_tools.errors import UnsafeInput, UsageError
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.digest import PROVENANCE
+from lora_tools.formats.recorded import Recording, Taken
 from lora_tools.formats.regular_files import read_file
 from lora_tools.formats.safetensors_file import SafetensorsWriter, Written, encode_header
 from lora_tools.formats.shards import INDEX_SUFFIX, is_plain_name
@@ -219,6 +220,32 @@ class CheckpointWriter:
         for name, data in written.last.items():
             writer, start = self._home[name]
             writer.credit(Written({}, {name[start:]: data}))
+
+    def memo_key(self) -> tuple[Sequence[Shard], bool]:
+        """What is written, wherever that is."""
+        return self._shards, self._is_folder
+
+    def recording(self) -> Recording:
+        """The same for one task, and what it wrote can be told afterwards."""
+        return Recording(self)
+
+    def confirm(self, taken: Taken) -> bool:
+        """Whether all of it is there, byte for byte, as an earlier run has left it: then it is
+        taken for done."""
+        if not all(self._has(*extent) for extent in taken.extents):
+            return False
+        if not taken.last.keys() <= self._home.keys():
+            return False
+        for name, _, nbytes, _ in taken.extents:  # a tensor may have several
+            self.credit(Written({name: nbytes}, {}))
+        self.credit(Written({}, taken.last))
+        return True
+
+    def _has(self, name: str, start: int, nbytes: int, digest: bytes) -> bool:
+        if name not in self._home:
+            return False
+        writer, prefix = self._home[name]
+        return writer.has(name[prefix:], start, nbytes, digest)
 
     @property
     def nbytes(self) -> int:

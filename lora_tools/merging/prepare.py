@@ -167,6 +167,7 @@ def prepare_merge(
         beside=bare if reversible else (),
         dropped=() if reversible else bare,
         pipeline=base.pipeline,
+        is_folder=base.is_folder,
         copied=base.copied(),
     )
 

@@ -322,6 +322,25 @@ class Writing:
         flags=("-n", "--dry-run"),
         recorded=False,
     )
+    no_card: bool = option(
+        False,
+        "Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).",
+        OUTPUT,
+        recorded=False,
+    )
+    resume: bool = option(
+        False,
+        "Go on with the work of a run to the same place that was ended; with nothing to go on "
+        "with, begin (docs/tasks/resume.md).",
+        OUTPUT,
+        recorded=False,
+    )
+    clean: bool = option(
+        False,
+        "Remove what a run to the same place that was ended has left.",
+        OUTPUT,
+        recorded=False,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

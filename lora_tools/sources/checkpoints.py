@@ -173,7 +173,7 @@ def as_plain(stored: Checkpoint) -> tuple[Checkpoint, Found | None]:
 
 def _found(source: str | Path, allow_pickle: bool) -> Path:
     """The file or folder that is meant. Raises CheckpointError."""
-    path = hub.here(source, allow_pickle)
+    path = hub.here(source, allow_pickle, by_headers=True)
     if not os.path.exists(path):  # noqa: PTH110 - Path.exists raises on an overlong name
         raise CheckpointError(f"{source}: no such file or folder, nor an org/name of the hub")
     if not (path.is_file() or path.is_dir()):

@@ -38,7 +38,8 @@ from lora_tools.verbs.row import Argument, Verb, take
 _BASE, _TUNED, _ADAPTER, _CHECKPOINT = map(Argument, ("base", "tuned", "adapter", "checkpoint"))
 _ADAPTERS, _OUT, _PATH = map(Argument, ("adapters", "out", "path"))
 _POLICIES = ("rank", "energy", "error", "ratio", "cumulative", "threshold")
-_WRITING = take(Writing, "force", "dry_run")
+_WRITING = take(Writing, "force", "dry_run", "no_card")
+_RESUMING = (*_WRITING, *take(Writing, "resume", "clean"))
 _RUNNING = take(Running)
 _ONNX = {"group": "Running an ONNX model"}
 
@@ -84,7 +85,7 @@ VERBS = {
         Verb(
             "merge",
             (_BASE, Argument("adapters", needed=False), _OUT),
-            (*take(Matching), *take(Storage), *take(Merging), *_WRITING, *_RUNNING),
+            (*take(Matching), *take(Storage), *take(Merging), *_RESUMING, *_RUNNING),
             "Add adapters to the weights of BASE.",
             """Write BASE with the PEFT adapters added to its weights, each times its WEIGHT (1).
 
@@ -106,7 +107,7 @@ VERBS = {
                         "metadata does not name."
                     },
                 ),
-                *_WRITING,
+                *take(Writing, "force", "dry_run", "resume", "clean"),
                 *_RUNNING,
             ),
             "Get the base back out of a merged checkpoint.",
@@ -127,7 +128,7 @@ VERBS = {
                 ),
                 *take(AdapterForm, "dtype", "base_name", "consumer"),
                 *take(Origin),
-                *_WRITING,
+                *_RESUMING,
                 *_RUNNING,
             ),
             "Give an adapter another strength, alpha, rank or form.",
@@ -173,7 +174,7 @@ VERBS = {
                     to={"unset": "the format of the ADAPTERS, where it is one; else peft"},
                     dtype={"unset": "each factor keeps the widest of the inputs"},
                 ),
-                *_WRITING,
+                *_RESUMING,
                 *_RUNNING,
             ),
             "Make one adapter out of several.",
@@ -196,7 +197,7 @@ VERBS = {
                 *take(Formats, "drop", "alpha", "enable_lora", "layout"),
                 *take(AdapterForm, "dtype", "base_name"),
                 *take(Ranks, "rank", "energy", "max_rank"),
-                *_WRITING,
+                *_RESUMING,
                 *_RUNNING,
             ),
             "Write an adapter in another format.",
@@ -250,7 +251,7 @@ VERBS = {
             (_CHECKPOINT, _OUT),
             (
                 *take(Storage, dtype={"unset": "what each weight was quantized from"}),
-                *_WRITING,
+                *_RESUMING,
                 *_RUNNING,
             ),
             "Turn a quantized CHECKPOINT into a plain one.",
@@ -399,7 +400,12 @@ VERBS = {
         Verb(
             "collect_stats",
             (Argument("model"), Argument("text"), _OUT),
-            (*take(Sampling), *take(Search, "device"), *_WRITING, *_RUNNING),
+            (
+                *take(Sampling),
+                *take(Search, "device"),
+                *take(Writing, "force", "dry_run"),
+                *_RUNNING,
+            ),
             "Measure what a model's layers are given, on text.",
             """Run MODEL over TEXT and write the second moment of each layer's input to --out, for
             extract --activations.

@@ -102,7 +102,8 @@ def combine(
         return written_as(done, new, form, names, out, _blocks(weighted), options.dtype, jobs)
 
     read = tuple(w.adapter.path for w in weighted)
-    return Prepared(report, read, 3 * sum(w.adapter.nbytes for w in weighted), write)
+    nbytes = 3 * sum(w.adapter.nbytes for w in weighted)
+    return Prepared(report, read, nbytes, write, is_folder=form.is_folder)
 
 
 def _form(weighted: Sequence[Weighted], to: str | None) -> Format:

@@ -109,7 +109,7 @@ def convert(
         return _convert(report, given, kept, names, options, out, call.running)
 
     read = (given.path, *([names.path] if names is not None else []))
-    return Prepared(report, read, 3 * given.nbytes, write)
+    return Prepared(report, read, 3 * given.nbytes, write, is_folder=target.is_folder)
 
 
 def _made_lora(
@@ -162,7 +162,8 @@ def _made_lora(
         return dataclasses.replace(report, inputs=inputs, modules=tuple(results), totals=totals)
 
     nbytes = sum(4 * sum(w.target.spec.shape) * 64 for w in works)
-    return Prepared(report, (given.path, base.path), nbytes, write)
+    is_folder = FORMATS[formats.to].is_folder
+    return Prepared(report, (given.path, base.path), nbytes, write, is_folder=is_folder)
 
 
 def _refuse_tied(

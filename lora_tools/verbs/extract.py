@@ -113,6 +113,7 @@ def extract(
         tuple(side.path for side in sides),
         2 * expected,
         write,
+        is_folder=form.is_folder,
     )
 
 
