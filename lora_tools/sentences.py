@@ -25,10 +25,11 @@ def recommendation(report: Report[Any]) -> Iterator[str]:
         return
     more = f", {deep} need more than 64" if deep else ""
     base, tuned = (shlex.quote(each.path) for each in report.inputs)
+    to = " --to diffusers" if report.totals.get("models") else ""  # PEFT's is for one
     yield (
         f"recommended: rank {known[-1]} ({counted(len(ranks), 'module')}: median "
         f"{known[len(known) // 2]}{more}): "
-        f"loratools extract {base} {tuned} -o ADAPTER --rank {known[-1]}"
+        f"loratools extract {base} {tuned} -o ADAPTER --rank {known[-1]}{to}"
     )
 
 

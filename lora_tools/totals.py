@@ -243,6 +243,7 @@ class DiffTotals(LeftOutTotals, total=False):
     changed: int
     unchanged: int
     one_sided: int
+    models: list[str]
 
 
 class VerifyTotals(

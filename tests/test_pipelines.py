@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import lora_tools
 from lora_tools.errors import AdapterError, CheckpointError, LoraToolsError, UsageError
+from lora_tools.sentences import recommendation
 
 from . import iotools, models
 from .diffusers_layouts import Tensors
@@ -113,6 +114,8 @@ def test_extracted_and_merged(to: str, root: Path, tmp_path: Path) -> None:
     assert lora_tools.verify(adapter, base=root / "base", tuned=root / "tuned").totals["same"]
     report = lora_tools.diff(root / "base", tmp_path / "m")
     assert {s.module.partition(".")[0] for s in report.spectra} == {"unet", "text_encoder"}
+    assert report.totals["models"] == ["text_encoder", "unet", "vae"]
+    assert any(line.endswith("--to diffusers") for line in recommendation(report))
 
 
 def test_the_wrong_base_is_found_out(root: Path, tmp_path: Path) -> None:

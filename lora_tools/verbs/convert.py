@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lora_tools.adapting.changes_to_lora import plan_lora, write_lora
 from lora_tools.adapting.convert_module import Conversion, product_energy
+from lora_tools.adapting.input_dora import take_input_dora
 from lora_tools.adapting.other_layout import in_layout
 from lora_tools.adapting.write import (
     ConvertJob,
@@ -84,13 +85,14 @@ def convert(
         enable_lora=enabled,
     )
     identify(given, target, names, adapter_form.base_name)
+    take_input_dora(given, target)
     if given.changes:
         return _made_lora(call, str(adapter), given, base, names, formats, adapter_form, ranks)
     if not given.differences:
         given.need_lora("factors to convert")
     if base is not None:
         names_in_base(Weighted(given, 1.0, str(adapter)), base)
-    given, said = in_layout(given, target, names)
+    given, said = in_layout(given, target, names, formats.drop)
     found = features(given, names)
     if names is not None and names.tied:
         _refuse_tied(given, target, formats.drop, found, names)

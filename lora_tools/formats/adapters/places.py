@@ -12,6 +12,7 @@ from lora_tools.formats.adapters.components import (
     ENCODERS,
     KOHYA,
     NAMES,
+    OF_SEVERAL,
     looks_like,
     placed,
     published,
@@ -80,7 +81,8 @@ class Places:
             rest = published(rest)
         guessed = len(likely) != 1 and (component in ENCODERS if len(found) > 1 else not found)
         unlooked = self._base is None
-        return Place(module, component, rest, self._beside_others, guessed, unlooked)
+        beside = self._beside_others or module.startswith(OF_SEVERAL)
+        return Place(module, component, rest, beside, guessed, unlooked)
 
     def _of_all(self) -> tuple[str, ...]:
         """Of a model by itself, all that it may be."""
