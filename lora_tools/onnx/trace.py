@@ -23,13 +23,15 @@ import torch
 
 from lora_tools.errors import CheckpointError
 from lora_tools.formats.alignment import align
+from lora_tools.onnx.fuse.attention import Unfused, one_operator, translations
+from lora_tools.onnx.fuse.found import OPSET
+from lora_tools.onnx.fuse.passes import fuse as fuse_graph
 from lora_tools.onnx.layers import NotRepeating, Stack, repeat, shorten
 from lora_tools.onnx.model import weightless, with_memory
 from lora_tools.onnx.parts import GraphPart, parts
 from lora_tools.onnx.tasks import Task
 from lora_tools.records import TensorSpec
 
-OPSET = 20
 _INNER = "inner."
 
 
@@ -42,11 +44,13 @@ class Graph:
         model: the graph.
         converted: weights that transformers forms from several tensors of the checkpoint (fused
             experts), under the model's own names.
+        unfused: why attention is not one operator, where it was to be.
     """
 
     file: str
     model: onnx.ModelProto
     converted: tuple[str, ...]
+    unfused: str = ""
 
 
 def trace(
@@ -58,6 +62,7 @@ def trace(
     opset: int = OPSET,
     trust_remote_code: bool = False,
     whole: bool = False,
+    fuse: bool = False,
 ) -> list[Graph]:
     """The bare graphs of a checkpoint for a task.
 
@@ -65,29 +70,43 @@ def trace(
         folder: the checkpoint's; only ``config.json`` (and code, where it is trusted) is read.
         stored: the checkpoint's tensors by name.
         whole: trace every layer, even where they repeat.
+        fuse: attention, rotary embeddings and norms as one operator each (opset 23).
 
     Raises:
         CheckpointError: transformers does not know the architecture, or an operator of it does not
             export; the sentence names it.
     """
-    model = weightless(folder, task, trust_remote_code)
+    unfused = ""
+    while True:
+        model = weightless(folder, task, trust_remote_code)
+        try:
+            return list(_trace(model, stored, task, cache, opset, whole, fuse, unfused))
+        except NotRepeating:
+            whole = True
+        except Unfused as error:
+            unfused = str(error)
+
+
+def _trace(
+    model: torch.nn.Module,
+    stored: Mapping[str, TensorSpec],
+    task: Task,
+    cache: bool,
+    opset: int,
+    whole: bool,
+    fuse: bool,
+    unfused: str,
+) -> Iterator[Graph]:
     names = _Names(model, stored)
     stacks = [] if whole else shorten(model)
     with_memory(model)
     model.tie_weights()  # type: ignore[operator]
     kept = {stack.total: stack.kept for stack in stacks}
-    try:
-        return [_export(part, stacks, names, opset) for part in parts(model, task, cache, kept)]
-    except NotRepeating:
-        return trace(
-            folder,
-            stored,
-            task,
-            cache=cache,
-            opset=opset,
-            trust_remote_code=trust_remote_code,
-            whole=True,
-        )
+    for part in parts(model, task, cache, kept):
+        attention = one_operator(model) if fuse and not unfused else contextlib.nullcontext()
+        with attention:
+            made = _export(part, stacks, names, opset, fuse)
+        yield dataclasses.replace(made, unfused=unfused)
 
 
 class _Names:
@@ -110,8 +129,13 @@ class _Names:
         parameters = dict(model.named_parameters(remove_duplicate=False))
         self.converted = {name for name in parameters if name not in self.key}
 
+    def has(self, initializer: str) -> bool:
+        """Whether an initializer of a traced graph is a weight."""
+        name = initializer.removeprefix(_INNER)
+        return name in self.key or name in self.converted
 
-def _export(part: GraphPart, stacks: list[Stack], names: _Names, opset: int) -> Graph:
+
+def _export(part: GraphPart, stacks: list[Stack], names: _Names, opset: int, fuse: bool) -> Graph:
     dynamic = {
         name: dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for name, axes in part.axes.items()
     }
@@ -132,12 +156,15 @@ def _export(part: GraphPart, stacks: list[Stack], names: _Names, opset: int) -> 
                 opset_version=opset,
                 input_names=list(part.args),
                 output_names=list(part.outputs),
+                custom_translation_table=translations() if fuse else None,
             )
+        except Unfused:
+            raise
         except Exception as error:  # whatever the model's own code, torch or onnxscript raises
             module = _module_of(error, program) if program else running[-1] if running else ""
             raise CheckpointError(f"{part.file}: {_reason(error, module)}") from error
     assert exported is not None
-    model, buffers = _without_weights(exported.model, names, part.axes)
+    model, buffers = _without_weights(exported.model, names, part.axes, fuse)
     for stack in stacks:
         scope = f"'{_INNER}{stack.prefix}.0"
         if any(scope in e.value for node in model.graph.node for e in node.metadata_props):
@@ -148,7 +175,7 @@ def _export(part: GraphPart, stacks: list[Stack], names: _Names, opset: int) -> 
 
 
 def _without_weights(
-    model: Any, names: _Names, axes: Mapping[str, Mapping[int, str]]
+    model: Any, names: _Names, axes: Mapping[str, Mapping[int, str]], fuse: bool
 ) -> tuple[onnx.ModelProto, dict[str, bytes]]:
     """The graph with weights by name only, and the contents of its other initializers."""
     from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
@@ -156,11 +183,12 @@ def _without_weights(
     _measure_alike(model.graph, axes)
     CommonSubexpressionEliminationPass()(model)
     RemoveUnusedNodesPass()(model)
+    if fuse:
+        fuse_graph(model, [name for name in model.graph.initializers if names.has(name)])
     buffers: dict[str, bytes] = {}
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
-        plain = name.removeprefix(_INNER)
-        if plain in names.key or plain in names.converted:
+        if names.has(name):
             value.const_value = ir.ExternalTensor(
                 "bare", 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name, base_dir=""
             )
