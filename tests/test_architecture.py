@@ -173,6 +173,7 @@ NUMERIC = {
     "nn/trained.py",
     "onnx/caches.py",
     "onnx/check.py",
+    "onnx/foreign.py",
     "onnx/fuse/attention.py",
     "onnx/fuse/cache.py",
     "onnx/fuse/found.py",

@@ -8,12 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
-import logging
 import re
-import traceback
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +19,7 @@ import torch
 
 from lora_tools.errors import CheckpointError
 from lora_tools.formats.alignment import align
+from lora_tools.onnx.foreign import INNER, module_of, reason, run_by, silence, watched
 from lora_tools.onnx.fuse.attention import Unfused, one_operator, translations
 from lora_tools.onnx.fuse.found import OPSET
 from lora_tools.onnx.fuse.passes import fuse as fuse_graph
@@ -32,7 +29,7 @@ from lora_tools.onnx.parts import GraphPart, parts
 from lora_tools.onnx.tasks import Task
 from lora_tools.records import TensorSpec
 
-_INNER = "inner."
+_TRACED = "cannot be exported by torch"
 
 
 @dataclasses.dataclass
@@ -102,7 +99,9 @@ def _trace(
     with_memory(model)
     model.tie_weights()  # type: ignore[operator]
     kept = {stack.total: stack.kept for stack in stacks}
-    for part in parts(model, task, cache, kept):
+    with run_by(model, _TRACED):
+        cut = list(parts(model, task, cache, kept))
+    for part in cut:
         attention = one_operator(model) if fuse and not unfused else contextlib.nullcontext()
         with attention:
             made = _export(part, stacks, names, opset, fuse)
@@ -131,7 +130,7 @@ class _Names:
 
     def has(self, initializer: str) -> bool:
         """Whether an initializer of a traced graph is a weight."""
-        name = initializer.removeprefix(_INNER)
+        name = initializer.removeprefix(INNER)
         return name in self.key or name in self.converted
 
 
@@ -140,7 +139,7 @@ def _export(part: GraphPart, stacks: list[Stack], names: _Names, opset: int, fus
         name: dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for name, axes in part.axes.items()
     }
     program: torch.export.ExportedProgram | None = None
-    with torch.no_grad(), _silence(), _watched(part.module) as running:
+    with torch.no_grad(), silence(), watched(part.module) as running:
         try:
             program = torch.export.export(
                 part.module,
@@ -161,12 +160,12 @@ def _export(part: GraphPart, stacks: list[Stack], names: _Names, opset: int, fus
         except Unfused:
             raise
         except Exception as error:  # whatever the model's own code, torch or onnxscript raises
-            module = _module_of(error, program) if program else running[-1] if running else ""
-            raise CheckpointError(f"{part.file}: {_reason(error, module)}") from error
+            module = module_of(error, program) if program else running[-1] if running else ""
+            raise CheckpointError(f"{part.file}: {reason(error, module, _TRACED)}") from error
     assert exported is not None
     model, buffers = _without_weights(exported.model, names, part.axes, fuse)
     for stack in stacks:
-        scope = f"'{_INNER}{stack.prefix}.0"
+        scope = f"'{INNER}{stack.prefix}.0"
         if any(scope in e.value for node in model.graph.node for e in node.metadata_props):
             repeat(model, stack, buffers)
     _name_dimensions(model.graph, part)
@@ -222,12 +221,12 @@ def _name_weights(graph: onnx.GraphProto, names: _Names) -> tuple[str, ...]:
 
     Weights of layers that were put in by copying have no initializer yet.
     """
-    like = {i.name.removeprefix(_INNER): i for i in graph.initializer}
+    like = {i.name.removeprefix(INNER): i for i in graph.initializer}
     used: dict[str, str] = {}  # the model's name → the checkpoint's
     for node in graph.node:
         for i, value in enumerate(node.input):
-            plain = value.removeprefix(_INNER)
-            if value.startswith(_INNER) and (plain in names.key or plain in names.converted):
+            plain = value.removeprefix(INNER)
+            if value.startswith(INNER) and (plain in names.key or plain in names.converted):
                 used[plain] = names.key.get(plain, plain)
                 node.input[i] = used[plain]
     others = [i for n, i in like.items() if n not in names.key and n not in names.converted]
@@ -270,65 +269,3 @@ def _strip(model: onnx.ModelProto) -> None:
     for item in (*graph.node, *graph.input, *graph.output, *graph.initializer):
         item.doc_string = ""
         del item.metadata_props[:]
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """torch and transformers warn of their own code and of packages that are not needed, and print
-    the whole graph where it fails."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
-@contextlib.contextmanager
-def _watched(module: torch.nn.Module) -> Iterator[list[str]]:
-    """Names of the modules whose forward runs, the innermost last; after an error, ran."""
-    running: list[str] = []
-    hooks: list[Any] = []
-
-    def enters(name: str) -> Callable[..., None]:
-        return lambda *_: running.append(name)
-
-    def leaves(*_: Any) -> None:
-        running.pop()
-
-    for name, child in module.named_modules():
-        hooks.append(child.register_forward_pre_hook(enters(name.removeprefix(_INNER))))
-        hooks.append(child.register_forward_hook(leaves))
-    try:
-        yield running
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _module_of(error: BaseException, program: torch.export.ExportedProgram) -> str:
-    """The module of the node which onnxscript's error says it could not translate."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if named := re.search(r"translating node %(\w+)", str(cause)):
-            for node in program.graph.nodes:
-                if node.name == named[1]:
-                    stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
-                    return stack[-1].removeprefix(_INNER) if stack else ""
-        cause = cause.__cause__ or cause.__context__
-    return ""
-
-
-def _reason(error: BaseException, module: str) -> str:
-    """One line: the module, the function of the model, and the innermost cause."""
-    while (error.__cause__ or error.__context__) is not None and error.__cause__ is not error:
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    where = f"module {module}" if module else "it"
-    for frame in traceback.extract_tb(error.__traceback__):
-        if "/transformers/models/" in frame.filename:
-            where += f" ({Path(frame.filename).stem}, {frame.name})"
-            break
-    text = " ".join((str(error) or type(error).__name__).split())
-    return f"{where} cannot be exported by torch: {text:.400}"
