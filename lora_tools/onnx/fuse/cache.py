@@ -28,7 +28,8 @@ def _rebuild(node: ir.Node, biases: dict[ir.Value, ir.Value]) -> None:
     mask = node.inputs[3] if len(node.inputs) > 3 else None
     heads, groups = _heads(query)[0], _heads(key)[0]
     pasts = [past for each in (key, value) if (past := _past(each)) is not None]
-    cached = len(pasts) == 2
+    # A causal operator counts positions from the past it is given, which torch's does not.
+    cached = len(pasts) == 2 and not attribute(node, "is_causal", 0)
     new = [query, *(past[1] for past in pasts)] if cached else [query, key, value]
     inputs = [
         *(_side_by_side(each, node) for each in new),
