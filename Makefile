@@ -36,12 +36,15 @@ test:
 	pytest -n 2 --dist loadfile --no-loadscope-reorder
 	pytest --full tests/test_export_real.py  # real weights, whole models
 
-# What needs no torch, on the other versions of Python that are at hand.
+# What needs no torch, on the other versions of Python that are at hand: on PATH, or kept by pyenv.
 pythons:
 	for version in 3.10 3.12 3.13; do
 	  name=python$$version
-	  if ! $$name -c '' 2> /dev/null; then echo "$$name: not here"; continue; fi
-	  $$name -m venv --clear build/$$name
+	  for python in $$name $${PYENV_ROOT:-$$HOME/.pyenv}/versions/$$version.*/bin/$$name ''; do
+	    if $$python -c '' 2> /dev/null; then break; fi  # one on PATH may be pyenv's, and lead nowhere
+	  done
+	  if [ -z "$$python" ]; then echo "$$name: not here"; continue; fi
+	  $$python -m venv --clear build/$$name
 	  build/$$name/bin/pip install -q click rich xxhash zstandard numpy huggingface_hub safetensors
 	  build/$$name/bin/pip install -q --no-deps .
 	  (cd build && $$name/bin/python ../fixtures/try_without_torch.py)

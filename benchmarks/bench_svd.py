@@ -16,7 +16,8 @@ import torch
 from lora_tools.engine.threads import half_products
 from lora_tools.linalg.lora import Whole, balanced_factors
 from lora_tools.linalg.ranks import RankRule
-from lora_tools.linalg.svd import sketched, sum_of_squares, truncated
+from lora_tools.linalg.svd import sketched, truncated
+from lora_tools.linalg.truncation import sum_of_squares
 
 
 def main() -> None:

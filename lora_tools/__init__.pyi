@@ -101,12 +101,17 @@ def extract(
     tolerance: float = 0.001,
     seed: int = 0,
     device: str = 'cpu',
+    to: Literal['peft', 'kohya', 'lycoris', 'diffusers', 'comfyui', 'torchtune', 'mlx', 'loralib', 'gguf', 'onnxruntime'] | None = None,
     base_name: str | None = None,
     max_error: float | None = None,
     force: bool = False,
     dry_run: bool = False,
+    no_card: bool = False,
+    resume: bool = False,
+    clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
     progress: ProgressCallback | None = None,
     ranks: Ranks | None = None,
@@ -116,7 +121,8 @@ def extract(
     writing: Writing | None = None,
     running: Running | None = None,
 ) -> Report[ExtractTotals]:
-    r"""Write to ``out`` a PEFT LoRA adapter with base + adapter ≈ tuned, by truncated SVD.
+    r"""Write to ``out`` a LoRA adapter with base + adapter ≈ tuned, by truncated SVD: PEFT's, or in
+    the format ``to``.
 
     Args:
         base, tuned: checkpoint folders, safetensors files or hub ids.
@@ -159,6 +165,7 @@ def extract(
         tolerance: The energy captured may miss the best possible at that rank by this share.
         seed: Of the random start.
         device: cpu, cuda, cuda:1, …
+        to: The format to write (docs/formats.md). [default: peft]
         base_name: What adapter_config.json calls the base (base_model_name_or_path, revision), by
             which AutoPeftModel loads it: ORG/NAME[@REVISION]. [default: the name that is there,
             else its hub id where that is certain, else its absolute path (docs/hub.md)]
@@ -166,10 +173,17 @@ def extract(
             module, or of all together, exceeds X.
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
+        no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
+        resume: Go on with the work of a run to the same place that was ended; with nothing to go on
+            with, begin (docs/tasks/resume.md).
+        clean: Remove what a run to the same place that was ended has left.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         ranks: those of ``Ranks`` in one
@@ -198,8 +212,12 @@ def merge(
     allow_other_base: bool = False,
     force: bool = False,
     dry_run: bool = False,
+    no_card: bool = False,
+    resume: bool = False,
+    clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
     progress: ProgressCallback | None = None,
     matching: Matching | None = None,
@@ -215,7 +233,7 @@ def merge(
     kept.
 
     Args:
-        base: a checkpoint folder, a safetensors file or a hub id.
+        base: a checkpoint folder, a diffusers pipeline's folder, a safetensors file or a hub id.
         adapters: of any format that is read: ``path``, ``"path=weight"`` or ``(path, weight)``;
             none is enough where ``dtype`` is given.
         dtype: bfloat16, float16, float32 or float64. [default: each tensor keeps its own]
@@ -233,10 +251,17 @@ def merge(
             given.
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
+        no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
+        resume: Go on with the work of a run to the same place that was ended; with nothing to go on
+            with, begin (docs/tasks/resume.md).
+        clean: Remove what a run to the same place that was ended has left.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         matching: those of ``Matching`` in one
@@ -259,8 +284,11 @@ def unmerge(
     allow_other_base: bool = False,
     force: bool = False,
     dry_run: bool = False,
+    resume: bool = False,
+    clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
     progress: ProgressCallback | None = None,
     undoing: Undoing | None = None,
@@ -285,10 +313,16 @@ def unmerge(
             not name.
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
+        resume: Go on with the work of a run to the same place that was ended; with nothing to go on
+            with, begin (docs/tasks/resume.md).
+        clean: Remove what a run to the same place that was ended has left.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         undoing: those of ``Undoing`` in one
@@ -326,8 +360,12 @@ def rescale(
     base_name: str | None = None,
     force: bool = False,
     dry_run: bool = False,
+    no_card: bool = False,
+    resume: bool = False,
+    clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
     progress: ProgressCallback | None = None,
     strength: Strength | None = None,
@@ -372,10 +410,17 @@ def rescale(
             else its hub id where that is certain, else its absolute path (docs/hub.md)]
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
+        no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
+        resume: Go on with the work of a run to the same place that was ended; with nothing to go on
+            with, begin (docs/tasks/resume.md).
+        clean: Remove what a run to the same place that was ended has left.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         strength: those of ``Strength`` in one
@@ -406,11 +451,16 @@ def combine(
     base: str | Path | None = None,
     allow_other_base: bool = False,
     dtype: torch.dtype | str | None = None,
+    to: Literal['peft', 'kohya', 'lycoris', 'diffusers', 'comfyui', 'torchtune', 'mlx', 'loralib', 'gguf', 'onnxruntime'] | None = None,
     base_name: str | None = None,
     force: bool = False,
     dry_run: bool = False,
+    no_card: bool = False,
+    resume: bool = False,
+    clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
     progress: ProgressCallback | None = None,
     combining: Combining | None = None,
@@ -421,7 +471,8 @@ def combine(
     writing: Writing | None = None,
     running: Running | None = None,
 ) -> Report[CombineTotals]:
-    r"""Write to ``out`` one PEFT adapter out of several, each with its weight.
+    r"""Write to ``out`` one adapter out of several, each with its weight: in their format where it
+    is one, else in PEFT's, or in the format ``to``.
 
     With Δ_i = s_i · B_i·A_i the true change that adapter i makes to a weight, s_i its scaling with
     rsLoRA and patterns applied:
@@ -456,15 +507,24 @@ def combine(
         allow_other_base: Also combine adapters whose metadata names different bases.
         dtype: bfloat16, float16, float32 or float64. [default: each factor keeps the widest of the
             inputs]
+        to: The format to write (docs/formats.md). [default: the format of the ADAPTERS, where it is
+            one; else peft]
         base_name: What adapter_config.json calls the base (base_model_name_or_path, revision), by
             which AutoPeftModel loads it: ORG/NAME[@REVISION]. [default: the name that is there,
             else its hub id where that is certain, else its absolute path (docs/hub.md)]
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
+        no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
+        resume: Go on with the work of a run to the same place that was ended; with nothing to go on
+            with, begin (docs/tasks/resume.md).
+        clean: Remove what a run to the same place that was ended has left.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         combining: those of ``Combining`` in one
@@ -485,9 +545,9 @@ def convert(
     adapter: str | Path,
     out: str | Path,
     *,
-    to: Literal['peft', 'kohya', 'lycoris', 'diffusers', 'torchtune', 'mlx', 'loralib', 'gguf', 'onnxruntime'],
+    to: Literal['peft', 'kohya', 'lycoris', 'diffusers', 'comfyui', 'torchtune', 'mlx', 'loralib', 'gguf', 'onnxruntime'],
     base: str | Path | None = None,
-    source: Literal['peft', 'kohya', 'lycoris', 'diffusers', 'torchtune', 'mlx', 'loralib', 'gguf', 'onnxruntime'] | None = None,
+    source: Literal['peft', 'kohya', 'lycoris', 'diffusers', 'comfyui', 'torchtune', 'mlx', 'loralib', 'gguf', 'onnxruntime'] | None = None,
     drop: Sequence[Literal['embedding', 'conv', 'experts', 'dora', 'bias', 'saved', 'differences', 'tokens', 'head']] = (),
     alpha: float | None = None,
     enable_lora: str | None = None,
@@ -499,8 +559,12 @@ def convert(
     base_name: str | None = None,
     force: bool = False,
     dry_run: bool = False,
+    no_card: bool = False,
+    resume: bool = False,
+    clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
     progress: ProgressCallback | None = None,
     formats: Formats | None = None,
@@ -538,10 +602,17 @@ def convert(
             else its hub id where that is certain, else its absolute path (docs/hub.md)]
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
+        no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
+        resume: Go on with the work of a run to the same place that was ended; with nothing to go on
+            with, begin (docs/tasks/resume.md).
+        clean: Remove what a run to the same place that was ended has left.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         formats: those of ``Formats`` in one
@@ -587,8 +658,12 @@ def quantize(
     allow_other_base: bool = False,
     force: bool = False,
     dry_run: bool = False,
+    no_card: bool = False,
+    resume: bool = False,
+    clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
     progress: ProgressCallback | None = None,
     adding: Adding | None = None,
@@ -655,10 +730,17 @@ def quantize(
             given.
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
+        no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
+        resume: Go on with the work of a run to the same place that was ended; with nothing to go on
+            with, begin (docs/tasks/resume.md).
+        clean: Remove what a run to the same place that was ended has left.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         adding: those of ``Adding`` in one
@@ -683,8 +765,12 @@ def dequantize(
     shard_size: str | None = None,
     force: bool = False,
     dry_run: bool = False,
+    no_card: bool = False,
+    resume: bool = False,
+    clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
     progress: ProgressCallback | None = None,
     storage: Storage | None = None,
@@ -704,10 +790,17 @@ def dequantize(
             again]
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
+        no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
+        resume: Go on with the work of a run to the same place that was ended; with nothing to go on
+            with, begin (docs/tasks/resume.md).
+        clean: Remove what a run to the same place that was ended has left.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         storage: those of ``Storage`` in one
@@ -746,8 +839,10 @@ def export(
     allow_other_base: bool = False,
     force: bool = False,
     dry_run: bool = False,
+    no_card: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
     progress: ProgressCallback | None = None,
     adding: Adding | None = None,
@@ -800,10 +895,14 @@ def export(
             given.
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
+        no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         adding: those of ``Adding`` in one
@@ -826,6 +925,7 @@ def inspect(
     plot: str | Path | None = None,
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
     progress: ProgressCallback | None = None,
     view: View | None = None,
@@ -842,6 +942,9 @@ def inspect(
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         view: those of ``View`` in one
@@ -864,6 +967,7 @@ def diff(
     device: str = 'cpu',
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
     progress: ProgressCallback | None = None,
     tensors: Tensors | None = None,
@@ -888,6 +992,9 @@ def diff(
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         tensors: those of ``Tensors`` in one
@@ -915,6 +1022,7 @@ def verify(
     trust_remote_code: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
     progress: ProgressCallback | None = None,
     comparison: Comparison | None = None,
@@ -946,6 +1054,9 @@ def verify(
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         comparison: those of ``Comparison`` in one
@@ -1011,6 +1122,7 @@ def collect_stats(
     dry_run: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
     progress: ProgressCallback | None = None,
     sampling: Sampling | None = None,
@@ -1038,6 +1150,9 @@ def collect_stats(
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         sampling: those of ``Sampling`` in one

@@ -21,12 +21,14 @@ class Course:
     Attributes:
         signal: the first one that came; 0: none.
         placed: outputs that stand in their places.
+        kept: sentences on work that another run can go on with.
         ended: nothing is left to be stopped; a signal is ignored from then on.
     """
 
     def __init__(self) -> None:
         self.signal = 0
         self.placed: list[str] = []
+        self.kept: list[str] = []
         self.ended = False
         self._open: list[Callable[[], None]] = []
 

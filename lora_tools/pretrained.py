@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_tools.errors import CheckpointError, UnsafeInput
+from lora_tools.formats.regular_files import MOST, is_there
 
 # What a config may set that transformers fetches from the hub, and runs, where it has a "/".
 _KERNELS = ("attn_implementation", "experts_implementation")
@@ -27,6 +28,8 @@ _PARTS = re.compile(r"(layer|block|stage|depth|head|codebook)s?$|experts?$")
 _MOST_PARTS = 10_000
 _MOST_EXPERTS = 200_000  # of all layers together
 _MOST_LABELS = 1_000_000
+# Files of a config, a tokenizer or a template.
+_READ = re.compile(r"\.(json|jinja|model|tiktoken)$|^(vocab|merges)\.txt$")
 
 
 @contextlib.contextmanager
@@ -56,12 +59,13 @@ def config_of(folder: Path, trusted: bool | None = None) -> Any:
 
     Raises:
         UnsafeInput: it needs code that may not run.
-        CheckpointError: it asks for more parts than any model has.
+        CheckpointError: it asks for more parts than any model has, or a small file that
+            transformers would read is none.
         Exception: whatever transformers raises.
     """
     from transformers import AutoConfig
 
-    _refuse_counts(folder)
+    _refuse_files(folder)
     with quietly(), _refusing_code(folder, trusted):
         config = AutoConfig.from_pretrained(folder, **_options(trusted))
     _refuse_kernels(folder, config, trusted)
@@ -72,7 +76,7 @@ def tokenizer_of(folder: Path, trusted: bool | None = None) -> Any:
     """The tokenizer of a folder. See ``config_of``."""
     from transformers import AutoTokenizer
 
-    _refuse_counts(folder)
+    _refuse_files(folder)
     with quietly(), _refusing_code(folder, trusted):
         return AutoTokenizer.from_pretrained(folder, **_options(trusted))
 
@@ -122,8 +126,14 @@ def _numbers(key: str, value: Any) -> Iterator[tuple[str, int]]:
         yield key, value
 
 
-def _refuse_counts(folder: Path) -> None:
-    """Raises CheckpointError for a folder whose config transformers should not be given."""
+def _refuse_files(folder: Path) -> None:
+    """Raises CheckpointError for a folder that transformers should not be given: it reads small
+    files to their ends, whatever and however large they are, and makes what a config says."""
+    for path in sorted(folder.iterdir()):
+        if _READ.search(path.name) and is_there(path) and path.stat().st_size > MOST:
+            raise CheckpointError(
+                f"{path}: {path.stat().st_size:,} bytes; at most {MOST:,} are read of it"
+            )
     path = folder / "config.json"
     said = too_many(json.loads(path.read_bytes())) if path.is_file() else ""
     if said:

@@ -196,6 +196,17 @@ class ExportTotals(FourBitTotals, OutputsTotals, LossTotals, total=False):
 _With = TypedDict("_With", {"with": list[str]}, total=False)
 
 
+class HubTotals(TypedDict):
+    """What the Hub will make of a folder."""
+
+    library_name: str | None
+    pipeline_tag: str | None
+    base_model: list[str]
+    base_model_relation: str | None
+    license: str | None
+    missing: list[str]
+
+
 class InspectTotals(_With, total=False):
     """Of ``inspect``."""
 
@@ -205,6 +216,7 @@ class InspectTotals(_With, total=False):
     tensor_bytes: int
     dtypes: dict[str, int]
     metadata: dict[str, dict[str, str]]
+    hub: HubTotals
     # of a checkpoint
     architectures: list[str] | None
     model_type: str | None

@@ -120,7 +120,15 @@ def import_everything() -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for name in ("torch", "numpy", "scipy.linalg", "onnx", "zstandard", "rich.progress"):
+        for name in (
+            "torch",
+            "numpy",
+            "scipy.linalg",
+            "onnx",
+            "zstandard",
+            "rich.progress",
+            "huggingface_hub.repocard",
+        ):
             importlib.import_module(name)
         for module in pkgutil.walk_packages(lora_tools.__path__, "lora_tools."):
             if not module.name.endswith("__main__"):

@@ -181,6 +181,17 @@ def test_what_models_have_is_not_too_many(config: dict[str, Any]) -> None:
     assert not too_many(config)
 
 
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "tokenizer.json", "merges.txt"])
+def test_a_small_file_without_end_is_not_given_to_transformers(name: str, tmp_path: Path) -> None:
+    """Which reads all of it into memory, several times."""
+    folder = iotools.checkpoint(tmp_path / "m", iotools.weights(layers=1))
+    with (folder / name).open("a") as file:
+        file.truncate(1 << 32)
+    for loads in (config_of, tokenizer_of):
+        with pytest.raises(CheckpointError, match=rf"{name}: 4,294,967,296 bytes; at most"):
+            loads(folder)
+
+
 def test_an_index_of_brackets_takes_bounded_memory(tmp_path: Path) -> None:
     import resource
 

@@ -7,6 +7,8 @@ import os
 import pickle
 import random
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ from .campaign import moments, sound
 from .campaign.damage import joined, signed, split
 from .campaign.doors import DOORS, Use
 from .campaign.fuzz import DONE, REFUSED, WRONG, Bench
+from .campaign.targets import CORPUS, TARGETS, Ground
+from .campaign.workers import Pool
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -62,6 +66,36 @@ _OTHERS = [pytest.param(door, marks=pytest.mark.sweep(20)) for door in DOORS if 
 def test_what_is_whole_is_done_and_checked(door: str, bench: Bench) -> None:
     for use in DOORS[door].uses:
         bench.passes(use)
+
+
+def test_a_campaign_that_is_told_to_end_tells_what_there_was(whole: Path, tmp_path: Path) -> None:
+    """Its workers end after the input that each has begun, and none is held against them."""
+    ending, inputs = threading.Event(), [("config.json", f"end {n}") for n in range(10_000)]
+    pool = Pool(whole, tmp_path, inputs, 2)
+
+    def tell() -> None:
+        while not any(log.stat().st_size for log in tmp_path.glob("*.log")):
+            time.sleep(0.01)
+        ending.set()
+
+    threading.Thread(target=tell).start()
+    tally = pool.run(ending=ending)["config.json"]
+    assert 0 < tally.inputs < len(inputs)
+    assert tally.faults == []
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_what_led_to_new_lines_is_read_or_refused(name: str, tmp_path: Path) -> None:
+    """The corpus of coverage-guided fuzzing; and what is whole is read."""
+    place, files = Ground(name, tmp_path), sorted((CORPUS / name).iterdir())
+    assert place.meet(place.whole)
+    assert {place.meet(file.read_bytes()) for file in files} == {True, False}
+
+
+def test_a_block_size_that_is_no_whole_number_is_refused(tmp_path: Path) -> None:
+    """As coverage-guided fuzzing found: 64.0 is 64, and no index."""
+    place = Ground("nf4-state", tmp_path)
+    assert not place.meet(place.whole.replace(b'"blocksize": 64', b'"blocksize": 64.0'))
 
 
 def test_other_content_is_seen(bench: Bench) -> None:

@@ -14,9 +14,12 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from peft.utils import merge_utils
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import lora_tools
 from lora_tools.errors import MismatchError, NonFiniteError, UnsupportedAdapter, UsageError
+from lora_tools.formats.adapters.table import FORMATS
 from lora_tools.linalg.combine import keep_by_chance, keep_largest
 from lora_tools.sources.adapters import open_adapter
 
@@ -271,6 +274,72 @@ def test_other_formats_come_in(root: Path, tmp_path: Path) -> None:
     mine = [(root / "one", 0.7), (tmp_path / "k.safetensors", 1.5)]
     lora_tools.combine(mine, tmp_path / "c", base=root / "base")
     models.assert_same(deltas(root, tmp_path / "c"), total(root, {"one": 0.7, "three": 1.5}), 1e-6)
+
+
+@pytest.mark.parametrize("to", sorted(FORMATS.keys() - {"peft"}))
+def test_what_came_in_one_format_goes_out_in_it(to: str, root: Path, tmp_path: Path) -> None:
+    """A file stays a file; only those that need a base for their names are given one."""
+    mine = []
+    options = {"base": root / "base"} if FORMATS[to].base and not FORMATS[to].keeps_names else {}
+    for name, weight in (("one", 0.7), ("three", 1.5)):
+        lora_tools.convert(root / name, tmp_path / name, to=to, base=root / "base")
+        mine.append((tmp_path / name, weight))
+    report = lora_tools.combine(mine, tmp_path / "c", **options)
+    assert (tmp_path / "c").is_dir() == FORMATS[to].is_folder
+    assert open_adapter(tmp_path / "c", as_stored=True, guess=True).format == to
+    assert any(f"written in the format {FORMATS[to].title}" in note for note in report.notes)
+    lora_tools.combine(mine, tmp_path / "p", to="peft", base=root / "base")
+    lora_tools.convert(tmp_path / "c", tmp_path / "again", to="peft", base=root / "base")
+    for out in (tmp_path / "again", tmp_path / "p"):
+        models.assert_same(deltas(root, out), total(root, {"one": 0.7, "three": 1.5}), 1e-6)
+
+
+def test_metadata_of_trainers_is_kept_where_all_say_it(tmp_path: Path) -> None:
+    said = [
+        {"ss_base_model_version": "sd", "ss_network_dim": "2", "sshs_model_hash": "a", "ss_tag": t}
+        for t in "xy"
+    ]
+    for i, metadata in enumerate(said):
+        save_file(
+            {
+                "lora_unet_a_b.lora_down.weight": torch.randn(2, 6),
+                "lora_unet_a_b.lora_up.weight": torch.randn(6, 2),
+                "lora_unet_a_b.alpha": torch.tensor(1.0),
+            },
+            tmp_path / f"{i}.safetensors",
+            metadata,
+        )
+    out = tmp_path / "c.safetensors"
+    lora_tools.combine([tmp_path / "0.safetensors", (tmp_path / "1.safetensors", 0.5)], out)
+    with safe_open(out, "pt") as file:
+        found = {k: v for k, v in file.metadata().items() if k.startswith("ss")}
+    assert found == {"ss_base_model_version": "sd", "ss_network_dim": "4"}
+
+
+def test_adapters_of_two_layouts_are_added_in_one(tmp_path: Path) -> None:
+    """FLUX: qkv of one file and q, k, v of another act on the same rows."""
+    a, b = "double_blocks.0.img_attn", "transformer_blocks.0.attn"
+    shapes = {f"{a}.qkv": (24, 8), f"{a}.proj": (8, 8), "single_blocks.0.linear2": (8, 16)}
+    base = {f"{k}.weight": torch.zeros(shape) for k, shape in shapes.items()}
+    save_file(base, tmp_path / "base.safetensors")
+    fused = {"down": torch.randn(2, 8), "up": torch.randn(24, 2)}
+    parts = {k: {"down": torch.randn(2, 8), "up": torch.randn(8, 2)} for k in "qkv"}
+    one = {f"diffusion_model.{a}.qkv.lora_{k}.weight": x for k, x in fused.items()}
+    two = {
+        f"transformer.{b}.to_{k}.lora_{s}.weight": x
+        for k, part in parts.items()
+        for s, x in part.items()
+    }
+    files = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
+    for file, tensors in zip(files, (one, two), strict=True):
+        save_file(tensors, file)
+    wanted = fused["up"] @ fused["down"]
+    wanted += torch.cat([parts[k]["up"] @ parts[k]["down"] for k in "qkv"])
+    for to in ("peft", "kohya", "diffusers", "comfyui"):
+        lora_tools.combine(files, tmp_path / to, to=to, base=tmp_path / "base.safetensors")
+        merged = tmp_path / f"{to}.safetensors"
+        lora_tools.merge(tmp_path / "base.safetensors", [tmp_path / to], merged)
+        torch.testing.assert_close(load_file(merged)[f"{a}.qkv.weight"], wanted)
 
 
 def test_one_tensor_saved_whole_is_copied_and_two_are_refused(root: Path, tmp_path: Path) -> None:

@@ -354,6 +354,7 @@ def test_verl_s_folder(tmp_path: Path) -> None:
     (actor / "huggingface" / "tokenizer.json").write_text("{}")
     lora_tools.dequantize(step, tmp_path / "out", allow_pickle=True)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "README.md",
         "config.json",
         "model.safetensors",
         "tokenizer.json",

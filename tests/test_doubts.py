@@ -121,6 +121,16 @@ def test_another_base(
     assert any("was trained on" in note for note in report.notes) == is_another
 
 
+def test_what_is_undone_is_past_doubt(root: Path, tmp_path: Path) -> None:
+    """The merged checkpoint is no base that was given."""
+    adapter = with_config(root, tmp_path / "a", base_model_name_or_path="org/base")
+    for reversible in (False, True):
+        merged = tmp_path / f"merged{reversible}"
+        lora_tools.merge(root / "base", [adapter], merged, reversible=reversible)
+        report = lora_tools.unmerge(merged, [adapter], tmp_path / f"back{reversible}")
+        assert not any("was trained on" in note for note in report.notes)
+
+
 def test_a_base_in_a_cache_of_the_hub(root: Path, tmp_path: Path) -> None:
     base = tmp_path / "models--org--Model-7b" / "snapshots" / "0123"
     shutil.copytree(root / "base", base)

@@ -18,6 +18,7 @@ from lora_tools.formats.quantized.modelopt import CODES as FP4_CODES
 from lora_tools.formats.quantized.modelopt import GROUP, NVFP4, WHOLE
 from lora_tools.formats.quantized.modelopt import SCALE as FP4_SCALE
 from lora_tools.quantizing import encoded
+from lora_tools.quantizing.pack import into
 from lora_tools.quantizing.plan import Item
 from lora_tools.records import TensorSpec
 from lora_tools.sources.schemes.bitsandbytes_int8 import BITSANDBYTES_INT8
@@ -104,7 +105,8 @@ def _packed(case: str, band: int, x: torch.Tensor, patch: pytest.MonkeyPatch) ->
         assert not back[:stop].isnan().any()
         read.append((start, stop))
 
-    result = encoded.pack(item, there, sink, Buffers(), done, back, ready)  # type: ignore[arg-type]
+    given = item, there, sink, Buffers(), done, into(back), ready
+    result = encoded.pack(*given)  # type: ignore[arg-type]
     assert read[0][0] == 0
     assert read[-1][1] == packed.plain.numel
     return sink, back, result

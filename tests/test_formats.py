@@ -88,7 +88,7 @@ def merged(root: Path, adapter: Path, out: Path) -> dict[str, torch.Tensor]:
 def unsigned(path: Path) -> Any:
     """A file, or those of a folder, without what says how it was made."""
     if path.is_dir():
-        return {p.name: unsigned(p) for p in path.iterdir()}
+        return {p.name: unsigned(p) for p in path.iterdir() if p.name != "README.md"}
     data = path.read_bytes()
     if data.startswith(b"GGUF"):
         file = GgufFile(path)
@@ -521,6 +521,29 @@ class TestDiffusers(FormatContract):
             if "lora_A" in key
         }
         assert_deltas(root, kind, found, lambda m: "unet." + m)
+
+
+class TestComfyui(FormatContract):
+    name = "comfyui"
+    unknown = "diffusion_model.model.layers.0.self_attn.q_proj.lora_C.weight"
+
+    def read(self, root: Path, kind: str, out: Path) -> None:
+        """Its formulas (comfy/lora.py and comfy/weight_adapter/lora.py): no alpha is the rank."""
+        if kind == "dora":
+            return
+        state, found = load_file(out), {}
+        for key in [key for key in state if key.endswith(".lora_A.weight")]:
+            name, A = key.removesuffix(".lora_A.weight"), state.pop(key)
+            alpha = state.pop(f"{name}.alpha", torch.tensor(float(len(A))))
+            found[name] = state.pop(f"{name}.lora_B.weight") @ A * (alpha / len(A))
+        assert_deltas(root, kind, found, lambda m: "diffusion_model." + m)
+        base, wanted = (models.tensors(root / f) for f in ("base", f"{kind}-merged"))
+        for key, tensor in state.items():
+            module, _, part = key.removeprefix("diffusion_model.").rpartition(".")
+            name = f"{module}.{'bias' if part == 'diff_b' else 'weight'}"
+            made = tensor if part == "set_weight" else base[name] + tensor
+            torch.testing.assert_close(made, wanted[name], msg=key)
+        assert bool(state) == (kind in ("bias", "saved"))
 
 
 class TestTorchtune(FormatContract):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import math
 import pickle
 import re
 import struct
@@ -372,6 +373,24 @@ def test_no_rank_is_spent_on_the_rounding_of_a_gguf(tmp_path: Path) -> None:
     assert others == pytest.approx([1.0] * len(others), rel=0.05)
 
 
+def test_a_tensor_of_unknown_rounding_hides_no_other_s_floor(tmp_path: Path) -> None:
+    base = models.save(models.make("llama", width=256), tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    fields = forms_gguf.fields_of(config, vocab_size=config["vocab_size"])
+    stored = gguf_tensors("llama", models.tensors(base), config)
+    one = "blk.0.attn_q.weight"
+    rows = blocks("TQ1_0", 256, 256 // gguf.GGML_QUANT_SIZES[KINDS["TQ1_0"]][0])
+    path = write(
+        tmp_path / "q.gguf", "llama", fields, stored, "Q8_0", blocks={one: (rows, "TQ1_0")}
+    )
+    report = lora_tools.diff(path, base)
+    floors = {s.module: s.noise_floor for s in report.spectra}
+    name = "model.layers.0.self_attn.q_proj"
+    assert math.isnan(floors.pop(name))
+    assert all(floor > 0 for floor in floors.values())
+    assert any(f"is not known of {name}.weight" in note for note in report.notes)
+
+
 def test_types_that_are_read() -> None:
     """All that the package decodes; Q8_1 and Q8_K are of activations."""
     assert set(BLOCKED) - set(READ) <= {"Q8_1", "Q8_K", "Q1_0"}
@@ -474,6 +493,7 @@ def test_people_are_told(made: Any, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert run(["dequantize", str(path), "-o", str(tmp_path / "o")]) == 0
     assert "whose tokenizer stays in it" in capsys.readouterr().err
     assert sorted(p.name for p in (tmp_path / "o").iterdir()) == [
+        "README.md",
         "config.json",
         "model.safetensors",
     ]
@@ -627,7 +647,7 @@ def test_no_config_rather_than_a_wrong_one(
     assert any(
         "does not give for certain" in note and re.search(said, note) for note in report.notes
     )
-    assert [p.name for p in (tmp_path / "o").iterdir()] == ["model.safetensors"]
+    assert {p.name for p in (tmp_path / "o").iterdir()} == {"README.md", "model.safetensors"}
 
 
 def test_factors_that_are_not_llama_3s(tmp_path: Path) -> None:

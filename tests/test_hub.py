@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import http.server
 import json
+import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -16,11 +17,14 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
-from lora_tools.errors import CheckpointError
-from lora_tools.formats import hub
+import lora_tools
+from lora_tools.errors import CheckpointError, UnsafeInput
+from lora_tools.formats import hub, variants
 from lora_tools.formats.hub import HubId
 from lora_tools.sources.adapters import open_adapter
 from lora_tools.sources.checkpoints import open_checkpoint
+
+from . import iotools
 
 SHA = "1" * 40
 Repositories = dict[str, dict[str, bytes]]
@@ -57,8 +61,17 @@ class _Hub(http.server.BaseHTTPRequestHandler):
             status, code = self._allowed(name, revision, listing=False)
             data = self.server.repositories.get(name, {}).get(file, b"")
             if status == 200 and body:
-                self.server.fetched.append(file)
+                asked = self.headers.get("Range")
+                self.server.fetched.append(f"{file} {asked}" if asked else file)
+        size = len(data)
+        if self.headers.get("Range") and self.server.no_ranges:
+            status, data = 404, b""
+        if status == 200 and (asked := self.headers.get("Range")):
+            first, last = (int(number) for number in asked.removeprefix("bytes=").split("-"))
+            status, data = 206, data[first : last + 1]
         self.send_response(status)
+        if status == 206:
+            self.send_header("Content-Range", f"bytes {first}-{first + len(data) - 1}/{size}")
         self.send_header("X-Repo-Commit", SHA)
         self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
         if code:
@@ -96,6 +109,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The hub here: ``repositories`` are what it has, ``fetched`` the files that were."""
     found: Any = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
     found.daemon_threads = True
+    found.no_ranges = False
     found.repositories, found.fetched = {"org/gated": {"config.json": b"{}"}}, []
     endpoint = f"http://127.0.0.1:{found.server_port}"
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
@@ -167,7 +181,7 @@ def test_the_index_says_which_weights_are_fetched(server: Any, tmp_path: Path) -
         (["adapter/adapter_model.safetensors"], ["adapter/adapter_model.safetensors"]),
         (
             ["model_index.json", "unet/d.safetensors", "vae/d.safetensors", "d.safetensors"],
-            ["d.safetensors", "model_index.json", "unet/d.safetensors", "vae/d.safetensors"],
+            ["model_index.json", "unet/d.safetensors", "vae/d.safetensors"],
         ),
         (["modules.json", "model.safetensors", "2_Dense/model.safetensors"], None),
     ],
@@ -177,9 +191,32 @@ def test_one_set_of_weights_is_chosen(names: list[str], fetched: list[str] | Non
     assert found == sorted(names if fetched is None else fetched)
 
 
-def test_pickles_are_not_fetched_unasked() -> None:
-    names = ["pytorch_model.bin", "config.json"]
-    assert hub._chosen(HubId("org/name"), names, allow_pickle=False) == ["config.json"]
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "v1-5.ckpt", "unet/m.bin", "__0_0.distcp"])
+def test_pickles_are_not_fetched_unasked(name: str) -> None:
+    names = [name, "config.json", "training_args.bin"]
+    with pytest.raises(UnsafeInput, match=f"are pickles.*({name}).*--allow-pickle"):
+        hub._chosen(HubId("org/name"), names, allow_pickle=False)
+    found = hub._chosen(HubId("org/name"), names, allow_pickle=True)
+    assert found == sorted(["config.json", name])
+
+
+def test_files_of_gguf_are_named() -> None:
+    names = ["a/m-Q4.gguf", "a/m-Q8.gguf", "a/README.md"]
+    with pytest.raises(CheckpointError, match=r"such as org/name/a/m-Q4\.gguf@v1$"):
+        hub._chosen(HubId("org/name", "v1", "a"), names, allow_pickle=True)
+    one = HubId("org/name", None, "a/m-Q4.gguf")
+    assert hub._chosen(one, names, allow_pickle=True) == ["a/m-Q4.gguf"]
+    assert hub._chosen(HubId("org/name"), ["config.json"], allow_pickle=False) == ["config.json"]
+
+
+def test_a_variant_is_fetched_where_there_is_one() -> None:
+    stem = "unet/diffusion_pytorch_model"
+    plain = [f"{stem}-00001-of-00001.safetensors", f"{stem}.safetensors.index.json"]
+    half = [f"{stem}.fp16-00001-of-00001.safetensors", f"{stem}.safetensors.index.fp16.json"]
+    alone = ["vae/diffusion_pytorch_model.safetensors"]
+    with variants.using("fp16"):
+        found = hub._chosen(HubId("org/name"), [*plain, *half, *alone, "model_index.json"], False)
+    assert found == sorted([*half, *alone, "model_index.json"])
 
 
 def test_a_folder_or_a_file_of_a_repository(server: Any, tmp_path: Path) -> None:
@@ -254,3 +291,88 @@ def test_ids(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     assert hub.parse(source) == found
+
+
+# ------------------------------------------------------------------------------- dry runs
+
+
+def repository(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def big(server: Any, tmp_path: Path) -> Any:
+    """``org/base`` in two shards with headers above the first request, ``org/tuned``, ``org/ad``;
+    the same lie in the folders ``base``, ``tuned`` and ``ad``."""
+    weights = iotools.weights(width=64, layers=1)
+    long = {f"model.buffers.{i:04}.{'x' * 80}": torch.zeros(1) for i in range(1000)}
+    iotools.checkpoint(tmp_path / "base", weights | long, shards=2)
+    iotools.checkpoint(tmp_path / "tuned", iotools.moved(weights | long))
+    iotools.adapter(tmp_path / "ad", iotools.linear_shapes(weights))
+    for name in ("base", "tuned", "ad"):
+        server.repositories[f"org/{name}"] = repository(tmp_path / name)
+    return server
+
+
+def plan(report: Any) -> Any:
+    """A plan, without the paths that it was asked of."""
+    found = report.to_dict()
+    for each in found["inputs"]:
+        del each["path"]
+    return {key: found[key] for key in ("inputs", "plan", "totals", "notes", "command")}
+
+
+def test_a_dry_run_fetches_no_weights(big: Any, tmp_path: Path) -> None:
+    """And says what a dry run of the whole folders says; what was made for it is gone."""
+    calls: list[Callable[[str], Any]] = [
+        lambda at: lora_tools.merge(f"{at}base", f"{at}ad", "out", dry_run=True),
+        lambda at: lora_tools.extract(f"{at}base", f"{at}tuned", "out", rank=2, dry_run=True),
+        lambda at: lora_tools.quantize(f"{at}base", "out", dry_run=True),
+    ]
+    before = set(Path(tempfile.gettempdir()).glob("loratools-*"))
+    for call in calls:
+        assert plan(call("org/")) == plan(call(""))
+    shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    assert not {*shards, "model.safetensors"} & set(big.fetched)
+    assert "adapter_model.safetensors" in big.fetched  # is read: it is small
+    ranges = [each for each in big.fetched if " " in each]
+    assert {each.split()[0] for each in ranges} == {*shards, "model.safetensors"}
+    assert set(Path(tempfile.gettempdir()).glob("loratools-*")) == before
+    assert not Path("out").exists()
+
+
+def test_what_is_in_the_cache_is_not_asked_for(big: Any) -> None:
+    lora_tools.merge("org/base", "org/ad", "out")
+    big.fetched.clear()
+    lora_tools.merge("org/base", "org/ad", "again", dry_run=True)
+    assert big.fetched == []
+
+
+def test_a_tensor_that_a_plan_reads_is_read_where_it_is(big: Any, tmp_path: Path) -> None:
+    """The states of four-bit weights are tensors."""
+    lora_tools.quantize("tuned", "four")
+    big.repositories["org/four"] = repository(tmp_path / "four")
+    found = plan(lora_tools.dequantize("org/four", "out", dry_run=True))
+    assert found == plan(lora_tools.dequantize("four", "out", dry_run=True))
+    assert "model.safetensors" not in big.fetched
+    assert len([each for each in big.fetched if each.startswith("model.safetensors ")]) > 2
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", "safetensors"),
+        (b"\xff" * 8 + b"{}", "it is truncated or not safetensors"),
+        (iotools.container({"a": iotools.entry()}, bytes(4)), "is it truncated"),
+    ],
+)
+def test_a_header_that_is_none(data: bytes, said: str, big: Any) -> None:
+    big.repositories["org/tuned"]["model.safetensors"] = data
+    with pytest.raises(CheckpointError, match=said):
+        lora_tools.merge("org/tuned", "ad", "out", dry_run=True)
+
+
+def test_a_header_that_is_not_given(big: Any) -> None:
+    big.no_ranges = True
+    with pytest.raises(CheckpointError, match="its header cannot be read"):
+        lora_tools.merge("org/tuned", "ad", "out", dry_run=True)

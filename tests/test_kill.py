@@ -45,7 +45,7 @@ def test_killed_before_every_step(verb, force, small, tmp_path, full):
     flags = ("--force",) if force else ()
     untouched = iotools.tree(small)
     assert run(command(verb, small, old)) == 0
-    (old / "README.md").write_text("the old one")
+    (old / "of the old one").write_text("the old one")
     if force:
         shutil.copytree(old, out)
     line = command(verb, small, out, *flags)
@@ -77,7 +77,7 @@ def test_killed_before_every_step(verb, force, small, tmp_path, full):
 
 
 def _is_old(out: Path) -> bool:
-    return (out / "README.md").exists()
+    return (out / "of the old one").exists()
 
 
 # ------------------------------------------------------------------ kills while there is much to do

@@ -7,12 +7,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from lora_tools.errors import CheckpointError
 from lora_tools.formats.mapped import MappedFile
 from lora_tools.formats.open_files import OpenFile, most
 
-from . import forks, iotools
+from . import distributed, forks, iotools
+from .campaign import readers
 
 # A line for each verb, "OUT" aside; what one has made is there for the next.
 VERBS = {
@@ -77,6 +79,61 @@ def test_verbs_with_more_shards_than_descriptors(shards, limit, tmp_path, full):
     assert done.stderr == ""
     assert iotools.tree(tmp_path / "unmerged") == iotools.tree(tmp_path / "base")
     assert len(list((tmp_path / "merged").glob("*.safetensors"))) == shards
+
+
+def _pickled(tensors, folder, shards):
+    """Each shard as torch saves it, with the index."""
+    folder.mkdir()
+    names = [f"pytorch_model-{i + 1:05}-of-{shards:05}.bin" for i in range(shards)]
+    where = {name: names[i % shards] for i, name in enumerate(tensors)}
+    for file in names:
+        torch.save({n: tensors[n] for n in where if where[n] == file}, folder / file)
+    index = {"metadata": {}, "weight_map": where}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+def _cut(tensors, folder, shards):
+    """A distributed checkpoint of so many files, most tensors in several of them."""
+    halves = {name: [[n // 2] for n in x.shape] for name, x in tensors.items()}
+    distributed.cut_up(folder, tensors, halves, files=shards)
+
+
+def _ranks(tensors, folder, shards):
+    """A file of each process, and all tensors in all of them."""
+    distributed.save_ranks(folder, tensors, (shards,), {})
+
+
+@pytest.mark.parametrize("stored", [_pickled, _cut, _ranks])
+@pytest.mark.parametrize(("shards", "limit"), [(64, 50), (128, 256), (1100, 1024)])
+def test_pickles_and_distributed_checkpoints_with_few_descriptors(
+    stored, shards, limit, tmp_path, full
+):
+    """What comes of them is what comes of safetensors."""
+    if shards > 100 and not full:
+        pytest.skip("takes a minute: only with --full")
+    layers = shards // 4 if stored is not _ranks else 1
+    tensors = iotools.weights(width=8, layers=layers)
+    base, other = tmp_path / "base", tmp_path / "other"
+    iotools.checkpoint(base, tensors)
+    stored(tensors, other, shards)
+    shutil.copy(base / "config.json", other)
+    iotools.adapter(tmp_path / "adapter", iotools.linear_shapes(tensors))
+    rest = ["-q", "-j", "4", "--allow-pickle"]
+    adapter, lines = str(tmp_path / "adapter"), []
+    for name, path in (("wanted", base), ("found", other)):
+        to = [str(tmp_path / f"{name} {what}") for what in ("plain", "merged", "packed")]
+        if path == other:
+            lines.append(["dequantize", str(path), "-o", to[0], *rest])
+        merge = ["merge", str(path), adapter, "-o", to[1], "--allow-other-base"]
+        quantize = ["quantize", str(path), "-o", to[2]]
+        lines += [[*merge, *rest], [*quantize, *rest]]
+    done = forks.run(limit, json.dumps(lines), code=_LINES)
+    assert done.stderr == ""
+    for what in ("plain", "merged", "packed"):
+        found = readers.weights(tmp_path / f"found {what}")
+        wanted = readers.weights(tmp_path / f"wanted {what}") if what != "plain" else tensors
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_without_descriptors_nothing_is_left_behind(tmp_path):

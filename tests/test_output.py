@@ -515,7 +515,7 @@ def test_a_folder_that_another_command_clears_away_at_once_is_made_anew(
     place, name = {
         "before it is open": (os, "open"),
         "before it is locked": (fcntl, "flock"),
-        "before its mark": (output, "_marker"),
+        "before its mark": (output, "marker"),
     }[when]
     real, done = getattr(place, name), []
 

@@ -400,3 +400,30 @@ def test_a_cache_is_kept_only_with_what_it_belongs_to(work: Path) -> None:
     assert run([*EXTRACT, "--spectrum-cache", "cache", "--max-error", "1e-9"]) == 3
     assert not Path("cache").exists()
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["merge", "base", "adapter"],
+        ["unmerge", "base", "adapter", "--allow-other-base"],
+        ["quantize", "base"],
+        ["extract", "base/model.safetensors", "tuned", "--rank", "1"],
+        ["combine", "adapter", "adapter=2"],
+        ["rescale", "adapter", "--scale", "2"],
+        ["convert", "adapter", "--to", "mlx"],
+        ["export", "base", *iotools.EXPORT],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_folder_is_not_called_as_a_file_is(words: list[str], work: Path, said: Any) -> None:
+    code, error = said([*words, "-o", "x.safetensors"])
+    assert code == 2
+    assert "a folder is written, and this is a file's name" in error
+
+
+def test_a_file_is(work: Path) -> None:
+    assert run(["merge", "base/model.safetensors", "adapter", "-o", "x.safetensors"]) == 0
+    assert run(["convert", "adapter", "--to", "diffusers", "-o", "y.safetensors"]) == 0
+    assert Path("x.safetensors").is_file()
+    assert Path("y.safetensors").is_file()

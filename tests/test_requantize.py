@@ -18,7 +18,9 @@ from lora_tools.cli import run
 from lora_tools.errors import CheckpointError, QualityGateError, UsageError
 from lora_tools.linalg import runs
 from lora_tools.merging import in_memory
+from lora_tools.merging.in_memory import largest_in
 from lora_tools.quantizing import encoded
+from lora_tools.quantizing import tensor as quantized_item
 
 from . import forms_compressed, forms_fp8, forms_groups, iotools, models
 from .written import NAME, NEW, Q, error, in_each_form, raw, verified
@@ -155,8 +157,18 @@ def test_written_again_as_others_store_it(tmp_path: Path, form: str) -> None:
     assert {f.tensor for f in looked.plan if f.action == "different"} <= {"config.json"}
 
 
-def test_layers_that_loaders_put_into_one_have_one_global_scale(work: Path, tmp_path: Path) -> None:
-    """vLLM takes the largest of q's, k's and v's for all three: any other would be read wrong."""
+def test_layers_that_loaders_put_into_one_have_one_global_scale(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM takes the largest of q's, k's and v's for all three: any other would be read wrong. Each
+    is looked at once for it."""
+    looked_at = list[str]()
+
+    def counted(target: Any, source: Any, spec: Any) -> float:
+        looked_at.append(spec.name)
+        return largest_in(target, source, spec)
+
+    monkeypatch.setattr(quantized_item, "largest_in", counted)
     every = models.tensors(work / "nvfp4")
     places = {"self_attn.": ("q_proj", "k_proj", "v_proj"), "mlp.": ("gate_proj", "up_proj")}
     base = models.tensors(work / "base")
@@ -181,6 +193,7 @@ def test_layers_that_loaders_put_into_one_have_one_global_scale(work: Path, tmp_
     models.train(work / "base", tmp_path / "all", config)
     lora_tools.merge(work / "nvfp4", [tmp_path / "all"], tmp_path / "n", requantize=True)
     before, after = scales_of(work / "nvfp4"), scales_of(tmp_path / "n")
+    assert sorted(looked_at) == sorted(n for n in base if n.endswith("proj.weight") and "attn" in n)
     for layer in range(2):
         place = f"model.layers.{layer}.self_attn."
         mine = {after[k] for k in after if k.startswith(place)}

@@ -190,8 +190,13 @@ def test_only_what_is_adapted_has_a_branch_and_no_dense_product_is_formed(made: 
 
 def test_other_exports_use_either_graph_again(made: Made, tmp_path: Path) -> None:
     """The branches come off: the plain graph is back, byte for byte."""
+
+    def tree(folder: Path) -> dict[str, str]:
+        """The figures in a card are those of a check, which is not made here."""
+        return {name: known for name, known in iotools.tree(folder).items() if name != "README.md"}
+
     lora_tools.export(made.base, tmp_path / "plain", graph=made.out, no_verify=True)
-    assert iotools.tree(tmp_path / "plain") == iotools.tree(made.plain)
+    assert tree(tmp_path / "plain") == tree(made.plain)
     lora_tools.export(
         made.base,
         tmp_path / "out",
@@ -200,7 +205,7 @@ def test_other_exports_use_either_graph_again(made: Made, tmp_path: Path) -> Non
         graph=made.out,
         no_verify=True,
     )
-    assert iotools.tree(tmp_path / "out") == iotools.tree(made.out)
+    assert tree(tmp_path / "out") == tree(made.out)
 
 
 def test_genai_is_told_of_no_optional_input(made: Made) -> None:

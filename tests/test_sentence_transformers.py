@@ -190,7 +190,7 @@ def test_the_layout_stays(made: Path, inner: str, tmp_path: Path) -> None:
     assert not any("trained on" in note for note in merged.notes)
     sidecar = f"{inner}/" * bool(inner) + "loratools-unmerge.sidecar"
     after = files(tmp_path / "m")
-    assert after.keys() == before.keys() | {sidecar}
+    assert after.keys() == before.keys() | {sidecar, "README.md"}
     same = {name for name in before if after[name] == before[name]}
     assert before.keys() - same <= {f"{inner}/" * bool(inner) + "model.safetensors"}
     model = transformers.AutoModel.from_pretrained(tmp_path / "m" / inner)
@@ -202,11 +202,11 @@ def test_the_layout_stays(made: Path, inner: str, tmp_path: Path) -> None:
     lora_tools.unmerge(tmp_path / "m", [made / "ad"], tmp_path / "u")
     assert files(tmp_path / "u") == before
     lora_tools.quantize(base, tmp_path / "q")
-    assert files(tmp_path / "q").keys() == before.keys()
+    assert files(tmp_path / "q").keys() == before.keys() | {"README.md"}
     assert files(tmp_path / "q")["2_Dense/model.safetensors"] == before["2_Dense/model.safetensors"]
     lora_tools.verify(tmp_path / "q", against=base)
     lora_tools.dequantize(tmp_path / "q", tmp_path / "d")
-    assert files(tmp_path / "d").keys() == before.keys()
+    assert files(tmp_path / "d").keys() == before.keys() | {"README.md"}
     lora_tools.merge(base, [made / "ad"], tmp_path / "s", shard_size="20kB")
     assert files(tmp_path / "s")["2_Dense/model.safetensors"] == before["2_Dense/model.safetensors"]
     weights = [name for name in files(tmp_path / "s") if name.startswith(f"{inner or 'model'}")]
@@ -296,7 +296,8 @@ def test_the_graph_is_the_whole_pipeline(made: Path, exported: Path) -> None:
     assert list(found) == ["token_embeddings", "sentence_embedding"]
     reference = wanted(models.make("bert"), weights).numpy()
     np.testing.assert_allclose(found["sentence_embedding"], reference, rtol=1e-5, atol=1e-6)
-    assert files(exported).keys() == files(made / "base").keys() | {"model.onnx", "model.onnx_data"}
+    made_here = {"model.onnx", "model.onnx_data", "README.md"}
+    assert files(exported).keys() == files(made / "base").keys() | made_here
     verdict = lora_tools.verify(exported, against=made / "base").totals["verdict"]
     assert "its outputs are torch's" in verdict
 

@@ -61,6 +61,7 @@ def work(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 MERGE = ["merge", "base", "adapter", "-o", "out"]
 EXTRACT = ["extract", "base", "tuned", "-o", "out", "--rank", "1"]
+STATISTICS = ["collect-stats", "base", "text", "-o", "out"]
 PLACES = {
     "base/model-00001-of-00002.safetensors": MERGE,
     "base/model.safetensors.index.json": MERGE,
@@ -76,7 +77,10 @@ PLACES = {
     "graph/config.json": ["export", "base", "-o", "out", *iotools.EXPORT],
     "cache": [*EXTRACT, "--spectrum-cache", "cache"],
     "stats": [*EXTRACT, "--activations", "stats"],
-    "text": ["collect-stats", "base", "text", "-o", "out"],
+    "text": STATISTICS,
+    "base/tokenizer_config.json": STATISTICS,
+    "base/vocab.txt": STATISTICS,
+    "base/chat_template.jinja": STATISTICS,
 }
 
 
@@ -171,19 +175,19 @@ def test_a_tokenizer_beside_an_adapter_is_no_way_out(work: Path) -> None:
 
 def test_links_inside_the_folder_and_into_the_hubs_blobs_are_followed(work: Path) -> None:
     Path("base/real.md").write_text("x")
-    Path("base/README.md").symlink_to("real.md")
-    lora_tools.merge("base", ["adapter"], "out")
-    assert Path("out/README.md").read_text() == "x"
-    assert not Path("out/README.md").is_symlink()
+    Path("base/NOTES.md").symlink_to("real.md")
+    lora_tools.merge("base", ["adapter"], "out", no_card=True)
+    assert Path("out/NOTES.md").read_text() == "x"
+    assert not Path("out/NOTES.md").is_symlink()
     snapshot = Path("models--a--b/snapshots/0")
     snapshot.mkdir(parents=True)
     Path("models--a--b/blobs").mkdir()
     for path in Path("base").iterdir():
         shutil.copy(path, Path("models--a--b/blobs") / path.name)
         (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
-    lora_tools.merge(snapshot, ["adapter"], "again")
+    lora_tools.merge(snapshot, ["adapter"], "again", no_card=True)
     assert iotools.tree(Path("out")) == iotools.tree(Path("again"))
-    blob = Path("models--a--b/blobs/README.md")
+    blob = Path("models--a--b/blobs/NOTES.md")
     blob.unlink()
     blob.symlink_to(Path("secret").absolute())
     with pytest.raises(UnsafeInput, match="leads out of its folder"):

@@ -10,16 +10,8 @@ from hypothesis import strategies as st
 from lora_tools.linalg import svd
 from lora_tools.linalg.ranks import POLICIES, RankRule, Rounding, Spectrum
 from lora_tools.linalg.ritz import missing_energy, upper_values
-from lora_tools.linalg.svd import (
-    HALF_LOSS,
-    TruncatedSVD,
-    Wanted,
-    _gram,
-    iterates,
-    sketched,
-    sum_of_squares,
-    truncated,
-)
+from lora_tools.linalg.svd import HALF_LOSS, _gram, iterates, sketched, truncated
+from lora_tools.linalg.truncation import TruncatedSVD, Wanted, sum_of_squares
 
 SHAPES = [(300, 700), (700, 300), (512, 512), (320, 2000)]
 

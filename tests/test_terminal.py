@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+import lora_tools
 from lora_tools import errors
 from lora_tools.cli.table import Column, lines, short_name
 from lora_tools.printable import printable
@@ -94,6 +95,47 @@ def test_an_error_is_json_as_well(pair: Path, tmp_path: Path) -> None:
     done = loratools("merge", pair / "base", "--json", "--nosuch")
     assert done.returncode == 2
     assert json.loads(done.stdout)["error"]["kind"] == "UsageError"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "asked"),
+    [
+        ("LORATOOLS_JSON", "1", True),
+        ("LORATOOLS_MERGE_JSON", "true", True),
+        ("LORATOOLS_JSON", "0", False),
+        ("LORATOOLS_DIFF_JSON", "1", False),
+        ("LORATOOLS_JSON", "perhaps", False),
+    ],
+)
+def test_a_variable_asks_for_json_as_well(
+    variable: str, value: str, asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    for more in (["-o", "out"], ["--nosuch"]):
+        done = loratools("merge", "no", "ad", *more)
+        assert done.returncode in (1, 2)
+        assert bool(done.stdout) is asked
+        assert not asked or set(json.loads(done.stdout)) == {"error"}
+
+
+@pytest.mark.parametrize(
+    ("args", "meant"),
+    [
+        (["quantize", "no", "-o", "out", "--scheme", "fp8-blok"], "fp8-block"),
+        (["convert", "no", "-o", "out", "--to", "diffuser"], "diffusers"),
+        (["check", "no", "--for", "vlm"], "vllm"),
+        (["quantize", "no", "-o", "out", "--scheme", "x"], None),
+    ],
+)
+def test_a_wrong_choice_is_told_the_one_like_it(args: list[str], meant: str | None) -> None:
+    said = loratools(*args).stderr
+    assert "is not one of" in said
+    assert (f"Did you mean '{meant}'?" in said) if meant else ("Did you mean" not in said)
+
+
+def test_so_it_is_in_python() -> None:
+    with pytest.raises(lora_tools.UsageError, match=r"is needed; did you mean 'fp8-block'\?$"):
+        lora_tools.quantize("no", "out", scheme="fp8-blok")
 
 
 def test_an_error_says_of_which_tensor_it_is(pair: Path, tmp_path: Path) -> None:

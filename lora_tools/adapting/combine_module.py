@@ -161,7 +161,8 @@ def _pruned(
     from lora_tools.linalg.factors import Resized
     from lora_tools.linalg.layout import pad_rank
     from lora_tools.linalg.lora import Whole, balanced_factors
-    from lora_tools.linalg.svd import sum_of_squares, truncated
+    from lora_tools.linalg.svd import truncated
+    from lora_tools.linalg.truncation import sum_of_squares
 
     assert options.rule is not None
     layout, shapes = terms[0].layout, terms[0].shapes

@@ -15,7 +15,7 @@ from lora_tools.formats.adapters.outline import Made
 from lora_tools.formats.adapters.peft import Adapter, LoraModule
 from lora_tools.formats.adapters.reformed import NewModule, Reformed, renamed
 from lora_tools.formats.counterparts.family import Layout, Pair
-from lora_tools.formats.counterparts.table import Part, other, shares
+from lora_tools.formats.counterparts.table import other, shares
 from lora_tools.linalg.scaling import scaling
 
 
@@ -76,7 +76,7 @@ def in_layout(given: Adapter, target: Format, names: BaseNames | None) -> tuple[
 def _jobs(given: Adapter, target: Format, names: BaseNames) -> Iterator[tuple[_Job, Layout]]:
     """What is to be done, and the layout wanted."""
     for part in names.parts:
-        wanted = _wanted(part, target)
+        wanted = part.wanted(target.names)
         for pair in part.pairs:
             if wanted == "original" and pair.original.endswith("_"):
                 continue  # no module
@@ -85,13 +85,6 @@ def _jobs(given: Adapter, target: Format, names: BaseNames) -> Iterator[tuple[_J
             there = {name: given.modules[name] for name in sorted(mine & given.modules.keys())}
             if there:
                 yield _Job(given, names, part.wrapper, pair, there), wanted
-
-
-def _wanted(part: Part, target: Format) -> Layout:
-    if target.name == "diffusers":
-        return "diffusers"
-    modules = [module for pair in part.pairs for module in pair.modules(part.layout)]
-    return part.family.kohya(modules) if target.name == "kohya" else part.layout
 
 
 def _sentence(given: Adapter, made: Mapping[str, Sequence[NewModule]]) -> str:

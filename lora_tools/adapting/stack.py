@@ -12,6 +12,7 @@ from lora_tools.adapting.combine_module import Combination, Term, combine_module
 from lora_tools.adapting.convert_module import factor_bytes
 from lora_tools.errors import MismatchError, UnsupportedAdapter
 from lora_tools.figures import resized_totals
+from lora_tools.formats.adapters.training_metadata import is_of_training
 from lora_tools.formats.alignment import align
 from lora_tools.linalg.combine import LOW_RANK
 from lora_tools.merging.plan import adapter_digest
@@ -37,6 +38,12 @@ def bases_named(weighted: Sequence[Weighted]) -> dict[str, str]:
 def _made(weighted: Sequence[Weighted], digests: Sequence[str], command: str) -> dict[str, str]:
     """Metadata. A step of another verb has no command, and is for whatever base that verb has."""
     made = {"loratools": tool_version()}
+    first, *others = (w.adapter.file.metadata for w in weighted)
+    made |= {  # what trainers say, as far as all say the same
+        key: text
+        for key, text in first.items()
+        if is_of_training(key) and all(other.get(key) == text for other in others)
+    }
     if command:
         bases = list(bases_named(weighted))
         made |= {"command": command, "adapter_digests": digests_and_weights(digests, weighted)}
@@ -76,12 +83,13 @@ def stackable(weighted: Sequence[Weighted]) -> Stackable:
     """What of which adapter goes into which module. Raises UnsupportedAdapter or MismatchError for
     adapters that cannot be added to one another."""
     for each in weighted:
-        _refuse(each)
+        refuse_unstackable(each)
         _refuse_other_names(weighted[0], each)
     return Stackable(weighted, _by_module(weighted), _saved(weighted))
 
 
-def _refuse(weighted: Weighted) -> None:
+def refuse_unstackable(weighted: Weighted) -> None:
+    """Raises UnsupportedAdapter for an adapter that is no sum of low-rank changes."""
     weighted.adapter.need_lora("low-rank change to add to another's")
     if weighted.adapter.use_dora:
         raise UnsupportedAdapter(
@@ -187,7 +195,7 @@ def combine_adapters(
                 results.append(combined.result)
         for each, key in given.copied.values():
             writer.add_raw(key, each.adapter.tensor(key))
-        digests = [adapter_digest(w.adapter) for w in weighted]
+        digests = [adapter_digest(w.adapter.original) for w in weighted]
         made = _made(weighted, digests, report.command)
         writer.finish(_config(weighted, terms), None, made)
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_tools.adapting.convert_module import (
     Conversion,
@@ -25,10 +25,12 @@ from lora_tools.formats.adapters.places import Places
 from lora_tools.formats.adapters.training_metadata import is_carried, note_on_hashes, updated
 from lora_tools.formats.alignment import align
 from lora_tools.linalg.ranks import RankRule
-from lora_tools.records import ModuleResult, ProgressCallback
+from lora_tools.records import ModuleResult, ProgressCallback, Report
 
 if TYPE_CHECKING:
     from lora_tools.formats.adapters.writer import Factors
+
+T = TypeVar("T")
 
 
 def write_as(
@@ -37,23 +39,43 @@ def write_as(
     names: BaseNames | None,
     out: Path,
     blocks: Mapping[str, tuple[bool, ...]],
+    dtype: str | None,
     jobs: int | None,
 ) -> tuple[str, ...]:
     """Write an adapter in a format to a path that does not exist; what was done comes back.
 
     Args:
         blocks: of modules that are MergedLinears, in loralib.
+        dtype: of the factors; None: the format's, or that of each.
 
     Raises:
         UnsupportedAdapter: the format cannot hold a part of it.
     """
     found = features(given, names)
-    options = choose_conversion(given, to, None, None, None, found)
+    options = choose_conversion(given, to, None, None, dtype or to.dtype or None, found)
     options = dataclasses.replace(options, blocks=blocks)
     kept = kept_modules(given, options, found)
     made = {k: v for k, v in given.file.metadata.items() if is_carried(k)}
     write_factors(ConvertJob(given, kept, names, options, made, out), jobs, None)
-    return tuple(conversion_notes(given, kept, options, found))
+    return tuple(conversion_notes(given, kept, options, found, names))
+
+
+def written_as(
+    report: Report[T],
+    given: Adapter,
+    to: Format,
+    names: BaseNames | None,
+    out: Path,
+    blocks: Mapping[str, tuple[bool, ...]],
+    dtype: str | None,
+    jobs: int | None,
+) -> Report[T]:
+    """``write_as`` as the end of a verb: its report, with what this did."""
+    notes = [*report.notes, *write_as(given, to, names, out, blocks, dtype, jobs)]
+    files = list(out.iterdir()) if out.is_dir() else [out]
+    old: Any = report.totals
+    totals: Any = {**old, "bytes": sum(file.stat().st_size for file in files)}
+    return dataclasses.replace(report, totals=totals, notes=tuple(dict.fromkeys(notes)))
 
 
 _MODULES = ("embedding", "conv", "experts", "head")  # features that are modules of their own

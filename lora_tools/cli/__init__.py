@@ -9,13 +9,14 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from typing import NoReturn
 
 import click
 
 from lora_tools import interruption
 from lora_tools.cli.commands import VerbCommand
-from lora_tools.cli.groups import OrderedGroup
+from lora_tools.cli.groups import OrderedGroup, variable
 from lora_tools.errors import LoraToolsError, QualityGateError, next_step
 from lora_tools.interruption import Course
 from lora_tools.printable import printable
@@ -106,9 +107,22 @@ def _run(args: list[str] | None) -> int:
             course.signal = course.signal or signal.SIGINT
         # Whatever comes out after a signal is what the signal has made.
         if course.signal:
-            return _stopped(course)
-        return _failed(error, "--json" in (sys.argv[1:] if args is None else args))
+            code = _stopped(course)
+        else:
+            code = _failed(error, _asks_for_json(sys.argv[1:] if args is None else args))
+        for said in course.kept:
+            click.echo(printable(said), err=True)
+        return code
     return code if isinstance(code, int) else 0
+
+
+def _asks_for_json(args: Sequence[str]) -> bool:
+    """Whether errors are wanted as JSON, also of a command line that was not understood."""
+    command = next((word for word in args if word in main.commands), "")
+    value = os.environ.get(variable(command, "--json"), "")
+    with contextlib.suppress(click.BadParameter):
+        return "--json" in args or bool(value and click.BOOL.convert(value, None, None))
+    return False
 
 
 def _stopped(course: Course) -> int:

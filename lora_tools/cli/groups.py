@@ -9,6 +9,13 @@ import click
 from click.core import ParameterSource
 
 
+def variable(command: str, flag: str) -> str:
+    """The environment variable that sets a command's option, its own before that of all; "" where
+    none does."""
+    names = (f"LORATOOLS_{command}_{flag[2:]}", f"LORATOOLS_{flag[2:]}")
+    return next(filter(os.environ.get, (n.replace("-", "_").upper() for n in names)), "")
+
+
 class GroupedOption(click.Option):
     """An option that stands under a heading of its command's help, and that an environment variable
     can set: ``LORATOOLS_MERGE_JOBS`` for ``merge --jobs``, ``LORATOOLS_JOBS`` for that of all."""
@@ -23,9 +30,8 @@ class GroupedOption(click.Option):
 
     def _variable(self, ctx: click.Context) -> str:
         """The variable that is set, the command's own before that of all; "" where none is."""
-        long = next(flag for flag in self.opts if flag.startswith("--"))[2:]
-        names = (f"LORATOOLS_{ctx.command.name}_{long}", f"LORATOOLS_{long}")
-        return next(filter(os.environ.get, (n.replace("-", "_").upper() for n in names)), "")
+        long = next(flag for flag in self.opts if flag.startswith("--"))
+        return variable(ctx.command.name or "", long)
 
     def get_error_hint(self, ctx: click.Context | None) -> str:
         """As click has it, with the variable where that was wrong."""

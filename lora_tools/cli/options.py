@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from lora_tools.cli.groups import GroupedOption
+from lora_tools.options.fields import nearest
 from lora_tools.options.tables import OUTPUT, RUNNING
 from lora_tools.verbs.row import Argument, Keyword, Verb
 
@@ -72,9 +73,17 @@ def _option(keyword: Keyword) -> GroupedOption:
     return GroupedOption([*flags, keyword.name], **attributes)
 
 
+class _Choice(click.Choice[Any]):
+    """click's, with the name that was meant."""
+
+    def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
+        """As click has it, and that."""
+        return f"{super().get_invalid_choice_message(value, ctx)} {nearest(value, self.choices)}"
+
+
 def _type(keyword: Keyword) -> Any:
     if keyword.listed:
-        return click.Choice(keyword.choices)
+        return _Choice(keyword.choices)
     if keyword.option is not None and keyword.option.path:
         return click.Path()
     return keyword.type if keyword.type in (int, float) else str

@@ -6,10 +6,10 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
-from lora_tools.cli.sentences import size
 from lora_tools.cli.table import short_name
 from lora_tools.printable import printable
 from lora_tools.records import Progress, ProgressCallback
+from lora_tools.sentences import size
 
 _BAR, _LABEL = 24, 28  # letters; the line stays as wide as it is, whatever is worked on
 

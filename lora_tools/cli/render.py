@@ -10,10 +10,10 @@ from typing import Any, TextIO
 
 import click
 
-from lora_tools.cli.sentences import recommendation, sentences
 from lora_tools.cli.tables import tables
 from lora_tools.printable import printable
 from lora_tools.records import Report
+from lora_tools.sentences import recommendation, sentences
 
 
 def show(report: Report[Any], *, verbose: bool, written: bool, answer: bool) -> None:

@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lora_tools.cli.sentences import number
 from lora_tools.cli.table import Column, lines
 from lora_tools.records import ModuleResult, ModuleSpectrum, Report, TensorResult
+from lora_tools.sentences import number
 
 _MOST_ROWS = 40
 

@@ -1,11 +1,12 @@
-"""Work space that is used again."""
+"""Work space that is used again, and what is found once for several tasks."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import threading
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,11 +15,25 @@ if TYPE_CHECKING:
 
 class Buffers:
     """Memory that is lent to one task after another: fresh memory costs the system more time to
-    hand out than it takes to fill. Holds no more buffers than were ever in use at once."""
+    hand out than it takes to fill. Holds no more buffers than were ever in use at once.
+
+    And numbers that several tasks of a run want.
+    """
 
     def __init__(self) -> None:
         self._free: list[torch.Tensor] = []
         self._lock = threading.Lock()
+        self._turns: defaultdict[Hashable, threading.Lock] = defaultdict(threading.Lock)
+        self._found: dict[Hashable, float] = {}
+
+    def once(self, key: Hashable, find: Callable[[], float]) -> float:
+        """What the first task that asks for it finds; others wait for that."""
+        with self._lock:
+            turn = self._turns[key]
+        with turn:
+            if key not in self._found:
+                self._found[key] = find()
+            return self._found[key]
 
     @contextlib.contextmanager
     def lend(self, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[torch.Tensor]:

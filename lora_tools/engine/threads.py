@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_tools.engine import memo
 from lora_tools.engine.buffers import Buffers
 from lora_tools.engine.processors import available
 from lora_tools.engine.tasks import K, R, S, Task
@@ -112,12 +113,13 @@ def run(
 
     The tasks in flight take no more working memory together than the largest one does, and a
     quarter of that over, so memory follows the largest tensor. An exception in one, or a caller
-    that stops iterating, ends the rest.
+    that stops iterating, ends the rest. What an earlier run has done is not done again (``memo``).
     """
     jobs = _count(jobs)
     sizes = [max(task.nbytes, 1) for task in tasks]
     total, done, step = sum(sizes), 0, 0
     gate, buffers = _MemoryGate(int(1.25 * max(sizes, default=0))), Buffers()
+    kept = memo.of_run(sources, sink, jobs)
 
     def submit(task: Task[S, K, R], size: int) -> Future[R]:
         # A thread takes over what is said for the call, such as the kind of its digests.
@@ -125,7 +127,14 @@ def run(
 
     def work(task: Task[S, K, R], size: int) -> R:
         with gate.hold(size), one_torch_thread_here(), named(task.label):
-            return task.run(sources, sink, buffers)
+            if kept is None:
+                return task.run(sources, sink, buffers)
+            key = kept.key(task)
+            if (done := kept.recall(key)) is None:
+                done = memo.do(task, sources, sink, buffers)
+                kept.note(key, done)
+            result: R = done.result
+            return result
 
     with one_torch_thread():
         pool = ThreadPoolExecutor(jobs, thread_name_prefix="loratools")

@@ -14,7 +14,7 @@ from lora_tools.errors import MismatchError
 from lora_tools.extracting.decompose import Decomposition, Sides
 from lora_tools.extracting.pair_work import Outcome, digests_of
 from lora_tools.extracting.pairs import Plan
-from lora_tools.extracting.saved_whole import complete_saved
+from lora_tools.extracting.saved_whole import complete_saved, save_alone
 from lora_tools.extracting.totals import extract_totals, noise_note, uncovered
 from lora_tools.formats.adapters.consumers import Consumer
 from lora_tools.formats.checkpoint import Checkpoint
@@ -79,7 +79,11 @@ def extract_adapter(
                 else "no module has a low-rank change, and PEFT loads no adapter without one; is "
                 "all that changed left out, or does the rank policy leave nothing?"
             )
-        notes = [*plan.notes, *complete_saved(outcomes, plan, sides[1], writer)]
+        notes = list(plan.notes)
+        if options.consumer.loads:
+            notes += complete_saved(outcomes, plan, sides[1], writer)
+        else:
+            save_alone(outcomes, sides[1], writer)
         notes += [*_unweighted(outcomes, options), *uncovered(outcomes)]
         digests = digests_of(outcomes, sides)
         _finish(writer, plan, options, outcomes, digests, command, sides)
@@ -112,6 +116,9 @@ def extract_adapter(
     )
 
 
+_LEAVE_OUT = {"embedding": "--embeddings skip"}
+
+
 def _unweighted(outcomes: Sequence[Outcome], options: Decomposition) -> list[str]:
     """What activations were given and do not weigh."""
     results = [o.result for o in outcomes if o.result is not None]
@@ -136,7 +143,7 @@ def _add(outcome: Outcome, tuned: Checkpoint, options: Decomposition, writer: Pe
         if form not in options.consumer.forms and not reformed:
             raise options.consumer.refuse(
                 f"factors of a layer of kind {pair.layout.name} ({pair.name} changed)",
-                "leave it out with --exclude, or extract for peft",
+                f"leave it out with {_LEAVE_OUT.get(form, '--exclude')}, or extract for peft",
             )
         writer.add_lora(
             pair.module, lora_A, lora_B, alpha, form=form, parameter=pair.parameter, r=outcome.r

@@ -63,7 +63,7 @@ def _runs(side: Checkpoint, spec: TensorSpec, start: int, stop: int) -> Iterator
 
 def _energy(side: Checkpoint, spec: TensorSpec | None, start: int) -> float:
     """‖·‖²_F of the rows from ``start`` on."""
-    from lora_tools.linalg.svd import sum_of_squares
+    from lora_tools.linalg.truncation import sum_of_squares
 
     if spec is None:
         return 0.0

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lora_tools.formats.activations import Activations
     from lora_tools.formats.spectra import StoredSpectrum
     from lora_tools.linalg.delta import Delta
-    from lora_tools.linalg.svd import TruncatedSVD
+    from lora_tools.linalg.truncation import TruncatedSVD
     from lora_tools.linalg.weighting import Weighting
 
 Sides = tuple[Checkpoint, Checkpoint]
@@ -106,7 +106,7 @@ def restore(stored: StoredSpectrum) -> Found:
     """A decomposition out of the cache, without its left vectors, which the fit makes anew."""
     import torch
 
-    from lora_tools.linalg.svd import TruncatedSVD
+    from lora_tools.linalg.truncation import TruncatedSVD
 
     facts, depth = stored.facts, stored.right.shape[0]
     S = stored.squared[:depth].sqrt()
@@ -236,7 +236,8 @@ def _find(
     half: torch.dtype | None,
     quantization: float,
 ) -> Found:
-    from lora_tools.linalg.svd import sketched, sum_of_squares, truncated
+    from lora_tools.linalg.svd import sketched, truncated
+    from lora_tools.linalg.truncation import sum_of_squares
 
     weighting = weighting_of(pair, options)
     with buffers.lend(delta.shape, half or delta.dtype) as buffer:

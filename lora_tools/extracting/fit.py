@@ -128,7 +128,7 @@ def _row_weighted(
     """‖R^½ (Δ − scale · left @ right)‖²_F."""
     import torch
 
-    from lora_tools.linalg.svd import sum_of_squares
+    from lora_tools.linalg.truncation import sum_of_squares
 
     rest = torch.empty(delta.shape, dtype=delta.dtype, device=left.device)
     for start, stop, run in delta.runs():

@@ -345,11 +345,7 @@ def _pair(
     if parameter == "bias" and treat.rest == "save":
         return Pair(name, base, tuned, "bias", reason="a bias has no low-rank form")
     action = _OF_REST[treat.rest]
-    why = (
-        "PEFT refuses factors of it in this architecture"
-        if form is not None
-        else "no low-rank form"
-    )
+    why = "its readers take no factors of it" if form is not None else "no low-rank form"
     return Pair(name, base, tuned, action, reason=f"{why} (--rest {treat.rest})")
 
 

@@ -16,6 +16,16 @@ if TYPE_CHECKING:
     from lora_tools.formats.adapters.peft_writer import PeftWriter
 
 
+def save_alone(outcomes: Sequence[Outcome], tuned: Checkpoint, writer: PeftWriter) -> None:
+    """Write what is saved whole by itself: for readers that do not go by modules."""
+    for outcome in outcomes:
+        pair = outcome.pair
+        if outcome.action == Action.SAVED_WHOLE and pair.tuned is not None:
+            tensor = tuned.rounded(pair.tuned.name)
+            for name in (pair.name, *(f"{module}.weight" for module in pair.followed_by)):
+                writer.add_raw(f"base_model.model.{name}", tensor)
+
+
 def complete_saved(
     outcomes: Sequence[Outcome], plan: Plan, tuned: Checkpoint, writer: PeftWriter
 ) -> list[str]:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_tools.formats.hub import in_cache, looks_like_hub_id, parse
+from lora_tools.formats.json_file import read_object
+from lora_tools.formats.regular_files import is_there
 
 _FIELDS = ("base_model_name_or_path", "revision")
 
@@ -49,3 +51,18 @@ def named(
     if config.get(_FIELDS[0]) or base is None:
         return dict(config)
     return {**config, **dict(zip(_FIELDS, base_name(*base), strict=True))}
+
+
+def base_of(folder: Path) -> str | None:
+    """What the adapter_config.json of a folder calls the base; None where it calls it nothing.
+    Raises CheckpointError for one that is not JSON."""
+    config = folder / "adapter_config.json"
+    name = read_object(config).get(_FIELDS[0]) if is_there(config) else None
+    return name if isinstance(name, str) and name else None
+
+
+def named_base(folder: Path) -> str | None:
+    """The same where it is a hub id, and not the path of something that is here."""
+    name = base_of(folder)
+    found = parse(name) if name and not os.path.exists(name) else None  # noqa: PTH110
+    return found.repository if found and not found.subfolder else None

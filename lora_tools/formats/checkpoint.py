@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import UnsafeInput
 from lora_tools.formats import digest as hashing
+from lora_tools.formats import model_card
 from lora_tools.formats.dtypes import torch_dtype
+from lora_tools.formats.hub_headers import stand_ins
 from lora_tools.formats.json_file import check_config, read_object
 from lora_tools.formats.lfs import HEAD, refuse_pointer
 from lora_tools.formats.pipelines import Pipeline
@@ -24,6 +26,7 @@ from lora_tools.formats.safetensors_file import SafetensorsFile
 from lora_tools.formats.sharded import refuse_part
 from lora_tools.formats.shards import INDEX_SUFFIX, Shards
 from lora_tools.formats.tensor_file import TensorFile
+from lora_tools.formats.variants import plain
 from lora_tools.formats.weights import Says, Weights, ties_embeddings
 
 if TYPE_CHECKING:
@@ -71,6 +74,8 @@ class Checkpoint(Shards):
         part_files: files that its weight files are put together of.
         pipeline: the sentence-transformers folder that it is the first module of, or None.
         outside: names of tensors of that folder's other modules, where they are here as well.
+        models: of a diffusers pipeline, by the names of their folders, which stand before those of
+            their tensors. prefixes: of each weight file.
     """
 
     says: Says = None
@@ -81,6 +86,8 @@ class Checkpoint(Shards):
     part_files: Collection[Path] = ()
     pipeline: Pipeline | None = None
     outside: Collection[str] = frozenset()
+    models: Mapping[str, Checkpoint] = {}
+    prefixes: tuple[str, ...] = ()
 
     def __init__(
         self, path: Path, files: Iterable[TensorFile], is_folder: bool, index_name: str | None
@@ -164,6 +171,10 @@ class Checkpoint(Shards):
         the digest is that of what is stored."""
         return "" if self.decoded_bytes(name) else self.hash(name)
 
+    def of_stored(self, known: Mapping[str, str]) -> Mapping[str, str]:
+        """Hashes of its tensors as far as they are those of stored ones, by the names of these."""
+        return known
+
     def digest(self, known: Mapping[str, str]) -> str:
         """Content digest of all tensors; those whose hash is not ``known`` are read."""
         hashes = dict(known)
@@ -176,7 +187,8 @@ class Checkpoint(Shards):
         """Files that travel with the weights, and weight-like files left behind; both relative.
 
         Folders named in a sentence-transformers ``modules.json`` travel whole: they are part of
-        the model. Hidden files never travel, nor does a folder that holds a PEFT adapter.
+        the model. Hidden files never travel, nor do a folder that holds a PEFT adapter and a model
+        card that this tool wrote.
 
         Raises:
             UnsafeInput: one that travels is a link that leads out of the folder.
@@ -198,13 +210,15 @@ class Checkpoint(Shards):
                 or any(part.startswith(".") for part in relative.parts)
             ):
                 continue
-            weights = path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(INDEX_SUFFIX)
+            is_index = plain(path.name).endswith(INDEX_SUFFIX)
+            weights = path.suffix in _WEIGHT_SUFFIXES or is_index
             weights = weights or path.parent in adapters
             if weights and relative.parts[0] not in whole:
                 left.append(relative)
             elif is_there(path):
                 refuse_outside(path, self.pipeline.root if self.pipeline else self.path)
-                travel.append(relative)
+                if not model_card.is_ours(path):
+                    travel.append(relative)
         return travel, left
 
     def copied(self) -> tuple[Path, ...]:
@@ -266,6 +280,10 @@ def is_pickle(path: Path) -> bool:
 def open_weights(path: Path, allow_pickle: bool) -> TensorFile:
     """One file of tensors, safetensors or a pickle. Raises UnsafeInput, CheckpointError."""
     refuse_part(path)
+    made = stand_ins()
+    stand_in = made.open(path) if made is not None else None
+    if stand_in is not None:
+        return stand_in
     if not is_pickle(path):
         return SafetensorsFile(path)
     if not allow_pickle:

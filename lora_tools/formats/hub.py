@@ -15,7 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_tools.errors import CheckpointError, LoraToolsError
+from lora_tools.errors import CheckpointError, LoraToolsError, UnsafeInput
+from lora_tools.formats import variants
+from lora_tools.formats.hub_headers import stand_ins
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
@@ -33,7 +35,7 @@ _CACHED = re.compile(r"models--(.+)")
 _FILES = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".json", ".npz", ".sidecar",
 )  # fmt: skip
-_PICKLES = (".bin", ".pt", ".pth")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _PARTS = (".metadata", ".distcp")  # of a distributed checkpoint
 _SMALL = (
     ".json", ".jsonl", ".txt", ".model", ".spm", ".bpe", ".vocab", ".codes", ".tiktoken", ".jinja",
@@ -99,15 +101,19 @@ def in_cache(path: Path) -> tuple[str, str | None] | None:
     return match[1].replace("--", "/"), None if is_main else place.name
 
 
-def here(source: str | Path, allow_pickle: bool = False) -> Path:
+def here(source: str | Path, allow_pickle: bool = False, *, by_headers: bool = False) -> Path:
     """The path itself where something is there, or where it can be no hub id; else ``fetch``."""
     if os.path.exists(source) or not looks_like_hub_id(str(source)):  # noqa: PTH110 - overlong names
         return Path(source)
-    return fetch(str(source), allow_pickle)
+    return fetch(str(source), allow_pickle, by_headers=by_headers)
 
 
-def fetch(source: str, allow_pickle: bool = False) -> Path:
+def fetch(source: str, allow_pickle: bool = False, *, by_headers: bool = False) -> Path:
     """The local folder (or file) that a hub id stands for, fetched as far as it is not there yet.
+
+    Args:
+        by_headers: of safetensors files that are not there, headers will do for a plan
+            (``formats.hub_headers``).
 
     ``HF_HOME``, ``HF_HUB_OFFLINE``, ``HF_ENDPOINT`` and ``HF_TOKEN`` are honoured by
     huggingface_hub.
@@ -125,21 +131,40 @@ def fetch(source: str, allow_pickle: bool = False) -> Path:
         names, trouble = _listed(wanted)
         # Of what is in the cache the reader sees itself whether it is complete.
         chosen = _chosen(wanted, names, allow_pickle) if trouble is None else []
+        remote = _not_here(wanted, chosen) if by_headers and stand_ins() is not None else []
+        small = [name for name in chosen if name not in remote]
         try:
-            folder = snapshot_download(
-                wanted.repository,
-                revision=wanted.revision,
-                allow_patterns=[glob.escape(name) for name in chosen],
-                local_files_only=trouble is not None,
+            folder = Path(
+                snapshot_download(
+                    wanted.repository,
+                    revision=wanted.revision,
+                    allow_patterns=[glob.escape(name) for name in small],
+                    local_files_only=trouble is not None,
+                )
             )
         except FileNotFoundError:
             if trouble is not None:
                 raise trouble from None
             raise
-    path = Path(folder) / wanted.subfolder
+        made = stand_ins()
+        if remote and made is not None:
+            folder = made.snapshot(folder, wanted.repository, small, remote)
+    path = folder / wanted.subfolder
     if not path.exists():
         raise CheckpointError(f"{source}: no {wanted.subfolder} in the hub's local cache of it")
     return path
+
+
+def _not_here(wanted: HubId, names: list[str]) -> list[str]:
+    """The safetensors files of these that are not in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    def is_here(name: str) -> bool:
+        return isinstance(
+            try_to_load_from_cache(wanted.repository, name, revision=wanted.revision), str
+        )
+
+    return [name for name in names if name.endswith(".safetensors") and not is_here(name)]
 
 
 def _listed(wanted: HubId) -> tuple[list[str], Exception | None]:
@@ -174,7 +199,11 @@ def _chosen(wanted: HubId, names: list[str], allow_pickle: bool) -> list[str]:
             folders.setdefault(folder, []).append(last)
     weights = {f: _weights(wanted, root + f, each, allow_pickle) for f, each in folders.items()}
     weights = {folder: each for folder, each in weights.items() if each}
+    if not weights:
+        _refuse_others(wanted, [os.path.join(f, name) for f in folders for name in folders[f]])  # noqa: PTH118
     parts = {"model_index.json", "modules.json"} & set(folders.get("", ()))
+    if "model_index.json" in parts and len(weights) > 1:
+        weights.pop("", None)  # all of its models in one file, once more
     if "" in weights and not parts:
         weights = {"": weights[""]}
     elif len(weights) > 1 and not parts:
@@ -190,11 +219,36 @@ def _chosen(wanted: HubId, names: list[str], allow_pickle: bool) -> list[str]:
     return sorted(set(found))
 
 
+def _refuse_others(wanted: HubId, names: list[str]) -> None:
+    """Raises UnsafeInput, CheckpointError where there are weights of which none is fetched."""
+    root = f"{wanted.subfolder}/" if wanted.subfolder else ""
+    pickles = [
+        name
+        for name in names
+        if name.endswith((*_PICKLES, *_PARTS)) and not _LEFT.fullmatch(name.rpartition("/")[2])
+    ]
+    if pickles:
+        raise UnsafeInput(
+            f"{wanted}: its weights are pickles, which can hold code ({_some(pickles)}): pass "
+            "--allow-pickle to fetch them, and read them with weights_only=True"
+        )
+    models = [name for name in names if name.endswith(".gguf")]
+    if models:
+        at = f"@{wanted.revision}" if wanted.revision else ""
+        raise CheckpointError(
+            f"{wanted}: holds GGUF files ({_some(models)}); give one of them, such as "
+            f"{wanted.repository}/{root}{models[0]}{at}"
+        )
+
+
 def _weights(wanted: HubId, folder: str, names: list[str], allow_pickle: bool) -> list[str]:
     """Names of one folder's weights: those of its index, the one file of the usual name, or all
     that are no twins of others. Pickles are taken only where there is nothing else."""
     for suffix in (".safetensors", *(_PICKLES if allow_pickle else ())):
         there = [n for n in names if n.endswith(suffix) and not _LEFT.fullmatch(n)]
+        if mine := [n for n in there if variants.variant_of(n) == variants.wanted()]:
+            named = [n for n in names if variants.plain(n).endswith(suffix + _INDEX)]
+            return mine + [n for n in named if variants.variant_of(n) == variants.wanted()]
         indexes = [n for n in names if n.endswith(suffix + _INDEX)]
         plain = [n for n in indexes if not _TWIN.fullmatch(n)] or indexes
         if plain:

@@ -100,6 +100,11 @@ def write_journal(staging: Path, mine: Mapping[Path, Path]) -> None:
     write_synced(staging / _JOURNAL, json.dumps(moves).encode())
 
 
+def forget_journal(staging: Path) -> None:
+    """What was put is put back: nothing is meant any more."""
+    (staging / _JOURNAL).unlink(missing_ok=True)
+
+
 def read_journal(staging: Path, destination: Path) -> Moves:
     """What a command that was killed meant to put, and where. Nothing where it came not so far."""
     try:

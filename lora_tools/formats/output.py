@@ -2,8 +2,8 @@
 
 Everything is written into a staging folder beside the destination, synced, then renamed to where
 nothing is, or with ``force`` in exchange for what is there. A staging folder is marked as one, and
-held by an advisory lock while its process lives, so that one left behind by a kill is known and
-removed by the next command that writes to the same place.
+held by an advisory lock while its process lives, so that one left behind by a kill is known, and
+removed or gone on with by the next command that writes to the same place (``leftover``).
 """
 
 from __future__ import annotations
@@ -11,38 +11,32 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import hashlib
 import os
 import re
-import secrets
 import shutil
-import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from lora_tools import interruption
 from lora_tools.errors import LoraToolsError, OutputError, reason
+from lora_tools.formats import kept, ledger
 from lora_tools.formats.journal import (
     Moves,
+    forget_journal,
     is_at,
     known,
     others,
     put,
-    read_journal,
     stands,
-    take_back,
     write_journal,
 )
+from lora_tools.formats.leftover import Way, adopt, clear, stays
 from lora_tools.formats.pipelines import Pipeline
-from lora_tools.formats.renames import put_new
+from lora_tools.formats.staging import OPENED, TRIES, discard, marker, put_back, some_name
 from lora_tools.records import Report
 
-_MARK = ".loratools-"
-_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
-_TRIES = 5
 _SPARE = 8  # descriptors that are kept for clearing away
-_LONG = 230  # bytes of a name that a staging folder's can hold; 255 is the most of any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +53,8 @@ class Prepared:
         added: where only these files are put into the output, a folder that exists.
         pipeline: the sentence-transformers folder that the output is made as, where it is one.
         copied: small files that are copied into it, besides what ``nbytes`` counts.
+        is_folder: whether a folder is made, whatever its name.
+        card: what README.md is to hold, where it is restored.
     """
 
     report: Report[Any]
@@ -70,6 +66,8 @@ class Prepared:
     added: tuple[str, ...] = ()
     pipeline: Pipeline | None = None
     copied: tuple[Path, ...] = ()
+    is_folder: bool = False
+    card: bytes | None = None
 
 
 def real(path: Path) -> Path:
@@ -92,13 +90,14 @@ def refuse_overlap(output: Path, source: Path) -> None:
         )
 
 
-def check_destination(destination: Path, force: bool) -> None:
+def check_destination(destination: Path, force: bool, way: Way = "refuse") -> None:
     """Refuse a destination that exists (without ``force``), or is a device or a pipe.
 
-    What a killed command left beside it is cleared away first.
+    What a killed command left beside it is cleared away first, or is what ``way`` says done with.
 
     Raises:
         OutputError: and nothing has been written.
+        UsageError: there is work in what was left, and ``way`` does not say what becomes of it.
     """
     if destination.name in ("", ".."):
         raise OutputError(f"{destination} is no name for something new; choose another output")
@@ -110,7 +109,7 @@ def check_destination(destination: Path, force: bool) -> None:
         raise OutputError(f"{destination}: {error.strerror}; choose another output") from None
     if there and not (destination.is_file() or destination.is_dir()):
         raise OutputError(f"{destination} is neither a file nor a folder; choose another output")
-    _remove_stale(destination)
+    clear(destination, way)
     if is_at(destination) and not force:
         raise OutputError(f"{destination} already exists; choose another output or pass --force")
     if there and _is_mounted(destination):
@@ -131,9 +130,11 @@ def _is_mounted(path: Path) -> bool:
     return place in (line.split()[4] for line in lines)
 
 
-def check_space(destination: Path, nbytes: int) -> None:
-    """Raises OutputError where the file system has less than ``nbytes`` free."""
+def check_space(destination: Path, nbytes: int, held: int = 0) -> None:
+    """Raises OutputError where the file system has less than ``nbytes`` free, besides those that
+    are ``held`` for it."""
     total, _, free = shutil.disk_usage(destination.parent)
+    nbytes = max(nbytes - held, 0)
     if total and free < nbytes:  # a file system without a size, such as /proc, says nothing
         raise OutputError(
             f"{destination}: needs {nbytes:,} bytes and {destination.parent} has {free:,} free; "
@@ -142,10 +143,11 @@ def check_space(destination: Path, nbytes: int) -> None:
 
 
 @contextlib.contextmanager
-def staged(destination: Path, *, force: bool = False) -> Iterator[Path]:
+def staged(destination: Path, *, force: bool = False, resume: bool = False) -> Iterator[Path]:
     """A folder to write into. On success its one entry ``out`` (a file or a folder) becomes
-    ``destination``; on any exception nothing remains. An OSError comes out as an OutputError, and
-    an error that names the folder names ``destination`` instead.
+    ``destination``; on any exception nothing remains, but where a ledger in it is worth a minute of
+    work and the exception does not say that the work is of no use. An OSError comes out as an
+    OutputError, and an error that names the folder names ``destination`` instead.
 
     Files beside ``out`` whose names begin with ``out.`` (a sidecar) are renamed alongside it,
     before it. So are the files in its folders ``beside``, which keep their names, and ``parts``,
@@ -156,16 +158,19 @@ def staged(destination: Path, *, force: bool = False) -> Iterator[Path]:
     Args:
         force: take the place of what is there at the end; else it is an OutputError if something
             has appeared meanwhile, and that stays as it is.
+        resume: go on in the folder that a run before this one has left, where there is one.
     """
     course = interruption.current()
-    staging = _Staging(destination, course.placed)
+    staging = _Staging(destination, course)
     course.open(staging.settle)
     try:
-        staging.make()
-        yield staging.folder
+        staging.make(resume)
+        with kept.within(staging.folder):
+            yield staging.folder
         course.go_on()
         staging.commit(force)
     except LoraToolsError as error:
+        staging.is_of_use = isinstance(error, OSError)
         hidden = re.escape(str(staging.folder)) + r"(/\w+)?"  # made in it: nobody asked for that
         text = re.sub(hidden, lambda _: str(destination), str(error))
         error.args = (text, *error.args[1:])
@@ -185,16 +190,21 @@ class _Staging:
     what is put somewhere is noted before, and ``settle`` looks whether it is there.
     """
 
-    def __init__(self, destination: Path, placed: list[str]) -> None:
-        self._destination, self._placed = destination, placed
-        self.folder = _some_name(destination)
+    def __init__(self, destination: Path, course: interruption.Course) -> None:
+        self._destination, self._course = destination, course
+        self.folder = some_name(destination)
         self._lock = -1
         self._spare: list[int] = []
         self._moves: Moves = {}
+        self.is_of_use = True  # what was done, for another run
 
-    def make(self) -> None:
-        """Make and hold it. Raises OutputError where nothing can be written."""
-        for _ in range(_TRIES):
+    def make(self, resume: bool) -> None:
+        """Make and hold it, or take one that was left. Raises OutputError where nothing can be
+        written."""
+        if resume and (found := adopt(self._destination)) is not None:
+            self.folder, self._lock = found
+            return
+        for _ in range(TRIES):
             try:
                 self.folder.mkdir(mode=0o700)
             except OSError as error:
@@ -202,18 +212,18 @@ class _Staging:
                 raise OutputError(f"{where}: cannot write there ({error.strerror})") from None
             if self._hold():
                 return
-            self.folder = _some_name(self._destination)
+            self.folder = some_name(self._destination)
         raise OutputError(f"{self._destination}: another command clears away what is begun there")
 
     def _hold(self) -> bool:
         """Lock and mark it. False where another command took it for a dead one's before that."""
         try:
-            self._lock = os.open(self.folder, _FOLDER)
+            self._lock = os.open(self.folder, OPENED)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Clearing away opens folders, and may be needed since no more files can be opened.
             for _ in range(_SPARE):
                 self._spare.append(os.dup(self._lock))
-            (self.folder / _marker(self._lock)).touch(0o600, exist_ok=False)
+            (self.folder / marker(self._lock)).touch(0o600, exist_ok=False)
             return os.path.samestat(os.lstat(self.folder), os.fstat(self._lock))
         except (FileNotFoundError, BlockingIOError):
             self._let_go()
@@ -230,7 +240,7 @@ class _Staging:
             if path.is_dir():
                 _sync(path)
         mine = {made: self._place(made) for made in others(self.folder)} | {out: self._destination}
-        if len(mine) > 1:
+        if len(mine) > 1 or ledger.files(self.folder):
             write_journal(self.folder, mine)
             _sync(self.folder)
         alone = all(made.parent == self.folder for made in mine)
@@ -255,16 +265,21 @@ class _Staging:
 
     def settle(self) -> None:
         """Note what stands in its place, or else have all as it was, and remove the folder."""
-        placed = stands(self._destination, self._moves)
-        if placed and str(self._destination) not in self._placed:
-            self._placed.append(str(self._destination))
+        placed, known = stands(self._destination, self._moves), self._course.placed
+        if placed and str(self._destination) not in known:
+            known.append(str(self._destination))
         self._give_spare()
-        if self._lock >= 0:
-            _discard(self.folder, self._destination, self._lock, self._moves)
-            self._let_go()
-        else:
+        if self._lock < 0:
             with contextlib.suppress(OSError):  # there is none, or it was not held
                 self.folder.rmdir()
+        elif not placed and self.is_of_use and (said := stays(self.folder)):
+            put_back(self.folder, self._destination, self._moves)
+            forget_journal(self.folder)
+            self._course.kept.append(f"{self._destination}: {said}")
+            self._let_go()
+        else:
+            discard(self.folder, self._destination, self._lock, self._moves)
+            self._let_go()
 
     def _let_go(self) -> None:
         self._give_spare()
@@ -277,82 +292,9 @@ class _Staging:
             os.close(self._spare.pop())
 
 
-def _some_name(destination: Path) -> Path:
-    return destination.with_name(_staging_prefix(destination.name) + secrets.token_hex(4))
-
-
-def _staging_prefix(name: str) -> str:
-    """What the names of staging folders begin with; of a long name it has the first letters."""
-    encoded = os.fsencode(name)
-    if len(encoded) > _LONG:
-        known = hashlib.sha256(encoded).hexdigest()[:16]
-        name = f"{encoded[: _LONG - 17].decode(errors='ignore')}~{known}"
-    return f".{name}{_MARK}"
-
-
-def _discard(staging: Path, destination: Path, lock: int, moves: Moves | None = None) -> None:
-    """Remove a staging folder that is open as ``lock`` and marked as one. What is old, had stepped
-    aside into it, and has no successor comes back.
-
-    Args:
-        moves: what was put; by default what its journal says.
-    """
-    if not _is_ours(lock):
-        with contextlib.suppress(OSError):  # killed before it was marked: then it is empty
-            staging.rmdir()
-        return
-    take_back(destination, read_journal(staging, destination) if moves is None else moves)
-    for old in (*staging.glob("old.*"), *staging.glob("aside/*"), staging / "old"):
-        with contextlib.suppress(FileExistsError, FileNotFoundError):
-            named = old.name if old.parent != staging else destination.name + old.name[len("old") :]
-            put_new(old, destination.with_name(named))
-    mark = staging / _marker(lock)
-    for _ in range(_TRIES):  # a thread that was not waited for may make another file
-        with contextlib.suppress(OSError):
-            for path in [path for path in staging.iterdir() if path != mark]:
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
-            mark.unlink(missing_ok=True)  # last: a kill leaves nothing that has no mark
-            staging.rmdir()
-            return
-
-
-def _marker(folder: int) -> str:
-    """The file that marks an open folder as a staging folder: a copy of one has another number."""
-    return f"{_MARK[1:]}{os.fstat(folder).st_ino}"
-
-
-def _is_ours(folder: int) -> bool:
-    """Whether an open folder is a staging folder, made by this user."""
-    try:
-        mark = os.stat(_marker(folder), dir_fd=folder, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    return stat.S_ISREG(mark.st_mode) and os.fstat(folder).st_uid == mark.st_uid == os.geteuid()
-
-
 def _sync(folder: Path) -> None:
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _remove_stale(destination: Path) -> None:
-    """Remove what dead commands have left of their staging folders: of exactly such a name, real
-    folders, this user's, marked."""
-    name = re.compile(re.escape(_staging_prefix(destination.name)) + "[0-9a-f]{8}")
-    for path in destination.parent.glob("*"):
-        if not name.fullmatch(path.name):
-            continue
-        with contextlib.suppress(OSError):  # gone meanwhile, no folder, or another user's
-            lock = os.open(path, _FOLDER)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if its process is alive
-                if os.fstat(lock).st_uid == os.geteuid():
-                    _discard(path, destination, lock)
-            finally:
-                os.close(lock)

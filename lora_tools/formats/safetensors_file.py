@@ -24,8 +24,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import xxhash
+
 from lora_tools.errors import CheckpointError, OutputError, TensorNotFound
 from lora_tools.formats.json_file import parse
+from lora_tools.formats.kept import take_up
 from lora_tools.formats.lfs import HEAD, refuse_pointer
 from lora_tools.formats.mapped import MappedFile
 from lora_tools.formats.open_files import Descriptor, OpenFile
@@ -37,10 +40,11 @@ from lora_tools.records import DTYPE_BITS, TensorSpec
 if TYPE_CHECKING:
     import torch
 
-_MAX_HEADER = 100_000_000  # the safetensors package's own limit
+MAX_HEADER = 100_000_000  # the safetensors package's own limit
 _MAX_DIMS = 64  # numpy's limit
 _MAX_SIZE = 2**63 - 1  # torch's limit
 MAX_NAME = 10_000  # characters of a tensor's name: patterns go over it again and again
+_STEP = 8 << 20  # bytes that are looked at in one go
 WRITEBACK = 64 << 20  # start writing to disk in steps of this size
 
 
@@ -146,7 +150,7 @@ class SafetensorsFile(Reopened):
                 head = file.read(HEAD)
                 refuse_pointer(path, head)
                 length = int.from_bytes(head[:8], "little")
-                if size < 8 or length > min(size - 8, _MAX_HEADER):
+                if size < 8 or length > min(size - 8, MAX_HEADER):
                     raise CheckpointError(
                         f"the first 8 bytes promise a header of {length} bytes and the file has "
                         f"{size}; it is truncated or not safetensors"
@@ -234,7 +238,8 @@ class SafetensorsWriter:
     """Writes a planned file in any order and from any thread; the header goes first.
 
     Space for the whole file is reserved at once, so a full disk is met before any work. ``close``
-    raises if a planned tensor was not written whole, then syncs the file to disk.
+    raises if a planned tensor was not written whole, then syncs the file to disk. A file that a run
+    before this one has left there is taken up, with what it holds (``formats.kept``).
 
     ``pickle`` sends the path and the plan; what is unpickled writes into the same file. Only the
     owner, which made the file, completes it, once it was told of what others wrote: ``credit`` of
@@ -258,11 +263,14 @@ class SafetensorsWriter:
         self._last: dict[str, bytes] = {}
         self._unsynced = 0
         flags = os.O_RDWR | os.O_CLOEXEC
-        first = _opened(path, flags | os.O_CREAT | os.O_EXCL if is_owner else flags)
+        is_new = is_owner and not take_up(path)
+        first = _opened(path, flags | os.O_CREAT | os.O_EXCL if is_new else flags)
         self._open = OpenFile(first, functools.partial(_opened, path.absolute(), flags))
         self._abandoned = False
         try:
             if is_owner:
+                if not is_new:
+                    os.ftruncate(first.number, min(os.fstat(first.number).st_size, self.size))
                 reserve(first.number, self.size, path)
                 write_all(first.number, header, 0)
             elif os.pread(first.number, len(header), 0) != header:
@@ -290,6 +298,15 @@ class SafetensorsWriter:
             # Starts the disk working now, so that the sync at the end finds little left to do.
             self._unsynced = 0
             os.posix_fadvise(file.number, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def has(self, name: str, offset: int, nbytes: int, digest: bytes) -> bool:
+        """Whether the file holds bytes of that XXH3-128 at byte ``offset`` of the tensor."""
+        if name not in self._offsets or self._offsets[name] + offset + nbytes > self.size:
+            return False
+        state, file, start = xxhash.xxh3_128(), self._file(), self._offsets[name] + offset
+        for at in range(start, start + nbytes, _STEP):
+            state.update(os.pread(file.number, min(_STEP, start + nbytes - at), at))
+        return state.digest() == digest
 
     def seal(self, metadata: Mapping[str, str]) -> None:
         """Write the header anew, with metadata that was not known at the start and takes the same

@@ -35,6 +35,7 @@ _VERSIONS = {"1": ("gaps", "distances"), "2": ("gaps", "distances", "excess", "w
 _VERSION = "2"
 # Bytes that the parts may unfold to for each element.
 _MOST = {"gaps": 2, "distances": 8, "excess": 1, "within": 8}
+_CARD = "card/README.md"
 # What small files of it may unfold to in all: so much, or so many times its size.
 _UNFOLDED = 64 << 20
 _RATIO = 100
@@ -75,6 +76,10 @@ class SidecarWriter:
     def add_file(self, name: str, data: bytes) -> None:
         """A small file of the base that the merged checkpoint lacks or has changed."""
         self._add(f"file/{name}", self._packer.compress(data))
+
+    def add_card(self, data: bytes) -> None:
+        """The base's own model card, in whose place the merged checkpoint has another."""
+        self._add(_CARD, self._packer.compress(data))
 
     def add(self, tensor: str, listing: Listing) -> None:
         """The listing of one tensor."""
@@ -165,6 +170,10 @@ class Sidecar:
     def files(self) -> dict[str, bytes]:
         """Small files of the base that the merged checkpoint lacks or has changed."""
         return self._all("file/")
+
+    def card(self) -> bytes | None:
+        """The base's own model card; None where it had none."""
+        return self._all("card/").get(_CARD.removeprefix("card/"))
 
     def _all(self, prefix: str) -> dict[str, bytes]:
         left = max(_UNFOLDED, _RATIO * self.file.stamp.nbytes)

@@ -49,6 +49,10 @@ class SafetensorsSpool:
         self._path, self._at = None, state["at"]  # the name is its maker's to remove
         self._open(state["path"], os.O_RDONLY)
 
+    def memo_key(self) -> dict[str, tuple[TensorSpec, int]]:
+        """What was added: what its bytes are follows from the tasks that made them."""
+        return self._at
+
     def add(self, spec: TensorSpec, data: memoryview, replace: bool = False) -> None:
         """Append one tensor's bytes. Not for use from several threads."""
         assert data.nbytes == spec.nbytes

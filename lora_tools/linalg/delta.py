@@ -11,7 +11,7 @@ import torch
 from lora_tools.linalg import noise
 from lora_tools.linalg.ranks import Rounding
 from lora_tools.linalg.runs import RUN_ELEMENTS, row_runs, rows_per_run
-from lora_tools.linalg.svd import EPS, sum_of_squares
+from lora_tools.linalg.truncation import EPS, sum_of_squares
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ import torch
 
 from lora_tools.linalg.codebooks import Array, Codebook
 from lora_tools.linalg.nf4 import TINY, dequantize_stored, packed_size
-from lora_tools.linalg.svd import sum_of_squares
+from lora_tools.linalg.truncation import sum_of_squares
 
 DAMPING = 0.01  # GPTQ's
 ROWS = 2048  # at a time, even: rows do not depend on one another

@@ -63,7 +63,7 @@ def rounding(rows: torch.Tensor, name: str) -> float:
     import gguf
 
     from lora_tools.linalg.noise import rounding_errors
-    from lora_tools.linalg.svd import sum_of_squares
+    from lora_tools.linalg.truncation import sum_of_squares
 
     if not tells_rounding(name):
         return math.nan

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from lora_tools.linalg.runs import RUN_ELEMENTS, row_runs
-from lora_tools.linalg.svd import TruncatedSVD, sum_of_squares
+from lora_tools.linalg.truncation import TruncatedSVD, sum_of_squares
 
 
 @dataclasses.dataclass(frozen=True)

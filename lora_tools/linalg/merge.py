@@ -19,7 +19,7 @@ import torch
 
 from lora_tools.linalg.layouts import Block, Layout, Region
 from lora_tools.linalg.runs import RUN_ELEMENTS, row_runs
-from lora_tools.linalg.svd import sum_of_squares
+from lora_tools.linalg.truncation import sum_of_squares
 
 # Reads rows [start, stop) of the base, in the working dtype.
 RowReader = Callable[[int, int], torch.Tensor]

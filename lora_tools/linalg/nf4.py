@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from lora_tools.linalg.codebooks import Array, Codebook, dynamic_codes, dynamic_map
-from lora_tools.linalg.svd import sum_of_squares
+from lora_tools.linalg.truncation import sum_of_squares
 
 NESTED_BLOCKSIZE = 256
 RUN = 1 << 19  # elements at a time, a multiple of every block size: smaller runs stay in a nearer
@@ -331,23 +331,25 @@ def measure(
     blocksize: int,
     scratch: Scratch,
     done: Callable[[int, int], None] = lambda start, stop: None,
+    read: Callable[[torch.Tensor], None] | None = None,
 ) -> tuple[float, float]:
     """‖x̂ − x‖² and ‖x‖² for ``x`` (n,), x̂ dequantized to its dtype.
 
-    ``done`` hears of numbers [start, stop) once they will not be read again.
+    ``done`` hears of numbers [start, stop) once they will not be read again; ``read`` takes x̂ run
+    after run before it is rounded.
     """
     errors, energies = [], []
     rounded = torch.empty(min(RUN, x.numel()), dtype=x.dtype)
+    exact = torch.empty(len(rounded) if read is not None else 0)
     for start, stop in runs(x.numel()):
         back = rounded[: stop - start]
-        dequantize_run(
-            packed[start // 2 : packed_size(stop)],
-            absmax[start // blocksize : blocks_of(stop, blocksize)],
-            codebook,
-            blocksize,
-            back,
-            scratch,
-        )
+        codes = packed[start // 2 : packed_size(stop)]
+        scales = absmax[start // blocksize : blocks_of(stop, blocksize)]
+        if read is not None:
+            unrounded = exact[: stop - start]
+            dequantize_run(codes, scales, codebook, blocksize, unrounded, scratch)
+            read(unrounded)
+        dequantize_run(codes, scales, codebook, blocksize, back, scratch)
         wide, other = scratch.wide[: stop - start], scratch.other[: stop - start]
         wide.copy_(x[start:stop])
         energies.append(sum_of_squares(wide))

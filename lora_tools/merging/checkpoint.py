@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from lora_tools.errors import UsageError
 from lora_tools.formats import digest as hashing
+from lora_tools.formats import model_card
 from lora_tools.formats.checkpoint import Checkpoint
-from lora_tools.formats.regular_files import read_file, refuse_outside
+from lora_tools.formats.regular_files import is_there, read_file, refuse_outside
 from lora_tools.formats.safetensors_file import encode_header
 from lora_tools.formats.sidecar import NAME as SIDECAR_NAME
 from lora_tools.merging.changed import working_bytes
@@ -119,6 +120,9 @@ def _write_sidecar(
     for name in {*changed, *([base.index_name] if base.index_name else [])}:
         refuse_outside(base.path / name, base.path)
         sidecar.add_file(name, read_file(base.path / name))
+    card = (base.pipeline.root if base.pipeline is not None else base.path) / model_card.NAME
+    if base.is_folder and is_there(card):
+        sidecar.add_card(read_file(card))
     digest, *others = job.digests
     used = [
         {"digest": other, "weight": w.weight} for other, w in zip(others, job.adapters, strict=True)

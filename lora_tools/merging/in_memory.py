@@ -78,6 +78,8 @@ class MergeInMemory:
         self, out: torch.Tensor, target: Target, source: Checkpoint, spec: TensorSpec
     ) -> None:
         """``out``: as ``merge_into`` has it."""
+        import torch
+
         from lora_tools.linalg.runs import RUN_ELEMENTS, row_runs
 
         self._runs, self._name = MergedRuns(target, source, spec), spec.name
@@ -85,6 +87,7 @@ class MergeInMemory:
         self._to_form = deque(row_runs(*self._runs.shape, RUN_ELEMENTS))
         self._to_compare = self._to_form.copy()
         self._kept: dict[int, tuple[MergedRun, torch.Tensor]] = {}
+        self._room, self._waiting = torch.empty(0), 0  # a run that is not whole yet
         self.survival = self._runs.survival()
 
     def changes(self) -> bool:
@@ -101,14 +104,29 @@ class MergeInMemory:
             if self.survival is not None and len(self._kept) < _FEW:
                 self._kept[start] = run, self._runs.read(start, stop)
 
-    def compare(self, written: torch.Tensor, count: int) -> None:
-        """See how much of the change is left in the first ``count`` numbers of ``written``, flat,
-        which stands for the sum."""
-        if self.survival is None:
-            return
-        rows, cols = written.view(self._runs.shape), self._runs.shape[1]
-        while self._to_compare and self._to_compare[0][1] * cols <= count:
-            start, stop = self._to_compare.popleft()
+    def compare(self, written: torch.Tensor) -> None:
+        """See how much of the change is left in the next numbers, flat and in float32, of what
+        stands for the sum."""
+        import torch
+
+        cols, at = self._runs.shape[1], 0
+        while self._to_compare and at < len(written):
+            start, stop = self._to_compare[0]
+            size = (stop - start) * cols
+            part = written[at : at + size - self._waiting]
+            if len(part) < size:  # of a run, which is looked at as a whole
+                if len(self._room) < size:
+                    self._room = torch.empty(size)
+                self._room[self._waiting : self._waiting + len(part)] = part
+            at, self._waiting = at + len(part), self._waiting + len(part)
+            if self._waiting == size:
+                whole = part if len(part) == size else self._room[:size]
+                self._compare_run(whole.view(stop - start, cols))
+
+    def _compare_run(self, written: torch.Tensor) -> None:
+        start, stop = self._to_compare.popleft()
+        self._waiting = 0
+        if self.survival is not None:
             kept = self._kept.pop(start, None)
             run, base = kept or (self._runs.run(start, stop), self._runs.read(start, stop))
-            self.survival.add(base, run.exact, rows[start:stop])
+            self.survival.add(base, run.exact, written)

@@ -86,11 +86,13 @@ def plan_merge(
     base: Checkpoint | BaseOutline,
     adapters: Sequence[Weighted],
     allow_unmatched: bool | None = None,
+    undoing: bool = False,
 ) -> MergePlan:
     """Match every key of every adapter to a tensor.
 
     Args:
         allow_unmatched: leave out what matches none; None where that cannot be asked for.
+        undoing: the base is the merged checkpoint, and whether it was meant is past asking.
 
     Raises:
         AdapterError: a key matches nothing (unless allowed), or two adapters replace one tensor.
@@ -124,7 +126,7 @@ def plan_merge(
                 raise AdapterError(f"{_no_such_tensor(weighted, name, base)}{hint}")
     if adapters and not parts:
         raise AdapterError(f"no key of {', '.join(w.path for w in adapters)} matches {base.path}")
-    notes += doubts(base, adapters, parts)
+    notes += [] if undoing else doubts(base, adapters, parts)
     for name, acting in parts.items():
         refuse_mixtures(name, acting)
     parted = part_tied(parts, ties, base, notes)
@@ -174,7 +176,8 @@ def _matched(
     """Names that are asked for and the base's names for them, and what ``align`` says."""
     known = [*base.specs, *(name for name in ties if name not in base.specs)]
     wanted = by_own_names(wanted, base, known)
-    components = held(base.path, base.config, base.specs)
+    own = base.models if isinstance(base, Checkpoint) else {}
+    components = tuple(own) or held(base.path, base.config, base.specs)
     aligned = [n for n, _ in wanted if n in base.specs or not of_another(n, components)]
     mapping, sentence = align(aligned, known)
     return [(name, mapping.get(name, name), part) for name, part in wanted], sentence

@@ -316,7 +316,7 @@ class _RestoredRuns:
         """Those rows, and how far off they can be."""
         import torch
 
-        from lora_tools.linalg.svd import sum_of_squares
+        from lora_tools.linalg.truncation import sum_of_squares
 
         here = sum_of_squares(base.to(self._dtype))
         if not math.isfinite(here):

@@ -7,6 +7,7 @@ and the command that artifacts record are all made from it.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -60,3 +61,9 @@ def one_of(names: Iterable[str]) -> str:
     """``a, b or c``."""
     *others, last = names
     return f"{', '.join(others)} or {last}" if others else last
+
+
+def nearest(wrong: Any, names: Iterable[Any]) -> str:
+    """``Did you mean 'NAME'?``, or "" where none is like it."""
+    close = difflib.get_close_matches(str(wrong), [str(name) for name in names], 1)
+    return f"Did you mean {close[0]!r}?" if close else ""

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from lora_tools.errors import UsageError
 from lora_tools.formats.adapters.consumers import Consumer
+from lora_tools.formats.adapters.format import Format
 from lora_tools.formats.checkpoint_writer import parse_size
 from lora_tools.linalg.ranks import POLICIES, SHARED, RankRule
 from lora_tools.options.shared import Ranks
@@ -49,6 +50,16 @@ def refuse_shared(rule: RankRule | None, consumer: Consumer) -> None:
         raise UsageError(
             f"--{rule.policy} gives each module its own rank, and {consumer.name} "
             "reads one for all: use --rank"
+        )
+
+
+def refuse_bytes(ranks: Ranks, form: Format) -> None:
+    """Raises UsageError for a size in bytes of another file than PEFT's."""
+    size = size_of(ranks)
+    if size is not None and size.in_bytes and form.name != "peft":
+        raise UsageError(
+            f"--budget {ranks.budget}: a size in bytes is for PEFT's file; for {form.title} "
+            "give numbers, such as 10M"
         )
 
 

@@ -23,6 +23,7 @@ from lora_tools.options.tables import (
     conformed,
     dtype_help,
     float_dtype,
+    formats,
     hub_id,
     size,
 )
@@ -159,6 +160,9 @@ class AdapterForm:
         metavar="DTYPE",
         unset="each factor keeps its own",
         parse=float_dtype,
+    )
+    to: str | None = option(
+        None, "The format to write (docs/formats.md).", ADAPTER, choices=formats, unset="peft"
     )
     base_name: str | None = option(
         None,
@@ -318,6 +322,25 @@ class Writing:
         flags=("-n", "--dry-run"),
         recorded=False,
     )
+    no_card: bool = option(
+        False,
+        "Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).",
+        OUTPUT,
+        recorded=False,
+    )
+    resume: bool = option(
+        False,
+        "Go on with the work of a run to the same place that was ended; with nothing to go on "
+        "with, begin (docs/tasks/resume.md).",
+        OUTPUT,
+        recorded=False,
+    )
+    clean: bool = option(
+        False,
+        "Remove what a run to the same place that was ended has left.",
+        OUTPUT,
+        recorded=False,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -339,6 +362,13 @@ class Running:
         "training leaves (docs/inspect.md), of whose pickles nothing is run.",
         RUNNING,
         recorded=False,
+    )
+    variant: str | None = option(
+        None,
+        "Of a folder, or of each folder of a diffusers pipeline that has such: read the weight "
+        "files of this variant, such as fp16. What is made of them is called as files of none.",
+        RUNNING,
+        metavar="NAME",
     )
     digest: Literal["xxh3", "sha256"] = option(
         "xxh3",

@@ -143,7 +143,7 @@ class ErrorFit:
         import torch
 
         from lora_tools.linalg.lora import no_factors
-        from lora_tools.quantizing.pack import pack
+        from lora_tools.quantizing.pack import into, pack
 
         item = with_factor(item)
         left, right = no_factors(x.shape, self._dtype(x))
@@ -156,8 +156,8 @@ class ErrorFit:
                 rest = x
                 if left.shape[1]:
                     rest = room.copy_(x).addmm_(left.float(), right.float(), alpha=-1)
-                into = sink if i == self.iterations else None
-                results.append(pack(item, rest.reshape(-1), into, buffers, back=back.reshape(-1)))
+                last, read = sink if i == self.iterations else None, into(back.view(-1))
+                results.append(pack(item, rest.reshape(-1), last, buffers, read=read))
                 left, right, left_over = self._factorise(item, x, back, room)
         if not math.isfinite(left_over.weights):
             raise NonFiniteError(f"{item.name}: the factors of its error overflow {left.dtype}")
@@ -173,7 +173,8 @@ class ErrorFit:
         """lora_B, lora_A of ``x − back``, and what is left; ``room``, as large, is written over."""
         from lora_tools.linalg.delta import Delta
         from lora_tools.linalg.lora import balanced_factors, no_factors
-        from lora_tools.linalg.svd import sum_of_squares, truncated
+        from lora_tools.linalg.svd import truncated
+        from lora_tools.linalg.truncation import sum_of_squares
 
         delta, by = Delta(x, back), item.feeding.by if item.feeding is not None else None
         lost = delta.fill(room).delta
@@ -224,7 +225,7 @@ class LeftOver:
 
 def _energy(x: torch.Tensor) -> float:
     from lora_tools.linalg.lora import Whole
-    from lora_tools.linalg.svd import sum_of_squares
+    from lora_tools.linalg.truncation import sum_of_squares
 
     return math.fsum(sum_of_squares(run.float()) for _, _, run in Whole(x).runs())
 

@@ -33,15 +33,15 @@ def pack(
     writer: Sink | None,
     buffers: Buffers,
     done: Callable[[int, int], None],
-    back: torch.Tensor | None,
+    read: Callable[[torch.Tensor], None] | None,
     ready: Callable[[int], None],
 ) -> TensorResult:
-    """Quantize a flat tensor and write what its row makes of it, as ``quantizing.pack.Way`` says;
-    ``back`` (n,) is float32."""
+    """Quantize a flat tensor and write what its row makes of it, as ``quantizing.pack.Way``
+    says."""
     item = _with_own_scale(item, x, ready)
     feeder = Feeder(item) if item.feeding is not None else None
     bands = _bands(item, x, writer, buffers, ready, feeder)
-    error, energy = _measured(item, x, bands, done, buffers, back)
+    error, energy = _measured(item, x, bands, done, buffers, read)
     bits = 8 * item.nbytes / x.numel()
     relative = math.sqrt(error / energy) if energy else 0.0
     result = TensorResult(item.name, item.spec.shape, bits, relative, math.sqrt(energy))
@@ -143,32 +143,32 @@ def _measured(
     bands: Iterator[_Band],
     done: Callable[[int, int], None],
     buffers: Buffers,
-    back: torch.Tensor | None,
+    read: Callable[[torch.Tensor], None] | None,
 ) -> tuple[float, float]:
-    """‖x̂ − x‖² and ‖x‖², x̂ read back in the dtype of x; unrounded it goes into ``back``, if that
-    is given."""
+    """‖x̂ − x‖² and ‖x‖², x̂ read back in the dtype of x; unrounded ``read`` takes it, if given."""
+    import torch
 
     from lora_tools.linalg.runs import RUN_ELEMENTS, row_runs, rows_per_run
 
     assert item.packed is not None
     assert item.scheme is not None
     matrix = rows, cols = matrix_of(item.spec)
-    exact = None if back is None else back.view(matrix)
     errors, energies = [], []
     band = next(bands)
-    height = min(rows_per_run(matrix), rows) if exact is None else 0
-    with buffers.lend((height, cols), x.dtype) as room:
+    height, dtype = min(rows_per_run(matrix), rows), x.dtype if read is None else torch.float32
+    with buffers.lend((height, cols), dtype) as room:
         for start, stop in row_runs(*matrix, RUN_ELEMENTS):
-            read = room[: stop - start] if exact is None else exact[start:stop]
-            at = start
+            run, at = room[: stop - start], start
             while at < stop:
                 band = band if at < band.stop else next(bands)
                 upto = min(stop, band.stop)
-                part = read[at - start : upto - start]
+                part = run[at - start : upto - start]
                 item.scheme.decode(item.packed, band.parts, part, at - band.start)
                 at = upto
             first, last = start * cols, stop * cols
-            error, energy = _distances(read.reshape(-1), x[first:last])
+            if read is not None:
+                read(run.view(-1))
+            error, energy = _distances(run.view(-1), x[first:last])
             errors.append(error)
             energies.append(energy)
             done(first, last)
@@ -180,7 +180,7 @@ def _distances(read: torch.Tensor, x: torch.Tensor) -> tuple[float, float]:
     import torch
 
     from lora_tools.linalg.runs import row_runs
-    from lora_tools.linalg.svd import sum_of_squares
+    from lora_tools.linalg.truncation import sum_of_squares
 
     errors, energies = [], []
     for start, stop in row_runs(len(x), 1):

@@ -40,7 +40,7 @@ def pack(
     writer: Sink | None,
     buffers: Buffers,
     done: Callable[[int, int], None],
-    back: torch.Tensor | None,
+    read: Callable[[torch.Tensor], None] | None,
     ready: Callable[[int], None],
 ) -> TensorResult:
     """Quantize a flat tensor and write all that is stored of it, as ``quantizing.pack.Way`` says;
@@ -75,10 +75,8 @@ def pack(
             errors = feed(item.feeding, x, made, state, buffers)
         if writer is not None:
             writer.write(name, as_bytes(room))
-        if back is not None:
-            nf4.dequantize(made.packed, made.scales, book, state.blocksize, back, scratch)
         error, energy = nf4.measure(
-            x, made.packed, made.scales, book, state.blocksize, scratch, done
+            x, made.packed, made.scales, book, state.blocksize, scratch, done, read
         )
     stored = dict(zip((ABSMAX, NESTED_ABSMAX), made.tensors(), strict=False))
     stored[QUANT_MAP] = torch.from_numpy(book.table)

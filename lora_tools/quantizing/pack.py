@@ -26,6 +26,22 @@ if TYPE_CHECKING:
     from lora_tools.sources.schemes.row import Parts
 
 
+# Takes the next numbers of a flat tensor in float32, which are written over afterwards.
+Reader = Callable[["torch.Tensor"], None]
+
+
+def into(whole: torch.Tensor) -> Reader:
+    """Fills a flat tensor."""
+    at = 0
+
+    def read(run: torch.Tensor) -> None:
+        nonlocal at
+        whole[at : at + len(run)] = run
+        at += len(run)
+
+    return read
+
+
 class Pack(Protocol):
     """See ``Way.pack``."""
 
@@ -36,7 +52,7 @@ class Pack(Protocol):
         writer: Sink | None,
         buffers: Buffers,
         done: Callable[[int, int], None],
-        back: torch.Tensor | None,
+        read: Reader | None,
         ready: Callable[[int], None],
     ) -> TensorResult: ...
 
@@ -47,9 +63,9 @@ class Way:
 
     Attributes:
         pack: quantizes a flat tensor and writes all that is stored of it, unless ``writer`` is
-            None; into ``back`` (n,), if given, goes what a reader makes of that. ``ready`` hears
-            how many numbers are to be there before they are read, and ``done`` of those that will
-            not be read again, and are in ``back``. Raises NonFiniteError.
+            None; ``read``, if given, takes what a reader makes of that, run after run. ``ready``
+            hears how many numbers are to be there before they are looked at, and ``done`` of those
+            that will not be again, and that ``read`` has. Raises NonFiniteError.
         anew: (weight, its plain spec): what is stored of it with other numbers.
         ways: (item, what is stored of it): the item in the ways that it may have been written, the
             likeliest first.
@@ -81,14 +97,14 @@ def pack(
     writer: Sink | None,
     buffers: Buffers,
     done: Callable[[int, int], None] = lambda start, stop: None,
-    back: torch.Tensor | None = None,
+    read: Reader | None = None,
     ready: Callable[[int], None] = lambda stop: None,
 ) -> TensorResult:
     """``Way.pack`` of the item's scheme."""
     assert item.scheme is not None
     way = way_of(item.scheme)
     assert way is not None
-    return way.pack(item, x, writer, buffers, done, back, ready)
+    return way.pack(item, x, writer, buffers, done, read, ready)
 
 
 def config_with(base: Checkpoint, changed: dict[str, bytes], entries: Mapping[str, Any]) -> None:

@@ -130,6 +130,7 @@ def prepare_quantize(
         nbytes,
         write,
         pipeline=base.pipeline,
+        is_folder=base.is_folder,
         copied=base.copied(),
     )
 
@@ -190,6 +191,7 @@ def prepare_dequantize(
         nbytes,
         lambda out: dequantize_checkpoint(job(out), view, quantized),
         pipeline=view.pipeline,
+        is_folder=view.is_folder,
         copied=view.copied(),
     )
 

@@ -35,7 +35,7 @@ from lora_tools.quantizing.feeding import (
     with_input,
     working_bytes,
 )
-from lora_tools.quantizing.pack import Way, pack, way_of
+from lora_tools.quantizing.pack import Way, into, pack, way_of
 from lora_tools.quantizing.plan import Item, QuantizePlan, is_stored_alike, joined
 from lora_tools.quantizing.surviving import in_outputs, totals_of_outputs
 from lora_tools.quantizing.tensor import QuantizedItem, with_scale, with_shared_scale
@@ -91,6 +91,7 @@ def prepare_requantize(
             f"--requantize: {view.scheme.title} is read here and not written; leave it out, and "
             "the merged checkpoint is plain"
         )
+    _refuse_shared_tensors(view)
     if merging.reversible:
         refuse_quantized_undo(view)
     limit = limit_of(storage, view)
@@ -117,8 +118,22 @@ def prepare_requantize(
         lambda out: with_input(requantized(job(out), view, work), known),
         dropped=() if view.is_folder else (SIDECAR,),
         pipeline=view.pipeline,
+        is_folder=view.is_folder,
         copied=view.copied(),
     )
+
+
+def _refuse_shared_tensors(view: Dequantized[Any]) -> None:
+    """Raises UsageError where what is stored of several weights lies in one tensor."""
+    seen: set[str] = set()
+    for name, weight in view.quantized.items():
+        mine = {spec.name for spec in weight.specs.values()}
+        for tensor in sorted(mine & seen):
+            raise UsageError(
+                f"--requantize: {tensor} is of {name} and of other weights, and is not written "
+                "anew here; leave it out, and the merged checkpoint is plain"
+            )
+        seen |= mine
 
 
 def _marked(shards: Sequence[Shard], view: Dequantized[Any]) -> list[Shard]:
@@ -207,8 +222,10 @@ class RequantizeItem:
 
     @property
     def nbytes(self) -> int:
-        fed = self.item.feeding is not None
-        return (12 + 24 * fed) * self.item.spec.numel + fed * working_bytes(self.item)
+        item, fed = self.item, self.item.feeding is not None
+        whole = 4 * item.spec.numel * (item.transposed or fed)
+        working = (24 * item.spec.numel + working_bytes(item)) * fed
+        return 2 * item.spec.nbytes + whole + working
 
     def run(self, source: Checkpoint, sink: Sink, buffers: Buffers) -> QuantizedItem:
         """Write all that is stored of the tensor. Raises NonFiniteError."""
@@ -228,31 +245,29 @@ class RequantizeItem:
         """What the row does not make, such as scales of activations, stays as it was."""
         import torch
 
-        item = with_factor(_with_shared_scale(_with_scales_before(self.item, source), source))
+        item = _with_shared_scale(_with_scales_before(self.item, source), source, buffers)
+        item = with_factor(item)
         noting, spec, name = Noting(sink), item.spec, item.target.base_name
         base_hash, dtype = source.stored_hash(name), torch_dtype(spec.dtype)
-        with (
-            buffers.lend(spec.shape, dtype) as out,
-            buffers.lend((spec.numel,), torch.float32) as back,
-        ):
-            merge = MergeInMemory(out, item.target, source, spec)
+        is_fed = item.feeding is not None
+        held = spec.numel * (item.transposed or is_fed)  # what is read back is wanted whole
+        with buffers.lend(spec.shape, dtype) as out, buffers.lend((held,), torch.float32) as back:
+            merge, fill = MergeInMemory(out, item.target, source, spec), into(back)
             if item.before is not None and not merge.changes():
                 _copy(source.quantized[name].specs.values(), source, sink)
                 return QuantizedItem(base_hash, survival=merge.survival)
+
+            def read(run: torch.Tensor) -> None:
+                merge.compare(run)
+                if is_fed:
+                    fill(run)
+
             if item.transposed:
                 result = _turned(item, out, merge, noting, buffers, back)
             else:
-                result = pack(
-                    item,
-                    out.view(-1),
-                    noting,
-                    buffers,
-                    done=lambda _, stop: merge.compare(back, stop),
-                    back=back,
-                    ready=merge.form,
-                )
+                result = pack(item, out.view(-1), noting, buffers, read=read, ready=merge.form)
             x = out.T if item.transposed else out
-            outputs = _in_outputs(item, x, back.view(x.shape), source, buffers)
+            outputs = _in_outputs(item, x, back, source, buffers)
         source.release(name)
         _copy([s for s in packed.specs.values() if s.name not in noting.written], source, sink)
         return QuantizedItem(base_hash, result, survival=merge.survival, in_outputs=outputs)
@@ -270,16 +285,16 @@ def _turned(
     others then."""
     merge.form(out.numel())
     with buffers.lend(tuple(out.T.shape), out.dtype) as turned:
-        result = pack(item, turned.copy_(out.T).view(-1), sink, buffers, back=back)
-    merge.compare(back.view(out.T.shape).T.reshape(-1), out.numel())
+        result = pack(item, turned.copy_(out.T).view(-1), sink, buffers, read=into(back))
+    merge.compare(back.view(out.T.shape).T.reshape(-1))
     return result
 
 
 def _in_outputs(
     item: Item, x: torch.Tensor, fed: torch.Tensor, source: Dequantized[Any], buffers: Buffers
 ) -> tuple[Survival, Survival] | None:
-    """How much of the change is in the outputs of what was written, ``fed``, and of ``x`` rounded
-    by itself; None where no errors are fed."""
+    """How much of the change is in the outputs of what was written, ``fed`` (n,), and of ``x``
+    rounded by itself; None where no errors are fed."""
     import torch
 
     by = item.feeding.by if item.feeding is not None else None
@@ -287,8 +302,8 @@ def _in_outputs(
         return None
     with buffers.lend(tuple(x.shape), torch.float32) as plain:
         unfed = dataclasses.replace(item, feeding=None)
-        pack(unfed, x.reshape(-1), None, buffers, back=plain.reshape(-1))
-        first, second = in_outputs((fed, plain), item, source, by)
+        pack(unfed, x.reshape(-1), None, buffers, read=into(plain.view(-1)))
+        first, second = in_outputs((fed.view(x.shape), plain), item, source, by)
     return first, second
 
 
@@ -303,7 +318,7 @@ def _with_scales_before(item: Item, source: Dequantized[Any]) -> Item:
     return dataclasses.replace(item, before=source.parts(item.name))
 
 
-def _with_shared_scale(item: Item, source: Dequantized[Any]) -> Item:
+def _with_shared_scale(item: Item, source: Dequantized[Any], buffers: Buffers) -> Item:
     """The item with the scale that it has in common with others: the stored one, unless an adapter
     acts on all of them."""
 
@@ -317,7 +332,7 @@ def _with_shared_scale(item: Item, source: Dequantized[Any]) -> Item:
     others = tuple(each for each in item.joined if stored(each[0].base_name) == scale)
     if not all(target.parts for target, _ in others):
         return with_scale(item, scale)
-    return with_shared_scale(dataclasses.replace(item, joined=others), source)
+    return with_shared_scale(dataclasses.replace(item, joined=others), source, buffers)
 
 
 class Noting:

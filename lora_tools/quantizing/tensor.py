@@ -73,7 +73,8 @@ class QuantizeItem:
 
     def run(self, base: Checkpoint, sink: Sink, buffers: Buffers) -> QuantizedItem:
         """Write all that is stored of the tensor. Raises NonFiniteError."""
-        item, stored = with_shared_scale(self.item, base), base.specs[self.item.target.base_name]
+        item = with_shared_scale(self.item, base, buffers)
+        stored = base.specs[item.target.base_name]
         if item.packed is None:
             done = MergeTensor(item.target, item.spec).run(base, sink)
             return QuantizedItem(done.base_hash)
@@ -105,11 +106,15 @@ class QuantizeItem:
         return QuantizedItem(base_hash, result)
 
 
-def with_shared_scale(item: Item, base: Checkpoint) -> Item:
+def with_shared_scale(item: Item, base: Checkpoint, buffers: Buffers) -> Item:
     """The item with the scale that it has in common with others, if it has."""
     if len(item.joined) < 2 or item.scheme is None or item.packed is None:
         return item
-    largest = max(largest_in(target, base, spec) for target, spec in item.joined)
+
+    def find() -> float:
+        return max(largest_in(target, base, spec) for target, spec in item.joined)
+
+    largest = buffers.once(("largest", *(spec.name for _, spec in item.joined)), find)
     return with_scale(item, item.scheme.shared_for(item.packed, largest))
 
 

@@ -68,10 +68,15 @@ def identify(given: Adapter, form: Format, base: Base | None, wanted: str | None
     Raises:
         UsageError: a name is wanted, and the format has no config to put it in.
     """
+    refuse_base_name(form, wanted)
     if form.name == "peft":
         modules = given.changes or given.modules
         given.config = identified(given.config, base, wanted, modules, given.whole)
-    elif wanted is not None:
+
+
+def refuse_base_name(form: Format, wanted: str | None) -> None:
+    """Raises UsageError where a name is wanted, and the format has no config to put it in."""
+    if form.name != "peft" and wanted is not None:
         raise UsageError(f"--base-name: {form.title} has no place for it")
 
 

@@ -66,11 +66,13 @@ def open_weighted(
     allow_pickle: bool,
     base: BaseNames | Checkpoint | str | Path | None = None,
     allow_unmatched: bool | None = None,
+    as_stored: bool = False,
 ) -> list[Weighted]:
     """``PATH``, ``PATH=WEIGHT`` or (path, weight) → open adapters. Raises UsageError.
 
     ``base`` has the names that some formats are resolved by; ``allow_unmatched`` as in
-    ``plan_merge``, which leaves out those that are none of it.
+    ``plan_merge``, which leaves out those that are none of it; ``as_stored`` as in
+    ``open_adapter``.
     """
     if not adapters:
         raise UsageError("at least one adapter is needed")
@@ -79,7 +81,9 @@ def open_weighted(
         path, weight = given if isinstance(given, tuple) else split_weight(str(given))
         if not math.isfinite(weight):
             raise UsageError(f"{path}: its weight is {weight}; a finite number is needed")
-        adapter = open_adapter(path, allow_pickle, base=base, allow_unmatched=allow_unmatched)
+        adapter = open_adapter(
+            path, allow_pickle, base=base, allow_unmatched=allow_unmatched, as_stored=as_stored
+        )
         result.append(Weighted(adapter, weight, str(path)))
     _refuse_twice(result)
     return result

@@ -38,7 +38,8 @@ from lora_tools.verbs.row import Argument, Verb, take
 _BASE, _TUNED, _ADAPTER, _CHECKPOINT = map(Argument, ("base", "tuned", "adapter", "checkpoint"))
 _ADAPTERS, _OUT, _PATH = map(Argument, ("adapters", "out", "path"))
 _POLICIES = ("rank", "energy", "error", "ratio", "cumulative", "threshold")
-_WRITING = take(Writing, "force", "dry_run")
+_WRITING = take(Writing, "force", "dry_run", "no_card")
+_RESUMING = (*_WRITING, *take(Writing, "resume", "clean"))
 _RUNNING = take(Running)
 _ONNX = {"group": "Running an ONNX model"}
 
@@ -73,10 +74,10 @@ VERBS = {
             """Write the LoRA adapter that turns BASE into TUNED, a fully fine-tuned copy of it.
 
             BASE and TUNED are Hugging Face folders, .safetensors files or hub ids
-            (org/name[@revision]). --out becomes a folder that PEFT loads. Without --rank and
-            --energy the rank is 32.""",
+            (org/name[@revision]). --out becomes a folder that PEFT loads, or with --to what other
+            programs load. Without --rank and --energy the rank is 32.""",
             "loratools extract org/base ./tuned -o adapter --rank 32",
-            "rank energy dtype names consumer max_error dry_run",
+            "rank energy dtype to consumer max_error dry_run",
             "rank energy error ratio cumulative threshold noise_floor gavish_donoho budget "
             "max_rank activations spectrum_cache include exclude layout alpha rslora dtype "
             "embeddings rest consumer names svd tolerance seed device",
@@ -84,7 +85,7 @@ VERBS = {
         Verb(
             "merge",
             (_BASE, Argument("adapters", needed=False), _OUT),
-            (*take(Matching), *take(Storage), *take(Merging), *_WRITING, *_RUNNING),
+            (*take(Matching), *take(Storage), *take(Merging), *_RESUMING, *_RUNNING),
             "Add adapters to the weights of BASE.",
             """Write BASE with the PEFT adapters added to its weights, each times its WEIGHT (1).
 
@@ -106,7 +107,7 @@ VERBS = {
                         "metadata does not name."
                     },
                 ),
-                *_WRITING,
+                *take(Writing, "force", "dry_run", "resume", "clean"),
                 *_RUNNING,
             ),
             "Get the base back out of a merged checkpoint.",
@@ -127,7 +128,7 @@ VERBS = {
                 ),
                 *take(AdapterForm, "dtype", "base_name", "consumer"),
                 *take(Origin),
-                *_WRITING,
+                *_RESUMING,
                 *_RUNNING,
             ),
             "Give an adapter another strength, alpha, rank or form.",
@@ -167,21 +168,23 @@ VERBS = {
                 *take(Origin),
                 *take(
                     AdapterForm,
+                    "to",
                     "dtype",
                     "base_name",
+                    to={"unset": "the format of the ADAPTERS, where it is one; else peft"},
                     dtype={"unset": "each factor keeps the widest of the inputs"},
                 ),
-                *_WRITING,
+                *_RESUMING,
                 *_RUNNING,
             ),
             "Make one adapter out of several.",
-            """Write one PEFT adapter that does what the ADAPTERs do together, each times its WEIGHT
-            (1).
+            """Write one adapter that does what the ADAPTERs do together, each times its WEIGHT (1),
+            in their format.
 
             Every method acts on the true changes of the weights, with each adapter's scaling,
             rsLoRA and patterns applied; ranks may differ. The default, cat, is exact.""",
             "loratools combine style=0.7 facts=0.3 -o both --method ties --density 0.2",
-            "method density rank dtype dry_run",
+            "method density rank dtype to dry_run",
             "method rank energy max_rank density seed majority_sign normalize base "
             "allow_other_base dtype",
         ),
@@ -194,7 +197,7 @@ VERBS = {
                 *take(Formats, "drop", "alpha", "enable_lora", "layout"),
                 *take(AdapterForm, "dtype", "base_name"),
                 *take(Ranks, "rank", "energy", "max_rank"),
-                *_WRITING,
+                *_RESUMING,
                 *_RUNNING,
             ),
             "Write an adapter in another format.",
@@ -248,7 +251,7 @@ VERBS = {
             (_CHECKPOINT, _OUT),
             (
                 *take(Storage, dtype={"unset": "what each weight was quantized from"}),
-                *_WRITING,
+                *_RESUMING,
                 *_RUNNING,
             ),
             "Turn a quantized CHECKPOINT into a plain one.",
@@ -397,7 +400,12 @@ VERBS = {
         Verb(
             "collect_stats",
             (Argument("model"), Argument("text"), _OUT),
-            (*take(Sampling), *take(Search, "device"), *_WRITING, *_RUNNING),
+            (
+                *take(Sampling),
+                *take(Search, "device"),
+                *take(Writing, "force", "dry_run"),
+                *_RUNNING,
+            ),
             "Measure what a model's layers are given, on text.",
             """Run MODEL over TEXT and write the second moment of each layer's input to --out, for
             extract --activations.

@@ -7,9 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lora_tools.adapting.combine_module import Combination, Term
-from lora_tools.adapting.stack import bases_named, combine_adapters, stackable
-from lora_tools.adapting.write import uncovered
-from lora_tools.errors import MismatchError, UsageError
+from lora_tools.adapting.other_layout import in_layout
+from lora_tools.adapting.stack import bases_named, combine_adapters, refuse_unstackable, stackable
+from lora_tools.adapting.write import uncovered, written_as
+from lora_tools.errors import AdapterError, MismatchError, UsageError
+from lora_tools.formats.adapters.base_names import BaseNames
+from lora_tools.formats.adapters.format import Format
+from lora_tools.formats.adapters.table import FORMATS
 from lora_tools.formats.dtypes import parse_float_dtype
 from lora_tools.formats.output import Prepared
 from lora_tools.linalg.combine import LOW_RANK
@@ -17,8 +21,9 @@ from lora_tools.linalg.ranks import RankRule
 from lora_tools.options import AdapterForm, Combining, Matching, Origin, Ranks
 from lora_tools.options.ranks import rank_rule
 from lora_tools.records import Action, Fate, Input, Report
-from lora_tools.sources.auto_class import identified
-from lora_tools.sources.base_names import base_names
+from lora_tools.sources.adapters import open_adapter
+from lora_tools.sources.auto_class import identified, refuse_base_name
+from lora_tools.sources.base_names import model_at
 from lora_tools.sources.weighted import Weighted, open_weighted
 from lora_tools.totals import CombineTotals
 from lora_tools.verbs.frame import Call, verb
@@ -36,7 +41,8 @@ def combine(
     origin: Origin,
     adapter_form: AdapterForm,
 ) -> Prepared:
-    """Write to ``out`` one PEFT adapter out of several, each with its weight.
+    """Write to ``out`` one adapter out of several, each with its weight: in their format where it
+    is one, else in PEFT's, or in the format ``to``.
 
     With Δ_i = s_i · B_i·A_i the true change that adapter i makes to a weight, s_i its scaling with
     rsLoRA and patterns applied:
@@ -60,15 +66,19 @@ def combine(
             different bases.
     """
     options = _options(combining, ranks, adapter_form.dtype)
-    weighted = open_weighted(adapters, call.running.allow_pickle, origin.base)
+    _, names = model_at(origin.base, call.running.allow_pickle)
+    weighted = open_weighted(adapters, call.running.allow_pickle, names, as_stored=names is None)
+    form = _form(weighted, adapter_form.to).at(call.out)
     if combining.normalize:
         options = dataclasses.replace(options, normalize=sum(w.weight for w in weighted))
         if abs(options.normalize or 0) < 1e-8:
             raise UsageError("--normalize divides by the sum of the weights, which is 0")
     if not matching.allow_other_base:
         _check_bases(weighted)
-    _identify(weighted, origin.base, adapter_form.base_name, call.running.allow_pickle)
-    given = stackable(weighted)
+    refuse_base_name(form, adapter_form.base_name)
+    if form.name == "peft":
+        _identify(weighted, names, adapter_form.base_name)
+    given = stackable([_in_layout(w, form, names) for w in weighted])
     options = _with_default_rank(options, given.terms)
     fates = [_fate(name, mine) for name, mine in given.terms.items()]
     saved = given.copied.items()
@@ -76,25 +86,60 @@ def combine(
     report = call.report(
         [Input("adapter", w.as_given) for w in weighted],
         fates,
-        notes=(*_notes(options, weighted), *(uncovered(given.copied) if options.rule else [])),
+        notes=(
+            *_notes(options, weighted, form),
+            *(uncovered(given.copied) if options.rule else []),
+        ),
     )
     jobs, progress = call.running.jobs, call.running.progress
 
     def write(out: Path) -> Report[CombineTotals]:
-        return combine_adapters(report, given, options, out, jobs, progress)
+        if form.name == "peft":
+            return combine_adapters(report, given, options, out, jobs, progress)
+        folder = out.with_name("peft")
+        done = combine_adapters(report, given, options, folder, jobs, progress)
+        new = open_adapter(folder)
+        return written_as(done, new, form, names, out, _blocks(weighted), options.dtype, jobs)
 
     read = tuple(w.adapter.path for w in weighted)
-    return Prepared(report, read, 3 * sum(w.adapter.nbytes for w in weighted), write)
+    nbytes = 3 * sum(w.adapter.nbytes for w in weighted)
+    return Prepared(report, read, nbytes, write, is_folder=form.is_folder)
 
 
-def _identify(
-    weighted: Sequence[Weighted], base: str | Path | None, wanted: str | None, allow_pickle: bool
-) -> None:
+def _form(weighted: Sequence[Weighted], to: str | None) -> Format:
+    """The format to write. Raises AdapterError for names that it cannot have as they are."""
+    formats = {w.adapter.format for w in weighted}
+    form = FORMATS[to or (formats.pop() if len(formats) == 1 else "peft")]
+    for each in weighted:
+        if each.adapter.unresolved and not form.keeps_names:
+            raise AdapterError(
+                f"{each.path}: {each.adapter.unresolved}; give the model it was trained on with "
+                f"--base, to write {form.title}"
+            )
+    return form
+
+
+def _in_layout(weighted: Weighted, form: Format, names: BaseNames | None) -> Weighted:
+    """With the modules that the format's readers look for."""
+    refuse_unstackable(weighted)
+    return dataclasses.replace(weighted, adapter=in_layout(weighted.adapter, form, names)[0])
+
+
+def _blocks(weighted: Sequence[Weighted]) -> dict[str, tuple[bool, ...]]:
+    """Of modules that are MergedLinears in loralib. Raises MismatchError."""
+    found: dict[str, tuple[bool, ...]] = {}
+    for each in weighted:
+        for module, blocks in each.adapter.blocks.items():
+            if found.setdefault(module, blocks) != blocks:
+                raise MismatchError(f"{module}: {each.path} changes other blocks of it; --to peft")
+    return found
+
+
+def _identify(weighted: Sequence[Weighted], names: BaseNames | None, wanted: str | None) -> None:
     """Have the first adapter's config, which is written, say which base all are for."""
     first = weighted[0].adapter
     said = next((c for w in weighted if (c := w.adapter.config).get(_NAME)), {})
     config = {**first.config, **{key: said[key] for key in (_NAME, "revision") if key in said}}
-    names = base_names(base, allow_pickle) if base is not None else None
     given = [w.adapter for w in weighted]
     modules, saved = [m for a in given for m in a.modules], [t for a in given for t in a.whole]
     first.config = identified(config, names, wanted, modules, saved)
@@ -146,8 +191,10 @@ def _fate(name: str, terms: Sequence[Term]) -> Fate:
     )
 
 
-def _notes(options: Combination, weighted: Sequence[Weighted]) -> list[str]:
+def _notes(options: Combination, weighted: Sequence[Weighted], form: Format) -> list[str]:
     notes = [note for w in weighted for note in w.adapter.notes]
+    if {form.name, *(w.adapter.format for w in weighted)} != {"peft"}:
+        notes.append(f"written in the format {form.title}; --to names another")
     if options.method not in LOW_RANK:
         assert options.rule is not None
         notes.append(

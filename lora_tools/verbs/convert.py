@@ -39,7 +39,7 @@ from lora_tools.provenance import handed_on
 from lora_tools.records import Action, Fate, Input, Report
 from lora_tools.sources.adapters import open_adapter
 from lora_tools.sources.auto_class import identify
-from lora_tools.sources.base_names import base_names, checkpoint_or_pipeline
+from lora_tools.sources.base_names import model_at
 from lora_tools.sources.weighted import Weighted
 from lora_tools.totals import ConvertTotals
 from lora_tools.verbs.frame import Call, verb
@@ -74,8 +74,7 @@ def convert(
     written = parse_float_dtype(dtype) if dtype else target.dtype or None
     enabled, kinds = enable_lora(formats.enable_lora), layer_kinds(formats.layout)
     allow_pickle = call.running.allow_pickle
-    base = checkpoint_or_pipeline(origin.base, allow_pickle)
-    names = base_names(base) if base is not None else None
+    base, names = model_at(origin.base, allow_pickle)
     given = open_adapter(
         adapter,
         allow_pickle,
@@ -89,7 +88,7 @@ def convert(
         return _made_lora(call, str(adapter), given, base, names, formats, adapter_form, ranks)
     if not given.differences:
         given.need_lora("factors to convert")
-    if isinstance(base, Checkpoint):
+    if base is not None:
         names_in_base(Weighted(given, 1.0, str(adapter)), base)
     given, said = in_layout(given, target, names)
     found = features(given, names)
@@ -108,14 +107,14 @@ def convert(
         return _convert(report, given, kept, names, options, out, call.running)
 
     read = (given.path, *([names.path] if names is not None else []))
-    return Prepared(report, read, 3 * given.nbytes, write)
+    return Prepared(report, read, 3 * given.nbytes, write, is_folder=target.is_folder)
 
 
 def _made_lora(
     call: Call,
     path: str,
     given: Adapter,
-    base: Checkpoint | Path | None,
+    base: Checkpoint | None,
     names: BaseNames | None,
     formats: Formats,
     adapter_form: AdapterForm,
@@ -123,7 +122,7 @@ def _made_lora(
 ) -> Prepared:
     """An adapter of a type that is no LoRA, to be made one."""
     works, rule = plan_lora(given, base, formats.to), rank_rule(ranks)
-    assert isinstance(base, Checkpoint)
+    assert base is not None
     dtype = parse_float_dtype(adapter_form.dtype) if adapter_form.dtype else None
     if rule is None:
         raise UsageError(
@@ -161,7 +160,8 @@ def _made_lora(
         return dataclasses.replace(report, inputs=inputs, modules=tuple(results), totals=totals)
 
     nbytes = sum(4 * sum(w.target.spec.shape) * 64 for w in works)
-    return Prepared(report, (given.path, base.path), nbytes, write)
+    is_folder = FORMATS[formats.to].is_folder
+    return Prepared(report, (given.path, base.path), nbytes, write, is_folder=is_folder)
 
 
 def _refuse_tied(

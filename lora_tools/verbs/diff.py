@@ -69,7 +69,7 @@ def diff(
     )
 
     def run() -> Report[DiffTotals]:
-        options = _options(sides, search)
+        options = _options(search)
         seen = _look(plan, sides, options, call.running.jobs, call.running.progress)
         report = _found(call, (base, tuned), sides, plan, seen, view.sort)
         if target is None:
@@ -80,8 +80,7 @@ def diff(
     return Look(tuple(side.path for side in sides), run)
 
 
-def _options(sides: Sides, search: Search) -> Decomposition:
-    known = not any(side.noise_unknown() for side in sides)
+def _options(search: Search) -> Decomposition:
     return Decomposition(
         RankRule("rank", DEPTH),
         None,
@@ -92,7 +91,7 @@ def _options(sides: Sides, search: Search) -> Decomposition:
         search.seed,
         search.device,
         CONSUMERS["peft"],
-        measured=known,
+        measured=True,
     )
 
 
@@ -153,17 +152,35 @@ def _look(
     from lora_tools.engine import threads
 
     sources = sides, options.on_device()
-    tasks = [_SeePair(pair) for pair in plan.pairs]
+    unknown = [set(side.noise_unknown()) for side in sides]
+    tasks = [
+        _SeePair(
+            pair,
+            all(
+                spec is None or spec.name not in names
+                for spec, names in zip((pair.base, pair.tuned), unknown, strict=True)
+            ),
+        )
+        for pair in plan.pairs
+    ]
     return list(threads.run(tasks, sources, None, jobs=jobs, progress=progress))
 
 
 @dataclasses.dataclass(frozen=True)
 class _SeePair(PairTask):
-    """A task: see what changed in one pair."""
+    """A task: see what changed in one pair.
+
+    Attributes:
+        measured: whether what rounding can have added is known of both sides.
+    """
+
+    measured: bool
 
     def run(self, sources: tuple[Sides, Decomposition], _: None, buffers: Buffers) -> _Seen:
         """The pair's fate and, where it has one, its spectrum."""
-        return _see(self.pair, *sources, buffers)
+        sides, options = sources
+        options = dataclasses.replace(options, measured=self.measured)
+        return _see(self.pair, sides, options, buffers)
 
 
 def _see(pair: Pair, sides: Sides, options: Decomposition, buffers: Buffers) -> _Seen:

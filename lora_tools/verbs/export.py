@@ -123,6 +123,7 @@ def _prepared(work: Export, call: Call) -> Prepared:
         lambda path: work.write(report, path),
         beside=(FAILED,) if work.keep and not work.in_place else (),
         added=work.files() if work.in_place else (),
+        is_folder=True,
         pipeline=None if work.in_place else work.source.pipeline,
         copied=() if work.in_place else work.source.stored.copied(),
     )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from lora_tools.adapting.differences import WithDifferences
 from lora_tools.adapting.scale import conform_in_place
-from lora_tools.errors import QualityGateError, UsageError
+from lora_tools.adapting.write import written_as
+from lora_tools.errors import QualityGateError, UnsupportedAdapter, UsageError
 from lora_tools.extracting.adapter import extract_adapter, kept_spectra
 from lora_tools.extracting.decompose import Decomposition, Sides
 from lora_tools.extracting.pair_work import PairWork
@@ -15,15 +17,23 @@ from lora_tools.extracting.pairs import make_plan
 from lora_tools.extracting.totals import unknown_noise
 from lora_tools.figures import above
 from lora_tools.formats.activations import Activations
+from lora_tools.formats.adapters.consumers import readers_of
+from lora_tools.formats.adapters.format import Format
+from lora_tools.formats.adapters.places import Places
+from lora_tools.formats.adapters.table import FORMATS
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.dtypes import parse_float_dtype
 from lora_tools.formats.output import Prepared
 from lora_tools.formats.quantized.packed import StoredFormat
 from lora_tools.options import AdapterForm, Ranks, Search, Tensors
 from lora_tools.options.parse import NameFilter, consumer_named, layer_kinds
-from lora_tools.options.ranks import rank_rule, refuse_shared, size_of
+from lora_tools.options.ranks import rank_rule, refuse_bytes, refuse_shared, size_of
 from lora_tools.records import Input, Report
+from lora_tools.sources.adapters import open_adapter
 from lora_tools.sources.as_loaded import loaded_view, notes_on_names
+from lora_tools.sources.auto_class import refuse_base_name
+from lora_tools.sources.base_names import base_names
+from lora_tools.sources.other_layout import in_layout_of
 from lora_tools.sources.pipelines import open_whole
 from lora_tools.totals import ExtractTotals
 from lora_tools.verbs.frame import Call, verb
@@ -42,7 +52,8 @@ def extract(
     adapter_form: AdapterForm,
     search: Search,
 ) -> Prepared:
-    """Write to ``out`` a PEFT LoRA adapter with base + adapter ≈ tuned, by truncated SVD.
+    """Write to ``out`` a LoRA adapter with base + adapter ≈ tuned, by truncated SVD: PEFT's, or in
+    the format ``to``.
 
     Args:
         base, tuned: checkpoint folders, safetensors files or hub ids.
@@ -51,10 +62,12 @@ def extract(
         QualityGateError: with the report; nothing is written then.
         LoraToolsError: any other of the tree, with nothing written.
     """
-    options = _options(ranks, adapter_form, search)
+    form = FORMATS[adapter_form.to or "peft"].at(call.out)
+    options = _options(ranks, adapter_form, search, form)
     chosen, kinds = NameFilter(tensors.include, tensors.exclude), layer_kinds(tensors.layout)
     size = size_of(ranks)
-    sides, said = _sides(base, tuned, call.running.allow_pickle, options, adapter_form.names)
+    sides, said = _sides(base, tuned, call.running.allow_pickle, options, adapter_form.names, form)
+    _refuse_several(sides[0], form)
     chosen.refuse_idle(w.module for side in sides for w in side.weights.values())
     plan = make_plan(
         *sides,
@@ -62,7 +75,7 @@ def extract(
         kinds=kinds,
         embeddings=tensors.embeddings,
         rest=tensors.rest,
-        unread=lambda module: options.consumer.refuses_factors(module, sides[0].config),
+        unread=_unread(options, form, sides[0]),
         outside={*sides[0].outside, *sides[1].outside},
     )
     plan = dataclasses.replace(plan, notes=(*said, *plan.notes))
@@ -83,24 +96,38 @@ def extract(
                 sides, options.on_device(), spectra, call.running.jobs, call.running.progress
             )
             found = work.outcomes(plan.pairs, size)
+            folder = out if form.name == "peft" else out.with_name("peft")
             report = extract_adapter(
-                found, sides, plan, options, out, inputs, call.command, conform_in_place
+                found, sides, plan, options, folder, inputs, call.command, conform_in_place
             )
-            return _gated(report, call.writing.max_error)
+            report = _gated(report, call.writing.max_error)
+        if form.name == "peft":
+            return report
+        made, names = open_adapter(folder), base_names(sides[0])
+        if "differences" in form.keeps and made.whole:
+            made = WithDifferences(made, sides[0])
+        return written_as(report, made, form, names, out, {}, options.dtype, call.running.jobs)
 
     return Prepared(
         call.report(inputs, fates, totals=totals, notes=plan.notes),
         tuple(side.path for side in sides),
         2 * expected,
         write,
+        is_folder=form.is_folder,
     )
 
 
-def _options(ranks: Ranks, form: AdapterForm, search: Search) -> Decomposition:
+def _options(ranks: Ranks, form: AdapterForm, search: Search, to: Format) -> Decomposition:
     """How to decompose and to write. Raises UsageError for options that exclude each other."""
     rule = rank_rule(ranks, DEFAULT_RANK)
     assert rule is not None
     target = consumer_named(form.consumer)
+    if to.name != "peft":
+        if not target.loads:
+            raise UsageError(f"--for {target.name} is of PEFT's folders, and --to is {to.name}")
+        target = readers_of(to)
+        refuse_base_name(to, form.base_name)
+        refuse_bytes(ranks, to)
     refuse_shared(rule, target)
     if search.activations is not None and (ranks.noise_floor or ranks.gavish_donoho):
         raise UsageError(
@@ -125,8 +152,40 @@ def _options(ranks: Ranks, form: AdapterForm, search: Search) -> Decomposition:
     )
 
 
+def _refuse_several(base: Checkpoint, form: Format) -> None:
+    """Raises UsageError for a pipeline, where the format is of one model."""
+    if base.models and not form.by_component:
+        able = " or ".join(name for name, row in FORMATS.items() if row.by_component)
+        raise UsageError(
+            f"{base.path}: a pipeline of several models, and {form.title} is for one: give --to "
+            f"{able}, or the folder of one of its parts, such as {base.path / min(base.models)}"
+        )
+
+
+def _unread(options: Decomposition, form: Format, base: Checkpoint) -> Callable[[str], bool]:
+    """Whether what is to load the adapter takes no factors of a module."""
+    called = form.called
+    if called is None:
+        return lambda module: options.consumer.refuses_factors(module, base.config)
+    places = Places(base_names(base))
+
+    def is_unread(module: str) -> bool:
+        try:
+            called(places.of(module))
+        except UnsupportedAdapter:
+            return True
+        return False
+
+    return is_unread
+
+
 def _sides(
-    base: str | Path, tuned: str | Path, allow_pickle: bool, options: Decomposition, names: str
+    base: str | Path,
+    tuned: str | Path,
+    allow_pickle: bool,
+    options: Decomposition,
+    names: str,
+    form: Format,
 ) -> tuple[Sides, Sequence[str]]:
     """Both checkpoints by the names that the adapter is to have, and what to say of these."""
     sides = open_whole(base, allow_pickle), open_whole(tuned, allow_pickle)
@@ -137,7 +196,9 @@ def _sides(
         said.append(f"{side.path}: in {side.scheme.title}; seen as the numbers it stands for")
         _refuse_noise(side, side.scheme, options.rule.policy)
         said[-1] += unknown_noise(side)
-    if names == "loaded" and options.consumer.loads:
+    if form.names:
+        sides = in_layout_of(sides[0], form.names), in_layout_of(sides[1], form.names)
+    elif names == "loaded" and options.consumer.loads:
         sides = loaded_view(sides[0]), loaded_view(sides[1])
         said = [*notes_on_names(sides[0]), *said]
     return sides, said

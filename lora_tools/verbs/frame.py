@@ -7,29 +7,36 @@ written over, room on the disk, staging, the time, the report.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from lora_tools.engine import memo
 from lora_tools.errors import QualityGateError, UsageError, errors_of_the_tree
 from lora_tools.formats import digest as hashing
+from lora_tools.formats import model_card, variants
+from lora_tools.formats.adapters.format import refuse_file_name
 from lora_tools.formats.checkpoint import PICKLE_SUFFIXES
+from lora_tools.formats.hub_headers import headers_only
+from lora_tools.formats.ledger import Ledger
+from lora_tools.formats.leftover import Way, reusable
 from lora_tools.formats.output import Prepared, check_destination, check_space, staged
 from lora_tools.formats.pipeline_output import copied_files, write_whole
-from lora_tools.formats.synced import held_bytes
+from lora_tools.formats.synced import held_bytes, write_synced
 from lora_tools.options import RECORDS, Running, Storage, Writing
 from lora_tools.options.spelling import errors_for_python
 from lora_tools.provenance import command_of, tool_version
 from lora_tools.records import Fate, Input, ProgressCallback, Report
 from lora_tools.verbs import VERBS
+from lora_tools.verbs.card import card_of
 from lora_tools.verbs.paths import Paths
 from lora_tools.verbs.report_file import check_report_file, write_report
 from lora_tools.verbs.row import Verb
-
-_FILES = (".safetensors", ".onnx", ".json")  # pickles have an error of their own
 
 # What the types of keywords are written by.
 _NAMES = {
@@ -127,7 +134,11 @@ def carry_out(row: Verb, given: Mapping[str, Any], report_file: Path | None = No
         check_report_file(report_file)
     failure = None
     try:
-        with hashing.using(call.running.digest):
+        with contextlib.ExitStack() as held:
+            held.enter_context(hashing.using(call.running.digest))
+            held.enter_context(variants.using(call.running.variant))
+            if call.writing.dry_run:
+                held.enter_context(headers_only())
             report = _work(row, call, given, asked, paths)
     except QualityGateError as error:
         if error.report is None:
@@ -184,18 +195,6 @@ def _refuse_name(row: Verb, out: str) -> None:
         )
 
 
-def _refuse_file(row: Verb, prepared: Prepared, out: str) -> None:
-    """Raises UsageError for the name of a file where a folder is written: what it was made from is
-    one, too, or it never is a file."""
-    checkpoint = Storage in row.records.values() and prepared.inputs[0].is_dir()
-    folder = checkpoint or row.name in ("extract", "export")
-    if folder and Path(out).suffix in _FILES:
-        raise UsageError(
-            f"--out {out}: a folder is written, and this is a file's name; leave "
-            f"{Path(out).suffix} away"
-        )
-
-
 def _work(
     row: Verb, call: Call, given: Mapping[str, Any], asked: Mapping[str, Any], paths: Paths
 ) -> Report[Any]:
@@ -208,7 +207,7 @@ def _work(
         paths.check(dry_run=False)
         paths.check_kept()
         return prepared.run()
-    _refuse_file(row, prepared, call.out)
+    refuse_file_name(call.out, prepared.is_folder)
     paths.write(prepared, Path(call.out))
     paths.check(call.writing.dry_run)
     copied = copied_files(prepared)  # on a dry run, too: it refuses what may not be copied
@@ -216,18 +215,61 @@ def _work(
         return prepared.report
     paths.check_kept()
     nbytes = prepared.nbytes + sum(map(held_bytes, copied))
-    return _write(prepared, Path(call.out), nbytes, call.writing.force)
+    return _write(row, asked, prepared, call, nbytes)
 
 
-def _write(prepared: Prepared, out: Path, nbytes: int, force: bool) -> Report[Any]:
+def way_of(writing: Writing) -> Way:
+    """What becomes of what a run that was ended has left. Raises UsageError."""
+    if writing.resume and writing.clean:
+        raise UsageError(
+            "--resume goes on with what was left, --clean removes it: give one of them"
+        )
+    return "resume" if writing.resume else "clean" if writing.clean else "refuse"
+
+
+def _versions(call: Call) -> tuple[str, ...]:
+    """Whatever else than a task, its sources and its sink decides what comes of it."""
+    return tool_version(), metadata.version("torch"), call.running.digest
+
+
+def _write(
+    row: Verb, asked: Mapping[str, Any], prepared: Prepared, call: Call, nbytes: int
+) -> Report[Any]:
     """Make the output beside its place, and put it there once it is complete."""
+    out, force, way = Path(call.out), call.writing.force, way_of(call.writing)
     made = [out / name for name in prepared.added] or [out]
     made += [out.with_name(out.name + suffix) for suffix in prepared.beside]
     for path in made:
-        check_destination(path, force)
-    check_space(out, nbytes)
-    with staged(made[0], force=force) as staging:
+        check_destination(path, force, way)
+    resume = way == "resume"
+    check_space(out, nbytes, reusable(made[0]) if resume else 0)
+    with (
+        staged(made[0], force=force, resume=resume) as staging,
+        contextlib.closing(Ledger(staging)) as ledger,
+        memo.using(account := memo.Account(ledger, _versions(call))),
+    ):
         report = write_whole(prepared, staging / "out")
+        if (staging / "out").is_dir():
+            _put_card(row, asked, prepared, report, staging / "out")
+    if account.recalled:
+        said = f"{account.recalled} pieces of work were found done, and not done again (--resume)"
+        report = dataclasses.replace(report, notes=(*report.notes, said))
     for suffix in prepared.dropped if force else ():
         out.with_name(out.name + suffix).unlink(missing_ok=True)
     return report
+
+
+def _put_card(
+    row: Verb, asked: Mapping[str, Any], prepared: Prepared, report: Report[Any], folder: Path
+) -> None:
+    """Put the result's own card into its folder. What was copied from the input speaks of that, and
+    is the right one only where that comes back."""
+    place = folder / model_card.NAME
+    if "no_card" not in row.by_name:
+        if prepared.card is not None:
+            place.unlink(missing_ok=True)
+            write_synced(place, prepared.card)
+        return
+    place.unlink(missing_ok=True)
+    if not asked["writing"].no_card:
+        write_synced(place, card_of(row, asked, report, folder, prepared))

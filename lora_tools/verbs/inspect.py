@@ -19,6 +19,7 @@ from lora_tools.formats.adapters.peft import CONFIG, Adapter, LoraModule
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.regular_files import is_there
 from lora_tools.formats.spectra import MARK as SPECTRA
+from lora_tools.inspecting.on_the_hub import on_the_hub
 from lora_tools.inspecting.onnx_model import open_model
 from lora_tools.inspecting.spectrum import check_plot, drawn, shown, summary
 from lora_tools.linalg.layouts import of_form
@@ -55,6 +56,7 @@ class _Thing:
     notes: tuple[str, ...] = ()
     adapter: Adapter | None = None
     places: Mapping[str, str] = dataclasses.field(default_factory=dict)  # where not in the file
+    folder: Path | None = None
 
 
 _STABLE_RANK = "stable rank: ‖s·B·A‖² / σ₁², over how many directions a change is spread"
@@ -74,7 +76,10 @@ def inspect(call: Call, path: str | Path, view: View) -> Look:
         LoraToolsError: it cannot be read, or is nothing that is known here.
     """
     target = check_plot(view.plot)
-    thing = _open(path, call.running.allow_pickle)
+    given = hub.here(path, call.running.allow_pickle)
+    thing = _open(given, call.running.allow_pickle)
+    if given.is_dir():
+        thing = dataclasses.replace(thing, folder=given)
     if target is not None and (thing.adapter is None or not thing.adapter.modules):
         raise UsageError(f"--plot: {path} is no adapter with factors; diff draws two checkpoints")
 
@@ -108,6 +113,8 @@ def _described(call: Call, path: str | Path, thing: _Thing) -> Report[InspectTot
         "metadata": {file.path.name: dict(file.metadata) for file in thing.files},
         **thing.facts,
     }
+    if thing.folder is not None:
+        totals["hub"] = on_the_hub(thing.folder)
     return call.report(
         (Input("path", str(path), hashing.digest(specs, hashes)),),
         spectra=spectra,
@@ -117,8 +124,7 @@ def _described(call: Call, path: str | Path, thing: _Thing) -> Report[InspectTot
     )
 
 
-def _open(path: str | Path, allow_pickle: bool) -> _Thing:
-    given = hub.here(path, allow_pickle)
+def _open(given: Path, allow_pickle: bool) -> _Thing:
     graphs = onnx_graphs(given)
     if graphs:
         model = open_model(graphs)
@@ -134,7 +140,7 @@ def _open(path: str | Path, allow_pickle: bool) -> _Thing:
             "adapters": len(sidecar.adapters),
         }
         return _Thing("sidecar of a reversible merge", (sidecar.file,), facts)
-    checkpoint = open_checkpoint(given, allow_pickle, decoded=False)
+    checkpoint = open_checkpoint(given, allow_pickle, decoded=False, pipelines=True)
     marks = checkpoint.files[0].metadata
     for mark, kind in ((SPECTRA, "spectrum cache"), (ACTIVATIONS, "activation statistics")):
         if mark in marks:

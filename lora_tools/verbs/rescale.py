@@ -8,23 +8,21 @@ from pathlib import Path
 from lora_tools.adapting.convert_module import rank_ceiling
 from lora_tools.adapting.for_consumer import in_terms_of
 from lora_tools.adapting.scale import Rescaling, refuse_unread, rescale_adapter
-from lora_tools.adapting.write import no_effect, uncovered, write_as
+from lora_tools.adapting.write import no_effect, uncovered, written_as
 from lora_tools.errors import AdapterError, UnsupportedAdapter, UsageError
-from lora_tools.formats.adapters.base_names import BaseNames
 from lora_tools.formats.adapters.format import Format
 from lora_tools.formats.adapters.peft import Adapter
 from lora_tools.formats.adapters.table import FORMATS
 from lora_tools.formats.adapters.training_metadata import note_on_hashes
-from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.dtypes import parse_float_dtype
 from lora_tools.formats.output import Prepared
 from lora_tools.options import AdapterForm, Origin, Ranks, Strength
 from lora_tools.options.parse import consumer_named
-from lora_tools.options.ranks import rank_rule, refuse_shared, size_of
+from lora_tools.options.ranks import rank_rule, refuse_bytes, refuse_shared, size_of
 from lora_tools.records import Action, Fate, Input, Report
 from lora_tools.sources.adapters import open_adapter
 from lora_tools.sources.auto_class import identify
-from lora_tools.sources.base_names import base_names, checkpoint_or_pipeline
+from lora_tools.sources.base_names import model_at
 from lora_tools.totals import RescaleTotals
 from lora_tools.verbs.frame import Call, verb
 
@@ -52,14 +50,12 @@ def rescale(
     options = _options(strength, ranks, adapter_form)
     target = options.consumer
     allow_pickle, jobs = call.running.allow_pickle, call.running.jobs
-    base = checkpoint_or_pipeline(origin.base, allow_pickle)
-    names = base_names(base) if base is not None else None
+    base, names = model_at(origin.base, allow_pickle)
     given = open_adapter(adapter, allow_pickle, base=names, as_stored=names is None)
     given.need_lora("rank or alpha to change")
     form = FORMATS[given.format if target.patterns else "peft"].at(call.out)
     _refuse(given, form, strength, ranks)
-    checkpoint = base if isinstance(base, Checkpoint) else None
-    given, said = in_terms_of(given, str(adapter), checkpoint, target)
+    given, said = in_terms_of(given, str(adapter), base, target)
     refuse_unread(given, target, names is not None and bool(names.tied))
     identify(given, form, names, adapter_form.base_name)
     options = _for_adapter(options, strength, given)
@@ -78,10 +74,11 @@ def rescale(
             return rescale_adapter(report, given, options, out, jobs, call.running.progress)
         folder = out.with_name("peft")
         done = rescale_adapter(report, given, options, folder, jobs, call.running.progress)
-        return _written_as(done, form, names, given, folder, out, jobs)
+        new, dtype = open_adapter(folder), options.dtype
+        return written_as(done, new, form, names, out, given.blocks, dtype, jobs)
 
     read = (given.path, *([names.path] if names is not None else []))
-    return Prepared(report, read, 6 * given.nbytes, write)
+    return Prepared(report, read, 6 * given.nbytes, write, is_folder=form.is_folder)
 
 
 def _options(strength: Strength, ranks: Ranks, form: AdapterForm) -> Rescaling:
@@ -125,33 +122,12 @@ def _refuse(given: Adapter, form: Format, strength: Strength, ranks: Ranks) -> N
         raise AdapterError(
             f"{given.path}: {given.unresolved}; give the model it was trained on with --base"
         )
-    size = size_of(ranks)
-    if size is not None and size.in_bytes and form.name != "peft":
-        raise UsageError(
-            f"--budget {ranks.budget}: a size in bytes is for PEFT's file; for {form.title} "
-            "give numbers, such as 10M"
-        )
+    refuse_bytes(ranks, form)
     if given.use_dora and (strength.scale is not None or strength.effect == "change"):
         raise UnsupportedAdapter(
             f"{given.path}: a DoRA adapter cannot be scaled: its magnitudes fix the norm of each "
             "output; merge it with a weight instead (ADAPTER=0.5)"
         )
-
-
-def _written_as(
-    report: Report[RescaleTotals],
-    form: Format,
-    names: BaseNames | None,
-    given: Adapter,
-    folder: Path,
-    out: Path,
-    jobs: int | None,
-) -> Report[RescaleTotals]:
-    """The PEFT adapter in ``folder`` in the format that it came in."""
-    notes = write_as(open_adapter(folder), form, names, out, given.blocks, jobs)
-    files = list(out.iterdir()) if out.is_dir() else [out]
-    totals: RescaleTotals = {**report.totals, "bytes": sum(file.stat().st_size for file in files)}
-    return dataclasses.replace(report, totals=totals, notes=(*report.notes, *notes))
 
 
 def _fates(given: Adapter, options: Rescaling) -> tuple[Fate, ...]:

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from lora_tools import totals
 from lora_tools.errors import UsageError
-from lora_tools.options.fields import KEY, Option
+from lora_tools.options.fields import KEY, Option, nearest
 from lora_tools.records import Report
 from lora_tools.verbs.values import check_place, dtype_name, listed, one_adapter, several
 
@@ -128,7 +128,11 @@ class Keyword:
             if self.choices and each not in self.choices:
                 names = ", ".join(map(str, self.choices))
                 shown = repr(each) if isinstance(each, str) else each
-                raise UsageError(f"{self.flag} {shown}: one of {names} is needed")
+                hint = nearest(each, self.choices)
+                raise UsageError(
+                    f"{self.flag} {shown}: one of {names} is needed"
+                    + (f"; {hint[0].lower()}{hint[1:]}" if hint else "")
+                )
         number = isinstance(value, numbers.Real)
         if self.option.allowed is not None and number and not self.option.allowed[0](value):
             raise UsageError(f"{self.flag} {value}: {self.option.allowed[1]}")
@@ -136,6 +140,15 @@ class Keyword:
             raise TypeError(f"{self.name} is to be {self.written}: {value!r}")
         if self.option.parse is not None:
             self.option.parse(value)
+
+    def typed(self, value: Any) -> list[str]:
+        """The words by which the command line gives it that value."""
+        if self.type is bool:
+            flags = self.option.flags if self.option is not None else ()
+            off = next((flag.partition("/")[2] for flag in flags if "/" in flag), "")
+            return [self.flag if value else off]
+        values = value if self.several else (value,)
+        return [word for each in values for word in (self.flag, str(each))]
 
     def _suits(self, value: Any) -> bool:
         """Whether a value is of its type, as far as a mistake would go unseen: a text is a sequence

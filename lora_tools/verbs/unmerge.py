@@ -52,7 +52,7 @@ def unmerge(
         UnsupportedAdapter: without a sidecar, where subtraction cannot undo the merge.
     """
     allow_pickle = call.running.allow_pickle
-    checkpoint = open_checkpoint(merged, allow_pickle)
+    checkpoint = open_checkpoint(merged, allow_pickle, pipelines=True)
     if checkpoint.scheme is not None:
         raise CheckpointError(
             f"{checkpoint.path}: in {checkpoint.scheme.title}, whose rounding cannot be undone; "
@@ -65,12 +65,12 @@ def unmerge(
     if memory is not None:
         check_adapters(memory, weighted)
         outline, shards = base_outline(checkpoint, memory)
-        plan = plan_merge(outline, weighted, matching.allow_unmatched)
+        plan = plan_merge(outline, weighted, matching.allow_unmatched, undoing=True)
         check_merged(checkpoint, plan)
     else:
         if not matching.allow_other_base:
             check_recorded(checkpoint, weighted)
-        plan = plan_merge(checkpoint, weighted, matching.allow_unmatched)
+        plan = plan_merge(checkpoint, weighted, matching.allow_unmatched, undoing=True)
         refuse_lossy(plan)
         shards = _shards(checkpoint, call.command)
     nbytes = sum(shard.nbytes for shard in shards)
@@ -91,7 +91,9 @@ def unmerge(
             Rewrite(report, checkpoint, weighted, plan, shards, out, jobs, progress), memory
         ),
         pipeline=checkpoint.pipeline,
+        is_folder=checkpoint.is_folder,
         copied=checkpoint.copied(),
+        card=memory.card() if memory is not None else None,
     )
 
 

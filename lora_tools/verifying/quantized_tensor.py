@@ -13,7 +13,7 @@ from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.formats.quantized.packed import PackedWeight
 from lora_tools.merging.in_memory import changes
 from lora_tools.merging.tensor import MergedRuns
-from lora_tools.quantizing.pack import pack, way_of
+from lora_tools.quantizing.pack import into, pack, way_of
 from lora_tools.quantizing.plan import Item, is_stored_alike
 from lora_tools.quantizing.tensor import QuantizeItem, merged_for, with_scale
 from lora_tools.records import Action, Fate, TensorResult
@@ -221,7 +221,7 @@ class _Comparison:
         ):
             wanted, stored = x.reshape(-1), flat(self.view.tensor(item.name))
             base = flat(self.source.tensor(target.base_name)) if target.parts else None
-            pack(item, wanted, None, self.buffers, back=back)
+            pack(item, wanted, None, self.buffers, read=into(back))
             coded = Coded()
             for start, stop in nf4.runs(item.spec.numel):
                 coded.add(

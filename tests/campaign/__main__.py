@@ -7,10 +7,12 @@ import collections
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +20,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _MEMORY = Path("/dev/shm")
+_ENDING = threading.Event()  # by a signal: what has begun is done, and the table printed
 _COLUMNS = (
     "refused", "done", "checked", "tracebacks", "hangs > 20 s", "> 1.5 GB", "left on disk",
     "wrong content",
@@ -67,6 +70,14 @@ class Table:
                 print(f"  {text}", file=sys.stderr)
 
 
+def until_told(items: Iterable[str]) -> Iterator[str]:
+    """The items, until the campaign is told to end."""
+    for item in items:
+        if _ENDING.is_set():
+            return
+        yield item
+
+
 def fuzz(options: argparse.Namespace, here: Path, table: Table) -> None:
     import torch
 
@@ -81,7 +92,7 @@ def fuzz(options: argparse.Namespace, here: Path, table: Table) -> None:
     import_everything()
     Bench(whole, here / "warm").warm()
     dealt = [pair for pair in deal(options.inputs, options.seed) if options.door in pair[0]]
-    tallies = Pool(whole, here, dealt, options.jobs).run(options.seconds)
+    tallies = Pool(whole, here, dealt, options.jobs).run(options.seconds, _ENDING)
     print(f"{'damaged files of':36} {'inputs':>8}  " + "  ".join(_COLUMNS))
     total: collections.Counter[str] = collections.Counter()
     for t in tallies.values():
@@ -97,10 +108,15 @@ def _figures(found: collections.Counter[str]) -> str:
 
 def over(
     count: int, jobs: int, here: Path, one: Callable[[Path, random.Random], list[str]], seed: str
-) -> list[str]:
-    """So many times, each in a folder of its own, some at a time."""
+) -> tuple[int, list[str]]:
+    """So many times, each in a folder of its own, some at a time. Returns how many there were, and
+    what was wrong."""
+    tried = []
 
     def each(number: int) -> list[str]:
+        if _ENDING.is_set():
+            return []
+        tried.append(number)
         folder = here / str(number)
         folder.mkdir(parents=True)
         wrong = one(folder, random.Random(f"{seed} {number}"))
@@ -108,7 +124,8 @@ def over(
         return [f"{number}: {text}" for text in wrong]
 
     with ThreadPoolExecutor(jobs) as pool:
-        return [text for texts in pool.map(each, range(count)) for text in texts]
+        wrong = [text for texts in pool.map(each, range(count)) for text in texts]
+    return len(tried), wrong
 
 
 def moments(options: argparse.Namespace, here: Path, table: Table) -> None:
@@ -125,12 +142,14 @@ def moments(options: argparse.Namespace, here: Path, table: Table) -> None:
     ):
         if count:
             seed = f"{options.seed} {what}"
-            wrong = over(count, options.jobs, here / what, lambda f, r, o=one: o(place, f, r), seed)
+            count, wrong = over(
+                count, options.jobs, here / what, lambda f, r, o=one: o(place, f, r), seed
+            )
             table.row(what, count, f"{len(wrong)} wrong", wrong)
     if options.disks:
         _disks(options.disks, here, place, table)
     if options.elsewhere:
-        for what in machines.ELSEWHERE:
+        for what in until_told(machines.ELSEWHERE):
             wrong = [w for verb in m.VERBS for w in machines.elsewhere(place, here, verb, what)]
             table.row(f"elsewhere: {what}", len(m.VERBS), f"{len(wrong)} with other bytes", wrong)
     if iotools.tree(place.top) != place.inputs:
@@ -152,7 +171,7 @@ def _disks(step: int, here: Path, place: object, table: Table) -> None:
             with where(folder) if where else tempfile.TemporaryDirectory(dir=here):
                 for verb in m.VERBS:
                     enough, size = False, 0
-                    while not enough:
+                    while not (enough or _ENDING.is_set()):
                         size, count = size + step, count + 1
                         enough, said = try_(place, folder, verb, size)
                         wrong += said
@@ -167,7 +186,7 @@ def memory(options: argparse.Namespace, here: Path, table: Table) -> None:
     from tests.campaign.lines import VERBS
 
     top = machines.large(here, options.gigabytes)
-    for verb in VERBS:
+    for verb in until_told(VERBS):
         begun = time.monotonic()
         code, peak, said = machines.in_little_memory(top, here, verb, options.limit << 20)
         wrong = [f"exit {code}: {said}"] if code else []
@@ -181,13 +200,15 @@ def memory(options: argparse.Namespace, here: Path, table: Table) -> None:
 def main() -> int:
     options = parser().parse_args()
     table = Table(options.faults)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: _ENDING.set())
     with tempfile.TemporaryDirectory(prefix="campaign-", dir=options.here) as folder:
         for wanted, part in (
             (options.inputs, fuzz),
             (options.kills or options.races or options.disks or options.elsewhere, moments),
             (options.gigabytes, memory),
         ):
-            if wanted:
+            if wanted and not _ENDING.is_set():
                 here = Path(folder, part.__name__)
                 here.mkdir()
                 part(options, here, table)

@@ -63,7 +63,7 @@ def kill(place: Ground, here: Path, r: random.Random) -> list[str]:
     flags = ["--force"] if force else []
     if force:
         assert forks.run(*command(verb, place.top, out)).returncode == 0
-        (out / "README.md").write_text("the old one")
+        (out / "of the old one").write_text("the old one")
     line = command(verb, place.top, out, *flags)
     if r.random() < 0.5:
         step = r.randrange(1, place.steps[verb] + 1)
@@ -71,7 +71,7 @@ def kill(place: Ground, here: Path, r: random.Random) -> list[str]:
     else:
         after = r.random() * place.seconds[verb] * 1.2
         done, when = _stopped_after(line, after, number), f"{after:.3f} s"
-    old = (out / "README.md").exists()
+    old = (out / "of the old one").exists()
     wrong = _words(done, out, old) if number != signal.SIGKILL else []
     if out.exists() and not old and iotools.tree(out) != place.made[verb]:
         wrong.append("wrong destination")

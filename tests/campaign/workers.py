@@ -10,7 +10,7 @@ import mmap
 import os
 import resource
 import signal
-import struct
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ HANG, MEMORY = "hangs > 20 s", "> 1.5 GB"
 _HANG = 20.0  # seconds of processor time for one input
 _MEMORY = 1_500_000_000  # bytes, resident
 _GUARD = 6_000_000_000  # bytes that a process may ask for, so that the machine stands
-_PLACE = struct.Struct("qd")  # the input being worked on, and the processor time at its start
+_WORDS = 2  # of each worker: the input that it is at, and the processor time at its start
 
 
 @dataclasses.dataclass
@@ -54,23 +54,27 @@ class Pool:
         self, sound: Path, here: Path, inputs: Sequence[tuple[str, str]], jobs: int
     ) -> None:
         self._sound, self._here, self._inputs, self._jobs = sound, here, inputs, jobs
-        self._shared = mmap.mmap(-1, _PLACE.size * jobs)
+        # The last says that all is to end. Each is written in one go: struct.pack_into writes zeros
+        # first, which another process then reads.
+        self._shared = memoryview(mmap.mmap(-1, 8 * (_WORDS * jobs + 1))).cast("d")
         self._pids: dict[int, int] = {}  # by process, which worker
         self.tallies = {door: Tally(door) for door in DOORS}
 
-    def run(self, seconds: float | None = None) -> dict[str, Tally]:
-        """All inputs, or those of so many seconds."""
+    def run(
+        self, seconds: float | None = None, ending: threading.Event | None = None
+    ) -> dict[str, Tally]:
+        """All inputs, or those of so many seconds, or those until it is told to end."""
         end = time.monotonic() + seconds if seconds else float("inf")
         for worker in range(self._jobs):
             self._begin(worker, worker)
         while self._pids:
             time.sleep(0.2)
+            if time.monotonic() > end or (ending is not None and ending.is_set()):
+                self._shared[-1] = 1
             for pid in list(self._pids):
                 ended, status = os.waitpid(pid, os.WNOHANG)
                 if ended:
                     self._ended(pid, status)
-                elif time.monotonic() > end:
-                    os.kill(pid, signal.SIGTERM)
                 elif (kind := self._fault(pid)) is not None:
                     self._lost(pid, kind)
         for worker in range(self._jobs):
@@ -78,7 +82,9 @@ class Pool:
         return self.tallies
 
     def _begin(self, worker: int, first: int) -> None:
-        _PLACE.pack_into(self._shared, worker * _PLACE.size, first, float("inf"))
+        if self._shared[-1]:
+            return
+        self._note(worker, first, float("inf"))
         pid = os.fork()
         if pid == 0:
             self._work(worker, first)
@@ -86,19 +92,17 @@ class Pool:
 
     def _work(self, worker: int, first: int) -> NoReturn:
         """In the fork: input after input; what came of each is a line in a file."""
-        status, stop = 1, []
+        status = 1
         try:
-            signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # from a terminal: it says so to all
             resource.setrlimit(resource.RLIMIT_DATA, (_GUARD, _GUARD))
             bench = Bench(self._sound, self._here / str(worker))
             with (self._here / f"{worker}.log").open("a") as log:
                 for number in range(first, len(self._inputs), self._jobs):
-                    if stop:
+                    if self._shared[-1]:
                         break
                     door, seed = self._inputs[number]
-                    _PLACE.pack_into(
-                        self._shared, worker * _PLACE.size, number, time.process_time()
-                    )
+                    self._note(worker, number, time.process_time())
                     outcome = bench.meet(door, seed)
                     fault = set(outcome.kinds) - {DONE, "refused"}
                     row = [
@@ -115,15 +119,21 @@ class Pool:
                         break
                 else:
                     status = 0
-                status = 0 if stop else status
+                status = 0 if self._shared[-1] else status
         except BaseException:
             traceback.print_exc()
         finally:
             os._exit(status)
 
+    def _note(self, worker: int, number: int, seconds: float) -> None:
+        """Which input a worker is at. The time first: the next input's is never held for the old
+        one's."""
+        self._shared[_WORDS * worker + 1] = seconds
+        self._shared[_WORDS * worker] = number
+
     def _fault(self, pid: int) -> str | None:
         """What a process is doing too long, or with too much."""
-        _, begun = _PLACE.unpack_from(self._shared, self._pids[pid] * _PLACE.size)
+        begun = self._shared[_WORDS * self._pids[pid] + 1]
         if _seconds(pid) - begun > _HANG:
             return HANG
         return MEMORY if _resident(pid) > _MEMORY else None
@@ -131,7 +141,7 @@ class Pool:
     def _lost(self, pid: int, kind: str) -> None:
         """Note it, end the process and go on after that input."""
         worker = self._pids.pop(pid)
-        number, _ = _PLACE.unpack_from(self._shared, worker * _PLACE.size)
+        number = int(self._shared[_WORDS * worker])
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         door, seed = self._inputs[number]
@@ -141,7 +151,7 @@ class Pool:
 
     def _ended(self, pid: int, status: int) -> None:
         worker = self._pids[pid]
-        number, _ = _PLACE.unpack_from(self._shared, worker * _PLACE.size)
+        number = int(self._shared[_WORDS * worker])
         if os.waitstatus_to_exitcode(status) == 3:
             del self._pids[pid]
             self._begin(worker, number + self._jobs)

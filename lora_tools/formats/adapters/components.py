@@ -135,6 +135,11 @@ def is_of_first_layout(module: str) -> bool:
     return any(first.fullmatch(module) for first in firsts)
 
 
+def is_of_diffusers(module: str) -> bool:
+    """Whether it has the name that diffusers gave it, which it need not have had before."""
+    return bool(_UNET.fullmatch(module) or _TRANSFORMER.fullmatch(module))
+
+
 def is_open_clip(module: str) -> bool:
     """Whether it is one of OpenCLIP's text encoder, of which adapters have transformers' names."""
     return bool(_OPEN_CLIP.fullmatch(module))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_tools.errors import UnsupportedAdapter
+from lora_tools.formats.adapters.format import Format
 
 # Architectures in which PEFT 0.21 refuses out_proj and conv1d as target_modules: a fused kernel
 # takes their weights past PEFT's layers (``_check_lora_target_modules_mamba``).
@@ -96,6 +97,21 @@ class Consumer:
         return UnsupportedAdapter(f"{self.name} does not read {what}; {instead}")
 
 
+def readers_of(form: Format) -> Consumer:
+    """What reads a format, as far as the format tells."""
+    forms = ("matrix", *(f for f in ("embedding", "conv", "experts") if f in form.keeps))
+    return Consumer(
+        form.title,
+        "",
+        patterns=True,
+        saved="saved" in form.keeps,
+        bias="bias" in form.keeps,
+        dora="dora" in form.keeps,
+        forms=forms,
+        head="head" in form.keeps and form.tied_embedding,
+    )
+
+
 _UNREAD = frozenset(("ia3", "dora", "saved", "differences", "bias", "tokens", "conv", "experts"))
 CONSUMERS: dict[str, Consumer] = {
     consumer.name: consumer
@@ -174,7 +190,7 @@ CONSUMERS: dict[str, Consumer] = {
         Consumer(
             "diffusers",
             "0.42",
-            reads=("diffusers", "kohya"),
+            reads=("diffusers", "kohya", "comfyui"),
             command="convert",
             to="diffusers",
             patterns=True,
@@ -183,7 +199,7 @@ CONSUMERS: dict[str, Consumer] = {
             forms=("matrix", "conv"),
             pipelines=True,
             ignores=frozenset(("format", "names")),
-            unsure=("which of kohya's names its converters know",),
+            unsure=("which of kohya's and ComfyUI's names its converters know",),
         ),
     )
 }

@@ -2,7 +2,7 @@
 ``unet.``, ``transformer.``, ``text_encoder.`` …
 
 Trainers such as ai-toolkit write the same parts, or kohya's, under ComfyUI's wrappers
-(``diffusion_model.``) or the bare names of the model; they are read here, as are ``xlabs``'.
+(``diffusion_model.``) or the bare names of the model; all are read here, as are ``xlabs``'.
 
 Read: PEFT's ``lora_A.weight``, the older ``lora.down.weight``, ``lora_linear_layer.down.weight``
 and ``processor.to_q_lora.down.weight``; alpha from ``.alpha`` keys or from the file's
@@ -34,14 +34,14 @@ from lora_tools.formats.adapters.format import Format
 from lora_tools.formats.adapters.lycoris import OWN_PARTS, add_module, note_on_exact
 from lora_tools.formats.adapters.outline import Context, Outline, group_parts, pair, reshaped
 from lora_tools.formats.adapters.peft import PREFIX
+from lora_tools.formats.adapters.places import Place
 from lora_tools.formats.adapters.writer import Factors, Keyed
 from lora_tools.formats.patterns import ends_with
 from lora_tools.formats.safetensors_file import strict_json
 from lora_tools.formats.tensor_file import TensorFile
 
-# ComfyUI's name for whatever model there is; diffusers reads it of those models that it has
-# converters for. A name that came so and was not looked up in a base stays.
-_GENERIC = "diffusion_model."
+# ComfyUI's names for whatever model there is: files with such are its own (``comfyui``).
+_GENERIC = ("diffusion_model.", "model.diffusion_model.", "text_encoders.")
 METADATA = "lora_adapter_metadata"
 _PARTS = {
     "lora_A.weight": "A",
@@ -87,12 +87,12 @@ def split(key: str) -> tuple[str, str] | None:
 
 def knows(key: str) -> bool:
     """Whether a key is one of these."""
-    return split(key) is not None
+    return not key.startswith(_GENERIC) and split(key) is not None
 
 
-def read(path: Path, file: TensorFile, context: Context) -> Outline:
+def read(path: Path, file: TensorFile, context: Context, form: str = "diffusers") -> Outline:
     """What the file holds, as PEFT would; in a pipeline module names keep their component."""
-    outline = Outline(path, file, "diffusers", context.base)
+    outline = Outline(path, file, form, context.base)
     _refuse_control(path, file.specs)
     said = _metadata(outline)
     modules = group_parts(outline, set(_PARTS.values()), split)
@@ -219,6 +219,18 @@ def _configured(
     return float(alpha), bool(said.get(f"{component}.use_rslora"))
 
 
+def name_of(place: Place) -> str:
+    """The module with its component. Raises UnsupportedAdapter where it has no name."""
+    if place.component not in NAMES:
+        raise place.refusal(f"diffusers takes no factors of a {place.component}")
+    if is_of_first_layout(place.rest):
+        raise place.refusal(
+            "diffusers has it under another name and would pass it by; of kohya's files (--to "
+            "kohya) it reads some with such names"
+        )
+    return f"{place.component}.{place.rest}"
+
+
 class DiffusersWriter(Keyed):
     """Writes the folder that ``load_lora_weights`` takes."""
 
@@ -226,9 +238,7 @@ class DiffusersWriter(Keyed):
 
     def keys(self, factors: Factors) -> dict[str, Any]:
         """The tensors of one module by key."""
-        module = factors.module
-        if self.base is not None or not module.startswith(_GENERIC):
-            module = self._name(module)
+        module = name_of(self.places.of(factors.module))
         result = {
             f"{module}.lora_A.weight": factors.lora_A,
             f"{module}.lora_B.weight": factors.lora_B,
@@ -238,18 +248,6 @@ class DiffusersWriter(Keyed):
         if factors.magnitude is not None:
             result[f"{module}.lora_magnitude_vector"] = factors.magnitude
         return result
-
-    def _name(self, module: str) -> str:
-        """The module with its component. Raises UnsupportedAdapter where it has no name."""
-        place = self.places.of(module)
-        if place.component not in NAMES:
-            raise place.refusal(f"diffusers takes no factors of a {place.component}")
-        if is_of_first_layout(place.rest):
-            raise place.refusal(
-                "diffusers has it under another name and would pass it by; of kohya's files (--to "
-                "kohya) it reads some with such names"
-            )
-        return f"{place.component}.{place.rest}"
 
 
 class FileWriter(DiffusersWriter):
@@ -267,7 +265,9 @@ FORMAT = Format(
     is_folder=True,
     as_file=FileWriter,
     by_component=True,
-    reads_besides="its older key names, those of trainers and ComfyUI",
+    names="diffusers",
+    called=name_of,
+    reads_besides="its older key names",
     knows=knows,
     read=read,
     writer=DiffusersWriter,

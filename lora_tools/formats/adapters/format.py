@@ -7,9 +7,12 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Literal
 
+from lora_tools.errors import UsageError
 from lora_tools.formats.adapters.base_names import BaseNames
 from lora_tools.formats.adapters.outline import Compute, Context, Outline
+from lora_tools.formats.adapters.places import Place
 from lora_tools.formats.adapters.writer import Writer
+from lora_tools.formats.counterparts.table import Readers
 
 # What an adapter can hold besides the factors of linear layers, and how a person calls it.
 FEATURES = {
@@ -24,7 +27,17 @@ FEATURES = {
     # llama.cpp, MLX and torchtune have one module for it and the embedding.
     "head": "factors of an output head that is the embedding",
 }
+_FILES = (".safetensors", ".onnx", ".json")  # pickles have an error of their own
 READ, READ_AND_WRITTEN = "to read", "to read and write"  # when a base is needed
+
+
+def refuse_file_name(out: str, is_folder: bool) -> None:
+    """Raises UsageError for the name of a file where a folder is written."""
+    if is_folder and Path(out).suffix in _FILES:
+        raise UsageError(
+            f"--out {out}: a folder is written, and this is a file's name; leave "
+            f"{Path(out).suffix} away"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +56,8 @@ class Format:
         own_forms: holds MergedLinears (``--layout``) and convolutions as ``linalg.loralib`` has it.
         keeps_names: its writer writes names that were never resolved as they are.
         by_component: its keys say which part of a diffusion pipeline a module is of.
+        names: of diffusion models, whose they are; called: by which function, which raises
+            UnsupportedAdapter for a module that it has none for.
         tied_embedding: whether its reader takes factors of an embedding that is the output head,
             too.
         is_folder: whether it is a folder, else a file.
@@ -72,6 +87,8 @@ class Format:
     own_forms: bool = False
     keeps_names: bool = False
     by_component: bool = False
+    names: Readers = ""
+    called: Callable[[Place], str] | None = None
     tied_embedding: bool = True
     is_folder: bool = False
     as_file: Callable[[Path, BaseNames | None, Compute], Writer] | None = None
@@ -86,8 +103,13 @@ class Format:
     read: Callable[[Path, Any, Context], Outline] | None = None
 
     def at(self, out: str) -> Format:
-        """The format as it is written to a path: a folder, or by its suffix the file alone."""
+        """The format as it is written to a path: a folder, or by its suffix the file alone.
+
+        Raises:
+            UsageError: the name is a file's, and it is a folder always.
+        """
         if self.as_file is None or not out.endswith(self.suffix):
+            refuse_file_name(out, self.is_folder)
             return self
         return dataclasses.replace(self, is_folder=False, file_name="", writer=self.as_file)
 

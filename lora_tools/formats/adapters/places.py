@@ -8,7 +8,14 @@ from pathlib import Path
 
 from lora_tools.errors import UnsupportedAdapter
 from lora_tools.formats.adapters.base_names import BaseNames
-from lora_tools.formats.adapters.components import ENCODERS, NAMES, looks_like, placed, published
+from lora_tools.formats.adapters.components import (
+    ENCODERS,
+    KOHYA,
+    NAMES,
+    looks_like,
+    placed,
+    published,
+)
 
 _BY_BASE = "give the pipeline that it was trained on, or its folder of that part, with --base"
 
@@ -21,6 +28,7 @@ class Place:
         component: the part of a pipeline; rest: its name in that.
         beside_others: of a text encoder, that the pipeline has several.
         guessed: nothing tells the component.
+        unlooked: no base is at hand, among whose modules it was looked up.
     """
 
     module: str
@@ -28,6 +36,7 @@ class Place:
     rest: str
     beside_others: bool = False
     guessed: bool = False
+    unlooked: bool = False
 
     def refusal(self, why: str) -> UnsupportedAdapter:
         """The error for a module that a format has no name for."""
@@ -70,7 +79,8 @@ class Places:
         if component in ENCODERS:
             rest = published(rest)
         guessed = len(likely) != 1 and (component in ENCODERS if len(found) > 1 else not found)
-        return Place(module, component, rest, self._beside_others, guessed)
+        unlooked = self._base is None
+        return Place(module, component, rest, self._beside_others, guessed, unlooked)
 
     def _of_all(self) -> tuple[str, ...]:
         """Of a model by itself, all that it may be."""
@@ -83,7 +93,8 @@ class Places:
 
     def notes(self, modules: Collection[str]) -> list[str]:
         """What to say where nothing tells the component."""
-        guessed = [place for place in map(self.of, sorted(modules)) if place.guessed]
+        resolved = (m for m in sorted(modules) if "." in m or not m.startswith(tuple(KOHYA)))
+        guessed = [place for place in map(self.of, resolved) if place.guessed]
         if not guessed:
             return []
         return [

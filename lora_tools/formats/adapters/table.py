@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lora_tools.errors import AdapterError, UsageError
 from lora_tools.formats.adapters import (
+    comfyui,
     diffusers,
     gguf,
     kohya,
@@ -23,7 +24,10 @@ from lora_tools.formats.lfs import HEAD, refuse_pointer
 from lora_tools.formats.regular_files import open_file
 
 # Where two know as many keys of a file, the first is meant: LyCORIS knows all that kohya does.
-_MODULES = (peft_format, kohya, lycoris, diffusers, torchtune, mlx, loralib, gguf, onnxruntime)
+_MODULES = (
+    *(peft_format, kohya, lycoris, diffusers, comfyui),
+    *(torchtune, mlx, loralib, gguf, onnxruntime),
+)
 FORMATS: dict[str, Format] = {module.FORMAT.name: module.FORMAT for module in _MODULES}
 
 

@@ -13,7 +13,12 @@ _HASHES = ("sshs_", "modelspec.hash_")  # of the file's bytes
 
 def is_carried(key: str) -> bool:
     """Whether an entry passes to what is made of the file: that, and what says how it was made."""
-    return key in PROVENANCE or (key.startswith(_SAID) and not key.startswith(_HASHES))
+    return key in PROVENANCE or is_of_training(key)
+
+
+def is_of_training(key: str) -> bool:
+    """Whether it is a trainer's, and not of the file's bytes."""
+    return key.startswith(_SAID) and not key.startswith(_HASHES)
 
 
 def updated(

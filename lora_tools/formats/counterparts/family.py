@@ -47,7 +47,7 @@ class Family:
         title: what people call it.
         is_original, is_diffusers: whether modules are of a model of it in that layout.
         pairs: all that is known of a model with these modules, in the layout given.
-        kohya: the layout whose names kohya's files have.
+        kohya: the layout whose names kohya's files have; comfyui: ComfyUI's.
     """
 
     title: str
@@ -55,6 +55,7 @@ class Family:
     is_diffusers: Callable[[Collection[str]], bool]
     pairs: Callable[[Collection[str], Layout], Iterable[Pair]]
     kohya: Callable[[Collection[str]], Layout]
+    comfyui: Layout = "original"
 
     def layout(self, modules: Collection[str]) -> Layout | None:
         """The layout that a model with these modules is in; None where it is of another family."""

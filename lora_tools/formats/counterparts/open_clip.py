@@ -23,4 +23,5 @@ OPEN_CLIP = Family(
     lambda modules: False,
     by_rules(_RULES),
     lambda modules: "diffusers",
+    comfyui="diffusers",
 )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Literal
 
 from lora_tools.formats.adapters.components import placed
 from lora_tools.formats.counterparts.family import Family, Layout, Pair, tensor
@@ -16,6 +17,8 @@ from lora_tools.records import Piece, TensorSpec, rows_of
 
 FAMILIES = (FLUX_2, FLUX, UNET, OPEN_CLIP, SD3, WAN, Z_IMAGE, HUNYUAN_VIDEO)
 _PARAMETERS = ("weight", "bias")
+# Whose names are wanted: the model's own, or those that readers of one kind go by.
+Readers = Literal["", "diffusers", "kohya", "comfyui"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,12 +48,20 @@ class Part:
     wrapper: str
     pairs: tuple[Pair, ...]
 
+    def wanted(self, by: Readers) -> Layout:
+        """The layout that these readers have."""
+        if by == "kohya":
+            return self.family.kohya([m for pair in self.pairs for m in pair.modules(self.layout)])
+        return {"": self.layout, "diffusers": "diffusers", "comfyui": self.family.comfyui}[by]
 
-def parts(tensors: Collection[str]) -> Iterator[Part]:
-    """The parts of a model with these tensors that have two layouts."""
+
+def parts(tensors: Collection[str], folders: Collection[str] = ()) -> Iterator[Part]:
+    """The parts of a model with these tensors that have two layouts. ``folders``: what stands
+    before the names of a pipeline's."""
     groups: dict[str, dict[str, None]] = {}
     for name in tensors:
-        rest = placed(name)[1]
+        head, _, own = name.partition(".")
+        rest = placed(own if head in folders else name)[1]
         wrapper = name.removesuffix(rest)
         groups.setdefault(wrapper, {})[_module(rest)] = None
     for wrapper, modules in groups.items():
@@ -70,11 +81,19 @@ def _module(name: str) -> str:
     return module
 
 
-def counterparts(specs: Mapping[str, TensorSpec]) -> dict[str, Counterpart]:
+def counterparts(
+    specs: Mapping[str, TensorSpec],
+    of: Callable[[Part], bool] = lambda part: True,
+    folders: Collection[str] = (),
+) -> dict[str, Counterpart]:
     """The tensors of a model by their names in the other layout, wrapper and all, where it has one:
-    those alone that have another name there, or are cut or stacked."""
+    those alone that have another name there, or are cut or stacked.
+
+    Args:
+        of: of which parts; folders: as in ``parts``.
+    """
     found: dict[str, Counterpart] = {}
-    for part in parts(specs):
+    for part in filter(of, parts(specs, folders)):
         for pair in part.pairs:
             for made in _of_pair(pair, part, specs):
                 found.setdefault(made.spec.name, made)

@@ -119,6 +119,7 @@ class QuantState:
             )
             honest = (
                 state.quant_type in QUANT_TYPES
+                and type(state.blocksize) is int
                 and state.blocksize in BLOCKSIZES
                 and all(type(n) is int and n >= 0 for n in state.shape)
                 and math.isfinite(state.nested_offset or 0)

@@ -6,7 +6,8 @@ weight's own shape; W = code · scale. Who writes which scale:
 =========================  =====================================================================
 ``N_scale_inv``            DeepSeek-V3, Qwen3-FP8, transformers (``quant_method: fp8``): of blocks
                            (⌈out/128⌉, ⌈in/128⌉), of fused experts (E, ⌈out/128⌉, ⌈in/128⌉); without
-                           ``weight_block_size`` one for all
+                           ``weight_block_size`` one for all; of all experts, whose codes
+                           lie one by one (``formats.quantized.fp8_experts``)
 ``N_scale``                fbgemm (out, 1); ModelOpt () or, of blocks, (out/128, 1, in/128, 1);
                            vLLM (); MXFP8 (out, in/32), whose scales are powers of two
 ``P.scale``                DeepSeek-V4, as ``N_scale_inv``
@@ -26,6 +27,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_tools.errors import CheckpointError
+from lora_tools.formats.quantized.fp8_experts import Layout, is_gate_up, per_expert, scale_of_all
 from lora_tools.formats.quantized.packed import (
     ACTIVATIONS,
     ORIGINAL,
@@ -68,11 +70,14 @@ class FP8(Packed):
             without them.
         block: (rows, cols) of each matrix that share a scale; the last ones may be ragged.
         is_power: scales are powers of two, whatever dtype they are of.
+        own: (expert, first row of scales) in a tensor of the scales of all experts; None where its
+            scales are its own.
     """
 
     grid: tuple[int, int, int] | None = None
     block: tuple[int, int] = (1, 1)
     is_power: bool = False
+    own: tuple[int, int] | None = None
 
     @property
     def matrices(self) -> tuple[int, int, int]:
@@ -127,6 +132,10 @@ def find_fp8(
     found = {}
     for spec in codes:
         scale = scales[spec.name]
+        of_all = None if scale else scale_of_all(spec, specs, _stated(config))
+        if of_all is not None:
+            found[spec.name] = _one_of_all(spec, *of_all, dtype)
+            continue
         if scale is None and is_scaled and len(spec.shape) > 1:
             raise CheckpointError(
                 f"{spec}: {spec.name}_scale_inv or {spec.name}_scale is expected beside it, found "
@@ -193,14 +202,21 @@ def fp8_weight(
     return FP8(plain, {CODES: codes, SCALE: scale}, f"{kind} {label}", grid, block, is_power)
 
 
+def _one_of_all(
+    codes: TensorSpec, scale: TensorSpec, layout: Layout, own: tuple[int, int], dtype: str
+) -> FP8:
+    """One expert's weight, whose scales are among those of all (``fp8_experts``)."""
+    grid, block, label = layout
+    plain = dataclasses.replace(codes, dtype=dtype)
+    kind = f"fp8 {CODE_DTYPES[codes.dtype]} {label}, scales of all experts in one tensor"
+    return FP8(plain, {CODES: codes, SCALE: scale}, kind, grid, block, scale.dtype in POWERS, own)
+
+
 def _unfit(codes: TensorSpec, scale: TensorSpec, wanted: str) -> CheckpointError:
     return CheckpointError(
         f"{scale}: the scales of {codes} are expected {wanted}; is it of another weight, or are "
         "this file and config.json not of one checkpoint?"
     )
-
-
-Layout = tuple[tuple[int, int, int], tuple[int, int], str]  # grid, block, what to call it
 
 
 def _layout(codes: TensorSpec, scale: TensorSpec, config: Mapping[str, Any]) -> Layout | None:
@@ -217,31 +233,14 @@ def _layout(codes: TensorSpec, scale: TensorSpec, config: Mapping[str, Any]) -> 
         _, rows, cols = matrices(shape, 1)
         return (1, 1, 1), (max(rows, 1), max(cols, 1)), "per tensor"
     if stated is None:
-        found = _per_expert(codes, given, config) or _per_channel(shape, given)
+        is_turned = method(config) == "fbgemm_fp8"
+        found = per_expert(codes, given, is_turned) or _per_channel(shape, given)
         if found is not None:
             return found
     if len(shape) not in (2, 3) or len(given) != len(shape) or given[:-2] != shape[:-2]:
         return None
     stacked = shape[0] if len(shape) == 3 else 1
     return _blocks(codes, stacked, (given[-2], given[-1]), stated)
-
-
-def _per_expert(
-    codes: TensorSpec, given: tuple[int, ...], config: Mapping[str, Any]
-) -> Layout | None:
-    """One scale for each of the matrices (E, rows, cols) of fused experts, or for each half of
-    ``gate_up_proj``; or for each of their last dimension, as fbgemm has those of Llama 4."""
-    if len(codes.shape) != 3:
-        return None
-    experts, rows, cols = codes.shape
-    if given in ((experts,), (experts, 1), (experts, 1, 1)):
-        return (experts, 1, 1), (rows, cols), "per expert"
-    if given == (experts, 2, 1) and _is_gate_up(codes) and rows % 2 == 0 and rows > 2:
-        return (2 * experts, 1, 1), (rows // 2, cols), "per projection"
-    turned = (experts, cols, 1) if method(config) == "fbgemm_fp8" else (experts, 1, cols)
-    if given in (turned, (experts, 1, cols)):
-        return (experts, 1, cols), (rows, 1), "per channel"
-    return None
 
 
 def _per_channel(shape: tuple[int, ...], given: tuple[int, ...]) -> Layout | None:
@@ -265,16 +264,12 @@ def _blocks(
     down, across = given
     wide = _side(cols, across, stated and stated[1])
     high = _side(rows, down, stated and stated[0])
-    if not high and _is_gate_up(codes) and not (rows % 2 or down % 2):
+    if not high and is_gate_up(codes) and not (rows % 2 or down % 2):
         stacked, down = 2 * stacked, down // 2
         high = _side(rows // 2, down, stated and stated[0])
     if not (high and wide):
         return None
     return (stacked, down, across), (high, wide), f"per block of {high}x{wide}"
-
-
-def _is_gate_up(codes: TensorSpec) -> bool:
-    return len(codes.shape) == 3 and codes.name.rpartition(".")[2] == "gate_up_proj"
 
 
 def _stated(config: Mapping[str, Any]) -> tuple[int, int] | None:

@@ -49,6 +49,9 @@ def _scales(weight: FP8, parts: Parts) -> torch.Tensor | None:
     scales = parts[SCALE]
     if scales.itemsize == 1:
         scales = scales.view(torch.float8_e8m0fnu).float()  # 255 is a NaN
+    if weight.own is not None:
+        expert, first = weight.own
+        return scales[expert, None, first : first + weight.grid[1]]
     stacked = _matrices(weight, parts[CODES].numel())[0]
     return scales.reshape(stacked, -1, weight.grid[2])
 

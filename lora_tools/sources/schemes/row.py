@@ -26,7 +26,8 @@ Parts = Mapping[str, "torch.Tensor"]
 def facts(weights: Mapping[str, PackedWeight]) -> dict[str, Any]:
     """How many weights, of which kinds, read back in which dtypes, and their size."""
     numbers = sum(weight.plain.numel for weight in weights.values())
-    nbytes = sum(spec.nbytes for weight in weights.values() for spec in weight.specs.values())
+    stored = {spec.name: spec for weight in weights.values() for spec in weight.specs.values()}
+    nbytes = sum(spec.nbytes for spec in stored.values())
     return {
         "weights": len(weights),
         "schemes": dict(Counter(weight.label for weight in weights.values())),

@@ -180,6 +180,19 @@ def _graph(file: str, graph: Mapping[str, Any]) -> Iterator[str]:
     yield f"  initializers: {graph['initializers']}, in {places or 'no file'}"
 
 
+def _hub(t: Mapping[str, Any]) -> str:
+    """How a folder is filed on the Hub."""
+    bases = ", ".join(t["base_model"])
+    parts = [
+        f"library {t['library_name']}" if t["library_name"] else "",
+        f"task {t['pipeline_tag']}" if t["pipeline_tag"] else "",
+        f"{t['base_model_relation'] or 'made'} of {bases}" if bases else "",
+        f"license {t['license']}" if t["license"] else "",
+        f"missing: {', '.join(t['missing'])}" if t["missing"] else "nothing is missing",
+    ]
+    return "on the Hub: " + "; ".join(part for part in parts if part)
+
+
 def _findings(t: Mapping[str, Any]) -> Iterator[str]:
     for finding in t["findings"]:
         keys = finding["keys"]
@@ -223,6 +236,8 @@ def _of_looks(t: Mapping[str, Any]) -> Iterator[str]:
             )
         for file, graph in t.get("graphs", {}).items():
             yield from _graph(file, graph)
+        if "hub" in t:
+            yield _hub(t["hub"])
     if "relative_change" in t:
         yield (
             f"{counted(t['changed'], 'tensor')} changed, {t['unchanged']} did not; relative change "

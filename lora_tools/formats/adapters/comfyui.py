@@ -1,0 +1,137 @@
+"""ComfyUI (0.3.77): factors under the names that its models have, with dots:
+``diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight``, and an alpha that is not the rank.
+
+``model_lora_keys_unet`` and ``model_lora_keys_clip`` of its ``comfy/lora.py`` say which names those
+are, and what stands beside factors: differences of biases (``diff_b``), those of other tensors
+(``diff``), and weights that take another's place (``set_weight``). Its models have their makers'
+layout, and transformers' names of text encoders. Files are read as diffusers' are, which have the
+same parts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_tools.errors import UnsupportedAdapter
+from lora_tools.formats.adapters import diffusers
+from lora_tools.formats.adapters.base_names import BaseNames
+from lora_tools.formats.adapters.components import DENOISERS, ENCODERS, is_of_diffusers, placed
+from lora_tools.formats.adapters.format import Format
+from lora_tools.formats.adapters.outline import Compute, Context, Outline
+from lora_tools.formats.adapters.places import Place
+from lora_tools.formats.adapters.writer import Factors, Keyed
+from lora_tools.formats.names import split_tensor
+from lora_tools.formats.tensor_file import TensorFile
+
+if TYPE_CHECKING:
+    import torch
+
+TITLE = "ComfyUI"
+MODEL, _TEXT = "diffusion_model.", "text_encoders."
+_T5 = f"{_TEXT}t5xxl.transformer."
+# The layers of CLIP that have a name in adapters whichever encoder it is (LORA_CLIP_MAP).
+_ADAPTED = ("mlp.fc1", "mlp.fc2", *(f"self_attn.{k}_proj" for k in ("q", "k", "v", "out")))
+# What each CLIP is called, by its width.
+_CLIPS = {768: "clip_l", 1024: "clip_h", 1280: "clip_g"}
+
+
+def knows(key: str) -> bool:
+    """Whether a key is one of these: diffusers' with components may stand beside them."""
+    return diffusers.split(key) is not None
+
+
+def read(path: Path, file: TensorFile, context: Context) -> Outline:
+    """What the file holds, as PEFT would."""
+    return diffusers.read(path, file, context, TITLE)
+
+
+def name_of(place: Place) -> str:
+    """The module's name. Raises UnsupportedAdapter where it has none."""
+    module, component, rest = place.module, place.component, place.rest
+    if component in DENOISERS:
+        if not placed(module)[0] and place.unlooked and is_of_diffusers(rest):
+            raise place.refusal(
+                "ComfyUI's model has its makers' names, and this is diffusers'; give the model "
+                "that it was trained on with --base, by which it is brought into the other layout"
+            )
+        return MODEL + rest
+    if component in ENCODERS and rest.startswith("text_model."):
+        return f"{component}.{rest}"
+    if component in ENCODERS and rest.startswith(("encoder.block.", "encoder.final", "shared")):
+        return _T5 + rest
+    raise place.refusal(f"it is not known what ComfyUI calls a layer of a {component}")
+
+
+class ComfyuiWriter(Keyed):
+    """Writes one file."""
+
+    def __init__(self, out: Path, base: BaseNames | None, compute: Compute) -> None:
+        super().__init__(out, base, compute)
+        self._names: dict[str, str] = {}
+
+    def name(self, module: str, width: int) -> str:
+        """What the module is called. A module of CLIP that adapters do not have is called as in the
+        model itself, whose width tells which CLIP that is. Raises UnsupportedAdapter."""
+        place = self.places.of(module)
+        name = name_of(place)
+        if not name.startswith(ENCODERS) or name.endswith(_ADAPTED):
+            return name
+        if width not in _CLIPS:
+            raise place.refusal(
+                f"ComfyUI's CLIPs are of width {', '.join(map(str, _CLIPS))}, and this is of "
+                f"{width}, so that nothing would read it"
+            )
+        return f"{_TEXT}{_CLIPS[width]}.transformer.{place.rest}"
+
+    def keys(self, factors: Factors) -> dict[str, Any]:
+        """The tensors of one module by key."""
+        import torch
+
+        A, B = factors.lora_A, factors.lora_B
+        name = self.name(factors.module, A.shape[1])
+        result: dict[str, Any] = {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
+        if factors.alpha != factors.r:  # diffusers takes alphas of some models only
+            result[f"{name}.alpha"] = torch.tensor(factors.alpha, dtype=torch.float32)
+        if factors.magnitude is not None:
+            result[f"{name}.dora_scale"] = factors.magnitude.reshape(-1, *[1] * (A.dim() - 1))
+        if factors.bias is not None:  # which no alpha scales there
+            result[f"{name}.diff_b"] = factors.bias * factors.scale
+        return result
+
+    def add_difference(self, name: str, tensor: torch.Tensor) -> None:
+        """Under its module's name, or of a tensor that is no weight or bias under its own."""
+        module, parameter = split_tensor(name)
+        part = {"weight": "diff", "bias": "diff_b"}.get(parameter)
+        width = tensor.shape[-1] if tensor.dim() else 1
+        key = f"{self.name(name, width)}.diff"
+        if part is not None:
+            key = f"{self.name(module, width)}.{part}"
+        self.add_key(key, tensor)
+
+    def add_saved(self, name: str, tensor: torch.Tensor) -> None:
+        """In place of a weight. Raises UnsupportedAdapter for other tensors."""
+        module, parameter = split_tensor(name)
+        if parameter != "weight":
+            raise UnsupportedAdapter(
+                f"{name}: ComfyUI puts whole tensors in place of weights alone; --drop saved "
+                "leaves it out, and merging the adapter into the base keeps it"
+            )
+        self.add_key(f"{self.name(module, tensor.shape[-1])}.set_weight", tensor)
+
+
+FORMAT = Format(
+    "comfyui",
+    TITLE,
+    frozenset({"conv", "dora", "bias", "saved", "differences", "head"}),
+    "module",
+    "ComfyUI 0.3.77",
+    by_component=True,
+    names="comfyui",
+    called=name_of,
+    reads_besides="LoHa, LoKr, whole differences, those of norms and biases; names of trainers",
+    knows=knows,
+    read=read,
+    writer=ComfyuiWriter,
+    marks=diffusers.FORMAT.marks,
+)
