@@ -13,6 +13,7 @@ from the first graph's logits of the last of 256 tokens.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import subprocess
 import sys
@@ -41,7 +42,7 @@ print(time.process_time() - start)
 class Graph:
     """A decoder in a session: what it takes is told by its inputs' names."""
 
-    def __init__(self, folder: Path, threads: int) -> None:
+    def __init__(self, folder: Path, threads: int, heads: int, size: int) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level, options.intra_op_num_threads = 4, threads
         # Threads that wait for work without a pause would be counted as work.
@@ -49,6 +50,7 @@ class Graph:
         path, providers = str(folder / "model.onnx"), ["CPUExecutionProvider"]
         self.session = onnxruntime.InferenceSession(path, options, providers=providers)
         self.outputs = [value.name for value in self.session.get_outputs()]
+        self.empty = np.zeros((1, heads, 0, size), np.float32)
         self.caches: dict[int, dict[str, Any]] = {}
 
     def given(self, tokens: int, past: int = 0) -> dict[str, Any]:
@@ -62,8 +64,7 @@ class Graph:
             elif value.name == "position_ids":
                 made[value.name] = np.arange(past, past + tokens)[None]
             else:
-                empty = np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
-                made[value.name] = self.caches[past][value.name] if past else empty
+                made[value.name] = self.caches[past][value.name] if past else self.empty
         return made
 
     def remember(self, past: int) -> None:
@@ -161,7 +162,11 @@ def main() -> None:
         top = Path(scratch)
         costs = exported(args, top)
         loads = {name: loading(top / name, args.threads) for name in costs}
-        graphs = {name: Graph(top / name, args.threads) for name in costs}
+        config = json.loads((args.checkpoint / "config.json").read_text())
+        heads = config["num_attention_heads"]
+        size = config.get("head_dim") or config["hidden_size"] // heads
+        cache = (config.get("num_key_value_heads") or heads, size)
+        graphs = {name: Graph(top / name, args.threads, *cache) for name in costs}
         for graph in graphs.values():
             for past in PASTS:
                 graph.remember(past)
