@@ -828,7 +828,8 @@ def export(
     activations: str | Path | None = None,
     eval_text: str | Path | None = None,
     graph: str | Path | None = None,
-    opset: int = 20,
+    no_fuse: bool = False,
+    opset: int | None = None,
     atol: float = 1e-05,
     rtol: float = 0.0003,
     no_verify: bool = False,
@@ -881,7 +882,9 @@ def export(
         eval_text: Measure a decoder's perplexity on this text, and its divergence from the weights
             before they were quantized.
         graph: Use this graph, exported from another checkpoint of the same architecture, again.
-        opset: ONNX's opset.
+        no_fuse: A decoder as torch traces it, and not with attention, rotary embeddings and norms
+            as one operator each.
+        opset: ONNX's opset. [default: 23 where a decoder is fused, which needs it; else 20]
         atol: Outputs may differ from torch's by this much
         rtol: plus this share of their largest element; else the exit code is 3.
         no_verify: Do not run the graph.

@@ -111,7 +111,9 @@ def _merged(t: Mapping[str, Any]) -> Iterator[str]:
 def _exported(t: Mapping[str, Any]) -> Iterator[str]:
     """Of an ONNX model."""
     if "graph_nodes" in t:
-        yield f"graph: {t['graph_nodes']} nodes, {size(t['graph_bytes'])}"
+        kinds = [f"{n} {kind.replace('_', ' ')}" for kind, n in t.get("fused", {}).items()]
+        fused = f"; fused: {', '.join(kinds)}" if kinds else ""
+        yield f"graph: {t['graph_nodes']} nodes, {size(t['graph_bytes'])}{fused}"
     if "verified" in t:
         yield _difference(t)
     yield from _lost(t)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_tools.errors import CheckpointError
+from lora_tools.errors import CheckpointError, LoraToolsError
 from lora_tools.onnx.sentence_modules import attach
-from lora_tools.onnx.tasks import Task
+from lora_tools.onnx.tasks import IMAGE, Task
 from lora_tools.pretrained import config_of, model_of, weightless_of
 
 # Their attention adds a bias that transformers hands to the eager implementation only.
@@ -43,7 +43,9 @@ def read_config(folder: Path, trust_remote_code: bool) -> Any:
 
     try:
         return config_of(folder, trust_remote_code)
-    except (ValueError, KeyError, OSError, TypeError, AttributeError, ImportError) as error:
+    except (LoraToolsError, MemoryError):
+        raise
+    except Exception as error:  # whatever the class of its config raises
         text = " ".join(str(error).split())
         raise CheckpointError(
             f"{folder}: transformers {transformers.__version__} cannot read its config.json "
@@ -74,18 +76,32 @@ def weightless(folder: Path, task: Task, trust_remote_code: bool = False) -> nn.
     try:
         with init_empty_weights(include_buffers=False):
             model = weightless_of(kind, config, trust_remote_code, **options)
-    except (ValueError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+    except (LoraToolsError, MemoryError):
+        raise
+    except Exception as error:  # whatever the model's own code raises
         text = " ".join(str(error).split())
         raise CheckpointError(
             f"{folder}: transformers cannot make a {task.name} model of it ({text:.300})"
         ) from None
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("batched_mm")  # the others loop over what they route
+    _refuse_inputs(model, task)
     model.eval()
     model.tie_weights()
     with init_empty_weights(include_buffers=False):
         attach(model, task, weights=False)
     return model  # type: ignore[no-any-return]
+
+
+def _refuse_inputs(model: Any, task: Task) -> None:
+    """Raises CheckpointError where the class takes something else than the task's graphs have."""
+    main = getattr(model, "main_input_name", None)
+    wanted = ("pixel_values",) if task.kind == IMAGE else ("input_ids", "input_features")
+    if isinstance(main, str) and main not in wanted:
+        raise CheckpointError(
+            f"{type(model).__name__}: takes {main}, and the graphs of the task {task.name} take "
+            f"{wanted[0]}; choose another --task"
+        )
 
 
 def loaded(folder: Path, task: Task, trust_remote_code: bool = False) -> Any:
@@ -101,7 +117,9 @@ def loaded(folder: Path, task: Task, trust_remote_code: bool = False) -> Any:
     options["dtype"] = torch.float32
     try:
         model = model_of(class_of(task, config), folder, config, trust_remote_code, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except (LoraToolsError, MemoryError):
+        raise
+    except Exception as error:  # whatever the model's own code raises
         text = " ".join(str(error).split())
         raise CheckpointError(f"{folder}: transformers does not load it ({text:.300})") from None
     attach(model, task, weights=True)

@@ -21,7 +21,7 @@ FROM_0 = (lambda x: x >= 0, "a number from 0 on is needed")
 FINITE = (math.isfinite, "a finite number is needed")
 SHARE = (lambda x: 0 < x <= 1, "a share above 0 and up to 1 is needed")
 INSIDE = (lambda x: 0 < x < 1, "a number between 0 and 1 is needed")
-OPSETS = (lambda x: 18 <= x <= 22, "18 to 22 is needed")
+OPSETS = (lambda x: 18 <= x <= 23, "18 to 23 is needed")
 
 
 def consumers() -> Iterable[str]:

@@ -270,7 +270,7 @@ VERBS = {
             (
                 *take(Adding),
                 *take(Matching),
-                *take(Graphs, "task", "no_cache", "graph", "opset", "trust_remote_code"),
+                *take(Graphs, "task", "no_cache", "no_fuse", "graph", "opset", "trust_remote_code"),
                 *take(
                     Storage,
                     "dtype",
@@ -291,7 +291,7 @@ VERBS = {
             "adapters task weights int8 int4 nf4 dry_run",
             "adapters runtime_adapters task no_cache dtype weights nf4 int8 int4 activations "
             "eval_text graph "
-            "opset atol rtol no_verify keep_failed trust_remote_code allow_unmatched "
+            "no_fuse opset atol rtol no_verify keep_failed trust_remote_code allow_unmatched "
             "allow_other_base",
             adds_to="checkpoint",
         ),
