@@ -9,6 +9,7 @@ import torch
 from lora_tools.records import ProgressCallback
 from lora_tools.errors import AdapterError as AdapterError
 from lora_tools.errors import CheckpointError as CheckpointError
+from lora_tools.errors import ClusterError as ClusterError
 from lora_tools.errors import FileError as FileError
 from lora_tools.errors import LoraToolsError as LoraToolsError
 from lora_tools.errors import MismatchError as MismatchError
@@ -110,6 +111,8 @@ def extract(
     jobs: int | None = None,
     allow_pickle: bool = False,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
+    engine: str = 'threads',
+    workers: int | None = None,
     progress: ProgressCallback | None = None,
     ranks: Ranks | None = None,
     search: Search | None = None,
@@ -177,6 +180,10 @@ def extract(
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
+        engine: threads of this process, or dask: a cluster of --workers on this machine, or the one
+            that DASK_SCHEDULER_ADDRESS names; dask://HOST:PORT for another
+            (docs/tasks/machines.md).
+        workers: Processes of a Dask cluster on this machine. [default: as --jobs]
         ranks: those of ``Ranks`` in one
         search: those of ``Search`` in one
         tensors: those of ``Tensors`` in one
@@ -208,6 +215,8 @@ def merge(
     jobs: int | None = None,
     allow_pickle: bool = False,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
+    engine: str = 'threads',
+    workers: int | None = None,
     progress: ProgressCallback | None = None,
     matching: Matching | None = None,
     storage: Storage | None = None,
@@ -249,6 +258,10 @@ def merge(
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
+        engine: threads of this process, or dask: a cluster of --workers on this machine, or the one
+            that DASK_SCHEDULER_ADDRESS names; dask://HOST:PORT for another
+            (docs/tasks/machines.md).
+        workers: Processes of a Dask cluster on this machine. [default: as --jobs]
         matching: those of ``Matching`` in one
         storage: those of ``Storage`` in one
         merging: those of ``Merging`` in one
@@ -274,6 +287,8 @@ def unmerge(
     jobs: int | None = None,
     allow_pickle: bool = False,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
+    engine: str = 'threads',
+    workers: int | None = None,
     progress: ProgressCallback | None = None,
     undoing: Undoing | None = None,
     matching: Matching | None = None,
@@ -306,6 +321,10 @@ def unmerge(
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
+        engine: threads of this process, or dask: a cluster of --workers on this machine, or the one
+            that DASK_SCHEDULER_ADDRESS names; dask://HOST:PORT for another
+            (docs/tasks/machines.md).
+        workers: Processes of a Dask cluster on this machine. [default: as --jobs]
         undoing: those of ``Undoing`` in one
         matching: those of ``Matching`` in one
         writing: those of ``Writing`` in one
@@ -346,6 +365,8 @@ def rescale(
     jobs: int | None = None,
     allow_pickle: bool = False,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
+    engine: str = 'threads',
+    workers: int | None = None,
     progress: ProgressCallback | None = None,
     strength: Strength | None = None,
     ranks: Ranks | None = None,
@@ -398,6 +419,10 @@ def rescale(
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
+        engine: threads of this process, or dask: a cluster of --workers on this machine, or the one
+            that DASK_SCHEDULER_ADDRESS names; dask://HOST:PORT for another
+            (docs/tasks/machines.md).
+        workers: Processes of a Dask cluster on this machine. [default: as --jobs]
         strength: those of ``Strength`` in one
         ranks: those of ``Ranks`` in one
         adapter_form: those of ``AdapterForm`` in one
@@ -434,6 +459,8 @@ def combine(
     jobs: int | None = None,
     allow_pickle: bool = False,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
+    engine: str = 'threads',
+    workers: int | None = None,
     progress: ProgressCallback | None = None,
     combining: Combining | None = None,
     matching: Matching | None = None,
@@ -492,6 +519,10 @@ def combine(
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
+        engine: threads of this process, or dask: a cluster of --workers on this machine, or the one
+            that DASK_SCHEDULER_ADDRESS names; dask://HOST:PORT for another
+            (docs/tasks/machines.md).
+        workers: Processes of a Dask cluster on this machine. [default: as --jobs]
         combining: those of ``Combining`` in one
         matching: those of ``Matching`` in one
         ranks: those of ``Ranks`` in one
@@ -529,6 +560,8 @@ def convert(
     jobs: int | None = None,
     allow_pickle: bool = False,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
+    engine: str = 'threads',
+    workers: int | None = None,
     progress: ProgressCallback | None = None,
     formats: Formats | None = None,
     origin: Origin | None = None,
@@ -574,6 +607,10 @@ def convert(
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
+        engine: threads of this process, or dask: a cluster of --workers on this machine, or the one
+            that DASK_SCHEDULER_ADDRESS names; dask://HOST:PORT for another
+            (docs/tasks/machines.md).
+        workers: Processes of a Dask cluster on this machine. [default: as --jobs]
         formats: those of ``Formats`` in one
         origin: those of ``Origin`` in one
         adapter_form: those of ``AdapterForm`` in one
@@ -622,6 +659,8 @@ def quantize(
     jobs: int | None = None,
     allow_pickle: bool = False,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
+    engine: str = 'threads',
+    workers: int | None = None,
     progress: ProgressCallback | None = None,
     adding: Adding | None = None,
     matching: Matching | None = None,
@@ -696,6 +735,10 @@ def quantize(
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
+        engine: threads of this process, or dask: a cluster of --workers on this machine, or the one
+            that DASK_SCHEDULER_ADDRESS names; dask://HOST:PORT for another
+            (docs/tasks/machines.md).
+        workers: Processes of a Dask cluster on this machine. [default: as --jobs]
         adding: those of ``Adding`` in one
         matching: those of ``Matching`` in one
         tensors: those of ``Tensors`` in one
@@ -723,6 +766,8 @@ def dequantize(
     jobs: int | None = None,
     allow_pickle: bool = False,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
+    engine: str = 'threads',
+    workers: int | None = None,
     progress: ProgressCallback | None = None,
     storage: Storage | None = None,
     writing: Writing | None = None,
@@ -750,6 +795,10 @@ def dequantize(
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
+        engine: threads of this process, or dask: a cluster of --workers on this machine, or the one
+            that DASK_SCHEDULER_ADDRESS names; dask://HOST:PORT for another
+            (docs/tasks/machines.md).
+        workers: Processes of a Dask cluster on this machine. [default: as --jobs]
         storage: those of ``Storage`` in one
         writing: those of ``Writing`` in one
         running: those of ``Running`` in one

@@ -308,6 +308,7 @@ EXPORTED = [
     "Check",
     "CheckTotals",
     "CheckpointError",
+    "ClusterError",
     "CollectStatsTotals",
     "CombineTotals",
     "Combining",

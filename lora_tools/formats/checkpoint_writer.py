@@ -215,13 +215,16 @@ class CheckpointWriter:
             name in self._home and self._home[name].has(name, start, nbytes, digest)
             for name, start, nbytes, digest in taken.extents
         )
-        if there and taken.last.keys() <= self._home.keys():
-            for name, _, nbytes, _ in taken.extents:
-                self._home[name].credit(Written({name: nbytes}, {}))
-            for name, data in taken.last.items():
-                self.write_last(name, data)
-            return True
-        return False
+        if there := there and taken.last.keys() <= self._home.keys():
+            self.take(taken)
+        return there
+
+    def take(self, taken: Taken) -> None:
+        """Take what was written of these files elsewhere for done."""
+        for name, _, nbytes, _ in taken.extents:
+            self._home[name].credit(Written({name: nbytes}, {}))
+        for name, data in taken.last.items():
+            self.write_last(name, data)
 
     @property
     def nbytes(self) -> int:
