@@ -9,6 +9,7 @@ import torch
 from lora_tools.records import ProgressCallback
 from lora_tools.errors import AdapterError as AdapterError
 from lora_tools.errors import CheckpointError as CheckpointError
+from lora_tools.errors import ClusterError as ClusterError
 from lora_tools.errors import FileError as FileError
 from lora_tools.errors import LoraToolsError as LoraToolsError
 from lora_tools.errors import MismatchError as MismatchError
@@ -113,6 +114,8 @@ def extract(
     allow_pickle: bool = False,
     variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
+    engine: str = 'threads',
+    workers: int | None = None,
     progress: ProgressCallback | None = None,
     ranks: Ranks | None = None,
     search: Search | None = None,
@@ -186,6 +189,10 @@ def extract(
             none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
+        engine: threads of this process, or dask: a cluster of --workers on this machine, or the one
+            that DASK_SCHEDULER_ADDRESS names; dask://HOST:PORT for another
+            (docs/tasks/machines.md).
+        workers: Processes of a Dask cluster on this machine. [default: as --jobs]
         ranks: those of ``Ranks`` in one
         search: those of ``Search`` in one
         tensors: those of ``Tensors`` in one
@@ -219,6 +226,8 @@ def merge(
     allow_pickle: bool = False,
     variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
+    engine: str = 'threads',
+    workers: int | None = None,
     progress: ProgressCallback | None = None,
     matching: Matching | None = None,
     storage: Storage | None = None,
@@ -264,6 +273,10 @@ def merge(
             none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
+        engine: threads of this process, or dask: a cluster of --workers on this machine, or the one
+            that DASK_SCHEDULER_ADDRESS names; dask://HOST:PORT for another
+            (docs/tasks/machines.md).
+        workers: Processes of a Dask cluster on this machine. [default: as --jobs]
         matching: those of ``Matching`` in one
         storage: those of ``Storage`` in one
         merging: those of ``Merging`` in one
@@ -290,6 +303,8 @@ def unmerge(
     allow_pickle: bool = False,
     variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
+    engine: str = 'threads',
+    workers: int | None = None,
     progress: ProgressCallback | None = None,
     undoing: Undoing | None = None,
     matching: Matching | None = None,
@@ -325,6 +340,10 @@ def unmerge(
             none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
+        engine: threads of this process, or dask: a cluster of --workers on this machine, or the one
+            that DASK_SCHEDULER_ADDRESS names; dask://HOST:PORT for another
+            (docs/tasks/machines.md).
+        workers: Processes of a Dask cluster on this machine. [default: as --jobs]
         undoing: those of ``Undoing`` in one
         matching: those of ``Matching`` in one
         writing: those of ``Writing`` in one
@@ -367,6 +386,8 @@ def rescale(
     allow_pickle: bool = False,
     variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
+    engine: str = 'threads',
+    workers: int | None = None,
     progress: ProgressCallback | None = None,
     strength: Strength | None = None,
     ranks: Ranks | None = None,
@@ -423,6 +444,10 @@ def rescale(
             none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
+        engine: threads of this process, or dask: a cluster of --workers on this machine, or the one
+            that DASK_SCHEDULER_ADDRESS names; dask://HOST:PORT for another
+            (docs/tasks/machines.md).
+        workers: Processes of a Dask cluster on this machine. [default: as --jobs]
         strength: those of ``Strength`` in one
         ranks: those of ``Ranks`` in one
         adapter_form: those of ``AdapterForm`` in one
@@ -462,6 +487,8 @@ def combine(
     allow_pickle: bool = False,
     variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
+    engine: str = 'threads',
+    workers: int | None = None,
     progress: ProgressCallback | None = None,
     combining: Combining | None = None,
     matching: Matching | None = None,
@@ -527,6 +554,10 @@ def combine(
             none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
+        engine: threads of this process, or dask: a cluster of --workers on this machine, or the one
+            that DASK_SCHEDULER_ADDRESS names; dask://HOST:PORT for another
+            (docs/tasks/machines.md).
+        workers: Processes of a Dask cluster on this machine. [default: as --jobs]
         combining: those of ``Combining`` in one
         matching: those of ``Matching`` in one
         ranks: those of ``Ranks`` in one
@@ -566,6 +597,8 @@ def convert(
     allow_pickle: bool = False,
     variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
+    engine: str = 'threads',
+    workers: int | None = None,
     progress: ProgressCallback | None = None,
     formats: Formats | None = None,
     origin: Origin | None = None,
@@ -615,6 +648,10 @@ def convert(
             none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
+        engine: threads of this process, or dask: a cluster of --workers on this machine, or the one
+            that DASK_SCHEDULER_ADDRESS names; dask://HOST:PORT for another
+            (docs/tasks/machines.md).
+        workers: Processes of a Dask cluster on this machine. [default: as --jobs]
         formats: those of ``Formats`` in one
         origin: those of ``Origin`` in one
         adapter_form: those of ``AdapterForm`` in one
@@ -665,6 +702,8 @@ def quantize(
     allow_pickle: bool = False,
     variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
+    engine: str = 'threads',
+    workers: int | None = None,
     progress: ProgressCallback | None = None,
     adding: Adding | None = None,
     matching: Matching | None = None,
@@ -743,6 +782,10 @@ def quantize(
             none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
+        engine: threads of this process, or dask: a cluster of --workers on this machine, or the one
+            that DASK_SCHEDULER_ADDRESS names; dask://HOST:PORT for another
+            (docs/tasks/machines.md).
+        workers: Processes of a Dask cluster on this machine. [default: as --jobs]
         adding: those of ``Adding`` in one
         matching: those of ``Matching`` in one
         tensors: those of ``Tensors`` in one
@@ -772,6 +815,8 @@ def dequantize(
     allow_pickle: bool = False,
     variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
+    engine: str = 'threads',
+    workers: int | None = None,
     progress: ProgressCallback | None = None,
     storage: Storage | None = None,
     writing: Writing | None = None,
@@ -803,6 +848,10 @@ def dequantize(
             none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
+        engine: threads of this process, or dask: a cluster of --workers on this machine, or the one
+            that DASK_SCHEDULER_ADDRESS names; dask://HOST:PORT for another
+            (docs/tasks/machines.md).
+        workers: Processes of a Dask cluster on this machine. [default: as --jobs]
         storage: those of ``Storage`` in one
         writing: those of ``Writing`` in one
         running: those of ``Running`` in one

@@ -321,6 +321,7 @@ EXPORTED = [
     "Check",
     "CheckTotals",
     "CheckpointError",
+    "ClusterError",
     "CollectStatsTotals",
     "CombineTotals",
     "Combining",

@@ -232,20 +232,22 @@ class CheckpointWriter:
     def confirm(self, taken: Taken) -> bool:
         """Whether all of it is there, byte for byte, as an earlier run has left it: then it is
         taken for done."""
-        if not all(self._has(*extent) for extent in taken.extents):
-            return False
-        if not taken.last.keys() <= self._home.keys():
-            return False
-        for name, _, nbytes, _ in taken.extents:  # a tensor may have several
-            self.credit(Written({name: nbytes}, {}))
-        self.credit(Written({}, taken.last))
-        return True
+        there = all(self._has(*extent) for extent in taken.extents)
+        if there := there and taken.last.keys() <= self._home.keys():
+            self.take(taken)
+        return there
 
     def _has(self, name: str, start: int, nbytes: int, digest: bytes) -> bool:
         if name not in self._home:
             return False
         writer, prefix = self._home[name]
         return writer.has(name[prefix:], start, nbytes, digest)
+
+    def take(self, taken: Taken) -> None:
+        """Take what was written of these files elsewhere for done."""
+        for name, _, nbytes, _ in taken.extents:  # a tensor may have several
+            self.credit(Written({name: nbytes}, {}))
+        self.credit(Written({}, taken.last))
 
     @property
     def nbytes(self) -> int:

@@ -11,12 +11,13 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lora_tools.engine import memo
+from lora_tools.engine.threads import elsewhere
 from lora_tools.errors import QualityGateError, UsageError, errors_of_the_tree
 from lora_tools.formats import digest as hashing
 from lora_tools.formats import model_card, variants
@@ -37,6 +38,9 @@ from lora_tools.verbs.card import card_of
 from lora_tools.verbs.paths import Paths
 from lora_tools.verbs.report_file import check_report_file, write_report
 from lora_tools.verbs.row import Verb
+
+if TYPE_CHECKING:
+    from lora_tools.engine.dask import Cluster
 
 # What the types of keywords are written by.
 _NAMES = {
@@ -232,6 +236,27 @@ def _versions(call: Call) -> tuple[str, ...]:
     return tool_version(), metadata.version("torch"), call.running.digest
 
 
+@contextlib.contextmanager
+def _engine(running: Running) -> Iterator[Cluster | None]:
+    """The cluster that does the work within; None where that is done here."""
+    if running.engine == "threads":
+        if running.workers is not None:
+            raise UsageError(f"--workers {running.workers}: goes with --engine dask; see --jobs")
+        yield None
+        return
+    from lora_tools.engine import remote
+    from lora_tools.engine.dask import cluster
+
+    versions = tool_version(), metadata.version("torch")
+    setting = remote.Setting(hashing.used, hashing.using)
+    with cluster(running.engine, running.workers, versions, setting) as found:
+        token = elsewhere.set(found)
+        try:
+            yield found
+        finally:
+            elsewhere.reset(token)
+
+
 def _write(
     row: Verb, asked: Mapping[str, Any], prepared: Prepared, call: Call, nbytes: int
 ) -> Report[Any]:
@@ -244,10 +269,13 @@ def _write(
     resume = way == "resume"
     check_space(out, nbytes, reusable(made[0]) if resume else 0)
     with (
+        _engine(call.running) as engine,
         staged(made[0], force=force, resume=resume) as staging,
         contextlib.closing(Ledger(staging)) as ledger,
         memo.using(account := memo.Account(ledger, _versions(call))),
     ):
+        if engine is not None:
+            engine.check_sees([*prepared.inputs, staging])
         report = write_whole(prepared, staging / "out")
         if (staging / "out").is_dir():
             _put_card(row, asked, prepared, report, staging / "out")
