@@ -411,9 +411,8 @@ VERBS = {
             """Run MODEL over TEXT and write the second moment of each layer's input to --out, for
             extract --activations.
 
-            MODEL is a folder that transformers loads, with its tokenizer; TEXT is a UTF-8 file such
-            as the model will be used on. Needs loratools[stats] and memory for the whole model in
-            float32.""",
+            MODEL is a folder that transformers loads, with its tokenizer; TEXT is UTF-8, such as the
+            model will see. Needs loratools[stats] and memory for the whole model in float32.""",
             "loratools collect-stats org/base sample.txt -o stats.safetensors",
             "kind max_tokens length dry_run",
         ),

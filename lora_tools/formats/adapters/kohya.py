@@ -169,6 +169,11 @@ class KohyaWriter(Keyed):
         return result
 
 
+def name_of(place: Place) -> str:
+    """What a module of a diffusion model is called."""
+    return flat_name(place.module, place)
+
+
 FORMAT = Format(
     "kohya",
     "kohya (sd-scripts)",
@@ -180,7 +185,7 @@ FORMAT = Format(
     input_dora=True,
     by_component=True,
     names="kohya",
-    called=lambda place: flat_name(place.module, place),
+    called=name_of,
     knows=knows,
     read=read,
     writer=KohyaWriter,
