@@ -411,7 +411,7 @@ VERBS = {
             """Run MODEL over TEXT and write the second moment of each layer's input to --out, for
             extract --activations.
 
-            MODEL is a folder that transformers loads, with its tokenizer; TEXT is UTF-8, such as the
+            MODEL is a folder that transformers loads, with its tokenizer; TEXT is UTF-8, as the
             model will see. Needs loratools[stats] and memory for the whole model in float32.""",
             "loratools collect-stats org/base sample.txt -o stats.safetensors",
             "kind max_tokens length dry_run",
