@@ -260,3 +260,11 @@ def test_what_says_no_size_is_read_up_to_the_bound(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="at most 3 are read"):
         read_file(Path("/proc/self/status"), most=3)
     assert regular_files.MOST >= 100_000_000  # an index of a million tensors
+
+
+def test_no_more_memory_is_taken_than_a_small_file_holds(tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    assert read_file(tmp_path / "empty", most=1 << 60) == b""
+    data = os.urandom((1 << 24) + 5)  # more than is read at a time
+    (tmp_path / "some").write_bytes(data)
+    assert read_file(tmp_path / "some", most=1 << 60) == data
