@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import pickle
 import signal
@@ -22,6 +23,7 @@ from lora_tools import ClusterError, NonFiniteError, UsageError
 from lora_tools.cli import run
 from lora_tools.engine import dask as engine
 from lora_tools.engine import memo, remote
+from lora_tools.engine.buffers import Buffers
 from lora_tools.formats import digest, ledger, output
 
 from . import iotools
@@ -238,3 +240,22 @@ def test_what_a_worker_does_here() -> None:
     done = pickle.loads(remote.do(shared, pickle.dumps(Call(divmod, (7,), "seven"))))
     assert isinstance(done, memo.Done)
     assert done.result == (3, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Asking:
+    """A task whose result is what the first of its run has found."""
+
+    label = "asking"
+    nbytes = 1
+
+    def run(self, sources: float, _: None, buffers: Buffers) -> float:
+        return buffers.once("found", lambda: sources)
+
+
+def test_what_one_run_found_is_not_another_runs() -> None:
+    """A worker of a cluster that stays serves one command after the other."""
+    for number in (1.0, 2.0):
+        shared = remote.pack(number, None, SETTING)
+        done: memo.Done = pickle.loads(remote.do(shared, pickle.dumps(Asking())))
+        assert done.result == number

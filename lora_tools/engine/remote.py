@@ -37,13 +37,13 @@ class Setting:
 
 
 _lock = threading.Lock()  # of two threads that open the same files one waits for the other
-_buffers = Buffers()
 
 
 @functools.lru_cache(maxsize=2)
-def _opened(shared: bytes) -> tuple[Any, Any, Any]:
-    found: tuple[Any, Any, Any] = pickle.loads(shared)
-    return found
+def _opened(shared: bytes) -> tuple[Any, Any, Any, Buffers]:
+    """What the tasks of a run share, and the work space of this process for that run."""
+    sources, sink, setting = pickle.loads(shared)
+    return sources, sink, setting, Buffers()
 
 
 def do(shared: bytes, task: bytes) -> bytes:
@@ -51,9 +51,9 @@ def do(shared: bytes, task: bytes) -> bytes:
     work = pickle.loads(task)
     with named(work.label):
         with _lock:
-            sources, sink, setting = _opened(shared)
+            sources, sink, setting, buffers = _opened(shared)
         with one_torch_thread_here(), setting():
-            return pickle.dumps(memo.do(work, sources, sink, _buffers))
+            return pickle.dumps(memo.do(work, sources, sink, buffers))
 
 
 def pack(sources: Any, sink: Any, setting: Setting) -> bytes:
