@@ -72,6 +72,7 @@ ROOMS = (
     "totals",
     "notebook",
     "printable",
+    "within",
 )
 # Rooms that see less than all that lies below them.
 ONLY = {
@@ -81,9 +82,9 @@ ONLY = {
     "cli": {"verbs", "options", "interruption", "errors", "records", "printable", "sentences"},
     "nn": {"sources", "options", "formats", "linalg", "errors", "records"},
     "options": {"onnx", "formats", "linalg", "errors", "records"},
-    "engine": {"errors", "records"},
+    "engine": {"errors", "records", "within"},
     "provenance": {"formats", "errors", "records"},
-    "formats": {"interruption", "errors", "records"},
+    "formats": {"interruption", "errors", "records", "within"},
     "linalg": {"errors", "records"},
     "calibration": {"pretrained", "errors", "records", "totals"},
     "pretrained": {"formats", "errors", "records"},

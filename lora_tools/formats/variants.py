@@ -5,11 +5,13 @@ Which one is wanted is said once for a call, by ``using``.
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+
+from lora_tools.within import holding
 
 # ``model.fp16.safetensors``, ``model.fp16-00001-of-00002.safetensors``, and as diffusers had it
 # before 0.19 ``model-00001-of-00002.fp16.safetensors``; ``model.safetensors.index.fp16.json``.
@@ -24,14 +26,9 @@ _OF_PARTS = re.compile(r"\.metadata|model_world_size_.+\.pt|pytorch_model_fsdp.*
 _wanted: contextvars.ContextVar[str | None] = contextvars.ContextVar("variant", default=None)
 
 
-@contextlib.contextmanager
-def using(variant: str | None) -> Iterator[None]:
+def using(variant: str | None) -> AbstractContextManager[None]:
     """Weight files of that variant within, where there are any."""
-    token = _wanted.set(variant)
-    try:
-        yield
-    finally:
-        _wanted.reset(token)
+    return holding(_wanted, variant)
 
 
 def wanted() -> str | None:

@@ -38,6 +38,7 @@ from lora_tools.verbs.card import card_of
 from lora_tools.verbs.paths import Paths
 from lora_tools.verbs.report_file import check_report_file, write_report
 from lora_tools.verbs.row import Verb
+from lora_tools.within import holding
 
 if TYPE_CHECKING:
     from lora_tools.engine.dask import Cluster
@@ -231,9 +232,9 @@ def way_of(writing: Writing) -> Way:
     return "resume" if writing.resume else "clean" if writing.clean else "refuse"
 
 
-def _versions(call: Call) -> tuple[str, ...]:
-    """Whatever else than a task, its sources and its sink decides what comes of it."""
-    return tool_version(), metadata.version("torch"), call.running.digest
+def _versions() -> tuple[str, str]:
+    """Of what does the work: loratools and torch."""
+    return tool_version(), metadata.version("torch")
 
 
 @contextlib.contextmanager
@@ -247,14 +248,12 @@ def _engine(running: Running) -> Iterator[Cluster | None]:
     from lora_tools.engine import remote
     from lora_tools.engine.dask import cluster
 
-    versions = tool_version(), metadata.version("torch")
     setting = remote.Setting(hashing.used, hashing.using)
-    with cluster(running.engine, running.workers, versions, setting) as found:
-        token = elsewhere.set(found)
-        try:
-            yield found
-        finally:
-            elsewhere.reset(token)
+    with (
+        cluster(running.engine, running.workers, _versions(), setting) as found,
+        holding(elsewhere, found),
+    ):
+        yield found
 
 
 def _write(
@@ -272,7 +271,7 @@ def _write(
         _engine(call.running) as engine,
         staged(made[0], force=force, resume=resume) as staging,
         contextlib.closing(Ledger(staging)) as ledger,
-        memo.using(account := memo.Account(ledger, _versions(call))),
+        memo.using(account := memo.Account(ledger, (*_versions(), call.running.digest))),
     ):
         if engine is not None:
             engine.check_sees([*prepared.inputs, staging])
