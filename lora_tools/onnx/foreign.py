@@ -40,6 +40,19 @@ def run_by(model: torch.nn.Module, doing: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def failing_as(what: str) -> Iterator[None]:
+    """The same of code that runs before there is a model: an error that says ``what``, and in
+    brackets the cause. Raises CheckpointError."""
+    try:
+        yield
+    except (LoraToolsError, MemoryError):
+        raise
+    except Exception as error:  # whatever a model's own code raises
+        text = " ".join(str(error).split())
+        raise CheckpointError(f"{what} ({text:.300})") from None
+
+
+@contextlib.contextmanager
 def silence() -> Iterator[None]:
     """torch and transformers warn of their own code and of packages that are not needed, and print
     the whole graph where it fails."""

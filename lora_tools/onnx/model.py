@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_tools.errors import CheckpointError, LoraToolsError
+from lora_tools.errors import CheckpointError
+from lora_tools.onnx.foreign import failing_as
 from lora_tools.onnx.sentence_modules import attach
 from lora_tools.onnx.tasks import IMAGE, Task
 from lora_tools.pretrained import config_of, model_of, weightless_of
@@ -41,16 +42,9 @@ def read_config(folder: Path, trust_remote_code: bool) -> Any:
     """transformers' config object. Raises CheckpointError."""
     import transformers
 
-    try:
+    reader = f"transformers {transformers.__version__}"
+    with failing_as(f"{folder}: {reader} cannot read its config.json"):
         return config_of(folder, trust_remote_code)
-    except (LoraToolsError, MemoryError):
-        raise
-    except Exception as error:  # whatever the class of its config raises
-        text = " ".join(str(error).split())
-        raise CheckpointError(
-            f"{folder}: transformers {transformers.__version__} cannot read its config.json "
-            f"({text:.300})"
-        ) from None
 
 
 def attention(config: Any) -> str | None:
@@ -73,16 +67,11 @@ def weightless(folder: Path, task: Task, trust_remote_code: bool = False) -> nn.
     options: dict[str, Any] = {"dtype": torch.float32}
     if attention(config):
         options["attn_implementation"] = attention(config)
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = weightless_of(kind, config, trust_remote_code, **options)
-    except (LoraToolsError, MemoryError):
-        raise
-    except Exception as error:  # whatever the model's own code raises
-        text = " ".join(str(error).split())
-        raise CheckpointError(
-            f"{folder}: transformers cannot make a {task.name} model of it ({text:.300})"
-        ) from None
+    with (
+        failing_as(f"{folder}: transformers cannot make a {task.name} model of it"),
+        init_empty_weights(include_buffers=False),
+    ):
+        model = weightless_of(kind, config, trust_remote_code, **options)
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("batched_mm")  # the others loop over what they route
     _refuse_inputs(model, task)
@@ -115,13 +104,8 @@ def loaded(folder: Path, task: Task, trust_remote_code: bool = False) -> Any:
     if attention(config):
         options["attn_implementation"] = attention(config)
     options["dtype"] = torch.float32
-    try:
+    with failing_as(f"{folder}: transformers does not load it"):
         model = model_of(class_of(task, config), folder, config, trust_remote_code, **options)
-    except (LoraToolsError, MemoryError):
-        raise
-    except Exception as error:  # whatever the model's own code raises
-        text = " ".join(str(error).split())
-        raise CheckpointError(f"{folder}: transformers does not load it ({text:.300})") from None
     attach(model, task, weights=True)
     return model.eval()
 
