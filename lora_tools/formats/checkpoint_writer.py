@@ -17,7 +17,7 @@ from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.digest import PROVENANCE
 from lora_tools.formats.recorded import Recording, Taken
 from lora_tools.formats.regular_files import read_file
-from lora_tools.formats.safetensors_file import SafetensorsWriter, Written, encode_header
+from lora_tools.formats.safetensors_writer import SafetensorsWriter, Written, encode_header
 from lora_tools.formats.shards import INDEX_SUFFIX, is_plain_name
 from lora_tools.formats.synced import copy_synced, write_synced
 from lora_tools.formats.variants import plain, safetensors_name
