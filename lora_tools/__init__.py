@@ -21,6 +21,7 @@ _HOMES = {
     "errors": (
         "AdapterError",
         "CheckpointError",
+        "ClusterError",
         "FileError",
         "LoraToolsError",
         "MismatchError",

@@ -9,6 +9,7 @@ import torch
 from lora_tools.records import ProgressCallback
 from lora_tools.errors import AdapterError as AdapterError
 from lora_tools.errors import CheckpointError as CheckpointError
+from lora_tools.errors import ClusterError as ClusterError
 from lora_tools.errors import FileError as FileError
 from lora_tools.errors import LoraToolsError as LoraToolsError
 from lora_tools.errors import MismatchError as MismatchError
@@ -111,7 +112,10 @@ def extract(
     clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
+    engine: str = 'threads',
+    workers: int | None = None,
     progress: ProgressCallback | None = None,
     ranks: Ranks | None = None,
     search: Search | None = None,
@@ -180,8 +184,15 @@ def extract(
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
+        engine: threads of this process, or dask: a cluster of --workers on this machine, or the one
+            that DASK_SCHEDULER_ADDRESS names; dask://HOST:PORT for another
+            (docs/tasks/machines.md).
+        workers: Processes of a Dask cluster on this machine. [default: as --jobs]
         ranks: those of ``Ranks`` in one
         search: those of ``Search`` in one
         tensors: those of ``Tensors`` in one
@@ -213,7 +224,10 @@ def merge(
     clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
+    engine: str = 'threads',
+    workers: int | None = None,
     progress: ProgressCallback | None = None,
     matching: Matching | None = None,
     storage: Storage | None = None,
@@ -228,7 +242,7 @@ def merge(
     kept.
 
     Args:
-        base: a checkpoint folder, a safetensors file or a hub id.
+        base: a checkpoint folder, a diffusers pipeline's folder, a safetensors file or a hub id.
         adapters: of any format that is read: ``path``, ``"path=weight"`` or ``(path, weight)``;
             none is enough where ``dtype`` is given.
         dtype: bfloat16, float16, float32 or float64. [default: each tensor keeps its own]
@@ -254,8 +268,15 @@ def merge(
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
+        engine: threads of this process, or dask: a cluster of --workers on this machine, or the one
+            that DASK_SCHEDULER_ADDRESS names; dask://HOST:PORT for another
+            (docs/tasks/machines.md).
+        workers: Processes of a Dask cluster on this machine. [default: as --jobs]
         matching: those of ``Matching`` in one
         storage: those of ``Storage`` in one
         merging: those of ``Merging`` in one
@@ -280,7 +301,10 @@ def unmerge(
     clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
+    engine: str = 'threads',
+    workers: int | None = None,
     progress: ProgressCallback | None = None,
     undoing: Undoing | None = None,
     matching: Matching | None = None,
@@ -311,8 +335,15 @@ def unmerge(
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
+        engine: threads of this process, or dask: a cluster of --workers on this machine, or the one
+            that DASK_SCHEDULER_ADDRESS names; dask://HOST:PORT for another
+            (docs/tasks/machines.md).
+        workers: Processes of a Dask cluster on this machine. [default: as --jobs]
         undoing: those of ``Undoing`` in one
         matching: those of ``Matching`` in one
         writing: those of ``Writing`` in one
@@ -353,7 +384,10 @@ def rescale(
     clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
+    engine: str = 'threads',
+    workers: int | None = None,
     progress: ProgressCallback | None = None,
     strength: Strength | None = None,
     ranks: Ranks | None = None,
@@ -405,8 +439,15 @@ def rescale(
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
+        engine: threads of this process, or dask: a cluster of --workers on this machine, or the one
+            that DASK_SCHEDULER_ADDRESS names; dask://HOST:PORT for another
+            (docs/tasks/machines.md).
+        workers: Processes of a Dask cluster on this machine. [default: as --jobs]
         strength: those of ``Strength`` in one
         ranks: those of ``Ranks`` in one
         adapter_form: those of ``AdapterForm`` in one
@@ -444,7 +485,10 @@ def combine(
     clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
+    engine: str = 'threads',
+    workers: int | None = None,
     progress: ProgressCallback | None = None,
     combining: Combining | None = None,
     matching: Matching | None = None,
@@ -505,8 +549,15 @@ def combine(
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
+        engine: threads of this process, or dask: a cluster of --workers on this machine, or the one
+            that DASK_SCHEDULER_ADDRESS names; dask://HOST:PORT for another
+            (docs/tasks/machines.md).
+        workers: Processes of a Dask cluster on this machine. [default: as --jobs]
         combining: those of ``Combining`` in one
         matching: those of ``Matching`` in one
         ranks: those of ``Ranks`` in one
@@ -544,7 +595,10 @@ def convert(
     clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
+    engine: str = 'threads',
+    workers: int | None = None,
     progress: ProgressCallback | None = None,
     formats: Formats | None = None,
     origin: Origin | None = None,
@@ -589,8 +643,15 @@ def convert(
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
+        engine: threads of this process, or dask: a cluster of --workers on this machine, or the one
+            that DASK_SCHEDULER_ADDRESS names; dask://HOST:PORT for another
+            (docs/tasks/machines.md).
+        workers: Processes of a Dask cluster on this machine. [default: as --jobs]
         formats: those of ``Formats`` in one
         origin: those of ``Origin`` in one
         adapter_form: those of ``AdapterForm`` in one
@@ -639,7 +700,10 @@ def quantize(
     clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
+    engine: str = 'threads',
+    workers: int | None = None,
     progress: ProgressCallback | None = None,
     adding: Adding | None = None,
     matching: Matching | None = None,
@@ -713,8 +777,15 @@ def quantize(
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
+        engine: threads of this process, or dask: a cluster of --workers on this machine, or the one
+            that DASK_SCHEDULER_ADDRESS names; dask://HOST:PORT for another
+            (docs/tasks/machines.md).
+        workers: Processes of a Dask cluster on this machine. [default: as --jobs]
         adding: those of ``Adding`` in one
         matching: those of ``Matching`` in one
         tensors: those of ``Tensors`` in one
@@ -742,7 +813,10 @@ def dequantize(
     clean: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
+    engine: str = 'threads',
+    workers: int | None = None,
     progress: ProgressCallback | None = None,
     storage: Storage | None = None,
     writing: Writing | None = None,
@@ -769,8 +843,15 @@ def dequantize(
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
+        engine: threads of this process, or dask: a cluster of --workers on this machine, or the one
+            that DASK_SCHEDULER_ADDRESS names; dask://HOST:PORT for another
+            (docs/tasks/machines.md).
+        workers: Processes of a Dask cluster on this machine. [default: as --jobs]
         storage: those of ``Storage`` in one
         writing: those of ``Writing`` in one
         running: those of ``Running`` in one
@@ -796,7 +877,8 @@ def export(
     activations: str | Path | None = None,
     eval_text: str | Path | None = None,
     graph: str | Path | None = None,
-    opset: int = 20,
+    no_fuse: bool = False,
+    opset: int | None = None,
     atol: float = 1e-05,
     rtol: float = 0.0003,
     no_verify: bool = False,
@@ -809,6 +891,7 @@ def export(
     no_card: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
     progress: ProgressCallback | None = None,
     adding: Adding | None = None,
@@ -848,7 +931,9 @@ def export(
         eval_text: Measure a decoder's perplexity on this text, and its divergence from the weights
             before they were quantized.
         graph: Use this graph, exported from another checkpoint of the same architecture, again.
-        opset: ONNX's opset.
+        no_fuse: A decoder as torch traces it, and not with attention, rotary embeddings and norms
+            as one operator each.
+        opset: ONNX's opset. [default: 23 where a decoder is fused, which needs it; else 20]
         atol: Outputs may differ from torch's by this much
         rtol: plus this share of their largest element; else the exit code is 3.
         no_verify: Do not run the graph.
@@ -864,6 +949,9 @@ def export(
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         adding: those of ``Adding`` in one
@@ -886,6 +974,7 @@ def inspect(
     plot: str | Path | None = None,
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
     progress: ProgressCallback | None = None,
     view: View | None = None,
@@ -902,6 +991,9 @@ def inspect(
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         view: those of ``View`` in one
@@ -924,6 +1016,7 @@ def diff(
     device: str = 'cpu',
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
     progress: ProgressCallback | None = None,
     tensors: Tensors | None = None,
@@ -948,6 +1041,9 @@ def diff(
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         tensors: those of ``Tensors`` in one
@@ -975,6 +1071,7 @@ def verify(
     trust_remote_code: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
     progress: ProgressCallback | None = None,
     comparison: Comparison | None = None,
@@ -1006,6 +1103,9 @@ def verify(
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         comparison: those of ``Comparison`` in one
@@ -1071,6 +1171,7 @@ def collect_stats(
     dry_run: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
+    variant: str | None = None,
     digest: Literal['xxh3', 'sha256'] = 'xxh3',
     progress: ProgressCallback | None = None,
     sampling: Sampling | None = None,
@@ -1098,6 +1199,9 @@ def collect_stats(
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
+            weight files of this variant, such as fp16. What is made of them is called as files of
+            none.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         sampling: those of ``Sampling`` in one

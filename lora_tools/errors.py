@@ -12,6 +12,7 @@
     ├── MismatchError                                two inputs do not belong together
     ├── NonFiniteError                               an inf or a NaN, in or out
     ├── OutputError (OSError)                        the destination cannot be written
+    ├── ClusterError                                 a cluster is not there, or its workers die
     ├── FileError (OSError)                          the system refuses a file, or runs out of them
     └── QualityGateError               exit code 3   compared, and found different
 """
@@ -85,6 +86,10 @@ class NonFiniteError(LoraToolsError):
 
 class OutputError(LoraToolsError, OSError):
     """The destination exists, is the input itself, or has no room."""
+
+
+class ClusterError(LoraToolsError):
+    """The cluster that was to do the work is not there, not fit for it, or lost."""
 
 
 def reason(error: OSError) -> str:

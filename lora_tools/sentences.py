@@ -25,10 +25,11 @@ def recommendation(report: Report[Any]) -> Iterator[str]:
         return
     more = f", {deep} need more than 64" if deep else ""
     base, tuned = (shlex.quote(each.path) for each in report.inputs)
+    to = " --to diffusers" if report.totals.get("models") else ""  # PEFT's is for one
     yield (
         f"recommended: rank {known[-1]} ({counted(len(ranks), 'module')}: median "
         f"{known[len(known) // 2]}{more}): "
-        f"loratools extract {base} {tuned} -o ADAPTER --rank {known[-1]}"
+        f"loratools extract {base} {tuned} -o ADAPTER --rank {known[-1]}{to}"
     )
 
 
@@ -110,7 +111,9 @@ def _merged(t: Mapping[str, Any]) -> Iterator[str]:
 def _exported(t: Mapping[str, Any]) -> Iterator[str]:
     """Of an ONNX model."""
     if "graph_nodes" in t:
-        yield f"graph: {t['graph_nodes']} nodes, {size(t['graph_bytes'])}"
+        kinds = [f"{n} {kind.replace('_', ' ')}" for kind, n in t.get("fused", {}).items()]
+        fused = f"; fused: {', '.join(kinds)}" if kinds else ""
+        yield f"graph: {t['graph_nodes']} nodes, {size(t['graph_bytes'])}{fused}"
     if "verified" in t:
         yield _difference(t)
     yield from _lost(t)

@@ -184,6 +184,7 @@ class ExportTotals(FourBitTotals, OutputsTotals, LossTotals, total=False):
     output_digest: str
     graph_bytes: int
     graph_nodes: int
+    fused: dict[str, int]
     output_error: float
     output_error_unfed: float
     tensors_fed: int
@@ -243,6 +244,7 @@ class DiffTotals(LeftOutTotals, total=False):
     changed: int
     unchanged: int
     one_sided: int
+    models: list[str]
 
 
 class VerifyTotals(

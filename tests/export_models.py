@@ -164,6 +164,84 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
 }
 
 
+def _gpt_neox() -> Any:
+    config = hf.GPTNeoXConfig(
+        **_ENCODER | {"num_hidden_layers": 1}, rotary_pct=0.5, bos_token_id=1, eos_token_id=2
+    )
+    return hf.GPTNeoXForCausalLM(config)
+
+
+def _falcon() -> Any:
+    config = hf.FalconConfig(
+        vocab_size=96,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        multi_query=True,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return hf.FalconForCausalLM(config)
+
+
+def _deepseek() -> Any:
+    config = hf.DeepseekV3Config(
+        **_ENCODER | {"num_hidden_layers": 1, "num_key_value_heads": 4},
+        kv_lora_rank=8,
+        q_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=8,
+        v_head_dim=6,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        moe_intermediate_size=16,
+        first_k_dense_replace=0,
+    )
+    return hf.DeepseekV3ForCausalLM(config)
+
+
+def _gpt_oss() -> Any:
+    config = hf.GptOssConfig(
+        **_SHALLOW,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return hf.GptOssForCausalLM(config)
+
+
+# Decoders whose attention is of a kind of its own: what of it is fused is right.
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "Gemma-2, softcap": lambda: hf.Gemma2ForCausalLM(
+        hf.Gemma2Config(
+            **_SHALLOW,
+            sliding_window=8,
+            query_pre_attn_scalar=8,
+            attn_logit_softcapping=5.0,
+            final_logit_softcapping=3.0,
+        )
+    ),
+    "Phi, partial rotary": lambda: hf.PhiForCausalLM(
+        hf.PhiConfig(
+            **_ENCODER | {"num_hidden_layers": 1, "num_key_value_heads": 2},
+            partial_rotary_factor=0.5,
+        )
+    ),
+    "GPT-NeoX": _gpt_neox,
+    "Falcon, one key": _falcon,
+    "gpt-oss, sinks": _gpt_oss,
+    "DeepSeek-V3": _deepseek,
+    "Bloom": lambda: hf.BloomForCausalLM(
+        hf.BloomConfig(vocab_size=96, hidden_size=32, n_layer=1, n_head=4)
+    ),
+}
+
+
 # Whose layers repeat in ways of their own: two by two, with constants of each layer's, and with an
 # output that is the graph's.
 REPEATING: dict[str, Callable[[], Any]] = {
@@ -171,6 +249,9 @@ REPEATING: dict[str, Callable[[], Any]] = {
     "DeBERTa-v2 of five layers": lambda: _deberta(5),
     "BERT": ARCHITECTURES["BERT"],
 }
+
+
+ALL = ARCHITECTURES | REPEATING | FAMILIES
 
 
 def one_layer(family: str, folder: Path, **fields: Any) -> Path:
@@ -185,6 +266,6 @@ def one_layer(family: str, folder: Path, **fields: Any) -> Path:
 def make(name: str, folder: Path, seed: int = 0) -> Path:
     """The model of that architecture, every parameter random, saved to a folder."""
     torch.manual_seed(seed)
-    model = (ARCHITECTURES | REPEATING)[name]()
+    model = ALL[name]()
     perturb(model, 0.1, seed)
     return save(model.eval(), folder)

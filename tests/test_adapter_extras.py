@@ -281,8 +281,18 @@ def test_dora_over_the_inputs(case: str, tmp_path: Path) -> None:
         lora_tools.merge(base, [tmp_path / "p"], tmp_path / "n")
         found = models.tensors(tmp_path / "n")["net.linear.weight"]
         torch.testing.assert_close(found, wanted["net.linear.weight"], rtol=1e-3, atol=1e-4)
-        with pytest.raises(lora_tools.LoraToolsError, match="make it a LoRA of PEFT first"):
-            lora_tools.convert(given, tmp_path / "k", to="kohya", base=base, rank=4)
+        for to in ("diffusers", "lycoris"):  # whose create_lycoris_from_weights fails on it
+            with pytest.raises(lora_tools.LoraToolsError, match="make it a LoRA of PEFT first"):
+                lora_tools.convert(given, tmp_path / "k", to=to, base=base, rank=4)
+    for to in ("kohya", "comfyui"):
+        lora_tools.convert(given, tmp_path / to, to=to, base=base)
+        scales = [x for k, x in load_file(tmp_path / to).items() if k.endswith("dora_scale")]
+        assert {x.shape[0] for x in scales} == {1}
+        lora_tools.merge(base, [tmp_path / to], tmp_path / f"m-{to}")
+        models.assert_same(
+            models.tensors(tmp_path / f"m-{to}"), models.tensors(tmp_path / "m"), 1e-6
+        )
+    if case == "locon":
         with pytest.raises(UnsupportedAdapter, match="DoRA over the inputs"):
             lora_tools.rescale(given, tmp_path / "k", scale=2.0, base=base)
 

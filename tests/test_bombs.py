@@ -243,6 +243,7 @@ def test_the_bounds_are_those_that_are_documented() -> None:
     page = (Path(__file__).parents[1] / "docs/untrusted.md").read_text()
     for text in (
         f"{regular_files.MOST // 10**6} MB; JSON of {json_file._MOST_NESTED:,} lists",
+        f"whole numbers of {json_file._MOST_DIGITS} digits",
         f"{MAX_NAME:,} characters",
         f"{parse._MOST_TEXT >> 30} GiB",
         f"{regular_files.MOST_OF_GRAPH + 1 >> 30} GiB (protobuf's)",

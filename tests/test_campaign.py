@@ -20,14 +20,14 @@ import zstandard
 from safetensors.torch import load_file, save_file
 
 import lora_tools
-from lora_tools.errors import CheckpointError, LoraToolsError
+from lora_tools.errors import AdapterError, CheckpointError, LoraToolsError
 from lora_tools.formats.inert_pickle import read_pickle
 from lora_tools.formats.json_file import parse
 from lora_tools.formats.sidecar import NAME
 from lora_tools.onnx.initializers import load
 from lora_tools.sources.checkpoints import open_checkpoint
 
-from .campaign import moments, sound
+from .campaign import bombs, moments, sound
 from .campaign.damage import joined, signed, split
 from .campaign.doors import DOORS, Use
 from .campaign.fuzz import DONE, REFUSED, WRONG, Bench
@@ -98,6 +98,17 @@ def test_a_block_size_that_is_no_whole_number_is_refused(tmp_path: Path) -> None
     assert not place.meet(place.whole.replace(b'"blocksize": 64', b'"blocksize": 64.0'))
 
 
+BOMBS = list(bombs.bombs())
+
+
+@pytest.mark.parametrize(
+    "number", [pytest.param(i, marks=pytest.mark.sweep(20)) for i in range(len(BOMBS))]
+)
+def test_a_bomb_is_refused(number: int, whole: Path, tmp_path: Path) -> None:
+    assert len(BOMBS) >= 40
+    assert bombs.meet(BOMBS[number], whole, tmp_path / "here") == []
+
+
 def test_other_content_is_seen(bench: Bench) -> None:
     """A check that cannot fail would say nothing."""
 
@@ -129,6 +140,31 @@ def test_json_that_is_not_unicode_is_none(text: str) -> None:
         parse(text)
     assert parse('"\\ud83d\\ude00"') == "😀"
     assert parse(b'{"a": "\\\\ud800"}') == {"a": "\\ud800"}  # a backslash and letters
+
+
+def test_a_whole_number_that_no_float_holds_is_refused(whole: Path, tmp_path: Path) -> None:
+    assert parse(f'["{"1" * 400}", {10**299}, 1e400]') == ["1" * 400, 10**299, float("inf")]
+    shutil.copytree(whole / "mlx", tmp_path / "a")
+    path = tmp_path / "a/adapter_config.json"
+    given = json.loads(path.read_text())
+    given["lora_parameters"]["scale"] = 10**400
+    path.write_text(json.dumps(given))
+    with pytest.raises(
+        AdapterError, match=r"config\.json: not JSON \(a whole number of 401 digits"
+    ):
+        lora_tools.inspect(tmp_path / "a")
+
+
+@pytest.mark.parametrize("said", ["[" * 10**5, f'[{{"digest": "x", "weight": {10**400}}}]'])
+def test_a_sidecar_whose_adapters_are_no_list_of_them_is_damaged(
+    said: str, whole: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(whole / "merged", tmp_path / "m")
+    header, body = split((tmp_path / "m" / NAME).read_bytes())
+    header["__metadata__"]["adapters"] = said
+    (tmp_path / "m" / NAME).write_bytes(joined(header, body))
+    with pytest.raises(CheckpointError, match="the sidecar is damaged"):
+        lora_tools.unmerge(tmp_path / "m", [whole / "adapter"], tmp_path / "out")
 
 
 def test_an_index_of_names_that_are_not_unicode_is_refused(whole: Path, tmp_path: Path) -> None:

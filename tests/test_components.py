@@ -128,7 +128,7 @@ def test_a_key_acts_on_its_own_part_alone(case: str, tmp_path: Path) -> None:
 WRITTEN = {
     (SDXL[0], ""): ("", ""),
     (SDXL[1], ""): ("lora_unet_input_blocks_1_q", ""),
-    (SDXL[2], ""): ("lora_te_" + FLAT_CLIP, "text_encoder." + CLIP),
+    (SDXL[2], ""): ("lora_te1_" + FLAT_CLIP, "text_encoder." + CLIP),  # SDXL has another
     (SDXL[3], ""): ("", ""),
     ("model.diffusion_model.transformer_blocks.0.attn.to_q", ""): (
         "lora_unet_transformer_blocks_0_attn_to_q",

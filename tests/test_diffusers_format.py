@@ -4,6 +4,7 @@ convolutions adapted, on which the outputs are those of PEFT's own adapter."""
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,24 @@ def test_a_pipeline_gives_the_names(to: str, root: Path, tmp_path: Path) -> None
         model = diffusers.UNet2DConditionModel.from_config(unet().config)
         model.load_state_dict(models.tensors(tmp_path / f"m-{given.name}"))
         torch.testing.assert_close(outputs(model.eval()), wanted(root), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("to", ["kohya", "diffusers"])
+def test_a_pipeline_is_merged(to: str, root: Path, tmp_path: Path) -> None:
+    """Its loader opens what is written, shards, variant and all."""
+    lora_tools.convert(root / "adapter", tmp_path / "a", to=to)
+    base = tmp_path / "base"
+    shutil.copytree(root / "pipe", base)
+    shutil.rmtree(base / "unet")
+    how: dict[str, Any] = {"variant": "fp16", "max_shard_size": "20KB"} if to == "kohya" else {}
+    models.quietly(lambda: unet().save_pretrained(base / "unet", **how))
+    lora_tools.merge(base, [tmp_path / "a"], tmp_path / "m", variant=how.get("variant"))
+    assert len([*(tmp_path / "m/unet").iterdir()]) == len([*(base / "unet").iterdir()])
+    model = models.quietly(
+        lambda: diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "m", subfolder="unet")
+    )
+    torch.testing.assert_close(outputs(model.eval()), wanted(root), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")

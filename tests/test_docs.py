@@ -349,6 +349,14 @@ def test_the_totals_of_a_verb_have_the_keys_that_are_documented(verb: str) -> No
     assert get_args(hints["return"]) == (getattr(lora_tools, row.totals),)
 
 
+def pipeline(model: Path, out: Path) -> Path:
+    """A diffusers pipeline of one model."""
+    shutil.copytree(model, out / "text_encoder")
+    index = '{"text_encoder": ["transformers", "LlamaForCausalLM"]}'
+    (out / "model_index.json").write_text(index)
+    return out
+
+
 @pytest.mark.filterwarnings("ignore")  # of torch.export
 def test_every_total_and_action_is_documented(
     pair: Path, traced: Callable[[str], Traced], tmp_path: Path
@@ -395,6 +403,7 @@ def test_every_total_and_action_is_documented(
             pair / "words", out / "h", int8=True, graph=out / "e", eval_text=pair / "words.txt"
         ),
         lora_tools.diff(base, tuned),
+        lora_tools.diff(*(pipeline(side, out / f"of {side.name}") for side in (base, tuned))),
         lora_tools.inspect(base),
         lora_tools.inspect(pair / "adapter"),
         lora_tools.inspect(out / "r" / "loratools-unmerge.sidecar"),

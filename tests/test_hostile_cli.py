@@ -424,7 +424,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "alpha null": ({"lora_alpha": None}, "lora_alpha"),
     "alpha NaN": ({"lora_alpha": float("nan")}, ""),
     "alpha infinite": ({"lora_alpha": float("inf")}, ""),
-    "alpha beyond floats": ({"lora_alpha": 10**400}, "lora_alpha"),
+    "alpha beyond floats": ({"lora_alpha": 10**400}, "401 digits"),
     "patterns a list": ({"rank_pattern": ["q_proj"]}, "rank_pattern"),
     "patterns a text": ({"alpha_pattern": "q_proj"}, "alpha_pattern"),
     "pattern no regex": ({"rank_pattern": {"(q_proj": 4}}, "rank_pattern"),

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 import lora_tools
 from lora_tools.errors import CheckpointError, UnsafeInput
-from lora_tools.formats import hub
+from lora_tools.formats import hub, variants
 from lora_tools.formats.hub import HubId
 from lora_tools.sources.adapters import open_adapter
 from lora_tools.sources.checkpoints import open_checkpoint
@@ -181,7 +181,7 @@ def test_the_index_says_which_weights_are_fetched(server: Any, tmp_path: Path) -
         (["adapter/adapter_model.safetensors"], ["adapter/adapter_model.safetensors"]),
         (
             ["model_index.json", "unet/d.safetensors", "vae/d.safetensors", "d.safetensors"],
-            ["d.safetensors", "model_index.json", "unet/d.safetensors", "vae/d.safetensors"],
+            ["model_index.json", "unet/d.safetensors", "vae/d.safetensors"],
         ),
         (["modules.json", "model.safetensors", "2_Dense/model.safetensors"], None),
     ],
@@ -207,6 +207,16 @@ def test_files_of_gguf_are_named() -> None:
     one = HubId("org/name", None, "a/m-Q4.gguf")
     assert hub._chosen(one, names, allow_pickle=True) == ["a/m-Q4.gguf"]
     assert hub._chosen(HubId("org/name"), ["config.json"], allow_pickle=False) == ["config.json"]
+
+
+def test_a_variant_is_fetched_where_there_is_one() -> None:
+    stem = "unet/diffusion_pytorch_model"
+    plain = [f"{stem}-00001-of-00001.safetensors", f"{stem}.safetensors.index.json"]
+    half = [f"{stem}.fp16-00001-of-00001.safetensors", f"{stem}.safetensors.index.fp16.json"]
+    alone = ["vae/diffusion_pytorch_model.safetensors"]
+    with variants.using("fp16"):
+        found = hub._chosen(HubId("org/name"), [*plain, *half, *alone, "model_index.json"], False)
+    assert found == sorted([*half, *alone, "model_index.json"])
 
 
 def test_a_folder_or_a_file_of_a_repository(server: Any, tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ PEFT: dict[str, Row] = {
     ),
     "an alpha beyond all floats": (
         AdapterError,
-        "lora_alpha is 1000",
+        "a whole number of 401 digits",
         lambda t: merge(t, peft(t, lora_alpha=10**400)),
     ),
     "patterns that are none": (

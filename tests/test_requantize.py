@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,9 @@ from safetensors.torch import save_file
 
 import lora_tools
 from lora_tools.cli import run
+from lora_tools.engine.buffers import Buffers
 from lora_tools.errors import CheckpointError, QualityGateError, UsageError
-from lora_tools.linalg import runs
+from lora_tools.linalg import nf4, runs
 from lora_tools.merging import in_memory
 from lora_tools.merging.in_memory import largest_in
 from lora_tools.quantizing import encoded
@@ -86,6 +90,35 @@ def test_runs_that_are_kept_give_what_runs_formed_twice_do(
     assert said[0] == said[2]
     kept = pytest.approx(said[0]["delta_kept"], rel=1e-3)
     assert _kept(base, tmp_path / "0", adapters, tmp_path) == kept
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "nvfp4", "int4"])
+def test_a_weight_is_not_held_in_float32(
+    work: Path, tmp_path: Path, scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Work space beside a merged weight: its codes, and a few runs."""
+    lora_tools.quantize(work / "base", tmp_path / "q", scheme=scheme)
+    monkeypatch.setattr(runs, "RUN_ELEMENTS", 1 << 11)
+    monkeypatch.setattr(runs.rows_per_run, "__defaults__", (1 << 11,))
+    monkeypatch.setattr(encoded, "_BAND", 3 << 9)
+    lent, most, lend = [0], [0], Buffers.lend
+
+    @contextlib.contextmanager
+    def counted(self: Buffers, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Any]:
+        nbytes = math.prod(shape) * dtype.itemsize
+        nbytes *= nbytes != nf4.SCRATCH_BYTES  # however small the weight is
+        lent[0] += nbytes
+        most[0] = max(most[0], lent[0])
+        with lend(self, shape, dtype) as buffer:
+            yield buffer
+        lent[0] -= nbytes
+
+    monkeypatch.setattr(Buffers, "lend", counted)
+    base, adapters = tmp_path / "q", [work / "adapter"]
+    lora_tools.merge(base, adapters, tmp_path / "m", requantize=True, jobs=1)
+    weights = [t for n, t in models.tensors(work / "base").items() if "_proj.weight" in n]
+    largest = max(weights, key=torch.numel)
+    assert largest.nbytes <= most[0] < largest.nbytes + largest.numel()
 
 
 def _kept(base: Path, merged: Path, adapters: list[Any], tmp_path: Path) -> float:

@@ -25,7 +25,7 @@ from lora_tools.errors import OutputError, UsageError
 from lora_tools.formats import kept, ledger, output
 from lora_tools.formats.checkpoint_writer import CheckpointWriter, Shard
 from lora_tools.formats.ledger import Ledger
-from lora_tools.formats.recorded import Recording
+from lora_tools.formats.recorded import HashedWrites, Recording
 from lora_tools.records import TensorSpec
 
 from . import forks, iotools, killing
@@ -556,10 +556,25 @@ def test_what_is_written_can_be_told() -> None:
     for name, data, offset in [("a", b"12", 0), ("a", b"34", 2), ("b", b"5", 0), ("a", b"7", 9)]:
         sink.write(name, memoryview(data), offset)
     sink.write_last("z", b"end")
+    for name in "pq":
+        out = HashedWrites(sink, name)
+        out.write(memoryview(b"12"))
+        out.write(memoryview(b"34"))
+    sink.write("q", memoryview(b"56"), 4)
     taken = sink.taken()
-    assert [extent[:3] for extent in taken.extents] == [("a", 0, 4), ("b", 0, 1), ("a", 9, 1)]
+    said = {extent[:3]: extent[3] for extent in taken.extents}
+    assert list(said) == [
+        ("a", 0, 4),
+        ("b", 0, 1),
+        ("a", 9, 1),
+        ("p", 0, 4),
+        ("q", 0, 4),
+        ("q", 4, 2),
+    ]
+    one = bytes.fromhex(out.hexdigest())
+    assert [said["a", 0, 4], said["p", 0, 4], said["q", 0, 4]] == [one] * 3
     assert taken.last == {"z": b"end"}
-    assert len(written) == 5
+    assert len(written) == 10
 
 
 @pytest.fixture

@@ -20,12 +20,8 @@ from safetensors.torch import load_file, save_file
 from lora_tools.errors import CheckpointError, OutputError, TensorNotFound
 from lora_tools.formats import spool as spool_module
 from lora_tools.formats.dtypes import dtype_name, torch_dtype
-from lora_tools.formats.safetensors_file import (
-    SafetensorsFile,
-    SafetensorsWriter,
-    encode_header,
-    parse_header,
-)
+from lora_tools.formats.safetensors_file import SafetensorsFile, parse_header
+from lora_tools.formats.safetensors_writer import SafetensorsWriter, encode_header
 from lora_tools.formats.spool import SafetensorsSpool
 from lora_tools.formats.tensors import as_bytes
 from lora_tools.records import DTYPE_BITS, TensorSpec

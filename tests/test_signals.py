@@ -69,6 +69,20 @@ sys.modules.pop("onnxruntime", None)
 
 
 @pytest.mark.parametrize("number", WORDS)
+@pytest.mark.parametrize("name", ["_keep_freed_memory", "interruption.begin"])
+def test_a_signal_before_the_command_begins_ends_it_without_a_word(name, number, work, tmp_path):
+    code = f"""
+import lora_tools.cli as cli
+def early():
+    os.kill(os.getpid(), number)
+cli.{name} = early
+"""
+    done = run(code, number, "merge", work / "base", work / "adapter", "-o", tmp_path / "out")
+    assert (done.returncode, done.stderr) == (-number, "")
+    assert files(tmp_path / "out") == {}
+
+
+@pytest.mark.parametrize("number", WORDS)
 def test_a_signal_that_something_swallows_ends_the_command_all_the_same(number, work, tmp_path):
     """What it broke off may be missing from the output: that does not appear."""
     code = """

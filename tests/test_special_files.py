@@ -234,7 +234,7 @@ def test_a_copy_is_the_same_bytes(data: bytes, tmp_path: Path) -> None:
 def test_what_is_copied_counts_as_room(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("base/large.txt").write_bytes(os.urandom(1 << 20))
     asked = []
-    monkeypatch.setattr("lora_tools.verbs.frame.check_space", lambda _, n: asked.append(n))
+    monkeypatch.setattr("lora_tools.verbs.frame.check_space", lambda _, n, *held: asked.append(n))
     lora_tools.merge("base", ["adapter"], "out")
     Path("base/large.txt").unlink()
     lora_tools.merge("base", ["adapter"], "out2")
@@ -260,3 +260,11 @@ def test_what_says_no_size_is_read_up_to_the_bound(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="at most 3 are read"):
         read_file(Path("/proc/self/status"), most=3)
     assert regular_files.MOST >= 100_000_000  # an index of a million tensors
+
+
+def test_no_more_memory_is_taken_than_a_small_file_holds(tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    assert read_file(tmp_path / "empty", most=1 << 60) == b""
+    data = os.urandom((1 << 24) + 5)  # more than is read at a time
+    (tmp_path / "some").write_bytes(data)
+    assert read_file(tmp_path / "some", most=1 << 60) == data

@@ -24,7 +24,7 @@ from lora_tools.engine.tasks import Call
 from lora_tools.errors import CheckpointError, OutputError
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.checkpoint_writer import CheckpointWriter, lay_out
-from lora_tools.formats.safetensors_file import SafetensorsWriter
+from lora_tools.formats.safetensors_writer import SafetensorsWriter
 from lora_tools.formats.spool import SafetensorsSpool
 from lora_tools.records import TensorSpec
 from lora_tools.sources.as_loaded import LoadedView, loaded_view

@@ -359,7 +359,7 @@ def test_inspect_a_model(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
     report = lora_tools.inspect(work / "merged")
     assert report.totals["kind"] == "ONNX model"
     facts = report.totals["graphs"]["model.onnx"]
-    assert facts["opset"] == {"ai.onnx": 20}
+    assert facts["opset"] == {"ai.onnx": 23}
     assert facts["inputs"][0] == "input_ids: INT64 [batch, sequence]"
     assert facts["outputs"][0] == "logits: FLOAT [batch, sequence, 96]"
     assert facts["operators"]["MatMul"] > 30
@@ -378,7 +378,7 @@ def test_inspect_a_model(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert made["adapter_digests"].endswith("=1")
     assert not report.notes
     assert run(["inspect", str(work / "merged")]) == 0
-    assert "opset ai.onnx 20; made by loratools" in capfd.readouterr().out
+    assert "opset ai.onnx 23; made by loratools" in capfd.readouterr().out
 
 
 def test_inspect_finds_what_is_odd(work: Path, tmp_path: Path) -> None:

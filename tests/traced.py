@@ -53,7 +53,7 @@ def traced(name: str, root: Path) -> Traced:
 def _make(name: str, folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
     folder.mkdir()
-    if name in export_models.ARCHITECTURES | export_models.REPEATING:
+    if name in export_models.ALL:
         export_models.make(name, folder / "base")
     else:
         models.save(models.make(name), folder / "base")

@@ -63,7 +63,7 @@ class ToLora:
         return self.part.source
 
 
-def plan_lora(given: Adapter, base: Checkpoint | Path | None, to: str) -> list[ToLora]:
+def plan_lora(given: Adapter, base: Checkpoint | None, to: str) -> list[ToLora]:
     """What is to be done, by the names and shapes of the base.
 
     Raises:
@@ -82,7 +82,7 @@ def plan_lora(given: Adapter, base: Checkpoint | Path | None, to: str) -> list[T
             f"{min([*given.modules, *given.differences])}, which has it not; such a mixture is not "
             "converted: merge the adapter into the base instead"
         )
-    if not isinstance(base, Checkpoint):
+    if base is None:
         raise UsageError(
             f"{given.path} is an adapter of {title}, which does not say of which layers its "
             "modules are: give the checkpoint it was trained on with --base"

@@ -129,6 +129,7 @@ def convert_module(
         parameter=module.parameter,
         bias=bias,
         magnitude=magnitude,
+        on_inputs=module.on_inputs,
     )
     return _reformed(factors, options), result
 

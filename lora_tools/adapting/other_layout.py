@@ -5,7 +5,7 @@ what is cut keeps its rank, and what is stacked has the sum of the ranks."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from lora_tools.adapting.convert_module import strength_of
 from lora_tools.errors import UnsupportedAdapter
@@ -46,9 +46,14 @@ class _Job:
         )
 
 
-def in_layout(given: Adapter, target: Format, names: BaseNames | None) -> tuple[Adapter, list[str]]:
+def in_layout(
+    given: Adapter, target: Format, names: BaseNames | None, drop: Collection[str] = ()
+) -> tuple[Adapter, list[str]]:
     """The adapter with the modules that the format's readers look for, and what was done. A format
     that does not ask for a layout has the base's own.
+
+    Args:
+        drop: features that are not to be written.
 
     Raises:
         UnsupportedAdapter: modules that would be one have other scalings, or DoRA, or dtypes.
@@ -60,9 +65,18 @@ def in_layout(given: Adapter, target: Format, names: BaseNames | None) -> tuple[
             made |= {name: new if name == min(job.there) else [] for name in job.there}
     if not made:
         return given, []
+    if given.differences and "differences" in drop:
+        beside = {f"{module.module}.bias" for module in given.modules.values()}
+        given.differences = {k: key for k, key in given.differences.items() if k in beside}
     if given.differences:
         raise UnsupportedAdapter(
             f"{given.path}: {min(given.differences)}: a difference, which is not brought into the "
+            "layout that is wanted; merge the adapter into the base instead"
+        )
+    inputs = [module.name for module in given.modules.values() if module.on_inputs]
+    if inputs:
+        raise UnsupportedAdapter(
+            f"{given.path}: {min(inputs)}: DoRA over the inputs, which is not brought into the "
             "layout that is wanted; merge the adapter into the base instead"
         )
     modules = []

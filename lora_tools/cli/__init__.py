@@ -92,11 +92,11 @@ def run(args: list[str] | None = None) -> int:
 def _run(args: list[str] | None) -> int:
     """The same, and signals remain ignored after the end."""
     course = interruption.begin()
-    for number in _STOPPED:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as that of a job in the background is
-            signal.signal(number, course.stop)
     try:
         try:
+            for number in _STOPPED:
+                if signal.getsignal(number) != signal.SIG_IGN:  # a job's in the background is
+                    signal.signal(number, course.stop)
             code = main.main(args, prog_name="loratools", standalone_mode=False)
             course.go_on()
         finally:
@@ -189,6 +189,8 @@ def entry() -> NoReturn:
     Collecting garbage while torch is imported, and tearing down all it built at the end, costs a
     third of a short command's time; the process ends here anyway. (mypy does the same.)
     """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback before the command has its own
     gc.disable()
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.setdefault(name, "1")  # threads run over tensors here, not within operations

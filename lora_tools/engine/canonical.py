@@ -88,8 +88,9 @@ class _Walk:
             return digest_of(b"enum", _name(kind).encode(), value.name.encode())
         if isinstance(value, PurePath):
             return digest_of(b"path", str(value).encode(errors="surrogateescape"))
-        if kind.__module__ == "torch" and hasattr(value, "untyped_storage"):
-            return _of_tensor(value)
+        if is_tensor(value):
+            said = f"{value.dtype} {tuple(value.shape)}".encode()
+            return digest_of(b"tensor", said, bytes_of(value))
         if hasattr(value, "memo_key"):
             return self.all(_name(kind), [value.memo_key()])
         return self._reduced(value)
@@ -132,12 +133,18 @@ def _is_cached(kind: type, name: str) -> bool:
     return isinstance(getattr(kind, name, None), functools.cached_property)
 
 
-def _of_tensor(tensor: Any) -> bytes:
+def is_tensor(value: Any) -> bool:
+    """Whether it is one of torch's, which is not imported for that."""
+    return type(value).__module__ == "torch" and hasattr(value, "untyped_storage")
+
+
+def bytes_of(tensor: Any) -> bytes:
+    """The numbers of a tensor in row-major order."""
     import torch
 
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    said = f"{tensor.dtype} {tuple(tensor.shape)}".encode()
-    return digest_of(b"tensor", said, data.numpy().tobytes())
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    data: bytes = flat.view(torch.uint8).numpy().tobytes()
+    return data
 
 
 _PLAIN: dict[type, Callable[[Any], bytes]] = {

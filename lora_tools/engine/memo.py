@@ -20,12 +20,13 @@ import io
 import pickle
 import threading
 import time
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
 
 from lora_tools.engine.buffers import Buffers
-from lora_tools.engine.canonical import Canonical, Unknown, digest_of
+from lora_tools.engine.canonical import Canonical, Unknown, bytes_of, digest_of, is_tensor
 from lora_tools.engine.tasks import Task
+from lora_tools.within import holding
 
 R = TypeVar("R")
 _HOME = "lora_tools."
@@ -57,14 +58,9 @@ class Account:
 _used: contextvars.ContextVar[Account | None] = contextvars.ContextVar("memo", default=None)
 
 
-@contextlib.contextmanager
-def using(account: Account) -> Iterator[None]:
+def using(account: Account) -> AbstractContextManager[None]:
     """The account that is kept of tasks within."""
-    token = _used.set(account)
-    try:
-        yield
-    finally:
-        _used.reset(token)
+    return holding(_used, account)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,17 +135,14 @@ class _Pickler(pickle.Pickler):
     def persistent_id(self, obj: Any) -> Any:
         """Of a tensor its dtype, its shape, the order in which its dimensions lie, and its bytes;
         None for all else."""
-        if type(obj).__module__ != "torch" or not hasattr(obj, "untyped_storage"):
+        if not is_tensor(obj):
             return None
-        import torch
-
-        tensor = obj.detach().cpu()
-        order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
-        if not tensor.permute(order).is_contiguous():
-            order = list(range(tensor.dim()))
-        lying = tensor.permute(order).contiguous()
-        data = lying.reshape(-1).view(torch.uint8).numpy().tobytes()
-        return str(tensor.dtype).removeprefix("torch."), tuple(lying.shape), tuple(order), data
+        order = sorted(range(obj.dim()), key=obj.stride, reverse=True)
+        if not obj.permute(order).is_contiguous():
+            order = list(range(obj.dim()))
+        lying = obj.permute(order)
+        name = str(obj.dtype).removeprefix("torch.")
+        return name, tuple(lying.shape), tuple(order), bytes_of(lying)
 
 
 class _Unpickler(pickle.Unpickler):

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_tools.engine import memo
 from lora_tools.engine.buffers import Buffers
@@ -26,6 +26,8 @@ from lora_tools.records import Progress, ProgressCallback
 if TYPE_CHECKING:
     import torch
 
+# Another engine that runs what is to be run within; ``engine.dask`` has one.
+elsewhere: contextvars.ContextVar[Any] = contextvars.ContextVar("elsewhere", default=None)
 _DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "npu")
 
 
@@ -113,8 +115,12 @@ def run(
 
     The tasks in flight take no more working memory together than the largest one does, and a
     quarter of that over, so memory follows the largest tensor. An exception in one, or a caller
-    that stops iterating, ends the rest. What an earlier run has done is not done again (``memo``).
+    that stops iterating, ends the rest. Where another engine is chosen (``elsewhere``), that does
+    the work. What an earlier run has done is not done again (``memo``).
     """
+    if (other := elsewhere.get()) is not None:
+        yield from other.run(tasks, sources, sink, jobs=jobs, progress=progress)
+        return
     jobs = _count(jobs)
     sizes = [max(task.nbytes, 1) for task in tasks]
     total, done, step = sum(sizes), 0, 0

@@ -204,6 +204,7 @@ class Export:
             scheme=self.quantization.scheme,
             plain=whole,
             factor=self.quantization.factor,
+            fuse=not self.graphs.no_fuse,
         ).write()
         for file in self.task.files():
             graphs.check_model(folder / file, linked=self.in_place)
@@ -308,7 +309,11 @@ def _measured(
         "graph_bytes": built.nbytes,
         "graph_nodes": built.nodes,
     }
+    if built.fused:
+        totals["fused"] = dict(built.fused)
     notes = report.notes
+    if built.unfused:
+        notes = (*notes, f"as torch traces it, not fused: {'; '.join(built.unfused)}")
     if check is None:
         notes = (*notes, "not verified: the graph was not run")
     else:

@@ -116,6 +116,9 @@ def extract_adapter(
     )
 
 
+_LEAVE_OUT = {"embedding": "--embeddings skip"}
+
+
 def _unweighted(outcomes: Sequence[Outcome], options: Decomposition) -> list[str]:
     """What activations were given and do not weigh."""
     results = [o.result for o in outcomes if o.result is not None]
@@ -140,7 +143,7 @@ def _add(outcome: Outcome, tuned: Checkpoint, options: Decomposition, writer: Pe
         if form not in options.consumer.forms and not reformed:
             raise options.consumer.refuse(
                 f"factors of a layer of kind {pair.layout.name} ({pair.name} changed)",
-                "leave it out with --exclude, or extract for peft",
+                f"leave it out with {_LEAVE_OUT.get(form, '--exclude')}, or extract for peft",
             )
         writer.add_lora(
             pair.module, lora_A, lora_B, alpha, form=form, parameter=pair.parameter, r=outcome.r

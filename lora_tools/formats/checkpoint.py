@@ -26,6 +26,7 @@ from lora_tools.formats.safetensors_file import SafetensorsFile
 from lora_tools.formats.sharded import refuse_part
 from lora_tools.formats.shards import INDEX_SUFFIX, Shards
 from lora_tools.formats.tensor_file import TensorFile
+from lora_tools.formats.variants import plain
 from lora_tools.formats.weights import Says, Weights, ties_embeddings
 
 if TYPE_CHECKING:
@@ -73,6 +74,8 @@ class Checkpoint(Shards):
         part_files: files that its weight files are put together of.
         pipeline: the sentence-transformers folder that it is the first module of, or None.
         outside: names of tensors of that folder's other modules, where they are here as well.
+        models: of a diffusers pipeline, by the names of their folders, which stand before those of
+            their tensors. prefixes: of each weight file.
     """
 
     says: Says = None
@@ -83,6 +86,8 @@ class Checkpoint(Shards):
     part_files: Collection[Path] = ()
     pipeline: Pipeline | None = None
     outside: Collection[str] = frozenset()
+    models: Mapping[str, Checkpoint] = {}
+    prefixes: tuple[str, ...] = ()
 
     def __init__(
         self, path: Path, files: Iterable[TensorFile], is_folder: bool, index_name: str | None
@@ -166,6 +171,10 @@ class Checkpoint(Shards):
         the digest is that of what is stored."""
         return "" if self.decoded_bytes(name) else self.hash(name)
 
+    def of_stored(self, known: Mapping[str, str]) -> Mapping[str, str]:
+        """Hashes of its tensors as far as they are those of stored ones, by the names of these."""
+        return known
+
     def digest(self, known: Mapping[str, str]) -> str:
         """Content digest of all tensors; those whose hash is not ``known`` are read."""
         hashes = dict(known)
@@ -201,7 +210,8 @@ class Checkpoint(Shards):
                 or any(part.startswith(".") for part in relative.parts)
             ):
                 continue
-            weights = path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(INDEX_SUFFIX)
+            is_index = plain(path.name).endswith(INDEX_SUFFIX)
+            weights = path.suffix in _WEIGHT_SUFFIXES or is_index
             weights = weights or path.parent in adapters
             if weights and relative.parts[0] not in whole:
                 left.append(relative)

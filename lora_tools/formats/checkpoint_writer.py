@@ -7,7 +7,7 @@ import functools
 import json
 import re
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -17,9 +17,10 @@ from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.digest import PROVENANCE
 from lora_tools.formats.recorded import Recording, Taken
 from lora_tools.formats.regular_files import read_file
-from lora_tools.formats.safetensors_file import SafetensorsWriter, Written, encode_header
-from lora_tools.formats.shards import is_plain_name
+from lora_tools.formats.safetensors_writer import SafetensorsWriter, Written, encode_header
+from lora_tools.formats.shards import INDEX_SUFFIX, is_plain_name
 from lora_tools.formats.synced import copy_synced, write_synced
+from lora_tools.formats.variants import plain, safetensors_name
 from lora_tools.records import TensorSpec
 
 _UNITS = {
@@ -37,23 +38,41 @@ _UNITS = {
 
 _MOST = 2**63  # what a file system counts up to
 _INDEX = "model.safetensors.index.json"
-# Files that stand for a whole model in parts, and accelerate's of a whole one.
-_OF_PARTS = re.compile(r"\.metadata|model_world_size_.+\.pt|pytorch_model_fsdp.*\.bin")
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One file of the output: its name, tensors in order, and metadata."""
+    """One file of the output: its name, tensors in order, and metadata.
+
+    Attributes:
+        header: the exact JSON to write, where it must be reproduced.
+        prefix: what stands before the names of its tensors, and not in the file: of a pipeline's
+            models the folder's name, which is in ``name``, too.
+    """
 
     name: str
     specs: tuple[TensorSpec, ...]
     metadata: Mapping[str, str]
-    header: bytes | None = None  # the exact JSON to write, where it must be reproduced
+    header: bytes | None = None
+    prefix: str = ""
+
+    @property
+    def own_specs(self) -> tuple[TensorSpec, ...]:
+        """The tensors as the file has them."""
+        if not self.prefix:
+            return self.specs
+        start = len(self.prefix)
+        return tuple(dataclasses.replace(spec, name=spec.name[start:]) for spec in self.specs)
+
+    @property
+    def folder(self) -> str:
+        """Where it lies in the output."""
+        return self.prefix.removesuffix(".")
 
     @property
     def nbytes(self) -> int:
         """Bytes of the file."""
-        return encode_header(self.specs, self.metadata, self.header)[2]
+        return encode_header(self.own_specs, self.metadata, self.header)[2]
 
 
 def parse_size(text: str) -> int:
@@ -71,16 +90,6 @@ def parse_size(text: str) -> int:
             f"{text[:60]!r} is not a size of at least 1 byte and less than 2^63, such as 5GB"
         )
     return int(nbytes)
-
-
-def safetensors_name(path: Path) -> str:
-    """The name transformers looks for once a weight file is safetensors: a pickle's
-    ``pytorch_model….bin`` becomes ``model….safetensors``."""
-    if path.suffix == ".safetensors":
-        return path.name
-    if _OF_PARTS.fullmatch(path.name):
-        return "model.safetensors"
-    return path.with_suffix(".safetensors").name.removeprefix("pytorch_")
 
 
 def lay_out(
@@ -108,9 +117,10 @@ def lay_out(
             groups[place.get(name, -1)] += unit
         names = source.file_names or [safetensors_name(file.path) for file in source.files]
         metadatas: Sequence[Mapping[str, str]] = [each or metadata for each in given]
+        prefixes = source.prefixes or [""] * len(names)
         return [
-            Shard(name, tuple(group), meta)
-            for name, group, meta in zip(names, groups, metadatas, strict=True)
+            Shard(name, tuple(group), meta, prefix=prefix)
+            for name, group, meta, prefix in zip(names, groups, metadatas, prefixes, strict=True)
         ]
     groups = [[]]
     filled = 0
@@ -158,19 +168,22 @@ class CheckpointWriter:
         self, out: Path, shards: Sequence[Shard], is_folder: bool, *, is_owner: bool = True
     ) -> None:
         self._out, self._shards, self._is_folder = out, shards, is_folder
-        _refuse_paths(shard.name for shard in shards)
-        self._home: dict[str, SafetensorsWriter] = {}
+        _refuse_paths((shard.name for shard in shards), self._folders)
+        self._home: dict[str, tuple[SafetensorsWriter, int]] = {}
         self._writers: list[SafetensorsWriter] = []
         if is_folder and is_owner:
             out.mkdir()
+            for folder in sorted(self._folders):
+                (out / folder).mkdir()
         try:
             for shard in shards:
                 path = out / shard.name if is_folder else out
                 writer = SafetensorsWriter(
-                    path, shard.specs, shard.metadata, shard.header, is_owner=is_owner
+                    path, shard.own_specs, shard.metadata, shard.header, is_owner=is_owner
                 )
                 self._writers.append(writer)
-                self._home.update((spec.name, writer) for spec in shard.specs)
+                place = writer, len(shard.prefix)
+                self._home.update((spec.name, place) for spec in shard.specs)
         except BaseException:
             self._abandon()
             raise
@@ -181,24 +194,32 @@ class CheckpointWriter:
 
     def write(self, name: str, data: memoryview, offset: int = 0) -> None:
         """Bytes of one tensor from ``offset`` on; from any thread."""
-        self._home[name].write(name, data, offset)
+        writer, start = self._home[name]
+        writer.write(name[start:], data, offset)
 
     def write_last(self, name: str, data: bytes) -> None:
         """A tensor of bytes whose size is known only now (see ``SafetensorsWriter``)."""
-        self._home[name].write_last(name, data)
+        writer, start = self._home[name]
+        writer.write_last(name[start:], data)
 
     def hand_over(self) -> Written:
         """What was written here since the last call, for the owner to know of."""
-        parts = [writer.hand_over() for writer in self._writers]
-        nbytes = {name: n for part in parts for name, n in part.nbytes.items()}
-        return Written(nbytes, {name: data for part in parts for name, data in part.last.items()})
+        nbytes: dict[str, int] = {}
+        last: dict[str, bytes] = {}
+        for writer, shard in zip(self._writers, self._shards, strict=True):
+            part = writer.hand_over()
+            nbytes |= {shard.prefix + name: n for name, n in part.nbytes.items()}
+            last |= {shard.prefix + name: data for name, data in part.last.items()}
+        return Written(nbytes, last)
 
     def credit(self, written: Written) -> None:
         """Take what another writer of these files has done for done."""
         for name, nbytes in written.nbytes.items():
-            self._home[name].credit(Written({name: nbytes}, {}))
+            writer, start = self._home[name]
+            writer.credit(Written({name[start:]: nbytes}, {}))
         for name, data in written.last.items():
-            self._home[name].credit(Written({}, {name: data}))
+            writer, start = self._home[name]
+            writer.credit(Written({}, {name[start:]: data}))
 
     def memo_key(self) -> tuple[Sequence[Shard], bool]:
         """What is written, wherever that is."""
@@ -211,17 +232,22 @@ class CheckpointWriter:
     def confirm(self, taken: Taken) -> bool:
         """Whether all of it is there, byte for byte, as an earlier run has left it: then it is
         taken for done."""
-        there = all(
-            name in self._home and self._home[name].has(name, start, nbytes, digest)
-            for name, start, nbytes, digest in taken.extents
-        )
-        if there and taken.last.keys() <= self._home.keys():
-            for name, _, nbytes, _ in taken.extents:
-                self._home[name].credit(Written({name: nbytes}, {}))
-            for name, data in taken.last.items():
-                self.write_last(name, data)
-            return True
-        return False
+        there = all(self._has(*extent) for extent in taken.extents)
+        if there := there and taken.last.keys() <= self._home.keys():
+            self.take(taken)
+        return there
+
+    def _has(self, name: str, start: int, nbytes: int, digest: bytes) -> bool:
+        if name not in self._home:
+            return False
+        writer, prefix = self._home[name]
+        return writer.has(name[prefix:], start, nbytes, digest)
+
+    def take(self, taken: Taken) -> None:
+        """Take what was written of these files elsewhere for done."""
+        for name, _, nbytes, _ in taken.extents:  # a tensor may have several
+            self.credit(Written({name: nbytes}, {}))
+        self.credit(Written({}, taken.last))
 
     @property
     def nbytes(self) -> int:
@@ -245,17 +271,15 @@ class CheckpointWriter:
         ``replaced`` holds files whose contents differ from the source's; files named in ``leave``
         do not travel. Returns weight-like files of the source that were left behind.
         """
-        _refuse_paths(replaced)
+        _refuse_paths(replaced, self._folders)
         for writer in self._writers:
             writer.close()
         if not self._is_folder:
             return []
-        name = _INDEX
-        if index_name and index_name.endswith(".safetensors.index.json"):  # not a pickle's
-            name = index_name
-        if (len(self._shards) > 1 or index_name) and name not in replaced:
-            specs = [(spec, w.path.name) for w in self._writers for spec in w.specs]
-            write_synced(self._out / name, _index(source, specs))
+        for folder, part in source.models.items():
+            self._write_index(folder, part, part.index_name, replaced)
+        if not source.models:
+            self._write_index("", source, index_name, replaced)
         travel, left = source.companions()
         for relative in travel:
             if relative.as_posix() not in (*replaced, *leave):
@@ -263,6 +287,24 @@ class CheckpointWriter:
         for relative_name, data in replaced.items():
             write_synced(self._out / relative_name, data)
         return left
+
+    @property
+    def _folders(self) -> frozenset[str]:
+        return frozenset(shard.folder for shard in self._shards if shard.prefix)
+
+    def _write_index(
+        self, folder: str, source: Checkpoint, given: str | None, replaced: Mapping[str, bytes]
+    ) -> None:
+        """The index of the files of one folder, where it has one or needs it."""
+        name = plain(given).replace(".bin.", ".safetensors.") if given else _INDEX
+        name = name.removeprefix("pytorch_")
+        if not name.endswith(f".safetensors{INDEX_SUFFIX}"):  # of parts
+            name = _INDEX
+        pairs = zip(self._writers, self._shards, strict=True)
+        mine = [writer for writer, shard in pairs if shard.folder == folder]
+        if (len(mine) > 1 or given) and name not in replaced:
+            specs = [(spec, w.path.name) for w in mine for spec in w.specs]
+            write_synced(self._out / folder / name, _index(source, specs))
 
     def _abandon(self) -> None:
         for writer in self._writers:
@@ -280,10 +322,13 @@ class CheckpointWriter:
         self._abandon()
 
 
-def _refuse_paths(names: Iterable[str]) -> None:
-    """Names may come out of a sidecar, which is input: none may lead out of the output."""
+def _refuse_paths(names: Iterable[str], folders: Collection[str] = ()) -> None:
+    """Names may come out of a sidecar, which is input: none may lead out of the output, or into
+    another of its folders."""
     for name in names:
-        if not is_plain_name(name):
+        folder, slash, last = name.rpartition("/")
+        known = folder in folders and is_plain_name(folder)
+        if not is_plain_name(last) or (slash and not known):
             raise UnsafeInput(f"{name!r} is not the name of a file beside the weights")
 
 

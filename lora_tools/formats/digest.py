@@ -19,7 +19,8 @@ import contextvars
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal, Protocol, get_args
 
@@ -28,6 +29,7 @@ import xxhash
 from lora_tools.errors import MismatchError
 from lora_tools.formats.regular_files import open_file
 from lora_tools.records import TensorSpec
+from lora_tools.within import holding
 
 Kind = Literal["xxh3", "sha256"]
 # Metadata that says how a file was made: it does not pass to a checkpoint that is made of the file.
@@ -72,14 +74,9 @@ assert tuple(_FORMS) == get_args(Kind)
 _used: contextvars.ContextVar[Kind] = contextvars.ContextVar("digest", default="xxh3")
 
 
-@contextlib.contextmanager
-def using(kind: Kind) -> Iterator[None]:
+def using(kind: Kind) -> AbstractContextManager[None]:
     """Hashes and digests of that kind within."""
-    token = _used.set(kind)
-    try:
-        yield
-    finally:
-        _used.reset(token)
+    return holding(_used, kind)
 
 
 def used() -> Kind:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_tools.errors import CheckpointError, LoraToolsError, UnsafeInput
+from lora_tools.formats import variants
 from lora_tools.formats.hub_headers import stand_ins
 
 if TYPE_CHECKING:
@@ -201,6 +202,8 @@ def _chosen(wanted: HubId, names: list[str], allow_pickle: bool) -> list[str]:
     if not weights:
         _refuse_others(wanted, [os.path.join(f, name) for f in folders for name in folders[f]])  # noqa: PTH118
     parts = {"model_index.json", "modules.json"} & set(folders.get("", ()))
+    if "model_index.json" in parts and len(weights) > 1:
+        weights.pop("", None)  # all of its models in one file, once more
     if "" in weights and not parts:
         weights = {"": weights[""]}
     elif len(weights) > 1 and not parts:
@@ -243,6 +246,9 @@ def _weights(wanted: HubId, folder: str, names: list[str], allow_pickle: bool) -
     that are no twins of others. Pickles are taken only where there is nothing else."""
     for suffix in (".safetensors", *(_PICKLES if allow_pickle else ())):
         there = [n for n in names if n.endswith(suffix) and not _LEFT.fullmatch(n)]
+        if mine := [n for n in there if variants.variant_of(n) == variants.wanted()]:
+            named = [n for n in names if variants.plain(n).endswith(suffix + _INDEX)]
+            return mine + [n for n in named if variants.variant_of(n) == variants.wanted()]
         indexes = [n for n in names if n.endswith(suffix + _INDEX)]
         plain = [n for n in indexes if not _TWIN.fullmatch(n)] or indexes
         if plain:

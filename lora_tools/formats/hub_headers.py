@@ -20,6 +20,7 @@ from pathlib import Path
 
 from lora_tools.errors import CheckpointError
 from lora_tools.formats.safetensors_file import MAX_HEADER, SafetensorsFile
+from lora_tools.within import holding
 
 _FIRST = 100_000  # bytes, in which most headers are
 _TOTAL = re.compile(r"bytes \d+-\d+/(\d+)")
@@ -139,12 +140,8 @@ _current: contextvars.ContextVar[StandIns | None] = contextvars.ContextVar("_cur
 @contextlib.contextmanager
 def headers_only() -> Iterator[None]:
     """Within, checkpoints of the hub are opened by their headers, as far as they are not here."""
-    with contextlib.ExitStack() as held:
-        token = _current.set(StandIns(held))
-        try:
-            yield
-        finally:
-            _current.reset(token)
+    with contextlib.ExitStack() as held, holding(_current, StandIns(held)):
+        yield
 
 
 def stand_ins() -> StandIns | None:

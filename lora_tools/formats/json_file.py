@@ -13,6 +13,8 @@ from lora_tools.formats.lfs import refuse_pointer
 from lora_tools.formats.regular_files import read_file
 
 _MOST_NESTED = 5_000_000  # lists and objects, of some 60 bytes each in memory
+_MOST_DIGITS = 300  # of a whole number: a float holds no larger one
+_LONG = re.compile(rf"\d{{{_MOST_DIGITS + 1}}}")
 _HALF = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")  # of a surrogate pair, written or read
 
 
@@ -23,11 +25,13 @@ def refuse_nested(text: str) -> None:
 
 
 def parse(data: bytes | str, **options: Any) -> Any:
-    """JSON, with options of ``json.loads``. Raises ValueError for what is none, for lists without
-    end, and for text that is not Unicode, which no file and no tensor can be named by; and
-    RecursionError."""
+    """JSON, with options of ``json.loads``. Raises ValueError for what is none, for lists and whole
+    numbers without end, and for text that is not Unicode, which no file and no tensor can be named
+    by; and RecursionError."""
     text = data.decode(json.detect_encoding(data)) if isinstance(data, bytes) else data
     refuse_nested(text)
+    if _LONG.search(text):
+        options = {**options, "parse_int": _whole}
     found = json.loads(text, **options)
     if _HALF.search(text):
         try:
@@ -36,6 +40,12 @@ def parse(data: bytes | str, **options: Any) -> Any:
             part = error.object[max(error.start - 20, 0) : error.end]
             raise ValueError(f"{part!r} is not Unicode (half a surrogate pair)") from None
     return found
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"a whole number of {len(digits):,} digits")
+    return int(digits)
 
 
 def read_object(path: Path, fail: type[LoraToolsError] = CheckpointError) -> dict[str, Any]:

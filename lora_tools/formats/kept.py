@@ -6,24 +6,20 @@ it need not be written again, once its digests say that it is there (``engine.me
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
+
+from lora_tools.within import holding
 
 FOLDER = "kept"  # in the staging folder
 _SUFFIX = ".safetensors"
 _staging: contextvars.ContextVar[Path | None] = contextvars.ContextVar("staging", default=None)
 
 
-@contextlib.contextmanager
-def within(staging: Path) -> Iterator[None]:
+def within(staging: Path) -> AbstractContextManager[None]:
     """Files that are made in that folder take up what is kept in it."""
-    token = _staging.set(staging)
-    try:
-        yield
-    finally:
-        _staging.reset(token)
+    return holding(_staging, staging)
 
 
 def take_up(path: Path) -> bool:

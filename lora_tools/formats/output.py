@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_tools import interruption
-from lora_tools.errors import LoraToolsError, OutputError, reason
+from lora_tools.errors import ClusterError, LoraToolsError, OutputError, reason
 from lora_tools.formats import kept, ledger
 from lora_tools.formats.journal import (
     Moves,
@@ -170,7 +170,7 @@ def staged(destination: Path, *, force: bool = False, resume: bool = False) -> I
         course.go_on()
         staging.commit(force)
     except LoraToolsError as error:
-        staging.is_of_use = isinstance(error, OSError)
+        staging.is_of_use = isinstance(error, OSError | ClusterError)
         hidden = re.escape(str(staging.folder)) + r"(/\w+)?"  # made in it: nobody asked for that
         text = re.sub(hidden, lambda _: str(destination), str(error))
         error.args = (text, *error.args[1:])

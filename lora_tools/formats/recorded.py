@@ -8,6 +8,9 @@ from typing import Protocol
 
 import xxhash
 
+from lora_tools.formats import digest as hashing
+from lora_tools.formats.digest import Hash
+
 
 @dataclasses.dataclass(frozen=True)
 class Taken:
@@ -27,6 +30,33 @@ class _Writer(Protocol):
     def write_last(self, name: str, data: bytes) -> None: ...
 
 
+class _Sink(Protocol):
+    def write(self, name: str, data: memoryview, offset: int = 0) -> None: ...
+
+
+class HashedWrites:
+    """One tensor, written to a sink from its first byte to its last; and its hash."""
+
+    def __init__(self, sink: _Sink, name: str) -> None:
+        self._sink, self._name, self._offset = sink, name, 0
+        self._state = hashing.new_hash()
+        self._is_told = isinstance(sink, Recording) and hashing.used() == "xxh3"
+
+    def write(self, data: memoryview) -> None:
+        """The bytes that follow."""
+        self._state.update(data)
+        if self._is_told:
+            assert isinstance(self._sink, Recording)
+            self._sink.write_hashed(self._name, data, self._offset, self._state)
+        else:
+            self._sink.write(self._name, data, self._offset)
+        self._offset += data.nbytes
+
+    def hexdigest(self) -> str:
+        """``hashing.tensor_hash`` of what was written."""
+        return self._state.hexdigest()
+
+
 class Recording:
     """A writer's face to one task, which keeps account."""
 
@@ -37,13 +67,23 @@ class Recording:
         # What follows upon what was written is one extent with it.
         self._name, self._start, self._end = "", 0, 0
         self._state = xxhash.xxh3_128()
+        self._given: Hash | None = None
 
     def write(self, name: str, data: memoryview, offset: int = 0) -> None:
         """Bytes of one tensor from ``offset`` on."""
-        if (name, offset) != (self._name, self._end):
+        if (name, offset) != (self._name, self._end) or self._given is not None:
             self._close()
             self._name, self._start, self._end = name, offset, offset
         self._state.update(data)
+        self._end += data.nbytes
+        self._writer.write(name, data, offset)
+
+    def write_hashed(self, name: str, data: memoryview, offset: int, state: Hash) -> None:
+        """The same, of a tensor that is written in order; the XXH3-128 of all so far is formed by
+        whoever writes it."""
+        if (name, offset) != (self._name, self._end) or self._given is not state:
+            self._close()
+            self._name, self._start, self._end, self._given = name, 0, offset, state
         self._end += data.nbytes
         self._writer.write(name, data, offset)
 
@@ -54,9 +94,11 @@ class Recording:
 
     def _close(self) -> None:
         if self._end > self._start:
-            nbytes = self._end - self._start
-            self._done.append((self._name, self._start, nbytes, self._state.digest()))
+            nbytes, state = self._end - self._start, self._state
+            digest = bytes.fromhex((self._given or state).hexdigest())
+            self._done.append((self._name, self._start, nbytes, digest))
         self._state.reset()
+        self._given = None
 
     def taken(self) -> Taken:
         """All of it, once the task has ended."""

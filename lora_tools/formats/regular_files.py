@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lora_tools.errors import CheckpointError, LoraToolsError, UnsafeInput
 
+_PIECE = 1 << 24  # bytes read at a time
 MOST = 100_000_000  # bytes of a small file that is read: as the header of a safetensors file
 MOST_OF_GRAPH = 2**31 - 1  # of a graph: protobuf's own limit
 _KINDS = {
@@ -71,7 +72,7 @@ def read_file(path: Path, fail: type[LoraToolsError] = CheckpointError, most: in
     try:
         with open_file(path, fail) as file:
             size = os.fstat(file.fileno()).st_size
-            data = file.read(most + 1) if size <= most else b""  # what /proc holds has no size
+            data = _start_of(file, most + 1) if size <= most else b""  # /proc tells no size
     except OSError as error:
         if isinstance(error, fail):
             raise
@@ -79,6 +80,15 @@ def read_file(path: Path, fail: type[LoraToolsError] = CheckpointError, most: in
     if size > most or len(data) > most:
         raise fail(f"{path}: {max(size, len(data)):,} bytes; at most {most:,} are read of it")
     return data
+
+
+def _start_of(file: io.BufferedReader, most: int) -> bytes:
+    """Up to so many bytes. ``read`` would take memory for all of them, whatever there is."""
+    pieces: list[bytes] = []
+    while most and (piece := file.read(min(most, _PIECE))):
+        pieces.append(piece)
+        most -= len(piece)
+    return b"".join(pieces)
 
 
 def refuse_outside(path: Path, folder: Path) -> None:

@@ -21,6 +21,7 @@ import zstandard
 
 from lora_tools.errors import CheckpointError, MismatchError
 from lora_tools.formats import digest as hashing
+from lora_tools.formats.json_file import parse
 from lora_tools.formats.regular_files import MOST
 from lora_tools.formats.safetensors_file import SafetensorsFile
 from lora_tools.formats.spool import SafetensorsSpool
@@ -130,9 +131,9 @@ class Sidecar:
             whole = self._digest(self.file.metadata["digest"]) == self.file.metadata["digest"]
             self.adapters = [
                 (str(used["digest"]), float(used["weight"]))
-                for used in json.loads(self.file.metadata["adapters"])
+                for used in parse(self.file.metadata["adapters"])
             ]
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, RecursionError):
             whole = False
         if not whole:
             raise CheckpointError(f"{path}: the sidecar is damaged; fetch it again")

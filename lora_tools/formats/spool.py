@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_tools.formats.safetensors_file import WRITEBACK, SafetensorsWriter, write_all
+from lora_tools.formats.safetensors_writer import WRITEBACK, SafetensorsWriter, write_all
 from lora_tools.records import TensorSpec
 
 

@@ -310,10 +310,15 @@ def dequantize_run(
     blocks.mul_(torch.from_numpy(absmax[:full])[:, None])
     if full * blocksize < n:
         values[full * blocksize :].mul_(float(absmax[full]))
+    _round(values[:n], absmax, out)
+
+
+def _round(values: torch.Tensor, absmax: Array, out: torch.Tensor) -> None:
+    """Numbers of blocks of these scales in the dtype of ``out``."""
     if out.dtype == torch.bfloat16 and np.abs(absmax).min(initial=1) < _SMALL:
-        _round_to_bfloat16(values[:n], out)
+        _round_to_bfloat16(values, out)
     else:
-        out.copy_(values[:n])
+        out.copy_(values)
 
 
 def _round_to_bfloat16(values: torch.Tensor, out: torch.Tensor) -> None:
@@ -345,11 +350,13 @@ def measure(
         back = rounded[: stop - start]
         codes = packed[start // 2 : packed_size(stop)]
         scales = absmax[start // blocksize : blocks_of(stop, blocksize)]
-        if read is not None:
+        if read is None:
+            dequantize_run(codes, scales, codebook, blocksize, back, scratch)
+        else:
             unrounded = exact[: stop - start]
             dequantize_run(codes, scales, codebook, blocksize, unrounded, scratch)
+            _round(unrounded, scales, back)
             read(unrounded)
-        dequantize_run(codes, scales, codebook, blocksize, back, scratch)
         wide, other = scratch.wide[: stop - start], scratch.other[: stop - start]
         wide.copy_(x[start:stop])
         energies.append(sum_of_squares(wide))

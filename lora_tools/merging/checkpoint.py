@@ -12,7 +12,7 @@ from lora_tools.formats import digest as hashing
 from lora_tools.formats import model_card
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.regular_files import is_there, read_file, refuse_outside
-from lora_tools.formats.safetensors_file import encode_header
+from lora_tools.formats.safetensors_writer import encode_header
 from lora_tools.formats.sidecar import NAME as SIDECAR_NAME
 from lora_tools.merging.changed import working_bytes
 from lora_tools.merging.fitted import FittedBase

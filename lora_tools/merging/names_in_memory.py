@@ -65,7 +65,7 @@ def _other_names(
 ) -> Mapping[str, Counterpart | LoadedTensor]:
     """What the base's tensors are called elsewhere, where that is one of these names: in the other
     layout of a diffusion model, or in memory."""
-    others = counterparts(base.specs)
+    others = counterparts(base.specs, folders=getattr(base, "models", ()))
     if not others.keys().isdisjoint(strange):
         return others
     how = loaded(base.config, base.specs)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.formats.regular_files import read_file
 from lora_tools.merging.plan import MergePlan
 from lora_tools.records import TensorSpec
-
-if TYPE_CHECKING:
-    pass
 
 
 def out_specs(plan: MergePlan, wanted: str | None) -> dict[str, TensorSpec]:
@@ -28,14 +26,32 @@ def out_specs(plan: MergePlan, wanted: str | None) -> dict[str, TensorSpec]:
 
 
 def changed_files(
-    base: Checkpoint, plan: MergePlan, specs: dict[str, TensorSpec]
+    base: Checkpoint, plan: MergePlan, specs: Mapping[str, TensorSpec]
 ) -> dict[str, bytes]:
     """Small files of the output whose contents differ from the base's."""
+    if not base.models:
+        return _changed(base, plan.config or base.config, specs)
+    return {
+        f"{folder}/{name}": data
+        for folder, part in base.models.items()
+        for name, data in _changed(part, part.config, _of_part(folder, specs)).items()
+    }
+
+
+def _of_part(folder: str, specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """The tensors of one model of a pipeline, by their names in it."""
+    head = f"{folder}."
+    return {name.removeprefix(head): s for name, s in specs.items() if name.startswith(head)}
+
+
+def _changed(
+    base: Checkpoint, wanted: Mapping[str, Any], specs: Mapping[str, TensorSpec]
+) -> dict[str, bytes]:
     replaced = {name: read_file(path) for name, path in base.replaced_files.items()}
     files = {**base.made_files, **replaced}
     if not base.stored.config:
         return files
-    config: dict[str, Any] = json.loads(json.dumps(plan.config or base.config))
+    config: dict[str, Any] = json.loads(json.dumps(wanted))
     dtypes = {
         spec.dtype
         for name, spec in specs.items()

@@ -176,7 +176,8 @@ def _matched(
     """Names that are asked for and the base's names for them, and what ``align`` says."""
     known = [*base.specs, *(name for name in ties if name not in base.specs)]
     wanted = by_own_names(wanted, base, known)
-    components = held(base.path, base.config, base.specs)
+    own = base.models if isinstance(base, Checkpoint) else {}
+    components = tuple(own) or held(base.path, base.config, base.specs)
     aligned = [n for n, _ in wanted if n in base.specs or not of_another(n, components)]
     mapping, sentence = align(aligned, known)
     return [(name, mapping.get(name, name), part) for name, part in wanted], sentence

@@ -50,6 +50,8 @@ def limit_of(storage: Storage, source: Checkpoint) -> int | None:
         return None
     if not source.is_folder:
         raise UsageError("--shard-size needs a folder: a bare file stays one file")
+    if source.models:
+        raise UsageError("--shard-size: the models of a pipeline stay in the files they are in")
     return parse_size(storage.shard_size)
 
 
@@ -112,8 +114,12 @@ def plan_merging(
     matching: Matching,
     running: Running,
     needs_adapters: bool = True,
+    pipelines: bool = False,
 ) -> Planned:
     """Open a base and adapters, and plan their merge. Headers only are read.
+
+    Args:
+        pipelines: the base may be a diffusers pipeline.
 
     Raises:
         UsageError: there is no adapter where one is needed; nothing is read then.
@@ -121,7 +127,7 @@ def plan_merging(
     """
     if needs_adapters and not adapters:
         raise UsageError("no ADAPTER: give at least one, or --dtype to change the numbers alone")
-    source = open_checkpoint(base, running.allow_pickle)
+    source = open_checkpoint(base, running.allow_pickle, pipelines=pipelines)
     weighted: list[Weighted] = []
     if adapters:
         weighted = open_weighted(adapters, running.allow_pickle, source, matching.allow_unmatched)
@@ -191,6 +197,11 @@ def refuse_quantized_undo(base: Checkpoint) -> None:
 def _refuse_irreversible(planned: Planned, wanted: str | None) -> None:
     base = planned.source
     refuse_quantized_undo(base)
+    if base.models:
+        raise UsageError(
+            f"--reversible: {base.path} is a pipeline, and a sidecar is of one model; merge into "
+            f"the folder of that, such as {base.path / next(iter(base.models))}"
+        )
     if wanted and any(s.is_float and s.dtype != wanted for s in base.specs.values()):
         raise UsageError("--reversible keeps the base's dtypes: leave --dtype out")
     refuse_fitted(base)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from lora_tools.errors import NonFiniteError
 from lora_tools.figures import Total
-from lora_tools.formats import digest as hashing
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.checkpoint_writer import TensorSink
 from lora_tools.formats.dtypes import torch_dtype
+from lora_tools.formats.recorded import HashedWrites
 from lora_tools.merging.plan import build_effects
 from lora_tools.merging.targets import Target
 from lora_tools.records import TensorSpec
@@ -75,21 +75,18 @@ class MergeTensor:
     ) -> tuple[str, Listing | None, Survival | None]:
         from lora_tools.formats.tensors import as_bytes
 
-        dtype, state, offset = torch_dtype(self.spec.dtype), hashing.new_hash(), 0
+        dtype, out = torch_dtype(self.spec.dtype), HashedWrites(sink, self.spec.name)
         lister = _Lister(runs) if self.reversible else None
         survival = runs.survival() if self.measured else None
         for run in runs:
             merged = run.exact.to(dtype)
             check_finite(run.exact, merged, self.spec.name)
-            data = as_bytes(merged)
-            sink.write(self.spec.name, data, offset)
-            state.update(data)
-            offset += data.nbytes
+            out.write(as_bytes(merged))
             if survival is not None:
                 survival.add(runs.read(run.start, run.stop), run.exact, merged)
             if lister is not None:
                 lister.add(run, merged)
-        return state.hexdigest(), lister.listing() if lister is not None else None, survival
+        return out.hexdigest(), lister.listing() if lister is not None else None, survival
 
 
 def _is_copied(target: Target, base: Checkpoint, spec: TensorSpec) -> bool:
@@ -100,13 +97,12 @@ def _is_copied(target: Target, base: Checkpoint, spec: TensorSpec) -> bool:
 
 def copy_tensor(source: Checkpoint, name: str, sink: TensorSink) -> str:
     """Copy a tensor's bytes through; returns their hash."""
-    raw, state = source.raw(name), hashing.new_hash()
+    raw, out = source.raw(name), HashedWrites(sink, name)
     for offset in range(0, raw.nbytes, _COPY_STEP):
         chunk = raw[offset : offset + _COPY_STEP]
-        state.update(chunk)
-        sink.write(name, chunk, offset)
+        out.write(chunk)
         source.release(name, offset, offset + chunk.nbytes)
-    return state.hexdigest()
+    return out.hexdigest()
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:

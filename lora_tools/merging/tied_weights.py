@@ -95,6 +95,12 @@ def part_tied(
     notes += map(_said_of, loose)
     if isinstance(base, BaseOutline) and base.renamed is not None:  # live: there is no loader
         return Parted({}, base.config)
+    if isinstance(base, Checkpoint) and base.models:
+        folder = loose[0][0].partition(".")[0]
+        raise UnsupportedAdapter(
+            f"{', '.join(loose[0])} are one tensor, and the adapter acts on some of them only, "
+            f"which changes its model's config; merge into {base.path / folder} by itself"
+        )
     after = untie(base.config, base.specs)
     if after.computes_otherwise:
         raise UnsupportedAdapter(

@@ -21,6 +21,7 @@ from lora_tools.formats.adapters.changes import ChangedModule
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.checkpoint_writer import Shard, TensorSink
 from lora_tools.formats.dtypes import torch_dtype
+from lora_tools.formats.recorded import HashedWrites
 from lora_tools.formats.safetensors_file import parse_header, strict_json
 from lora_tools.formats.sidecar import NAME as SIDECAR_NAME
 from lora_tools.formats.sidecar import Sidecar
@@ -239,16 +240,13 @@ class RestoreTensor:
         name = self.target.spec.name
         if not self.target.parts:
             return Restored(copy_tensor(merged, name, sink))
-        state, offset = hashing.new_hash(), 0
+        out = HashedWrites(sink, name)
         with _damage_named(memory, name):
             runs = _RestoredRuns(self.target, merged, memory)
             for rows in runs:
-                data = as_bytes(rows)
-                sink.write(name, data, offset)
-                state.update(data)
-                offset += data.nbytes
+                out.write(as_bytes(rows))
         merged.release(name)
-        return Restored(state.hexdigest(), runs.energy, runs.bound)
+        return Restored(out.hexdigest(), runs.energy, runs.bound)
 
 
 @contextlib.contextmanager

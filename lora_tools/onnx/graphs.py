@@ -15,6 +15,7 @@ from lora_tools.formats.regular_files import is_there
 from lora_tools.formats.synced import write_synced
 from lora_tools.formats.tensors import as_bytes
 from lora_tools.onnx import genai, nbits
+from lora_tools.onnx.fuse.found import FUSED_OPSET, OPSET, fused, unfused
 from lora_tools.onnx.initializers import load
 from lora_tools.onnx.linears import is_quantized
 from lora_tools.onnx.runtime_adapters import Branch, Replacement, add_branches, remove_branches
@@ -65,6 +66,8 @@ class Built:
         formed: transformers forms some of them of several of the checkpoint's tensors.
         bundle: bytes of the file of weights that no file of the checkpoint holds.
         fed: of quantized weights, those whose errors were fed forward, and what that came to.
+        fused: operators of a decoder that stand for many, by kind; unfused: what was to be, and is
+            not.
     """
 
     files: tuple[str, ...]
@@ -77,6 +80,8 @@ class Built:
     formed: bool = False
     bundle: int = 0
     fed: Mapping[str, Errors] = dataclasses.field(default_factory=dict)
+    fused: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    unfused: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +95,7 @@ class Build:
         branches, replacements: modules that may get factors at run time, and tensors that may be
             brought whole.
         factor: what rounding errors of ``scheme`` are fed forward by (``onnx.quantized.NBits``).
+        fuse: whether a decoder's attention, rotary embeddings and norms become one operator each.
         scheme: how linear layers are quantized (``onnx.schemes``); with "nf4" the folder's are.
         plain: the folder of the same checkpoint with no weight quantized, if not ``folder``.
     """
@@ -99,7 +105,7 @@ class Build:
     cache: bool
     weights: str
     graph: Path | None
-    opset: int
+    opset: int | None
     trust_remote_code: bool
     made: Mapping[str, str]
     branches: Sequence[Branch] = ()
@@ -107,6 +113,7 @@ class Build:
     scheme: str | None = None
     plain: Path | None = None
     factor: nbits.FactorOf | None = None
+    fuse: bool = True
 
     def write(self) -> Built:
         """Trace them, or take ``graph``, tie them to the weights and write them.
@@ -118,7 +125,7 @@ class Build:
         """
         folder = self.folder
         checkpoint = with_modules(open_checkpoint(self.plain or folder), self.task)
-        models, converted = self._models(checkpoint)
+        models, converted, why = self._models(checkpoint)
         if not converted:
             for file, model in models.items():
                 check_shapes(model, checkpoint.specs, file)
@@ -135,6 +142,7 @@ class Build:
             self._write_genai(first.graph)
             extra.append(genai.NAME)
         files = (*extra, *reversed(models))
+        decoder = self.task.kind == DECODER
         return Built(
             files,
             sum(len(model.graph.node) for model in models.values()),
@@ -146,24 +154,38 @@ class Build:
             bool(converted),
             (folder / BUNDLE).stat().st_size if BUNDLE in extra else 0,
             fed,
+            fused(first) if decoder else {},
+            tuple(unfused(first, why)) if decoder and self.fuse else (),
         )
 
-    def _models(self, checkpoint: Checkpoint) -> tuple[dict[str, onnx.ModelProto], set[str]]:
-        """The bare graphs by file name, and which of their weights transformers forms."""
+    def _models(self, checkpoint: Checkpoint) -> tuple[dict[str, onnx.ModelProto], set[str], str]:
+        """The bare graphs by file name, which of their weights transformers forms, and why
+        attention is not fused."""
         if self.graph is not None:
-            return _again(self.graph, checkpoint, self.task), set()
+            models = _again(self.graph, checkpoint, self.task)
+            if not self.fuse and any(map(fused, models.values())):
+                raise MismatchError(
+                    f"{self.graph}: is fused; --no-fuse takes a graph exported with --no-fuse"
+                )
+            return models, set(), f"not in {self.graph}"
         from lora_tools.onnx.trace import trace  # torch and transformers, which --graph needs not
 
+        fuse = self.fuse and self.task.kind == DECODER
+        opset = self.opset or (FUSED_OPSET if fuse else OPSET)
+        fuse &= opset >= FUSED_OPSET
         traced = trace(
             checkpoint.path,
             checkpoint.specs,
             self.task,
             cache=self.cache,
-            opset=self.opset,
+            opset=opset,
             trust_remote_code=self.trust_remote_code,
+            fuse=fuse,
         )
         models = {each.file: each.model for each in traced}
-        return models, {name for each in traced for name in each.converted}
+        why = "" if fuse else f"its operator is of opset {FUSED_OPSET}"
+        why = next((each.unfused for each in traced if each.unfused), why)
+        return models, {name for each in traced for name in each.converted}, why
 
     def _write_genai(self, graph: onnx.GraphProto) -> None:
         """What ONNX Runtime GenAI must know of a decoder."""

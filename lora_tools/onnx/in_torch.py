@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lora_tools.onnx.foreign import run_by
 from lora_tools.onnx.model import loaded
 from lora_tools.onnx.parts import decoder_inputs, image_size, is_speech, speech_shape, text_inputs
 from lora_tools.onnx.runs import Arrays, Played, Run, positions
@@ -18,6 +19,7 @@ from lora_tools.onnx.tasks import DECODER, ENCODER_DECODER, IMAGE, Task
 
 _LENGTHS = (7, 13)  # of a single sequence and of the longest in a batch of three
 _STEPS = 3
+_RUN = "does not run in torch"
 
 
 class InTorch:
@@ -34,7 +36,11 @@ class InTorch:
         gc.collect()  # models hold references to themselves
 
     def runs(self, cache: bool, generate: int) -> list[Run]:
-        """The inputs, random but always the same."""
+        """The inputs, random but always the same. Raises CheckpointError: see ``run_by``."""
+        with run_by(self.model, _RUN):
+            return self._runs(cache, generate)
+
+    def _runs(self, cache: bool, generate: int) -> list[Run]:
         dice = np.random.default_rng(0)
         config = self.config
         if self.task.kind == IMAGE:
@@ -85,7 +91,15 @@ class InTorch:
         return _LENGTHS[0] + longer, _LENGTHS[1] + longer
 
     def play(self, run: Run) -> Played:
-        """Call the model as transformers' own generation does."""
+        """Call the model as transformers' own generation does.
+
+        Raises:
+            CheckpointError: its code fails, naming the module.
+        """
+        with run_by(self.model, _RUN):
+            return self._play(run)
+
+    def _play(self, run: Run) -> Played:
         played = Played()
         given: dict[str, Any] = {
             name: torch.from_numpy(value) for name, value in run.inputs.items()

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from lora_tools.errors import CheckpointError
+from lora_tools.onnx.foreign import failing_as
 from lora_tools.onnx.sentence_modules import attach
-from lora_tools.onnx.tasks import Task
+from lora_tools.onnx.tasks import IMAGE, Task
 from lora_tools.pretrained import config_of, model_of, weightless_of
 
 # Their attention adds a bias that transformers hands to the eager implementation only.
@@ -41,14 +42,9 @@ def read_config(folder: Path, trust_remote_code: bool) -> Any:
     """transformers' config object. Raises CheckpointError."""
     import transformers
 
-    try:
+    reader = f"transformers {transformers.__version__}"
+    with failing_as(f"{folder}: {reader} cannot read its config.json"):
         return config_of(folder, trust_remote_code)
-    except (ValueError, KeyError, OSError, TypeError, AttributeError, ImportError) as error:
-        text = " ".join(str(error).split())
-        raise CheckpointError(
-            f"{folder}: transformers {transformers.__version__} cannot read its config.json "
-            f"({text:.300})"
-        ) from None
 
 
 def attention(config: Any) -> str | None:
@@ -71,21 +67,30 @@ def weightless(folder: Path, task: Task, trust_remote_code: bool = False) -> nn.
     options: dict[str, Any] = {"dtype": torch.float32}
     if attention(config):
         options["attn_implementation"] = attention(config)
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = weightless_of(kind, config, trust_remote_code, **options)
-    except (ValueError, TypeError, AttributeError, ImportError, RuntimeError) as error:
-        text = " ".join(str(error).split())
-        raise CheckpointError(
-            f"{folder}: transformers cannot make a {task.name} model of it ({text:.300})"
-        ) from None
+    with (
+        failing_as(f"{folder}: transformers cannot make a {task.name} model of it"),
+        init_empty_weights(include_buffers=False),
+    ):
+        model = weightless_of(kind, config, trust_remote_code, **options)
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("batched_mm")  # the others loop over what they route
+    _refuse_inputs(model, task)
     model.eval()
     model.tie_weights()
     with init_empty_weights(include_buffers=False):
         attach(model, task, weights=False)
     return model  # type: ignore[no-any-return]
+
+
+def _refuse_inputs(model: Any, task: Task) -> None:
+    """Raises CheckpointError where the class takes something else than the task's graphs have."""
+    main = getattr(model, "main_input_name", None)
+    wanted = ("pixel_values",) if task.kind == IMAGE else ("input_ids", "input_features")
+    if isinstance(main, str) and main not in wanted:
+        raise CheckpointError(
+            f"{type(model).__name__}: takes {main}, and the graphs of the task {task.name} take "
+            f"{wanted[0]}; choose another --task"
+        )
 
 
 def loaded(folder: Path, task: Task, trust_remote_code: bool = False) -> Any:
@@ -99,11 +104,8 @@ def loaded(folder: Path, task: Task, trust_remote_code: bool = False) -> Any:
     if attention(config):
         options["attn_implementation"] = attention(config)
     options["dtype"] = torch.float32
-    try:
+    with failing_as(f"{folder}: transformers does not load it"):
         model = model_of(class_of(task, config), folder, config, trust_remote_code, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        text = " ".join(str(error).split())
-        raise CheckpointError(f"{folder}: transformers does not load it ({text:.300})") from None
     attach(model, task, weights=True)
     return model.eval()
 

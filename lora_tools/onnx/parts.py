@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_tools.onnx.caches import cache_shapes
 from lora_tools.onnx.sentence_modules import run
 from lora_tools.onnx.tasks import DECODER, ENCODER_DECODER, IMAGE, Task
 
@@ -51,7 +52,7 @@ def parts(
     if task.kind == IMAGE:
         yield _image(model, config)
     elif task.kind == DECODER:
-        yield _decoder(model, config, cache, kept)
+        yield _decoder(model, cache, kept)
     elif task.kind == ENCODER_DECODER:
         yield _encoder(model, config)
         yield _seq2seq(model, config, False, kept)
@@ -129,17 +130,6 @@ def _image(model: nn.Module, config: Any) -> GraphPart:
     return GraphPart("model.onnx", _Plain(model, names, ("logits",)), args, axes, ("logits",))
 
 
-def cache_shape(config: Any) -> tuple[int, int]:
-    """(key/value heads, size of a head) of a decoder."""
-    config = config.get_text_config(decoder=True)
-    heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
-    return (
-        getattr(config, "num_key_value_heads", None) or heads,
-        size or config.hidden_size // heads,
-    )
-
-
 def _filled(keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> Any:
     """A cache that holds these tensors themselves; made of pairs it would hold copies."""
     from transformers import DynamicCache
@@ -182,7 +172,7 @@ def decoder_inputs(model: nn.Module) -> tuple[str, ...]:
     return (*names, "position_ids") if takes(model, "position_ids") else names
 
 
-def _decoder(model: nn.Module, config: Any, cache: bool, kept: Mapping[int, int]) -> GraphPart:
+def _decoder(model: nn.Module, cache: bool, kept: Mapping[int, int]) -> GraphPart:
     names = decoder_inputs(model)
     length = PAST if cache else 0
     args = {
@@ -194,11 +184,11 @@ def _decoder(model: nn.Module, config: Any, cache: bool, kept: Mapping[int, int]
     total = "total" if cache else "sequence"
     axes = {name: {0: "batch", 1: "sequence"} for name in names}
     axes["attention_mask"] = {0: "batch", 1: total}
-    layers = config.get_text_config(decoder=True).num_hidden_layers if cache else 0
-    layers = kept.get(layers, layers)
-    shape = cache_shape(config)
-    for name in _cache_names("past_key_values", layers):
-        args[name] = torch.randn(BATCH, shape[0], PAST, shape[1])
+    kept_by_layer = cache_shapes(model, kept) if cache else []
+    layers = len(kept_by_layer)
+    sides = [side for layer in kept_by_layer for side in layer]
+    for name, (heads, size) in zip(_cache_names("past_key_values", layers), sides, strict=True):
+        args[name] = torch.randn(BATCH, heads, PAST, size)
         axes[name] = {0: "batch", 2: "past"}
     outputs = ("logits", *_cache_names("present", layers))
     return GraphPart("model.onnx", _Decoder(model, names, layers), args, axes, outputs)

@@ -91,6 +91,25 @@ TASKS = {
     )
 }
 _SPEECH = ("whisper", "speech_to_text", "moonshine")
+# Classes whose names do not end as those of their task.
+_OTHERWISE = {
+    "MarianMTModel": "seq2seq",
+    "BertGenerationDecoder": "causal-lm",
+    "ReformerModelWithLMHead": "causal-lm",
+    "FlaubertWithLMHeadModel": "masked-lm",
+    "XLMWithLMHeadModel": "masked-lm",
+}
+_ENCODERS = ("vision_config", "audio_config", "vision_tower_config", "speech_config")
+_PAIRS = ("vision-encoder-decoder", "speech-encoder-decoder", "encoder-decoder")
+# What configs call the size of a state that is neither keys nor values.
+_STATES = (
+    "state_size",
+    "ssm_state_size",
+    "mamba_d_state",
+    "lru_width",
+    "linear_conv_kernel_dim",
+    "attention_hidden_size",
+)
 
 
 def task_of(config: Mapping[str, Any], asked: str) -> Task:
@@ -104,8 +123,9 @@ def task_of(config: Mapping[str, Any], asked: str) -> Task:
         if asked not in TASKS:
             raise UsageError(f"--task {asked!r}: one of auto, {', '.join(TASKS)} is needed")
         return TASKS[asked]
-    names = config.get("architectures")
-    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+    name = _class_of(config)
+    if name in _OTHERWISE:
+        return TASKS[_OTHERWISE[name]]
     for task in reversed(TASKS.values()):  # "Model" is the end of "LMHeadModel", too
         if name.endswith(task.endings) and task.endings:
             speech = task.kind == ENCODER_DECODER and config.get("model_type") in _SPEECH
@@ -114,3 +134,37 @@ def task_of(config: Mapping[str, Any], asked: str) -> Task:
         f"config.json names the architecture {name or 'nowhere'!r}, from which the task cannot be "
         f"told; pass --task ({', '.join(TASKS)})"
     )
+
+
+def _class_of(config: Mapping[str, Any]) -> str:
+    names = config.get("architectures")
+    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+
+
+def refuse_kind(config: Mapping[str, Any], task: Task) -> None:
+    """Before anything is read or traced, which can take minutes.
+
+    Raises:
+        CheckpointError: the model is of a kind of which no graph is written.
+    """
+    name = _class_of(config) or config.get("model_type")
+    beside = [key for key in _ENCODERS if isinstance(config.get(key), Mapping)]
+    if beside:
+        raise CheckpointError(
+            f"{name}: a model of several parts ({', '.join(beside)} in config.json), which takes "
+            "images or sound beside text; only models of one input are exported: give a checkpoint "
+            "of its language model or of its encoder alone"
+        )
+    if config.get("model_type") in _PAIRS:
+        raise CheckpointError(
+            f"{name}: two models joined (model_type {config['model_type']}), of which no graph is "
+            "written; export the checkpoints that it was made of"
+        )
+    told = {**config, **inner} if isinstance(inner := config.get("text_config"), dict) else config
+    states = [key for key in _STATES if isinstance(told.get(key), int)]
+    if task.kind == DECODER and states:
+        raise CheckpointError(
+            f"{name}: a model with a state of its own ({', '.join(states)} in config.json) beside "
+            "or in place of keys and values, which torch does not export for any length; only "
+            "models that keep keys and values are exported as decoders"
+        )

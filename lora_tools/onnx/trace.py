@@ -8,12 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
-import logging
 import re
-import traceback
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +19,17 @@ import torch
 
 from lora_tools.errors import CheckpointError
 from lora_tools.formats.alignment import align
+from lora_tools.onnx.foreign import INNER, module_of, reason, run_by, silence, watched
+from lora_tools.onnx.fuse.attention import Unfused, one_operator, translations
+from lora_tools.onnx.fuse.found import OPSET
+from lora_tools.onnx.fuse.passes import fuse as fuse_graph
 from lora_tools.onnx.layers import NotRepeating, Stack, repeat, shorten
 from lora_tools.onnx.model import weightless, with_memory
 from lora_tools.onnx.parts import GraphPart, parts
 from lora_tools.onnx.tasks import Task
 from lora_tools.records import TensorSpec
 
-OPSET = 20
-_INNER = "inner."
+_TRACED = "cannot be exported by torch"
 
 
 @dataclasses.dataclass
@@ -42,11 +41,13 @@ class Graph:
         model: the graph.
         converted: weights that transformers forms from several tensors of the checkpoint (fused
             experts), under the model's own names.
+        unfused: why attention is not one operator, where it was to be.
     """
 
     file: str
     model: onnx.ModelProto
     converted: tuple[str, ...]
+    unfused: str = ""
 
 
 def trace(
@@ -58,6 +59,7 @@ def trace(
     opset: int = OPSET,
     trust_remote_code: bool = False,
     whole: bool = False,
+    fuse: bool = False,
 ) -> list[Graph]:
     """The bare graphs of a checkpoint for a task.
 
@@ -65,29 +67,45 @@ def trace(
         folder: the checkpoint's; only ``config.json`` (and code, where it is trusted) is read.
         stored: the checkpoint's tensors by name.
         whole: trace every layer, even where they repeat.
+        fuse: attention, rotary embeddings and norms as one operator each (opset 23).
 
     Raises:
         CheckpointError: transformers does not know the architecture, or an operator of it does not
             export; the sentence names it.
     """
-    model = weightless(folder, task, trust_remote_code)
+    unfused = ""
+    while True:
+        model = weightless(folder, task, trust_remote_code)
+        try:
+            return list(_trace(model, stored, task, cache, opset, whole, fuse, unfused))
+        except NotRepeating:
+            whole = True
+        except Unfused as error:
+            unfused = str(error)
+
+
+def _trace(
+    model: torch.nn.Module,
+    stored: Mapping[str, TensorSpec],
+    task: Task,
+    cache: bool,
+    opset: int,
+    whole: bool,
+    fuse: bool,
+    unfused: str,
+) -> Iterator[Graph]:
     names = _Names(model, stored)
     stacks = [] if whole else shorten(model)
     with_memory(model)
     model.tie_weights()  # type: ignore[operator]
     kept = {stack.total: stack.kept for stack in stacks}
-    try:
-        return [_export(part, stacks, names, opset) for part in parts(model, task, cache, kept)]
-    except NotRepeating:
-        return trace(
-            folder,
-            stored,
-            task,
-            cache=cache,
-            opset=opset,
-            trust_remote_code=trust_remote_code,
-            whole=True,
-        )
+    with run_by(model, _TRACED):
+        cut = list(parts(model, task, cache, kept))
+    for part in cut:
+        attention = one_operator(model) if fuse and not unfused else contextlib.nullcontext()
+        with attention:
+            made = _export(part, stacks, names, opset, fuse)
+        yield dataclasses.replace(made, unfused=unfused)
 
 
 class _Names:
@@ -110,13 +128,18 @@ class _Names:
         parameters = dict(model.named_parameters(remove_duplicate=False))
         self.converted = {name for name in parameters if name not in self.key}
 
+    def has(self, initializer: str) -> bool:
+        """Whether an initializer of a traced graph is a weight."""
+        name = initializer.removeprefix(INNER)
+        return name in self.key or name in self.converted
 
-def _export(part: GraphPart, stacks: list[Stack], names: _Names, opset: int) -> Graph:
+
+def _export(part: GraphPart, stacks: list[Stack], names: _Names, opset: int, fuse: bool) -> Graph:
     dynamic = {
         name: dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for name, axes in part.axes.items()
     }
     program: torch.export.ExportedProgram | None = None
-    with torch.no_grad(), _silence(), _watched(part.module) as running:
+    with torch.no_grad(), silence(), watched(part.module) as running:
         try:
             program = torch.export.export(
                 part.module,
@@ -132,14 +155,17 @@ def _export(part: GraphPart, stacks: list[Stack], names: _Names, opset: int) -> 
                 opset_version=opset,
                 input_names=list(part.args),
                 output_names=list(part.outputs),
+                custom_translation_table=translations() if fuse else None,
             )
+        except Unfused:
+            raise
         except Exception as error:  # whatever the model's own code, torch or onnxscript raises
-            module = _module_of(error, program) if program else running[-1] if running else ""
-            raise CheckpointError(f"{part.file}: {_reason(error, module)}") from error
+            module = module_of(error, program) if program else running[-1] if running else ""
+            raise CheckpointError(f"{part.file}: {reason(error, module, _TRACED)}") from error
     assert exported is not None
-    model, buffers = _without_weights(exported.model, names, part.axes)
+    model, buffers = _without_weights(exported.model, names, part.axes, fuse)
     for stack in stacks:
-        scope = f"'{_INNER}{stack.prefix}.0"
+        scope = f"'{INNER}{stack.prefix}.0"
         if any(scope in e.value for node in model.graph.node for e in node.metadata_props):
             repeat(model, stack, buffers)
     _name_dimensions(model.graph, part)
@@ -148,7 +174,7 @@ def _export(part: GraphPart, stacks: list[Stack], names: _Names, opset: int) -> 
 
 
 def _without_weights(
-    model: Any, names: _Names, axes: Mapping[str, Mapping[int, str]]
+    model: Any, names: _Names, axes: Mapping[str, Mapping[int, str]], fuse: bool
 ) -> tuple[onnx.ModelProto, dict[str, bytes]]:
     """The graph with weights by name only, and the contents of its other initializers."""
     from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
@@ -156,11 +182,12 @@ def _without_weights(
     _measure_alike(model.graph, axes)
     CommonSubexpressionEliminationPass()(model)
     RemoveUnusedNodesPass()(model)
+    if fuse:
+        fuse_graph(model, [name for name in model.graph.initializers if names.has(name)])
     buffers: dict[str, bytes] = {}
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
-        plain = name.removeprefix(_INNER)
-        if plain in names.key or plain in names.converted:
+        if names.has(name):
             value.const_value = ir.ExternalTensor(
                 "bare", 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name, base_dir=""
             )
@@ -194,12 +221,12 @@ def _name_weights(graph: onnx.GraphProto, names: _Names) -> tuple[str, ...]:
 
     Weights of layers that were put in by copying have no initializer yet.
     """
-    like = {i.name.removeprefix(_INNER): i for i in graph.initializer}
+    like = {i.name.removeprefix(INNER): i for i in graph.initializer}
     used: dict[str, str] = {}  # the model's name → the checkpoint's
     for node in graph.node:
         for i, value in enumerate(node.input):
-            plain = value.removeprefix(_INNER)
-            if value.startswith(_INNER) and (plain in names.key or plain in names.converted):
+            plain = value.removeprefix(INNER)
+            if value.startswith(INNER) and (plain in names.key or plain in names.converted):
                 used[plain] = names.key.get(plain, plain)
                 node.input[i] = used[plain]
     others = [i for n, i in like.items() if n not in names.key and n not in names.converted]
@@ -242,65 +269,3 @@ def _strip(model: onnx.ModelProto) -> None:
     for item in (*graph.node, *graph.input, *graph.output, *graph.initializer):
         item.doc_string = ""
         del item.metadata_props[:]
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """torch and transformers warn of their own code and of packages that are not needed, and print
-    the whole graph where it fails."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
-@contextlib.contextmanager
-def _watched(module: torch.nn.Module) -> Iterator[list[str]]:
-    """Names of the modules whose forward runs, the innermost last; after an error, ran."""
-    running: list[str] = []
-    hooks: list[Any] = []
-
-    def enters(name: str) -> Callable[..., None]:
-        return lambda *_: running.append(name)
-
-    def leaves(*_: Any) -> None:
-        running.pop()
-
-    for name, child in module.named_modules():
-        hooks.append(child.register_forward_pre_hook(enters(name.removeprefix(_INNER))))
-        hooks.append(child.register_forward_hook(leaves))
-    try:
-        yield running
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _module_of(error: BaseException, program: torch.export.ExportedProgram) -> str:
-    """The module of the node which onnxscript's error says it could not translate."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if named := re.search(r"translating node %(\w+)", str(cause)):
-            for node in program.graph.nodes:
-                if node.name == named[1]:
-                    stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
-                    return stack[-1].removeprefix(_INNER) if stack else ""
-        cause = cause.__cause__ or cause.__context__
-    return ""
-
-
-def _reason(error: BaseException, module: str) -> str:
-    """One line: the module, the function of the model, and the innermost cause."""
-    while (error.__cause__ or error.__context__) is not None and error.__cause__ is not error:
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    where = f"module {module}" if module else "it"
-    for frame in traceback.extract_tb(error.__traceback__):
-        if "/transformers/models/" in frame.filename:
-            where += f" ({Path(frame.filename).stem}, {frame.name})"
-            break
-    text = " ".join((str(error) or type(error).__name__).split())
-    return f"{where} cannot be exported by torch: {text:.400}"

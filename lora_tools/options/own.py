@@ -207,7 +207,20 @@ class Graphs:
         recorded=False,
         path="input",
     )
-    opset: int = option(20, "ONNX's opset.", GRAPH, metavar="N", allowed=OPSETS)
+    no_fuse: bool = option(
+        False,
+        "A decoder as torch traces it, and not with attention, rotary embeddings and norms as one "
+        "operator each.",
+        GRAPH,
+    )
+    opset: int | None = option(
+        None,
+        "ONNX's opset.",
+        GRAPH,
+        metavar="N",
+        allowed=OPSETS,
+        unset="23 where a decoder is fused, which needs it; else 20",
+    )
     trust_remote_code: bool = option(
         False, "Run the modelling code that comes with the checkpoint.", GRAPH
     )

@@ -15,6 +15,7 @@ from lora_tools.options.tables import (
     DECOMPOSITION,
     FORMAT,
     FROM_0,
+    FROM_1,
     INSIDE,
     OUTPUT,
     RANK,
@@ -22,6 +23,7 @@ from lora_tools.options.tables import (
     TENSORS,
     conformed,
     dtype_help,
+    engine,
     float_dtype,
     formats,
     hub_id,
@@ -363,10 +365,35 @@ class Running:
         RUNNING,
         recorded=False,
     )
+    variant: str | None = option(
+        None,
+        "Of a folder, or of each folder of a diffusers pipeline that has such: read the weight "
+        "files of this variant, such as fp16. What is made of them is called as files of none.",
+        RUNNING,
+        metavar="NAME",
+    )
     digest: Literal["xxh3", "sha256"] = option(
         "xxh3",
         "What the digests of inputs and output are made of: xxh3 tells accidents; sha256 stands "
         "against attack as well (docs/verify.md).",
         RUNNING,
+    )
+    engine: str = option(
+        "threads",
+        "threads of this process, or dask: a cluster of --workers on this machine, or the one that "
+        "DASK_SCHEDULER_ADDRESS names; dask://HOST:PORT for another (docs/tasks/machines.md).",
+        RUNNING,
+        metavar="ENGINE",
+        parse=engine,
+        recorded=False,
+    )
+    workers: int | None = option(
+        None,
+        "Processes of a Dask cluster on this machine.",
+        RUNNING,
+        metavar="N",
+        unset="as --jobs",
+        allowed=FROM_1,
+        recorded=False,
     )
     progress: ProgressCallback | None = None  # called after each step; no option

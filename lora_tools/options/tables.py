@@ -18,10 +18,11 @@ QUANTIZED, CHECK, AGAINST, TEXT, PICTURE = "Quantized", "Check", "Against what",
 
 ABOVE_0 = (lambda x: 0 < x < math.inf, "a number above 0 is needed")
 FROM_0 = (lambda x: x >= 0, "a number from 0 on is needed")
+FROM_1 = (lambda x: x >= 1, "at least 1 is needed")
 FINITE = (math.isfinite, "a finite number is needed")
 SHARE = (lambda x: 0 < x <= 1, "a share above 0 and up to 1 is needed")
 INSIDE = (lambda x: 0 < x < 1, "a number between 0 and 1 is needed")
-OPSETS = (lambda x: 18 <= x <= 22, "18 to 22 is needed")
+OPSETS = (lambda x: 18 <= x <= 23, "18 to 23 is needed")
 
 
 def consumers() -> Iterable[str]:
@@ -124,6 +125,13 @@ def hub_id(text: str) -> str:
             f"{text[:80]!r} is no id of the hub, such as org/name or org/name@revision"
         )
     return text
+
+
+def engine(text: str) -> None:
+    """What ``--engine`` names. Raises UsageError."""
+    name, mark, place = text.partition("://")
+    if text != "threads" and (name != "dask" or bool(mark) != bool(place)):
+        raise UsageError(f"--engine {text}: threads, dask or dask://HOST:PORT is needed")
 
 
 def size(text: str) -> int:

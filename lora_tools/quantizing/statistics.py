@@ -12,7 +12,7 @@ from lora_tools.errors import UsageError
 from lora_tools.formats.activations import MARK, VERSION
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.names import split_tensor
-from lora_tools.formats.safetensors_file import SafetensorsWriter
+from lora_tools.formats.safetensors_writer import SafetensorsWriter
 from lora_tools.formats.tensors import as_bytes
 from lora_tools.linalg.layouts import LAYOUTS
 from lora_tools.options import NumberFormat, Running

@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lora_tools.errors import CheckpointError
-from lora_tools.formats import hub
+from lora_tools.formats import hub, variants
 from lora_tools.formats.checkpoint import PICKLE_SUFFIXES, Checkpoint, open_weights
+from lora_tools.formats.diffusion_pipeline import DiffusionPipeline, folders_of, is_pipeline
 from lora_tools.formats.folders import meant
 from lora_tools.formats.gguf_file import is_gguf
 from lora_tools.formats.gguf_model import open_gguf
@@ -25,7 +26,7 @@ from lora_tools.formats.sharded import (
     refuse_steps,
     title_of,
 )
-from lora_tools.formats.shards import INDEX_SUFFIX, check_index, read_index
+from lora_tools.formats.shards import check_index, read_index
 from lora_tools.formats.wrapped_names import (
     Renamed,
     TwoNamesError,
@@ -42,11 +43,12 @@ from lora_tools.sources.schemes import scheme_of
 
 
 def open_checkpoint(
-    source: str | Path, allow_pickle: bool = False, *, decoded: bool = True
+    source: str | Path, allow_pickle: bool = False, *, decoded: bool = True, pipelines: bool = False
 ) -> Checkpoint:
     """Open a folder, a bare file, or a hub id, such as ``org/name[@revision]`` (``formats.hub``).
 
     Args:
+        pipelines: all models of a diffusers pipeline's folder as one; else it is refused.
         decoded: see a quantized one as the plain one that it stands for: ``scheme`` says what was
             decoded, and ``stored`` is what lies there. Else it is opened as it is stored, to be
             looked at or to have its bytes passed on.
@@ -57,7 +59,10 @@ def open_checkpoint(
         CheckpointError: anything else that keeps it from being read as a checkpoint; with
             ``decoded``, also numbers in a scheme that ``sources.schemes`` has no row for.
     """
-    stored = _open(source, allow_pickle)
+    path = _found(source, allow_pickle)
+    if is_pipeline(path):
+        return _open_pipeline(path, allow_pickle, decoded, pipelines)
+    stored = _open(path, allow_pickle)
     stored.says = functools.partial(class_says, stored.config, stored.specs)
     if not decoded:
         return stored
@@ -71,6 +76,31 @@ def open_checkpoint(
             f"{where}: {sign.advice}"
         )
     return checkpoint
+
+
+def _open_pipeline(
+    folder: Path, allow_pickle: bool, decoded: bool, wanted: bool
+) -> DiffusionPipeline:
+    """The models of a diffusers pipeline. Raises CheckpointError where no pipeline is wanted."""
+    names = folders_of(folder)
+    if not wanted:
+        raise CheckpointError(
+            f"{folder}: a diffusers pipeline, and one model is wanted here; give the folder of one "
+            f"of its parts ({', '.join(names)}): {folder / names[0]}"
+        )
+    parts = {}
+    variant = variants.wanted()
+    held = {name: variants.there(path.name for path in (folder / name).iterdir()) for name in names}
+    if variant is not None and not any(variant in each for each in held.values()):
+        raise CheckpointError(
+            f"{folder}: none of its parts has files of the variant {variant}; "
+            f"there are {', '.join(sorted({v for each in held.values() for v in each})) or 'none'}"
+        )
+    for name in names:
+        known = variant if variant is not None and variant in held[name] else None
+        with variants.using(known):
+            parts[name] = open_checkpoint(folder / name, allow_pickle, decoded=decoded)
+    return DiffusionPipeline(folder, parts)
 
 
 def from_file(checkpoint: Checkpoint) -> str:
@@ -141,27 +171,31 @@ def as_plain(stored: Checkpoint) -> tuple[Checkpoint, Found | None]:
     return checkpoint, sign_of(checkpoint.specs, checkpoint.config, files)
 
 
-def _open(source: str | Path, allow_pickle: bool) -> Checkpoint:
+def _found(source: str | Path, allow_pickle: bool) -> Path:
+    """The file or folder that is meant. Raises CheckpointError."""
     path = hub.here(source, allow_pickle, by_headers=True)
     if not os.path.exists(path):  # noqa: PTH110 - Path.exists raises on an overlong name
         raise CheckpointError(f"{source}: no such file or folder, nor an org/name of the hub")
     if not (path.is_file() or path.is_dir()):
         raise CheckpointError(f"{path}: neither a file nor a folder")
-    path = meant(path, CheckpointError)
+    return meant(path, CheckpointError)
+
+
+def _open(path: Path, allow_pickle: bool) -> Checkpoint:
     if path.is_file() and is_gguf(path):
         return open_gguf(path)
     _refuse_adapter(path)
     if path.is_file():
         checkpoint = Checkpoint(path, [open_weights(path, allow_pickle)], False, None)
     else:
-        checkpoint = _open_pipeline(path, allow_pickle)
+        checkpoint = _open_modules(path, allow_pickle)
     for file in checkpoint.files:
         refuse_slices(file)
     _refuse_adapter(checkpoint.path, checkpoint.specs)
     return checkpoint
 
 
-def _open_pipeline(folder: Path, allow_pickle: bool) -> Checkpoint:
+def _open_modules(folder: Path, allow_pickle: bool) -> Checkpoint:
     """A folder, or the first module of one of sentence-transformers: it is what adapters act on."""
     pipeline = Pipeline.at(folder)
     if pipeline is None:
@@ -225,8 +259,9 @@ def _open_parts(folder: Path, allow_pickle: bool) -> Checkpoint | None:
 def _open_files(folder: Path, suffixes: Iterable[str], allow_pickle: bool) -> Checkpoint | None:
     """A folder's one file of weights, or those that its index names. None where there is none."""
     for suffix in suffixes:
-        indexes = sorted(folder.glob(f"*{suffix}{INDEX_SUFFIX}"))
-        files = sorted(folder.glob(f"*{suffix}"))
+        found = _of_variant(folder, suffix)
+        indexes = [path for path in found if path.suffix == ".json"]
+        files = [path for path in found if path.suffix != ".json"]
         if len(indexes) > 1:
             raise CheckpointError(f"{folder}: several indexes: {_names(indexes)}; pass one file")
         if indexes:
@@ -239,8 +274,8 @@ def _open_files(folder: Path, suffixes: Iterable[str], allow_pickle: bool) -> Ch
             )
             check_index(checkpoint.home, indexes[0], names)
             return checkpoint
-        if (folder / f"model{suffix}") in files:
-            files = [folder / f"model{suffix}"]
+        usual = [folder / f"{stem}{suffix}" for stem in ("model", "diffusion_pytorch_model")]
+        files = [path for path in usual if path in files][:1] or files
         if suffix in PICKLE_SUFFIXES:
             files = [f for f in files if f.stem not in ("training_args", "optimizer", "scheduler")]
         if files and all(file.name.startswith("adapter_model") for file in files):
@@ -254,6 +289,25 @@ def _open_files(folder: Path, suffixes: Iterable[str], allow_pickle: bool) -> Ch
         if files:
             return Checkpoint(folder, [open_weights(files[0], allow_pickle)], True, None)
     return None
+
+
+def _of_variant(folder: Path, suffix: str) -> list[Path]:
+    """Weight files and indexes of the variant that is wanted. Raises CheckpointError."""
+    paths = sorted((*folder.glob(f"*{suffix}"), *folder.glob(f"*{suffix}.index*.json")))
+    names = [path.name for path in paths]
+    found, wanted = variants.chosen(names), variants.wanted()
+    others = variants.there(names)
+    if names and not found:
+        raise CheckpointError(
+            f"{folder}: holds only files of the variant {' or '.join(others)}: --variant "
+            f"{others[0]} reads them"
+        )
+    if wanted is not None and names and wanted not in others:
+        raise CheckpointError(
+            f"{folder}: no files of the variant {wanted}; there are "
+            f"{', '.join(others) or 'none of any variant'}"
+        )
+    return [path for path in paths if path.name in found]
 
 
 def _names(paths: Iterable[Path]) -> str:

@@ -60,8 +60,8 @@ class PiecedView(View):
                 self.source.release(piece.stored)
         return state.hexdigest()
 
-    def digest(self, known: Mapping[str, str]) -> str:
-        """That of what is loaded."""
+    def of_stored(self, known: Mapping[str, str]) -> Mapping[str, str]:
+        """Those of tensors that are stored ones, whole."""
         mine = {}
         for name, value in known.items():
             pieces = self._view.pieces(name)
@@ -69,7 +69,11 @@ class PiecedView(View):
                 self.specs[name].shape
             ):
                 mine[pieces[0].stored] = value
-        return self.source.digest(mine)
+        return mine
+
+    def digest(self, known: Mapping[str, str]) -> str:
+        """That of what is stored."""
+        return self.source.digest(self.of_stored(known))
 
 
 class _PiecedFile:

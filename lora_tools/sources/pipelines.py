@@ -46,8 +46,9 @@ def whole(source: Checkpoint, allow_pickle: bool) -> Checkpoint:
 
 
 def open_whole(source: str | Path, allow_pickle: bool = False) -> Checkpoint:
-    """``open_checkpoint``, with the tensors of all modules of a sentence-transformers folder."""
-    return whole(open_checkpoint(source, allow_pickle), allow_pickle)
+    """``open_checkpoint``, with the tensors of all modules of a sentence-transformers folder, or of
+    all models of a diffusers pipeline."""
+    return whole(open_checkpoint(source, allow_pickle, pipelines=True), allow_pickle)
 
 
 class WholePipeline(View):

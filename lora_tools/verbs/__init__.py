@@ -40,7 +40,8 @@ _ADAPTERS, _OUT, _PATH = map(Argument, ("adapters", "out", "path"))
 _POLICIES = ("rank", "energy", "error", "ratio", "cumulative", "threshold")
 _WRITING = take(Writing, "force", "dry_run", "no_card")
 _RESUMING = (*_WRITING, *take(Writing, "resume", "clean"))
-_RUNNING = take(Running)
+_RUNNING = take(Running, "jobs", "allow_pickle", "variant", "digest", "progress")
+_SPREAD = take(Running)
 _ONNX = {"group": "Running an ONNX model"}
 
 
@@ -68,7 +69,7 @@ VERBS = {
                 *take(AdapterForm, dtype={"unset": "that of each base tensor, for its factors"}),
                 *take(Search, "svd", "tolerance", "seed", "device"),
                 *take(Writing, max_error=_gate("a module")),
-                *_RUNNING,
+                *_SPREAD,
             ),
             "Make the LoRA adapter that turns BASE into TUNED.",
             """Write the LoRA adapter that turns BASE into TUNED, a fully fine-tuned copy of it.
@@ -85,7 +86,7 @@ VERBS = {
         Verb(
             "merge",
             (_BASE, Argument("adapters", needed=False), _OUT),
-            (*take(Matching), *take(Storage), *take(Merging), *_RESUMING, *_RUNNING),
+            (*take(Matching), *take(Storage), *take(Merging), *_RESUMING, *_SPREAD),
             "Add adapters to the weights of BASE.",
             """Write BASE with the PEFT adapters added to its weights, each times its WEIGHT (1).
 
@@ -108,7 +109,7 @@ VERBS = {
                     },
                 ),
                 *take(Writing, "force", "dry_run", "resume", "clean"),
-                *_RUNNING,
+                *_SPREAD,
             ),
             "Get the base back out of a merged checkpoint.",
             """Write the base that MERGED was made of by merging the adapters.
@@ -129,7 +130,7 @@ VERBS = {
                 *take(AdapterForm, "dtype", "base_name", "consumer"),
                 *take(Origin),
                 *_RESUMING,
-                *_RUNNING,
+                *_SPREAD,
             ),
             "Give an adapter another strength, alpha, rank or form.",
             """Write ADAPTER with another strength, alpha or rank, or as one consumer reads it.
@@ -175,7 +176,7 @@ VERBS = {
                     dtype={"unset": "each factor keeps the widest of the inputs"},
                 ),
                 *_RESUMING,
-                *_RUNNING,
+                *_SPREAD,
             ),
             "Make one adapter out of several.",
             """Write one adapter that does what the ADAPTERs do together, each times its WEIGHT (1),
@@ -198,7 +199,7 @@ VERBS = {
                 *take(AdapterForm, "dtype", "base_name"),
                 *take(Ranks, "rank", "energy", "max_rank"),
                 *_RESUMING,
-                *_RUNNING,
+                *_SPREAD,
             ),
             "Write an adapter in another format.",
             """Write ADAPTER in another format; its effect on the weights stays.
@@ -229,7 +230,7 @@ VERBS = {
                 *take(Evaluation),
                 *take(Storage),
                 *take(Writing, max_error=_gate("a tensor")),
-                *_RUNNING,
+                *_SPREAD,
             ),
             "Store CHECKPOINT in four or eight bits (NF4, FP8, NVFP4, …).",
             """Write CHECKPOINT with its linear layers in fewer bits: in four, as bitsandbytes and
@@ -252,7 +253,7 @@ VERBS = {
             (
                 *take(Storage, dtype={"unset": "what each weight was quantized from"}),
                 *_RESUMING,
-                *_RUNNING,
+                *_SPREAD,
             ),
             "Turn a quantized CHECKPOINT into a plain one.",
             """Write the plain checkpoint that CHECKPOINT stands for, in whatever number format that
@@ -270,7 +271,7 @@ VERBS = {
             (
                 *take(Adding),
                 *take(Matching),
-                *take(Graphs, "task", "no_cache", "graph", "opset", "trust_remote_code"),
+                *take(Graphs, "task", "no_cache", "no_fuse", "graph", "opset", "trust_remote_code"),
                 *take(
                     Storage,
                     "dtype",
@@ -291,7 +292,7 @@ VERBS = {
             "adapters task weights int8 int4 nf4 dry_run",
             "adapters runtime_adapters task no_cache dtype weights nf4 int8 int4 activations "
             "eval_text graph "
-            "opset atol rtol no_verify keep_failed trust_remote_code allow_unmatched "
+            "no_fuse opset atol rtol no_verify keep_failed trust_remote_code allow_unmatched "
             "allow_other_base",
             adds_to="checkpoint",
         ),
@@ -410,9 +411,8 @@ VERBS = {
             """Run MODEL over TEXT and write the second moment of each layer's input to --out, for
             extract --activations.
 
-            MODEL is a folder that transformers loads, with its tokenizer; TEXT is a UTF-8 file such
-            as the model will be used on. Needs loratools[stats] and memory for the whole model in
-            float32.""",
+            MODEL is a folder that transformers loads, with its tokenizer; TEXT is UTF-8, as the
+            model will see. Needs loratools[stats] and memory for the whole model in float32.""",
             "loratools collect-stats org/base sample.txt -o stats.safetensors",
             "kind max_tokens length dry_run",
         ),

@@ -8,18 +8,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_tools.errors import CheckpointError, LoraToolsError, QualityGateError
+from lora_tools.errors import LoraToolsError, QualityGateError
 from lora_tools.formats.adapters.consumers import Consumer
 from lora_tools.formats.adapters.peft import Adapter
 from lora_tools.formats.adapters.table import FORMATS
-from lora_tools.formats.folders import meant
-from lora_tools.formats.regular_files import is_there
 from lora_tools.options import Audience, Origin, Running
 from lora_tools.options.parse import consumer_named
 from lora_tools.records import Input, Report
 from lora_tools.sources.adapters import open_adapter
-from lora_tools.sources.base_names import PIPELINE, base_names
-from lora_tools.sources.checkpoints import open_checkpoint
+from lora_tools.sources.base_names import model_at
 from lora_tools.totals import CheckFinding, CheckTotals
 from lora_tools.verbs.convert import convert
 from lora_tools.verbs.frame import Call, Look, verb
@@ -46,13 +43,8 @@ def check(call: Call, adapter: str | Path, audience: Audience, origin: Origin) -
         LoraToolsError: the adapter, or the base, cannot be read as one.
     """
     consumer, allow_pickle = consumer_named(audience.consumer), call.running.allow_pickle
-    base, names, checkpoint = origin.base, None, None
-    if base is not None:
-        if is_there(meant(Path(base), CheckpointError) / PIPELINE):
-            names = base_names(base, allow_pickle)
-        else:
-            checkpoint = open_checkpoint(base, allow_pickle)
-            names = base_names(checkpoint)
+    base = origin.base
+    checkpoint, names = model_at(base, allow_pickle)
     given = open_adapter(adapter, allow_pickle, base=names, as_stored=names is None)
     side = Base.of(given, consumer, names, checkpoint) if names is not None else None
 

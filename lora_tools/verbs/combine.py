@@ -23,7 +23,7 @@ from lora_tools.options.ranks import rank_rule
 from lora_tools.records import Action, Fate, Input, Report
 from lora_tools.sources.adapters import open_adapter
 from lora_tools.sources.auto_class import identified, refuse_base_name
-from lora_tools.sources.base_names import base_names, checkpoint_or_pipeline
+from lora_tools.sources.base_names import model_at
 from lora_tools.sources.weighted import Weighted, open_weighted
 from lora_tools.totals import CombineTotals
 from lora_tools.verbs.frame import Call, verb
@@ -66,8 +66,7 @@ def combine(
             different bases.
     """
     options = _options(combining, ranks, adapter_form.dtype)
-    base = checkpoint_or_pipeline(origin.base, call.running.allow_pickle)
-    names = base_names(base) if base is not None else None
+    _, names = model_at(origin.base, call.running.allow_pickle)
     weighted = open_weighted(adapters, call.running.allow_pickle, names, as_stored=names is None)
     form = _form(weighted, adapter_form.to).at(call.out)
     if combining.normalize:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lora_tools.adapting.changes_to_lora import plan_lora, write_lora
 from lora_tools.adapting.convert_module import Conversion, product_energy
+from lora_tools.adapting.input_dora import take_input_dora
 from lora_tools.adapting.other_layout import in_layout
 from lora_tools.adapting.write import (
     ConvertJob,
@@ -39,7 +40,7 @@ from lora_tools.provenance import handed_on
 from lora_tools.records import Action, Fate, Input, Report
 from lora_tools.sources.adapters import open_adapter
 from lora_tools.sources.auto_class import identify
-from lora_tools.sources.base_names import base_names, checkpoint_or_pipeline
+from lora_tools.sources.base_names import model_at
 from lora_tools.sources.weighted import Weighted
 from lora_tools.totals import ConvertTotals
 from lora_tools.verbs.frame import Call, verb
@@ -74,8 +75,7 @@ def convert(
     written = parse_float_dtype(dtype) if dtype else target.dtype or None
     enabled, kinds = enable_lora(formats.enable_lora), layer_kinds(formats.layout)
     allow_pickle = call.running.allow_pickle
-    base = checkpoint_or_pipeline(origin.base, allow_pickle)
-    names = base_names(base) if base is not None else None
+    base, names = model_at(origin.base, allow_pickle)
     given = open_adapter(
         adapter,
         allow_pickle,
@@ -85,13 +85,14 @@ def convert(
         enable_lora=enabled,
     )
     identify(given, target, names, adapter_form.base_name)
+    take_input_dora(given, target)
     if given.changes:
         return _made_lora(call, str(adapter), given, base, names, formats, adapter_form, ranks)
     if not given.differences:
         given.need_lora("factors to convert")
-    if isinstance(base, Checkpoint):
+    if base is not None:
         names_in_base(Weighted(given, 1.0, str(adapter)), base)
-    given, said = in_layout(given, target, names)
+    given, said = in_layout(given, target, names, formats.drop)
     found = features(given, names)
     if names is not None and names.tied:
         _refuse_tied(given, target, formats.drop, found, names)
@@ -115,7 +116,7 @@ def _made_lora(
     call: Call,
     path: str,
     given: Adapter,
-    base: Checkpoint | Path | None,
+    base: Checkpoint | None,
     names: BaseNames | None,
     formats: Formats,
     adapter_form: AdapterForm,
@@ -123,7 +124,7 @@ def _made_lora(
 ) -> Prepared:
     """An adapter of a type that is no LoRA, to be made one."""
     works, rule = plan_lora(given, base, formats.to), rank_rule(ranks)
-    assert isinstance(base, Checkpoint)
+    assert base is not None
     dtype = parse_float_dtype(adapter_form.dtype) if adapter_form.dtype else None
     if rule is None:
         raise UsageError(

@@ -120,19 +120,17 @@ def _found(
         if side.scheme is not None
     ]
     notes += no_floats("changed", [s.pair.name for s in seen if math.isnan(s.change)])
-    return call.report(
-        inputs,
-        fates,
-        spectra=tuple(spectra),
-        notes=(*plan.notes, *notes),
-        totals={
-            "relative_change": total.relative_error,
-            "changed": counts.count(Action.CHANGED),
-            "unchanged": counts.count(Action.UNCHANGED),
-            "one_sided": counts.count(Action.ONLY_IN_BASE) + counts.count(Action.ONLY_IN_TUNED),
-            **left_out_totals(left, Total(total.missing, 0.0)),
-        },
-    )
+    totals: DiffTotals = {
+        "relative_change": total.relative_error,
+        "changed": counts.count(Action.CHANGED),
+        "unchanged": counts.count(Action.UNCHANGED),
+        "one_sided": counts.count(Action.ONLY_IN_BASE) + counts.count(Action.ONLY_IN_TUNED),
+        **left_out_totals(left, Total(total.missing, 0.0)),
+    }
+    if sides[0].models:
+        totals["models"] = [*sides[0].models]
+    notes = [*plan.notes, *notes]
+    return call.report(inputs, fates, spectra=tuple(spectra), notes=tuple(notes), totals=totals)
 
 
 def _resized(base: Checkpoint, tuned: Checkpoint) -> bool:

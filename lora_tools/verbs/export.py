@@ -14,6 +14,7 @@ from lora_tools.formats.output import Prepared
 from lora_tools.formats.pickle_file import refuse_compressed
 from lora_tools.merging.fit import fit_base
 from lora_tools.onnx.sentence import sentence_task
+from lora_tools.onnx.tasks import refuse_kind
 from lora_tools.options import Adding, Check, Graphs, Matching, Quantized, Storage
 from lora_tools.sources.checkpoints import from_file, open_checkpoint
 from lora_tools.sources.pipelines import other_modules
@@ -60,6 +61,7 @@ def export(
         )
         fitted = fit_base(source, opened, matching.allow_unmatched)
     task, said = sentence_task(source.pipeline, fitted.config, graphs.task)
+    refuse_kind(fitted.config, task)
     if task.steps:  # whose weights may be pickles
         other_modules(source.pipeline, call.running.allow_pickle)
     quantization = plan_quantization(

@@ -67,6 +67,7 @@ def extract(
     chosen, kinds = NameFilter(tensors.include, tensors.exclude), layer_kinds(tensors.layout)
     size = size_of(ranks)
     sides, said = _sides(base, tuned, call.running.allow_pickle, options, adapter_form.names, form)
+    _refuse_several(sides[0], form)
     chosen.refuse_idle(w.module for side in sides for w in side.weights.values())
     plan = make_plan(
         *sides,
@@ -149,6 +150,16 @@ def _options(ranks: Ranks, form: AdapterForm, search: Search, to: Format) -> Dec
         activations=Activations(Path(search.activations)) if search.activations else None,
         base_name=form.base_name,
     )
+
+
+def _refuse_several(base: Checkpoint, form: Format) -> None:
+    """Raises UsageError for a pipeline, where the format is of one model."""
+    if base.models and not form.by_component:
+        able = " or ".join(name for name, row in FORMATS.items() if row.by_component)
+        raise UsageError(
+            f"{base.path}: a pipeline of several models, and {form.title} is for one: give --to "
+            f"{able}, or the folder of one of its parts, such as {base.path / min(base.models)}"
+        )
 
 
 def _unread(options: Decomposition, form: Format, base: Checkpoint) -> Callable[[str], bool]:

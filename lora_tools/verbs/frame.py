@@ -11,15 +11,16 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lora_tools.engine import memo
+from lora_tools.engine.threads import elsewhere
 from lora_tools.errors import QualityGateError, UsageError, errors_of_the_tree
 from lora_tools.formats import digest as hashing
-from lora_tools.formats import model_card
+from lora_tools.formats import model_card, variants
 from lora_tools.formats.adapters.format import refuse_file_name
 from lora_tools.formats.checkpoint import PICKLE_SUFFIXES
 from lora_tools.formats.hub_headers import headers_only
@@ -37,6 +38,10 @@ from lora_tools.verbs.card import card_of
 from lora_tools.verbs.paths import Paths
 from lora_tools.verbs.report_file import check_report_file, write_report
 from lora_tools.verbs.row import Verb
+from lora_tools.within import holding
+
+if TYPE_CHECKING:
+    from lora_tools.engine.dask import Cluster
 
 # What the types of keywords are written by.
 _NAMES = {
@@ -136,6 +141,7 @@ def carry_out(row: Verb, given: Mapping[str, Any], report_file: Path | None = No
     try:
         with contextlib.ExitStack() as held:
             held.enter_context(hashing.using(call.running.digest))
+            held.enter_context(variants.using(call.running.variant))
             if call.writing.dry_run:
                 held.enter_context(headers_only())
             report = _work(row, call, given, asked, paths)
@@ -226,9 +232,28 @@ def way_of(writing: Writing) -> Way:
     return "resume" if writing.resume else "clean" if writing.clean else "refuse"
 
 
-def _versions(call: Call) -> tuple[str, ...]:
-    """Whatever else than a task, its sources and its sink decides what comes of it."""
-    return tool_version(), metadata.version("torch"), call.running.digest
+def _versions() -> tuple[str, str]:
+    """Of what does the work: loratools and torch."""
+    return tool_version(), metadata.version("torch")
+
+
+@contextlib.contextmanager
+def _engine(running: Running) -> Iterator[Cluster | None]:
+    """The cluster that does the work within; None where that is done here."""
+    if running.engine == "threads":
+        if running.workers is not None:
+            raise UsageError(f"--workers {running.workers}: goes with --engine dask; see --jobs")
+        yield None
+        return
+    from lora_tools.engine import remote
+    from lora_tools.engine.dask import cluster
+
+    setting = remote.Setting(hashing.used, hashing.using)
+    with (
+        cluster(running.engine, running.workers, _versions(), setting) as found,
+        holding(elsewhere, found),
+    ):
+        yield found
 
 
 def _write(
@@ -243,10 +268,13 @@ def _write(
     resume = way == "resume"
     check_space(out, nbytes, reusable(made[0]) if resume else 0)
     with (
+        _engine(call.running) as engine,
         staged(made[0], force=force, resume=resume) as staging,
         contextlib.closing(Ledger(staging)) as ledger,
-        memo.using(account := memo.Account(ledger, _versions(call))),
+        memo.using(account := memo.Account(ledger, (*_versions(), call.running.digest))),
     ):
+        if engine is not None:
+            engine.check_sees([*prepared.inputs, staging])
         report = write_whole(prepared, staging / "out")
         if (staging / "out").is_dir():
             _put_card(row, asked, prepared, report, staging / "out")

@@ -140,7 +140,7 @@ def _open(given: Path, allow_pickle: bool) -> _Thing:
             "adapters": len(sidecar.adapters),
         }
         return _Thing("sidecar of a reversible merge", (sidecar.file,), facts)
-    checkpoint = open_checkpoint(given, allow_pickle, decoded=False)
+    checkpoint = open_checkpoint(given, allow_pickle, decoded=False, pipelines=True)
     marks = checkpoint.files[0].metadata
     for mark, kind in ((SPECTRA, "spectrum cache"), (ACTIVATIONS, "activation statistics")):
         if mark in marks:

@@ -27,7 +27,7 @@ def merge(
     kept.
 
     Args:
-        base: a checkpoint folder, a safetensors file or a hub id.
+        base: a checkpoint folder, a diffusers pipeline's folder, a safetensors file or a hub id.
         adapters: of any format that is read: ``path``, ``"path=weight"`` or ``(path, weight)``;
             none is enough where ``dtype`` is given.
 
@@ -35,8 +35,12 @@ def merge(
         LoraToolsError: any of the tree; the destination is untouched then.
     """
     running = call.running
-    planned = plan_merging(base, adapters, matching, running, needs_adapters=not storage.dtype)
+    planned = plan_merging(
+        base, adapters, matching, running, needs_adapters=not storage.dtype, pipelines=True
+    )
     if merging.requantize:
+        if planned.source.models:
+            raise UsageError(f"--requantize: {base} is a pipeline; give the folder of one model")
         from lora_tools.quantizing.requantize import prepare_requantize
 
         return prepare_requantize(planned, storage, running, call.command, merging)

@@ -14,7 +14,6 @@ from lora_tools.formats.adapters.format import Format
 from lora_tools.formats.adapters.peft import Adapter
 from lora_tools.formats.adapters.table import FORMATS
 from lora_tools.formats.adapters.training_metadata import note_on_hashes
-from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.dtypes import parse_float_dtype
 from lora_tools.formats.output import Prepared
 from lora_tools.options import AdapterForm, Origin, Ranks, Strength
@@ -23,7 +22,7 @@ from lora_tools.options.ranks import rank_rule, refuse_bytes, refuse_shared, siz
 from lora_tools.records import Action, Fate, Input, Report
 from lora_tools.sources.adapters import open_adapter
 from lora_tools.sources.auto_class import identify
-from lora_tools.sources.base_names import base_names, checkpoint_or_pipeline
+from lora_tools.sources.base_names import model_at
 from lora_tools.totals import RescaleTotals
 from lora_tools.verbs.frame import Call, verb
 
@@ -51,14 +50,12 @@ def rescale(
     options = _options(strength, ranks, adapter_form)
     target = options.consumer
     allow_pickle, jobs = call.running.allow_pickle, call.running.jobs
-    base = checkpoint_or_pipeline(origin.base, allow_pickle)
-    names = base_names(base) if base is not None else None
+    base, names = model_at(origin.base, allow_pickle)
     given = open_adapter(adapter, allow_pickle, base=names, as_stored=names is None)
     given.need_lora("rank or alpha to change")
     form = FORMATS[given.format if target.patterns else "peft"].at(call.out)
     _refuse(given, form, strength, ranks)
-    checkpoint = base if isinstance(base, Checkpoint) else None
-    given, said = in_terms_of(given, str(adapter), checkpoint, target)
+    given, said = in_terms_of(given, str(adapter), base, target)
     refuse_unread(given, target, names is not None and bool(names.tied))
     identify(given, form, names, adapter_form.base_name)
     options = _for_adapter(options, strength, given)

@@ -52,7 +52,7 @@ def unmerge(
         UnsupportedAdapter: without a sidecar, where subtraction cannot undo the merge.
     """
     allow_pickle = call.running.allow_pickle
-    checkpoint = open_checkpoint(merged, allow_pickle)
+    checkpoint = open_checkpoint(merged, allow_pickle, pipelines=True)
     if checkpoint.scheme is not None:
         raise CheckpointError(
             f"{checkpoint.path}: in {checkpoint.scheme.title}, whose rounding cannot be undone; "

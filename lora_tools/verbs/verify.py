@@ -98,8 +98,12 @@ def _checkpoint(
     path: str | Path, comparison: Comparison, run: GraphRun | None, running: Running
 ) -> _Comparing:
     """Whether a checkpoint is another, in some form, or base + adapter."""
-    opened = open_whole if comparison.against is not None and graphs_at(path) else open_checkpoint
-    source = opened(comparison.against or comparison.base or "", running.allow_pickle)
+    given = comparison.against or comparison.base or ""
+    if comparison.against is not None and graphs_at(path):
+        source = open_whole(given, running.allow_pickle)
+    else:
+        pipelines = comparison.base is not None
+        source = open_checkpoint(given, running.allow_pickle, pipelines=pipelines)
     weighted: list[Weighted] = []
     if comparison.adapters:
         weighted = open_weighted(comparison.adapters, running.allow_pickle, source)
@@ -107,7 +111,7 @@ def _checkpoint(
     read: list[Path] = [source.path, *(w.adapter.path for w in weighted)]
     roles: list[tuple[str, str | Path]]
     if comparison.base is not None:
-        merged = open_checkpoint(path, running.allow_pickle)
+        merged = open_checkpoint(path, running.allow_pickle, pipelines=True)
         if merged.scheme is not None:
             instead = (
                 "give --against instead of --base"

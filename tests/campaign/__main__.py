@@ -29,6 +29,7 @@ _OPTIONS: dict[str, tuple[dict[str, object], str]] = {
     "--inputs": ({"type": int, "default": 0}, "damaged files, over all doors"),
     "--door": ({"default": ""}, "of these, doors in whose name this is found"),
     "--seconds": ({"type": float}, "for the damaged files, at most"),
+    "--bombs": ({"action": "store_true"}, "small files that stand for far too much"),
     "--kills": ({"type": int, "default": 0}, "runs that are killed or sent a signal"),
     "--races": ({"type": int, "default": 0}, "for one destination, of two to four runs"),
     "--disks": ({"type": int, "default": 0, "metavar": "BYTES"},
@@ -68,6 +69,23 @@ class Table:
                     print(f"===== {what}: {text}", file=file)
             else:
                 print(f"  {text}", file=sys.stderr)
+
+
+def bombs(options: argparse.Namespace, here: Path, table: Table) -> None:
+    import torch
+
+    from tests.campaign import bombs as b
+    from tests.campaign import sound
+    from tests.forkserver import import_everything
+
+    torch.set_num_threads(1)  # before a fork
+    (here / "sound").mkdir()
+    whole = sound.make(here / "sound")
+    import_everything()
+    every = {f"{number}": bomb for number, bomb in enumerate(b.bombs())}
+    tried = list(until_told(every))
+    wrong = [text for n in tried for text in b.meet(every[n], whole, here / n)]
+    table.row("bombs", len(tried), f"{len(wrong)} wrong", wrong)
 
 
 def until_told(items: Iterable[str]) -> Iterator[str]:
@@ -205,6 +223,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="campaign-", dir=options.here) as folder:
         for wanted, part in (
             (options.inputs, fuzz),
+            (options.bombs, bombs),
             (options.kills or options.races or options.disks or options.elsewhere, moments),
             (options.gigabytes, memory),
         ):

@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, Any
 from lora_tools.errors import UnsupportedAdapter
 from lora_tools.formats.adapters import diffusers
 from lora_tools.formats.adapters.base_names import BaseNames
-from lora_tools.formats.adapters.components import DENOISERS, ENCODERS, is_of_diffusers, placed
+from lora_tools.formats.adapters.components import (
+    DENOISERS,
+    ENCODERS,
+    is_of_diffusers,
+    is_t5,
+    placed,
+)
 from lora_tools.formats.adapters.format import Format
 from lora_tools.formats.adapters.outline import Compute, Context, Outline
 from lora_tools.formats.adapters.places import Place
@@ -32,8 +38,12 @@ MODEL, _TEXT = "diffusion_model.", "text_encoders."
 _T5 = f"{_TEXT}t5xxl.transformer."
 # The layers of CLIP that have a name in adapters whichever encoder it is (LORA_CLIP_MAP).
 _ADAPTED = ("mlp.fc1", "mlp.fc2", *(f"self_attn.{k}_proj" for k in ("q", "k", "v", "out")))
-# What each CLIP is called, by its width.
-_CLIPS = {768: "clip_l", 1024: "clip_h", 1280: "clip_g"}
+# What each CLIP is called, by its place and its width.
+_CLIPS = {
+    ("text_encoder", 768): "clip_l",
+    ("text_encoder", 1024): "clip_h",
+    ("text_encoder_2", 1280): "clip_g",
+}
 
 
 def knows(key: str) -> bool:
@@ -58,7 +68,7 @@ def name_of(place: Place) -> str:
         return MODEL + rest
     if component in ENCODERS and rest.startswith("text_model."):
         return f"{component}.{rest}"
-    if component in ENCODERS and rest.startswith(("encoder.block.", "encoder.final", "shared")):
+    if component in ENCODERS and is_t5(rest):
         return _T5 + rest
     raise place.refusal(f"it is not known what ComfyUI calls a layer of a {component}")
 
@@ -75,14 +85,15 @@ class ComfyuiWriter(Keyed):
         model itself, whose width tells which CLIP that is. Raises UnsupportedAdapter."""
         place = self.places.of(module)
         name = name_of(place)
-        if not name.startswith(ENCODERS) or name.endswith(_ADAPTED):
+        if name.startswith((MODEL, _TEXT)) or name.endswith(_ADAPTED):
             return name
-        if width not in _CLIPS:
+        clip = _CLIPS.get((place.component, width))
+        if clip is None:
             raise place.refusal(
-                f"ComfyUI's CLIPs are of width {', '.join(map(str, _CLIPS))}, and this is of "
-                f"{width}, so that nothing would read it"
+                f"of width {width}, which none of ComfyUI's CLIPs has as {place.component}, so "
+                "that nothing would read it"
             )
-        return f"{_TEXT}{_CLIPS[width]}.transformer.{place.rest}"
+        return f"{_TEXT}{clip}.transformer.{place.rest}"
 
     def keys(self, factors: Factors) -> dict[str, Any]:
         """The tensors of one module by key."""
@@ -93,8 +104,8 @@ class ComfyuiWriter(Keyed):
         result: dict[str, Any] = {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
         if factors.alpha != factors.r:  # diffusers takes alphas of some models only
             result[f"{name}.alpha"] = torch.tensor(factors.alpha, dtype=torch.float32)
-        if factors.magnitude is not None:
-            result[f"{name}.dora_scale"] = factors.magnitude.reshape(-1, *[1] * (A.dim() - 1))
+        if factors.dora_scale is not None:
+            result[f"{name}.dora_scale"] = factors.dora_scale
         if factors.bias is not None:  # which no alpha scales there
             result[f"{name}.diff_b"] = factors.bias * factors.scale
         return result
@@ -126,6 +137,7 @@ FORMAT = Format(
     frozenset({"conv", "dora", "bias", "saved", "differences", "head"}),
     "module",
     "ComfyUI 0.3.77",
+    input_dora=True,
     by_component=True,
     names="comfyui",
     called=name_of,

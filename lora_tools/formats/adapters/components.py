@@ -49,6 +49,8 @@ _WRAPPERS: dict[str, tuple[str, ...]] = {
     "text_encoders.t5xxl.": ("text_encoder_3", "text_encoder_2"),
     "first_stage_model.": (VAE,),
 }
+# What only a single file with several text encoders has: SDXL.
+OF_SEVERAL = "conditioner.embedders."
 _EVERY_WRAPPER = tuple(_WRAPPERS)
 # Names of modules that only one kind of part has. Those of models before diffusers renamed them
 # are told apart: diffusers' own adapters have no such names.
@@ -66,6 +68,7 @@ _LOOKS = {
     re.compile(r"text_model\.encoder\.layers\..*"): ENCODERS,
 }
 _TEXT_MODEL = re.compile(r"(encoder\.layers|embeddings|final_layer_norm)\..*")
+_T5 = re.compile(r"encoder\.(block|final_layer_norm)\b.*|shared")
 _OPEN_CLIP = re.compile(r"(model\.)?transformer\.resblocks\..*")
 # What the class that a config.json names holds, by the first word that is found in it.
 _CLASSES = {
@@ -133,6 +136,11 @@ def is_of_first_layout(module: str) -> bool:
     """Whether diffusers has that module under another name."""
     firsts = (_FIRST_UNET, _FIRST_TRANSFORMER, _OPEN_CLIP)
     return any(first.fullmatch(module) for first in firsts)
+
+
+def is_t5(module: str) -> bool:
+    """Whether it is one of T5, by its name."""
+    return bool(_T5.fullmatch(module))
 
 
 def is_of_diffusers(module: str) -> bool:

@@ -224,9 +224,11 @@ def name_of(place: Place) -> str:
     if place.component not in NAMES:
         raise place.refusal(f"diffusers takes no factors of a {place.component}")
     if is_of_first_layout(place.rest):
+        base = "; give the model that it was trained on with --base, which brings it into that"
         raise place.refusal(
-            "diffusers has it under another name and would pass it by; of kohya's files (--to "
-            "kohya) it reads some with such names"
+            "diffusers has it under another name and would pass it by"
+            f"{base if place.unlooked else ''}; of kohya's files (--to kohya) it reads some with "
+            "such names"
         )
     return f"{place.component}.{place.rest}"
 

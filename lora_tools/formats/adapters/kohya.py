@@ -14,7 +14,7 @@ from typing import Any
 
 from lora_tools.errors import AdapterError
 from lora_tools.formats.adapters.base_names import BaseNames, flattened
-from lora_tools.formats.adapters.components import KOHYA, is_open_clip
+from lora_tools.formats.adapters.components import KOHYA, is_open_clip, is_t5
 from lora_tools.formats.adapters.format import READ, Format
 from lora_tools.formats.adapters.outline import (
     Compute,
@@ -30,6 +30,7 @@ from lora_tools.formats.tensor_file import TensorFile
 
 _MAGNITUDES = ("dora_scale", "magnitude")  # the latter of ai-toolkit
 LORA_PARTS = ("lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha", *_MAGNITUDES)
+_OF_T5 = "lora_te3_"
 _KEY = re.compile(rf"(?P<prefix>{'|'.join(KOHYA)})(?P<flat>\w+)\.(?P<part>[\w.]+)")
 
 
@@ -130,7 +131,10 @@ def flat_name(module: str, place: Place | None) -> str:
             "kohya's files have transformers' names of text encoders, and this is OpenCLIP's, so "
             "that nothing would read it"
         )
-    # Of two text encoders the first is te1, and of one alone it is te.
+    # T5 is te3 wherever it stands beside others. Of two text encoders the first is te1, and of one
+    # alone it is te.
+    if is_t5(place.rest) and _OF_T5 in fitting:
+        return _OF_T5 + place.rest.replace(".", "_")
     prefix = fitting[place.component == "text_encoder" and place.beside_others]
     return prefix + place.rest.replace(".", "_")
 
@@ -160,11 +164,14 @@ class KohyaWriter(Keyed):
             f"{name}.lora_up.weight": factors.lora_B,
             f"{name}.alpha": torch.tensor(factors.alpha, dtype=torch.float32),
         }
-        if factors.magnitude is not None:
-            out = factors.lora_B.shape[0]
-            shape = (out, *[1] * (factors.lora_A.dim() - 1))
-            result[f"{name}.dora_scale"] = factors.magnitude.reshape(shape)
+        if factors.dora_scale is not None:
+            result[f"{name}.dora_scale"] = factors.dora_scale
         return result
+
+
+def name_of(place: Place) -> str:
+    """What a module of a diffusion model is called."""
+    return flat_name(place.module, place)
 
 
 FORMAT = Format(
@@ -175,9 +182,10 @@ FORMAT = Format(
     "sd-scripts",
     base=READ,
     keeps_names=True,
+    input_dora=True,
     by_component=True,
     names="kohya",
-    called=lambda place: flat_name(place.module, place),
+    called=name_of,
     knows=knows,
     read=read,
     writer=KohyaWriter,

@@ -22,7 +22,7 @@ from lora_tools.formats.adapters.outline import Compute, Context, Outline, group
 from lora_tools.formats.adapters.writer import Factors, Writer
 from lora_tools.formats.alignment import align
 from lora_tools.formats.reopen import Reopened, Stamp
-from lora_tools.formats.safetensors_file import reserve
+from lora_tools.formats.safetensors_writer import reserve
 from lora_tools.formats.synced import held_bytes, sync_file
 from lora_tools.formats.tensors import as_bytes
 from lora_tools.records import TensorSpec

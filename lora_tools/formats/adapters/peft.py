@@ -61,6 +61,7 @@ class LoraModule:
         enabled, sizes: of form "merged": which blocks take part, and their sizes, or () for equal
             ones.
         experts: of form "experts": how many.
+        on_inputs: the magnitudes are those of the inputs, which PEFT has not.
     """
 
     module: str
@@ -75,6 +76,7 @@ class LoraModule:
     enabled: tuple[bool, ...] = ()
     sizes: tuple[int, ...] = ()
     experts: int = 0
+    on_inputs: bool = False
 
     @property
     def weight(self) -> str:

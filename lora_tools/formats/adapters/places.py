@@ -8,7 +8,15 @@ from pathlib import Path
 
 from lora_tools.errors import UnsupportedAdapter
 from lora_tools.formats.adapters.base_names import BaseNames
-from lora_tools.formats.adapters.components import ENCODERS, NAMES, looks_like, placed, published
+from lora_tools.formats.adapters.components import (
+    ENCODERS,
+    KOHYA,
+    NAMES,
+    OF_SEVERAL,
+    looks_like,
+    placed,
+    published,
+)
 
 _BY_BASE = "give the pipeline that it was trained on, or its folder of that part, with --base"
 
@@ -73,7 +81,8 @@ class Places:
             rest = published(rest)
         guessed = len(likely) != 1 and (component in ENCODERS if len(found) > 1 else not found)
         unlooked = self._base is None
-        return Place(module, component, rest, self._beside_others, guessed, unlooked)
+        beside = self._beside_others or module.startswith(OF_SEVERAL)
+        return Place(module, component, rest, beside, guessed, unlooked)
 
     def _of_all(self) -> tuple[str, ...]:
         """Of a model by itself, all that it may be."""
@@ -86,7 +95,8 @@ class Places:
 
     def notes(self, modules: Collection[str]) -> list[str]:
         """What to say where nothing tells the component."""
-        guessed = [place for place in map(self.of, sorted(modules)) if place.guessed]
+        resolved = (m for m in sorted(modules) if "." in m or not m.startswith(tuple(KOHYA)))
+        guessed = [place for place in map(self.of, resolved) if place.guessed]
         if not guessed:
             return []
         return [

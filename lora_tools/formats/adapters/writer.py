@@ -30,6 +30,7 @@ class Factors:
         alpha: lora_alpha; scale: the scaling that follows from it.
         form, parameter, r: as in ``peft.LoraModule``; only PEFT knows other forms than "matrix",
             "embedding" and "conv".
+        on_inputs: the magnitudes are those of the inputs.
         blocks: of loralib's MergedLinear: which are enabled. spread: the rank of the PEFT factors
             that loralib's were made of, where it is another (``linalg.loralib``).
     """
@@ -44,8 +45,17 @@ class Factors:
     parameter: str = "weight"
     bias: torch.Tensor | None = None
     magnitude: torch.Tensor | None = None
+    on_inputs: bool = False
     blocks: tuple[bool, ...] = ()
     spread: int = 0
+
+    @property
+    def dora_scale(self) -> torch.Tensor | None:
+        """The magnitudes as LyCORIS has them: (out, 1, …), or of the inputs (1, in, …)."""
+        if self.magnitude is None:
+            return None
+        ones = [1] * (self.lora_A.dim() - 1)
+        return self.magnitude.reshape((1, -1, *ones[1:]) if self.on_inputs else (-1, *ones))
 
 
 class Writer:

@@ -55,11 +55,13 @@ class Part:
         return {"": self.layout, "diffusers": "diffusers", "comfyui": self.family.comfyui}[by]
 
 
-def parts(tensors: Collection[str]) -> Iterator[Part]:
-    """The parts of a model with these tensors that have two layouts."""
+def parts(tensors: Collection[str], folders: Collection[str] = ()) -> Iterator[Part]:
+    """The parts of a model with these tensors that have two layouts. ``folders``: what stands
+    before the names of a pipeline's."""
     groups: dict[str, dict[str, None]] = {}
     for name in tensors:
-        rest = placed(name)[1]
+        head, _, own = name.partition(".")
+        rest = placed(own if head in folders else name)[1]
         wrapper = name.removesuffix(rest)
         groups.setdefault(wrapper, {})[_module(rest)] = None
     for wrapper, modules in groups.items():
@@ -80,12 +82,18 @@ def _module(name: str) -> str:
 
 
 def counterparts(
-    specs: Mapping[str, TensorSpec], of: Callable[[Part], bool] = lambda part: True
+    specs: Mapping[str, TensorSpec],
+    of: Callable[[Part], bool] = lambda part: True,
+    folders: Collection[str] = (),
 ) -> dict[str, Counterpart]:
     """The tensors of a model by their names in the other layout, wrapper and all, where it has one:
-    those alone that have another name there, or are cut or stacked. ``of``: of which parts."""
+    those alone that have another name there, or are cut or stacked.
+
+    Args:
+        of: of which parts; folders: as in ``parts``.
+    """
     found: dict[str, Counterpart] = {}
-    for part in filter(of, parts(specs)):
+    for part in filter(of, parts(specs, folders)):
         for pair in part.pairs:
             for made in _of_pair(pair, part, specs):
                 found.setdefault(made.spec.name, made)

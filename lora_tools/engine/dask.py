@@ -1,0 +1,222 @@
+"""Runs independent tasks on a Dask cluster (https://distributed.dask.org): processes of this
+machine, or of others that see the same files by the same paths.
+
+Workers open inputs by path and write into the output's own files; results, and what was written,
+come back to the owner, who alone completes the files. A worker that dies has its tasks done by
+another: they write the same bytes into the same places.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import pickle
+import types
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_tools.engine import memo, remote
+from lora_tools.engine.tasks import K, R, S, Task
+from lora_tools.engine.threads import default_jobs
+from lora_tools.errors import ClusterError, UsageError
+from lora_tools.records import Progress, ProgressCallback
+
+if TYPE_CHECKING:
+    from distributed import Client, Future
+
+_ADDRESS = "DASK_SCHEDULER_ADDRESS"
+_PATIENCE = 20  # seconds until a cluster has answered, and has a worker
+_AHEAD = 2  # tasks for each thread of the cluster that wait at the workers
+# As the command line has it in its own process; Dask itself has freed memory given back at once.
+_ENVIRON = {
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+}
+
+
+def address_of(engine: str) -> str:
+    """Of the scheduler that ``dask://HOST:PORT``, or the environment, names; "" for a cluster of
+    this machine."""
+    place = engine.partition("://")[2] or os.environ.get(_ADDRESS, "")
+    return place if not place or "://" in place else f"tcp://{place}"
+
+
+@contextlib.contextmanager
+def cluster(
+    engine: str, workers: int | None, versions: Sequence[str], setting: remote.Setting
+) -> Iterator[Cluster]:
+    """A cluster that answers, while it is needed.
+
+    Args:
+        engine: ``dask``, or ``dask://`` and where its scheduler is.
+        workers: processes, where it is started here.
+        versions: that workers must have, of loratools and torch.
+
+    Raises:
+        UsageError: Dask is not installed, or ``workers`` goes with no cluster that is there.
+        ClusterError: none answers, or it has no workers, or others than these.
+    """
+    try:
+        import distributed
+    except ImportError:
+        raise UsageError(
+            "--engine dask: Dask is not installed; pip install 'loratools[dask]'"
+        ) from None
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what matters is raised
+    place = address_of(engine)
+    if place and workers is not None:
+        raise UsageError(f"--workers {workers}: {place} has workers of its own; leave it out")
+    with contextlib.ExitStack() as stack:
+        if not place:
+            place = stack.enter_context(_local(workers or default_jobs()))
+        try:
+            client = stack.enter_context(distributed.Client(place, timeout=_PATIENCE))
+            client.wait_for_workers(1, timeout=_PATIENCE)
+        except (OSError, TimeoutError, ValueError) as error:
+            said = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ClusterError(
+                f"{place}: no Dask cluster with a worker answers there ({said}); start a "
+                "scheduler and workers, or leave the address out"
+            ) from None
+        found = Cluster(client, setting)
+        found.check(versions)
+        yield found
+
+
+@contextlib.contextmanager
+def _local(workers: int) -> Iterator[str]:
+    """The address of a cluster of this machine."""
+    import dask
+    import distributed
+
+    environ = {"distributed.nanny.pre-spawn-environ": _ENVIRON}
+    with (
+        dask.config.set(environ),
+        distributed.LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            memory_limit=None,
+            dashboard_address=":0",
+            silence_logs=logging.CRITICAL,
+        ) as here,
+    ):
+        yield here.scheduler_address
+
+
+class Cluster:
+    """The engine: ``run`` is ``threads.run`` on its workers."""
+
+    def __init__(self, client: Client, setting: remote.Setting) -> None:
+        self._client, self._setting = client, setting
+
+    def check(self, versions: Sequence[str]) -> None:
+        """Raises ClusterError where a worker has not these versions."""
+        for worker, found in self._ask(_versions).items():
+            if found != list(versions):
+                have, need = (", ".join(map(str, each)) for each in (found, versions))
+                raise ClusterError(
+                    f"the worker {worker} has loratools and torch in {have}, and {need} are "
+                    "needed; install the same there"
+                )
+
+    def check_sees(self, paths: Sequence[Path]) -> None:
+        """Raises ClusterError where a worker does not see one of these files and folders."""
+        for worker, missing in self._ask(
+            _missing, [str(path.absolute()) for path in paths]
+        ).items():
+            if missing:
+                raise ClusterError(
+                    f"the worker {worker} does not see {missing[0]}; inputs and output must lie "
+                    "where all machines find them by the same paths"
+                )
+
+    def _ask(self, question: types.FunctionType | Any, *args: Any) -> dict[str, Any]:
+        # A worker need not have this package: the function is sent whole, as one of __main__ is.
+        sent = types.FunctionType(question.__code__, {"__name__": "__main__"}, question.__name__)
+        sent.__module__ = "__main__"
+        found: dict[str, Any] = self._client.run(sent, *args)
+        return found
+
+    def run(
+        self,
+        tasks: Sequence[Task[S, K, R]],
+        sources: S,
+        sink: K,
+        *,
+        jobs: int | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> Iterator[R]:
+        """Yield the result of every task, in their order. Raises ClusterError where workers die of
+        one."""
+        if not tasks:
+            return
+        threads = max(sum(self._client.nthreads().values()), 1)
+        kept = memo.of_run(sources, sink, threads)
+        shared = self._client.submit(
+            bytes, remote.pack(sources, sink, self._setting), pure=False, key=None
+        )
+        sizes = [max(task.nbytes, 1) for task in tasks]
+        total, done, window = sum(sizes), 0, (1 + _AHEAD) * threads
+        pending: deque[tuple[bytes, memo.Done | Future]] = deque()
+
+        def submit(task: Task[S, K, R]) -> tuple[bytes, memo.Done | Future]:
+            key = kept.key(task) if kept is not None else b""
+            if kept is not None and (found := kept.recall(key)) is not None:
+                return key, found
+            sent = pickle.dumps(task)
+            return key, self._client.submit(remote.do, shared, sent, pure=False)
+
+        queue = iter(tasks)
+        try:
+            for step, (task, size) in enumerate(zip(tasks, sizes, strict=True), 1):
+                while len(pending) < window and (more := next(queue, None)) is not None:
+                    pending.append(submit(more))
+                key, ahead = pending.popleft()
+                found = ahead if isinstance(ahead, memo.Done) else _result(ahead, task.label)
+                if found is not ahead:
+                    if sink is not None:
+                        sink.take(found.taken)  # type: ignore[attr-defined]
+                    if kept is not None:
+                        kept.note(key, found)
+                done += size
+                if progress is not None:
+                    progress(Progress(done, total, task.label, step, len(tasks)))
+                yield found.result
+        finally:
+            self._client.cancel([each for _, each in pending if not isinstance(each, memo.Done)])
+
+
+def _result(future: Future, label: str) -> memo.Done:
+    from distributed import CancelledError, KilledWorker
+
+    try:
+        done: memo.Done = pickle.loads(future.result())
+    except (KilledWorker, CancelledError, TimeoutError) as error:
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ClusterError(
+            f"{label}: the workers that it was sent to died or are gone ({said:.200}); give each "
+            "more memory, or have fewer of them on a machine"
+        ) from None
+    future.release()
+    return done
+
+
+def _versions() -> list[str]:
+    """Runs on a worker, which may have nothing of this package."""
+    from importlib import metadata
+
+    there = {(each.metadata["Name"] or "").lower(): each for each in metadata.distributions()}
+    return [there[name].version if name in there else "none" for name in ("loratools", "torch")]
+
+
+def _missing(paths: list[str]) -> list[str]:
+    """Runs on a worker."""
+    import os
+
+    return [path for path in paths if not os.path.exists(path)]  # noqa: PTH110
