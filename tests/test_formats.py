@@ -764,7 +764,7 @@ def test_a_library_that_is_not_installed(
         lambda: lora_tools.convert(root / "even", tmp_path / "b", to=name, base=root / "base"),
         lambda: lora_tools.merge(root / "base", [given], tmp_path / "m"),
     ):
-        with pytest.raises(UsageError, match=rf"needs {name}: pip install 'loratools\[{name}\]'"):
+        with pytest.raises(UsageError, match=rf"needs {name}; pip install 'loratools\[{name}\]'"):
             use()
 
 

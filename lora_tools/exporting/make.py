@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_tools.errors import QualityGateError
+from lora_tools.errors import QualityGateError, need
 from lora_tools.exporting.quantized import Quantization
 from lora_tools.exporting.runtime_adapters import SUFFIX, RuntimeAdapters
 from lora_tools.formats.checkpoint import Checkpoint, with_theta
@@ -20,7 +20,6 @@ from lora_tools.merging.prepare import copied_modules
 from lora_tools.onnx import genai
 from lora_tools.onnx.tasks import Task
 from lora_tools.options import Check, Graphs, Running
-from lora_tools.options.parse import need
 from lora_tools.provenance import tool_version
 from lora_tools.records import Action, Fate, Input, Report
 from lora_tools.sources.checkpoints import open_checkpoint
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
     from lora_tools.onnx.graphs import Built
 
 _MADE = (".onnx", ".onnx_data", SUFFIX)  # what an export leaves in a folder
-_NEEDED = ("onnx", "onnxscript", "onnxruntime", "transformers", "accelerate")
 FAILED = ".failed"
 
 
@@ -257,8 +255,8 @@ class Export:
 
 
 def check_installed() -> None:
-    """Raises UsageError, saying what to install, where something is missing."""
-    need("export", "onnx", *_NEEDED)
+    """Raises NotInstalled where something that an export takes is missing."""
+    need("export", "onnx", "onnx", "onnxscript", "onnxruntime", "transformers", "accelerate")
 
 
 def _as_bases(inputs: Sequence[Input]) -> tuple[Input, ...]:

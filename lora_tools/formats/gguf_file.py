@@ -17,7 +17,7 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_tools.errors import CheckpointError, TensorNotFound, not_installed
+from lora_tools.errors import CheckpointError, TensorNotFound, need
 from lora_tools.formats.mapped import MappedFile
 from lora_tools.formats.regular_files import MOST, open_file
 from lora_tools.formats.reopen import Reopened, Stamp
@@ -41,11 +41,10 @@ _MAX_SIZE = 2**48
 
 
 def package() -> Any:
-    """The ``gguf`` package. Raises UsageError where it is not installed."""
-    try:
-        import gguf
-    except ImportError:
-        raise not_installed("a GGUF file", "gguf", "gguf") from None
+    """The ``gguf`` package. Raises NotInstalled."""
+    need("a GGUF file", "gguf", "gguf")
+    import gguf
+
     return gguf
 
 

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from lora_tools.errors import UsageError, not_installed
+from lora_tools.errors import UsageError
 from lora_tools.formats.adapters.consumers import CONSUMERS, Consumer
 from lora_tools.formats.regular_files import read_file
 from lora_tools.linalg.layouts import Layout, named
 
 _MOST_TEXT = 1 << 30
 _HANDED_OVER = re.compile(r"/dev/stdin|(/dev|/proc/self)/fd/\d+")
-
-
-def need(what: str, extra: str, *modules: str) -> None:
-    """Raises UsageError where one of an extra's modules, which ``what`` takes, is missing."""
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
-    if missing:
-        raise not_installed(what, extra, *missing)
 
 
 def read_text(path: Path) -> str:
