@@ -285,12 +285,13 @@ class Check:
         allowed=FROM_0,
         recorded=False,
     )
-    rtol: float = option(
-        3e-4,
+    rtol: float | None = option(
+        None,
         "plus this share of their largest element; else the exit code is 3.",
         CHECK,
         metavar="X",
         allowed=FROM_0,
+        unset="ten times what torch's float32 differs from its float64 by, and 1e-5",
         recorded=False,
     )
     no_verify: bool = option(False, "Do not run the graph.", CHECK, recorded=False)
