@@ -931,9 +931,9 @@ def export(
         eval_text: Measure a decoder's perplexity on this text, and its divergence from the weights
             before they were quantized.
         graph: Use this graph, exported from another checkpoint of the same architecture, again.
-        no_fuse: A decoder as torch traces it, and not with attention, rotary embeddings and norms
+        no_fuse: The graph as torch traces it, and not with attention, rotary embeddings and norms
             as one operator each.
-        opset: ONNX's opset. [default: 23 where a decoder is fused, which needs it; else 20]
+        opset: ONNX's opset. [default: 23, which fusing needs; 20 with --no-fuse]
         atol: Outputs may differ from torch's by this much
         rtol: plus this share of their largest element; else the exit code is 3. [default: ten times
             what torch's float32 differs from its float64 by, and 1e-5]

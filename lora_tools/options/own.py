@@ -209,7 +209,7 @@ class Graphs:
     )
     no_fuse: bool = option(
         False,
-        "A decoder as torch traces it, and not with attention, rotary embeddings and norms as one "
+        "The graph as torch traces it, and not with attention, rotary embeddings and norms as one "
         "operator each.",
         GRAPH,
     )
@@ -219,7 +219,7 @@ class Graphs:
         GRAPH,
         metavar="N",
         allowed=OPSETS,
-        unset="23 where a decoder is fused, which needs it; else 20",
+        unset="23, which fusing needs; 20 with --no-fuse",
     )
     trust_remote_code: bool = option(
         False, "Run the modelling code that comes with the checkpoint.", GRAPH
