@@ -38,6 +38,7 @@ from lora_tools.verbs.card import card_of
 from lora_tools.verbs.paths import Paths
 from lora_tools.verbs.report_file import check_report_file, write_report
 from lora_tools.verbs.row import Verb
+from lora_tools.watch import files
 from lora_tools.within import holding
 
 if TYPE_CHECKING:
@@ -144,6 +145,7 @@ def carry_out(row: Verb, given: Mapping[str, Any], report_file: Path | None = No
             held.enter_context(variants.using(call.running.variant))
             if call.writing.dry_run:
                 held.enter_context(headers_only())
+            held.enter_context(files.unchanged())
             report = _work(row, call, given, asked, paths)
     except QualityGateError as error:
         if error.report is None:
@@ -278,6 +280,7 @@ def _write(
         report = write_whole(prepared, staging / "out")
         if (staging / "out").is_dir():
             _put_card(row, asked, prepared, report, staging / "out")
+        files.check()
     if account.recalled:
         said = f"{account.recalled} pieces of work were found done, and not done again (--resume)"
         report = dataclasses.replace(report, notes=(*report.notes, said))
