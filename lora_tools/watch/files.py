@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Protocol
@@ -26,6 +27,13 @@ class Use(Protocol):
 
 
 _used: ContextVar[set[Use] | None] = ContextVar("used", default=None)
+_own: ContextVar[Path | None] = ContextVar("own", default=None)
+
+
+def own(folder: Path) -> AbstractContextManager[None]:
+    """Files in that folder are this run's own, which replaces and moves them: nobody looks at
+    those that are opened within."""
+    return holding(_own, folder.absolute())
 
 
 class Watched:
@@ -38,10 +46,12 @@ class Watched:
     def __init__(self, path: Path, number: int) -> None:
         self.path, self.torn = path.absolute(), False
         self._found = os.fstat(number)
+        self._is_own = _own.get() in self.path.parents
 
     def used(self) -> None:
         """Note that it is read."""
-        note(self)
+        if not self._is_own:
+            note(self)
 
     def guard(self, owner: object, start: int, nbytes: int) -> None:
         """Have a page of its map that is gone raise no SIGBUS while a run watches its files."""
