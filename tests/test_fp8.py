@@ -379,7 +379,9 @@ def test_two_scales_of_projections_or_of_blocks(
     if label:
         assert fp8_weight(*specs, "F32", config).label == f"fp8 e4m3 {label}"
     else:
-        with pytest.raises(CheckpointError, match=r"gate_up_proj.* two projections.*quantized from"):
+        with pytest.raises(
+            CheckpointError, match=r"gate_up_proj.* two projections.*quantized from"
+        ):
             fp8_weight(*specs, "F32", config)
 
 
