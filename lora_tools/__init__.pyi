@@ -920,7 +920,7 @@ def export(
     no_fuse: bool = False,
     opset: int | None = None,
     atol: float = 1e-05,
-    rtol: float = 0.0003,
+    rtol: float | None = None,
     no_verify: bool = False,
     keep_failed: bool = False,
     trust_remote_code: bool = False,
@@ -971,11 +971,12 @@ def export(
         eval_text: Measure a decoder's perplexity on this text, and its divergence from the weights
             before they were quantized.
         graph: Use this graph, exported from another checkpoint of the same architecture, again.
-        no_fuse: A decoder as torch traces it, and not with attention, rotary embeddings and norms
+        no_fuse: The graph as torch traces it, and not with attention, rotary embeddings and norms
             as one operator each.
-        opset: ONNX's opset. [default: 23 where a decoder is fused, which needs it; else 20]
+        opset: ONNX's opset. [default: 23, which fusing needs; 20 with --no-fuse]
         atol: Outputs may differ from torch's by this much
-        rtol: plus this share of their largest element; else the exit code is 3.
+        rtol: plus this share of their largest element; else the exit code is 3. [default: ten times
+            what torch's float32 differs from its float64 by, and 1e-5]
         no_verify: Do not run the graph.
         keep_failed: Leave an output that differs too much, as OUT.failed.
         trust_remote_code: Run the modelling code that comes with the checkpoint.
@@ -1107,7 +1108,7 @@ def verify(
     weights_only: bool = False,
     task: str = 'auto',
     atol: float = 1e-05,
-    rtol: float = 0.0003,
+    rtol: float | None = None,
     trust_remote_code: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
@@ -1137,7 +1138,8 @@ def verify(
         weights_only: Compare the weights of an ONNX model and do not run it.
         task: What it was exported for, as for export.
         atol: An output may differ from torch's by this, and --rtol times its largest element.
-        rtol: See --atol.
+        rtol: See --atol. [default: ten times what torch's float32 differs from its float64 by, and
+            1e-5]
         trust_remote_code: Run code that comes with the checkpoint.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]

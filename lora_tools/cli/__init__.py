@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
@@ -21,6 +22,9 @@ from lora_tools.errors import LoraToolsError, QualityGateError, next_step
 from lora_tools.interruption import Course
 from lora_tools.printable import printable
 from lora_tools.verbs import VERBS
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
 
 # glibc's mallopt (malloc.h): from which size on a block is memory of its own, given back with it;
 # and how much free memory a thread's heap keeps.
@@ -82,9 +86,11 @@ def help_(ctx: click.Context, command: str | None) -> None:
 def run(args: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     before = {number: signal.getsignal(number) for number in _STOPPED}
+    hook = sys.unraisablehook
     try:
         return _run(args)
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -92,6 +98,7 @@ def run(args: list[str] | None = None) -> int:
 def _run(args: list[str] | None) -> int:
     """The same, and signals remain ignored after the end."""
     course = interruption.begin()
+    sys.unraisablehook = functools.partial(_unraisable, sys.unraisablehook)
     try:
         try:
             for number in _STOPPED:
@@ -114,6 +121,13 @@ def _run(args: list[str] | None) -> int:
             click.echo(printable(said), err=True)
         return code
     return code if isinstance(code, int) else 0
+
+
+def _unraisable(before: Callable[[UnraisableHookArgs], object], what: UnraisableHookArgs) -> None:
+    """What is raised within a finalizer is printed, and forgotten. A signal that fell into one ends
+    the run at the next step (``Course.go_on``), without a traceback."""
+    if not issubclass(what.exc_type, interruption.Stopped):
+        before(what)
 
 
 def _asks_for_json(args: Sequence[str]) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_tools.errors import MismatchError, UsageError
+from lora_tools.errors import MismatchError, UsageError, need
 from lora_tools.figures import Total
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.alignment import align
@@ -22,7 +22,6 @@ from lora_tools.merging.plan import MergePlan, adapter_digest, plan_merge
 from lora_tools.merging.prepare import merge_for_now
 from lora_tools.merging.targets import Target
 from lora_tools.options import Running
-from lora_tools.options.parse import need
 from lora_tools.records import Action, Fate, Input, ProgressCallback, TensorSpec, counted
 from lora_tools.sources.weighted import Weighted
 from lora_tools.totals import VerifyTotals
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
     from lora_tools.onnx.check import Check
     from lora_tools.onnx.initializers import GraphWeights
 
-_TO_RUN = ("onnx", "onnxruntime", "transformers")
 _NO_FAULT = (*FINE, Action.CONSTANT, Action.LEFT_OUT, Action.UNNAMED)
 
 
@@ -46,7 +44,7 @@ class GraphRun:
 
     task: str
     atol: float
-    rtol: float
+    rtol: float | None
     trust_remote_code: bool
 
 
@@ -67,7 +65,8 @@ def verify_onnx(
     Raises:
         MismatchError: with the weights only, some of them have no names to be compared by.
     """
-    need("onnx", *(_TO_RUN if run else ()))
+    to_run = ("onnxruntime", "transformers") if run else ()
+    need("verify of an ONNX model", "onnx", "onnx", *to_run)
     from lora_tools.onnx.initializers import GraphWeights
 
     plan = plan_merge(source, weighted)
@@ -93,13 +92,14 @@ def verify_onnx(
         return Findings(inputs, found.fates, verdict, "", found.totals(), notes)
     dtype = _cast(found.checked, found.weights, source)
     check = _compare(paths, source, weighted, run, dtype, bool(found.packed), allow_pickle)
-    offence = f"not {name}: {_said(check, run)}" if check.failed else ""
+    offence = f"not {name}: {_said(check)}" if check.failed else ""
     if check.failed:
         verdict = f"not {name}"
     else:
         verdict += f"; its outputs are torch's, to {check.absolute:.2g}"
     totals: VerifyTotals = {**found.totals(), **check.totals()}
-    return Findings(inputs, found.fates, verdict, offence, totals, found.notes)
+    notes = (*found.notes, check.note) if check.note else found.notes
+    return Findings(inputs, found.fates, verdict, offence, totals, notes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -386,11 +386,11 @@ def _has_cache(paths: Sequence[Path]) -> bool:
     )
 
 
-def _said(check: Check, run: GraphRun) -> str:
+def _said(check: Check) -> str:
     tokens = ""
     if check.same_tokens != check.tokens:
         tokens = f", and {check.same_tokens} of {check.tokens} generated tokens are the same"
     return (
         f"{check.worst} differs from torch by {check.absolute:.3g} (relative {check.relative:.3g}; "
-        f"allowed: {run.atol:g} + {run.rtol:g} of the largest element){tokens}"
+        f"allowed: {check.allowed:.3g} of the largest element){tokens}"
     )
