@@ -110,6 +110,8 @@ def extract(
     no_card: bool = False,
     resume: bool = False,
     clean: bool = False,
+    shard: str | None = None,
+    finish: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     variant: str | None = None,
@@ -180,6 +182,9 @@ def extract(
         resume: Go on with the work of a run to the same place that was ended; with nothing to go on
             with, begin (docs/tasks/resume.md).
         clean: Remove what a run to the same place that was ended has left.
+        shard: Do the I-th of N shares of the work, beside other processes that do the rest, and put
+            nothing at --out (docs/tasks/machines.md).
+        finish: Put what all shares have come to into its place; some work missing is an error.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -222,6 +227,8 @@ def merge(
     no_card: bool = False,
     resume: bool = False,
     clean: bool = False,
+    shard: str | None = None,
+    finish: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     variant: str | None = None,
@@ -264,6 +271,9 @@ def merge(
         resume: Go on with the work of a run to the same place that was ended; with nothing to go on
             with, begin (docs/tasks/resume.md).
         clean: Remove what a run to the same place that was ended has left.
+        shard: Do the I-th of N shares of the work, beside other processes that do the rest, and put
+            nothing at --out (docs/tasks/machines.md).
+        finish: Put what all shares have come to into its place; some work missing is an error.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -299,6 +309,8 @@ def unmerge(
     dry_run: bool = False,
     resume: bool = False,
     clean: bool = False,
+    shard: str | None = None,
+    finish: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     variant: str | None = None,
@@ -331,6 +343,9 @@ def unmerge(
         resume: Go on with the work of a run to the same place that was ended; with nothing to go on
             with, begin (docs/tasks/resume.md).
         clean: Remove what a run to the same place that was ended has left.
+        shard: Do the I-th of N shares of the work, beside other processes that do the rest, and put
+            nothing at --out (docs/tasks/machines.md).
+        finish: Put what all shares have come to into its place; some work missing is an error.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -382,6 +397,8 @@ def rescale(
     no_card: bool = False,
     resume: bool = False,
     clean: bool = False,
+    shard: str | None = None,
+    finish: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     variant: str | None = None,
@@ -435,6 +452,9 @@ def rescale(
         resume: Go on with the work of a run to the same place that was ended; with nothing to go on
             with, begin (docs/tasks/resume.md).
         clean: Remove what a run to the same place that was ended has left.
+        shard: Do the I-th of N shares of the work, beside other processes that do the rest, and put
+            nothing at --out (docs/tasks/machines.md).
+        finish: Put what all shares have come to into its place; some work missing is an error.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -483,6 +503,8 @@ def combine(
     no_card: bool = False,
     resume: bool = False,
     clean: bool = False,
+    shard: str | None = None,
+    finish: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     variant: str | None = None,
@@ -545,6 +567,9 @@ def combine(
         resume: Go on with the work of a run to the same place that was ended; with nothing to go on
             with, begin (docs/tasks/resume.md).
         clean: Remove what a run to the same place that was ended has left.
+        shard: Do the I-th of N shares of the work, beside other processes that do the rest, and put
+            nothing at --out (docs/tasks/machines.md).
+        finish: Put what all shares have come to into its place; some work missing is an error.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -593,6 +618,8 @@ def convert(
     no_card: bool = False,
     resume: bool = False,
     clean: bool = False,
+    shard: str | None = None,
+    finish: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     variant: str | None = None,
@@ -639,6 +666,9 @@ def convert(
         resume: Go on with the work of a run to the same place that was ended; with nothing to go on
             with, begin (docs/tasks/resume.md).
         clean: Remove what a run to the same place that was ended has left.
+        shard: Do the I-th of N shares of the work, beside other processes that do the rest, and put
+            nothing at --out (docs/tasks/machines.md).
+        finish: Put what all shares have come to into its place; some work missing is an error.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -698,6 +728,8 @@ def quantize(
     no_card: bool = False,
     resume: bool = False,
     clean: bool = False,
+    shard: str | None = None,
+    finish: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     variant: str | None = None,
@@ -773,6 +805,9 @@ def quantize(
         resume: Go on with the work of a run to the same place that was ended; with nothing to go on
             with, begin (docs/tasks/resume.md).
         clean: Remove what a run to the same place that was ended has left.
+        shard: Do the I-th of N shares of the work, beside other processes that do the rest, and put
+            nothing at --out (docs/tasks/machines.md).
+        finish: Put what all shares have come to into its place; some work missing is an error.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -811,6 +846,8 @@ def dequantize(
     no_card: bool = False,
     resume: bool = False,
     clean: bool = False,
+    shard: str | None = None,
+    finish: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     variant: str | None = None,
@@ -839,6 +876,9 @@ def dequantize(
         resume: Go on with the work of a run to the same place that was ended; with nothing to go on
             with, begin (docs/tasks/resume.md).
         clean: Remove what a run to the same place that was ended has left.
+        shard: Do the I-th of N shares of the work, beside other processes that do the rest, and put
+            nothing at --out (docs/tasks/machines.md).
+        finish: Put what all shares have come to into its place; some work missing is an error.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
