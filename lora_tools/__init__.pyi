@@ -918,6 +918,8 @@ def export(
     eval_text: str | Path | None = None,
     graph: str | Path | None = None,
     no_fuse: bool = False,
+    compute_dtype: torch.dtype | Literal['float32', 'float16', 'bfloat16'] = 'float32',
+    half_io: bool = False,
     opset: int | None = None,
     atol: float = 1e-05,
     rtol: float | None = None,
@@ -956,8 +958,8 @@ def export(
         task: features, classification, token-classification, masked-lm, question-answering, causal-
             lm, seq2seq, speech-seq2seq or image-classification; auto goes by config.json.
         no_cache: A decoder without its key/value cache.
-        dtype: bfloat16, float16, float32 or float64. [default: each tensor keeps its own; the graph
-            computes in float32]
+        dtype: bfloat16, float16, float32 or float64. [default: each tensor keeps its own; see
+            --compute-dtype]
         weights: shared: the graph points into the output's safetensors files. bundled: one
             external-data file in their place. [default: shared; bundled with --int8 and --int4]
         nf4: Linear layers in four bits, over the bytes that `loratools quantize` writes, or those
@@ -973,6 +975,8 @@ def export(
         graph: Use this graph, exported from another checkpoint of the same architecture, again.
         no_fuse: The graph as torch traces it, and not with attention, rotary embeddings and norms
             as one operator each.
+        compute_dtype: What the graph computes in; norms and softmax stay in float32.
+        half_io: Inputs and outputs in --compute-dtype, too, the cache among them.
         opset: ONNX's opset. [default: 23, which fusing needs; 20 with --no-fuse]
         atol: Outputs may differ from torch's by this much
         rtol: plus this share of their largest element; else the exit code is 3. [default: ten times

@@ -63,6 +63,11 @@ class OutputsTotals(TypedDict, total=False):
     tokens_generated: int
     tokens_same: int
     base_exact: bool
+    half_relative_difference: float
+    half_allowed_relative_difference: float
+    half_conditioning: float
+    half_worst_output: str
+    half_tokens_same: int
 
 
 class TextTotals(TypedDict, total=False):

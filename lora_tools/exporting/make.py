@@ -22,14 +22,15 @@ from lora_tools.onnx.tasks import Task
 from lora_tools.options import Check, Graphs, Running
 from lora_tools.provenance import tool_version
 from lora_tools.records import Action, Fate, Input, Report
+from lora_tools.sentences import offence
 from lora_tools.sources.checkpoints import open_checkpoint
 from lora_tools.totals import ExportTotals, LossTotals
 
 if TYPE_CHECKING:
     import torch
 
-    from lora_tools.onnx.check import Check as Checked
     from lora_tools.onnx.graphs import Built
+    from lora_tools.onnx.outputs import Check as Checked
 
 _MADE = (".onnx", ".onnx_data", SUFFIX)  # what an export leaves in a folder
 FAILED = ".failed"
@@ -203,6 +204,8 @@ class Export:
             plain=whole,
             factor=self.quantization.factor,
             fuse=not self.graphs.no_fuse,
+            dtype=self.graphs.compute_dtype,
+            half_io=self.graphs.half_io,
         ).write()
         for file in self.task.files():
             graphs.check_model(folder / file, linked=self.in_place)
@@ -331,22 +334,9 @@ def gate(report: Report[ExportTotals]) -> None:
             "adapters; please report this. --keep-failed leaves the output for a look at it",
             report,
         )
-    tokens = ""
-    if t.get("tokens_same") != t.get("tokens_generated"):
-        tokens = (
-            f", and {t['tokens_same']} of {t['tokens_generated']} generated tokens are the same"
-        )
     raise QualityGateError(
-        f"{t['worst_output']} differs from torch by {t['max_difference']:.3g} (relative "
-        f"{t['max_relative_difference']:.3g}; allowed: {t['allowed_relative_difference']:.3g} of "
-        f"the largest element{_measured_by(t)}){tokens}. --keep-failed leaves the output for a "
-        "look at it",
-        report,
+        f"{offence(t)}. --keep-failed leaves the output for a look at it", report
     )
-
-
-def _measured_by(t: ExportTotals) -> str:
-    return f", torch itself in float64: {t['conditioning']:.3g}" if "conditioning" in t else ""
 
 
 def _copy(source: Checkpoint, folder: Path) -> None:

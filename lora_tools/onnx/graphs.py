@@ -18,6 +18,13 @@ from lora_tools.onnx import genai, nbits
 from lora_tools.onnx.fuse.found import FUSED_OPSET, OPSET, fused, unfused
 from lora_tools.onnx.initializers import load
 from lora_tools.onnx.linears import is_quantized
+from lora_tools.onnx.precision import (
+    COMPUTED,
+    FLOAT32,
+    computed_in,
+    has_half_inputs,
+    with_float32_inputs,
+)
 from lora_tools.onnx.runtime_adapters import Branch, Replacement, add_branches, remove_branches
 from lora_tools.onnx.sentence import described, with_modules
 from lora_tools.onnx.tasks import DECODER, Task
@@ -95,6 +102,7 @@ class Build:
         branches, replacements: modules that may get factors at run time, and tensors that may be
             brought whole.
         factor: what rounding errors of ``scheme`` are fed forward by (``onnx.quantized.NBits``).
+        dtype: what the graph computes in; half_io: whether it takes and gives that, too.
         fuse: whether attention, rotary embeddings and norms become one operator each.
         scheme: how linear layers are quantized (``onnx.schemes``); with "nf4" the folder's are.
         plain: the folder of the same checkpoint with no weight quantized, if not ``folder``.
@@ -114,6 +122,8 @@ class Build:
     plain: Path | None = None
     factor: nbits.FactorOf | None = None
     fuse: bool = True
+    dtype: str = FLOAT32
+    half_io: bool = False
 
     def write(self) -> Built:
         """Trace them, or take ``graph``, tie them to the weights and write them.
@@ -134,7 +144,7 @@ class Build:
         unused = add_branches(models, self.branches, self.replacements, formed=bool(converted))
         for file, model in models.items():
             attach(model, where)
-            onnx.helper.set_model_props(model, {**self.made, **_modules_said(self.task)})
+            onnx.helper.set_model_props(model, {**self.made, **self._said()})
             write_synced(folder / file, model.SerializeToString(deterministic=True))
         first = next(iter(models.values()))
         cached = any(value.name.startswith("past_key_values.") for value in first.graph.input)
@@ -162,6 +172,7 @@ class Build:
         attention is not fused."""
         if self.graph is not None:
             models = _again(self.graph, checkpoint, self.task)
+            self._refuse_other_precision(models)
             if not self.fuse and fused(models.values()):
                 raise MismatchError(
                     f"{self.graph}: is fused; --no-fuse takes a graph exported with --no-fuse"
@@ -180,11 +191,35 @@ class Build:
             opset=opset,
             trust_remote_code=self.trust_remote_code,
             fuse=fuse,
+            dtype=self.dtype,
         )
         models = {each.file: each.model for each in traced}
+        for model in models.values():
+            if not self.half_io:
+                with_float32_inputs(model)
         why = "" if fuse else f"its operator is of opset {FUSED_OPSET}"
         why = next((each.unfused for each in traced if each.unfused), why)
         return models, {name for each in traced for name in each.converted}, why
+
+    def _said(self) -> dict[str, str]:
+        """What the graphs' metadata says of the graphs."""
+        computed = {} if self.dtype == FLOAT32 else {COMPUTED: self.dtype}
+        return {**computed, **_modules_said(self.task)}
+
+    def _refuse_other_precision(self, models: Mapping[str, onnx.ModelProto]) -> None:
+        for file, model in models.items():
+            found = computed_in(model)
+            if found != self.dtype:
+                raise MismatchError(
+                    f"{file} of {self.graph} computes in {found}, and {self.dtype} is asked for; "
+                    f"pass --compute-dtype {found}, or export without --graph"
+                )
+        if self.dtype != FLOAT32 and any(map(has_half_inputs, models.values())) != self.half_io:
+            raise MismatchError(
+                f"{self.graph}: its inputs and outputs are in "
+                f"{FLOAT32 if self.half_io else self.dtype}; "
+                f"{'leave --half-io out' if self.half_io else 'pass --half-io'}"
+            )
 
     def _write_genai(self, graph: onnx.GraphProto) -> None:
         """What ONNX Runtime GenAI must know of a decoder."""

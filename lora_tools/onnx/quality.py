@@ -17,9 +17,9 @@ import torch
 from lora_tools.calibration import TextLoss
 from lora_tools.errors import NonFiniteError
 from lora_tools.formats.alignment import align
-from lora_tools.onnx.check import Check
 from lora_tools.onnx.in_runtime import InRuntime
 from lora_tools.onnx.in_torch import InTorch
+from lora_tools.onnx.outputs import Check
 from lora_tools.onnx.quantized_weights import dequantized, exact
 from lora_tools.onnx.runs import Run
 from lora_tools.onnx.tasks import Task

@@ -40,6 +40,12 @@ class Tolerance:
     conditioning: float | None = None
     note: str = ""
 
+    def wider(self, room: float) -> Tolerance:
+        """A tolerance that is greater by a share of the largest element."""
+        measured = {name: share + room for name, share in self.measured.items()}
+        rtol = None if self.rtol is None else self.rtol + room
+        return dataclasses.replace(self, rtol=rtol, measured=measured)
+
     def share(self, name: str) -> float:
         """Of the largest element of an output of that name."""
         return self.measured.get(name, UNMEASURED) if self.rtol is None else self.rtol

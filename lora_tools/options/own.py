@@ -213,6 +213,12 @@ class Graphs:
         "operator each.",
         GRAPH,
     )
+    compute_dtype: Literal["float32", "float16", "bfloat16"] = option(
+        "float32", "What the graph computes in; norms and softmax stay in float32.", GRAPH
+    )
+    half_io: bool = option(
+        False, "Inputs and outputs in --compute-dtype, too, the cache among them.", GRAPH
+    )
     opset: int | None = option(
         None,
         "ONNX's opset.",

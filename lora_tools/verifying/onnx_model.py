@@ -23,6 +23,7 @@ from lora_tools.merging.prepare import merge_for_now
 from lora_tools.merging.targets import Target
 from lora_tools.options import Running
 from lora_tools.records import Action, Fate, Input, ProgressCallback, TensorSpec, counted
+from lora_tools.sentences import offence as outputs_differ
 from lora_tools.sources.weighted import Weighted
 from lora_tools.totals import VerifyTotals
 from lora_tools.verifying.findings import FINE, Findings
@@ -32,8 +33,8 @@ from lora_tools.verifying.onnx_quantized import Packed, check_packed
 if TYPE_CHECKING:
     import torch
 
-    from lora_tools.onnx.check import Check
     from lora_tools.onnx.initializers import GraphWeights
+    from lora_tools.onnx.outputs import Check
 
 _NO_FAULT = (*FINE, Action.CONSTANT, Action.LEFT_OUT, Action.UNNAMED)
 
@@ -92,7 +93,7 @@ def verify_onnx(
         return Findings(inputs, found.fates, verdict, "", found.totals(), notes)
     dtype = _cast(found.checked, found.weights, source)
     check = _compare(paths, source, weighted, run, dtype, bool(found.packed), allow_pickle)
-    offence = f"not {name}: {_said(check)}" if check.failed else ""
+    offence = f"not {name}: {outputs_differ(check.totals())}" if check.failed else ""
     if check.failed:
         verdict = f"not {name}"
     else:
@@ -383,14 +384,4 @@ def _has_cache(paths: Sequence[Path]) -> bool:
 
     return len(paths) > 1 or any(
         value.name.startswith("past_key_values.") for value in load(paths[0]).graph.input
-    )
-
-
-def _said(check: Check) -> str:
-    tokens = ""
-    if check.same_tokens != check.tokens:
-        tokens = f", and {check.same_tokens} of {check.tokens} generated tokens are the same"
-    return (
-        f"{check.worst} differs from torch by {check.absolute:.3g} (relative {check.relative:.3g}; "
-        f"allowed: {check.allowed:.3g} of the largest element){tokens}"
     )
