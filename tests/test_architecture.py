@@ -67,6 +67,7 @@ ROOMS = (
     "figures",
     "sentences",
     "interruption",
+    "watch",
     "errors",
     "records",
     "totals",
@@ -82,9 +83,9 @@ ONLY = {
     "cli": {"verbs", "options", "interruption", "errors", "records", "printable", "sentences"},
     "nn": {"sources", "options", "formats", "linalg", "errors", "records"},
     "options": {"onnx", "formats", "linalg", "errors", "records"},
-    "engine": {"errors", "records", "within"},
+    "engine": {"watch", "errors", "records", "within"},
     "provenance": {"formats", "errors", "records"},
-    "formats": {"interruption", "errors", "records", "within"},
+    "formats": {"interruption", "watch", "errors", "records", "within"},
     "linalg": {"errors", "records"},
     "calibration": {"pretrained", "errors", "records", "totals"},
     "pretrained": {"formats", "errors", "records"},
@@ -136,6 +137,7 @@ NOT_HERE = {
     "totals": THREADS | {"pathlib", "os", "json"},
     "errors": THREADS | {"pathlib", "os", "json"},
     "engine": set(),
+    "watch": THREADS - {"threading"},
 }
 # Never at the top of a module: a verb asks for them, ``--help`` and a dry run do not.
 HEAVY = {

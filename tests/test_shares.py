@@ -201,6 +201,13 @@ def said_of(out: Path) -> tuple[dict[str, str], int]:
     return there["said"], there["shards"]
 
 
+def test_statistics_are_collected_once(small: Path, tmp_path: Path) -> None:
+    (text := tmp_path / "text.txt").write_text("a b c")
+    for way in ({"shard": "1/2"}, {"finish": True}):
+        with pytest.raises(UsageError, match="calibrate: each shard would collect statistics of"):
+            lora_tools.quantize(small / "base", tmp_path / "out", calibrate=text, **way)
+
+
 def test_who_completes_is_not_disturbed(
     rescale: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,7 +25,7 @@ from typing import Any, Protocol, TypeVar
 
 from lora_tools.engine.buffers import Buffers
 from lora_tools.engine.canonical import Canonical, Unknown, bytes_of, digest_of, is_tensor
-from lora_tools.engine.tasks import Task
+from lora_tools.engine.tasks import Task, perform
 from lora_tools.within import holding
 
 R = TypeVar("R")
@@ -88,7 +88,7 @@ def do(task: Task[Any, Any, Any], sources: Any, sink: Any, buffers: Buffers) -> 
     """Run a task, keeping account of what it writes."""
     recording = sink.recording() if sink is not None else None
     begun = time.perf_counter()
-    result = task.run(sources, recording, buffers)
+    result = perform(task, sources, recording, buffers)
     taken = recording.taken() if recording is not None else None
     return Done(result, taken, time.perf_counter() - begun)
 

@@ -20,7 +20,7 @@ from lora_tools.engine import memo
 from lora_tools.engine.buffers import Buffers
 from lora_tools.engine.processors import available
 from lora_tools.engine.shares import ShareDone, share_of
-from lora_tools.engine.tasks import K, R, S, Task
+from lora_tools.engine.tasks import K, R, S, Task, perform
 from lora_tools.errors import UsageError, named
 from lora_tools.records import Progress, ProgressCallback
 
@@ -155,7 +155,7 @@ def _run(
     def work(task: Task[S, K, R], size: int) -> R:
         with gate.hold(size), one_torch_thread_here(), named(task.label):
             if kept is None:
-                return task.run(sources, sink, buffers)
+                return perform(task, sources, sink, buffers)
             key = kept.key(task)
             if (done := kept.recall(key)) is None:
                 done = memo.do(task, sources, sink, buffers)

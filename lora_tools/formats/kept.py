@@ -6,11 +6,13 @@ it need not be written again, once its digests say that it is there (``engine.me
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import dataclasses
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from pathlib import Path
 
+from lora_tools.watch import files
 from lora_tools.within import holding
 
 FOLDER = "kept"  # in the staging folder
@@ -26,13 +28,15 @@ class _Place:
 _place: contextvars.ContextVar[_Place | None] = contextvars.ContextVar("place", default=None)
 
 
-def within(staging: Path, shared: Path | None = None) -> AbstractContextManager[None]:
+@contextlib.contextmanager
+def within(staging: Path, shared: Path | None = None) -> Iterator[None]:
     """Files that are made in that folder take up what is kept in it.
 
     Args:
         shared: where several processes at a time write into the files of one checkpoint.
     """
-    return holding(_place, _Place(staging, shared))
+    with holding(_place, _Place(staging, shared)), files.own(staging):
+        yield
 
 
 def shared_place(path: Path) -> Path | None:

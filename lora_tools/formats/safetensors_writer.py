@@ -11,6 +11,7 @@ import errno
 import functools
 import json
 import os
+import platform
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -70,6 +71,15 @@ class Written:
     last: Mapping[str, bytes]
 
 
+def machine() -> str:
+    """By which machines are told apart: a file that two processes write has the same pages in
+    memory where it is the same."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return platform.node()
+
+
 class SafetensorsWriter:
     """Writes a planned file in any order and from any thread; the header goes first.
 
@@ -83,7 +93,8 @@ class SafetensorsWriter:
 
     Args:
         shared: other processes make the same file at this time, of the same plan. It is not
-            completed then, and what is written is on the disk.
+            completed then.
+        through: what was written is on the disk, and nothing around it.
     """
 
     def __init__(
@@ -95,6 +106,7 @@ class SafetensorsWriter:
         *,
         is_owner: bool = True,
         shared: bool = False,
+        through: bool = False,
     ) -> None:
         self.specs = list(specs)
         self.path, self._metadata, self._body, self._is_owner = path, metadata, body, is_owner
@@ -103,7 +115,7 @@ class SafetensorsWriter:
         self._written: Counter[str] = Counter()
         self._last: dict[str, bytes] = {}
         self._unsynced = 0
-        flags = os.O_RDWR | os.O_CLOEXEC | (_THROUGH if shared else 0)
+        flags = os.O_RDWR | os.O_CLOEXEC | (_THROUGH if through else 0)
         is_new = is_owner and not shared and not take_up(path)
         made = os.O_CREAT | os.O_EXCL if is_new else os.O_CREAT if shared else 0
         first = _opened(path, flags | made)

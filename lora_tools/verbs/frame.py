@@ -33,6 +33,7 @@ from lora_tools.verbs.paths import Paths
 from lora_tools.verbs.report_file import check_report_file, write_report
 from lora_tools.verbs.row import Verb
 from lora_tools.verbs.writing import write
+from lora_tools.watch import files
 
 # What the types of keywords are written by.
 _NAMES = {
@@ -135,6 +136,7 @@ def carry_out(row: Verb, given: Mapping[str, Any], report_file: Path | None = No
             held.enter_context(variants.using(call.running.variant))
             if call.writing.dry_run:
                 held.enter_context(headers_only())
+            held.enter_context(files.unchanged())
             report = _work(row, call, given, asked, paths)
     except QualityGateError as error:
         if error.report is None:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from lora_tools.errors import QualityGateError
+from lora_tools.errors import QualityGateError, UsageError
 from lora_tools.figures import exceeded
 from lora_tools.formats.output import Prepared
 from lora_tools.options import Adding, Evaluation, Matching, NumberFormat, Storage, Tensors
@@ -56,6 +56,11 @@ def quantize(
         )
 
     calibration = plan_calibration(checkpoint, number_format, call.running)
+    if calibration is not None and (call.writing.shard is not None or call.writing.finish):
+        raise UsageError(
+            "--calibrate: each shard would collect statistics of its own; make them once by "
+            "loratools collect-stats, and give them to all by --activations"
+        )
     prepared = prepare(number_format.activations)
     if calibration is not None:
         prepared = _calibrated(prepared, prepare, calibration)

@@ -35,6 +35,7 @@ from lora_tools.provenance import tool_version
 from lora_tools.records import Report
 from lora_tools.verbs.card import card_of
 from lora_tools.verbs.row import Verb
+from lora_tools.watch import files
 from lora_tools.within import holding
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def write(
             report = write_whole(prepared, folder)
             if folder.is_dir():
                 _put_card(row, asked, prepared, report, folder)
+            files.check()
     if account.recalled and way == "resume":
         said = f"{account.recalled} pieces of work were found done, and not done again (--resume)"
         report = dataclasses.replace(report, notes=(*report.notes, said))
