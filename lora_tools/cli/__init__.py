@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from sys import UnraisableHookArgs
 
 # glibc's mallopt (malloc.h): from which size on a block is memory of its own, given back with it;
-# and how much free memory a thread's heap keeps.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+# how much free memory a heap keeps; and how many heaps there are.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _STOPPED = {int(signal.SIGINT): "Interrupted", int(signal.SIGTERM): "Terminated"}
 
 
@@ -186,8 +186,10 @@ def _keep_freed_memory() -> None:
     """Have glibc keep runs of rows that were freed, for the next ones.
 
     It gives those back to the system, which takes as long to hand out fresh pages as a run takes to
-    compute, until a block of 32 MiB was freed; then it sets these sizes by itself. Where the user
-    chose others, or the C library is another one, all stays as it is.
+    compute, until a block of 32 MiB was freed; then it sets these sizes by itself. One heap serves
+    all threads, since each would keep what it once took; blocks are few and large, so that none
+    waits for another. Where the user chose others, or the C library is another one, all stays as it
+    is.
     """
     if any(name.startswith("MALLOC_") for name in os.environ) or "GLIBC_TUNABLES" in os.environ:
         return
@@ -195,6 +197,7 @@ def _keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_THRESHOLD, 32 << 20)
         mallopt(_M_TRIM_THRESHOLD, 64 << 20)
+        mallopt(_M_ARENA_MAX, 1)
 
 
 def entry() -> NoReturn:
