@@ -159,6 +159,8 @@ def _lost(t: Mapping[str, Any]) -> Iterator[str]:
 def _difference(t: Mapping[str, Any]) -> str:
     line = f"greatest difference from torch {t['max_difference']:.2e} (relative "
     line += f"{t['max_relative_difference']:.2e}) in {t['outputs_compared']} outputs"
+    if "conditioning" in t:
+        line += f", torch's own from float64 {t['conditioning']:.2e}"
     if "tokens_generated" in t:
         line += f"; {t['tokens_same']} of {t['tokens_generated']} generated tokens the same"
     return line

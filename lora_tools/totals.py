@@ -58,6 +58,8 @@ class OutputsTotals(TypedDict, total=False):
     worst_output: str
     max_difference: float
     max_relative_difference: float
+    allowed_relative_difference: float
+    conditioning: float
     tokens_generated: int
     tokens_same: int
     base_exact: bool

@@ -169,7 +169,7 @@ def test_a_cluster_without_workers(small: Path, tmp_path: Path, monkeypatch) -> 
 
 
 def test_workers_of_another_version(address: str, small: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("lora_tools.verbs.frame.tool_version", lambda: "99.0")
+    monkeypatch.setattr("lora_tools.verbs.writing.tool_version", lambda: "99.0")
     with pytest.raises(ClusterError, match=r"the worker tcp://.* in 0\.\d.*, and 99\.0, "):
         lora_tools.rescale(small / "adapter", tmp_path / "out", rank=1, engine=address)
     assert list(tmp_path.iterdir()) == []

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from lora_tools.errors import UnsafeInput, UsageError
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.digest import PROVENANCE
+from lora_tools.formats.kept import shared_place
 from lora_tools.formats.recorded import Recording, Taken
 from lora_tools.formats.regular_files import read_file
 from lora_tools.formats.safetensors_writer import SafetensorsWriter, Written, encode_header
@@ -167,19 +168,28 @@ class CheckpointWriter:
     def __init__(
         self, out: Path, shards: Sequence[Shard], is_folder: bool, *, is_owner: bool = True
     ) -> None:
+        shared = shared_place(out) if is_owner else None
+        out = shared or out
         self._out, self._shards, self._is_folder = out, shards, is_folder
         _refuse_paths((shard.name for shard in shards), self._folders)
         self._home: dict[str, tuple[SafetensorsWriter, int]] = {}
         self._writers: list[SafetensorsWriter] = []
+        if shared is not None:
+            shared.parent.mkdir(parents=True, exist_ok=True)
         if is_folder and is_owner:
-            out.mkdir()
+            out.mkdir(exist_ok=shared is not None)
             for folder in sorted(self._folders):
-                (out / folder).mkdir()
+                (out / folder).mkdir(exist_ok=shared is not None)
         try:
             for shard in shards:
                 path = out / shard.name if is_folder else out
                 writer = SafetensorsWriter(
-                    path, shard.own_specs, shard.metadata, shard.header, is_owner=is_owner
+                    path,
+                    shard.own_specs,
+                    shard.metadata,
+                    shard.header,
+                    is_owner=is_owner,
+                    shared=shared is not None,
                 )
                 self._writers.append(writer)
                 place = writer, len(shard.prefix)

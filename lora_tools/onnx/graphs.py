@@ -66,7 +66,7 @@ class Built:
         formed: transformers forms some of them of several of the checkpoint's tensors.
         bundle: bytes of the file of weights that no file of the checkpoint holds.
         fed: of quantized weights, those whose errors were fed forward, and what that came to.
-        fused: operators of a decoder that stand for many, by kind; unfused: what was to be, and is
+        fused: operators that stand for many, by kind; unfused: what was to be, and is
             not.
     """
 
@@ -95,7 +95,7 @@ class Build:
         branches, replacements: modules that may get factors at run time, and tensors that may be
             brought whole.
         factor: what rounding errors of ``scheme`` are fed forward by (``onnx.quantized.NBits``).
-        fuse: whether a decoder's attention, rotary embeddings and norms become one operator each.
+        fuse: whether attention, rotary embeddings and norms become one operator each.
         scheme: how linear layers are quantized (``onnx.schemes``); with "nf4" the folder's are.
         plain: the folder of the same checkpoint with no weight quantized, if not ``folder``.
     """
@@ -142,7 +142,6 @@ class Build:
             self._write_genai(first.graph)
             extra.append(genai.NAME)
         files = (*extra, *reversed(models))
-        decoder = self.task.kind == DECODER
         return Built(
             files,
             sum(len(model.graph.node) for model in models.values()),
@@ -154,8 +153,8 @@ class Build:
             bool(converted),
             (folder / BUNDLE).stat().st_size if BUNDLE in extra else 0,
             fed,
-            fused(first) if decoder else {},
-            tuple(unfused(first, why)) if decoder and self.fuse else (),
+            fused(models.values()),
+            tuple(unfused(first, why)) if self.fuse else (),
         )
 
     def _models(self, checkpoint: Checkpoint) -> tuple[dict[str, onnx.ModelProto], set[str], str]:
@@ -163,14 +162,14 @@ class Build:
         attention is not fused."""
         if self.graph is not None:
             models = _again(self.graph, checkpoint, self.task)
-            if not self.fuse and any(map(fused, models.values())):
+            if not self.fuse and fused(models.values()):
                 raise MismatchError(
                     f"{self.graph}: is fused; --no-fuse takes a graph exported with --no-fuse"
                 )
             return models, set(), f"not in {self.graph}"
         from lora_tools.onnx.trace import trace  # torch and transformers, which --graph needs not
 
-        fuse = self.fuse and self.task.kind == DECODER
+        fuse = self.fuse
         opset = self.opset or (FUSED_OPSET if fuse else OPSET)
         fuse &= opset >= FUSED_OPSET
         traced = trace(

@@ -91,7 +91,7 @@ class InRuntime:
             if run.generate:
                 played.tokens.append(int(outputs["logits"][0, -1].argmax()))
             if call + 1 < calls:
-                new = run.steps[call] if run.steps else np.array([played.tokens[-1:]])
+                new = run.steps[call] if len(run.steps) else np.array([played.tokens[-1:]])
                 mask = np.concatenate([given["attention_mask"], np.ones_like(new)], 1)
                 given = {"input_ids": new, "attention_mask": mask, **_past(outputs)}
                 given["position_ids"] = positions(mask, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from lora_tools.onnx.foreign import run_by
 from lora_tools.onnx.model import loaded
 from lora_tools.onnx.parts import decoder_inputs, image_size, is_speech, speech_shape, text_inputs
+from lora_tools.onnx.precise import in_float64
 from lora_tools.onnx.runs import Arrays, Played, Run, positions
 from lora_tools.onnx.sentence_modules import run
 from lora_tools.onnx.tasks import DECODER, ENCODER_DECODER, IMAGE, Task
@@ -29,6 +31,8 @@ class InTorch:
         self.task = task
         self.model: Any = loaded(folder, task, trust_remote_code)
         self.config = self.model.config
+        if hasattr(self.model, "set_experts_implementation"):
+            self.model.set_experts_implementation("eager")  # the others know no float64
 
     def close(self) -> None:
         """Give the memory back."""
@@ -90,13 +94,16 @@ class InTorch:
         longer = window if 0 < window <= 512 else 0
         return _LENGTHS[0] + longer, _LENGTHS[1] + longer
 
-    def play(self, run: Run) -> Played:
+    def play(self, run: Run, exact: bool = False) -> Played:
         """Call the model as transformers' own generation does.
+
+        Args:
+            exact: compute in float64.
 
         Raises:
             CheckpointError: its code fails, naming the module.
         """
-        with run_by(self.model, _RUN):
+        with run_by(self.model, _RUN), in_float64() if exact else contextlib.nullcontext():
             return self._play(run)
 
     def _play(self, run: Run) -> Played:

@@ -39,7 +39,7 @@ _BASE, _TUNED, _ADAPTER, _CHECKPOINT = map(Argument, ("base", "tuned", "adapter"
 _ADAPTERS, _OUT, _PATH = map(Argument, ("adapters", "out", "path"))
 _POLICIES = ("rank", "energy", "error", "ratio", "cumulative", "threshold")
 _WRITING = take(Writing, "force", "dry_run", "no_card")
-_RESUMING = (*_WRITING, *take(Writing, "resume", "clean"))
+_RESUMING = (*_WRITING, *take(Writing, "resume", "clean", "shard", "finish"))
 _RUNNING = take(Running, "jobs", "allow_pickle", "variant", "digest", "progress")
 _SPREAD = take(Running)
 _ONNX = {"group": "Running an ONNX model"}
@@ -108,7 +108,7 @@ VERBS = {
                         "metadata does not name."
                     },
                 ),
-                *take(Writing, "force", "dry_run", "resume", "clean"),
+                *take(Writing, "force", "dry_run", "resume", "clean", "shard", "finish"),
                 *_SPREAD,
             ),
             "Get the base back out of a merged checkpoint.",

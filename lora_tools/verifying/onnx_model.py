@@ -46,7 +46,7 @@ class GraphRun:
 
     task: str
     atol: float
-    rtol: float
+    rtol: float | None
     trust_remote_code: bool
 
 
@@ -93,13 +93,14 @@ def verify_onnx(
         return Findings(inputs, found.fates, verdict, "", found.totals(), notes)
     dtype = _cast(found.checked, found.weights, source)
     check = _compare(paths, source, weighted, run, dtype, bool(found.packed), allow_pickle)
-    offence = f"not {name}: {_said(check, run)}" if check.failed else ""
+    offence = f"not {name}: {_said(check)}" if check.failed else ""
     if check.failed:
         verdict = f"not {name}"
     else:
         verdict += f"; its outputs are torch's, to {check.absolute:.2g}"
     totals: VerifyTotals = {**found.totals(), **check.totals()}
-    return Findings(inputs, found.fates, verdict, offence, totals, found.notes)
+    notes = (*found.notes, check.note) if check.note else found.notes
+    return Findings(inputs, found.fates, verdict, offence, totals, notes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -386,11 +387,11 @@ def _has_cache(paths: Sequence[Path]) -> bool:
     )
 
 
-def _said(check: Check, run: GraphRun) -> str:
+def _said(check: Check) -> str:
     tokens = ""
     if check.same_tokens != check.tokens:
         tokens = f", and {check.same_tokens} of {check.tokens} generated tokens are the same"
     return (
         f"{check.worst} differs from torch by {check.absolute:.3g} (relative {check.relative:.3g}; "
-        f"allowed: {run.atol:g} + {run.rtol:g} of the largest element){tokens}"
+        f"allowed: {check.allowed:.3g} of the largest element){tokens}"
     )
