@@ -6,11 +6,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lora_tools.errors import CheckpointError, LoraToolsError, NonFiniteError, UsageError
+from lora_tools.errors import CheckpointError, LoraToolsError, NonFiniteError, UsageError, need
 from lora_tools.pretrained import config_of, model_of, quietly, tokenizer_of
 from lora_tools.totals import TextTotals
 
@@ -22,9 +21,8 @@ _POSITIONS = 64  # of them at a time, in float64
 
 
 def check_library(what: str = "collect-stats") -> None:
-    """Raises UsageError, saying what to install, where transformers is not there."""
-    if find_spec("transformers") is None:
-        raise UsageError(f"{what} needs transformers: pip install 'loratools[stats]'")
+    """Raises NotInstalled where transformers is not there."""
+    need(what, "stats", "transformers")
 
 
 def tokens_of(folder: Path, text: str, trusted: bool | None = None) -> list[int]:

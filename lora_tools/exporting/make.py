@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_tools.errors import QualityGateError, UsageError
+from lora_tools.errors import QualityGateError, need
 from lora_tools.exporting.quantized import Quantization
 from lora_tools.exporting.runtime_adapters import SUFFIX, RuntimeAdapters
 from lora_tools.formats.checkpoint import Checkpoint, with_theta
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
     from lora_tools.onnx.graphs import Built
 
 _MADE = (".onnx", ".onnx_data", SUFFIX)  # what an export leaves in a folder
-_NEEDED = ("onnx", "onnxscript", "onnxruntime", "transformers", "accelerate")
 FAILED = ".failed"
 
 
@@ -257,12 +255,8 @@ class Export:
 
 
 def check_installed() -> None:
-    """Raises UsageError, saying what to install, where something is missing."""
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UsageError(
-            f"export needs {', '.join(missing)}: install them with pip install 'loratools[onnx]'"
-        )
+    """Raises NotInstalled where something that an export takes is missing."""
+    need("export", "onnx", "onnx", "onnxscript", "onnxruntime", "transformers", "accelerate")
 
 
 def _as_bases(inputs: Sequence[Input]) -> tuple[Input, ...]:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_tools.errors import MismatchError, UsageError
+from lora_tools.errors import MismatchError, UsageError, need
 from lora_tools.figures import Total
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.alignment import align
@@ -22,7 +22,6 @@ from lora_tools.merging.plan import MergePlan, adapter_digest, plan_merge
 from lora_tools.merging.prepare import merge_for_now
 from lora_tools.merging.targets import Target
 from lora_tools.options import Running
-from lora_tools.options.parse import need
 from lora_tools.records import Action, Fate, Input, ProgressCallback, TensorSpec, counted
 from lora_tools.sources.weighted import Weighted
 from lora_tools.totals import VerifyTotals
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
     from lora_tools.onnx.check import Check
     from lora_tools.onnx.initializers import GraphWeights
 
-_TO_RUN = ("onnx", "onnxruntime", "transformers")
 _NO_FAULT = (*FINE, Action.CONSTANT, Action.LEFT_OUT, Action.UNNAMED)
 
 
@@ -67,7 +65,8 @@ def verify_onnx(
     Raises:
         MismatchError: with the weights only, some of them have no names to be compared by.
     """
-    need("onnx", *(_TO_RUN if run else ()))
+    to_run = ("onnxruntime", "transformers") if run else ()
+    need("verify of an ONNX model", "onnx", "onnx", *to_run)
     from lora_tools.onnx.initializers import GraphWeights
 
     plan = plan_merge(source, weighted)
