@@ -18,7 +18,7 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 
 import lora_tools
-from lora_tools.errors import CheckpointError, UnsafeInput
+from lora_tools.errors import CheckpointError, UnsafeInput, UsageError
 from lora_tools.formats import hub, variants
 from lora_tools.formats.hub import HubId
 from lora_tools.sources.adapters import open_adapter
@@ -277,6 +277,11 @@ def test_without_a_connection_the_cache_is_used(
         ("https://hf.co/org/name/", HubId("org/name")),
         ("https://huggingface.co/org/name/tree/v1/a/b", HubId("org/name", "v1", "a/b")),
         ("https://huggingface.co/org/name/blob/main/a.gguf", HubId("org/name", "main", "a.gguf")),
+        ("hf://org/name", HubId("org/name")),
+        ("hf://org/name@v1/sub/folder/", HubId("org/name", "v1", "sub/folder")),
+        ("hf://org/name@refs/pr/1", HubId("org/name", "refs/pr/1")),
+        ("hf://name", None),
+        ("hf://org/name/../other", None),
         ("https://example.com/org/name", None),
         ("model.safetensors", None),
         ("here/name", None),
@@ -291,6 +296,38 @@ def test_ids(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     assert hub.parse(source) == found
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_model_of_the_hub_by_its_address(kind: Any, server: Any, tmp_path: Path) -> None:
+    """A ``Path`` of it has one slash less."""
+    server.repositories["org/name"] = {"model.safetensors": safe(tmp_path, "a")}
+    assert list(open_checkpoint(kind("hf://org/name")).specs) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("source", "shown", "how"),
+    [
+        ("s3://key:secret@bucket/base", "s3://bucket/base", "aws s3 cp"),
+        ("gs://bucket/base", "gs://bucket/base", "gcloud storage cp"),
+        ("https://host/m.safetensors?sig=secret", "https://host/m.safetensors", "curl -LO"),
+        ("hf://name", "hf://name", "hf://org/name"),
+    ],
+)
+def test_other_addresses_are_refused_without_what_is_secret(
+    source: str, shown: str, how: str, tmp_path: Path
+) -> None:
+    for call in (open_checkpoint, open_adapter):
+        with pytest.raises(CheckpointError, match=how) as caught:
+            call(source)
+        assert str(caught.value).startswith(f"{shown}: inputs are files and folders here")
+        assert "secret" not in str(caught.value)
+    if shown.startswith("hf"):
+        return
+    with pytest.raises(UsageError, match="upload it once it is complete") as refused:
+        lora_tools.dequantize(tmp_path, source)
+    assert "secret" not in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 # ------------------------------------------------------------------------------- dry runs

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_tools.errors import CheckpointError, LoraToolsError, UnsafeInput
-from lora_tools.formats import variants
+from lora_tools.formats import urls, variants
 from lora_tools.formats.hub_headers import stand_ins
 
 if TYPE_CHECKING:
@@ -29,6 +29,11 @@ _ID = re.compile(
 _PAGE = re.compile(
     rf"https?://(www\.)?(huggingface\.co|hf\.co)/(?P<repository>{_PART}/{_PART}|{_PART})"
     rf"(/(tree|blob|resolve)/(?P<revision>[^/?#]+)(?P<subfolder>(/{_PART})*))?/?([?#].*)?"
+)
+# As huggingface_hub's own file system has it: the revision stands before the path.
+_HF = re.compile(
+    rf"hf://(?P<repository>{_PART}/{_PART})(@(?P<revision>refs/\w+/[\w.-]+|[\w.-]+))?"
+    rf"(?P<subfolder>(/{_PART})*)/?"
 )
 _CACHED = re.compile(r"models--(.+)")
 # Of one name, these are files that were meant to be here.
@@ -69,9 +74,9 @@ class HubId:
 
 
 def parse(source: str) -> HubId | None:
-    """``org/name[/subfolder][@revision]``, ``name``, or the address of its page on the hub; None
-    for what is none of these, such as a path to a file."""
-    match = _PAGE.fullmatch(source) or _ID.fullmatch(source)
+    """``org/name[/subfolder][@revision]``, ``name``, ``hf://org/name[@revision][/subfolder]``, or
+    the address of its page on the hub; None for what is none of these, such as a path to a file."""
+    match = _PAGE.fullmatch(source) or _HF.fullmatch(source) or _ID.fullmatch(source)
     if match is None or (":" not in source and _means_a_file(source)):
         return None
     found = HubId(match["repository"], match["revision"], (match["subfolder"] or "").strip("/"))
@@ -102,10 +107,25 @@ def in_cache(path: Path) -> tuple[str, str | None] | None:
 
 
 def here(source: str | Path, allow_pickle: bool = False, *, by_headers: bool = False) -> Path:
-    """The path itself where something is there, or where it can be no hub id; else ``fetch``."""
-    if os.path.exists(source) or not looks_like_hub_id(str(source)):  # noqa: PTH110 - overlong names
+    """The path itself where something is there, or where it can be no hub id; else ``fetch``.
+
+    Raises:
+        CheckpointError: it is an address that is none of the hub's.
+    """
+    if os.path.exists(source):  # noqa: PTH110 - overlong names
         return Path(source)
-    return fetch(str(source), allow_pickle, by_headers=by_headers)
+    address = urls.url(source)
+    if looks_like_hub_id(address or str(source)):
+        return fetch(address or str(source), allow_pickle, by_headers=by_headers)
+    if address:
+        how = f"fetch it first ({urls.fetcher(address)}), or mount it, and give what lies here"
+        if address.startswith("hf:"):
+            how = "hf://org/name[@revision][/folder] names a model of the hub"
+        raise CheckpointError(
+            f"{urls.shown(address)}: inputs are files and folders here, and models of the hub; "
+            f"{how}"
+        )
+    return Path(source)
 
 
 def fetch(source: str, allow_pickle: bool = False, *, by_headers: bool = False) -> Path:

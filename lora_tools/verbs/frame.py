@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from lora_tools.errors import QualityGateError, UsageError, errors_of_the_tree
 from lora_tools.formats import digest as hashing
-from lora_tools.formats import variants
+from lora_tools.formats import urls, variants
 from lora_tools.formats.adapters.format import refuse_file_name
 from lora_tools.formats.checkpoint import PICKLE_SUFFIXES
 from lora_tools.formats.hub_headers import headers_only
@@ -178,12 +178,17 @@ def _call(row: Verb, given: Mapping[str, Any], asked: Mapping[str, Any]) -> Call
 
 
 def _refuse_name(row: Verb, out: str) -> None:
-    """Raises UsageError where the output's name promises what is not written here: stdout, a GGUF
-    model of a checkpoint, or a pickle."""
+    """Raises UsageError where the output's name promises what is not written here: stdout, an
+    address, a GGUF model of a checkpoint, or a pickle."""
     if row.writes and out == "-":
         raise UsageError(
             "--out -: nothing is written to stdout; name a folder or a file (./- for one of that "
             "name)"
+        )
+    if row.writes and (address := urls.url(out)):
+        raise UsageError(
+            f"--out {urls.shown(address)}: outputs are written to a disk here; name a folder, and "
+            f"upload it once it is complete ({urls.uploader(address)})"
         )
     if row.writes and Path(out).suffix in PICKLE_SUFFIXES:
         raise UsageError(
