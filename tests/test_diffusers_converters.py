@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lora_tools
-from lora_tools.errors import AdapterError
+from lora_tools.errors import AdapterError, UnsupportedAdapter
 from lora_tools.sources.adapters import open_adapter
 
 from .diffusers_converters import CASES, Case, D, M
@@ -149,3 +149,15 @@ def test_the_changes_are_those_of_diffusers(
     check(merged(deltas, case.beside, file, tmp_path), deltas)
     if case.original:
         check(merged(original, case.beside, file, tmp_path), original)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_change_that_is_there_fused_and_in_parts_is_refused(fused: bool, tmp_path: Path) -> None:
+    """Some trainers of Z-Image write both, and diffusers leaves the fused one out."""
+    cut = {f"layers.0.attention.to_{x}": (D, D) for x in "qkv"}
+    whole = {"layers.0.attention.qkv": (3 * D, D)}
+    case = Case("", cut | whole, ())
+    file, deltas = adapter(case, ("lora_unet_", "du", False, True))
+    base = {name: deltas[name] for name in (whole if fused else cut)}
+    with pytest.raises(UnsupportedAdapter, match=r"both change .*the same change twice"):
+        merged(base, CASES["z-image"].beside, file, tmp_path)
