@@ -110,6 +110,8 @@ def extract(
     no_card: bool = False,
     resume: bool = False,
     clean: bool = False,
+    shard: str | None = None,
+    finish: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     variant: str | None = None,
@@ -180,6 +182,9 @@ def extract(
         resume: Go on with the work of a run to the same place that was ended; with nothing to go on
             with, begin (docs/tasks/resume.md).
         clean: Remove what a run to the same place that was ended has left.
+        shard: Do the I-th of N shares of the work, beside other processes that do the rest, and put
+            nothing at --out (docs/tasks/machines.md).
+        finish: Put what all shares have come to into its place; some work missing is an error.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -222,6 +227,8 @@ def merge(
     no_card: bool = False,
     resume: bool = False,
     clean: bool = False,
+    shard: str | None = None,
+    finish: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     variant: str | None = None,
@@ -264,6 +271,9 @@ def merge(
         resume: Go on with the work of a run to the same place that was ended; with nothing to go on
             with, begin (docs/tasks/resume.md).
         clean: Remove what a run to the same place that was ended has left.
+        shard: Do the I-th of N shares of the work, beside other processes that do the rest, and put
+            nothing at --out (docs/tasks/machines.md).
+        finish: Put what all shares have come to into its place; some work missing is an error.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -299,6 +309,8 @@ def unmerge(
     dry_run: bool = False,
     resume: bool = False,
     clean: bool = False,
+    shard: str | None = None,
+    finish: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     variant: str | None = None,
@@ -331,6 +343,9 @@ def unmerge(
         resume: Go on with the work of a run to the same place that was ended; with nothing to go on
             with, begin (docs/tasks/resume.md).
         clean: Remove what a run to the same place that was ended has left.
+        shard: Do the I-th of N shares of the work, beside other processes that do the rest, and put
+            nothing at --out (docs/tasks/machines.md).
+        finish: Put what all shares have come to into its place; some work missing is an error.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -382,6 +397,8 @@ def rescale(
     no_card: bool = False,
     resume: bool = False,
     clean: bool = False,
+    shard: str | None = None,
+    finish: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     variant: str | None = None,
@@ -435,6 +452,9 @@ def rescale(
         resume: Go on with the work of a run to the same place that was ended; with nothing to go on
             with, begin (docs/tasks/resume.md).
         clean: Remove what a run to the same place that was ended has left.
+        shard: Do the I-th of N shares of the work, beside other processes that do the rest, and put
+            nothing at --out (docs/tasks/machines.md).
+        finish: Put what all shares have come to into its place; some work missing is an error.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -483,6 +503,8 @@ def combine(
     no_card: bool = False,
     resume: bool = False,
     clean: bool = False,
+    shard: str | None = None,
+    finish: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     variant: str | None = None,
@@ -545,6 +567,9 @@ def combine(
         resume: Go on with the work of a run to the same place that was ended; with nothing to go on
             with, begin (docs/tasks/resume.md).
         clean: Remove what a run to the same place that was ended has left.
+        shard: Do the I-th of N shares of the work, beside other processes that do the rest, and put
+            nothing at --out (docs/tasks/machines.md).
+        finish: Put what all shares have come to into its place; some work missing is an error.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -593,6 +618,8 @@ def convert(
     no_card: bool = False,
     resume: bool = False,
     clean: bool = False,
+    shard: str | None = None,
+    finish: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     variant: str | None = None,
@@ -639,6 +666,9 @@ def convert(
         resume: Go on with the work of a run to the same place that was ended; with nothing to go on
             with, begin (docs/tasks/resume.md).
         clean: Remove what a run to the same place that was ended has left.
+        shard: Do the I-th of N shares of the work, beside other processes that do the rest, and put
+            nothing at --out (docs/tasks/machines.md).
+        finish: Put what all shares have come to into its place; some work missing is an error.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -698,6 +728,8 @@ def quantize(
     no_card: bool = False,
     resume: bool = False,
     clean: bool = False,
+    shard: str | None = None,
+    finish: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     variant: str | None = None,
@@ -773,6 +805,9 @@ def quantize(
         resume: Go on with the work of a run to the same place that was ended; with nothing to go on
             with, begin (docs/tasks/resume.md).
         clean: Remove what a run to the same place that was ended has left.
+        shard: Do the I-th of N shares of the work, beside other processes that do the rest, and put
+            nothing at --out (docs/tasks/machines.md).
+        finish: Put what all shares have come to into its place; some work missing is an error.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -811,6 +846,8 @@ def dequantize(
     no_card: bool = False,
     resume: bool = False,
     clean: bool = False,
+    shard: str | None = None,
+    finish: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     variant: str | None = None,
@@ -839,6 +876,9 @@ def dequantize(
         resume: Go on with the work of a run to the same place that was ended; with nothing to go on
             with, begin (docs/tasks/resume.md).
         clean: Remove what a run to the same place that was ended has left.
+        shard: Do the I-th of N shares of the work, beside other processes that do the rest, and put
+            nothing at --out (docs/tasks/machines.md).
+        finish: Put what all shares have come to into its place; some work missing is an error.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
@@ -878,9 +918,11 @@ def export(
     eval_text: str | Path | None = None,
     graph: str | Path | None = None,
     no_fuse: bool = False,
+    compute_dtype: torch.dtype | Literal['float32', 'float16', 'bfloat16'] = 'float32',
+    half_io: bool = False,
     opset: int | None = None,
     atol: float = 1e-05,
-    rtol: float = 0.0003,
+    rtol: float | None = None,
     no_verify: bool = False,
     keep_failed: bool = False,
     trust_remote_code: bool = False,
@@ -916,8 +958,8 @@ def export(
         task: features, classification, token-classification, masked-lm, question-answering, causal-
             lm, seq2seq, speech-seq2seq or image-classification; auto goes by config.json.
         no_cache: A decoder without its key/value cache.
-        dtype: bfloat16, float16, float32 or float64. [default: each tensor keeps its own; the graph
-            computes in float32]
+        dtype: bfloat16, float16, float32 or float64. [default: each tensor keeps its own; see
+            --compute-dtype]
         weights: shared: the graph points into the output's safetensors files. bundled: one
             external-data file in their place. [default: shared; bundled with --int8 and --int4]
         nf4: Linear layers in four bits, over the bytes that `loratools quantize` writes, or those
@@ -931,11 +973,14 @@ def export(
         eval_text: Measure a decoder's perplexity on this text, and its divergence from the weights
             before they were quantized.
         graph: Use this graph, exported from another checkpoint of the same architecture, again.
-        no_fuse: A decoder as torch traces it, and not with attention, rotary embeddings and norms
+        no_fuse: The graph as torch traces it, and not with attention, rotary embeddings and norms
             as one operator each.
-        opset: ONNX's opset. [default: 23 where a decoder is fused, which needs it; else 20]
+        compute_dtype: What the graph computes in; norms and softmax stay in float32.
+        half_io: Inputs and outputs in --compute-dtype, too, the cache among them.
+        opset: ONNX's opset. [default: 23, which fusing needs; 20 with --no-fuse]
         atol: Outputs may differ from torch's by this much
-        rtol: plus this share of their largest element; else the exit code is 3.
+        rtol: plus this share of their largest element; else the exit code is 3. [default: ten times
+            what torch's float32 differs from its float64 by, and 1e-5]
         no_verify: Do not run the graph.
         keep_failed: Leave an output that differs too much, as OUT.failed.
         trust_remote_code: Run the modelling code that comes with the checkpoint.
@@ -1067,7 +1112,7 @@ def verify(
     weights_only: bool = False,
     task: str = 'auto',
     atol: float = 1e-05,
-    rtol: float = 0.0003,
+    rtol: float | None = None,
     trust_remote_code: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
@@ -1097,7 +1142,8 @@ def verify(
         weights_only: Compare the weights of an ONNX model and do not run it.
         task: What it was exported for, as for export.
         atol: An output may differ from torch's by this, and --rtol times its largest element.
-        rtol: See --atol.
+        rtol: See --atol. [default: ten times what torch's float32 differs from its float64 by, and
+            1e-5]
         trust_remote_code: Run code that comes with the checkpoint.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]

@@ -6,11 +6,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lora_tools.errors import CheckpointError, LoraToolsError, NonFiniteError, UsageError
+from lora_tools.errors import CheckpointError, LoraToolsError, NonFiniteError, UsageError, need
 from lora_tools.pretrained import config_of, model_of, quietly, tokenizer_of
 from lora_tools.totals import TextTotals
 
@@ -22,9 +21,8 @@ _POSITIONS = 64  # of them at a time, in float64
 
 
 def check_library(what: str = "collect-stats") -> None:
-    """Raises UsageError, saying what to install, where transformers is not there."""
-    if find_spec("transformers") is None:
-        raise UsageError(f"{what} needs transformers: pip install 'loratools[stats]'")
+    """Raises NotInstalled where transformers is not there."""
+    need(what, "stats", "transformers")
 
 
 def tokens_of(folder: Path, text: str, trusted: bool | None = None) -> list[int]:
@@ -219,8 +217,9 @@ def moments(
     model = _load(folder, allow_pickle).to(device)
     sums: dict[str, torch.Tensor] = {}
     counts: dict[str, int] = {}
+    product = _Product()
     handles = [
-        module.register_forward_pre_hook(_hook(name, module, kind, sums, counts))
+        module.register_forward_pre_hook(_hook(name, module, kind, sums, counts, product))
         for name, module in model.named_modules()
         if _is_known(module)
     ]
@@ -273,8 +272,29 @@ def _is_known(module: Any) -> bool:
     return isinstance(module, torch.nn.Linear | torch.nn.Embedding | Conv1D)
 
 
+class _Product:
+    """xᵀx of a layer's input x. Layers that share one (q, k and v; gate and up) are given the same
+    tensor one after the other: it is computed once."""
+
+    def __init__(self) -> None:
+        self._of: tuple[Any, int] | None = None
+        self._found: Any = None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self._of is None or self._of[0] is not x or self._of[1] != x._version:
+            flat = x.detach().reshape(-1, x.shape[-1]).float()
+            self._of, self._found = (x, x._version), flat.T @ flat
+        found: torch.Tensor = self._found
+        return found
+
+
 def _hook(
-    name: str, module: Any, kind: str, sums: dict[str, torch.Tensor], counts: dict[str, int]
+    name: str,
+    module: Any,
+    kind: str,
+    sums: dict[str, torch.Tensor],
+    counts: dict[str, int],
+    product: _Product,
 ) -> Callable[[Any, Sequence[Any]], None]:
     import torch
 
@@ -289,12 +309,12 @@ def _hook(
                 0, flat, torch.ones(len(flat), dtype=torch.float64, device=x.device)
             )
         else:
-            flat = x.reshape(-1, x.shape[-1]).float()
-            one = flat.T @ flat if kind == "full" else flat.double().square().sum(0)
+            flat = x.reshape(-1, x.shape[-1])
+            one = product(given[0]) if kind == "full" else flat.double().square().sum(0)
             if name in sums:
                 sums[name] += one
             else:
-                sums[name], counts[name] = one, 0
+                sums[name], counts[name] = one.clone(), 0
         counts[name] += len(flat)
 
     return see

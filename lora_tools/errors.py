@@ -4,6 +4,7 @@
 
     LoraToolsError                     exit code 1
     ├── UsageError (ValueError)        exit code 2   the call itself makes no sense
+    │   └── NotInstalled (ImportError)               a package that an extra brings is missing
     ├── CheckpointError                              a checkpoint cannot be read as one
     │   ├── TensorNotFound (KeyError)
     │   └── UnsafeInput                              a pickle, a path that leaves its folder
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.util
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -49,6 +51,21 @@ class UsageError(LoraToolsError, ValueError):
     """Arguments that contradict each other or name nothing."""
 
     exit_code = 2
+
+
+class NotInstalled(UsageError, ImportError):
+    """A package that only some of the work takes is missing; the message names its extra."""
+
+
+def need(what: str, extra: str, *modules: str) -> None:
+    """Raises NotInstalled where a module of an extra, which ``what`` takes, is missing. None is
+    imported: an import that a signal interrupts is no proof of absence."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise NotInstalled(f"{what} needs {', '.join(missing)}; pip install 'loratools[{extra}]'")
+
+
+NO_TRANSFORMERS = "transformers is not installed (pip install 'loratools[stats]')"
 
 
 class CheckpointError(LoraToolsError):

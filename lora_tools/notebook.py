@@ -59,7 +59,7 @@ def frame(record: type[Any], rows: Sequence[Any]) -> DataFrame:
     try:
         import pandas
     except ImportError:
-        raise ImportError("to_frame() needs pandas: pip install 'loratools[pandas]'") from None
+        raise ImportError("to_frame() needs pandas; pip install 'loratools[pandas]'") from None
     names = [field.name for field in dataclasses.fields(record)]
     if not rows:
         return pandas.DataFrame(columns=names)

@@ -116,6 +116,8 @@ def _exported(t: Mapping[str, Any]) -> Iterator[str]:
         yield f"graph: {t['graph_nodes']} nodes, {size(t['graph_bytes'])}{fused}"
     if "verified" in t:
         yield _difference(t)
+    if "half_conditioning" in t:
+        yield _half(t)
     yield from _lost(t)
     if t.get("base_exact"):
         yield "without an adapter: bit for bit what the plain graph gives"
@@ -156,9 +158,34 @@ def _lost(t: Mapping[str, Any]) -> Iterator[str]:
         yield f"{line} on {t['eval_tokens']:,} tokens"
 
 
+def offence(t: Mapping[str, Any]) -> str:
+    """By how much a graph differs from torch, and what it may."""
+    own = f", torch itself in float64: {t['conditioning']:.3g}" if "conditioning" in t else ""
+    found, allowed = t["max_relative_difference"], t["allowed_relative_difference"]
+    said = (
+        f"{t['worst_output']} differs from torch by {t['max_difference']:.3g} (relative "
+        f"{found:.3g}; allowed: {allowed:.3g} of the largest element{own})"
+    )
+    if t.get("tokens_same") != t.get("tokens_generated"):
+        said += f", and {t['tokens_same']} of {t['tokens_generated']} generated tokens are the same"
+    if "half_conditioning" in t:
+        said += f"; as it is, {_half(t)}, allowed: {t['half_allowed_relative_difference']:.3g}"
+    return said
+
+
+def _half(t: Mapping[str, Any]) -> str:
+    line = f"in half precision {t['half_worst_output']} differs by a relative "
+    line += f"{t['half_relative_difference']:.2e} (torch's own: {t['half_conditioning']:.2e})"
+    if "half_tokens_same" in t:
+        line += f", {t['half_tokens_same']} of {t['tokens_generated']} tokens the same"
+    return line
+
+
 def _difference(t: Mapping[str, Any]) -> str:
     line = f"greatest difference from torch {t['max_difference']:.2e} (relative "
     line += f"{t['max_relative_difference']:.2e}) in {t['outputs_compared']} outputs"
+    if "conditioning" in t:
+        line += f", torch's own from float64 {t['conditioning']:.2e}"
     if "tokens_generated" in t:
         line += f"; {t['tokens_same']} of {t['tokens_generated']} generated tokens the same"
     return line

@@ -58,9 +58,16 @@ class OutputsTotals(TypedDict, total=False):
     worst_output: str
     max_difference: float
     max_relative_difference: float
+    allowed_relative_difference: float
+    conditioning: float
     tokens_generated: int
     tokens_same: int
     base_exact: bool
+    half_relative_difference: float
+    half_allowed_relative_difference: float
+    half_conditioning: float
+    half_worst_output: str
+    half_tokens_same: int
 
 
 class TextTotals(TypedDict, total=False):

@@ -27,7 +27,7 @@ from lora_tools.formats.sidecar import NAME
 from lora_tools.onnx.initializers import load
 from lora_tools.sources.checkpoints import open_checkpoint
 
-from .campaign import bombs, moments, sound
+from .campaign import bombs, moments, resumption, sound
 from .campaign.damage import joined, signed, split
 from .campaign.doors import DOORS, Use
 from .campaign.fuzz import DONE, REFUSED, WRONG, Bench
@@ -325,6 +325,21 @@ def test_kills_races_and_bounds_on_files(tmp_path: Path, full: bool) -> None:
             enough, said = moments.short_file(place, here, verb, size)
             assert enough is (size > 1024)
             wrong += said
+    assert wrong == []
+
+
+@pytest.mark.slow
+def test_work_that_is_killed_is_gone_on_with(tmp_path: Path, full: bool) -> None:
+    pytest.importorskip("distributed")
+    place = moments.ground(tmp_path, verbs=None if full else ("merge", "convert"))
+    kinds = [resumption.caller, resumption.share, *([resumption.worker] if full else [])]
+    wrong = []
+    for number in range(40 if full else 2):
+        for i, one in enumerate(kinds):
+            here = tmp_path / f"{i}-{number}"
+            here.mkdir()
+            wrong += one(place, here, random.Random(number))
+            shutil.rmtree(here)
     assert wrong == []
 
 

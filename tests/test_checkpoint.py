@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import warnings
 from collections import OrderedDict
@@ -619,6 +620,22 @@ def test_no_name_leads_out_of_the_output(name, tmp_path):
         writer.finish(source, None, {name: b"evil"})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "out"]
     assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("there", ["another", None])
+def test_another_machine_writes_through(there, tmp_path, monkeypatch):
+    """What waits in its memory would be missing, or the rest of a page old, once all is renamed."""
+    source, seen = open_checkpoint(checkpoint(tmp_path / "m", TENSORS)), []
+    real = os.open
+    with CheckpointWriter(tmp_path / "out", lay_out(source, source.specs, None), True) as writer:
+        sent = pickle.dumps(writer)
+        if there is not None:
+            monkeypatch.setattr("lora_tools.formats.checkpoint_writer.machine", lambda: there)
+        monkeypatch.setattr(os, "open", lambda p, f, *m: (seen.append(f), real(p, f, *m))[1])
+        with pickle.loads(sent) as other:
+            other.write(*next((name, source.raw(name)) for name in source.specs))
+    assert seen
+    assert {bool(flags & os.O_DSYNC) for flags in seen} == {there is not None}
 
 
 def test_what_differs_replaces_and_what_is_left_stays(tmp_path):

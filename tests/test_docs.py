@@ -60,6 +60,7 @@ PAGES = [
     "docs/check.md",
     "docs/inspect.md",
     "docs/architectures.md",
+    "docs/onnx-architectures.md",
     "docs/untrusted.md",
 ]
 FENCE = re.compile(

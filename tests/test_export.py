@@ -164,7 +164,7 @@ def test_repeated_layers_are_traced_layers(
     checkpoint = open_checkpoint(base)
     [stack] = shorten(weightless(base, task))
     assert (stack.kept, stack.total) == (4, 5)
-    [graph] = trace(base, checkpoint.specs, task, whole=True)
+    [graph] = trace(base, checkpoint.specs, task, opset=23, whole=True, fuse=True)
     attach(graph.model, places(checkpoint, checkpoint.specs))
     shutil.copytree(base, tmp_path / "whole")
     (tmp_path / "whole" / "model.onnx").write_bytes(graph.model.SerializeToString())

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 import lora_tools
 import lora_tools.nn
-from lora_tools.errors import AdapterError, CheckpointError, UnsupportedAdapter
+from lora_tools.errors import AdapterError, CheckpointError, UnsupportedAdapter, UsageError
 from lora_tools.formats.adapters.format import FEATURES
 from lora_tools.formats.adapters.table import FORMATS, title_of
 from lora_tools.formats.digest import PROVENANCE
@@ -764,7 +764,7 @@ def test_a_library_that_is_not_installed(
         lambda: lora_tools.convert(root / "even", tmp_path / "b", to=name, base=root / "base"),
         lambda: lora_tools.merge(root / "base", [given], tmp_path / "m"),
     ):
-        with pytest.raises(AdapterError, match=rf"pip install 'loratools\[{name}\]'"):
+        with pytest.raises(UsageError, match=rf"needs {name}; pip install 'loratools\[{name}\]'"):
             use()
 
 

@@ -355,6 +355,36 @@ def test_blocks_of_fused_gate_and_up_start_anew() -> None:
     assert torch.equal(out.reshape(2, 40, 16), numbers)
 
 
+@pytest.mark.parametrize(
+    ("rows", "cols", "entry", "label"),
+    [
+        (200, 64, {}, ""),
+        (200, 64, {"weight_block_size": [128, 128]}, ""),
+        (400, 64, {"weight_block_size": [128, 128]}, ""),
+        (200, 64, {"weight_block_size": None}, "per projection"),
+        (256, 64, {}, "per projection"),
+        (256, 64, {"weight_block_size": [128, 128]}, "per block of 128x128"),
+        (200, 192, {}, "per projection"),
+        (400, 64, {"weight_block_size": None}, "per projection"),
+    ],
+)
+def test_two_scales_of_projections_or_of_blocks(
+    rows: int, cols: int, entry: dict[str, Any], label: str
+) -> None:
+    """Told by config.json, or by shapes alone where they leave one reading; else refused."""
+    down = 4 if rows == 400 and entry["weight_block_size"] else 2
+    specs = (TensorSpec("experts.gate_up_proj", "F8_E4M3", (3, rows, cols)),
+             TensorSpec("experts.gate_up_proj_scale_inv", "F32", (3, down, 1)))  # fmt: skip
+    config = {"quantization_config": {"quant_method": "fp8", **entry}}
+    if label:
+        assert fp8_weight(*specs, "F32", config).label == f"fp8 e4m3 {label}"
+    else:
+        with pytest.raises(
+            CheckpointError, match=r"gate_up_proj.* two projections.*quantized from"
+        ):
+            fp8_weight(*specs, "F32", config)
+
+
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
 def test_the_cost_of_rounding_is_foretold(dtype: torch.dtype) -> None:
     x = torch.randn(300, 500, generator=seeded()) * 0.02

@@ -20,6 +20,7 @@ from lora_tools.onnx.fuse.norms import fuse_norms
 from lora_tools.onnx.fuse.rotary import fuse_rotary
 
 from . import export_models
+from .test_export_table import SHARED
 from .traced import Traced
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -67,6 +68,31 @@ def test_a_family_is_fused_and_is_torch(name: str, traced: Callable[[str], Trace
     assert bool(said) is (ATTENTION not in FUSED[name] or name == "DeepSeek-V3")
     if name == "gpt-oss, sinks":
         assert "s_aux" in said[0]
+
+
+ENCODERS = {
+    "BERT": {ATTENTION: 5},
+    "RoBERTa": {ATTENTION: 5},
+    "ViT": {ATTENTION: 5},
+    "Whisper": {ATTENTION: 5},
+    "T5": {NORMS: 19},
+    "DeBERTa-v2": {},
+    "ConvNeXt": {},
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in SHARED else pytest.mark.sweep(0)) for name in ENCODERS],
+)
+def test_encoders_are_fused_and_are_torch(name: str, traced: Callable[[str], Traced]) -> None:
+    """Export has compared it with torch, with padding on the right."""
+    made = traced(name)
+    totals = made.report["totals"]
+    assert totals["verified"]
+    assert totals.get("fused", {}) == ENCODERS[name]
+    said = any("not fused: attention" in note for note in made.report["notes"])
+    assert said is (name in ("T5", "DeBERTa-v2"))
 
 
 def test_attention_has_its_cache_inside(traced: Callable[[str], Traced]) -> None:

@@ -224,7 +224,7 @@ def fails(capfd):
 def test_a_full_disk(verb, checked, larger, disk, fails, monkeypatch):
     untouched = iotools.tree(larger)
     if not checked:
-        monkeypatch.setattr("lora_tools.verbs.frame.check_space", lambda *given: None)
+        monkeypatch.setattr("lora_tools.verbs.writing.check_space", lambda *given: None)
     said = fails(command(verb, larger, disk / "out"))
     assert said.startswith(f"Error: {disk / 'out'}: ")
     assert ("needs" in said) is checked

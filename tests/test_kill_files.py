@@ -169,7 +169,7 @@ def test_a_disk_that_is_full_or_locked_or_fails(
             says = "cannot write there (Read-only file system)"
         else:
             says = "No space left on device"
-        monkeypatch.setattr("lora_tools.verbs.frame.check_space", lambda *given: None)
+        monkeypatch.setattr("lora_tools.verbs.writing.check_space", lambda *given: None)
     said = fails(command(what, sides, here, tmp_path / "out"))
     assert says in said
     assert list(here.iterdir()) == []

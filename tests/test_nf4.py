@@ -15,7 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_tools.formats.quantized.bitsandbytes import BLOCKSIZES, QUANT_TYPES
+from lora_tools.formats.quantized import bitsandbytes
+from lora_tools.formats.quantized.bitsandbytes import BLOCKSIZES, QUANT_TYPES, loader_skips
 from lora_tools.linalg import codebooks, nf4, nf4_search
 
 from . import forks
@@ -250,3 +251,14 @@ def test_the_bytes_do_not_depend_on_the_instruction_set():
     }
     assert len(told) == 1
     assert told != {""}
+
+
+_NAMES = st.text("ab.", max_size=6)
+
+
+@given(module=_NAMES, skip=st.sets(_NAMES, max_size=4))
+def test_few_modules_to_skip_are_as_many_are(module: str, skip: set[str]) -> None:
+    few = loader_skips(module, skip)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bitsandbytes, "_FEW", 0)
+        assert loader_skips(module, skip) is few

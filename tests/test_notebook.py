@@ -128,7 +128,7 @@ def test_frames() -> None:
 
 def test_without_pandas(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(ImportError, match=r"pip install 'loratools\[pandas\]'"):
+    with pytest.raises(ImportError, match=r"^to_frame\(\) needs pandas; pip install .*\[pandas\]"):
         REPORT.to_frame()
 
 

@@ -216,7 +216,7 @@ def test_bytes_that_are_not_those_written_are_made_again(
 ) -> None:
     wanted = whole(merge, tmp_path)
     ended.clear()
-    path = staging(tmp_path) / "out" / "model-00001-of-00002.safetensors"
+    path = staging(tmp_path) / "kept" / "out" / "model-00001-of-00002.safetensors"
     data = bytearray(path.read_bytes())
     if what == "a byte":
         data[-1] ^= 1
@@ -304,7 +304,7 @@ def test_of_other_inputs_all_is_done_anew(
 def test_another_version_begins_anew(
     merge: Merge, ended: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lora_tools.verbs.frame.tool_version", lambda: "another")
+    monkeypatch.setattr("lora_tools.verbs.writing.tool_version", lambda: "another")
     merge(resume=True)
     assert ended
 

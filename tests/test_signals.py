@@ -102,6 +102,25 @@ threads.run = swallow
     assert files(tmp_path) == {}
 
 
+@pytest.mark.parametrize("number", WORDS)
+def test_a_signal_that_falls_into_a_finalizer_leaves_no_traceback(number, work, tmp_path):
+    code = """
+class Loud:
+    def __del__(self):
+        os.kill(os.getpid(), number)
+import lora_tools.engine.threads as threads
+real = threads.run
+def run(*args, **options):
+    Loud()
+    return real(*args, **options)
+threads.run = run
+"""
+    done = run(code, number, "merge", work / "base", work / "adapter", "-o", tmp_path / "out")
+    assert done.stderr == f"{WORDS[number]}; nothing was written.\n"
+    assert done.returncode == 128 + number
+    assert files(tmp_path) == {}
+
+
 # Sends a signal at the so-many-th change below a folder, and at each one that follows.
 _OVER_AND_OVER = """
 count = 0

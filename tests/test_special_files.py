@@ -234,7 +234,7 @@ def test_a_copy_is_the_same_bytes(data: bytes, tmp_path: Path) -> None:
 def test_what_is_copied_counts_as_room(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("base/large.txt").write_bytes(os.urandom(1 << 20))
     asked = []
-    monkeypatch.setattr("lora_tools.verbs.frame.check_space", lambda _, n, *held: asked.append(n))
+    monkeypatch.setattr("lora_tools.verbs.writing.check_space", lambda _, n, *held: asked.append(n))
     lora_tools.merge("base", ["adapter"], "out")
     Path("base/large.txt").unlink()
     lora_tools.merge("base", ["adapter"], "out2")

@@ -124,7 +124,7 @@ def test_long_names(length: int, work: Path) -> None:
 
 
 def test_an_adapter_of_onnxruntime_on_a_full_disk(disk: Path, work: Path, monkeypatch: Any):  # noqa: F811
-    monkeypatch.setattr("lora_tools.verbs.frame.check_space", lambda *given: None)
+    monkeypatch.setattr("lora_tools.verbs.writing.check_space", lambda *given: None)
     for taken in range(8):
         (disk / "taken").write_bytes(b" " * 4096 * taken)
         try:

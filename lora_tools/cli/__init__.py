@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
@@ -22,9 +23,12 @@ from lora_tools.interruption import Course
 from lora_tools.printable import printable
 from lora_tools.verbs import VERBS
 
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
+
 # glibc's mallopt (malloc.h): from which size on a block is memory of its own, given back with it;
-# and how much free memory a thread's heap keeps.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+# how much free memory a heap keeps; and how many heaps there are.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _STOPPED = {int(signal.SIGINT): "Interrupted", int(signal.SIGTERM): "Terminated"}
 
 
@@ -82,9 +86,11 @@ def help_(ctx: click.Context, command: str | None) -> None:
 def run(args: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     before = {number: signal.getsignal(number) for number in _STOPPED}
+    hook = sys.unraisablehook
     try:
         return _run(args)
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -92,6 +98,7 @@ def run(args: list[str] | None = None) -> int:
 def _run(args: list[str] | None) -> int:
     """The same, and signals remain ignored after the end."""
     course = interruption.begin()
+    sys.unraisablehook = functools.partial(_unraisable, sys.unraisablehook)
     try:
         try:
             for number in _STOPPED:
@@ -114,6 +121,13 @@ def _run(args: list[str] | None) -> int:
             click.echo(printable(said), err=True)
         return code
     return code if isinstance(code, int) else 0
+
+
+def _unraisable(before: Callable[[UnraisableHookArgs], object], what: UnraisableHookArgs) -> None:
+    """What is raised within a finalizer is printed, and forgotten. A signal that fell into one ends
+    the run at the next step (``Course.go_on``), without a traceback."""
+    if not issubclass(what.exc_type, interruption.Stopped):
+        before(what)
 
 
 def _asks_for_json(args: Sequence[str]) -> bool:
@@ -172,8 +186,10 @@ def _keep_freed_memory() -> None:
     """Have glibc keep runs of rows that were freed, for the next ones.
 
     It gives those back to the system, which takes as long to hand out fresh pages as a run takes to
-    compute, until a block of 32 MiB was freed; then it sets these sizes by itself. Where the user
-    chose others, or the C library is another one, all stays as it is.
+    compute, until a block of 32 MiB was freed; then it sets these sizes by itself. One heap serves
+    all threads, since each would keep what it once took; blocks are few and large, so that none
+    waits for another. Where the user chose others, or the C library is another one, all stays as it
+    is.
     """
     if any(name.startswith("MALLOC_") for name in os.environ) or "GLIBC_TUNABLES" in os.environ:
         return
@@ -181,6 +197,7 @@ def _keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_THRESHOLD, 32 << 20)
         mallopt(_M_TRIM_THRESHOLD, 64 << 20)
+        mallopt(_M_ARENA_MAX, 1)
 
 
 def entry() -> NoReturn:

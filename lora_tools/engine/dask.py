@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from lora_tools.engine import memo, remote
 from lora_tools.engine.tasks import K, R, S, Task
 from lora_tools.engine.threads import default_jobs
-from lora_tools.errors import ClusterError, UsageError
+from lora_tools.errors import ClusterError, UsageError, need
 from lora_tools.records import Progress, ProgressCallback
 
 if TYPE_CHECKING:
@@ -59,15 +59,13 @@ def cluster(
         versions: that workers must have, of loratools and torch.
 
     Raises:
-        UsageError: Dask is not installed, or ``workers`` goes with no cluster that is there.
+        NotInstalled: Dask is not there.
+        UsageError: ``workers`` goes with a cluster that has its own.
         ClusterError: none answers, or it has no workers, or others than these.
     """
-    try:
-        import distributed
-    except ImportError:
-        raise UsageError(
-            "--engine dask: Dask is not installed; pip install 'loratools[dask]'"
-        ) from None
+    need("--engine dask", "dask", "distributed")
+    import distributed
+
     logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what matters is raised
     place = address_of(engine)
     if place and workers is not None:

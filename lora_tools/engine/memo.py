@@ -25,7 +25,7 @@ from typing import Any, Protocol, TypeVar
 
 from lora_tools.engine.buffers import Buffers
 from lora_tools.engine.canonical import Canonical, Unknown, bytes_of, digest_of, is_tensor
-from lora_tools.engine.tasks import Task
+from lora_tools.engine.tasks import Task, perform
 from lora_tools.within import holding
 
 R = TypeVar("R")
@@ -37,8 +37,18 @@ class Store(Protocol):
     """Where entries are kept: ``formats.ledger``."""
 
     def __len__(self) -> int: ...
+    def __contains__(self, key: bytes) -> bool: ...
     def get(self, key: bytes) -> bytes | None: ...
     def put(self, key: bytes, seconds: float, data: bytes) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Shares:
+    """The work is shared out among ``count`` processes, of which this is the ``number``-th, from 1
+    on; None: the one that needs what all of them have done."""
+
+    count: int
+    number: int | None = None
 
 
 @dataclasses.dataclass
@@ -47,11 +57,13 @@ class Account:
 
     Attributes:
         versions: of whatever else decides what comes of a task.
+        shares: what becomes of the others (``engine.shares``).
         recalled: how many tasks were not done.
     """
 
     store: Store
     versions: tuple[str, ...]
+    shares: Shares | None = None
     recalled: int = 0
 
 
@@ -76,7 +88,7 @@ def do(task: Task[Any, Any, Any], sources: Any, sink: Any, buffers: Buffers) -> 
     """Run a task, keeping account of what it writes."""
     recording = sink.recording() if sink is not None else None
     begun = time.perf_counter()
-    result = task.run(sources, recording, buffers)
+    result = perform(task, sources, recording, buffers)
     taken = recording.taken() if recording is not None else None
     return Done(result, taken, time.perf_counter() - begun)
 
@@ -122,10 +134,15 @@ class Memo:
                     self._account.store.put(key, done.seconds / self._jobs, data)
 
 
+def account() -> Account | None:
+    """The one that is kept here."""
+    return _used.get()
+
+
 def of_run(sources: Any, sink: Any, jobs: int) -> Memo | None:
     """For the tasks of a run that begins here; None where nothing is kept."""
-    account = _used.get()
-    return None if account is None else Memo(account, sources, sink, jobs)
+    mine = account()
+    return None if mine is None else Memo(mine, sources, sink, jobs)
 
 
 # ------------------------------------------------------------------------------ results as bytes

@@ -13,6 +13,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
+from lora_tools.watch.files import unchanged
+
 if TYPE_CHECKING:
     from lora_tools.engine.buffers import Buffers
 
@@ -30,6 +32,13 @@ class Task(Protocol[S, K, R]):
     @property
     def nbytes(self) -> int: ...
     def run(self, sources: S, sink: K, buffers: Buffers, /) -> R: ...
+
+
+def perform(task: Task[S, K, R], sources: S, sink: K, buffers: Buffers) -> R:
+    """What a task comes to. Raises CheckpointError where a file that it read has changed, and else
+    what the task does."""
+    with unchanged():
+        return task.run(sources, sink, buffers)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from lora_tools.engine import memo
 from lora_tools.engine.buffers import Buffers
 from lora_tools.engine.processors import available
-from lora_tools.engine.tasks import K, R, S, Task
+from lora_tools.engine.shares import ShareDone, share_of
+from lora_tools.engine.tasks import K, R, S, Task, perform
 from lora_tools.errors import UsageError, named
 from lora_tools.records import Progress, ProgressCallback
 
@@ -116,11 +117,31 @@ def run(
     The tasks in flight take no more working memory together than the largest one does, and a
     quarter of that over, so memory follows the largest tensor. An exception in one, or a caller
     that stops iterating, ends the rest. Where another engine is chosen (``elsewhere``), that does
-    the work. What an earlier run has done is not done again (``memo``).
+    the work; where it is shared out, a share is done (``shares``). What an earlier run has done is
+    not done again (``memo``).
     """
-    if (other := elsewhere.get()) is not None:
-        yield from other.run(tasks, sources, sink, jobs=jobs, progress=progress)
+    other = elsewhere.get()
+    work = _run if other is None else other.run
+    share = share_of(tasks, sources, sink)
+    mine = tasks if share is None else [tasks[i] for i in share]
+    done: Iterator[R] = work(mine, sources, sink, jobs=jobs, progress=progress)
+    if share is None:
+        yield from done
         return
+    for _ in done:
+        pass
+    raise ShareDone(len(mine), len(tasks))
+
+
+def _run(
+    tasks: Sequence[Task[S, K, R]],
+    sources: S,
+    sink: K,
+    *,
+    jobs: int | None,
+    progress: ProgressCallback | None,
+) -> Iterator[R]:
+    """The same, all of them, and here."""
     jobs = _count(jobs)
     sizes = [max(task.nbytes, 1) for task in tasks]
     total, done, step = sum(sizes), 0, 0
@@ -134,7 +155,7 @@ def run(
     def work(task: Task[S, K, R], size: int) -> R:
         with gate.hold(size), one_torch_thread_here(), named(task.label):
             if kept is None:
-                return task.run(sources, sink, buffers)
+                return perform(task, sources, sink, buffers)
             key = kept.key(task)
             if (done := kept.recall(key)) is None:
                 done = memo.do(task, sources, sink, buffers)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_tools.errors import QualityGateError, UsageError
+from lora_tools.errors import QualityGateError, need
 from lora_tools.exporting.quantized import Quantization
 from lora_tools.exporting.runtime_adapters import SUFFIX, RuntimeAdapters
 from lora_tools.formats.checkpoint import Checkpoint, with_theta
@@ -23,17 +22,17 @@ from lora_tools.onnx.tasks import Task
 from lora_tools.options import Check, Graphs, Running
 from lora_tools.provenance import tool_version
 from lora_tools.records import Action, Fate, Input, Report
+from lora_tools.sentences import offence
 from lora_tools.sources.checkpoints import open_checkpoint
 from lora_tools.totals import ExportTotals, LossTotals
 
 if TYPE_CHECKING:
     import torch
 
-    from lora_tools.onnx.check import Check as Checked
     from lora_tools.onnx.graphs import Built
+    from lora_tools.onnx.outputs import Check as Checked
 
 _MADE = (".onnx", ".onnx_data", SUFFIX)  # what an export leaves in a folder
-_NEEDED = ("onnx", "onnxscript", "onnxruntime", "transformers", "accelerate")
 FAILED = ".failed"
 
 
@@ -134,7 +133,7 @@ class Export:
         if self.placing == "bundled":
             _drop_weights(folder)
         try:
-            gate(report, self.check)
+            gate(report)
         except QualityGateError:
             if self.keep is not None:
                 folder.rename(self.keep)
@@ -156,7 +155,7 @@ class Export:
                 os.link(path.resolve(), folder / path.name)
         before = {path.name for path in folder.iterdir()}
         report = self._work(report, folder, rows)
-        gate(report, self.check)
+        gate(report)
         for name in before:  # onnx's checker refuses weights of which there is a second link
             (folder / name).unlink(missing_ok=True)
         (folder / self.files()[0]).rename(main)
@@ -205,6 +204,8 @@ class Export:
             plain=whole,
             factor=self.quantization.factor,
             fuse=not self.graphs.no_fuse,
+            dtype=self.graphs.compute_dtype,
+            half_io=self.graphs.half_io,
         ).write()
         for file in self.task.files():
             graphs.check_model(folder / file, linked=self.in_place)
@@ -257,12 +258,8 @@ class Export:
 
 
 def check_installed() -> None:
-    """Raises UsageError, saying what to install, where something is missing."""
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UsageError(
-            f"export needs {', '.join(missing)}: install them with pip install 'loratools[onnx]'"
-        )
+    """Raises NotInstalled where something that an export takes is missing."""
+    need("export", "onnx", "onnx", "onnxscript", "onnxruntime", "transformers", "accelerate")
 
 
 def _as_bases(inputs: Sequence[Input]) -> tuple[Input, ...]:
@@ -322,10 +319,11 @@ def _measured(
         notes = (*notes, "not verified: the graph was not run")
     else:
         totals = {**totals, **check.totals(), **lost}
+        notes = (*notes, check.note) if check.note else notes
     return dataclasses.replace(report, totals=totals, notes=notes)
 
 
-def gate(report: Report[ExportTotals], check: Check) -> None:
+def gate(report: Report[ExportTotals]) -> None:
     """Raises QualityGateError where the graph does not do what torch does."""
     t = report.totals
     if t.get("verified", True):
@@ -336,16 +334,8 @@ def gate(report: Report[ExportTotals], check: Check) -> None:
             "adapters; please report this. --keep-failed leaves the output for a look at it",
             report,
         )
-    tokens = ""
-    if t.get("tokens_same") != t.get("tokens_generated"):
-        tokens = (
-            f", and {t['tokens_same']} of {t['tokens_generated']} generated tokens are the same"
-        )
     raise QualityGateError(
-        f"{t['worst_output']} differs from torch by {t['max_difference']:.3g} (relative "
-        f"{t['max_relative_difference']:.3g}; allowed: {check.atol:g} + {check.rtol:g} of the "
-        f"largest element){tokens}. --keep-failed leaves the output for a look at it",
-        report,
+        f"{offence(t)}. --keep-failed leaves the output for a look at it", report
     )
 
 

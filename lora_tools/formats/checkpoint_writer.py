@@ -15,9 +15,10 @@ from typing import Any, Protocol
 from lora_tools.errors import UnsafeInput, UsageError
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.digest import PROVENANCE
+from lora_tools.formats.kept import shared_place
 from lora_tools.formats.recorded import Recording, Taken
 from lora_tools.formats.regular_files import read_file
-from lora_tools.formats.safetensors_writer import SafetensorsWriter, Written, encode_header
+from lora_tools.formats.safetensors_writer import SafetensorsWriter, Written, encode_header, machine
 from lora_tools.formats.shards import INDEX_SUFFIX, is_plain_name
 from lora_tools.formats.synced import copy_synced, write_synced
 from lora_tools.formats.variants import plain, safetensors_name
@@ -162,24 +163,36 @@ class CheckpointWriter:
 
     Args:
         out: the folder to make, or for a bare file its path.
+        owner: the machine of the process that makes the files, in another one.
     """
 
     def __init__(
-        self, out: Path, shards: Sequence[Shard], is_folder: bool, *, is_owner: bool = True
+        self, out: Path, shards: Sequence[Shard], is_folder: bool, *, owner: str | None = None
     ) -> None:
+        is_owner = owner is None
+        shared = shared_place(out) if is_owner else None
+        out = shared or out
         self._out, self._shards, self._is_folder = out, shards, is_folder
         _refuse_paths((shard.name for shard in shards), self._folders)
         self._home: dict[str, tuple[SafetensorsWriter, int]] = {}
         self._writers: list[SafetensorsWriter] = []
+        if shared is not None:
+            shared.parent.mkdir(parents=True, exist_ok=True)
         if is_folder and is_owner:
-            out.mkdir()
+            out.mkdir(exist_ok=shared is not None)
             for folder in sorted(self._folders):
-                (out / folder).mkdir()
+                (out / folder).mkdir(exist_ok=shared is not None)
         try:
             for shard in shards:
                 path = out / shard.name if is_folder else out
                 writer = SafetensorsWriter(
-                    path, shard.own_specs, shard.metadata, shard.header, is_owner=is_owner
+                    path,
+                    shard.own_specs,
+                    shard.metadata,
+                    shard.header,
+                    is_owner=is_owner,
+                    shared=shared is not None,
+                    through=shared is not None or owner not in (None, machine()),
                 )
                 self._writers.append(writer)
                 place = writer, len(shard.prefix)
@@ -189,7 +202,7 @@ class CheckpointWriter:
             raise
 
     def __reduce__(self) -> tuple[Callable[..., CheckpointWriter], tuple[Any, ...]]:
-        again = functools.partial(CheckpointWriter, is_owner=False)
+        again = functools.partial(CheckpointWriter, owner=machine())
         return again, (self._out.absolute(), self._shards, self._is_folder)
 
     def write(self, name: str, data: memoryview, offset: int = 0) -> None:

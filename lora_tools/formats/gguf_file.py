@@ -17,7 +17,7 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_tools.errors import CheckpointError, LoraToolsError, TensorNotFound
+from lora_tools.errors import CheckpointError, TensorNotFound, need
 from lora_tools.formats.mapped import MappedFile
 from lora_tools.formats.regular_files import MOST, open_file
 from lora_tools.formats.reopen import Reopened, Stamp
@@ -40,12 +40,11 @@ _MAX_DIMS = 8
 _MAX_SIZE = 2**48
 
 
-def package(fail: type[LoraToolsError] = CheckpointError) -> Any:
-    """The ``gguf`` package. Raises ``fail`` where it is not installed."""
-    try:
-        import gguf
-    except ImportError:
-        raise fail("GGUF files need the gguf package: pip install 'loratools[gguf]'") from None
+def package() -> Any:
+    """The ``gguf`` package. Raises NotInstalled."""
+    need("a GGUF file", "gguf", "gguf")
+    import gguf
+
     return gguf
 
 

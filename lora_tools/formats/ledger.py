@@ -62,7 +62,8 @@ class Ledger:
     """The ledger of a run that writes into ``folder``.
 
     Args:
-        name: of its own file; its number among those that are there, where none is given.
+        name: of its own file; its number among those that are there, where none is given. Of a
+            file with a name all is on the disk at once.
 
     Attributes:
         worth: seconds of work that it holds.
@@ -70,6 +71,7 @@ class Ledger:
 
     def __init__(self, folder: Path, name: str = "") -> None:
         there = files(folder)
+        self._at_once = bool(name)
         self._path = folder / f"{_NAME}{name or len(there)}"
         self._known: dict[bytes, _Place] = {}
         self.worth = 0.0
@@ -83,6 +85,9 @@ class Ledger:
 
     def __len__(self) -> int:
         return len(self._known)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._known
 
     def get(self, key: bytes) -> bytes | None:
         """What an earlier run has put under that key; None where that is nothing, or damaged."""
@@ -104,7 +109,7 @@ class Ledger:
         self.worth += seconds
         self._waiting += [_digest(rest, data), rest, data]
         self._nbytes += len(data)
-        if self.worth >= WORTH or self._nbytes >= _MOST:
+        if self._at_once or self.worth >= WORTH or self._nbytes >= _MOST:
             self._write()
 
     def _write(self) -> None:

@@ -143,7 +143,7 @@ def check_space(destination: Path, nbytes: int, held: int = 0) -> None:
 
 
 @contextlib.contextmanager
-def staged(destination: Path, *, force: bool = False, resume: bool = False) -> Iterator[Path]:
+def staged(destination: Path, *, force: bool = False, going_on: bool = False) -> Iterator[Path]:
     """A folder to write into. On success its one entry ``out`` (a file or a folder) becomes
     ``destination``; on any exception nothing remains, but where a ledger in it is worth a minute of
     work and the exception does not say that the work is of no use. An OSError comes out as an
@@ -158,29 +158,39 @@ def staged(destination: Path, *, force: bool = False, resume: bool = False) -> I
     Args:
         force: take the place of what is there at the end; else it is an OutputError if something
             has appeared meanwhile, and that stays as it is.
-        resume: go on in the folder that a run before this one has left, where there is one.
+        going_on: in the folder that runs before this one have left, where there is one.
     """
     course = interruption.current()
     staging = _Staging(destination, course)
     course.open(staging.settle)
     try:
-        staging.make(resume)
+        staging.make(going_on)
         with kept.within(staging.folder):
             yield staging.folder
         course.go_on()
         staging.commit(force)
     except LoraToolsError as error:
         staging.is_of_use = isinstance(error, OSError | ClusterError)
-        hidden = re.escape(str(staging.folder)) + r"(/\w+)?"  # made in it: nobody asked for that
-        text = re.sub(hidden, lambda _: str(destination), str(error))
-        error.args = (text, *error.args[1:])
+        name_instead(error, staging.folder, destination)
         raise
     except OSError as error:
-        named = str(error.filename or staging.folder)
-        where = destination if named.startswith(str(staging.folder)) else Path(named)
-        raise OutputError(f"{where}: {reason(error)}") from error
+        raise failed(error, staging.folder, destination) from error
     finally:
         course.close(staging.settle)
+
+
+def name_instead(error: LoraToolsError, folder: Path, destination: Path) -> None:
+    """Have an error that names a hidden folder, or what is in it, name what was asked for."""
+    hidden = re.escape(str(folder)) + r"(/\w+)?"
+    text = re.sub(hidden, lambda _: str(destination), str(error))
+    error.args = (text, *error.args[1:])
+
+
+def failed(error: OSError, folder: Path, destination: Path) -> OutputError:
+    """What an error of the system comes out as."""
+    named = str(error.filename or folder)
+    where = destination if named.startswith(str(folder)) else Path(named)
+    return OutputError(f"{where}: {reason(error)}")
 
 
 class _Staging:
@@ -194,15 +204,16 @@ class _Staging:
         self._destination, self._course = destination, course
         self.folder = some_name(destination)
         self._lock = -1
+        self._hold = contextlib.ExitStack()  # what else is held for it
         self._spare: list[int] = []
         self._moves: Moves = {}
         self.is_of_use = True  # what was done, for another run
 
-    def make(self, resume: bool) -> None:
+    def make(self, going_on: bool) -> None:
         """Make and hold it, or take one that was left. Raises OutputError where nothing can be
         written."""
-        if resume and (found := adopt(self._destination)) is not None:
-            self.folder, self._lock = found
+        if going_on and (found := adopt(self._destination)) is not None:
+            self.folder, self._lock, self._hold = found.folder, found.lock, found.hold
             return
         for _ in range(TRIES):
             try:
@@ -210,12 +221,12 @@ class _Staging:
             except OSError as error:
                 where = self._destination.parent
                 raise OutputError(f"{where}: cannot write there ({error.strerror})") from None
-            if self._hold():
+            if self._is_held():
                 return
             self.folder = some_name(self._destination)
         raise OutputError(f"{self._destination}: another command clears away what is begun there")
 
-    def _hold(self) -> bool:
+    def _is_held(self) -> bool:
         """Lock and mark it. False where another command took it for a dead one's before that."""
         try:
             self._lock = os.open(self.folder, OPENED)
@@ -272,9 +283,10 @@ class _Staging:
         if self._lock < 0:
             with contextlib.suppress(OSError):  # there is none, or it was not held
                 self.folder.rmdir()
-        elif not placed and self.is_of_use and (said := stays(self.folder)):
+        elif not placed and (said := stays(self.folder, self._destination, self.is_of_use)):
             put_back(self.folder, self._destination, self._moves)
             forget_journal(self.folder)
+            kept.keep(self.folder)
             self._course.kept.append(f"{self._destination}: {said}")
             self._let_go()
         else:
@@ -286,6 +298,7 @@ class _Staging:
         lock, self._lock = self._lock, -1
         if lock >= 0:
             os.close(lock)
+        self._hold.close()
 
     def _give_spare(self) -> None:
         while self._spare:

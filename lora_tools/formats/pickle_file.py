@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 
 from lora_tools.errors import CheckpointError, TensorNotFound
 from lora_tools.formats.dtypes import dtype_name
+from lora_tools.formats.regular_files import open_file
 from lora_tools.formats.reopen import Reopened, Stamp
 from lora_tools.formats.safetensors_file import MAX_NAME
 from lora_tools.formats.tensors import as_bytes
 from lora_tools.records import TensorSpec
+from lora_tools.watch.files import Watched
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +40,8 @@ class PickleFile(Reopened):
         self.metadata: dict[str, str] = {}
         try:
             self.stamp = Stamp.of(path)
+            with open_file(path) as file:
+                self._watched = Watched(path, file.fileno())
             members = _members(path)
             if members is not None and (compressed := _is_compressed(members)):
                 _refuse_bomb(path, members, self.stamp.nbytes)
@@ -58,6 +62,15 @@ class PickleFile(Reopened):
             raise CheckpointError(f"{path}: holds something other than named tensors")
         self._state: dict[str, torch.Tensor] = state
         self.specs = {name: self._spec(name, tensor) for name, tensor in state.items()}
+        if mapped:
+            self._guard()
+
+    def _guard(self) -> None:
+        """torch has mapped the file once, and each storage is a part of that."""
+        storages = [tensor.untyped_storage() for tensor in self._state.values()]
+        begin = min((each.data_ptr() for each in storages if each.nbytes()), default=0)
+        end = max((each.data_ptr() + each.nbytes() for each in storages), default=0)
+        self._watched.guard(self, begin, end - begin)
 
     def _spec(self, name: str, tensor: torch.Tensor) -> TensorSpec:
         import torch
@@ -80,6 +93,7 @@ class PickleFile(Reopened):
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor. Never write to it."""
+        self._watched.used()
         try:
             return self._state[name].detach()
         except KeyError:

@@ -10,8 +10,8 @@ from typing import Any
 
 import xxhash
 
-from lora_tools.errors import CheckpointError
 from lora_tools.formats.regular_files import is_there, read_file
+from lora_tools.watch.files import changed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,10 +78,3 @@ def _unchanged(path: Path, digest: str) -> SmallFile:
     if file.digest != digest:
         raise changed(path)
     return file
-
-
-def changed(path: Path) -> CheckpointError:
-    """The error that says that a file is not the one that was opened."""
-    return CheckpointError(
-        f"{path}: changed since it was opened; run the command again once nothing writes to it"
-    )

@@ -11,6 +11,7 @@ import errno
 import functools
 import json
 import os
+import platform
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -26,6 +27,9 @@ from lora_tools.records import TensorSpec
 
 _STEP = 8 << 20  # bytes that are looked at in one go
 WRITEBACK = 64 << 20  # start writing to disk in steps of this size
+# Network file systems else write whole pages back, with what another machine has written there
+# meanwhile, and some of it after a file's owner takes it for complete.
+_THROUGH = os.O_DSYNC
 
 
 def encode_header(
@@ -67,6 +71,15 @@ class Written:
     last: Mapping[str, bytes]
 
 
+def machine() -> str:
+    """By which machines are told apart: a file that two processes write has the same pages in
+    memory where it is the same."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return platform.node()
+
+
 class SafetensorsWriter:
     """Writes a planned file in any order and from any thread; the header goes first.
 
@@ -77,6 +90,11 @@ class SafetensorsWriter:
     ``pickle`` sends the path and the plan; what is unpickled writes into the same file. Only the
     owner, which made the file, completes it, once it was told of what others wrote: ``credit`` of
     their ``hand_over``.
+
+    Args:
+        shared: other processes make the same file at this time, of the same plan. It is not
+            completed then.
+        through: what was written is on the disk, and nothing around it.
     """
 
     def __init__(
@@ -87,6 +105,8 @@ class SafetensorsWriter:
         body: bytes | None = None,
         *,
         is_owner: bool = True,
+        shared: bool = False,
+        through: bool = False,
     ) -> None:
         self.specs = list(specs)
         self.path, self._metadata, self._body, self._is_owner = path, metadata, body, is_owner
@@ -95,16 +115,20 @@ class SafetensorsWriter:
         self._written: Counter[str] = Counter()
         self._last: dict[str, bytes] = {}
         self._unsynced = 0
-        flags = os.O_RDWR | os.O_CLOEXEC
-        is_new = is_owner and not take_up(path)
-        first = _opened(path, flags | os.O_CREAT | os.O_EXCL if is_new else flags)
+        flags = os.O_RDWR | os.O_CLOEXEC | (_THROUGH if through else 0)
+        is_new = is_owner and not shared and not take_up(path)
+        made = os.O_CREAT | os.O_EXCL if is_new else os.O_CREAT if shared else 0
+        first = _opened(path, flags | made)
         self._open = OpenFile(first, functools.partial(_opened, path.absolute(), flags))
         self._abandoned = False
         try:
             if is_owner:
-                if not is_new:
-                    os.ftruncate(first.number, min(os.fstat(first.number).st_size, self.size))
-                reserve(first.number, self.size, path)
+                size = os.fstat(first.number).st_size
+                if shared:  # to reserve space may mean to write into it
+                    os.ftruncate(first.number, max(size, self.size))
+                else:
+                    os.ftruncate(first.number, min(size, self.size))
+                    reserve(first.number, self.size, path)
                 write_all(first.number, header, 0)
             elif os.pread(first.number, len(header), 0) != header:
                 raise OutputError(f"{path}: changed while it was written; write it anew")

@@ -34,6 +34,7 @@ NAME = "loratools-unmerge.sidecar"
 # The first version has listings alone, made for estimates in the merge's working dtype.
 _VERSIONS = {"1": ("gaps", "distances"), "2": ("gaps", "distances", "excess", "within")}
 _VERSION = "2"
+_LEVEL = 3  # of zstd
 # Bytes that the parts may unfold to for each element.
 _MOST = {"gaps": 2, "distances": 8, "excess": 1, "within": 8}
 _CARD = "card/README.md"
@@ -50,6 +51,31 @@ class Listing:
     norms: tuple[torch.Tensor, ...] = ()
 
 
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """The same as the file has it: a third of it, or less, and so what a result holds.
+
+    Attributes:
+        lengths: of the parts (columns) of the runs (rows).
+        parts: of all runs together, compressed.
+    """
+
+    lengths: torch.Tensor
+    parts: tuple[bytes, ...]
+    norms: tuple[torch.Tensor, ...]
+
+    @classmethod
+    def of(cls, listing: Listing) -> Packed:
+        """From any thread."""
+        import torch
+
+        packer = zstandard.ZstdCompressor(level=_LEVEL)
+        count = len(_VERSIONS[_VERSION])
+        lengths = torch.tensor([[len(part) for part in run] for run in listing.runs])
+        parts = [packer.compress(b"".join(run[i] for run in listing.runs)) for i in range(count)]
+        return cls(lengths.to(torch.int64).view(-1, count), tuple(parts), listing.norms)
+
+
 def sidecar_path(merged: Path) -> Path:
     """Where the sidecar of a merged folder or file lies."""
     return merged / NAME if merged.is_dir() else merged.with_name(merged.name + ".sidecar")
@@ -61,7 +87,7 @@ class SidecarWriter:
     def __init__(self, folder: Path) -> None:
         self._spool = SafetensorsSpool(folder)
         self._hashes: dict[str, str] = {}
-        self._packer = zstandard.ZstdCompressor(level=3)
+        self._packer = zstandard.ZstdCompressor(level=_LEVEL)
 
     def _add(self, name: str, data: bytes) -> None:
         self._add_spec(TensorSpec(name, "U8", (len(data),)), memoryview(data))
@@ -82,21 +108,15 @@ class SidecarWriter:
         """The base's own model card, in whose place the merged checkpoint has another."""
         self._add(_CARD, self._packer.compress(data))
 
-    def add(self, tensor: str, listing: Listing) -> None:
+    def add(self, tensor: str, listing: Packed) -> None:
         """The listing of one tensor."""
-        import torch
-
         from lora_tools.formats.dtypes import dtype_name
         from lora_tools.formats.tensors import as_bytes
 
-        parts = _VERSIONS[_VERSION]
-        lengths = torch.tensor([[len(part) for part in run] for run in listing.runs])
-        lengths = lengths.to(torch.int64).view(-1, len(parts))
-        spec = TensorSpec(f"lengths/{tensor}", "I64", tuple(lengths.shape))
-        self._add_spec(spec, as_bytes(lengths))
-        for i, part in enumerate(parts):
-            data = b"".join(run[i] for run in listing.runs)
-            self._add(f"{part}/{tensor}", self._packer.compress(data))
+        spec = TensorSpec(f"lengths/{tensor}", "I64", tuple(listing.lengths.shape))
+        self._add_spec(spec, as_bytes(listing.lengths))
+        for part, data in zip(_VERSIONS[_VERSION], listing.parts, strict=True):
+            self._add(f"{part}/{tensor}", data)
         for i, norm in enumerate(listing.norms):
             spec = TensorSpec(f"norm{i}/{tensor}", dtype_name(norm.dtype), tuple(norm.shape))
             self._add_spec(spec, as_bytes(norm))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import os
@@ -20,15 +21,26 @@ from lora_tools.formats.renames import put_new
 _MARK = ".loratools-"
 OPENED = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 TRIES = 5
+PLAN = "plan.json"  # what several processes share; without it a folder is not taken for theirs
 _LONG = 230  # bytes of a name that a staging folder's can hold; 255 is the most of any
+
+
+@dataclasses.dataclass(frozen=True)
+class Adopted:
+    """A staging folder that was left: its path, its descriptor, and what lets go of all else that
+    is held for it."""
+
+    folder: Path
+    lock: int
+    hold: contextlib.ExitStack
 
 
 def some_name(destination: Path) -> Path:
     """A name for a new one, beside the destination."""
-    return destination.with_name(_prefix(destination.name) + secrets.token_hex(4))
+    return destination.with_name(prefix(destination.name) + secrets.token_hex(4))
 
 
-def _prefix(name: str) -> str:
+def prefix(name: str) -> str:
     """What the names of staging folders begin with; of a long name it has the first letters."""
     encoded = os.fsencode(name)
     if len(encoded) > _LONG:
@@ -60,7 +72,8 @@ def discard(staging: Path, destination: Path, lock: int, moves: Moves | None = N
     put_back(staging, destination, moves)
     for _ in range(TRIES):  # a thread that was not waited for may make another file
         with contextlib.suppress(OSError):
-            remove_all(staging, [*ledger.files(staging), *staging.iterdir()], lock)
+            first = [staging / PLAN, *ledger.files(staging)]
+            remove_all(staging, [*first, *staging.iterdir()], lock)
             (staging / marker(lock)).unlink(missing_ok=True)  # last: a kill leaves none without
             staging.rmdir()
             return
@@ -94,7 +107,7 @@ def is_ours(folder: int) -> bool:
 def stale(destination: Path) -> Iterator[tuple[Path, int]]:
     """What dead commands have left of their staging folders, each held while it is looked at: of
     exactly such a name, real folders, this user's."""
-    name = re.compile(re.escape(_prefix(destination.name)) + "[0-9a-f]{8}")
+    name = re.compile(re.escape(prefix(destination.name)) + "[0-9a-f]{8}")
     for path in destination.parent.glob("*"):
         if not name.fullmatch(path.name):
             continue

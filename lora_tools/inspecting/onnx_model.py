@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_tools.options.parse import need
+from lora_tools.errors import need
 
 if TYPE_CHECKING:
     from lora_tools.onnx.initializers import GraphFile
@@ -29,9 +29,9 @@ def open_model(paths: list[Path]) -> Model:
 
     Raises:
         CheckpointError: one is no ONNX model.
-        UsageError: onnx is not installed.
+        NotInstalled: onnx is not installed.
     """
-    need("onnx")
+    need("inspect of an ONNX model", "onnx", "onnx")
     from lora_tools.onnx.initializers import GraphWeights, described, unused
 
     weights = GraphWeights(paths)

@@ -21,7 +21,7 @@ from lora_tools.totals import SurvivalTotals
 if TYPE_CHECKING:
     import torch
 
-    from lora_tools.formats.sidecar import Listing
+    from lora_tools.formats.sidecar import Packed
     from lora_tools.linalg.merge import Survival
     from lora_tools.linalg.reversible import Coded
 
@@ -34,7 +34,7 @@ class MergedTensor:
 
     base_hash: str
     out_hash: str
-    listing: Listing | None = None
+    listing: Packed | None = None
     survival: Survival | None = None
 
 
@@ -72,7 +72,7 @@ class MergeTensor:
 
     def _write(
         self, runs: MergedRuns, sink: TensorSink
-    ) -> tuple[str, Listing | None, Survival | None]:
+    ) -> tuple[str, Packed | None, Survival | None]:
         from lora_tools.formats.tensors import as_bytes
 
         dtype, out = torch_dtype(self.spec.dtype), HashedWrites(sink, self.spec.name)
@@ -194,10 +194,10 @@ class _Lister:
         base = self._runs.source[run.start : run.stop]
         self._coded.append(codec.encode(base, merged, estimate, slack))
 
-    def listing(self) -> Listing:
-        from lora_tools.formats.sidecar import Listing
+    def listing(self) -> Packed:
+        from lora_tools.formats.sidecar import Listing, Packed
 
-        return Listing(tuple(self._coded), tuple(self._runs.work.norms))
+        return Packed.of(Listing(tuple(self._coded), tuple(self._runs.work.norms)))
 
 
 def survival_totals(survivals: Sequence[Survival]) -> SurvivalTotals:

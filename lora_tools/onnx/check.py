@@ -7,84 +7,20 @@ for another shows.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from lora_tools.errors import CheckpointError
+from lora_tools.onnx.half import add_half, twins
 from lora_tools.onnx.in_runtime import InRuntime
 from lora_tools.onnx.in_torch import InTorch
+from lora_tools.onnx.initializers import load
+from lora_tools.onnx.outputs import Check
+from lora_tools.onnx.precision import FLOAT32, computed_in
 from lora_tools.onnx.runs import Played, Run
 from lora_tools.onnx.runtime_adapters import plain_graphs
 from lora_tools.onnx.tasks import Task
-from lora_tools.totals import OutputsTotals
-
-
-@dataclasses.dataclass
-class Check:
-    """What was found.
-
-    Attributes:
-        absolute, relative: the greatest difference, and the greatest in units of the output's
-            largest element; of the output named ``worst``.
-        compared: how many outputs.
-        tokens: how many tokens were generated greedily, and how many of them were the same.
-        exact: of a graph with inputs for adapters, whether without one it gives the bits that it
-            gives without those inputs; else None.
-    """
-
-    absolute: float = 0.0
-    relative: float = 0.0
-    worst: str = ""
-    compared: int = 0
-    failed: bool = False
-    tokens: int = 0
-    same_tokens: int = 0
-    exact: bool | None = None
-
-    def totals(self) -> OutputsTotals:
-        """As a report has them."""
-        tokens: OutputsTotals = {"tokens_generated": self.tokens, "tokens_same": self.same_tokens}
-        return {
-            "verified": not self.failed,
-            "outputs_compared": self.compared,
-            "max_difference": self.absolute,
-            "max_relative_difference": self.relative,
-            "worst_output": self.worst,
-            **(tokens if self.tokens else {}),
-            **({} if self.exact is None else {"base_exact": self.exact}),
-        }
-
-    def add(self, name: str, found: Any, wanted: Any, atol: float, rtol: float) -> None:
-        """Compare two arrays of equal shape."""
-        if found.shape != wanted.shape:
-            raise CheckpointError(f"{name}: {found.shape} in ONNX Runtime, {wanted.shape} in torch")
-        self.compared += 1
-        if not found.size:
-            return
-        difference = float(np.abs(found.astype(np.float64) - wanted).max())
-        largest = float(np.abs(wanted).max())
-        if not math.isfinite(difference) or difference > atol + rtol * largest:
-            self.failed = True
-        if not self.worst or not difference <= self.absolute:
-            self.absolute, self.worst = difference, name
-        self.relative = max(self.relative, difference / largest if largest else difference)
-
-    def hold(self, run: Run, found: Played, wanted: Played, atol: float, rtol: float) -> None:
-        """Compare all that a run gave, and the tokens it generated."""
-        for step, (mine, theirs) in enumerate(zip(found.outputs, wanted.outputs, strict=True)):
-            for name, value in theirs.items():
-                label = f"{name} ({run.name}, step {step})"
-                if name in mine:
-                    self.add(label, *run.visible(step, mine[name], value), atol, rtol)
-        self.tokens += len(wanted.tokens)
-        self.same_tokens += sum(a == b for a, b in zip(found.tokens, wanted.tokens, strict=True))
-        self.failed |= self.same_tokens != self.tokens
+from lora_tools.onnx.tolerance import tolerance
 
 
 def compare(
@@ -93,7 +29,7 @@ def compare(
     cache: bool,
     *,
     atol: float,
-    rtol: float,
+    rtol: float | None,
     graphs: Sequence[Path] = (),
     generate: int = 16,
     trust_remote_code: bool = False,
@@ -106,7 +42,8 @@ def compare(
     Args:
         folder: a checkpoint's folder, with its graphs in it unless ``graphs`` says where they are.
         cache: whether a decoder's graph has its past as inputs.
-        atol, rtol: an output may differ by atol + rtol times its largest element.
+        atol, rtol: an output may differ by atol + rtol times its largest element; rtol None: by
+            what ``tolerance`` measures.
         generate: tokens a decoder generates greedily, with the cache.
         adapter: the file of one to activate, and the folder of the checkpoint that it is merged
             into, for torch.
@@ -117,19 +54,28 @@ def compare(
     side = InTorch(adapter[1] if adapter else folder, task, trust_remote_code)
     runs = side.runs(cache, generate)
     wanted = [side.play(run) for run in runs]
+    allowed = tolerance(side, runs, wanted, atol, rtol)
     side.close()
-    result = Check()
+    result = Check(conditioning=allowed.conditioning, note=allowed.note)
     graphs = graphs or [folder / file for file in task.files()]
     place = graphs[0].parent
     without = [] if adapter else plain_graphs(graphs)
-    plain = _bits_of(runs, InRuntime(place, task, without)) if without else []
-    runtime = InRuntime(place, task, graphs, adapter[0] if adapter else None)
-    for number, (run, reference) in enumerate(zip(runs, wanted, strict=True)):
+    forced = [run.forced(each.tokens) for run, each in zip(runs, wanted, strict=True)]
+    plain = _bits_of(forced, InRuntime(place, task, without)) if without else []
+    dtype = computed_in(load(graphs[0]))
+    models: Sequence[Path] | Sequence[bytes] = graphs
+    if dtype != FLOAT32:
+        models, room = twins(graphs, dtype)
+        allowed = allowed.wider(room)
+    runtime = InRuntime(place, task, models, adapter[0] if adapter else None)
+    for number, (run, reference) in enumerate(zip(forced, wanted, strict=True)):
         found = runtime.play(run)
         if plain:
             result.exact = result.exact is not False and _bits(found) == plain[number]
-        result.hold(run, found, reference, atol, rtol)
+        result.hold(run, found, reference, allowed)
     result.failed |= result.exact is False
+    if dtype != FLOAT32:
+        add_half(result, folder, task, forced, wanted, graphs, dtype, trust_remote_code)
     return result
 
 

@@ -18,6 +18,13 @@ from lora_tools.onnx import genai, nbits
 from lora_tools.onnx.fuse.found import FUSED_OPSET, OPSET, fused, unfused
 from lora_tools.onnx.initializers import load
 from lora_tools.onnx.linears import is_quantized
+from lora_tools.onnx.precision import (
+    COMPUTED,
+    FLOAT32,
+    computed_in,
+    has_half_inputs,
+    with_float32_inputs,
+)
 from lora_tools.onnx.runtime_adapters import Branch, Replacement, add_branches, remove_branches
 from lora_tools.onnx.sentence import described, with_modules
 from lora_tools.onnx.tasks import DECODER, Task
@@ -66,7 +73,7 @@ class Built:
         formed: transformers forms some of them of several of the checkpoint's tensors.
         bundle: bytes of the file of weights that no file of the checkpoint holds.
         fed: of quantized weights, those whose errors were fed forward, and what that came to.
-        fused: operators of a decoder that stand for many, by kind; unfused: what was to be, and is
+        fused: operators that stand for many, by kind; unfused: what was to be, and is
             not.
     """
 
@@ -95,7 +102,8 @@ class Build:
         branches, replacements: modules that may get factors at run time, and tensors that may be
             brought whole.
         factor: what rounding errors of ``scheme`` are fed forward by (``onnx.quantized.NBits``).
-        fuse: whether a decoder's attention, rotary embeddings and norms become one operator each.
+        dtype: what the graph computes in; half_io: whether it takes and gives that, too.
+        fuse: whether attention, rotary embeddings and norms become one operator each.
         scheme: how linear layers are quantized (``onnx.schemes``); with "nf4" the folder's are.
         plain: the folder of the same checkpoint with no weight quantized, if not ``folder``.
     """
@@ -114,6 +122,8 @@ class Build:
     plain: Path | None = None
     factor: nbits.FactorOf | None = None
     fuse: bool = True
+    dtype: str = FLOAT32
+    half_io: bool = False
 
     def write(self) -> Built:
         """Trace them, or take ``graph``, tie them to the weights and write them.
@@ -134,7 +144,7 @@ class Build:
         unused = add_branches(models, self.branches, self.replacements, formed=bool(converted))
         for file, model in models.items():
             attach(model, where)
-            onnx.helper.set_model_props(model, {**self.made, **_modules_said(self.task)})
+            onnx.helper.set_model_props(model, {**self.made, **self._said()})
             write_synced(folder / file, model.SerializeToString(deterministic=True))
         first = next(iter(models.values()))
         cached = any(value.name.startswith("past_key_values.") for value in first.graph.input)
@@ -142,7 +152,6 @@ class Build:
             self._write_genai(first.graph)
             extra.append(genai.NAME)
         files = (*extra, *reversed(models))
-        decoder = self.task.kind == DECODER
         return Built(
             files,
             sum(len(model.graph.node) for model in models.values()),
@@ -154,8 +163,8 @@ class Build:
             bool(converted),
             (folder / BUNDLE).stat().st_size if BUNDLE in extra else 0,
             fed,
-            fused(first) if decoder else {},
-            tuple(unfused(first, why)) if decoder and self.fuse else (),
+            fused(models.values()),
+            tuple(unfused(first, why)) if self.fuse else (),
         )
 
     def _models(self, checkpoint: Checkpoint) -> tuple[dict[str, onnx.ModelProto], set[str], str]:
@@ -163,14 +172,15 @@ class Build:
         attention is not fused."""
         if self.graph is not None:
             models = _again(self.graph, checkpoint, self.task)
-            if not self.fuse and any(map(fused, models.values())):
+            self._refuse_other_precision(models)
+            if not self.fuse and fused(models.values()):
                 raise MismatchError(
                     f"{self.graph}: is fused; --no-fuse takes a graph exported with --no-fuse"
                 )
             return models, set(), f"not in {self.graph}"
         from lora_tools.onnx.trace import trace  # torch and transformers, which --graph needs not
 
-        fuse = self.fuse and self.task.kind == DECODER
+        fuse = self.fuse
         opset = self.opset or (FUSED_OPSET if fuse else OPSET)
         fuse &= opset >= FUSED_OPSET
         traced = trace(
@@ -181,11 +191,35 @@ class Build:
             opset=opset,
             trust_remote_code=self.trust_remote_code,
             fuse=fuse,
+            dtype=self.dtype,
         )
         models = {each.file: each.model for each in traced}
+        for model in models.values():
+            if not self.half_io:
+                with_float32_inputs(model)
         why = "" if fuse else f"its operator is of opset {FUSED_OPSET}"
         why = next((each.unfused for each in traced if each.unfused), why)
         return models, {name for each in traced for name in each.converted}, why
+
+    def _said(self) -> dict[str, str]:
+        """What the graphs' metadata says of the graphs."""
+        computed = {} if self.dtype == FLOAT32 else {COMPUTED: self.dtype}
+        return {**computed, **_modules_said(self.task)}
+
+    def _refuse_other_precision(self, models: Mapping[str, onnx.ModelProto]) -> None:
+        for file, model in models.items():
+            found = computed_in(model)
+            if found != self.dtype:
+                raise MismatchError(
+                    f"{file} of {self.graph} computes in {found}, and {self.dtype} is asked for; "
+                    f"pass --compute-dtype {found}, or export without --graph"
+                )
+        if self.dtype != FLOAT32 and any(map(has_half_inputs, models.values())) != self.half_io:
+            raise MismatchError(
+                f"{self.graph}: its inputs and outputs are in "
+                f"{FLOAT32 if self.half_io else self.dtype}; "
+                f"{'leave --half-io out' if self.half_io else 'pass --half-io'}"
+            )
 
     def _write_genai(self, graph: onnx.GraphProto) -> None:
         """What ONNX Runtime GenAI must know of a decoder."""

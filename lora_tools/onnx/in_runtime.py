@@ -63,9 +63,9 @@ class InRuntime:
 
     def _call(self, number: int, given: Mapping[str, Any]) -> Arrays:
         session = self._sessions[number]
-        wanted = {i.name for i in session.get_inputs()}
+        kinds = {i.name: i.type for i in session.get_inputs()}
         names = [o.name for o in session.get_outputs()]
-        inputs = {name: value for name, value in given.items() if name in wanted}
+        inputs = {name: _as(kinds[name], value) for name, value in given.items() if name in kinds}
         try:
             return dict(zip(names, session.run(None, inputs, self._options), strict=True))
         except Exception as error:
@@ -91,7 +91,7 @@ class InRuntime:
             if run.generate:
                 played.tokens.append(int(outputs["logits"][0, -1].argmax()))
             if call + 1 < calls:
-                new = run.steps[call] if run.steps else np.array([played.tokens[-1:]])
+                new = run.steps[call] if len(run.steps) else np.array([played.tokens[-1:]])
                 mask = np.concatenate([given["attention_mask"], np.ones_like(new)], 1)
                 given = {"input_ids": new, "attention_mask": mask, **_past(outputs)}
                 given["position_ids"] = positions(mask, 1)
@@ -120,6 +120,11 @@ class InRuntime:
             played.outputs.append({**outputs, **hidden})
             past |= _past(outputs)
         return played
+
+
+def _as(kind: str, value: Any) -> Any:
+    """Numbers as an input of that type takes them."""
+    return value.astype(np.float16) if kind == "tensor(float16)" else value
 
 
 def _past(outputs: Mapping[str, Any]) -> Arrays:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 from lora_tools.onnx.foreign import run_by
 from lora_tools.onnx.model import loaded
 from lora_tools.onnx.parts import decoder_inputs, image_size, is_speech, speech_shape, text_inputs
+from lora_tools.onnx.precise import in_float64
+from lora_tools.onnx.precision import FLOAT32
 from lora_tools.onnx.runs import Arrays, Played, Run, positions
 from lora_tools.onnx.sentence_modules import run
 from lora_tools.onnx.tasks import DECODER, ENCODER_DECODER, IMAGE, Task
@@ -25,10 +28,15 @@ _RUN = "does not run in torch"
 class InTorch:
     """A checkpoint run by transformers."""
 
-    def __init__(self, folder: Path, task: Task, trust_remote_code: bool) -> None:
+    def __init__(
+        self, folder: Path, task: Task, trust_remote_code: bool, dtype: str = FLOAT32
+    ) -> None:
         self.task = task
-        self.model: Any = loaded(folder, task, trust_remote_code)
+        self.model: Any = loaded(folder, task, trust_remote_code, dtype)
+        self._dtype = getattr(torch, dtype)
         self.config = self.model.config
+        if hasattr(self.model, "set_experts_implementation"):
+            self.model.set_experts_implementation("eager")  # the others know no float64
 
     def close(self) -> None:
         """Give the memory back."""
@@ -90,20 +98,21 @@ class InTorch:
         longer = window if 0 < window <= 512 else 0
         return _LENGTHS[0] + longer, _LENGTHS[1] + longer
 
-    def play(self, run: Run) -> Played:
+    def play(self, run: Run, exact: bool = False) -> Played:
         """Call the model as transformers' own generation does.
+
+        Args:
+            exact: compute in float64.
 
         Raises:
             CheckpointError: its code fails, naming the module.
         """
-        with run_by(self.model, _RUN):
+        with run_by(self.model, _RUN), in_float64() if exact else contextlib.nullcontext():
             return self._play(run)
 
     def _play(self, run: Run) -> Played:
         played = Played()
-        given: dict[str, Any] = {
-            name: torch.from_numpy(value) for name, value in run.inputs.items()
-        }
+        given: dict[str, Any] = {name: self._numbers(value) for name, value in run.inputs.items()}
         recurrent = bool(run.steps) or run.generate > 0
         if self.task.kind == DECODER and "position_ids" in decoder_inputs(self.model):
             mask = run.inputs["attention_mask"]
@@ -121,15 +130,19 @@ class InTorch:
                     given = self._next(run, given, result, call, played.tokens)
         return played
 
+    def _numbers(self, value: Any) -> torch.Tensor:
+        tensor = torch.from_numpy(value)
+        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+
     def _outputs(self, result: Any, given: Mapping[str, Any]) -> Arrays:
         if self.task.steps:
-            hidden, mask = result["last_hidden_state"], given["attention_mask"]
+            hidden, mask = result["last_hidden_state"].float(), given["attention_mask"]
             made = run(self.model, self.task.steps, hidden, mask)
-            return {name: made[name].numpy() for name in self.task.outputs}
+            return {name: _array(made[name]) for name in self.task.outputs}
         names = ("logits",) if self.task.kind in (DECODER, ENCODER_DECODER) else self.task.outputs
-        outputs = {name: result[name].numpy() for name in names}
+        outputs = {name: _array(result[name]) for name in names}
         if self.task.kind == ENCODER_DECODER:
-            outputs["last_hidden_state"] = result.encoder_last_hidden_state.numpy()
+            outputs["last_hidden_state"] = _array(result.encoder_last_hidden_state)
         return outputs
 
     def _next(
@@ -151,6 +164,11 @@ class InTorch:
         if "position_ids" in given:
             after["position_ids"] = torch.from_numpy(positions(mask.numpy(), 1))
         return after
+
+
+def _array(tensor: torch.Tensor) -> Any:
+    """numpy has no bfloat16."""
+    return tensor.numpy() if tensor.dtype == torch.float64 else tensor.float().numpy()
 
 
 def _noise(dice: np.random.Generator, *shape: int) -> Any:

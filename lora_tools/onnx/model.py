@@ -15,6 +15,7 @@ from torch import nn
 
 from lora_tools.errors import CheckpointError
 from lora_tools.onnx.foreign import failing_as
+from lora_tools.onnx.precision import FLOAT32
 from lora_tools.onnx.sentence_modules import attach
 from lora_tools.onnx.tasks import IMAGE, Task
 from lora_tools.pretrained import config_of, model_of, weightless_of
@@ -52,8 +53,10 @@ def attention(config: Any) -> str | None:
     return "eager" if config.model_type in _EAGER else None
 
 
-def weightless(folder: Path, task: Task, trust_remote_code: bool = False) -> nn.Module:
-    """The model of a checkpoint folder, in float32 and for inference, on the meta device.
+def weightless(
+    folder: Path, task: Task, trust_remote_code: bool = False, dtype: str = FLOAT32
+) -> nn.Module:
+    """The model of a checkpoint folder, in that dtype and for inference, on the meta device.
 
     Buffers that are not stored (rotary frequencies) hold their values.
 
@@ -64,7 +67,7 @@ def weightless(folder: Path, task: Task, trust_remote_code: bool = False) -> nn.
 
     config = read_config(folder, trust_remote_code)
     kind = class_of(task, config)
-    options: dict[str, Any] = {"dtype": torch.float32}
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
     if attention(config):
         options["attn_implementation"] = attention(config)
     with (
@@ -75,11 +78,22 @@ def weightless(folder: Path, task: Task, trust_remote_code: bool = False) -> nn.
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("batched_mm")  # the others loop over what they route
     _refuse_inputs(model, task)
+    _keep_float32(model, getattr(torch, dtype))
     model.eval()
     model.tie_weights()
     with init_empty_weights(include_buffers=False):
         attach(model, task, weights=False)
     return model  # type: ignore[no-any-return]
+
+
+def _keep_float32(model: Any, dtype: torch.dtype) -> None:
+    """The parameters that transformers loads in float32 where half precision is asked for."""
+    if dtype == torch.float32 or not hasattr(model, "_get_dtype_plan"):
+        return
+    names = [re.compile(name.replace("*", ".*")) for name in model._get_dtype_plan(dtype)]
+    for name, parameter in model.named_parameters():
+        if any(each.search(name) for each in names):
+            parameter.data = parameter.data.float()
 
 
 def _refuse_inputs(model: Any, task: Task) -> None:
@@ -93,8 +107,8 @@ def _refuse_inputs(model: Any, task: Task) -> None:
         )
 
 
-def loaded(folder: Path, task: Task, trust_remote_code: bool = False) -> Any:
-    """The model with its weights in float32, as transformers itself loads it.
+def loaded(folder: Path, task: Task, trust_remote_code: bool = False, dtype: str = FLOAT32) -> Any:
+    """The model with its weights in that dtype, as transformers itself loads it.
 
     Raises:
         CheckpointError: it does not load.
@@ -103,7 +117,7 @@ def loaded(folder: Path, task: Task, trust_remote_code: bool = False) -> Any:
     options: dict[str, Any] = {}
     if attention(config):
         options["attn_implementation"] = attention(config)
-    options["dtype"] = torch.float32
+    options["dtype"] = getattr(torch, dtype)
     with failing_as(f"{folder}: transformers does not load it"):
         model = model_of(class_of(task, config), folder, config, trust_remote_code, **options)
     attach(model, task, weights=True)

@@ -91,7 +91,7 @@ class _Sentence(nn.Module):
 
     def forward(self, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
         named = dict(zip(self._names, given, strict=True))
-        hidden = self.inner(**named, return_dict=True)["last_hidden_state"]
+        hidden = self.inner(**named, return_dict=True)["last_hidden_state"].float()
         found = run(self.inner, self._task.steps, hidden, named["attention_mask"])
         return tuple(found[name] for name in self._task.outputs)
 
@@ -262,7 +262,7 @@ class _Seq2Seq(nn.Module):
         if hidden is None:  # its keys and values are in the cache: only its shape is looked at
             ids, width = named["input_ids"], int(self.inner.config.d_model)  # type: ignore
             source = past[2].shape[2]
-            hidden = ids.new_zeros((ids.shape[0], source, width), dtype=torch.float32)
+            hidden = past[2].new_zeros((ids.shape[0], source, width))
         mask = named.get("encoder_attention_mask")
         result = self.inner(
             encoder_outputs=BaseModelOutput(last_hidden_state=hidden),

@@ -17,12 +17,13 @@ import torch
 from lora_tools.calibration import TextLoss
 from lora_tools.errors import NonFiniteError
 from lora_tools.formats.alignment import align
-from lora_tools.onnx.check import Check
 from lora_tools.onnx.in_runtime import InRuntime
 from lora_tools.onnx.in_torch import InTorch
+from lora_tools.onnx.outputs import Check
 from lora_tools.onnx.quantized_weights import dequantized, exact
 from lora_tools.onnx.runs import Run
 from lora_tools.onnx.tasks import Task
+from lora_tools.onnx.tolerance import Tolerance, tolerance
 from lora_tools.sources.checkpoints import open_checkpoint
 from lora_tools.totals import LossTotals, TextTotals
 
@@ -37,7 +38,7 @@ def examine(
     original: bool,
     rows: torch.Tensor | None,
     atol: float,
-    rtol: float,
+    rtol: float | None,
     generate: int = 16,
     trust_remote_code: bool = False,
 ) -> tuple[Check, LossTotals]:
@@ -52,7 +53,7 @@ def examine(
         original: whether ``plain`` holds the weights from before they were quantized.
         rows: (n, length) of tokens of a text for a decoder.
         atol, rtol: an output may differ by atol + rtol times its largest element from torch's with
-            the weights that the graph stands for.
+            the weights that the graph stands for; rtol None: by what ``tolerance`` measures.
         generate: tokens a decoder generates greedily, with the cache.
 
     Raises:
@@ -75,11 +76,12 @@ def examine(
         put_in(side.model, folder, plain, task)
         graphs = [_exact(file) for file in files]
     wanted = [side.play(run) for run in runs]
+    allowed = tolerance(side, runs, wanted, atol, rtol)
     side.close()
     runtime = InRuntime(folder, task, graphs or files)
-    check = Check()
+    check = Check(conditioning=allowed.conditioning, note=allowed.note)
     for run, reference in zip(runs, wanted, strict=True):
-        check.hold(run, runtime.play(run), reference, atol, rtol)
+        check.hold(run, runtime.play(run.forced(reference.tokens)), reference, allowed)
     return check, totals
 
 
@@ -113,7 +115,7 @@ def _difference(side: InTorch, shipped: InRuntime, runs: list[Run]) -> LossTotal
         found, wanted = shipped.play(run), side.play(run)
         if run.generate:
             found.outputs, wanted.outputs = [], []
-        loss.hold(run, found, wanted, math.inf, 0)
+        loss.hold(run, found, wanted, Tolerance(math.inf, 0.0))
     if not math.isfinite(loss.absolute):
         raise NonFiniteError(f"{loss.worst}: the quantized graph gives an inf or a NaN")
     totals: LossTotals = {

@@ -17,7 +17,7 @@ class Run:
 
     Attributes:
         inputs: of the first call; further calls take ``steps`` more tokens each, or with
-            ``generate`` the likeliest token of the call before.
+            ``generate`` and no steps the likeliest token of the call before.
     """
 
     name: str
@@ -31,6 +31,24 @@ class Run:
         if mask is None or step or mine.ndim != 3 or mine.shape[:2] != mask.shape:
             return mine, theirs
         return mine[mask.astype(bool)], theirs[mask.astype(bool)]
+
+    def at_once(self, tokens: Sequence[int]) -> Run:
+        """One call with all the tokens of this run, those that were generated too."""
+        generated = [np.array([tokens[:-1]], np.int64)] if tokens else []
+        new = list(self.steps) or generated
+        inputs = dict(self.inputs)
+        key = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
+        for each in new:
+            inputs[key] = np.concatenate([inputs[key], each], 1)
+            if key == "input_ids":
+                mask = inputs["attention_mask"]
+                inputs["attention_mask"] = np.concatenate([mask, np.ones_like(each)], 1)
+        return Run(self.name, inputs)
+
+    def forced(self, tokens: Sequence[int]) -> Run:
+        """The same calls with these tokens, whichever the likeliest are."""
+        steps = [np.array([[token]]) for token in tokens[:-1]]
+        return dataclasses.replace(self, steps=steps) if self.generate else self
 
 
 @dataclasses.dataclass

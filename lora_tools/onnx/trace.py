@@ -1,7 +1,8 @@
 """From a model without weights to a graph whose weights are names: torch.export, then onnxscript.
 
-What comes out is *bare*: initializers that are weights have a checkpoint's name, type float32, a
-shape, and no data. Nothing of this machine stays in it, such as stack traces or paths.
+What comes out is *bare*: initializers that are weights have a checkpoint's name, the type in which
+they are computed with, a shape, and no data. Nothing of this machine stays in it, such as stack
+traces or paths.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ from lora_tools.onnx.fuse.passes import fuse as fuse_graph
 from lora_tools.onnx.layers import NotRepeating, Stack, repeat, shorten
 from lora_tools.onnx.model import weightless, with_memory
 from lora_tools.onnx.parts import GraphPart, parts
+from lora_tools.onnx.precision import FLOAT32
 from lora_tools.onnx.tasks import Task
 from lora_tools.records import TensorSpec
 
 _TRACED = "cannot be exported by torch"
+_HALF = {torch.float16: onnx.TensorProto.FLOAT16, torch.bfloat16: onnx.TensorProto.BFLOAT16}
 
 
 @dataclasses.dataclass
@@ -60,6 +63,7 @@ def trace(
     trust_remote_code: bool = False,
     whole: bool = False,
     fuse: bool = False,
+    dtype: str = FLOAT32,
 ) -> list[Graph]:
     """The bare graphs of a checkpoint for a task.
 
@@ -68,6 +72,7 @@ def trace(
         stored: the checkpoint's tensors by name.
         whole: trace every layer, even where they repeat.
         fuse: attention, rotary embeddings and norms as one operator each (opset 23).
+        dtype: what it computes in, and takes and gives.
 
     Raises:
         CheckpointError: transformers does not know the architecture, or an operator of it does not
@@ -75,9 +80,9 @@ def trace(
     """
     unfused = ""
     while True:
-        model = weightless(folder, task, trust_remote_code)
+        model = weightless(folder, task, trust_remote_code, dtype)
         try:
-            return list(_trace(model, stored, task, cache, opset, whole, fuse, unfused))
+            return list(_trace(model, stored, task, cache, opset, whole, fuse, unfused, dtype))
         except NotRepeating:
             whole = True
         except Unfused as error:
@@ -93,6 +98,7 @@ def _trace(
     whole: bool,
     fuse: bool,
     unfused: str,
+    dtype: str,
 ) -> Iterator[Graph]:
     names = _Names(model, stored)
     stacks = [] if whole else shorten(model)
@@ -101,11 +107,18 @@ def _trace(
     kept = {stack.total: stack.kept for stack in stacks}
     with run_by(model, _TRACED):
         cut = list(parts(model, task, cache, kept))
-    for part in cut:
+    for each in cut:
+        part = dataclasses.replace(each, args=_in(dtype, each.args))
         attention = one_operator(model) if fuse and not unfused else contextlib.nullcontext()
         with attention:
             made = _export(part, stacks, names, opset, fuse)
         yield dataclasses.replace(made, unfused=unfused)
+
+
+def _in(dtype: str, args: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Example inputs, with the numbers among them in that dtype."""
+    kind = getattr(torch, dtype)
+    return {n: t.to(kind) if t.is_floating_point() else t for n, t in args.items()}
 
 
 class _Names:
@@ -115,6 +128,7 @@ class _Names:
         state: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
         self.key: dict[str, str] = {}
         self.shape = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        self.half = {name: _HALF[t.dtype] for name, t in state.items() if t.dtype in _HALF}
         mapping, _ = align(list(state), list(stored))
         first: dict[int, str] = {}  # tied weights are stored under one name, whichever that is
         for name, tensor in state.items():
@@ -230,14 +244,16 @@ def _name_weights(graph: onnx.GraphProto, names: _Names) -> tuple[str, ...]:
                 used[plain] = names.key.get(plain, plain)
                 node.input[i] = used[plain]
     others = [i for n, i in like.items() if n not in names.key and n not in names.converted]
-    made = {key: _bare(key, names.shape[plain]) for plain, key in used.items()}
+    float32 = onnx.TensorProto.FLOAT
+    made = {
+        key: onnx.TensorProto(
+            name=key, dims=names.shape[plain], data_type=names.half.get(plain, float32)
+        )
+        for plain, key in used.items()
+    }
     del graph.initializer[:]
     graph.initializer.extend([*others, *(made[key] for key in sorted(made))])
     return tuple(sorted(plain for plain in used if plain in names.converted))
-
-
-def _bare(name: str, shape: tuple[int, ...]) -> onnx.TensorProto:
-    return onnx.TensorProto(name=name, dims=shape, data_type=onnx.TensorProto.FLOAT)
 
 
 def _name_dimensions(graph: onnx.GraphProto, part: GraphPart) -> None:

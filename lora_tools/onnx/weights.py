@@ -1,8 +1,8 @@
 """Where a graph's weights lie: in the checkpoint's own files, or in one file made for them.
 
 ONNX external data is a file beside the model, an offset and a length, which is just what a
-safetensors header says of a tensor. A weight that is stored in another dtype than the float32 in
-which the graph computes gets a Cast node, named after it.
+safetensors header says of a tensor. A weight that is stored in another dtype than that in which the
+graph computes with it gets a Cast node, named after it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,13 @@ _TYPES = {
     "BF16": onnx.TensorProto.BFLOAT16,
     "F64": onnx.TensorProto.DOUBLE,
 }
-_AS_THEY_ARE = {"F32": onnx.TensorProto.FLOAT, "U8": onnx.TensorProto.UINT8}
-_CAST, _CASTED = "cast:", ".float32"
+_BYTES = {"U8": onnx.TensorProto.UINT8}  # of quantized weights, which no Cast makes numbers of
+_CAST = "cast:"
+_CASTED = {
+    onnx.TensorProto.FLOAT: ".float32",
+    onnx.TensorProto.FLOAT16: ".float16",
+    onnx.TensorProto.BFLOAT16: ".bfloat16",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +52,8 @@ def weights_of(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
         i.name: tuple(i.dims)
         for i in model.graph.initializer
         if not i.HasField("raw_data")
-        and (i.external_data or i.data_type == _TYPES["F32"])
-        and not i.float_data
+        and (i.external_data or i.data_type in _CASTED)
+        and not (i.float_data or i.int32_data)
     }
 
 
@@ -93,14 +98,16 @@ def bundle(
 
 
 def attach(model: onnx.ModelProto, where: Mapping[str, Place]) -> None:
-    """Point every weight of a bare graph to its bytes, with a Cast where they are numbers and not
-    float32."""
+    """Point every weight of a bare graph to its bytes, with a Cast where they are numbers in
+    another dtype than it is computed with."""
     casts: dict[str, str] = {}
+    nodes = []
     for initializer in model.graph.initializer:
         place = where.get(initializer.name)
         if place is None:
             continue
-        initializer.data_type = (_TYPES | _AS_THEY_ARE)[place.spec.dtype]
+        computed, stored = initializer.data_type, (_TYPES | _BYTES)[place.spec.dtype]
+        initializer.data_type = stored
         initializer.data_location = onnx.TensorProto.EXTERNAL
         del initializer.external_data[:]
         for key, value in (
@@ -109,13 +116,14 @@ def attach(model: onnx.ModelProto, where: Mapping[str, Place]) -> None:
             ("length", place.spec.nbytes),
         ):
             initializer.external_data.add(key=key, value=str(value))
-        if place.spec.dtype not in _AS_THEY_ARE:
-            casts[initializer.name] = initializer.name + _CASTED
+        if stored != computed and place.spec.dtype not in _BYTES:
+            name = initializer.name
+            casts[name] = name + _CASTED[computed]
+            nodes.append(
+                onnx.helper.make_node("Cast", [name], [casts[name]], name=_CAST + name, to=computed)
+            )
     _rename(model.graph, casts)
-    nodes = [
-        onnx.helper.make_node("Cast", [name], [casted], name=_CAST + name, to=_TYPES["F32"])
-        for name, casted in sorted(casts.items())
-    ]
+    nodes.sort(key=lambda node: str(node.input[0]))
     rest = list(model.graph.node)
     del model.graph.node[:]
     model.graph.node.extend([*nodes, *rest])
@@ -123,11 +131,12 @@ def attach(model: onnx.ModelProto, where: Mapping[str, Place]) -> None:
 
 def detach(model: onnx.ModelProto) -> None:
     """Make a graph bare again: the reverse of ``attach``."""
-    casts = {}
+    casts, computed = {}, {}
     kept = []
     for node in model.graph.node:
         if node.op_type == "Cast" and node.name.startswith(_CAST):
             casts[node.output[0]] = node.input[0]
+            computed[node.input[0]] = node.attribute[0].i
         else:
             kept.append(node)
     del model.graph.node[:]
@@ -137,7 +146,7 @@ def detach(model: onnx.ModelProto) -> None:
         if initializer.external_data:
             del initializer.external_data[:]
             initializer.ClearField("data_location")
-            initializer.data_type = _TYPES["F32"]
+            initializer.data_type = computed.get(initializer.name, initializer.data_type)
 
 
 def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:

@@ -209,9 +209,15 @@ class Graphs:
     )
     no_fuse: bool = option(
         False,
-        "A decoder as torch traces it, and not with attention, rotary embeddings and norms as one "
+        "The graph as torch traces it, and not with attention, rotary embeddings and norms as one "
         "operator each.",
         GRAPH,
+    )
+    compute_dtype: Literal["float32", "float16", "bfloat16"] = option(
+        "float32", "What the graph computes in; norms and softmax stay in float32.", GRAPH
+    )
+    half_io: bool = option(
+        False, "Inputs and outputs in --compute-dtype, too, the cache among them.", GRAPH
     )
     opset: int | None = option(
         None,
@@ -219,7 +225,7 @@ class Graphs:
         GRAPH,
         metavar="N",
         allowed=OPSETS,
-        unset="23 where a decoder is fused, which needs it; else 20",
+        unset="23, which fusing needs; 20 with --no-fuse",
     )
     trust_remote_code: bool = option(
         False, "Run the modelling code that comes with the checkpoint.", GRAPH
@@ -285,12 +291,13 @@ class Check:
         allowed=FROM_0,
         recorded=False,
     )
-    rtol: float = option(
-        3e-4,
+    rtol: float | None = option(
+        None,
         "plus this share of their largest element; else the exit code is 3.",
         CHECK,
         metavar="X",
         allowed=FROM_0,
+        unset="ten times what torch's float32 differs from its float64 by, and 1e-5",
         recorded=False,
     )
     no_verify: bool = option(False, "Do not run the graph.", CHECK, recorded=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,15 +13,6 @@ from lora_tools.linalg.layouts import Layout, named
 
 _MOST_TEXT = 1 << 30
 _HANDED_OVER = re.compile(r"/dev/stdin|(/dev|/proc/self)/fd/\d+")
-
-
-def need(*modules: str) -> None:
-    """Raises UsageError where one of the modules that ONNX takes is not installed."""
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UsageError(
-            f"this needs {', '.join(missing)}: install with pip install 'loratools[onnx]'"
-        )
 
 
 def read_text(path: Path) -> str:

@@ -27,6 +27,7 @@ from lora_tools.options.tables import (
     float_dtype,
     formats,
     hub_id,
+    part,
     size,
 )
 from lora_tools.records import ProgressCallback
@@ -340,6 +341,21 @@ class Writing:
     clean: bool = option(
         False,
         "Remove what a run to the same place that was ended has left.",
+        OUTPUT,
+        recorded=False,
+    )
+    shard: str | None = option(
+        None,
+        "Do the I-th of N shares of the work, beside other processes that do the rest, and put "
+        "nothing at --out (docs/tasks/machines.md).",
+        OUTPUT,
+        metavar="I/N",
+        parse=part,
+        recorded=False,
+    )
+    finish: bool = option(
+        False,
+        "Put what all shares have come to into its place; some work missing is an error.",
         OUTPUT,
         recorded=False,
     )

@@ -134,6 +134,15 @@ def engine(text: str) -> None:
         raise UsageError(f"--engine {text}: threads, dask or dask://HOST:PORT is needed")
 
 
+def part(text: str) -> tuple[int, int]:
+    """What ``--shard`` says: (i, n). Raises UsageError."""
+    i, _, n = text.partition("/")
+    digits = i.isascii() and n.isascii() and i.isdecimal() and n.isdecimal()
+    if not digits or len(n) > 9 or not 1 <= int(i) <= int(n):
+        raise UsageError(f"--shard {text}: I/N is needed, from 1/N to N/N")
+    return int(i), int(n)
+
+
 def size(text: str) -> int:
     """What ``--shard-size`` says, in bytes. Raises UsageError."""
     from lora_tools.formats.checkpoint_writer import parse_size

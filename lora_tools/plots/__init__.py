@@ -3,19 +3,16 @@ draws. It knows figures, no tensors."""
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
-from lora_tools.errors import UsageError
+from lora_tools.errors import need
 from lora_tools.plots.picture import MOST_LINES, Line, Picture
 
 __all__ = ["MOST_LINES", "Line", "Picture", "check_library", "draw"]
 
 
 def check_library(suffix: str) -> None:
-    """Raises UsageError, saying what to install, where that which draws such files is missing."""
+    """Raises NotInstalled where what draws such files is missing."""
     library = "plotly" if suffix == ".html" else "matplotlib"
-    if find_spec(library) is None:
-        raise UsageError(f"--plot: {suffix} needs {library}: pip install 'loratools[plot]'")
+    need(f"--plot {suffix}", "plot", library)
 
 
 def draw(picture: Picture, suffix: str) -> bytes:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
+from lora_tools.errors import NO_TRANSFORMERS
 from lora_tools.records import TensorSpec
 from lora_tools.sources.transformers_names import LoadedTensor, convert, weightless
 
@@ -85,4 +86,4 @@ def classes_of(model_type: str, task: str | None) -> list[str]:
 
 def _need_transformers() -> None:
     if find_spec("transformers") is None:
-        raise LookupError("transformers is not installed")
+        raise LookupError(NO_TRANSFORMERS)

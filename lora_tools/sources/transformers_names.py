@@ -18,6 +18,7 @@ from copy import deepcopy
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from lora_tools.errors import NO_TRANSFORMERS
 from lora_tools.formats.names import class_name
 from lora_tools.pretrained import quietly, too_many, without_kernels
 from lora_tools.records import Piece, TensorSpec, rows_of
@@ -156,7 +157,7 @@ def model_of(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> tupl
     if not name:
         return None, "config.json names no class"
     if find_spec("transformers") is None:
-        return None, "transformers is not installed"
+        return None, NO_TRANSFORMERS
     if _most_layers(config) > max(len(specs), 1000):
         return None, "config.json claims more layers than there are tensors"
     try:

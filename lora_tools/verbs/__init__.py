@@ -39,7 +39,7 @@ _BASE, _TUNED, _ADAPTER, _CHECKPOINT = map(Argument, ("base", "tuned", "adapter"
 _ADAPTERS, _OUT, _PATH = map(Argument, ("adapters", "out", "path"))
 _POLICIES = ("rank", "energy", "error", "ratio", "cumulative", "threshold")
 _WRITING = take(Writing, "force", "dry_run", "no_card")
-_RESUMING = (*_WRITING, *take(Writing, "resume", "clean"))
+_RESUMING = (*_WRITING, *take(Writing, "resume", "clean", "shard", "finish"))
 _RUNNING = take(Running, "jobs", "allow_pickle", "variant", "digest", "progress")
 _SPREAD = take(Running)
 _ONNX = {"group": "Running an ONNX model"}
@@ -108,7 +108,7 @@ VERBS = {
                         "metadata does not name."
                     },
                 ),
-                *take(Writing, "force", "dry_run", "resume", "clean"),
+                *take(Writing, "force", "dry_run", "resume", "clean", "shard", "finish"),
                 *_SPREAD,
             ),
             "Get the base back out of a merged checkpoint.",
@@ -271,13 +271,12 @@ VERBS = {
             (
                 *take(Adding),
                 *take(Matching),
-                *take(Graphs, "task", "no_cache", "no_fuse", "graph", "opset", "trust_remote_code"),
+                *take(Graphs),
                 *take(
                     Storage,
                     "dtype",
-                    dtype={"unset": "each tensor keeps its own; the graph computes in float32"},
+                    dtype={"unset": "each tensor keeps its own; see --compute-dtype"},
                 ),
-                *take(Graphs, "weights"),
                 *take(Quantized),
                 *take(Check),
                 *_WRITING,
@@ -292,8 +291,8 @@ VERBS = {
             "adapters task weights int8 int4 nf4 dry_run",
             "adapters runtime_adapters task no_cache dtype weights nf4 int8 int4 activations "
             "eval_text graph "
-            "no_fuse opset atol rtol no_verify keep_failed trust_remote_code allow_unmatched "
-            "allow_other_base",
+            "no_fuse compute_dtype half_io opset atol rtol no_verify keep_failed "
+            "trust_remote_code allow_unmatched allow_other_base",
             adds_to="checkpoint",
         ),
         Verb(

@@ -53,6 +53,7 @@ def export(
     refuse_compressed(file.path for file in source.files)
     out, to_merge = Path(call.out), () if adding.runtime_adapters else adding.adapters
     in_place = out.exists() and out.resolve() == source.path.resolve()
+    _refuse_half(graphs, quantized, check, adding.runtime_adapters)
     runtime = _runtime(source, adding, matching, call)
     fitted = source
     if to_merge:  # they may make another class of it
@@ -98,6 +99,23 @@ def export(
         said,
     )
     return _prepared(work, call)
+
+
+def _refuse_half(graphs: Graphs, quantized: Quantized, check: Check, runtime: bool) -> None:
+    """What half precision does not go with."""
+    if graphs.compute_dtype == "float32":
+        if graphs.half_io:
+            raise UsageError("--half-io needs --compute-dtype float16 or bfloat16")
+        return
+    asked = {
+        "--runtime-adapters": runtime,
+        "--nf4": quantized.nf4,
+        "--int8": quantized.int8,
+        "--int4": quantized.int4,
+        "--eval-text": check.eval_text is not None,
+    }
+    for option in (name for name, given in asked.items() if given):
+        raise UsageError(f"{option} goes with --compute-dtype float32; leave one of the two out")
 
 
 def _runtime(

@@ -11,37 +11,29 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import metadata
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from lora_tools.engine import memo
-from lora_tools.engine.threads import elsewhere
 from lora_tools.errors import QualityGateError, UsageError, errors_of_the_tree
 from lora_tools.formats import digest as hashing
-from lora_tools.formats import model_card, variants
+from lora_tools.formats import variants
 from lora_tools.formats.adapters.format import refuse_file_name
 from lora_tools.formats.checkpoint import PICKLE_SUFFIXES
 from lora_tools.formats.hub_headers import headers_only
-from lora_tools.formats.ledger import Ledger
-from lora_tools.formats.leftover import Way, reusable
-from lora_tools.formats.output import Prepared, check_destination, check_space, staged
-from lora_tools.formats.pipeline_output import copied_files, write_whole
-from lora_tools.formats.synced import held_bytes, write_synced
+from lora_tools.formats.output import Prepared
+from lora_tools.formats.pipeline_output import copied_files
+from lora_tools.formats.synced import held_bytes
 from lora_tools.options import RECORDS, Running, Storage, Writing
 from lora_tools.options.spelling import errors_for_python
 from lora_tools.provenance import command_of, tool_version
 from lora_tools.records import Fate, Input, ProgressCallback, Report
 from lora_tools.verbs import VERBS
-from lora_tools.verbs.card import card_of
 from lora_tools.verbs.paths import Paths
 from lora_tools.verbs.report_file import check_report_file, write_report
 from lora_tools.verbs.row import Verb
-from lora_tools.within import holding
-
-if TYPE_CHECKING:
-    from lora_tools.engine.dask import Cluster
+from lora_tools.verbs.writing import write
+from lora_tools.watch import files
 
 # What the types of keywords are written by.
 _NAMES = {
@@ -144,13 +136,17 @@ def carry_out(row: Verb, given: Mapping[str, Any], report_file: Path | None = No
             held.enter_context(variants.using(call.running.variant))
             if call.writing.dry_run:
                 held.enter_context(headers_only())
+            held.enter_context(files.unchanged())
             report = _work(row, call, given, asked, paths)
     except QualityGateError as error:
         if error.report is None:
             raise
         report, failure = error.report, error
     report = dataclasses.replace(
-        report, output=call.out, dry_run=call.writing.dry_run, seconds=time.perf_counter() - started
+        report,
+        output=call.out if call.writing.shard is None else "",
+        dry_run=call.writing.dry_run,
+        seconds=time.perf_counter() - started,
     )
     if report_file is not None:
         write_report(report, report_file)
@@ -220,83 +216,4 @@ def _work(
         return prepared.report
     paths.check_kept()
     nbytes = prepared.nbytes + sum(map(held_bytes, copied))
-    return _write(row, asked, prepared, call, nbytes)
-
-
-def way_of(writing: Writing) -> Way:
-    """What becomes of what a run that was ended has left. Raises UsageError."""
-    if writing.resume and writing.clean:
-        raise UsageError(
-            "--resume goes on with what was left, --clean removes it: give one of them"
-        )
-    return "resume" if writing.resume else "clean" if writing.clean else "refuse"
-
-
-def _versions() -> tuple[str, str]:
-    """Of what does the work: loratools and torch."""
-    return tool_version(), metadata.version("torch")
-
-
-@contextlib.contextmanager
-def _engine(running: Running) -> Iterator[Cluster | None]:
-    """The cluster that does the work within; None where that is done here."""
-    if running.engine == "threads":
-        if running.workers is not None:
-            raise UsageError(f"--workers {running.workers}: goes with --engine dask; see --jobs")
-        yield None
-        return
-    from lora_tools.engine import remote
-    from lora_tools.engine.dask import cluster
-
-    setting = remote.Setting(hashing.used, hashing.using)
-    with (
-        cluster(running.engine, running.workers, _versions(), setting) as found,
-        holding(elsewhere, found),
-    ):
-        yield found
-
-
-def _write(
-    row: Verb, asked: Mapping[str, Any], prepared: Prepared, call: Call, nbytes: int
-) -> Report[Any]:
-    """Make the output beside its place, and put it there once it is complete."""
-    out, force, way = Path(call.out), call.writing.force, way_of(call.writing)
-    made = [out / name for name in prepared.added] or [out]
-    made += [out.with_name(out.name + suffix) for suffix in prepared.beside]
-    for path in made:
-        check_destination(path, force, way)
-    resume = way == "resume"
-    check_space(out, nbytes, reusable(made[0]) if resume else 0)
-    with (
-        _engine(call.running) as engine,
-        staged(made[0], force=force, resume=resume) as staging,
-        contextlib.closing(Ledger(staging)) as ledger,
-        memo.using(account := memo.Account(ledger, (*_versions(), call.running.digest))),
-    ):
-        if engine is not None:
-            engine.check_sees([*prepared.inputs, staging])
-        report = write_whole(prepared, staging / "out")
-        if (staging / "out").is_dir():
-            _put_card(row, asked, prepared, report, staging / "out")
-    if account.recalled:
-        said = f"{account.recalled} pieces of work were found done, and not done again (--resume)"
-        report = dataclasses.replace(report, notes=(*report.notes, said))
-    for suffix in prepared.dropped if force else ():
-        out.with_name(out.name + suffix).unlink(missing_ok=True)
-    return report
-
-
-def _put_card(
-    row: Verb, asked: Mapping[str, Any], prepared: Prepared, report: Report[Any], folder: Path
-) -> None:
-    """Put the result's own card into its folder. What was copied from the input speaks of that, and
-    is the right one only where that comes back."""
-    place = folder / model_card.NAME
-    if "no_card" not in row.by_name:
-        if prepared.card is not None:
-            place.unlink(missing_ok=True)
-            write_synced(place, prepared.card)
-        return
-    place.unlink(missing_ok=True)
-    if not asked["writing"].no_card:
-        write_synced(place, card_of(row, asked, report, folder, prepared))
+    return write(row, asked, prepared, call.out, call.command, nbytes)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from lora_tools.errors import QualityGateError
+from lora_tools.errors import QualityGateError, UsageError
 from lora_tools.figures import exceeded
 from lora_tools.formats.output import Prepared
 from lora_tools.options import Adding, Evaluation, Matching, NumberFormat, Storage, Tensors
@@ -16,6 +16,7 @@ from lora_tools.quantizing.statistics import Calibration, plan_calibration
 from lora_tools.records import Report, TensorResult
 from lora_tools.totals import QuantizeTotals
 from lora_tools.verbs.frame import Call, verb
+from lora_tools.watch.files import check
 
 
 @verb
@@ -56,6 +57,11 @@ def quantize(
         )
 
     calibration = plan_calibration(checkpoint, number_format, call.running)
+    if calibration is not None and (call.writing.shard is not None or call.writing.finish):
+        raise UsageError(
+            "--calibrate: each shard would collect statistics of its own; make them once by "
+            "loratools collect-stats, and give them to all by --activations"
+        )
     prepared = prepare(number_format.activations)
     if calibration is not None:
         prepared = _calibrated(prepared, prepare, calibration)
@@ -78,6 +84,7 @@ def _calibrated(
         path = out.with_name("statistics")
         calibration.collect(path)
         report: Report[QuantizeTotals] = prepare(path).write(out)
+        check()  # the statistics are gone from here on, and are not looked for again
         path.unlink()
         inputs = [i for i in report.inputs if i.role != "activations"]
         return dataclasses.replace(report, inputs=(*inputs, calibration.input))

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_tools.errors import MismatchError, UsageError
+from lora_tools.errors import MismatchError, UsageError, need
 from lora_tools.figures import Total
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.alignment import align
@@ -22,8 +22,8 @@ from lora_tools.merging.plan import MergePlan, adapter_digest, plan_merge
 from lora_tools.merging.prepare import merge_for_now
 from lora_tools.merging.targets import Target
 from lora_tools.options import Running
-from lora_tools.options.parse import need
 from lora_tools.records import Action, Fate, Input, ProgressCallback, TensorSpec, counted
+from lora_tools.sentences import offence as outputs_differ
 from lora_tools.sources.weighted import Weighted
 from lora_tools.totals import VerifyTotals
 from lora_tools.verifying.findings import FINE, Findings
@@ -33,10 +33,9 @@ from lora_tools.verifying.onnx_quantized import Packed, check_packed
 if TYPE_CHECKING:
     import torch
 
-    from lora_tools.onnx.check import Check
     from lora_tools.onnx.initializers import GraphWeights
+    from lora_tools.onnx.outputs import Check
 
-_TO_RUN = ("onnx", "onnxruntime", "transformers")
 _NO_FAULT = (*FINE, Action.CONSTANT, Action.LEFT_OUT, Action.UNNAMED)
 
 
@@ -46,7 +45,7 @@ class GraphRun:
 
     task: str
     atol: float
-    rtol: float
+    rtol: float | None
     trust_remote_code: bool
 
 
@@ -67,7 +66,8 @@ def verify_onnx(
     Raises:
         MismatchError: with the weights only, some of them have no names to be compared by.
     """
-    need("onnx", *(_TO_RUN if run else ()))
+    to_run = ("onnxruntime", "transformers") if run else ()
+    need("verify of an ONNX model", "onnx", "onnx", *to_run)
     from lora_tools.onnx.initializers import GraphWeights
 
     plan = plan_merge(source, weighted)
@@ -93,13 +93,14 @@ def verify_onnx(
         return Findings(inputs, found.fates, verdict, "", found.totals(), notes)
     dtype = _cast(found.checked, found.weights, source)
     check = _compare(paths, source, weighted, run, dtype, bool(found.packed), allow_pickle)
-    offence = f"not {name}: {_said(check, run)}" if check.failed else ""
+    offence = f"not {name}: {outputs_differ(check.totals())}" if check.failed else ""
     if check.failed:
         verdict = f"not {name}"
     else:
         verdict += f"; its outputs are torch's, to {check.absolute:.2g}"
     totals: VerifyTotals = {**found.totals(), **check.totals()}
-    return Findings(inputs, found.fates, verdict, offence, totals, found.notes)
+    notes = (*found.notes, check.note) if check.note else found.notes
+    return Findings(inputs, found.fates, verdict, offence, totals, notes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -383,14 +384,4 @@ def _has_cache(paths: Sequence[Path]) -> bool:
 
     return len(paths) > 1 or any(
         value.name.startswith("past_key_values.") for value in load(paths[0]).graph.input
-    )
-
-
-def _said(check: Check, run: GraphRun) -> str:
-    tokens = ""
-    if check.same_tokens != check.tokens:
-        tokens = f", and {check.same_tokens} of {check.tokens} generated tokens are the same"
-    return (
-        f"{check.worst} differs from torch by {check.absolute:.3g} (relative {check.relative:.3g}; "
-        f"allowed: {run.atol:g} + {run.rtol:g} of the largest element){tokens}"
     )

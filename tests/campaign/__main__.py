@@ -31,6 +31,7 @@ _OPTIONS: dict[str, tuple[dict[str, object], str]] = {
     "--seconds": ({"type": float}, "for the damaged files, at most"),
     "--bombs": ({"action": "store_true"}, "small files that stand for far too much"),
     "--kills": ({"type": int, "default": 0}, "runs that are killed or sent a signal"),
+    "--resumes": ({"type": int, "default": 0}, "kills of each kind that are gone on from"),
     "--races": ({"type": int, "default": 0}, "for one destination, of two to four runs"),
     "--disks": ({"type": int, "default": 0, "metavar": "BYTES"},
         "disks of all sizes in steps of so many bytes, and bounds on a file"),
@@ -127,8 +128,8 @@ def _figures(found: collections.Counter[str]) -> str:
 def over(
     count: int, jobs: int, here: Path, one: Callable[[Path, random.Random], list[str]], seed: str
 ) -> tuple[int, list[str]]:
-    """So many times, each in a folder of its own, some at a time. Returns how many there were, and
-    what was wrong."""
+    """So many times, each in a folder of its own, ``jobs`` at a time; 0: in this thread. Returns
+    how many there were, and what was wrong."""
     tried = []
 
     def each(number: int) -> list[str]:
@@ -141,8 +142,9 @@ def over(
         shutil.rmtree(folder)
         return [f"{number}: {text}" for text in wrong]
 
-    with ThreadPoolExecutor(jobs) as pool:
-        wrong = [text for texts in pool.map(each, range(count)) for text in texts]
+    with ThreadPoolExecutor(max(jobs, 1)) as pool:
+        found = pool.map(each, range(count)) if jobs else map(each, range(count))
+        wrong = [text for texts in found for text in texts]
     return len(tried), wrong
 
 
@@ -164,6 +166,8 @@ def moments(options: argparse.Namespace, here: Path, table: Table) -> None:
                 count, options.jobs, here / what, lambda f, r, o=one: o(place, f, r), seed
             )
             table.row(what, count, f"{len(wrong)} wrong", wrong)
+    if options.resumes:
+        _resumes(options, here, place, table)
     if options.disks:
         _disks(options.disks, here, place, table)
     if options.elsewhere:
@@ -172,6 +176,26 @@ def moments(options: argparse.Namespace, here: Path, table: Table) -> None:
             table.row(f"elsewhere: {what}", len(m.VERBS), f"{len(wrong)} with other bytes", wrong)
     if iotools.tree(place.top) != place.inputs:
         table.row("inputs that changed", 1, "", ["an input was written to"])
+
+
+def _resumes(options: argparse.Namespace, here: Path, place: object, table: Table) -> None:
+    """Commands, shares and workers that are killed, and what goes on with their work."""
+    from tests.campaign import moments as m
+    from tests.campaign import resumption
+
+    assert isinstance(place, m.Ground)
+    kinds = {
+        "killed and resumed": resumption.caller,
+        "a share killed, then finished": resumption.share,
+        "a Dask worker killed": resumption.worker,
+    }
+    for what, one in kinds.items():
+        jobs = 0 if one is resumption.worker else options.jobs  # it runs in this very process
+        seed = f"{options.seed} {what}"
+        count, wrong = over(
+            options.resumes, jobs, here / what, lambda f, r, o=one: o(place, f, r), seed
+        )
+        table.row(what, count, f"{len(wrong)} wrong", wrong)
 
 
 def _disks(step: int, here: Path, place: object, table: Table) -> None:
@@ -224,7 +248,14 @@ def main() -> int:
         for wanted, part in (
             (options.inputs, fuzz),
             (options.bombs, bombs),
-            (options.kills or options.races or options.disks or options.elsewhere, moments),
+            (
+                options.kills
+                or options.resumes
+                or options.races
+                or options.disks
+                or options.elsewhere,
+                moments,
+            ),
             (options.gigabytes, memory),
         ):
             if wanted and not _ENDING.is_set():

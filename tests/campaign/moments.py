@@ -135,8 +135,8 @@ def small_disk(folder: Path) -> Iterator[Path]:
 # The check before the work is left out, so that the disk is full in the middle of it; or no file
 # may be longer than so much.
 _NO_CHECK = """
-import lora_tools.verbs.frame as frame
-frame.check_space = lambda *given: None
+import lora_tools.verbs.writing as writing
+writing.check_space = lambda *given: None
 """
 _LIMIT = """
 import resource, signal

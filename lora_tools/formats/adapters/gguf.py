@@ -35,7 +35,7 @@ def holds_adapter(path: Path) -> bool:
 
 def open_file(path: Path) -> GgufFile:
     """Open it. Raises UnsupportedAdapter where it is a model and no adapter."""
-    package(AdapterError)
+    package()
     file = GgufFile(path)
     if file.fields.get("general.type") != "adapter":
         raise UnsupportedAdapter(f"{path}: a GGUF model; an adapter is wanted here")
@@ -51,7 +51,7 @@ def open_file(path: Path) -> GgufFile:
 
 def _names(base: BaseNames, path: Path) -> dict[str, str]:
     """Every module of the base → GGUF's name of its tensor."""
-    gguf = package(AdapterError)
+    gguf = package()
     row = architecture(base, path, "GGUF")
     [arch] = [key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == row.gguf]
     mapping = gguf.get_tensor_name_map(arch, layers(base))
@@ -96,7 +96,7 @@ class GgufWriter(Writer):
 
     def __init__(self, out: Path, base: BaseNames | None, compute: Compute) -> None:
         super().__init__(out, base, compute)
-        gguf = package(AdapterError)
+        gguf = package()
         if base is None:
             raise AdapterError("GGUF has its own names and order of rows: give --base CHECKPOINT")
         self._base, self._row = base, architecture(base, base.path, "GGUF")
@@ -124,7 +124,7 @@ class GgufWriter(Writer):
 
     def finish(self) -> None:
         """Write the file."""
-        gguf = package(AdapterError)
+        gguf = package()
         self._writer.add_string(gguf.Keys.General.TYPE, gguf.GGUFType.ADAPTER)
         self._writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         self._writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(self._alpha or 0))

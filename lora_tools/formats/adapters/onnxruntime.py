@@ -15,7 +15,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_tools.errors import AdapterError, CheckpointError, TensorNotFound
+from lora_tools.errors import AdapterError, CheckpointError, TensorNotFound, need
 from lora_tools.formats.adapters.base_names import BaseNames
 from lora_tools.formats.adapters.format import Format
 from lora_tools.formats.adapters.outline import Compute, Context, Outline, group_parts, pair
@@ -38,12 +38,9 @@ _DTYPES = {"float32": "F32", "float16": "F16", "float64": "F64"}
 
 
 def _package() -> Any:
-    try:
-        import onnxruntime
-    except ImportError:
-        raise AdapterError(
-            "ONNX Runtime's adapter files need onnxruntime: pip install 'loratools[onnxruntime]'"
-        ) from None
+    need("an .onnx_adapter file", "onnxruntime", "onnxruntime")
+    import onnxruntime
+
     return onnxruntime
 
 

@@ -17,6 +17,7 @@ A quantized ``P.weight`` is (see ``linalg.nf4`` for what the numbers mean)
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -100,9 +101,7 @@ class QuantState:
     @property
     def most_json(self) -> int:
         """The most bytes ``to_json`` can have, whatever the offset."""
-        if not self.nested:
-            return len(self.to_json())
-        return len(dataclasses.replace(self, nested_offset=0.0).to_json()) - 3 + _LONGEST_FLOAT
+        return _most_json(self)
 
     @classmethod
     def from_json(cls, data: bytes) -> QuantState:
@@ -131,6 +130,13 @@ class QuantState:
         if not honest:
             raise CheckpointError(f"not a quant_state of bitsandbytes: {data!r:.200}")
         return state
+
+
+@functools.lru_cache  # weights are of few shapes
+def _most_json(state: QuantState) -> int:
+    if not state.nested:
+        return len(state.to_json())
+    return len(dataclasses.replace(state, nested_offset=0.0).to_json()) - 3 + _LONGEST_FLOAT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,9 +328,16 @@ def skip_entry(module: str) -> str:
     return f"{before}.experts" if experts else module
 
 
+_FEW = 16  # modules that are sooner looked through than looked up by each of a name's ends
+
+
 def loader_skips(module: str, skip: Collection[str]) -> bool:
     """Whether transformers leaves a linear layer alone that has this set of modules to skip: its
     name ends like one of them, or begins with one up to a dot."""
+    if len(skip) < _FEW:
+        return any(module.startswith(f"{each}.") for each in skip) or any(
+            each and module.endswith(each) for each in skip
+        )
     parts = module.split(".")
     return any(module[i:] in skip for i in range(len(module))) or any(
         ".".join(parts[:n]) in skip for n in range(1, len(parts))

@@ -234,7 +234,8 @@ def _layout(codes: TensorSpec, scale: TensorSpec, config: Mapping[str, Any]) -> 
         return (1, 1, 1), (max(rows, 1), max(cols, 1)), "per tensor"
     if stated is None:
         is_turned = method(config) == "fbgemm_fp8"
-        found = per_expert(codes, given, is_turned) or _per_channel(shape, given)
+        is_whole = "weight_block_size" in entry_of(config)  # null
+        found = per_expert(codes, given, is_turned, is_whole) or _per_channel(shape, given)
         if found is not None:
             return found
     if len(shape) not in (2, 3) or len(given) != len(shape) or given[:-2] != shape[:-2]:
@@ -259,14 +260,24 @@ def _blocks(
     codes: TensorSpec, stacked: int, given: tuple[int, int], stated: tuple[int, int] | None
 ) -> Layout | None:
     """A scale for each block. The blocks of fused ``gate_up_proj`` start anew at its second half,
-    where a half is no whole number of them."""
+    where a half is no whole number of them.
+
+    Raises:
+        CheckpointError: there are as many whether or not they do.
+    """
     _, rows, cols = matrices(codes.shape, stacked)
     down, across = given
     wide = _side(cols, across, stated and stated[1])
     high = _side(rows, down, stated and stated[0])
-    if not high and is_gate_up(codes) and not (rows % 2 or down % 2):
-        stacked, down = 2 * stacked, down // 2
-        high = _side(rows // 2, down, stated and stated[0])
+    if is_gate_up(codes) and not (rows % 2 or down % 2):
+        half = _side(rows // 2, down // 2, stated and stated[0])
+        if high and half and rows // 2 % high:
+            raise CheckpointError(
+                f"{codes}: blocks of {high}x{wide} numbers may go on over its two projections, or "
+                f"start anew in the second; {ORIGINAL}"
+            )
+        if not high:
+            stacked, down, high = 2 * stacked, down // 2, half
     if not (high and wide):
         return None
     return (stacked, down, across), (high, wide), f"per block of {high}x{wide}"

@@ -19,16 +19,20 @@ from lora_tools.records import TensorSpec
 Layout = tuple[tuple[int, int, int], tuple[int, int], str]  # grid, block, what to call it
 
 
-def per_expert(codes: TensorSpec, given: tuple[int, ...], is_turned: bool) -> Layout | None:
+def per_expert(
+    codes: TensorSpec, given: tuple[int, ...], is_turned: bool, is_whole: bool
+) -> Layout | None:
     """One scale for each of the matrices (E, rows, cols) of fused experts, or for each half of
     ``gate_up_proj``; or for each of their last dimension, as fbgemm has those of Llama 4.
 
     Args:
         given: the scale's shape.
         is_turned: scales (E, n, 1) are of the last dimension, too, as fbgemm's of ``down_proj``.
+        is_whole: config.json says that there are no blocks.
 
     Raises:
-        CheckpointError: scales (E, n) beside square matrices may be of their rows or columns.
+        CheckpointError: scales (E, n) beside square matrices may be of their rows or columns; those
+            of two projections, of two blocks of 128 rows.
     """
     if len(codes.shape) != 3:
         return None
@@ -36,6 +40,12 @@ def per_expert(codes: TensorSpec, given: tuple[int, ...], is_turned: bool) -> La
     if given in ((experts,), (experts, 1), (experts, 1, 1)):
         return (experts, 1, 1), (rows, cols), "per expert"
     if given == (experts, 2, 1) and is_gate_up(codes) and rows % 2 == 0 and rows > 2:
+        if not is_whole and _are_blocks(rows, cols):
+            raise CheckpointError(
+                f"{codes}: its scales {list(given)} may be of its two projections or of blocks of "
+                f"128x128 numbers (weight_block_size, null where there are none, would tell in "
+                f"config.json); {ORIGINAL}"
+            )
         return (2 * experts, 1, 1), (rows // 2, cols), "per projection"
     if given == (experts, rows) and rows == cols:
         raise CheckpointError(
@@ -46,6 +56,11 @@ def per_expert(codes: TensorSpec, given: tuple[int, ...], is_turned: bool) -> La
     if given in (turned, (experts, 1, cols)):
         return (experts, 1, cols), (rows, 1), "per channel"
     return None
+
+
+def _are_blocks(rows: int, cols: int) -> bool:
+    """Whether two scales would be of blocks of 128, other numbers than the two halves."""
+    return 128 < rows < 256 and cols <= 128
 
 
 def is_gate_up(codes: TensorSpec) -> bool:

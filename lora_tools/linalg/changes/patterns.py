@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lora_tools.errors import UsageError
+from lora_tools.errors import need
 from lora_tools.linalg.changes.on import On, Tensors, places
 from lora_tools.linalg.scaling import scaling
 
@@ -35,17 +35,16 @@ def waveft(t: Tensors, n: Numbers, on: On) -> torch.Tensor:
     in the middle of a matrix that is wider by what the filters take; or the sparse matrix itself.
 
     Raises:
-        UsageError: PEFT, which has the wavelets' filters, is not installed.
+        NotInstalled: PEFT, which has the wavelets' filters, is not there.
     """
     spectrum = t["waveft_spectrum"]
     sparse = _spread(spectrum, on.shape, n["random_loc_seed"])
     if not n["use_idwt"]:
         return sparse * float(n["scaling"])
-    try:
-        from peft.tuners.waveft.constants import WAVELET_REDUCTIONS
-        from peft.tuners.waveft.wavelet import Wavelet
-    except ImportError:
-        raise UsageError("a WaveFT adapter needs PEFT's wavelets: pip install peft") from None
+    need("a WaveFT adapter", "waveft", "peft")
+    from peft.tuners.waveft.constants import WAVELET_REDUCTIONS
+    from peft.tuners.waveft.wavelet import Wavelet
+
     wavelet = Wavelet(n["wavelet_family"])
     more = WAVELET_REDUCTIONS[n["wavelet_family"]]
     padded = [size + extra + (size + extra) % 2 for size, extra in zip(on.shape, more, strict=True)]

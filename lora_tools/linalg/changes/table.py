@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lora_tools.errors import MismatchError
+from lora_tools.errors import LoraToolsError, MismatchError
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +35,7 @@ def change(name: str, tensors: Tensors, numbers: Mapping[str, Any], on: On) -> t
 
     Raises:
         MismatchError: the tensors do not go together, or are of another layer.
+        NotInstalled: what this kind takes is missing.
     """
     import torch
 
@@ -45,6 +46,8 @@ def change(name: str, tensors: Tensors, numbers: Mapping[str, Any], on: On) -> t
     try:
         result = _changes()[name](tensors, numbers, on)
         return result.reshape(on.shape) if on.shape else result
+    except LoraToolsError:
+        raise
     except (RuntimeError, ValueError, IndexError, KeyError, ZeroDivisionError, StopIteration) as e:
         what = f" for {list(on.shape)}" if on.shape else ""
         raise MismatchError(f"{shapes} make no {name}{what} ({type(e).__name__})") from None

@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import onnx_ir as ir
 import torch
 
 NAME = "loratools_one_operator"
@@ -66,10 +67,13 @@ def _operator(
     _refuse(module, attention_mask, position_bias, others)
     mask = attention_mask if position_bias is None else _biased(attention_mask, position_bias)
     attributes = {"scale": scaling, "softcap": softcap}
+    given: dict[str, Any] = {n: float(x) for n, x in attributes.items() if x is not None}
+    if query.dtype != torch.float32:
+        given["softmax_precision"] = int(ir.DataType.FLOAT)
     made = torch.onnx.ops.symbolic(
         "Attention",
         (query, key, value, mask),
-        {name: float(number) for name, number in attributes.items() if number is not None},
+        given,
         dtype=query.dtype,
         shape=(*query.shape[:3], value.shape[3]),
         version=23,
@@ -92,7 +96,16 @@ def translations() -> dict[Any, Any]:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Any:
-        return op.Attention(query, key, value, attn_mask, is_causal=int(is_causal), scale=scale)[0]
+        half = query.dtype != ir.DataType.FLOAT
+        return op.Attention(
+            query,
+            key,
+            value,
+            attn_mask,
+            is_causal=int(is_causal),
+            scale=scale,
+            softmax_precision=int(ir.DataType.FLOAT) if half else None,
+        )[0]
 
     return {torch.ops.aten.scaled_dot_product_attention.default: attention}
 

@@ -8,7 +8,6 @@ import onnx_ir as ir
 from lora_tools.onnx.fuse.nodes import add, attribute, dims, given, made_by, replace, shape, sizes
 
 _SWAP = (0, 2, 1, 3)  # (B, H, S, D) to (B, S, H, D), and back
-_LOWEST = float(np.finfo(np.float32).min)
 
 
 def fuse_attention(graph: ir.Graph) -> None:
@@ -33,7 +32,7 @@ def _rebuild(node: ir.Node, biases: dict[ir.Value, ir.Value]) -> None:
     new = [query, *(past[1] for past in pasts)] if cached else [query, key, value]
     inputs = [
         *(_side_by_side(each, node) for each in new),
-        _bias(mask, biases) if mask is not None else None,
+        _bias(mask, query, biases) if mask is not None else None,
         *(past[0] for past in pasts if cached),
     ]
     batch, _, length, _ = dims(node.outputs[0])
@@ -109,22 +108,24 @@ def _joined(value: ir.Value, before: ir.Node) -> ir.Value:
     return add(before, "Reshape", [value, form], like=value, sized=sized).outputs[0]
 
 
-def _bias(mask: ir.Value, known: dict[ir.Value, ir.Value]) -> ir.Value:
-    """What is added to the scores for a mask of truth values; other masks are that already."""
+def _bias(mask: ir.Value, query: ir.Value, known: dict[ir.Value, ir.Value]) -> ir.Value:
+    """What is added to the scores for a mask of truth values, in the query's dtype; other masks are
+    that already."""
     if mask.dtype != ir.DataType.BOOL:
         return mask
     if mask not in known:
         node = mask.producer()
         assert node is not None
         assert node.graph is not None
+        kind = query.dtype or ir.DataType.FLOAT
         zero, lowest = (
-            ir.node("Constant", [], {"value": ir.tensor(np.float32(number))})
-            for number in (0.0, _LOWEST)
+            ir.node("Constant", [], {"value": ir.tensor(np.array(number, kind.numpy()))})
+            for number in (0.0, kind.min)
         )
         chosen = ir.node("Where", [mask, zero.outputs[0], lowest.outputs[0]])
         for each in (zero, lowest, chosen):
             each.metadata_props.update(node.metadata_props)
-        chosen.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+        chosen.outputs[0].type = ir.TensorType(kind)
         chosen.outputs[0].shape = mask.shape
         node.graph.insert_after(node, [zero, lowest, chosen])
         known[mask] = chosen.outputs[0]

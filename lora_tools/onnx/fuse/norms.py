@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from lora_tools.onnx.fuse.nodes import add, attribute, constant, made_by, number, replace, shape
+from lora_tools.onnx.fuse.nodes import (
+    add,
+    attribute,
+    constant,
+    given,
+    made_by,
+    number,
+    replace,
+    shape,
+)
 
 
 def fuse_norms(graph: ir.Graph) -> None:
@@ -20,6 +29,8 @@ def fuse_norms(graph: ir.Graph) -> None:
             if normal is None:
                 continue
             x, epsilon = normal
+            if weight is None or weight.dtype != x.dtype:
+                continue
             if not shape(x) or shape(weight) != shape(x)[-1:]:
                 continue
             made = add(
@@ -34,7 +45,16 @@ def fuse_norms(graph: ir.Graph) -> None:
 
 
 def _normal(value: ir.Value | None) -> tuple[ir.Value, float] | None:
-    """x and ε of x / √(mean(x²) + ε)."""
+    """x and ε of x / √(mean(x²) + ε); in half precision of what is computed in float32 and cast
+    back, as the operator does it."""
+    cast = made_by(value, "Cast")
+    if cast is not None:
+        found = _normal(cast.inputs[0])
+        wide = made_by(found[0], "Cast") if found is not None else None
+        if found is None or wide is None or value is None:
+            return None
+        narrow = given(wide)
+        return (narrow, found[1]) if narrow.dtype == value.dtype else None
     node = made_by(value, "Mul")
     if node is None:
         return None

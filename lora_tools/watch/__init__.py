@@ -1,0 +1,1 @@
+"""Files that are read while something else may write to them."""
