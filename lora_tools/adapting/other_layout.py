@@ -125,7 +125,7 @@ def _made(job: _Job, wanted: Layout) -> Iterator[NewModule]:
     if len(names) == 1:
         yield new
         return
-    first, sizes = 0, shares(len(names), (rows, columns))
+    first, sizes = 0, shares(job.pair, (rows, columns))
     if not sizes:
         raise job.refuse(f"which of its {rows} rows are which is not known")
     for name, count in zip(names, sizes, strict=True):

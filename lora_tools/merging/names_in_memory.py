@@ -4,12 +4,13 @@ other way about; or those of the other layout of a diffusion model."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lora_tools.errors import UnsupportedAdapter
 from lora_tools.formats.counterparts.table import Counterpart, counterparts
-from lora_tools.records import rows_of
+from lora_tools.records import TensorSpec, rows_of
 from lora_tools.sources.transformers_names import LoadedTensor, loaded
 
 if TYPE_CHECKING:
@@ -58,6 +59,33 @@ def by_own_names(
             result.append((piece.stored, part))
             row += piece.rows
     return result
+
+
+def refuse_overlaps(name: str, parts: Sequence[Part], spec: TensorSpec) -> None:
+    """Raises UnsupportedAdapter where one adapter has a change of a fused weight and of what is in
+    it, besides: some trainers write both, and mean one.
+
+    Args:
+        name, spec: of the tensor that all the parts act on.
+    """
+    acting = [p for p in parts if p.kind in ("lora", "dora", "difference") and p.expert is None]
+    for i, part in enumerate(acting):
+        for other in acting[:i]:
+            cut = [p for p in (part, other) if p.shape and p.shape != spec.shape]
+            if part.weighted is not other.weighted or len(cut) != 1:
+                continue
+            [inner] = cut
+            held = math.prod(inner.shape[:-1]) if len(inner.shape) > 1 else inner.shape[0]
+            if max(-inner.start, 0) < min(held - inner.start, rows_of(spec)):
+                raise UnsupportedAdapter(
+                    f"{part.weighted.path}: {_called(other)} and {_called(part)} both change "
+                    f"{name}, one as it is stored and one by its name in the model's other "
+                    "layout, most likely the same change twice; take the keys of one of them out"
+                )
+
+
+def _called(part: Part) -> str:
+    return part.source if isinstance(part.source, str) else str(getattr(part.source, "module", ""))
 
 
 def _other_names(

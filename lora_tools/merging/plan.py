@@ -31,7 +31,7 @@ from lora_tools.merging.changed import (
 from lora_tools.merging.doubts import doubts
 from lora_tools.merging.experts import as_base_holds, fit_share
 from lora_tools.merging.fitted import FittedBase
-from lora_tools.merging.names_in_memory import by_own_names, differed, replaced
+from lora_tools.merging.names_in_memory import by_own_names, differed, refuse_overlaps, replaced
 from lora_tools.merging.orientation import as_stored
 from lora_tools.merging.passed_by import part_passed_by
 from lora_tools.merging.targets import BaseOutline, Part, Target, blocks_of, key_of, need_float
@@ -129,6 +129,8 @@ def plan_merge(
     notes += [] if undoing else doubts(base, adapters, parts)
     for name, acting in parts.items():
         refuse_mixtures(name, acting)
+        spec = base.specs.get(name) or base.specs[sources[name]]
+        refuse_overlaps(name, acting, spec)
     parted = part_tied(parts, ties, base, notes)
     _refuse_two_replacements(parts)
     untied = tuple(

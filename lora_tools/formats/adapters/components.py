@@ -36,6 +36,7 @@ KOHYA: dict[str, tuple[str, ...]] = {
 _WRAPPERS: dict[str, tuple[str, ...]] = {
     "model.diffusion_model.": DENOISERS,
     "diffusion_model.": DENOISERS,
+    "conditional_transformer.": ("transformer",),  # of Ideogram 4, which has another one
     "cond_stage_model.transformer.": ("text_encoder",),
     "cond_stage_model.": ("text_encoder",),
     "conditioner.embedders.0.transformer.": ("text_encoder",),

@@ -78,6 +78,7 @@ _PROCESSOR = re.compile(r"\.processor\.(to_[qkv]|to_out)_lora$")
 
 def split(key: str) -> tuple[str, str] | None:
     """A key → its module, ``unet.`` and all, and which part it is."""
+    key = key.removeprefix(PREFIX)
     match = _KEY.fullmatch(key) or _BARE.fullmatch(key)
     if not match:
         return xlabs.split(key)
@@ -87,7 +88,7 @@ def split(key: str) -> tuple[str, str] | None:
 
 def knows(key: str) -> bool:
     """Whether a key is one of these."""
-    return not key.startswith(_GENERIC) and split(key) is not None
+    return not key.startswith((*_GENERIC, PREFIX)) and split(key) is not None
 
 
 def read(path: Path, file: TensorFile, context: Context, form: str = "diffusers") -> Outline:
@@ -97,6 +98,7 @@ def read(path: Path, file: TensorFile, context: Context, form: str = "diffusers"
     said = _metadata(outline)
     modules = group_parts(outline, set(_PARTS.values()), split)
     several = {name: made for name in modules if (made := xlabs.modules(name))}
+    of_diffusion = any(_is_of_diffusion(name, context.base) for name in modules)
     in_base = _in_base([*modules, *itertools.chain(*several.values())], context.base)
     for name, keys in modules.items():
         module = in_base[name]
@@ -113,7 +115,7 @@ def read(path: Path, file: TensorFile, context: Context, form: str = "diffusers"
             rslora = False
         else:
             alpha, rslora = _configured(outline, said, name)
-            if alpha is None and not _is_of_diffusion(name):
+            if alpha is None and (context.alpha is not None or not of_diffusion):
                 alpha = context.need_alpha(outline)
         outline.add_lora(
             module,
@@ -150,10 +152,12 @@ def _refuse_control(path: Path, keys: Collection[str]) -> None:
         )
 
 
-def _is_of_diffusion(name: str) -> bool:
+def _is_of_diffusion(name: str, base: BaseNames | None) -> bool:
     """Whether a name is a diffusion model's: trainers of such leave out an alpha that is the rank.
     (Files of PEFT's that lost their config do not say theirs.)"""
-    return name.partition(".")[0] in NAMES or bool(placed(name)[0] or looks_like(name))
+    if name.partition(".")[0] in NAMES or placed(name)[0] or looks_like(name):
+        return True
+    return base is not None and bool(base.parts or {*base.components} & {*DENOISERS})
 
 
 def _in_base(names: Collection[str], base: BaseNames | None) -> dict[str, str]:

@@ -63,7 +63,9 @@ def by_keys(path: Path, keys: Collection[str]) -> Format:
     """The format whose names a file of tensors has. Raises AdapterError."""
     if keys and all(key.startswith(peft.PREFIX) for key in keys):
         raise AdapterError(
-            f"{path}: PEFT's tensors without their {peft.CONFIG}; put that file beside it"
+            f"{path}: PEFT's tensors without their {peft.CONFIG}; put that file beside it (of a "
+            "diffusion model, what diffusers takes for it, an alpha that is the rank, makes: "
+            f"loratools convert {path} -o OUT --from diffusers --to diffusers --base BASE)"
         )
     known = {
         form.name: sum(map(form.knows, keys)) for form in FORMATS.values() if form.knows is not None

@@ -23,11 +23,14 @@ class Pair:
             (``in_proj_`` of OpenCLIP).
         diffusers: the modules that its rows are, from the first row on; most often one.
         swapped: of one module, that its halves have changed places.
+        grouped: of three, that the first has as many rows as there are columns, and that the other
+            two share the rest (heads of q that have one of k and of v in common).
     """
 
     original: str
     diffusers: tuple[str, ...]
     swapped: bool = False
+    grouped: bool = False
 
     def modules(self, layout: Layout) -> tuple[str, ...]:
         """Its modules in a layout."""

@@ -10,12 +10,13 @@ from lora_tools.formats.adapters.components import placed
 from lora_tools.formats.counterparts.family import Family, Layout, Pair, tensor
 from lora_tools.formats.counterparts.flux import FLUX, FLUX_2
 from lora_tools.formats.counterparts.open_clip import OPEN_CLIP
+from lora_tools.formats.counterparts.recent import RECENT
 from lora_tools.formats.counterparts.transformers import HUNYUAN_VIDEO, SD3, WAN, Z_IMAGE
 from lora_tools.formats.counterparts.unet import UNET
 from lora_tools.formats.names import split_tensor
 from lora_tools.records import Piece, TensorSpec, rows_of
 
-FAMILIES = (FLUX_2, FLUX, UNET, OPEN_CLIP, SD3, WAN, Z_IMAGE, HUNYUAN_VIDEO)
+FAMILIES = (FLUX_2, FLUX, UNET, OPEN_CLIP, SD3, WAN, Z_IMAGE, HUNYUAN_VIDEO, *RECENT)
 _PARAMETERS = ("weight", "bias")
 # Whose names are wanted: the model's own, or those that readers of one kind go by.
 Readers = Literal["", "diffusers", "kohya", "comfyui"]
@@ -74,11 +75,12 @@ def parts(tensors: Collection[str], folders: Collection[str] = ()) -> Iterator[P
 
 
 def _module(name: str) -> str:
-    """Of a tensor; of one whose name is no parameter's, as a pair has it."""
+    """Of a tensor; of one whose name is no parameter's, as a pair has it; its own of a model's own
+    parameter."""
     module, parameter = split_tensor(name)
     if parameter in ("in_proj_weight", "in_proj_bias"):
         return f"{module}.in_proj_"
-    return module
+    return module or parameter
 
 
 def counterparts(
@@ -113,7 +115,7 @@ def _of_pair(pair: Pair, part: Part, specs: Mapping[str, TensorSpec]) -> Iterato
             yield _swapped(wanted[0], held[0])
         elif part.layout == "original":
             weight = specs.get(tensor(stored[0], "weight"), held[0])
-            yield from _cut(wanted, held[0], shares(len(wanted), weight.shape))
+            yield from _cut(wanted, held[0], shares(pair, weight.shape))
         else:
             yield _stacked(wanted[0], held)
 
@@ -123,14 +125,17 @@ def other(layout: Layout) -> Layout:
     return "diffusers" if layout == "original" else "original"
 
 
-def shares(count: int, shape: tuple[int, ...]) -> list[int]:
-    """How many rows of a weight (out, in) are of each of ``count`` modules: q, k and v have as many
-    as it has columns, and what follows them the rest. [] where they cannot have (grouped heads)."""
+def shares(pair: Pair, shape: tuple[int, ...]) -> list[int]:
+    """How many rows of a weight (out, in) are of each of the pair's modules: q, k and v have as
+    many as it has columns, and what follows them the rest; k and v that are ``grouped`` have less.
+    [] where they cannot have."""
+    count = len(pair.diffusers)
     if count == 1:
         return [shape[0]]
-    sizes = [shape[-1]] * 3
+    each = (shape[0] - shape[-1]) // 2 if pair.grouped else shape[-1]
+    sizes = [shape[-1], each, each]
     sizes += [shape[0] - sum(sizes)] * (count - 3)
-    return sizes if sum(sizes) == shape[0] and sizes[-1] > 0 else []
+    return sizes if sum(sizes) == shape[0] and min(sizes) > 0 else []
 
 
 def _cut(names: Collection[str], spec: TensorSpec, sizes: list[int]) -> Iterator[Counterpart]:

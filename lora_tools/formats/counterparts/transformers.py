@@ -112,13 +112,26 @@ _Z_IMAGE: Rules = {
 }
 Z_IMAGE = Family(
     "Z-Image",
-    has("layers.0.attention.qkv", "cap_embedder.", "x_embedder", "noise_refiner."),
+    has("layers.0.attention.qkv", "cap_embedder.", "x_embedder", "x_pad_token"),
     has("layers.0.attention.to_q", "all_x_embedder.2-1"),
     by_rules(_Z_IMAGE),
     lambda modules: "diffusers",
 )
 
+_TXT, _CONTEXT = "txt_in", "context_embedder"
+_REFINER = f"{_TXT}.individual_token_refiner.blocks.#"
+_REFINED = f"{_CONTEXT}.token_refiner.refiner_blocks.#"
 _HUNYUAN: Rules = {
+    f"{_TXT}.input_embedder": f"{_CONTEXT}.proj_in",
+    f"{_TXT}.t_embedder.mlp.0": f"{_CONTEXT}.{_EMBED}.timestep_embedder.linear_1",
+    f"{_TXT}.t_embedder.mlp.2": f"{_CONTEXT}.{_EMBED}.timestep_embedder.linear_2",
+    f"{_TXT}.c_embedder.linear_1": f"{_CONTEXT}.{_EMBED}.text_embedder.linear_1",
+    f"{_TXT}.c_embedder.linear_2": f"{_CONTEXT}.{_EMBED}.text_embedder.linear_2",
+    f"{_REFINER}.self_attn_qkv": qkv(f"{_REFINED}.attn"),
+    f"{_REFINER}.self_attn_proj": f"{_REFINED}.attn.to_out.0",
+    f"{_REFINER}.mlp.fc1": f"{_REFINED}.ff.net.0.proj",
+    f"{_REFINER}.mlp.fc2": f"{_REFINED}.ff.net.2",
+    f"{_REFINER}.adaLN_modulation.1": f"{_REFINED}.norm_out.linear",
     "img_in.proj": "x_embedder.proj",
     "time_in.mlp.0": f"{_EMBED}.timestep_embedder.linear_1",
     "time_in.mlp.2": f"{_EMBED}.timestep_embedder.linear_2",
