@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lora_tools
-from lora_tools.errors import UnsupportedAdapter
+from lora_tools.errors import AdapterError, UnsupportedAdapter
+from lora_tools.formats.counterparts.table import parts
 
 from .diffusers_converters import BARE, DEFAULT, DOTTED, KOHYA, MINIMAX_H3, Case, D
 from .test_diffusers_converters import RANK, adapter
@@ -131,3 +132,34 @@ def test_the_same_names_in_another_model_are_read(tmp_path: Path) -> None:
     lora_tools.merge(base, [tmp_path / "p"], out)
     [(name, delta)] = deltas.items()
     torch.testing.assert_close(load_file(out)[f"{name}.weight"], delta, rtol=1e-5, atol=1e-5)
+
+
+BLOCK = {"layers.0.attention.qkv": 36, "cap_embedder.0": 12, "x_embedder": 12, "noise_refiner.0": 4}
+
+
+@pytest.mark.parametrize(
+    ("modulations", "title"), [((0,), "Z-Image"), ((1,), "Lumina-Image 2"), ((0, 1), ""), ((), "")]
+)
+def test_z_image_and_lumina_2_are_told_by_their_modulation_alone(
+    modulations: tuple[int, ...], title: str
+) -> None:
+    shapes = BLOCK | {f"layers.0.adaLN_modulation.{i}": 48 for i in modulations}
+    found = parts([f"{module}.weight" for module in shapes])
+    assert "".join(part.family.title for part in found) == title
+
+
+@pytest.mark.parametrize("mode", ["image", "image_cond", "video", "audio"])
+def test_flux_3_has_the_modes_of_diffusers(mode: str, tmp_path: Path) -> None:
+    """Whose transformer knows two."""
+    case = Case("", {f"content_mode_blocks.{mode}.0.q_proj": (D, D)}, ())
+    given = saved(tmp_path / "l.safetensors", adapter(case, DOTTED)[0])
+    theirs = (f"mode_blocks.{mode}.0.attn.to_q", "single_transformer_blocks.0.attn.to_q")
+    base = saved(tmp_path / "b.safetensors", {f"{k}.weight": torch.zeros(D, D) for k in theirs})
+    out = tmp_path / "m.safetensors"
+    if mode.startswith("image"):
+        lora_tools.merge(base, [given], out)
+        assert load_file(out)[f"{theirs[0]}.weight"].any()
+        return
+    with pytest.raises(AdapterError, match=rf"{mode}.*is this the right base"):
+        lora_tools.merge(base, [given], out)
+    assert not out.exists()
