@@ -957,7 +957,9 @@ def export(
         runtime_adapters: Do not merge them: write each as an .onnx_adapter file that ONNX Runtime
             activates for a request, with optional inputs of the graph for its factors.
         task: features, classification, token-classification, masked-lm, question-answering, causal-
-            lm, seq2seq, speech-seq2seq or image-classification; auto goes by config.json.
+            lm, seq2seq, speech-seq2seq, image-classification, image-features, object-detection,
+            semantic-segmentation, ctc, audio-classification, audio-features or zero-shot-image-
+            classification; auto goes by config.json.
         no_cache: A decoder without its key/value cache.
         dtype: bfloat16, float16, float32 or float64. [default: each tensor keeps its own; see
             --compute-dtype]
@@ -977,8 +979,14 @@ def export(
         no_fuse: The graph as torch traces it, and not with attention, rotary embeddings and norms
             as one operator each.
         compute_dtype: What the graph computes in; norms and softmax stay in float32.
+<<<<<<< HEAD
         half_io: Inputs and outputs, the key/value cache among them, are in --compute-dtype, too.
         opset: ONNX's opset. [default: 23, which fusing needs; 20 with --no-fuse]
+=======
+        half_io: Inputs and outputs in --compute-dtype, too, the cache among them.
+        opset: ONNX's opset. [default: 23, which fusing needs; 20 with --no-fuse, and where nothing
+            is fused]
+>>>>>>> w17
         atol: Outputs may differ from torch's by this much
         rtol: plus this share of their largest element; else the exit code is 3. [default: ten times
             what torch's float32 differs from its float64 by, and 1e-5]

@@ -227,7 +227,7 @@ class Graphs:
         GRAPH,
         metavar="N",
         allowed=OPSETS,
-        unset="23, which fusing needs; 20 with --no-fuse",
+        unset="23, which fusing needs; 20 with --no-fuse, and where nothing is fused",
     )
     trust_remote_code: bool = option(
         False, "Run the modelling code that comes with the checkpoint.", GRAPH
