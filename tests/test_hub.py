@@ -23,6 +23,7 @@ from lora_tools.formats import hub, variants
 from lora_tools.formats.hub import HubId
 from lora_tools.sources.adapters import open_adapter
 from lora_tools.sources.checkpoints import open_checkpoint
+from lora_tools.sources.weighted import open_weighted
 
 from . import iotools
 
@@ -317,7 +318,7 @@ def test_a_model_of_the_hub_by_its_address(kind: Any, server: Any, tmp_path: Pat
 def test_other_addresses_are_refused_without_what_is_secret(
     source: str, shown: str, how: str, tmp_path: Path
 ) -> None:
-    for call in (open_checkpoint, open_adapter):
+    for call in (open_checkpoint, open_adapter, lambda source: open_weighted([source], False)):
         with pytest.raises(CheckpointError, match=how) as caught:
             call(source)
         assert str(caught.value).startswith(f"{shown}: inputs are files and folders here")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from lora_tools.errors import UsageError
+from lora_tools.formats import urls
 from lora_tools.formats.adapters.base_names import BaseNames
 from lora_tools.formats.adapters.peft import Adapter
 from lora_tools.formats.checkpoint import Checkpoint
@@ -108,4 +109,6 @@ def split_weight(given: str) -> tuple[str, float]:
     try:
         return path, float(number)
     except ValueError:
+        if urls.url(given):  # its query may be a signature, which is nobody's to print
+            return given, 1.0
         raise UsageError(f"{given!r}: {number!r} is not a number (ADAPTER=WEIGHT)") from None
