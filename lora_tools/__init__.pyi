@@ -979,14 +979,9 @@ def export(
         no_fuse: The graph as torch traces it, and not with attention, rotary embeddings and norms
             as one operator each.
         compute_dtype: What the graph computes in; norms and softmax stay in float32.
-<<<<<<< HEAD
         half_io: Inputs and outputs, the key/value cache among them, are in --compute-dtype, too.
-        opset: ONNX's opset. [default: 23, which fusing needs; 20 with --no-fuse]
-=======
-        half_io: Inputs and outputs in --compute-dtype, too, the cache among them.
         opset: ONNX's opset. [default: 23, which fusing needs; 20 with --no-fuse, and where nothing
             is fused]
->>>>>>> w17
         atol: Outputs may differ from torch's by this much
         rtol: plus this share of their largest element; else the exit code is 3. [default: ten times
             what torch's float32 differs from its float64 by, and 1e-5]
