@@ -138,12 +138,12 @@ def extract(
         ratio: Each module's singular values above T times its largest.
         cumulative: Each module's smallest rank that holds this share of the sum of its singular
             values.
-        threshold: All singular values above X.
+        threshold: Each module's singular values above X.
         noise_floor: What stands above the rounding of the stored weights (docs/ranks.md).
         gavish_donoho: The optimal hard threshold for white noise of unknown level.
         budget: Ranks shared out over all modules so that the whole error is least: a file no larger
             than 50MB, or factors of 10M numbers.
-        max_rank: The most that these may choose.
+        max_rank: The largest rank that these rules may choose.
         activations: Make the error of the layers' outputs small, on inputs as collect-stats saw
             them.
         spectrum_cache: Keep the decompositions there, to the largest rank (--max-rank, or 128), and
@@ -168,7 +168,7 @@ def extract(
             PEFT goes by; stored, those in BASE's files, as for all but peft always.
         svd: auto: iterate until --tolerance is met, small matrices exactly; exact: every matrix.
         tolerance: The energy captured may miss the best possible at that rank by this share.
-        seed: Of the random start.
+        seed: Seed of the random start.
         device: cpu, cuda, cuda:1, …
         to: The format to write (docs/formats.md). [default: peft]
         base_name: What adapter_config.json calls the base (base_model_name_or_path, revision), by
@@ -179,19 +179,19 @@ def extract(
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
         no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
-        resume: Go on with the work of a run to the same place that was ended; with nothing to go on
-            with, begin (docs/tasks/resume.md).
-        clean: Remove what a run to the same place that was ended has left.
-        shard: Do the I-th of N shares of the work, beside other processes that do the rest, and put
-            nothing at --out (docs/tasks/machines.md).
-        finish: Put what all shares have come to into its place; some work missing is an error.
+        resume: Go on with what an ended run to the same --out has done; where there is none, begin
+            (docs/tasks/resume.md).
+        clean: Remove what an ended run to the same --out has left, and begin anew.
+        shard: Do only the I-th of N shares of the work, and put nothing at --out: other processes
+            do the other shares, then --finish completes it (docs/tasks/machines.md).
+        finish: Put together at --out what all shares have done; a share that is missing is an
+            error.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
         variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
-            weight files of this variant, such as fp16. What is made of them is called as files of
-            none.
+            weight files of this variant, such as fp16. The output's files have plain names.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         engine: threads of this process, or dask: a cluster of --workers on this machine, or the one
@@ -256,9 +256,9 @@ def merge(
         shard_size: Most bytes of tensors in one file, such as 5GB. [default: the input's files
             again]
         reversible: Also write a small sidecar, from which unmerge gives BASE back bit for bit.
-        requantize: Where BASE is quantized, write its number format again, if it is one that is
-            written; in four bits most of a small change is lost, and the report says how much is
-            kept. [default: a quantized BASE becomes plain]
+        requantize: Where BASE is quantized, write its number format again, if quantize writes that
+            one; in four bits most of a small change is lost, and the report says how much is kept.
+            [default: a quantized BASE becomes plain]
         activations: With --requantize: round so that the error of the layers' outputs is small, on
             inputs as collect-stats saw them in BASE; a small change outlasts that far better. The
             report says how much is kept with it and without.
@@ -268,19 +268,19 @@ def merge(
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
         no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
-        resume: Go on with the work of a run to the same place that was ended; with nothing to go on
-            with, begin (docs/tasks/resume.md).
-        clean: Remove what a run to the same place that was ended has left.
-        shard: Do the I-th of N shares of the work, beside other processes that do the rest, and put
-            nothing at --out (docs/tasks/machines.md).
-        finish: Put what all shares have come to into its place; some work missing is an error.
+        resume: Go on with what an ended run to the same --out has done; where there is none, begin
+            (docs/tasks/resume.md).
+        clean: Remove what an ended run to the same --out has left, and begin anew.
+        shard: Do only the I-th of N shares of the work, and put nothing at --out: other processes
+            do the other shares, then --finish completes it (docs/tasks/machines.md).
+        finish: Put together at --out what all shares have done; a share that is missing is an
+            error.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
         variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
-            weight files of this variant, such as fp16. What is made of them is called as files of
-            none.
+            weight files of this variant, such as fp16. The output's files have plain names.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         engine: threads of this process, or dask: a cluster of --workers on this machine, or the one
@@ -340,19 +340,19 @@ def unmerge(
             not name.
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
-        resume: Go on with the work of a run to the same place that was ended; with nothing to go on
-            with, begin (docs/tasks/resume.md).
-        clean: Remove what a run to the same place that was ended has left.
-        shard: Do the I-th of N shares of the work, beside other processes that do the rest, and put
-            nothing at --out (docs/tasks/machines.md).
-        finish: Put what all shares have come to into its place; some work missing is an error.
+        resume: Go on with what an ended run to the same --out has done; where there is none, begin
+            (docs/tasks/resume.md).
+        clean: Remove what an ended run to the same --out has left, and begin anew.
+        shard: Do only the I-th of N shares of the work, and put nothing at --out: other processes
+            do the other shares, then --finish completes it (docs/tasks/machines.md).
+        finish: Put together at --out what all shares have done; a share that is missing is an
+            error.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
         variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
-            weight files of this variant, such as fp16. What is made of them is called as files of
-            none.
+            weight files of this variant, such as fp16. The output's files have plain names.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         engine: threads of this process, or dask: a cluster of --workers on this machine, or the one
@@ -430,13 +430,13 @@ def rescale(
         ratio: Each module's singular values above T times its largest.
         cumulative: Each module's smallest rank that holds this share of the sum of its singular
             values.
-        threshold: All singular values above X.
+        threshold: Each module's singular values above X.
         budget: Ranks shared out over all modules so that the whole error is least: a file no larger
             than 50MB, or factors of 10M numbers.
         sv_fro: kohya's: the smallest rank that holds this share of the norm.
         sv_ratio: kohya's: singular values above the largest divided by X.
         sv_cumulative: kohya's name for --cumulative.
-        max_rank: The most that these may choose.
+        max_rank: The largest rank that these rules may choose.
         rslora: Write use_rslora (scaling alpha/sqrt(r)) or not; the effect is kept.
         dtype: bfloat16, float16, float32 or float64. [default: each factor keeps its own]
         consumer: Write what this program reads: where it knows one rank only, all modules are
@@ -449,19 +449,19 @@ def rescale(
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
         no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
-        resume: Go on with the work of a run to the same place that was ended; with nothing to go on
-            with, begin (docs/tasks/resume.md).
-        clean: Remove what a run to the same place that was ended has left.
-        shard: Do the I-th of N shares of the work, beside other processes that do the rest, and put
-            nothing at --out (docs/tasks/machines.md).
-        finish: Put what all shares have come to into its place; some work missing is an error.
+        resume: Go on with what an ended run to the same --out has done; where there is none, begin
+            (docs/tasks/resume.md).
+        clean: Remove what an ended run to the same --out has left, and begin anew.
+        shard: Do only the I-th of N shares of the work, and put nothing at --out: other processes
+            do the other shares, then --finish completes it (docs/tasks/machines.md).
+        finish: Put together at --out what all shares have done; a share that is missing is an
+            error.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
         variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
-            weight files of this variant, such as fp16. What is made of them is called as files of
-            none.
+            weight files of this variant, such as fp16. The output's files have plain names.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         engine: threads of this process, or dask: a cluster of --workers on this machine, or the one
@@ -544,7 +544,7 @@ def combine(
             largest rank of the adapters]
         energy: Instead of --rank: each module's smallest rank that holds this share of the squared
             norm of its change, such as 0.9.
-        max_rank: The most that these may choose.
+        max_rank: The largest rank that these rules may choose.
         density: The share of elements that the pruning methods keep, such as 0.2.
         seed: Of the random choice of dare_linear and dare_ties.
         majority_sign: ties and dare_ties elect each element's sign by the sum of the changes, by
@@ -564,19 +564,19 @@ def combine(
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
         no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
-        resume: Go on with the work of a run to the same place that was ended; with nothing to go on
-            with, begin (docs/tasks/resume.md).
-        clean: Remove what a run to the same place that was ended has left.
-        shard: Do the I-th of N shares of the work, beside other processes that do the rest, and put
-            nothing at --out (docs/tasks/machines.md).
-        finish: Put what all shares have come to into its place; some work missing is an error.
+        resume: Go on with what an ended run to the same --out has done; where there is none, begin
+            (docs/tasks/resume.md).
+        clean: Remove what an ended run to the same --out has left, and begin anew.
+        shard: Do only the I-th of N shares of the work, and put nothing at --out: other processes
+            do the other shares, then --finish completes it (docs/tasks/machines.md).
+        finish: Put together at --out what all shares have done; a share that is missing is an
+            error.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
         variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
-            weight files of this variant, such as fp16. What is made of them is called as files of
-            none.
+            weight files of this variant, such as fp16. The output's files have plain names.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         engine: threads of this process, or dask: a cluster of --workers on this machine, or the one
@@ -655,7 +655,7 @@ def convert(
         rank: Rank of each module, at most; a module whose change has a lower rank gets that.
         energy: Instead of --rank: each module's smallest rank that holds this share of the squared
             norm of its change, such as 0.9.
-        max_rank: The most that these may choose.
+        max_rank: The largest rank that these rules may choose.
         dtype: bfloat16, float16, float32 or float64. [default: each factor keeps its own]
         base_name: What adapter_config.json calls the base (base_model_name_or_path, revision), by
             which AutoPeftModel loads it: ORG/NAME[@REVISION]. [default: the name that is there,
@@ -663,19 +663,19 @@ def convert(
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
         no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
-        resume: Go on with the work of a run to the same place that was ended; with nothing to go on
-            with, begin (docs/tasks/resume.md).
-        clean: Remove what a run to the same place that was ended has left.
-        shard: Do the I-th of N shares of the work, beside other processes that do the rest, and put
-            nothing at --out (docs/tasks/machines.md).
-        finish: Put what all shares have come to into its place; some work missing is an error.
+        resume: Go on with what an ended run to the same --out has done; where there is none, begin
+            (docs/tasks/resume.md).
+        clean: Remove what an ended run to the same --out has left, and begin anew.
+        shard: Do only the I-th of N shares of the work, and put nothing at --out: other processes
+            do the other shares, then --finish completes it (docs/tasks/machines.md).
+        finish: Put together at --out what all shares have done; a share that is missing is an
+            error.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
         variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
-            weight files of this variant, such as fp16. What is made of them is called as files of
-            none.
+            weight files of this variant, such as fp16. The output's files have plain names.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         engine: threads of this process, or dask: a cluster of --workers on this machine, or the one
@@ -760,19 +760,20 @@ def quantize(
         quant_type: An older name of --scheme. [default: --scheme]
         blocksize: Numbers that share a scale: a power of two from 32 to 4096.
         double_quant: Store the scales in eight bits.
-        compute_dtype: What a loader computes in, for quantization_config.
+        compute_dtype: The dtype that quantization_config tells loaders to compute in.
         quant_storage: The dtype whose elements hold the packed bytes (FSDP wants the model's).
         scale_search: Search each block's scale for the least error of the weights: up to ten times
-            slower, some 9 % less of it, the same format. Of the model's loss it gains something
-            with --activations only.
+            slower, some 9 % less error, the same format. The model itself gains by it only with
+            --activations.
         activations: Make the error of the layers' outputs small, on inputs as collect-stats saw
             them: each column is rounded to make up for those before it (GPTQ). The same scales,
-            bytes and format, and much less of the model's loss.
-        calibrate: Collect such statistics on this text first, in the same run, as --activations
-            takes them. Takes memory for the whole model in float32 and its statistics.
+            bytes and format, and a model that loses much less.
+        calibrate: Collect the statistics that --activations takes on this text first, in the same
+            run. The whole model in float32 and its statistics must fit in memory.
         calibration_tokens: Tokens of the text to run the model over, in sequences of 512. [default:
             five times as many as the widest layer has inputs, and 8,192 at least]
-        calibration_seed: Of the choice of sequences, where the text has more of them (default 0).
+        calibration_seed: Seed of the choice of sequences, where the text has more than are used
+            (default 0).
         budget: Spend so many bits a number of these layers (4.5bits), or bytes of all files (80MB):
             on the smallest blocks that fit, --blocksize being the largest, then on layers that stay
             as they are, those that four bits cost most for each byte. By the error of the layers'
@@ -802,19 +803,19 @@ def quantize(
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
         no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
-        resume: Go on with the work of a run to the same place that was ended; with nothing to go on
-            with, begin (docs/tasks/resume.md).
-        clean: Remove what a run to the same place that was ended has left.
-        shard: Do the I-th of N shares of the work, beside other processes that do the rest, and put
-            nothing at --out (docs/tasks/machines.md).
-        finish: Put what all shares have come to into its place; some work missing is an error.
+        resume: Go on with what an ended run to the same --out has done; where there is none, begin
+            (docs/tasks/resume.md).
+        clean: Remove what an ended run to the same --out has left, and begin anew.
+        shard: Do only the I-th of N shares of the work, and put nothing at --out: other processes
+            do the other shares, then --finish completes it (docs/tasks/machines.md).
+        finish: Put together at --out what all shares have done; a share that is missing is an
+            error.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
         variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
-            weight files of this variant, such as fp16. What is made of them is called as files of
-            none.
+            weight files of this variant, such as fp16. The output's files have plain names.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         engine: threads of this process, or dask: a cluster of --workers on this machine, or the one
@@ -873,19 +874,19 @@ def dequantize(
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
         no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
-        resume: Go on with the work of a run to the same place that was ended; with nothing to go on
-            with, begin (docs/tasks/resume.md).
-        clean: Remove what a run to the same place that was ended has left.
-        shard: Do the I-th of N shares of the work, beside other processes that do the rest, and put
-            nothing at --out (docs/tasks/machines.md).
-        finish: Put what all shares have come to into its place; some work missing is an error.
+        resume: Go on with what an ended run to the same --out has done; where there is none, begin
+            (docs/tasks/resume.md).
+        clean: Remove what an ended run to the same --out has left, and begin anew.
+        shard: Do only the I-th of N shares of the work, and put nothing at --out: other processes
+            do the other shares, then --finish completes it (docs/tasks/machines.md).
+        finish: Put together at --out what all shares have done; a share that is missing is an
+            error.
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
         variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
-            weight files of this variant, such as fp16. What is made of them is called as files of
-            none.
+            weight files of this variant, such as fp16. The output's files have plain names.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         engine: threads of this process, or dask: a cluster of --workers on this machine, or the one
@@ -956,7 +957,9 @@ def export(
         runtime_adapters: Do not merge them: write each as an .onnx_adapter file that ONNX Runtime
             activates for a request, with optional inputs of the graph for its factors.
         task: features, classification, token-classification, masked-lm, question-answering, causal-
-            lm, seq2seq, speech-seq2seq or image-classification; auto goes by config.json.
+            lm, seq2seq, speech-seq2seq, image-classification, image-features, object-detection,
+            semantic-segmentation, ctc, audio-classification, audio-features or zero-shot-image-
+            classification; auto goes by config.json.
         no_cache: A decoder without its key/value cache.
         dtype: bfloat16, float16, float32 or float64. [default: each tensor keeps its own; see
             --compute-dtype]
@@ -976,8 +979,14 @@ def export(
         no_fuse: The graph as torch traces it, and not with attention, rotary embeddings and norms
             as one operator each.
         compute_dtype: What the graph computes in; norms and softmax stay in float32.
-        half_io: Inputs and outputs in --compute-dtype, too, the cache among them.
+<<<<<<< HEAD
+        half_io: Inputs and outputs, the key/value cache among them, are in --compute-dtype, too.
         opset: ONNX's opset. [default: 23, which fusing needs; 20 with --no-fuse]
+=======
+        half_io: Inputs and outputs in --compute-dtype, too, the cache among them.
+        opset: ONNX's opset. [default: 23, which fusing needs; 20 with --no-fuse, and where nothing
+            is fused]
+>>>>>>> w17
         atol: Outputs may differ from torch's by this much
         rtol: plus this share of their largest element; else the exit code is 3. [default: ten times
             what torch's float32 differs from its float64 by, and 1e-5]
@@ -995,8 +1004,7 @@ def export(
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
         variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
-            weight files of this variant, such as fp16. What is made of them is called as files of
-            none.
+            weight files of this variant, such as fp16. The output's files have plain names.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         adding: those of ``Adding`` in one
@@ -1037,8 +1045,7 @@ def inspect(
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
         variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
-            weight files of this variant, such as fp16. What is made of them is called as files of
-            none.
+            weight files of this variant, such as fp16. The output's files have plain names.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         view: those of ``View`` in one
@@ -1080,15 +1087,14 @@ def diff(
         sort: By relative change, by the norm of the change, or as in the file.
         plot: Draw where it changed, spectra, and error against size, as .png, .svg or .html (needs
             loratools[plot]).
-        seed: Of the random start.
+        seed: Seed of the random start.
         device: cpu, cuda, cuda:1, …
         jobs: Tensors worked on at a time; the output is the same with any number. [default: the
             processors, or the quota of a container, at most 8]
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
         variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
-            weight files of this variant, such as fp16. What is made of them is called as files of
-            none.
+            weight files of this variant, such as fp16. The output's files have plain names.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         tensors: those of ``Tensors`` in one
@@ -1150,8 +1156,7 @@ def verify(
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
         variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
-            weight files of this variant, such as fp16. What is made of them is called as files of
-            none.
+            weight files of this variant, such as fp16. The output's files have plain names.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         comparison: those of ``Comparison`` in one
@@ -1246,8 +1251,7 @@ def collect_stats(
         allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
             distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
         variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
-            weight files of this variant, such as fp16. What is made of them is called as files of
-            none.
+            weight files of this variant, such as fp16. The output's files have plain names.
         digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
             stands against attack as well (docs/verify.md).
         sampling: those of ``Sampling`` in one

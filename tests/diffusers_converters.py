@@ -215,7 +215,7 @@ MINIMAX_H3 = {
     **of(D, 6, "video_patch_proj", "audio_patch_proj", "time_embedder.proj_in"),
     **of(6, D, "final_layer.video_out", "final_layer.audio_out", "final_layer.adaln_proj.linear"),
 }
-Z_PADS = ("cap_embedder.0", "x_embedder", "all_x_embedder.2-1", "x_pad_token", "cap_pad_token")
+Z_PADS = ("cap_embedder.0", "x_embedder", "all_x_embedder.2-1", "layers.0.adaLN_modulation.0")
 CASES = {
     "flux": Case("_convert_kohya_flux", {**FLUX, **FLUX_ENDS}, (KOHYA, BARE_KOHYA)),
     "flux, last": Case("_convert_kohya_flux", {**FLUX, **FLUX_LAST}, (BARE_KOHYA, DOWN_UP)),
@@ -268,5 +268,7 @@ CASES = {
     ),
     "krea2": Case("_convert_non_diffusers_krea2", KREA_2, (DOTTED, PEFT_DOTTED, PEFT)),
     "ace-step": Case("_convert_non_diffusers_ace_step", ACE_STEP, (PEFT,), ("condition_embedder",)),
-    "minimax": Case("_convert_non_diffusers_minimax_h3", MINIMAX_H3, (*BOTH, KOHYA, BARE)),
+    "minimax": Case(
+        "_convert_non_diffusers_minimax_h3", MINIMAX_H3, (*BOTH, KOHYA, BARE), original=False
+    ),
 }

@@ -100,7 +100,7 @@ def merged(deltas: Tensors, beside: tuple[str, ...], file: Tensors, place: Path)
     """By a model that has those modules, and others, what is added to each."""
     base = {f"{module}.weight": torch.zeros_like(delta) for module, delta in deltas.items()}
     base |= {
-        name if name.endswith("token") else f"{name}.weight": torch.zeros(D, D)
+        f"{name}.weight": torch.zeros(D, D)
         for name in (*beside, "other.0.to_q", "vae.q")
         if f"{name}.weight" not in base
     }

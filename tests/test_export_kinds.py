@@ -25,6 +25,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")
         ("XLMWithLMHeadModel", "masked-lm"),
         ("GPT2LMHeadModel", "causal-lm"),
         ("BertModel", "features"),
+        ("CLIPModel", "zero-shot-image-classification"),
+        ("WavLMForCTC", "ctc"),
+        ("DetrForObjectDetection", "object-detection"),
     ],
 )
 def test_the_task_of_a_class(name: str, task: str) -> None:
@@ -32,11 +35,32 @@ def test_the_task_of_a_class(name: str, task: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("config", "task"),
+    [
+        ({"architectures": ["Dinov2Model"], "image_size": 224}, "image-features"),
+        ({"architectures": ["ResNetModel"], "num_channels": 3}, "image-features"),
+        ({"architectures": ["HubertModel"], "num_conv_pos_embeddings": 128}, "audio-features"),
+        ({"architectures": ["ASTModel"], "num_mel_bins": 8, "patch_size": 4}, "audio-features"),
+        (
+            {"architectures": ["WavLMForSequenceClassification"], "num_conv_pos_embeddings": 8},
+            "audio-classification",
+        ),
+    ],
+)
+def test_the_task_by_what_the_config_has(config: dict[str, Any], task: str) -> None:
+    """The names of classes of text, of images and of sound end alike."""
+    assert task_of(config, "auto").name == task
+
+
+@pytest.mark.parametrize(
     ("config", "says"),
     [
         ({"architectures": ["LlavaForConditionalGeneration"], "vision_config": {}}, "vision_con"),
         ({"architectures": ["Qwen2AudioForConditionalGeneration"], "audio_config": {}}, "audio_"),
-        ({"architectures": ["CLIPModel"], "vision_config": {}, "text_config": {}}, "several parts"),
+        ({"architectures": ["FlavaModel"], "vision_config": {}, "text_config": {}}, "several par"),
+        ({"architectures": ["MoonForConditionalGeneration"], "model_type": "moonshine"}, "length"),
+        ({"architectures": ["Lfm2ForCausalLM"], "conv_L_cache": 3}, "conv_L_cache"),
+        ({"architectures": ["OddForCausalLM"], "layer_types": ["linear_attention"]}, "layer_types"),
         ({"architectures": ["TwoModel"], "model_type": "vision-encoder-decoder"}, "two models"),
         ({"architectures": ["MambaForCausalLM"], "state_size": 16}, "state_size"),
         ({"architectures": ["JambaForCausalLM"], "mamba_d_state": 16}, "mamba_d_state"),
@@ -77,7 +101,7 @@ def test_a_class_that_takes_something_else(tmp_path: Path) -> None:
     )
     base = models.save(transformers.ViTModel(config), tmp_path / "base")
     with pytest.raises(CheckpointError, match="ViTModel: takes pixel_values") as caught:
-        lora_tools.export(base, tmp_path / "out")
+        lora_tools.export(base, tmp_path / "out", task="features")
     assert "another task" in str(caught.value)
     assert not (tmp_path / "out").exists()
 

@@ -93,6 +93,10 @@ def test_encoders_are_fused_and_are_torch(name: str, traced: Callable[[str], Tra
     assert totals.get("fused", {}) == ENCODERS[name]
     said = any("not fused: attention" in note for note in made.report["notes"])
     assert said is (name in ("T5", "DeBERTa-v2"))
+    for path in made.graph.glob("*.onnx"):  # what nothing is fused in needs no new runtime
+        model = onnx.load(path, load_external_data=False)
+        [opset] = [entry.version for entry in model.opset_import if not entry.domain]
+        assert opset == (23 if ENCODERS[name] else 20)
 
 
 def test_attention_has_its_cache_inside(traced: Callable[[str], Traced]) -> None:

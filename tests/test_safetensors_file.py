@@ -224,7 +224,7 @@ _DEEP = b"[" * 100_000
 LIES: dict[str, tuple[bytes, str]] = {
     "empty file": (b"", "not safetensors"),
     "seven bytes": (b"\1\0\0\0\0\0\0", "not safetensors"),
-    "no header": (b"\0" * 8, "not JSON"),
+    "no header": (b"\0" * 8, "a header of 0 bytes"),
     "header longer than the file": (struct.pack("<Q", 1000) + b"{}", "1000 bytes and the file"),
     "100 MB header in a small file": (struct.pack("<Q", 100_000_000) + b"{}", "100000000 bytes"),
     "header of 2**64 - 1": (b"\xff" * 8 + b"{}", "truncated or not safetensors"),

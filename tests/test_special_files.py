@@ -16,6 +16,7 @@ from lora_tools.cli import run
 from lora_tools.errors import CheckpointError, LoraToolsError, UnsafeInput
 from lora_tools.formats import regular_files, synced
 from lora_tools.formats.regular_files import read_file, refuse_outside
+from lora_tools.sources.adapters import open_adapter
 
 from . import iotools
 
@@ -110,6 +111,27 @@ def test_what_is_there_and_no_file_is_an_error(
     assert path.name in said
     assert "Traceback" not in said
     assert not os.path.lexists("out")
+
+
+@pytest.mark.parametrize(
+    "place", ["model.safetensors.index.json", "model-00001-of-00002.safetensors", "config.json"]
+)
+def test_a_link_to_nothing_says_where_it_leads(place: str, work: Path) -> None:
+    path = work / "base" / place
+    path.unlink()
+    path.symlink_to("away/there")
+    for source in (path.parent, path):
+        with pytest.raises(CheckpointError, match=rf"{place}: a link to away/there, where nothing"):
+            lora_tools.inspect(source)
+
+
+def test_zeros_in_the_place_of_weights_are_told_for_what_they_are(work: Path) -> None:
+    """As a download leaves them that reserved its room and ended."""
+    for name, said in (("x.gguf", r"not a GGUF file: its first"), ("x.safetensors", r"of 0 bytes")):
+        Path(name).write_bytes(bytes(1000))
+        for asked in (lambda n=name: lora_tools.inspect(n), lambda n=name: open_adapter(n)):
+            with pytest.raises(CheckpointError, match=said):
+                asked()
 
 
 @pytest.mark.parametrize("place", sorted(PLACES.keys() - {"base/tokenizer.json", "base/README.md"}))

@@ -16,6 +16,7 @@ from lora_tools.formats.adapters.peft import Adapter, LoraModule
 from lora_tools.formats.adapters.reformed import NewModule, Reformed, renamed
 from lora_tools.formats.counterparts.family import Layout, Pair
 from lora_tools.formats.counterparts.table import other, shares
+from lora_tools.formats.counterparts.unordered import refuse_unordered, refuse_untold
 from lora_tools.linalg.scaling import scaling
 
 
@@ -56,8 +57,14 @@ def in_layout(
         drop: features that are not to be written.
 
     Raises:
-        UnsupportedAdapter: modules that would be one have other scalings, or DoRA, or dtypes.
+        UnsupportedAdapter: the order of a fused weight's rows is not known; modules that would be
+            one have other scalings, or DoRA, or dtypes.
     """
+    by_peft = given.original.format == "peft"
+    if names is not None:
+        refuse_unordered(given.path, by_peft, given.modules, names.path, names.parts)
+    elif by_peft and target.name != "peft":
+        refuse_untold(given.path, given.modules)
     made: dict[str, list[NewModule]] = {}
     for job, wanted in _jobs(given, target, names) if names is not None else ():
         if not made.keys() & job.there.keys():

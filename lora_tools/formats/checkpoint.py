@@ -11,10 +11,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_tools.errors import UnsafeInput
+from lora_tools.errors import CheckpointError, UnsafeInput
 from lora_tools.formats import digest as hashing
 from lora_tools.formats import model_card
 from lora_tools.formats.dtypes import torch_dtype
+from lora_tools.formats.gguf_file import MAGIC
 from lora_tools.formats.hub_headers import stand_ins
 from lora_tools.formats.json_file import check_config, read_object
 from lora_tools.formats.lfs import HEAD, refuse_pointer
@@ -268,12 +269,18 @@ def with_theta(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_pickle(path: Path) -> bool:
     """Whether a file is one of torch's, by its first bytes; where they tell nothing, by its name.
-    Raises CheckpointError for one that cannot be read, or is a pointer to another."""
+    Raises CheckpointError for one that cannot be read, is a pointer to another, or is named as GGUF
+    and is nothing that is read."""
     with open_file(path) as file:
         head, nbytes = file.read(HEAD), path.stat().st_size
     refuse_pointer(path, head)
     if head[8:9] == b"{" and 8 + int.from_bytes(head[:8], "little") <= nbytes:
         return False  # safetensors, whatever its name
+    if path.suffix == ".gguf" and not head.startswith(_TORCH):
+        raise CheckpointError(
+            f"{path}: not a GGUF file: its first bytes are {head[:4]!r}, not {MAGIC!r}; is "
+            "the download complete?"
+        )
     return path.suffix in PICKLE_SUFFIXES or head.startswith(_TORCH)
 
 

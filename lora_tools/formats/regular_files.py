@@ -35,24 +35,30 @@ def is_there(path: Path, fail: type[LoraToolsError] = CheckpointError) -> bool:
     try:
         mode = os.stat(path).st_mode  # noqa: PTH116 - Path.stat says as much
     except (FileNotFoundError, NotADirectoryError):
-        if not os.path.islink(path):  # noqa: PTH114 - Path.is_symlink raises on an overlong name
-            return False
-        raise fail(
-            f"{path}: a link to {os.readlink(path)}, where nothing is; put the file itself there"  # noqa: PTH115
-        ) from None
+        refuse_dangling(path, fail)
+        return False
     except OSError as error:
         raise fail(f"{path}: {error.strerror or error}") from None
     _refuse_kind(path, mode, fail)
     return True
 
 
+def refuse_dangling(path: Path, fail: type[LoraToolsError] = CheckpointError) -> None:
+    """Raises ``fail`` for a link that leads to where nothing is."""
+    if os.path.islink(path) and not os.path.exists(path):  # noqa: PTH110, PTH114 - Path's raise on an overlong name
+        raise fail(
+            f"{path}: a link to {os.readlink(path)}, where nothing is; put the file itself there"  # noqa: PTH115
+        ) from None
+
+
 def open_file(path: Path, fail: type[LoraToolsError] = CheckpointError) -> io.BufferedReader:
     """A file, open for reading.
 
     Raises:
-        fail: it is a folder, or what waits or never ends: a pipe, a device.
+        fail: it is a folder, what waits or never ends (a pipe, a device), or a link to nothing.
         OSError: as ``open`` does.
     """
+    refuse_dangling(path, fail)
     _refuse_kind(path, os.stat(path).st_mode, fail)  # noqa: PTH116 - opening a device may do things
     number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:

@@ -135,7 +135,7 @@ class SafetensorsFile(Reopened):
                 head = file.read(HEAD)
                 refuse_pointer(path, head)
                 length = int.from_bytes(head[:8], "little")
-                if size < 8 or length > min(size - 8, MAX_HEADER):
+                if size < 8 or not 1 <= length <= min(size - 8, MAX_HEADER):
                     raise CheckpointError(
                         f"the first 8 bytes promise a header of {length} bytes and the file has "
                         f"{size}; it is truncated or not safetensors"

@@ -9,7 +9,9 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lora_tools.errors import UnsupportedAdapter
-from lora_tools.formats.counterparts.table import Counterpart, counterparts
+from lora_tools.formats.counterparts.table import Counterpart, counterparts, parts
+from lora_tools.formats.counterparts.unordered import may_be, refuse_unordered
+from lora_tools.formats.names import split_tensor
 from lora_tools.records import TensorSpec, rows_of
 from lora_tools.sources.transformers_names import LoadedTensor, loaded
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from lora_tools.formats.checkpoint import Checkpoint
     from lora_tools.linalg.merge import Added, Replaced
     from lora_tools.merging.targets import BaseOutline, Part, Target
+    from lora_tools.sources.weighted import Weighted
 
 
 def by_own_names(
@@ -29,6 +32,7 @@ def by_own_names(
     Where all are ``known``, and where nobody has other names for them, they stay. One that
     is made of several stored tensors becomes a part for each.
     """
+    _refuse_unordered(wanted, base)
     aliases = getattr(base, "aliases", {})
     wanted = [(aliases.get(name, name), part) for name, part in wanted]
     strange = {name for name, _ in wanted} - set(known)
@@ -59,6 +63,18 @@ def by_own_names(
             result.append((piece.stored, part))
             row += piece.rows
     return result
+
+
+def _refuse_unordered(wanted: list[tuple[str, Part]], base: Checkpoint | BaseOutline) -> None:
+    acting: dict[str, Weighted] = {}
+    for name, part in wanted:
+        if may_be(module := split_tensor(name)[0]):
+            acting[module] = part.weighted
+    if acting:
+        found = tuple(parts(base.specs, getattr(base, "models", ())))
+        for module, weighted in acting.items():
+            by_peft = weighted.adapter.original.format == "peft"
+            refuse_unordered(weighted.adapter.path, by_peft, [module], base.path, found)
 
 
 def refuse_overlaps(name: str, parts: Sequence[Part], spec: TensorSpec) -> None:

@@ -16,6 +16,15 @@ import torch
 
 from lora_tools.errors import CheckpointError, LoraToolsError
 
+# What torch.export says at length and of names that it made, by its beginning.
+_PLAINLY = {
+    "Constraints violated": "its code takes inputs of certain sizes only, and a graph's may be of "
+    "any",
+    "Could not guard on data-dependent": "its code goes by sizes or numbers that are known only "
+    "when it runs",
+    "Could not extract specialized integer from data-dependent": "its code takes numbers of a "
+    "tensor for sizes, which are known only when it runs",
+}
 INNER = "inner."  # before the names of a model's modules, where it is an attribute
 
 
@@ -113,6 +122,7 @@ def reason(error: BaseException, module: str, doing: str) -> str:
             where += f" ({Path(frame.filename).stem}, {frame.name})"
             break
     text = " ".join((str(error) or type(error).__name__).split()).replace(";", ",")
+    text = next((said for start, said in _PLAINLY.items() if text.startswith(start)), text)
     return (
         f"{where} {doing}: {text:.400}; try another --task, --no-cache for a decoder, or other "
         f"releases of torch and transformers than {torch.__version__} and "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -180,25 +181,26 @@ class Build:
             return models, set(), f"not in {self.graph}"
         from lora_tools.onnx.trace import trace  # torch and transformers, which --graph needs not
 
-        fuse = self.fuse
-        opset = self.opset or (FUSED_OPSET if fuse else OPSET)
-        fuse &= opset >= FUSED_OPSET
-        traced = trace(
+        trace_with = functools.partial(
+            trace,
             checkpoint.path,
             checkpoint.specs,
             self.task,
             cache=self.cache,
-            opset=opset,
             trust_remote_code=self.trust_remote_code,
-            fuse=fuse,
             dtype=self.dtype,
         )
+        opset = self.opset or (FUSED_OPSET if self.fuse else OPSET)
+        fuse = self.fuse and opset >= FUSED_OPSET
+        traced = trace_with(fuse=fuse, opset=opset)
+        why = "" if fuse else f"its operator is of opset {FUSED_OPSET}"
+        why = next((each.unfused for each in traced if each.unfused), why)
+        if fuse and not self.opset and not fused(each.model for each in traced):
+            traced = trace_with(fuse=False, opset=OPSET)  # which more runtimes know
         models = {each.file: each.model for each in traced}
         for model in models.values():
             if not self.half_io:
                 with_float32_inputs(model)
-        why = "" if fuse else f"its operator is of opset {FUSED_OPSET}"
-        why = next((each.unfused for each in traced if each.unfused), why)
         return models, {name for each in traced for name in each.converted}, why
 
     def _said(self) -> dict[str, str]:

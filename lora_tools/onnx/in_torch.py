@@ -13,12 +13,13 @@ import torch
 
 from lora_tools.onnx.foreign import run_by
 from lora_tools.onnx.model import loaded
-from lora_tools.onnx.parts import decoder_inputs, image_size, is_speech, speech_shape, text_inputs
+from lora_tools.onnx.parts import decoder_inputs, is_speech, speech_shape, takes, text_inputs
 from lora_tools.onnx.precise import in_float64
 from lora_tools.onnx.precision import FLOAT32
 from lora_tools.onnx.runs import Arrays, Played, Run, positions
+from lora_tools.onnx.senses import sensed
 from lora_tools.onnx.sentence_modules import run
-from lora_tools.onnx.tasks import DECODER, ENCODER_DECODER, IMAGE, Task
+from lora_tools.onnx.tasks import AUDIO, DECODER, ENCODER_DECODER, IMAGE, IMAGE_AND_TEXT, Task
 
 _LENGTHS = (7, 13)  # of a single sequence and of the longest in a batch of three
 _STEPS = 3
@@ -51,9 +52,8 @@ class InTorch:
     def _runs(self, cache: bool, generate: int) -> list[Run]:
         dice = np.random.default_rng(0)
         config = self.config
-        if self.task.kind == IMAGE:
-            shape = (getattr(config, "num_channels", 3), *image_size(config))
-            return [Run(f"{n} images", {"pixel_values": _noise(dice, n, *shape)}) for n in (1, 3)]
+        if self.task.kind in (IMAGE, AUDIO, IMAGE_AND_TEXT):
+            return self._sensed(dice)
         vocabulary = config.get_text_config(decoder=True).vocab_size
 
         def tokens(*shape: int) -> Any:
@@ -90,6 +90,21 @@ class InTorch:
             ids = tokens(1, self._lengths()[0])
             inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
             runs.append(Run("generation", inputs, generate=generate))
+        return runs
+
+    def _sensed(self, dice: np.random.Generator) -> list[Run]:
+        """Of images and texts there are not as many."""
+        runs, masked = [], takes(self.model, "attention_mask")
+        for rows, length in zip((1, 3), _LENGTHS, strict=True):
+            inputs: Arrays = {}
+            for name, given in sensed(self.config, self.task, masked, length).items():
+                shape = (rows + (given.axes[0] == "texts"), *given.shape)
+                tokens = dice.integers(0, given.tokens, shape) if given.tokens else None
+                inputs[name] = _noise(dice, *shape) if tokens is None else tokens
+            if "attention_mask" in inputs:
+                inputs["attention_mask"] = np.ones_like(inputs["attention_mask"])
+                inputs["attention_mask"][1:, -2:] = 0  # padded on the right
+            runs.append(Run(f"batch {rows}", inputs))
         return runs
 
     def _lengths(self) -> tuple[int, int]:

@@ -16,12 +16,15 @@ from torch import nn
 from lora_tools.errors import CheckpointError
 from lora_tools.onnx.foreign import failing_as
 from lora_tools.onnx.precision import FLOAT32
+from lora_tools.onnx.senses import IMAGES, SOUND
 from lora_tools.onnx.sentence_modules import attach
-from lora_tools.onnx.tasks import IMAGE, Task
+from lora_tools.onnx.tasks import AUDIO, IMAGE, Task
 from lora_tools.pretrained import config_of, model_of, weightless_of
 
 # Their attention adds a bias that transformers hands to the eager implementation only.
 _EAGER = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
+# By kind of task, the first argument of its classes.
+_MAIN = {IMAGE: (IMAGES,), AUDIO: (SOUND,)}
 
 
 def class_of(task: Task, config: Any) -> Any:
@@ -99,7 +102,7 @@ def _keep_float32(model: Any, dtype: torch.dtype) -> None:
 def _refuse_inputs(model: Any, task: Task) -> None:
     """Raises CheckpointError where the class takes something else than the task's graphs have."""
     main = getattr(model, "main_input_name", None)
-    wanted = ("pixel_values",) if task.kind == IMAGE else ("input_ids", "input_features")
+    wanted = _MAIN.get(task.kind, ("input_ids", "input_features"))
     if isinstance(main, str) and main not in wanted:
         raise CheckpointError(
             f"{type(model).__name__}: takes {main}, and the graphs of the task {task.name} take "

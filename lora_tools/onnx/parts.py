@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from lora_tools.onnx.caches import cache_shapes
+from lora_tools.onnx.senses import sensed
 from lora_tools.onnx.sentence_modules import run
-from lora_tools.onnx.tasks import DECODER, ENCODER_DECODER, IMAGE, Task
+from lora_tools.onnx.tasks import AUDIO, DECODER, ENCODER_DECODER, IMAGE, IMAGE_AND_TEXT, Task
 
 # Example sizes, each unlike the others and unlike 0 and 1, which torch.export takes for constants.
 BATCH, SEQUENCE, PAST, SOURCE = 2, 3, 5, 7
@@ -49,8 +50,8 @@ def parts(
     """
     kept = kept or {}
     config: Any = model.config
-    if task.kind == IMAGE:
-        yield _image(model, config)
+    if task.kind in (IMAGE, AUDIO, IMAGE_AND_TEXT):
+        yield _sensed(model, config, task)
     elif task.kind == DECODER:
         yield _decoder(model, cache, kept)
     elif task.kind == ENCODER_DECODER:
@@ -116,18 +117,18 @@ def _text(model: nn.Module, config: Any, task: Task) -> GraphPart:
     return GraphPart("model.onnx", kind, args, axes, task.outputs)
 
 
-def image_size(config: Any) -> tuple[int, int]:
-    """(height, width) that the model takes; 224 x 224 where it takes any."""
-    size = getattr(config, "image_size", None) or 224
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-def _image(model: nn.Module, config: Any) -> GraphPart:
-    channels = getattr(config, "num_channels", 3)
-    args = {"pixel_values": torch.randn(BATCH, channels, *image_size(config))}
-    axes = {"pixel_values": {0: "batch"}}
-    names = ("pixel_values",)
-    return GraphPart("model.onnx", _Plain(model, names, ("logits",)), args, axes, ("logits",))
+def _sensed(model: nn.Module, config: Any, task: Task) -> GraphPart:
+    args: dict[str, torch.Tensor] = {}
+    axes: dict[str, dict[int, str]] = {}
+    for name, given in sensed(config, task, takes(model, "attention_mask"), SOURCE).items():
+        rows = SEQUENCE if given.axes[0] == "texts" else BATCH  # unlike the number of images
+        shape = (rows, *given.shape)
+        args[name] = _tokens(*shape) if given.tokens else torch.randn(shape)
+        axes[name] = given.axes
+    if "attention_mask" in args:
+        args["attention_mask"] = torch.ones_like(args["attention_mask"])
+    module = _Plain(model, tuple(args), task.outputs)
+    return GraphPart("model.onnx", module, args, axes, task.outputs)
 
 
 def _filled(keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> Any:

@@ -9,7 +9,8 @@ from typing import Any
 
 from lora_tools.errors import CheckpointError, UsageError
 
-TEXT, DECODER, ENCODER_DECODER, IMAGE = "text", "decoder", "encoder-decoder", "image"
+TEXT, DECODER, ENCODER_DECODER = "text", "decoder", "encoder-decoder"
+IMAGE, AUDIO, IMAGE_AND_TEXT = "image", "audio", "image and text"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Task:
         name: what ``--task`` takes.
         auto: transformers' class that makes such a model of any architecture's config.
         endings: how the names of the classes end that ``config.json`` gives for it.
-        kind: "text", "decoder", "encoder-decoder" or "image": which inputs its graphs have.
+        kind: "text", "decoder", "encoder-decoder", "image", "audio" or "image and text": which
+            inputs its graphs have.
         outputs: of an architecture without a cache.
         steps: modules of a sentence-transformers folder that run on what the model gives.
     """
@@ -88,6 +90,35 @@ TASKS = {
             ("ForImageClassification",),
             IMAGE,
         ),
+        Task("image-features", "AutoModel", (), IMAGE, ("last_hidden_state",)),
+        Task(
+            "object-detection",
+            "AutoModelForObjectDetection",
+            ("ForObjectDetection",),
+            IMAGE,
+            ("logits", "pred_boxes"),
+        ),
+        Task(
+            "semantic-segmentation",
+            "AutoModelForSemanticSegmentation",
+            ("ForSemanticSegmentation",),
+            IMAGE,
+        ),
+        Task("ctc", "AutoModelForCTC", ("ForCTC",), AUDIO),
+        Task(
+            "audio-classification",
+            "AutoModelForAudioClassification",
+            ("ForAudioClassification",),
+            AUDIO,
+        ),
+        Task("audio-features", "AutoModel", (), AUDIO, ("last_hidden_state",)),
+        Task(
+            "zero-shot-image-classification",
+            "AutoModelForZeroShotImageClassification",
+            (),
+            IMAGE_AND_TEXT,
+            ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds"),
+        ),
     )
 }
 _SPEECH = ("whisper", "speech_to_text", "moonshine")
@@ -98,7 +129,12 @@ _OTHERWISE = {
     "ReformerModelWithLMHead": "causal-lm",
     "FlaubertWithLMHeadModel": "masked-lm",
     "XLMWithLMHeadModel": "masked-lm",
+    "CLIPModel": "zero-shot-image-classification",
+    "SiglipModel": "zero-shot-image-classification",
 }
+# The names of classes of text, of images and of sound end alike.
+_OF_IMAGES = {"features": "image-features"}
+_OF_SOUND = {"features": "audio-features", "classification": "audio-classification"}
 _ENCODERS = ("vision_config", "audio_config", "vision_tower_config", "speech_config")
 _PAIRS = ("vision-encoder-decoder", "speech-encoder-decoder", "encoder-decoder")
 # What configs call the size of a state that is neither keys nor values.
@@ -109,7 +145,10 @@ _STATES = (
     "lru_width",
     "linear_conv_kernel_dim",
     "attention_hidden_size",
+    "conv_L_cache",
 )
+# Kinds of layers with such a state, by which ``layer_types`` names them.
+_STATEFUL = ("linear_attention", "conv", "mamba", "recurrent", "ssm")
 
 
 def task_of(config: Mapping[str, Any], asked: str) -> Task:
@@ -129,11 +168,19 @@ def task_of(config: Mapping[str, Any], asked: str) -> Task:
     for task in reversed(TASKS.values()):  # "Model" is the end of "LMHeadModel", too
         if name.endswith(task.endings) and task.endings:
             speech = task.kind == ENCODER_DECODER and config.get("model_type") in _SPEECH
-            return TASKS["speech-seq2seq"] if speech else task
+            return TASKS["speech-seq2seq" if speech else _sensed(config).get(task.name, task.name)]
     raise CheckpointError(
         f"config.json names the architecture {name or 'nowhere'!r}, from which the task cannot be "
         f"told; pass --task ({', '.join(TASKS)})"
     )
+
+
+def _sensed(config: Mapping[str, Any]) -> Mapping[str, str]:
+    """The tasks of a model of sound or of images in the place of those of text, by what only such
+    a config has."""
+    if "num_conv_pos_embeddings" in config or {"num_mel_bins", "patch_size"} <= config.keys():
+        return _OF_SOUND
+    return _OF_IMAGES if {"image_size", "num_channels"} & config.keys() else {}
 
 
 def _class_of(config: Mapping[str, Any]) -> str:
@@ -149,7 +196,7 @@ def refuse_kind(config: Mapping[str, Any], task: Task) -> None:
     """
     name = _class_of(config) or config.get("model_type")
     beside = [key for key in _ENCODERS if isinstance(config.get(key), Mapping)]
-    if beside:
+    if beside and task.kind != IMAGE_AND_TEXT:
         raise CheckpointError(
             f"{name}: a model of several parts ({', '.join(beside)} in config.json), which takes "
             "images or sound beside text; only models of one input are exported: give a checkpoint "
@@ -160,8 +207,15 @@ def refuse_kind(config: Mapping[str, Any], task: Task) -> None:
             f"{name}: two models joined (model_type {config['model_type']}), of which no graph is "
             "written; export the checkpoints that it was made of"
         )
+    if task.name == "speech-seq2seq" and "num_mel_bins" not in config:
+        raise CheckpointError(
+            f"{name}: hears sound of any length; of speech only models that take a fixed number of "
+            "mel frames, as Whisper does, are exported"
+        )
     told = {**config, **inner} if isinstance(inner := config.get("text_config"), dict) else config
     states = [key for key in _STATES if isinstance(told.get(key), int)]
+    if any(kind in _STATEFUL for kind in told.get("layer_types") or ()):
+        states.append("layer_types")
     if task.kind == DECODER and states:
         raise CheckpointError(
             f"{name}: a model with a state of its own ({', '.join(states)} in config.json) beside "

@@ -48,7 +48,7 @@ class NumberFormat:
     )
     compute_dtype: str = option(
         "bfloat16",
-        "What a loader computes in, for quantization_config.",
+        "The dtype that quantization_config tells loaders to compute in.",
         FOUR_BITS,
         metavar="DTYPE",
     )
@@ -61,15 +61,15 @@ class NumberFormat:
     scale_search: bool = option(
         False,
         "Search each block's scale for the least error of the weights: up to ten times slower, "
-        "some 9 % less of it, the same format. Of the model's loss it gains something with "
-        "--activations only.",
+        "some 9 % less error, the same format. The model itself gains by it only with "
+        "--activations.",
         FOUR_BITS,
     )
     activations: str | Path | None = option(
         None,
         "Make the error of the layers' outputs small, on inputs as collect-stats saw them: each "
         "column is rounded to make up for those before it (GPTQ). The same scales, bytes and "
-        "format, and much less of the model's loss.",
+        "format, and a model that loses much less.",
         FOUR_BITS,
         metavar="FILE",
         recorded=False,
@@ -77,8 +77,8 @@ class NumberFormat:
     )
     calibrate: str | Path | None = option(
         None,
-        "Collect such statistics on this text first, in the same run, as --activations takes them. "
-        "Takes memory for the whole model in float32 and its statistics.",
+        "Collect the statistics that --activations takes on this text first, in the same run. The "
+        "whole model in float32 and its statistics must fit in memory.",
         FOUR_BITS,
         metavar="TEXT",
         recorded=False,
@@ -93,7 +93,7 @@ class NumberFormat:
     )
     calibration_seed: int | None = option(
         None,
-        "Of the choice of sequences, where the text has more of them (default 0).",
+        "Seed of the choice of sequences, where the text has more than are used (default 0).",
         FOUR_BITS,
         metavar="N",
     )

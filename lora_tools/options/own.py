@@ -48,7 +48,7 @@ class Merging:
     )
     requantize: bool = option(
         False,
-        "Where BASE is quantized, write its number format again, if it is one that is written; in "
+        "Where BASE is quantized, write its number format again, if quantize writes that one; in "
         "four bits most of a small change is lost, and the report says how much is kept.",
         OUTPUT,
         unset="a quantized BASE becomes plain",
@@ -217,7 +217,9 @@ class Graphs:
         "float32", "What the graph computes in; norms and softmax stay in float32.", GRAPH
     )
     half_io: bool = option(
-        False, "Inputs and outputs in --compute-dtype, too, the cache among them.", GRAPH
+        False,
+        "Inputs and outputs, the key/value cache among them, are in --compute-dtype, too.",
+        GRAPH,
     )
     opset: int | None = option(
         None,
@@ -225,7 +227,7 @@ class Graphs:
         GRAPH,
         metavar="N",
         allowed=OPSETS,
-        unset="23, which fusing needs; 20 with --no-fuse",
+        unset="23, which fusing needs; 20 with --no-fuse, and where nothing is fused",
     )
     trust_remote_code: bool = option(
         False, "Run the modelling code that comes with the checkpoint.", GRAPH

@@ -62,7 +62,9 @@ class Ranks:
         RANK,
         metavar="SHARE",
     )
-    threshold: float | None = option(None, "All singular values above X.", RANK, metavar="X")
+    threshold: float | None = option(
+        None, "Each module's singular values above X.", RANK, metavar="X"
+    )
     noise_floor: bool = option(
         False, "What stands above the rounding of the stored weights (docs/ranks.md).", RANK
     )
@@ -97,7 +99,9 @@ class Ranks:
         flags=("--sv-cumulative", "--sv_cumulative"),
         metavar="SHARE",
     )
-    max_rank: int | None = option(None, "The most that these may choose.", RANK, metavar="N")
+    max_rank: int | None = option(
+        None, "The largest rank that these rules may choose.", RANK, metavar="N"
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -226,7 +230,7 @@ class Search:
         metavar="X",
         allowed=INSIDE,
     )
-    seed: int = option(0, "Of the random start.", DECOMPOSITION, metavar="N")
+    seed: int = option(0, "Seed of the random start.", DECOMPOSITION, metavar="N")
     device: str = option("cpu", "cpu, cuda, cuda:1, …", DECOMPOSITION, metavar="DEVICE")
 
 
@@ -333,21 +337,21 @@ class Writing:
     )
     resume: bool = option(
         False,
-        "Go on with the work of a run to the same place that was ended; with nothing to go on "
-        "with, begin (docs/tasks/resume.md).",
+        "Go on with what an ended run to the same --out has done; where there is none, begin "
+        "(docs/tasks/resume.md).",
         OUTPUT,
         recorded=False,
     )
     clean: bool = option(
         False,
-        "Remove what a run to the same place that was ended has left.",
+        "Remove what an ended run to the same --out has left, and begin anew.",
         OUTPUT,
         recorded=False,
     )
     shard: str | None = option(
         None,
-        "Do the I-th of N shares of the work, beside other processes that do the rest, and put "
-        "nothing at --out (docs/tasks/machines.md).",
+        "Do only the I-th of N shares of the work, and put nothing at --out: other processes do "
+        "the other shares, then --finish completes it (docs/tasks/machines.md).",
         OUTPUT,
         metavar="I/N",
         parse=part,
@@ -355,7 +359,7 @@ class Writing:
     )
     finish: bool = option(
         False,
-        "Put what all shares have come to into its place; some work missing is an error.",
+        "Put together at --out what all shares have done; a share that is missing is an error.",
         OUTPUT,
         recorded=False,
     )
@@ -384,7 +388,7 @@ class Running:
     variant: str | None = option(
         None,
         "Of a folder, or of each folder of a diffusers pipeline that has such: read the weight "
-        "files of this variant, such as fp16. What is made of them is called as files of none.",
+        "files of this variant, such as fp16. The output's files have plain names.",
         RUNNING,
         metavar="NAME",
     )

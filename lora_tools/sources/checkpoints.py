@@ -16,7 +16,7 @@ from lora_tools.formats.gguf_file import is_gguf
 from lora_tools.formats.gguf_model import open_gguf
 from lora_tools.formats.pipelines import Pipeline, weight_files
 from lora_tools.formats.quantized.signs import FILES, Found, sign_of
-from lora_tools.formats.regular_files import is_there
+from lora_tools.formats.regular_files import is_there, refuse_dangling
 from lora_tools.formats.sharded import (
     empty_weights,
     home_of,
@@ -174,6 +174,7 @@ def as_plain(stored: Checkpoint) -> tuple[Checkpoint, Found | None]:
 def _found(source: str | Path, allow_pickle: bool) -> Path:
     """The file or folder that is meant. Raises CheckpointError."""
     path = hub.here(source, allow_pickle, by_headers=True)
+    refuse_dangling(path)
     if not os.path.exists(path):  # noqa: PTH110 - Path.exists raises on an overlong name
         raise CheckpointError(f"{source}: no such file or folder, nor an org/name of the hub")
     if not (path.is_file() or path.is_dir()):

@@ -22,6 +22,8 @@ from lora_tools.formats.adapters.format import Format
 from lora_tools.formats.adapters.places import Places
 from lora_tools.formats.adapters.table import FORMATS
 from lora_tools.formats.checkpoint import Checkpoint
+from lora_tools.formats.counterparts.table import parts
+from lora_tools.formats.counterparts.unordered import refuse_fused
 from lora_tools.formats.dtypes import parse_float_dtype
 from lora_tools.formats.output import Prepared
 from lora_tools.formats.quantized.packed import StoredFormat
@@ -197,6 +199,8 @@ def _sides(
         said.append(f"{side.path}: in {side.scheme.title}; seen as the numbers it stands for")
         _refuse_noise(side, side.scheme, options.rule.policy)
         said[-1] += unknown_noise(side)
+    if form.name != "peft":
+        refuse_fused(sides[0].path, parts(sides[0].specs, sides[0].models))
     if form.names:
         sides = in_layout_of(sides[0], form.names), in_layout_of(sides[1], form.names)
     elif names == "loaded" and options.consumer.loads:

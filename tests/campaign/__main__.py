@@ -236,7 +236,8 @@ def memory(options: argparse.Namespace, here: Path, table: Table) -> None:
             f"exit {code}, at most {peak / 1e6:.0f} MB of no file, {time.monotonic() - begun:.0f} s"
         )
         table.row(f"{options.gigabytes:g} GB in {options.limit} MB: {verb}", 1, figures, wrong)
-        shutil.rmtree(here / "out", ignore_errors=True)
+        for left in (here / "out", *here.glob(".out.loratools-*")):  # which a killed run keeps
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def main() -> int:

@@ -36,6 +36,7 @@ from lora_tools.formats.adapters.outline import Context, Outline, group_parts, p
 from lora_tools.formats.adapters.peft import PREFIX
 from lora_tools.formats.adapters.places import Place
 from lora_tools.formats.adapters.writer import Factors, Keyed
+from lora_tools.formats.counterparts.unordered import refuse_interleaved
 from lora_tools.formats.patterns import ends_with
 from lora_tools.formats.safetensors_file import strict_json
 from lora_tools.formats.tensor_file import TensorFile
@@ -99,6 +100,9 @@ def read(path: Path, file: TensorFile, context: Context, form: str = "diffusers"
     modules = group_parts(outline, set(_PARTS.values()), split)
     several = {name: made for name in modules if (made := xlabs.modules(name))}
     of_diffusion = any(_is_of_diffusion(name, context.base) for name in modules)
+    if not context.guess:
+        parts = context.base.parts if context.base is not None else None
+        refuse_interleaved(path, file.specs, modules, parts)
     in_base = _in_base([*modules, *itertools.chain(*several.values())], context.base)
     for name, keys in modules.items():
         module = in_base[name]

@@ -23,6 +23,8 @@ class Pair:
             (``in_proj_`` of OpenCLIP).
         diffusers: the modules that its rows are, from the first row on; most often one.
         swapped: of one module, that its halves have changed places.
+        unordered: of three, that they are one above the other in some files of the original, and
+            head by head in others, and nothing in a file tells.
         grouped: of three, that the first has as many rows as there are columns, and that the other
             two share the rest (heads of q that have one of k and of v in common).
     """
@@ -31,6 +33,7 @@ class Pair:
     diffusers: tuple[str, ...]
     swapped: bool = False
     grouped: bool = False
+    unordered: bool = False
 
     def modules(self, layout: Layout) -> tuple[str, ...]:
         """Its modules in a layout."""
@@ -104,6 +107,16 @@ def by_rules(rules: Rules, swapped: Collection[str] = ()) -> Callable[..., Itera
 def has(*beginnings: str) -> Callable[[Collection[str]], bool]:
     """Whether there are modules of each of these beginnings."""
     return lambda modules: all(any(m.startswith(b) for m in modules) for b in beginnings)
+
+
+def lacks(beginning: str) -> Callable[[Collection[str]], bool]:
+    """Whether there is no module of this beginning."""
+    return lambda modules: not has(beginning)(modules)
+
+
+def both(*conditions: Callable[[Collection[str]], bool]) -> Callable[[Collection[str]], bool]:
+    """Whether all of them hold."""
+    return lambda modules: all(holds(modules) for holds in conditions)
 
 
 def qkv(path: str, names: Sequence[str] = ("to_q", "to_k", "to_v")) -> tuple[str, ...]:

@@ -7,7 +7,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Iterator
 
-from lora_tools.formats.counterparts.family import Family, Layout, Pair, Rules, by_rules, has, qkv
+from lora_tools.formats.counterparts.family import (
+    Family,
+    Layout,
+    Pair,
+    Rules,
+    both,
+    by_rules,
+    has,
+    lacks,
+    qkv,
+)
 
 _CONDITIONS = {
     "adaln_single": "time_embed",
@@ -72,7 +82,10 @@ def _of_lumina_2(modules: Collection[str], layout: Layout) -> Iterator[Pair]:
 
 LUMINA_2 = Family(
     "Lumina-Image 2",
-    has("layers.0.attention.qkv", "cap_embedder.", "x_embedder", "noise_refiner."),
+    both(
+        has("layers.0.attention.qkv", "cap_embedder.", "layers.0.adaLN_modulation.1"),
+        lacks("layers.0.adaLN_modulation.0"),  # of Z-Image
+    ),
     has("layers.0.attn.to_q", f"{_CAPTION}.", "noise_refiner."),
     _of_lumina_2,
     lambda modules: "original",
@@ -122,7 +135,7 @@ _FLUX_3_BLOCK = {
     "mlp_in": "ff.linear_in",
     "mlp_out": "ff.linear_out",
 }
-_MODES = ("image", "image_cond", "video", "audio")
+_MODES = ("image", "image_cond")  # those that diffusers has
 _FLUX_3: Rules = {
     "txt_in": "context_embedder",
     **{f"emb_in.{mode}": f"x_embedders.{mode}" for mode in _MODES},
@@ -246,11 +259,26 @@ _MINIMAX_H3: Rules = {
     },
 }
 # SwiGLU has its gate first there, and its value first in diffusers.
+_minimax_h3_pairs = by_rules(_MINIMAX_H3, ("blocks.#.mlp.fc1", "token_refiner.blocks.#.mlp.fc1"))
+
+
+def _of_minimax_h3(modules: Collection[str], layout: Layout) -> Iterator[Pair]:
+    """The shards of MiniMaxAI have q, k and v of the first head before those of the second; single
+    files that others published have all of q first."""
+    for pair in _minimax_h3_pairs(modules, layout):
+        yield dataclasses.replace(pair, unordered=len(pair.diffusers) == 3)
+
+
+def _is_minimax_h3(modules: Collection[str]) -> bool:
+    own = has("video_patch_proj")(modules) or has("token_refiner.blocks.")(modules)
+    return own and any(m.endswith("blocks.0.attn.qkv_proj") for m in modules)
+
+
 MINIMAX_H3 = Family(
     "MiniMax-H3",
-    has("blocks.0.attn.qkv_proj", "video_patch_proj"),
+    _is_minimax_h3,
     has("transformer_blocks.0.attn.to_q", "audio_proj_in", "token_refiner."),
-    by_rules(_MINIMAX_H3, ("blocks.#.mlp.fc1", "token_refiner.blocks.#.mlp.fc1")),
+    _of_minimax_h3,
     lambda modules: "original",
 )
 

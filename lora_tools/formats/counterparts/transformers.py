@@ -13,8 +13,10 @@ from lora_tools.formats.counterparts.family import (
     Layout,
     Pair,
     Rules,
+    both,
     by_rules,
     has,
+    lacks,
     qkv,
 )
 
@@ -112,7 +114,11 @@ _Z_IMAGE: Rules = {
 }
 Z_IMAGE = Family(
     "Z-Image",
-    has("layers.0.attention.qkv", "cap_embedder.", "x_embedder", "x_pad_token"),
+    # As diffusers tells it from Lumina-Image 2, whose modulation has its linear layer second.
+    both(
+        has("layers.0.attention.qkv", "cap_embedder.", "layers.0.adaLN_modulation.0"),
+        lacks("layers.0.adaLN_modulation.1"),
+    ),
     has("layers.0.attention.to_q", "all_x_embedder.2-1"),
     by_rules(_Z_IMAGE),
     lambda modules: "diffusers",
