@@ -40,6 +40,17 @@ def sentences(report: Report[Any]) -> Iterator[str]:
         yield from part(t)
     if "bytes" in t:
         yield f"size: {size(t['bytes'])}"
+    if "disk_needed" in t:
+        yield _needed(t)
+
+
+def _needed(t: Mapping[str, Any]) -> str:
+    """What a plan takes."""
+    line = f"needs: {size(t['input_bytes'])} to read, {size(t['disk_needed'])} of disk"
+    if "disk_free" not in t:
+        return line
+    short = "only " if t["disk_free"] < t["disk_needed"] else ""
+    return f"{line}, of which {short}{size(t['disk_free'])} are free"
 
 
 def _errors(t: Mapping[str, Any]) -> Iterator[str]:

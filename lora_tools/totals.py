@@ -9,6 +9,14 @@ from __future__ import annotations
 from typing import Any, TypedDict
 
 
+class PlanTotals(TypedDict, total=False):
+    """Of a dry run of a verb that writes: what it would take."""
+
+    input_bytes: int
+    disk_needed: int
+    disk_free: int
+
+
 class LeftOutTotals(TypedDict, total=False):
     """Of what changed and is left out."""
 
@@ -105,7 +113,7 @@ class RuntimeAdapterTotals(OutputsTotals, total=False):
     modules: int
 
 
-class ExtractTotals(ErrorTotals, LeftOutTotals, total=False):
+class ExtractTotals(ErrorTotals, LeftOutTotals, PlanTotals, total=False):
     """Of ``extract``."""
 
     modules: int
@@ -118,7 +126,7 @@ class ExtractTotals(ErrorTotals, LeftOutTotals, total=False):
     quantization_noise: float
 
 
-class MergeTotals(SurvivalTotals, total=False):
+class MergeTotals(SurvivalTotals, PlanTotals, total=False):
     """Of ``merge``."""
 
     tensors_merged: int
@@ -133,7 +141,7 @@ class MergeTotals(SurvivalTotals, total=False):
     output_delta_error_unfed: float
 
 
-class UnmergeTotals(TypedDict, total=False):
+class UnmergeTotals(PlanTotals, total=False):
     """Of ``unmerge``."""
 
     exact: bool
@@ -142,28 +150,28 @@ class UnmergeTotals(TypedDict, total=False):
     bytes: int
 
 
-class RescaleTotals(ErrorTotals, total=False):
+class RescaleTotals(ErrorTotals, PlanTotals, total=False):
     """Of ``rescale``."""
 
     modules: int
     bytes: int
 
 
-class CombineTotals(ErrorTotals, total=False):
+class CombineTotals(ErrorTotals, PlanTotals, total=False):
     """Of ``combine``."""
 
     modules: int
     bytes: int
 
 
-class ConvertTotals(ResizedTotals, total=False):
+class ConvertTotals(ResizedTotals, PlanTotals, total=False):
     """Of ``convert``."""
 
     modules: int
     bytes: int
 
 
-class QuantizeTotals(FourBitTotals, TextTotals, total=False):
+class QuantizeTotals(FourBitTotals, TextTotals, PlanTotals, total=False):
     """Of ``quantize``."""
 
     compensated_error: float
@@ -174,7 +182,7 @@ class QuantizeTotals(FourBitTotals, TextTotals, total=False):
     expected_bytes_at_most: int
 
 
-class DequantizeTotals(TypedDict, total=False):
+class DequantizeTotals(PlanTotals, total=False):
     """Of ``dequantize``."""
 
     tensors_dequantized: int
@@ -183,7 +191,7 @@ class DequantizeTotals(TypedDict, total=False):
     bytes: int
 
 
-class ExportTotals(FourBitTotals, OutputsTotals, LossTotals, total=False):
+class ExportTotals(FourBitTotals, OutputsTotals, LossTotals, PlanTotals, total=False):
     """Of ``export``."""
 
     tensors_merged: int
@@ -304,7 +312,7 @@ class CheckTotals(TypedDict, total=False):
     modules: int
 
 
-class CollectStatsTotals(TypedDict, total=False):
+class CollectStatsTotals(PlanTotals, total=False):
     """Of ``collect_stats``."""
 
     modules: int

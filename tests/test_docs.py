@@ -374,6 +374,8 @@ def test_every_total_and_action_is_documented(
     reports += [
         lora_tools.merge(base, [pair / "adapter"], out / "m"),
         lora_tools.merge(base, [pair / "other"], out / "r", reversible=True),
+        lora_tools.merge(base, [pair / "other"], out / "n", dry_run=True),
+        lora_tools.unmerge(out / "r", [pair / "other"], out / "n", dry_run=True),
         lora_tools.unmerge(out / "r", [pair / "other"], out / "u1"),
         lora_tools.unmerge(out / "r", [pair / "other"], out / "u2", sidecar=False),
         lora_tools.rescale(pair / "adapter", out / "s", scale=2),
@@ -381,6 +383,7 @@ def test_every_total_and_action_is_documented(
         lora_tools.rescale(pair / "adapter", out / "n", rank=1, dry_run=True),
         lora_tools.combine([pair / "adapter", pair / "other"], out / "c", rank=2),
         lora_tools.combine([pair / "other"], out / "p", method="ties", density=0.5),
+        lora_tools.combine([pair / "other"], out / "n", dry_run=True),
         lora_tools.convert(pair / "adapter", out / "v", to="mlx", drop=["saved"], rank=2),
         lora_tools.convert(
             pair / "adapter", out / "x", to="diffusers", drop=["saved", "embedding"], rank=2
@@ -390,6 +393,7 @@ def test_every_total_and_action_is_documented(
         lora_tools.quantize(base, out / "q"),
         lora_tools.quantize(base, out / "l", compensate=1),
         lora_tools.dequantize(out / "q", out / "d"),
+        lora_tools.dequantize(out / "q", out / "n", dry_run=True),
         lora_tools.extract(out / "q", tuned, out / "from q", rank=1),
         lora_tools.merge(out / "q", [pair / "adapter"], out / "mq"),
         lora_tools.merge(out / "q", [pair / "adapter"], out / "rq", requantize=True),

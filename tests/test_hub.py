@@ -357,6 +357,7 @@ def plan(report: Any) -> Any:
     found = report.to_dict()
     for each in found["inputs"]:
         del each["path"]
+    del found["totals"]["disk_free"]  # others write to the disk meanwhile
     return {key: found[key] for key in ("inputs", "plan", "totals", "notes", "command")}
 
 

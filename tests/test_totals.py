@@ -293,3 +293,62 @@ def test_a_total_of_nothing_is_no_division_by_zero(
     energy: float, missing: float, error: float
 ) -> None:
     assert Total(energy, missing).relative_error == error
+
+
+# ------------------------------------------------------------------------------ what a plan takes
+
+
+def held(path: Path) -> int:
+    return sum(t.numel() * t.element_size() for t in load_file(path).values())
+
+
+def test_a_plan_says_what_it_reads_and_the_room_that_is_asked_for(
+    tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, tuned = pair
+    options: dict[str, Any] = {"rank": 2, "embeddings": "skip", "rest": "skip"}
+    adapter, four = tmp_path / "adapter", tmp_path / "four.safetensors"
+    lora_tools.extract(base, tuned, adapter, **options)
+    lora_tools.quantize(base, four, include=["."])
+    factors = held(adapter / "adapter_model.safetensors")
+    calls: list[tuple[int, Callable[..., Any]]] = [
+        (
+            held(base) + held(tuned),
+            lambda o, **k: lora_tools.extract(base, tuned, o, **options, **k),
+        ),
+        (held(base) + factors, lambda o, **k: lora_tools.merge(base, [adapter], o, **k)),
+        (held(four) + factors, lambda o, **k: lora_tools.merge(four, [adapter], o, **k)),
+        (held(base), lambda o, **k: lora_tools.quantize(base, o, include=["."], **k)),
+        (held(four), lambda o, **k: lora_tools.dequantize(four, o, **k)),
+        (factors, lambda o, **k: lora_tools.rescale(adapter, o, scale=2, **k)),
+        (2 * factors, lambda o, **k: lora_tools.combine([adapter, (adapter, 0.5)], o, **k)),
+        (factors, lambda o, **k: lora_tools.convert(adapter, o, to="mlx", **k)),
+    ]
+    asked: list[int] = []
+    monkeypatch.setattr("lora_tools.verbs.writing.check_space", lambda _, n, *held: asked.append(n))
+    for i, (nbytes, call) in enumerate(calls):
+        out = tmp_path / (f"out{i}.safetensors" if 0 < i < 5 else f"out{i}")
+        plan, done = call(out, dry_run=True), call(out)
+        assert plan.totals["input_bytes"] == nbytes
+        assert plan.totals["disk_needed"] == asked[i]
+        assert plan.totals["disk_free"] > 0
+        assert not {"input_bytes", "disk_needed", "disk_free"} & done.totals.keys()
+
+
+def test_a_plan_says_where_the_room_is_short(
+    tmp_path: Path,
+    pair: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base = str(pair[0])
+    for free, said in ((10**9, "of which 1.0 GB are free"), (3, "of which only 3 bytes are free")):
+        monkeypatch.setattr(
+            "lora_tools.formats.output.shutil.disk_usage", lambda _, n=free: (1, 0, n)
+        )
+        assert run(["merge", base, "-o", str(tmp_path / "o"), "--dtype", "bf16", "-n"]) == 0
+        line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("needs: "))
+        assert line.startswith("needs: 1.2 kB to read, ")
+        assert line.endswith(f" of disk, {said}")
+    assert run(["merge", base, "-o", str(tmp_path / "no" / "o"), "--dtype", "bf16", "-n"]) == 0
+    assert capsys.readouterr().out.splitlines()[-2].endswith(" of disk")

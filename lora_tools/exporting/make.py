@@ -24,6 +24,7 @@ from lora_tools.provenance import tool_version
 from lora_tools.records import Action, Fate, Input, Report
 from lora_tools.sentences import offence
 from lora_tools.sources.checkpoints import open_checkpoint
+from lora_tools.sources.weighted import input_bytes
 from lora_tools.totals import ExportTotals, LossTotals
 
 if TYPE_CHECKING:
@@ -105,6 +106,11 @@ class Export:
         beside = self.plain.nbytes if self.plain else 0
         adapters = self.runtime.space(not self.check.no_verify) if self.runtime else 0
         return int(weights + beside + adapters)
+
+    def input_bytes(self) -> int:
+        """Of the tensors that are read."""
+        adapters = input_bytes(a.weighted for a in self.runtime.each) if self.runtime else 0
+        return adapters + (self.weights.input_bytes if self.weights else self.source.stored.nbytes)
 
     def write(self, report: Report[ExportTotals], out: Path) -> Report[ExportTotals]:
         """Make it at ``out``: the folder, or in place the first of ``files``.

@@ -47,6 +47,7 @@ class Prepared:
         report: of the plan, as a dry run returns it.
         inputs: all that is read to write it, as found on the disk.
         nbytes: how much room it takes, at most.
+        input_bytes: of the tensors that are read, each counted once.
         write: makes it at a path where nothing is, and returns the report of what was made.
         beside: suffixes of files that are written beside the output; ``dropped`` of those that
             belong to the one replaced.
@@ -60,6 +61,7 @@ class Prepared:
     report: Report[Any]
     inputs: tuple[Path, ...]
     nbytes: int
+    input_bytes: int
     write: Callable[[Path], Report[Any]]
     beside: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
@@ -130,12 +132,17 @@ def _is_mounted(path: Path) -> bool:
     return place in (line.split()[4] for line in lines)
 
 
+def free_bytes(destination: Path) -> int | None:
+    """What the file system has free; None where it has no size, such as /proc."""
+    total, _, free = shutil.disk_usage(destination.parent)
+    return free if total else None
+
+
 def check_space(destination: Path, nbytes: int, held: int = 0) -> None:
     """Raises OutputError where the file system has less than ``nbytes`` free, besides those that
     are ``held`` for it."""
-    total, _, free = shutil.disk_usage(destination.parent)
-    nbytes = max(nbytes - held, 0)
-    if total and free < nbytes:  # a file system without a size, such as /proc, says nothing
+    free, nbytes = free_bytes(destination), max(nbytes - held, 0)
+    if free is not None and free < nbytes:
         raise OutputError(
             f"{destination}: needs {nbytes:,} bytes and {destination.parent} has {free:,} free; "
             "free some space or choose another disk"

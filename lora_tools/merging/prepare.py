@@ -23,7 +23,7 @@ from lora_tools.options import Matching, Running, Storage
 from lora_tools.provenance import command_of, tool_version
 from lora_tools.records import Action, Fate, Input, Report
 from lora_tools.sources.checkpoints import open_checkpoint
-from lora_tools.sources.weighted import Weighted, open_weighted
+from lora_tools.sources.weighted import Weighted, input_bytes, open_weighted
 
 Adapters = Sequence[str | Path | tuple[str | Path, float]]
 SIDECAR = ".sidecar"  # of a bare file
@@ -85,6 +85,11 @@ class Planned:
             notes=(*self.plan.notes, *notes_on_loading(self.source)),
             command=command,
         )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that are read."""
+        return self.source.stored.nbytes + input_bytes(self.adapters)
 
     def paths(self) -> tuple[Path, ...]:
         """All that is read."""
@@ -163,6 +168,7 @@ def prepare_merge(
         report,
         planned.paths(),
         nbytes,
+        planned.nbytes,
         lambda out: merge_checkpoint(job(out), reversible),
         beside=bare if reversible else (),
         dropped=() if reversible else bare,

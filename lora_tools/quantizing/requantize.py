@@ -115,6 +115,7 @@ def prepare_requantize(
         with_input(report, known),
         (*planned.paths(), *([known.path] if known is not None else [])),
         nbytes,
+        planned.nbytes,
         lambda out: with_input(requantized(job(out), view, work), known),
         dropped=() if view.is_folder else (SIDECAR,),
         pipeline=view.pipeline,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,6 +32,11 @@ class Weighted:
     def as_given(self) -> str:
         """As the command line has it: the path, and the weight where it is not 1."""
         return self.path if self.weight == 1 else f"{self.path}={self.weight:g}"
+
+
+def input_bytes(weighted: Iterable[Weighted]) -> int:
+    """Bytes of the tensors of adapters as they were given."""
+    return sum(each.adapter.original.nbytes for each in weighted)
 
 
 def digests_and_weights(digests: Sequence[str], weighted: Sequence[Weighted]) -> str:

@@ -74,6 +74,7 @@ def collect_stats(
         report,
         (checkpoint.path,),
         nbytes + (plain.nbytes if plain else 0),
+        checkpoint.stored.nbytes,
         lambda out: _collect(
             report, checkpoint, plain, content, sampling, search.device, call.running, out
         ),

@@ -24,7 +24,7 @@ from lora_tools.records import Action, Fate, Input, Report
 from lora_tools.sources.adapters import open_adapter
 from lora_tools.sources.auto_class import identified, refuse_base_name
 from lora_tools.sources.base_names import model_at
-from lora_tools.sources.weighted import Weighted, open_weighted
+from lora_tools.sources.weighted import Weighted, input_bytes, open_weighted
 from lora_tools.totals import CombineTotals
 from lora_tools.verbs.frame import Call, verb
 
@@ -103,7 +103,8 @@ def combine(
 
     read = tuple(w.adapter.path for w in weighted)
     nbytes = 3 * sum(w.adapter.nbytes for w in weighted)
-    return Prepared(report, read, nbytes, write, is_folder=form.is_folder)
+    read_bytes = input_bytes(weighted)
+    return Prepared(report, read, nbytes, read_bytes, write, is_folder=form.is_folder)
 
 
 def _form(weighted: Sequence[Weighted], to: str | None) -> Format:

@@ -109,7 +109,8 @@ def convert(
         return _convert(report, given, kept, names, options, out, call.running)
 
     read = (given.path, *([names.path] if names is not None else []))
-    return Prepared(report, read, 3 * given.nbytes, write, is_folder=target.is_folder)
+    nbytes, read_bytes = 3 * given.nbytes, given.original.nbytes
+    return Prepared(report, read, nbytes, read_bytes, write, is_folder=target.is_folder)
 
 
 def _made_lora(
@@ -163,7 +164,9 @@ def _made_lora(
 
     nbytes = sum(4 * sum(w.target.spec.shape) * 64 for w in works)
     is_folder = FORMATS[formats.to].is_folder
-    return Prepared(report, (given.path, base.path), nbytes, write, is_folder=is_folder)
+    read_bytes = given.original.nbytes + sum(w.target.spec.nbytes for w in works)
+    read = (given.path, base.path)
+    return Prepared(report, read, nbytes, read_bytes, write, is_folder=is_folder)
 
 
 def _refuse_tied(

@@ -138,6 +138,7 @@ def _prepared(work: Export, call: Call) -> Prepared:
         runtime.planned(report) if runtime and call.writing.dry_run else report,
         (work.source.path, *read),
         work.space(),
+        work.input_bytes(),
         lambda path: work.write(report, path),
         beside=(FAILED,) if work.keep and not work.in_place else (),
         added=work.files() if work.in_place else (),

@@ -114,6 +114,7 @@ def extract(
         call.report(inputs, fates, totals=totals, notes=plan.notes),
         tuple(side.path for side in sides),
         2 * expected,
+        sum(side.stored.nbytes for side in sides),
         write,
         is_folder=form.is_folder,
     )

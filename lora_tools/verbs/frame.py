@@ -21,13 +21,14 @@ from lora_tools.formats import urls, variants
 from lora_tools.formats.adapters.format import refuse_file_name
 from lora_tools.formats.checkpoint import PICKLE_SUFFIXES
 from lora_tools.formats.hub_headers import headers_only
-from lora_tools.formats.output import Prepared
+from lora_tools.formats.output import Prepared, free_bytes
 from lora_tools.formats.pipeline_output import copied_files
 from lora_tools.formats.synced import held_bytes
 from lora_tools.options import RECORDS, Running, Storage, Writing
 from lora_tools.options.spelling import errors_for_python
 from lora_tools.provenance import command_of, tool_version
 from lora_tools.records import Fate, Input, ProgressCallback, Report
+from lora_tools.totals import PlanTotals
 from lora_tools.verbs import VERBS
 from lora_tools.verbs.paths import Paths
 from lora_tools.verbs.report_file import check_report_file, write_report
@@ -217,8 +218,17 @@ def _work(
     paths.write(prepared, Path(call.out))
     paths.check(call.writing.dry_run)
     copied = copied_files(prepared)  # on a dry run, too: it refuses what may not be copied
-    if call.writing.dry_run:
-        return prepared.report
-    paths.check_kept()
     nbytes = prepared.nbytes + sum(map(held_bytes, copied))
+    if call.writing.dry_run:
+        return _with_needs(prepared, Path(call.out), nbytes)
+    paths.check_kept()
     return write(row, asked, prepared, call.out, call.command, nbytes)
+
+
+def _with_needs(prepared: Prepared, out: Path, nbytes: int) -> Report[Any]:
+    """The report of a plan, with what it takes to carry it out."""
+    needs: PlanTotals = {"input_bytes": prepared.input_bytes, "disk_needed": nbytes}
+    free = free_bytes(out) if out.parent.is_dir() else None
+    if free is not None:
+        needs["disk_free"] = free
+    return dataclasses.replace(prepared.report, totals={**prepared.report.totals, **needs})

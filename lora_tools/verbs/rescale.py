@@ -78,7 +78,8 @@ def rescale(
         return written_as(done, new, form, names, out, given.blocks, dtype, jobs)
 
     read = (given.path, *([names.path] if names is not None else []))
-    return Prepared(report, read, 6 * given.nbytes, write, is_folder=form.is_folder)
+    nbytes, read_bytes = 6 * given.nbytes, given.original.nbytes
+    return Prepared(report, read, nbytes, read_bytes, write, is_folder=form.is_folder)
 
 
 def _options(strength: Strength, ranks: Ranks, form: AdapterForm) -> Rescaling:

@@ -28,7 +28,7 @@ from lora_tools.options import Matching, Undoing
 from lora_tools.provenance import tool_version
 from lora_tools.records import Action, Fate, Input
 from lora_tools.sources.checkpoints import open_checkpoint
-from lora_tools.sources.weighted import Weighted, open_weighted
+from lora_tools.sources.weighted import Weighted, input_bytes, open_weighted
 from lora_tools.verbs.frame import Call, verb
 
 
@@ -87,6 +87,7 @@ def unmerge(
         report,
         tuple(read),
         nbytes,
+        checkpoint.nbytes + input_bytes(weighted),
         lambda out: unmerge_checkpoint(
             Rewrite(report, checkpoint, weighted, plan, shards, out, jobs, progress), memory
         ),
