@@ -361,14 +361,17 @@ def plan(report: Any) -> Any:
     return {key: found[key] for key in ("inputs", "plan", "totals", "notes", "command")}
 
 
-def test_a_dry_run_fetches_no_weights(big: Any, tmp_path: Path) -> None:
+def test_a_dry_run_fetches_no_weights(
+    big: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And says what a dry run of the whole folders says; what was made for it is gone."""
     calls: list[Callable[[str], Any]] = [
         lambda at: lora_tools.merge(f"{at}base", f"{at}ad", "out", dry_run=True),
         lambda at: lora_tools.extract(f"{at}base", f"{at}tuned", "out", rank=2, dry_run=True),
         lambda at: lora_tools.quantize(f"{at}base", "out", dry_run=True),
     ]
-    before = set(Path(tempfile.gettempdir()).glob("loratools-*"))
+    (own := tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(own))
     for call in calls:
         assert plan(call("org/")) == plan(call(""))
     shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
@@ -376,7 +379,7 @@ def test_a_dry_run_fetches_no_weights(big: Any, tmp_path: Path) -> None:
     assert "adapter_model.safetensors" in big.fetched  # is read: it is small
     ranges = [each for each in big.fetched if " " in each]
     assert {each.split()[0] for each in ranges} == {*shards, "model.safetensors"}
-    assert set(Path(tempfile.gettempdir()).glob("loratools-*")) == before
+    assert list(own.iterdir()) == []
     assert not Path("out").exists()
 
 
