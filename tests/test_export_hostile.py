@@ -106,7 +106,7 @@ def _asks_for_data(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("odd", "says"), [(_no_onnx, "special_airy_ai"), (_asks_for_data, "data-dependent")]
+    ("odd", "says"), [(_no_onnx, "special_airy_ai"), (_asks_for_data, "known only when it runs")]
 )
 def test_what_does_not_export_is_named(
     odd: Any, says: str, tmp_path: Path, monkeypatch: Any, capfd: Any

@@ -247,9 +247,9 @@ def test_pictures_are_refused_before_the_work(work, tmp_path, monkeypatch):
             lora_tools.diff(work / "base", work / "tuned", plot=tmp_path / name)
     with pytest.raises(UsageError, match="no adapter with factors"):
         lora_tools.inspect(work / "base", plot=tmp_path / "x.png")
-    monkeypatch.setattr("lora_tools.plots.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for name, library in (("x.png", "matplotlib"), ("x.svg", "matplotlib"), ("x.html", "plotly")):
-        with pytest.raises(UsageError, match=rf"{library}: pip install 'loratools\[plot\]'"):
+        with pytest.raises(UsageError, match=rf"needs {library}; pip install 'loratools\[plot\]'"):
             lora_tools.diff(work / "base", work / "tuned", plot=tmp_path / name)
 
 
