@@ -25,7 +25,6 @@ from lora_tools.records import Action, Fate, Input, Report
 from lora_tools.sources.as_loaded import named_by
 from lora_tools.sources.auto_class import class_fields, identified
 from lora_tools.totals import ExtractTotals
-from lora_tools.watch import files
 
 if TYPE_CHECKING:
     from lora_tools.formats.adapters.peft_writer import PeftWriter
@@ -46,7 +45,6 @@ def kept_spectra(keep: Path | None, scratch: Path, needed: bool) -> Iterator[Spe
         if keep is not None and spectra.changed:
             with staged(keep, force=True) as staging:
                 spectra.finish(staging / "out", tool_version())
-                files.check()  # the earlier file is replaced now
     finally:
         spectra.close()
 

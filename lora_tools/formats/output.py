@@ -35,6 +35,7 @@ from lora_tools.formats.leftover import Way, adopt, clear, stays
 from lora_tools.formats.pipelines import Pipeline
 from lora_tools.formats.staging import OPENED, TRIES, discard, marker, put_back, some_name
 from lora_tools.records import Report
+from lora_tools.watch import files
 
 _SPARE = 8  # descriptors that are kept for clearing away
 
@@ -174,6 +175,7 @@ def staged(destination: Path, *, force: bool = False, going_on: bool = False) ->
         staging.make(going_on)
         with kept.within(staging.folder):
             yield staging.folder
+        files.check()  # before anything takes the place of what was read
         course.go_on()
         staging.commit(force)
     except LoraToolsError as error:

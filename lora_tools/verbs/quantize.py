@@ -16,7 +16,6 @@ from lora_tools.quantizing.statistics import Calibration, plan_calibration
 from lora_tools.records import Report, TensorResult
 from lora_tools.totals import QuantizeTotals
 from lora_tools.verbs.frame import Call, verb
-from lora_tools.watch.files import check
 
 
 @verb
@@ -84,7 +83,6 @@ def _calibrated(
         path = out.with_name("statistics")
         calibration.collect(path)
         report: Report[QuantizeTotals] = prepare(path).write(out)
-        check()  # the statistics are gone from here on, and are not looked for again
         path.unlink()
         inputs = [i for i in report.inputs if i.role != "activations"]
         return dataclasses.replace(report, inputs=(*inputs, calibration.input))

@@ -35,7 +35,6 @@ from lora_tools.provenance import tool_version
 from lora_tools.records import Report
 from lora_tools.verbs.card import card_of
 from lora_tools.verbs.row import Verb
-from lora_tools.watch import files
 from lora_tools.within import holding
 
 if TYPE_CHECKING:
@@ -70,7 +69,6 @@ def write(
             report = write_whole(prepared, folder)
             if folder.is_dir():
                 _put_card(row, asked, prepared, report, folder)
-            files.check()
     if account.recalled and way == "resume":
         said = f"{account.recalled} pieces of work were found done, and not done again (--resume)"
         report = dataclasses.replace(report, notes=(*report.notes, said))
@@ -156,7 +154,7 @@ class _Work:
         except OSError as error:
             raise failed(error, hidden, self.destination) from error
         plan = self.prepared.report
-        return dataclasses.replace(plan, output="", notes=(*plan.notes, said))
+        return dataclasses.replace(plan, notes=(*plan.notes, said))
 
     def _versions(self) -> tuple[str, ...]:
         """Whatever else than a task, its sources and its sink decides what comes of it."""

@@ -1,6 +1,6 @@
 """Files that must stay as they are while they are read: what was found in them is only then true.
 
-Whoever opens one makes a ``Watched`` and notes each use of it. ``unchanged`` looks at those that
+Whoever opens one makes a ``Watched`` and tells it each use. ``unchanged`` looks at those that
 were used within it once it ends: so a task answers for the files that it read, and a call for all.
 """
 
@@ -12,21 +12,12 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Protocol
 
 from lora_tools.errors import CheckpointError, reason
 from lora_tools.watch import faults
 from lora_tools.within import holding
 
-
-class Use(Protocol):
-    """Something that is read, and can tell whether it still is what it was."""
-
-    def check(self) -> None:
-        """Raises CheckpointError where it is not."""
-
-
-_used: ContextVar[set[Use] | None] = ContextVar("used", default=None)
+_used: ContextVar[set[Watched] | None] = ContextVar("used", default=None)
 _own: ContextVar[Path | None] = ContextVar("own", default=None)
 
 
@@ -49,9 +40,10 @@ class Watched:
         self._is_own = _own.get() in self.path.parents
 
     def used(self) -> None:
-        """Note that it is read."""
-        if not self._is_own:
-            note(self)
+        """Note that it is read, for whoever looks at it in the end."""
+        used = _used.get()
+        if used is not None and not self._is_own:
+            used.add(self)
 
     def guard(self, owner: object, start: int, nbytes: int) -> None:
         """Have a page of its map that is gone raise no SIGBUS while a run watches its files."""
@@ -92,12 +84,6 @@ def changed(path: Path) -> CheckpointError:
     )
 
 
-def note(file: Use) -> None:
-    """Note that a file is read, for whoever looks at it in the end."""
-    if (used := _used.get()) is not None:
-        used.add(file)
-
-
 def check() -> None:
     """Raises CheckpointError where a file that was used so far is not what it was. Files that are
     used from here on are looked at anew."""
@@ -115,7 +101,7 @@ def unchanged() -> Iterator[None]:
     Raises:
         CheckpointError: one is not, whatever else was raised for it.
     """
-    outer, mine = _used.get(), set[Use]()
+    outer, mine = _used.get(), set[Watched]()
     with faults.guarded(), holding(_used, mine):
         try:
             yield
