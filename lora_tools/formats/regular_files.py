@@ -58,8 +58,12 @@ def open_file(path: Path, fail: type[LoraToolsError] = CheckpointError) -> io.Bu
         fail: it is a folder, what waits or never ends (a pipe, a device), or a link to nothing.
         OSError: as ``open`` does.
     """
-    refuse_dangling(path, fail)
-    _refuse_kind(path, os.stat(path).st_mode, fail)  # noqa: PTH116 - opening a device may do things
+    try:
+        mode = os.stat(path).st_mode  # noqa: PTH116 - opening a device may do things
+    except FileNotFoundError:
+        refuse_dangling(path, fail)
+        raise
+    _refuse_kind(path, mode, fail)
     number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         _refuse_kind(path, os.fstat(number).st_mode, fail)

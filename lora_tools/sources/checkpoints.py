@@ -174,8 +174,8 @@ def as_plain(stored: Checkpoint) -> tuple[Checkpoint, Found | None]:
 def _found(source: str | Path, allow_pickle: bool) -> Path:
     """The file or folder that is meant. Raises CheckpointError."""
     path = hub.here(source, allow_pickle, by_headers=True)
-    refuse_dangling(path)
     if not os.path.exists(path):  # noqa: PTH110 - Path.exists raises on an overlong name
+        refuse_dangling(path)
         raise CheckpointError(f"{source}: no such file or folder, nor an org/name of the hub")
     if not (path.is_file() or path.is_dir()):
         raise CheckpointError(f"{path}: neither a file nor a folder")
