@@ -48,13 +48,14 @@ def share_of(tasks: Sequence[Task[Any, Any, Any]], sources: Any, sink: Any) -> l
     if account is None or account.shares is None:
         return None
     share = account.shares
+    owner = owners([max(task.nbytes, 1) for task in tasks], share.count)
+    mine = [i for i, each in enumerate(owner) if each == share.number]
+    if share.number is not None and sink is not None:
+        return mine
     kept = memo.Memo(account, sources, sink, 1)
     lacking = [i for i, task in enumerate(tasks) if kept.key(task) not in account.store]
-    owner = owners([max(task.nbytes, 1) for task in tasks], share.count)
     if share.number is not None:
-        if not lacking and sink is None:  # a step on the way
-            return None
-        return [i for i, each in enumerate(owner) if each == share.number]
+        return mine if lacking else None  # else a step on the way
     # After a step that was done by all, one that none has begun is done here.
     if lacking and (len(lacking) < len(tasks) or not account.recalled):
         who = [f"{each}/{share.count}" for each in sorted({owner[i] for i in lacking})]

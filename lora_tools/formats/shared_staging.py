@@ -17,6 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from lora_tools import interruption
 from lora_tools.errors import OutputError, UsageError
@@ -109,13 +110,12 @@ def _compare(folder: Path, there: Mapping[str, object], job: Job) -> None:
             )
 
 
-def refuse(destination: Path) -> None:
-    """Raises UsageError where there are shares, for a command that does nothing with them."""
-    if ((folder := place(destination)) / PLAN).exists():
-        raise UsageError(
-            f"{destination}: shards of it are in {folder}; --shard and --finish go on with them, "
-            "--resume does the rest here, --clean removes them and begins anew"
-        )
+def refuse(destination: Path) -> NoReturn:
+    """Raises UsageError, for a command that does nothing with the shares that are there."""
+    raise UsageError(
+        f"{destination}: shards of it are in {place(destination)}; --shard and --finish go on with "
+        "them, --resume does the rest here, --clean removes them and begins anew"
+    )
 
 
 def take_over(destination: Path) -> Adopted | None:
