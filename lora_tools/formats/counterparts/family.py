@@ -74,8 +74,15 @@ class Family:
 Rules = Mapping[str, str | tuple[str, ...]]
 
 
-def by_rules(rules: Rules, swapped: Collection[str] = ()) -> Callable[..., Iterable[Pair]]:
-    """``Family.pairs`` by such a table. ``swapped``: the originals whose halves change places."""
+def by_rules(
+    rules: Rules, swapped: Collection[str] = (), *, grouped: bool = False, unordered: bool = False
+) -> Callable[..., Iterable[Pair]]:
+    """``Family.pairs`` by such a table.
+
+    Args:
+        swapped: the originals whose halves change places.
+        grouped, unordered: what the pairs are that have q, k and v in one.
+    """
     table = [
         (original, (names,) if isinstance(names, str) else names)
         for original, names in rules.items()
@@ -95,10 +102,13 @@ def by_rules(rules: Rules, swapped: Collection[str] = ()) -> Callable[..., Itera
             block = found[0] if found else ""
             for shape in dict.fromkeys((module, number.sub("#", module, count=1))):
                 for original, names in by_name[layout].get(shape, ()):
+                    is_fused = len(names) == 3
                     yield Pair(
                         original.replace("#", block),
                         tuple(name.replace("#", block) for name in names),
                         original in swapped,
+                        grouped=grouped and is_fused,
+                        unordered=unordered and is_fused,
                     )
 
     return pairs

@@ -4,20 +4,9 @@ files and of adapters."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 
-from lora_tools.formats.counterparts.family import (
-    Family,
-    Layout,
-    Pair,
-    Rules,
-    both,
-    by_rules,
-    has,
-    lacks,
-    qkv,
-)
+from lora_tools.formats.counterparts.family import Family, Rules, both, by_rules, has, lacks, qkv
 
 _CONDITIONS = {
     "adaln_single": "time_embed",
@@ -71,15 +60,6 @@ _LUMINA_2: Rules = {
         )
     },
 }
-_lumina_2_pairs = by_rules(_LUMINA_2)
-
-
-def _of_lumina_2(modules: Collection[str], layout: Layout) -> Iterator[Pair]:
-    """Several heads of q share one of k and of v."""
-    for pair in _lumina_2_pairs(modules, layout):
-        yield dataclasses.replace(pair, grouped=len(pair.diffusers) == 3)
-
-
 LUMINA_2 = Family(
     "Lumina-Image 2",
     both(
@@ -87,7 +67,7 @@ LUMINA_2 = Family(
         lacks("layers.0.adaLN_modulation.0"),  # of Z-Image
     ),
     has("layers.0.attn.to_q", f"{_CAPTION}.", "noise_refiner."),
-    _of_lumina_2,
+    by_rules(_LUMINA_2, grouped=True),
     lambda modules: "original",
 )
 
@@ -259,14 +239,7 @@ _MINIMAX_H3: Rules = {
     },
 }
 # SwiGLU has its gate first there, and its value first in diffusers.
-_minimax_h3_pairs = by_rules(_MINIMAX_H3, ("blocks.#.mlp.fc1", "token_refiner.blocks.#.mlp.fc1"))
-
-
-def _of_minimax_h3(modules: Collection[str], layout: Layout) -> Iterator[Pair]:
-    """The shards of MiniMaxAI have q, k and v of the first head before those of the second; single
-    files that others published have all of q first."""
-    for pair in _minimax_h3_pairs(modules, layout):
-        yield dataclasses.replace(pair, unordered=len(pair.diffusers) == 3)
+_MINIMAX_H3_SWAPPED = ("blocks.#.mlp.fc1", "token_refiner.blocks.#.mlp.fc1")
 
 
 def _is_minimax_h3(modules: Collection[str]) -> bool:
@@ -278,7 +251,9 @@ MINIMAX_H3 = Family(
     "MiniMax-H3",
     _is_minimax_h3,
     has("transformer_blocks.0.attn.to_q", "audio_proj_in", "token_refiner."),
-    _of_minimax_h3,
+    # The shards of MiniMaxAI have q, k and v of the first head before those of the second; single
+    # files that others published have all of q first.
+    by_rules(_MINIMAX_H3, _MINIMAX_H3_SWAPPED, unordered=True),
     lambda modules: "original",
 )
 
