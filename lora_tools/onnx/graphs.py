@@ -198,8 +198,8 @@ class Build:
         if fuse and not self.opset and not fused(each.model for each in traced):
             traced = trace_with(fuse=False, opset=OPSET)  # which more runtimes know
         models = {each.file: each.model for each in traced}
-        for model in models.values():
-            if not self.half_io:
+        if self.dtype != FLOAT32 and not self.half_io:
+            for model in models.values():
                 with_float32_inputs(model)
         return models, {name for each in traced for name in each.converted}, why
 

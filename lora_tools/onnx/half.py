@@ -12,15 +12,13 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from lora_tools.errors import CheckpointError
 from lora_tools.onnx.in_runtime import InRuntime
 from lora_tools.onnx.in_torch import InTorch
 from lora_tools.onnx.initializers import load
 from lora_tools.onnx.outputs import Check
 from lora_tools.onnx.precision import in_float32
-from lora_tools.onnx.runs import Played, Run
+from lora_tools.onnx.runs import Played, Run, relative_difference
 from lora_tools.onnx.tasks import Task
 from lora_tools.onnx.tolerance import Tolerance
 
@@ -96,9 +94,7 @@ def _differences(
         played = side.play(run)
         for step, outputs in enumerate(reference.outputs):
             for name, value in outputs.items():
-                mine, exact = run.visible(step, played.outputs[step][name], value)
-                off = float(np.abs(mine.astype(np.float64) - exact).max(initial=0.0))
-                off /= float(np.abs(exact).max(initial=0.0)) or 1.0
+                off = relative_difference(*run.visible(step, played.outputs[step][name], value))
                 if not math.isfinite(off):
                     raise CheckpointError(
                         f"{name} ({run.name}): torch's own {dtype} gives an inf or a NaN; choose "

@@ -19,7 +19,7 @@ from lora_tools.onnx.precision import FLOAT32
 from lora_tools.onnx.runs import Arrays, Played, Run, positions
 from lora_tools.onnx.senses import sensed
 from lora_tools.onnx.sentence_modules import run
-from lora_tools.onnx.tasks import AUDIO, DECODER, ENCODER_DECODER, IMAGE, IMAGE_AND_TEXT, Task
+from lora_tools.onnx.tasks import DECODER, ENCODER_DECODER, SENSED, Task
 
 _LENGTHS = (7, 13)  # of a single sequence and of the longest in a batch of three
 _STEPS = 3
@@ -52,7 +52,7 @@ class InTorch:
     def _runs(self, cache: bool, generate: int) -> list[Run]:
         dice = np.random.default_rng(0)
         config = self.config
-        if self.task.kind in (IMAGE, AUDIO, IMAGE_AND_TEXT):
+        if self.task.kind in SENSED:
             return self._sensed(dice)
         vocabulary = config.get_text_config(decoder=True).vocab_size
 

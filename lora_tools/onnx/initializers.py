@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -245,6 +245,14 @@ def graphs_in(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
             inner = [attribute.g] if attribute.HasField("g") else []
             for each in (*inner, *attribute.graphs):
                 yield from graphs_in(each)
+
+
+def rename(nodes: Iterable[onnx.NodeProto], names: Mapping[str, str]) -> None:
+    """Give values that nodes take or make other names."""
+    for node in nodes:
+        for values in (node.input, node.output):
+            for i, value in enumerate(values):
+                values[i] = names.get(value, value)
 
 
 def _inside(tensor: onnx.TensorProto, spec: TensorSpec) -> bytearray:

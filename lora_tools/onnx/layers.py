@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
+
+from lora_tools.onnx.initializers import rename
 
 if TYPE_CHECKING:
     import onnx
@@ -153,9 +155,9 @@ class _Repeater:
         del self.graph.node[self.last + 1 :]
         self.graph.node.extend(new)
         if any(value.name == old for value in self.graph.output):
-            _rename(self.graph.node, {old: f"inner_{old}", current: old})
+            rename(self.graph.node, {old: f"inner_{old}", current: old})
         else:
-            _rename(after, {old: current})
+            rename(after, {old: current})
         self.graph.node.extend(after)
         for values in (self.graph.input, self.graph.output):
             self._add_cache(values)
@@ -259,11 +261,3 @@ class _Repeater:
                 copy = values.add()
                 copy.CopyFrom(value)
                 copy.name = self._renamed(value.name, self.stack.kept - 1, layer)
-
-
-def _rename(nodes: Iterable[onnx.NodeProto], names: Mapping[str, str]) -> None:
-    """Give values that nodes take or make other names."""
-    for node in nodes:
-        for values in (node.input, node.output):
-            for i, value in enumerate(values):
-                values[i] = names.get(value, value)

@@ -13,7 +13,7 @@ from torch import nn
 from lora_tools.onnx.caches import cache_shapes
 from lora_tools.onnx.senses import sensed
 from lora_tools.onnx.sentence_modules import run
-from lora_tools.onnx.tasks import AUDIO, DECODER, ENCODER_DECODER, IMAGE, IMAGE_AND_TEXT, Task
+from lora_tools.onnx.tasks import DECODER, ENCODER_DECODER, SENSED, Task
 
 # Example sizes, each unlike the others and unlike 0 and 1, which torch.export takes for constants.
 BATCH, SEQUENCE, PAST, SOURCE = 2, 3, 5, 7
@@ -50,7 +50,7 @@ def parts(
     """
     kept = kept or {}
     config: Any = model.config
-    if task.kind in (IMAGE, AUDIO, IMAGE_AND_TEXT):
+    if task.kind in SENSED:
         yield _sensed(model, config, task)
     elif task.kind == DECODER:
         yield _decoder(model, cache, kept)

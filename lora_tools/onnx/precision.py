@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import onnx
 
-from lora_tools.onnx.initializers import graphs_in
+from lora_tools.onnx.initializers import graphs_in, rename
 
 FLOAT32 = "float32"
 COMPUTED = "compute_dtype"  # of a graph's metadata; graphs without it compute in float32
@@ -35,20 +35,12 @@ def has_half_inputs(model: onnx.ModelProto) -> bool:
 
 def with_float32_inputs(model: onnx.ModelProto) -> None:
     """Have a graph in half precision take and give float32."""
-    graph, first, last = model.graph, [], []
-    for value in graph.input:
-        if value.type.tensor_type.elem_type in HALVES:
-            inner = f"{value.name}.half"
-            first.append(_cast(value.name, inner, value.type.tensor_type.elem_type))
-            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
-            _rename(graph, lambda node: node.input, value.name, inner)
-    for value in graph.output:
-        if value.type.tensor_type.elem_type in HALVES:
-            inner = f"{value.name}.half"
-            for names in (lambda node: node.input, lambda node: node.output):
-                _rename(graph, names, value.name, inner)
-            last.append(_cast(inner, value.name, onnx.TensorProto.FLOAT))
-            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    graph = model.graph
+    given, made = (_take_float32(values) for values in (graph.input, graph.output))
+    inner = {name: f"{name}.half" for name in (*given, *made)}
+    rename(graph.node, inner)
+    first = [_cast(name, inner[name], half) for name, half in given.items()]
+    last = [_cast(inner[name], name, onnx.TensorProto.FLOAT) for name in made]
     nodes = [*first, *graph.node, *last]
     del graph.node[:]
     graph.node.extend(nodes)
@@ -58,13 +50,15 @@ def _cast(source: str, made: str, to: int) -> onnx.NodeProto:
     return onnx.helper.make_node("Cast", [source], [made], name=f"as:{made}", to=to)
 
 
-def _rename(
-    graph: onnx.GraphProto, names: Callable[[onnx.NodeProto], list[str]], old: str, new: str
-) -> None:
-    for node in graph.node:
-        for at, name in enumerate(names(node)):
-            if name == old:
-                names(node)[at] = new
+def _take_float32(values: Iterable[onnx.ValueInfoProto]) -> dict[str, int]:
+    """Have inputs or outputs in half precision be of float32. Returns what they were, by name."""
+    were = {}
+    for value in values:
+        kind = value.type.tensor_type
+        if kind.elem_type in HALVES:
+            were[value.name] = kind.elem_type
+            kind.elem_type = onnx.TensorProto.FLOAT
+    return were
 
 
 def in_float32(model: onnx.ModelProto) -> bool:
@@ -74,10 +68,7 @@ def in_float32(model: onnx.ModelProto) -> bool:
         whether a constant of the graph's is a number that half precision has rounded, such as √d.
     """
     graph, rounded = model.graph, False
-    casts: list[onnx.NodeProto] = []
-    for value in (*graph.input, *graph.output):
-        if value.type.tensor_type.elem_type in HALVES:
-            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    _take_float32((*graph.input, *graph.output))
     for each in graphs_in(graph):
         for tensor in _constants(each):
             if tensor.data_type in HALVES:
@@ -89,11 +80,13 @@ def in_float32(model: onnx.ModelProto) -> bool:
                 if attribute.name in ("to", "dtype") and attribute.i in HALVES:
                     attribute.i = onnx.TensorProto.FLOAT
     cast = {node.input[0] for node in graph.node if node.op_type == "Cast"}
-    for tensor in graph.initializer:
-        if tensor.external_data and tensor.data_type in HALVES and tensor.name not in cast:
-            inner = f"{tensor.name}.{FLOAT32}"
-            _rename(graph, lambda node: node.input, tensor.name, inner)
-            casts.append(_cast(tensor.name, inner, onnx.TensorProto.FLOAT))
+    inner = {
+        tensor.name: f"{tensor.name}.{FLOAT32}"
+        for tensor in graph.initializer
+        if tensor.external_data and tensor.data_type in HALVES and tensor.name not in cast
+    }
+    rename(graph.node, inner)
+    casts = [_cast(name, casted, onnx.TensorProto.FLOAT) for name, casted in inner.items()]
     nodes = [*casts, *graph.node]
     del graph.node[:]
     graph.node.extend(nodes)

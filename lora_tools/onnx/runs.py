@@ -51,6 +51,13 @@ class Run:
         return dataclasses.replace(self, steps=steps) if self.generate else self
 
 
+def relative_difference(found: Any, wanted: Any) -> float:
+    """The greatest difference of two arrays of equal shape, in units of the largest element of
+    ``wanted``, or of 1 where that is 0."""
+    largest = float(np.abs(wanted).max(initial=0.0))
+    return float(np.abs(found.astype(np.float64) - wanted).max(initial=0.0)) / (largest or 1.0)
+
+
 @dataclasses.dataclass
 class Played:
     """What a run gave: outputs by name for each call, and the tokens generated."""

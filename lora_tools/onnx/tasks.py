@@ -11,6 +11,7 @@ from lora_tools.errors import CheckpointError, UsageError
 
 TEXT, DECODER, ENCODER_DECODER = "text", "decoder", "encoder-decoder"
 IMAGE, AUDIO, IMAGE_AND_TEXT = "image", "audio", "image and text"
+SENSED = (IMAGE, AUDIO, IMAGE_AND_TEXT)
 
 
 @dataclasses.dataclass(frozen=True)

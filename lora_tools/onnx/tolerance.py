@@ -10,10 +10,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from lora_tools.errors import CheckpointError
-from lora_tools.onnx.runs import Played, Run
+from lora_tools.onnx.runs import Played, Run, relative_difference
 
 if TYPE_CHECKING:
     from lora_tools.onnx.in_torch import InTorch
@@ -85,8 +83,6 @@ def conditioning(side: InTorch, runs: Sequence[Run], played: Sequence[Played]) -
         whole = run.at_once(each.tokens)
         [mine], [exact] = side.play(whole).outputs, side.play(whole, exact=True).outputs
         for name, value in exact.items():
-            short, long = whole.visible(0, mine[name], value)
-            largest = float(np.abs(long).max(initial=0.0))
-            off = float(np.abs(short - long).max(initial=0.0)) / (largest or 1.0)
+            off = relative_difference(*whole.visible(0, mine[name], value))
             found[name] = max(found.get(name, 0.0), off)
     return found

@@ -18,6 +18,7 @@ from lora_tools.errors import CheckpointError, MismatchError
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.safetensors_file import SafetensorsFile
 from lora_tools.formats.wrapped_names import Renamed
+from lora_tools.onnx.initializers import rename
 from lora_tools.records import TensorSpec
 
 BUNDLE = "model.onnx_data"
@@ -122,7 +123,7 @@ def attach(model: onnx.ModelProto, where: Mapping[str, Place]) -> None:
             nodes.append(
                 onnx.helper.make_node("Cast", [name], [casts[name]], name=_CAST + name, to=computed)
             )
-    _rename(model.graph, casts)
+    rename(model.graph.node, casts)
     nodes.sort(key=lambda node: str(node.input[0]))
     rest = list(model.graph.node)
     del model.graph.node[:]
@@ -141,19 +142,12 @@ def detach(model: onnx.ModelProto) -> None:
             kept.append(node)
     del model.graph.node[:]
     model.graph.node.extend(kept)
-    _rename(model.graph, casts)
+    rename(model.graph.node, casts)
     for initializer in model.graph.initializer:
         if initializer.external_data:
             del initializer.external_data[:]
             initializer.ClearField("data_location")
             initializer.data_type = computed.get(initializer.name, initializer.data_type)
-
-
-def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
-    for node in graph.node:
-        for i, value in enumerate(node.input):
-            if value in names:
-                node.input[i] = names[value]
 
 
 def check_shapes(model: onnx.ModelProto, stored: Mapping[str, TensorSpec], source: str) -> None:
