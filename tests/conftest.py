@@ -20,6 +20,7 @@ import hypothesis
 import pytest
 import torch
 
+from lora_tools.engine import memo
 from lora_tools.errors import LoraToolsError
 from lora_tools.verbs import frame
 from lora_tools.verbs.row import Verb
@@ -122,3 +123,17 @@ def _shared(factory: pytest.TempPathFactory) -> Path:
     """The folder that all workers share."""
     root = factory.getbasetemp()
     return root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The labels of the tasks that are done."""
+    done: list[str] = []
+    real = memo.do
+
+    def do(task: Any, *rest: Any) -> memo.Done:
+        done.append(task.label)
+        return real(task, *rest)
+
+    monkeypatch.setattr(memo, "do", do)
+    return done

@@ -19,11 +19,12 @@ from pathlib import Path
 import lora_tools
 from lora_tools.errors import LoraToolsError
 
+from . import page_table
 from .sweep import base_of
 from .sweep_models import ALL
 
 PAGE = Path(__file__).parents[1] / "docs" / "onnx-architectures.md"
-MARK = "<!-- table -->"
+HEAD = ("architecture", "task", "outcome", "differs at most", "tokens the same", "fused")
 _LONGEST = 230
 
 
@@ -62,14 +63,6 @@ def _plain(said: str, scratch: str) -> str:
     return said if len(said) <= _LONGEST else f"{said[:_LONGEST].rstrip()} …"
 
 
-def read_page() -> dict[str, list[str]]:
-    """The table's rows by name."""
-    table = PAGE.read_text(encoding="utf-8").split(MARK)[1]
-    found = re.findall(r"^\| (?!-|architecture)(.*) \|$", table, re.M)
-    cells = [[cell.strip() for cell in row.split(" | ")] for row in found]
-    return {row[0]: row[1:] for row in cells}
-
-
 def counted(rows: dict[str, list[str]]) -> str:
     """The line above the table."""
     verified = sum(row[1] == "verified" for row in rows.values())
@@ -78,24 +71,17 @@ def counted(rows: dict[str, list[str]]) -> str:
     )
 
 
-def write_page(name: str, row: list[str]) -> None:
+def write_row(name: str, row: list[str]) -> None:
     """Put a row into the table; several processes may."""
-    with PAGE.open("r+", encoding="utf-8") as file:
+    with PAGE.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        rows = read_page() | {name: row}
-        head, _, tail = file.read().split(MARK)
-        head = re.sub(r"^\d+ architectures: .*$", counted(rows), head, flags=re.M)
-        lines = ["| architecture | task | outcome | differs at most | tokens the same | fused |"]
-        lines.append("|---|---|---|---|---|---|")
-        lines += [f"| {' | '.join([each, *rows[each]])} |" for each in ALL if each in rows]
-        table = "\n".join(lines)
-        file.seek(0)
-        file.truncate()
-        file.write(f"{head}{MARK}\n{table}\n{MARK}{tail}")
+        rows = page_table.read(PAGE) | {name: row}
+        ordered = {each: rows[each] for each in ALL if each in rows}
+        page_table.write(PAGE, HEAD, ordered, counted(rows))
 
 
 if __name__ == "__main__":
     for each in sys.argv[1:] or ALL:
         found = row_of(each)
-        write_page(each, found)
+        write_row(each, found)
         print(each, *found, sep=" | ", flush=True)

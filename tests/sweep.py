@@ -29,10 +29,9 @@ import lora_tools
 from lora_tools.errors import LoraToolsError
 from tests import plain_bitsandbytes  # noqa: F401 - on every machine the same
 
-from . import models
+from . import models, page_table
 from .sweep_models import ALL
 
-MARK = "<!-- table -->"
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
 NEW_ROWS = 8
 # Models that read the weights of these layers without calling them, which PEFT does not stand.
@@ -349,16 +348,6 @@ def _in_short(error: Exception, top: Path) -> str:
 # --- the page -------------------------------------------------------------------------------------
 
 
-def read_page() -> dict[str, list[str]]:
-    """Of each architecture the kind and the cells that the page has."""
-    _, table, _ = PAGE.read_text(encoding="utf-8").split(MARK)
-    rows = [
-        [cell.strip() for cell in row.split(" | ")]
-        for row in re.findall(r"^\| (.*) \|$", table, re.M)
-    ]
-    return {row[0]: row[1:] for row in rows[2:]}
-
-
 def counted(rows: dict[str, list[str]]) -> str:
     """The sentences above the table."""
     cells = [cell.partition(":")[0] for row in rows.values() for cell in row[1:]]
@@ -373,22 +362,12 @@ def counted(rows: dict[str, list[str]]) -> str:
     )
 
 
-def write_page(rows: dict[str, list[str]]) -> None:
-    """Put these rows into the page, and the counts above them."""
-    before, _, after = PAGE.read_text(encoding="utf-8").split(MARK)
-    head = ["architecture", "kind", *CELLS]
-    lines = [head, ["---"] * len(head), *([name, *row] for name, row in rows.items())]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    before = re.sub(r"^\d+ architectures.*$", lambda _: counted(rows), before, flags=re.M)
-    PAGE.write_text(f"{before}{MARK}\n{table}\n{MARK}{after}", encoding="utf-8")
-
-
 def main(names: list[str]) -> None:
     """Make the rows of these architectures anew, or of all."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    known = read_page()
+    known = page_table.read(PAGE)
     for name in names or ALL:
         with tempfile.TemporaryDirectory() as folder:
             tops = {what: Path(folder, what) for what in CELLS}
@@ -397,7 +376,8 @@ def main(names: list[str]) -> None:
             base = Path(folder, "base")
             known[name] = [ALL[name][0], *(cell(name, what, base, tops[what]) for what in CELLS)]
         print(name, *known[name], sep=" | ", flush=True)
-        write_page({name: known[name] for name in ALL if name in known})
+        rows = {name: known[name] for name in ALL if name in known}
+        page_table.write(PAGE, ["architecture", "kind", *CELLS], rows, counted(rows))
 
 
 if __name__ == "__main__":

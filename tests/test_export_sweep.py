@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from . import export_sweep
+from . import export_sweep, page_table
 from .sweep_models import ALL
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -15,9 +15,9 @@ pytest.importorskip("onnxruntime")
 
 
 @pytest.mark.sweep(50)
-@pytest.mark.parametrize("name", export_sweep.read_page())
+@pytest.mark.parametrize("name", page_table.read(export_sweep.PAGE))
 def test_a_row_is_what_the_page_says(name: str) -> None:
-    said, found = export_sweep.read_page()[name], export_sweep.row_of(name)
+    said, found = page_table.read(export_sweep.PAGE)[name], export_sweep.row_of(name)
     assert found[:2] == said[:2]
     assert found[3:] == said[3:]
     if said[2] != "-":  # another machine sums in another order
@@ -26,7 +26,7 @@ def test_a_row_is_what_the_page_says(name: str) -> None:
 
 def test_the_page_counts_its_rows() -> None:
     """At least 75 that are verified, and no other outcome than the two."""
-    rows = export_sweep.read_page()
+    rows = page_table.read(export_sweep.PAGE)
     text = export_sweep.PAGE.read_text(encoding="utf-8")
     assert re.search(rf"^{re.escape(export_sweep.counted(rows))}$", text, re.M)
     assert set(rows) <= set(ALL)

@@ -48,20 +48,6 @@ def worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger, "WORTH", SOME)
 
 
-@pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The labels of the tasks that are done."""
-    done: list[str] = []
-    real = memo.do
-
-    def do(task: Any, *rest: Any) -> memo.Done:
-        done.append(task.label)
-        return real(task, *rest)
-
-    monkeypatch.setattr(memo, "do", do)
-    return done
-
-
 def end(monkeypatch: pytest.MonkeyPatch, job: Callable[[], object]) -> None:
     """Do a job up to where all is made and nothing stands in its place, where the disk fails."""
 

@@ -16,7 +16,7 @@ import pytest
 import lora_tools
 from lora_tools import OutputError, QualityGateError, UsageError
 from lora_tools.cli import run
-from lora_tools.engine import memo, threads
+from lora_tools.engine import threads
 from lora_tools.formats import shared_staging
 from lora_tools.options.tables import part
 
@@ -30,20 +30,6 @@ ALL = ("1/3", "2/3", "3/3")
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return inputs(tmp_path_factory.mktemp("small"), width=32, layers=2, shards=2)
-
-
-@pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The labels of the tasks that are done."""
-    done: list[str] = []
-    real = memo.do
-
-    def do(task: Any, *rest: Any) -> memo.Done:
-        done.append(task.label)
-        return real(task, *rest)
-
-    monkeypatch.setattr(memo, "do", do)
-    return done
 
 
 @pytest.fixture

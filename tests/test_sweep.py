@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from . import sweep
+from . import page_table, sweep
 from .sweep_models import ALL
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def test_a_cell_is_what_the_page_says(
     name: str, what: str, folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    said = dict(zip(("kind", *sweep.CELLS), sweep.read_page()[name], strict=True))
+    said = dict(zip(("kind", *sweep.CELLS), page_table.read(sweep.PAGE)[name], strict=True))
     assert sweep.cell(name, what, folder(name), tmp_path) == said[what]
 
 
@@ -59,7 +59,7 @@ def test_a_cell_that_was_mended(
 
 
 def test_the_page_counts_its_rows() -> None:
-    rows = sweep.read_page()
+    rows = page_table.read(sweep.PAGE)
     assert list(rows) == list(ALL)
     assert [row[0] for row in rows.values()] == [kind for kind, _ in ALL.values()]
     # The libraries' versions are those that made the page.
@@ -68,6 +68,8 @@ def test_the_page_counts_its_rows() -> None:
 
 
 def test_a_tenth_at_most_is_refused_and_nothing_is_wrong() -> None:
-    cells = [cell for row in sweep.read_page().values() for cell in row[1:] if cell != "-"]
+    cells = [
+        cell for row in page_table.read(sweep.PAGE).values() for cell in row[1:] if cell != "-"
+    ]
     assert not [cell for cell in cells if cell.startswith("wrong")]
     assert sum(cell.startswith("refused") for cell in cells) <= len(cells) / 10
