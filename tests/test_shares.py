@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from lora_tools import OutputError, QualityGateError, UsageError
 from lora_tools.cli import run
 from lora_tools.engine import threads
 from lora_tools.formats import shared_staging
+from lora_tools.formats.shared_staging import Job
 from lora_tools.options.tables import part
 
 from . import forks, iotools, killing
@@ -99,6 +101,27 @@ def test_at_the_same_time(small: Path, tmp_path: Path) -> None:
     assert forks.run(*command("quantize", small, out, "--finish")).returncode == 0
     assert iotools.tree(out) == iotools.tree(whole)
     assert left_over(out.parent, out) == []
+
+
+def test_one_begins_while_others_end(tmp_path: Path) -> None:
+    out, over = tmp_path / "out", threading.Event()
+    with shared_staging.joined(out, 1, Job({}, 2)) as (folder, own, _):
+        (own / "x.safetensors").touch()
+
+        def come_and_go() -> None:
+            while not over.is_set():
+                (other := folder / "own-other").mkdir()
+                shutil.rmtree(other)
+
+        thread = threading.Thread(target=come_and_go)
+        thread.start()
+        try:
+            for _ in range(100):
+                with shared_staging.joined(out, 2, Job({}, 2)):
+                    pass
+        finally:
+            over.set()
+            thread.join()
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,9 +76,16 @@ def loose(staging: Path) -> list[Path]:
 
 def held_bytes(staging: Path) -> int:
     """Room on the disk that files of tensors in a staging folder take."""
-    return sum(path.stat().st_blocks * 512 for path in _files(staging))
+    return sum(path.lstat().st_blocks * 512 for path in _files(staging))
 
 
 def _files(staging: Path) -> list[Path]:
-    found = [staging / "out", staging / FOLDER / "out", *staging.rglob(f"*{_SUFFIX}")]
+    walked = os.walk(staging)  # passes over folders that other processes remove meanwhile
+    tensors = [
+        Path(folder, name)
+        for folder, _, names in walked
+        for name in names
+        if name.endswith(_SUFFIX)
+    ]
+    found = [staging / "out", staging / FOLDER / "out", *tensors]
     return [path for path in found if path.is_file() and not path.is_symlink()]

@@ -187,7 +187,8 @@ def joined(destination: Path, number: int, job: Job) -> Iterator[tuple[Path, Pat
     """
     assert job.count is not None
     folder, course = place(destination), interruption.current()
-    if kept.loose(folder):
+    loose = [path.relative_to(folder).parts[0] for path in kept.loose(folder)]
+    if not all(name.startswith(_OWN) for name in loose):  # where other shares are at work
         raise UsageError(
             f"{destination}: a --finish was killed there; give it again, which has all as it was"
         )
