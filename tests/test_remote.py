@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 
 import lora_tools
+from lora_tools import pretrained
 from lora_tools.cli import run
 from lora_tools.errors import (
     AdapterError,
@@ -42,8 +43,8 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def files(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``base`` in two shards, ``tuned``, ``adapter``, ``other``, ``four`` and ``merged`` (with a
-    sidecar): here, and in the bucket."""
+    """``base`` in two shards, ``tuned``, ``adapter``, ``other``, ``found`` (the fine-tune's)
+    and ``four`` (bits): here, and in the bucket."""
     top = tmp_path_factory.mktemp("remote")
     weights = iotools.weights(width=64, layers=3)
     iotools.checkpoint(top / "base", weights, shards=2)
@@ -51,7 +52,8 @@ def files(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, name in enumerate(("adapter", "other")):
         iotools.adapter(top / name, iotools.linear_shapes(weights), seed=seed)
     lora_tools.quantize(top / "base", top / "four")
-    for name in ("base", "tuned", "adapter", "other", "four"):
+    lora_tools.extract(top / "base", top / "tuned", top / "found", rank=1)
+    for name in ("base", "tuned", "adapter", "other", "four", "found"):
         servers.fill(top / name)
     return top
 
@@ -159,6 +161,31 @@ def test_a_dry_run_reads_headers_alone(
     assert run(["extract", *words, "--dry-run"]) == 0
     assert "loratools-" not in capsys.readouterr().out
     assert not servers.system().exists("bucket/new")
+
+
+def test_what_looks_takes_addresses(files: Path, server: Server) -> None:
+    at = "s3://bucket/"
+    calls: list[Callable[[str], Any]] = [
+        lambda at: lora_tools.verify(f"{at}found", base=f"{at}base", tuned=f"{at}tuned"),
+        lambda at: lora_tools.diff(f"{at}base", f"{at}tuned"),
+        lambda at: lora_tools.check(f"{at}found", base=f"{at}base", consumer="peft"),
+        lambda at: lora_tools.inspect(f"{at}found"),
+    ]
+    for call in calls:
+        found, own = call(at), call(f"{files}/")
+        assert found.modules == own.modules
+        assert found.totals == own.totals
+    server.read()
+
+
+def test_what_is_loaded_is_to_lie_here(files: Path, server: Server) -> None:
+    said = r"^s3://bucket/base: .*takes the files themselves; fetch it first \(aws s3"
+    with stand_ins.standing_in(is_plan=False):
+        made = stand_ins.stand_ins()
+        assert made is not None
+        folder = made.at("s3://bucket/base")
+        with pytest.raises(CheckpointError, match=said):
+            pretrained.model_of(None, folder, None)
 
 
 def test_one_file(files: Path, server: Server) -> None:
@@ -496,16 +523,29 @@ def test_a_result_is_put_there_with_its_index_last(files: Path, server: Server) 
     made = servers.fetch("made", Path("made"))
     assert filecmp.dircmp(made, "own").left_only == []
     names = [path.name for path in Path("own").iterdir() if path.name != "README.md"]
+    lora_tools.unmerge("s3://bucket/made", "s3://bucket/adapter", "undone")
+    lora_tools.unmerge("own", files / "adapter", "again")
+    for path in Path("again").glob("*.safetensors"):
+        assert filecmp.cmp(path, Path("undone") / path.name, shallow=False)
     assert filecmp.cmpfiles(made, "own", names, shallow=False) == (names, [], [])
-    sidecar = servers.system().cat_file("bucket/made.sidecar")
-    assert sidecar == Path("own.sidecar").read_bytes()
-    with pytest.raises(OutputError, match=r"s3://bucket/made already exists.*--force"):
+    with pytest.raises(OutputError, match="s3://bucket/made already exists"):
         lora_tools.merge("s3://bucket/base", "s3://bucket/adapter", "s3://bucket/made")
     lora_tools.quantize("s3://bucket/tuned", "s3://bucket/made", force=True)
     there = {name.rpartition("/")[2] for name in servers.system().find("bucket/made")}
     assert there == {"README.md", "config.json", "tokenizer.json", "model.safetensors"}
-    assert not servers.system().exists("bucket/made.sidecar")
     servers.system().rm("bucket/made", recursive=True)
+
+
+def test_a_file_is_put_there_with_what_lies_beside_it(files: Path, server: Server) -> None:
+    base, out = files / "tuned/model.safetensors", "s3://bucket/one.safetensors"
+    lora_tools.merge(base, files / "adapter", out, reversible=True)
+    lora_tools.merge(base, files / "adapter", "own.safetensors", reversible=True)
+    for suffix in ("", ".sidecar"):
+        there = servers.system().cat_file(f"bucket/one.safetensors{suffix}")
+        assert there == Path(f"own.safetensors{suffix}").read_bytes()
+    lora_tools.merge(base, files / "other", out, force=True)
+    assert not servers.system().exists("bucket/one.safetensors.sidecar")
+    servers.system().rm("bucket/one.safetensors")
 
 
 @pytest.mark.parametrize("force", [False, True])

@@ -167,6 +167,10 @@ class StandIns:
             _stamp(place, new[place].tag)
             self._sources[place] = new[place]
 
+    def holds(self, folder: Path) -> bool:
+        """Whether files in a folder are stand-ins."""
+        return any(folder.absolute() in place.parents for place in self._sources)
+
     def said(self, text: str) -> str:
         """A text that names addresses as they are shown, where it names folders here, and addresses
         as they were given."""
@@ -247,6 +251,18 @@ def _stamp(place: Path, tag: str) -> None:
     """Have a file be as new as its tag says: another tag is another time."""
     when = xxhash.xxh3_64_intdigest(tag.encode()) >> 4  # a time that any file system has
     os.utime(place, ns=(when, when))
+
+
+def refuse_loading(folder: Path) -> None:
+    """Raises CheckpointError where files of a folder are stand-ins, and another program is to load
+    them, which takes the files themselves."""
+    made = stand_ins()
+    if made is not None and made.holds(folder):
+        shown = made.said(str(folder.absolute()))
+        raise CheckpointError(
+            f"{shown}: transformers is to load it, which takes the files themselves; fetch it "
+            f"first ({urls.fetcher(shown)}), and give what lies here"
+        )
 
 
 _current: contextvars.ContextVar[StandIns | None] = contextvars.ContextVar("_current", default=None)
