@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
+
+from lora_tools.remote import stores
 
 BUCKET = "bucket"
 Fault = Callable[[str, "Answer"], None]
@@ -105,10 +108,23 @@ def running() -> Iterator[Server]:
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         patch.setenv("NO_PROXY", "127.0.0.1")
         try:
-            system().mkdir(BUCKET)
+            _forget()
+            # What it holds is the process's.
+            ask = urllib.request.Request(f"{server.address}/moto-api/reset", method="POST")
+            with urllib.request.urlopen(ask):
+                system().mkdir(BUCKET)
             yield server
         finally:
+            _forget()
             server.stop()
+
+
+def _forget() -> None:
+    """Whatever holds the address of another server."""
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    stores.opened.cache_clear()
 
 
 def system() -> Any:

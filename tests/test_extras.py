@@ -49,12 +49,12 @@ CASES = {
     ),
     "merge": ("gguf", "{base} {gguf} -o {out}", ("gguf",)),
     "merge --force": ("waveft", "{base} {waveft} -o {out}", ("peft",)),
-    "inspect s3://bucket/base": ("remote", "", ("fsspec", "s3fs")),
+    "inspect s3://none/base": ("remote", "", ("fsspec", "s3fs")),
     "inspect https://host/model.safetensors": ("remote", "", ("aiohttp",)),
-    "inspect gs://bucket/base": ("remote", "", ("gcsfs",)),
-    "inspect az://container/base": ("remote", "", ("adlfs",)),
-    "merge az://container/base": ("remote", "{adapter} -o {out}", ("adlfs",)),
-    "merge --force -o s3://bucket/new": ("remote", "{base} {adapter}", ("s3fs",)),
+    "inspect gs://none/base": ("remote", "", ("gcsfs",)),
+    "inspect az://none/base": ("remote", "", ("adlfs",)),
+    "merge az://none/base": ("remote", "{adapter} -o {out}", ("adlfs",)),
+    "merge --force -o s3://none/new": ("remote", "{base} {adapter}", ("s3fs",)),
     "rescale --engine dask": ("dask", "{adapter} -o {out} --rank 1", ("distributed",)),
 }
 

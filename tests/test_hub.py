@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 import lora_tools
 from lora_tools.errors import CheckpointError, UnsafeInput, UsageError
-from lora_tools.formats import hub, variants
+from lora_tools.formats import hub, stand_ins, variants
 from lora_tools.formats.hub import HubId
 from lora_tools.sources.adapters import open_adapter
 from lora_tools.sources.checkpoints import open_checkpoint
@@ -381,6 +381,27 @@ def test_a_dry_run_fetches_no_weights(
     assert {each.split()[0] for each in ranges} == {*shards, "model.safetensors"}
     assert list(own.iterdir()) == []
     assert not Path("out").exists()
+
+
+def test_an_address_leaves_the_weights_where_they_are(
+    big: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And reads each byte of them once, but for those that are in the cache."""
+    monkeypatch.setattr(stand_ins, "_FIRST", 64)
+    lora_tools.merge("hf://org/base", "hf://org/ad", "out")
+    lora_tools.merge("base", "ad", "own")
+    for path in Path("own").glob("*.safetensors"):
+        assert path.read_bytes() == (Path("out") / path.name).read_bytes()
+    asked = [each.split() for each in big.fetched if ".safetensors" in each.split()[0]]
+    asked = [each for each in asked if not each[0].endswith(".json")]
+    assert all(len(each) == 2 for each in asked), "by ranges alone"
+    ends = [each[1].removeprefix("bytes=").split("-") for each in asked]
+    sizes = [p.stat().st_size for name in ("base", "ad") for p in Path(name).glob("*.safetensors")]
+    assert sum(int(last) - int(first) + 1 for first, last in ends) == sum(sizes)
+    lora_tools.merge("org/base", "org/ad", "cached")
+    big.fetched.clear()
+    lora_tools.merge("hf://org/base", "hf://org/ad", "again")
+    assert big.fetched == []
 
 
 def test_what_is_in_the_cache_is_not_asked_for(big: Any) -> None:

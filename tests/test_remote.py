@@ -29,19 +29,20 @@ from lora_tools.errors import (
 from lora_tools.formats import stand_ins
 from lora_tools.formats.stand_ins import StandIn
 from lora_tools.remote import ahead, source, stores
+from lora_tools.sources.weighted import split_weight
 
 from . import iotools
 from . import stores as servers
 from .stores import Answer, Server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     with servers.running() as found:
         yield found
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def files(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``base`` in two shards, ``tuned``, ``adapter``, ``other``, ``found`` (the fine-tune's)
     and ``four`` (bits): here, and in the bucket."""
@@ -504,6 +505,22 @@ def test_what_is_secret_is_not_said(files: Path, server: Server) -> None:
         assert "secret" not in str(caught.value)
     report = lora_tools.inspect(f"{server.address}/bucket/tuned/model.safetensors?sig=secret")
     assert "secret" not in json.dumps(report.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("given", "weight"),
+    [
+        ("s3://bucket/a", 1.0),
+        ("s3://bucket/a=0.5", 0.5),
+        ("https://host/a.safetensors?sig=12", 1.0),
+        ("https://host/a.safetensors?x=1&sig=12", 1.0),
+        ("https://host/a.safetensors?x=1&sig=12=0.5", 0.5),
+        ("https://host/a.safetensors?sig=ab%3D%3D", 1.0),
+    ],
+)
+def test_the_value_of_a_query_is_no_weight(given: str, weight: float) -> None:
+    place = given.removesuffix("=0.5") if weight != 1 else given
+    assert split_weight(given) == (place, weight)
 
 
 # ------------------------------------------------------------------------------------------ writing

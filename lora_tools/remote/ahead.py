@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from lora_tools.remote.source import Source
 
-_PIECE = 8 << 20  # bytes of one request
+_PIECE = 4 << 20  # bytes of one request
 _LEAST = 64 << 20  # bytes ahead
 _REQUESTS = 16  # at a time, of the process
 

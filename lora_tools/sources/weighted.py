@@ -106,10 +106,16 @@ def _refuse_twice(weighted: Sequence[Weighted]) -> None:
             )
 
 
+def _is_of_query(before: str) -> bool:
+    """Whether what comes behind the last "=" of an address is a value in its query."""
+    _, mark, query = before.partition("?")
+    return bool(mark and urls.url(before)) and "=" not in query.rpartition("&")[2]
+
+
 def split_weight(given: str) -> tuple[str, float]:
     """``PATH=WEIGHT`` → both; the weight is 1 where there is none. Raises UsageError."""
     path, equals, number = given.rpartition("=")
-    if not equals or Path(given).exists():
+    if not equals or Path(given).exists() or _is_of_query(path):
         return given, 1.0
     try:
         return path, float(number)

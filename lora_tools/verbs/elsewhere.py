@@ -141,6 +141,7 @@ def _places(row: Verb, given: Mapping[str, Any]) -> Iterator[str]:
     """The addresses of a call's inputs, as they are shown."""
     for name in (*(a.name for a in row.arguments if a.name != "out"), *row.by_name):
         value = given.get(name)
-        for each in value if isinstance(value, list | tuple) else (value,):
+        for given_one in value if isinstance(value, list | tuple) else (value,):
+            each = given_one[0] if isinstance(given_one, tuple) else given_one
             if isinstance(each, str | Path) and urls.url(each):
                 yield urls.shown(urls.url(split_weight(str(each))[0])).rstrip("/")
