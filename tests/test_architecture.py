@@ -115,7 +115,7 @@ LIBRARIES = {
     "sources": {"torch", "xxhash", "transformers"},
     "engine": {"torch", "dask", "distributed"},
     "formats": {"torch", "numpy", "huggingface_hub", "xxhash", "zstandard", "gguf", "onnxruntime"},
-    "remote": {"fsspec", "huggingface_hub"},
+    "remote": {"fsspec", "aiohttp", "huggingface_hub"},
     # peft: the filters of WaveFT, which no other library that is needed has
     "linalg": {"torch", "numpy", "scipy", "gguf", "peft"},
     "calibration": {"torch", "transformers"},

@@ -26,7 +26,7 @@ from lora_tools.errors import (
     UnsafeInput,
     UsageError,
 )
-from lora_tools.formats import stand_ins
+from lora_tools.formats import output, stand_ins
 from lora_tools.formats.stand_ins import StandIn
 from lora_tools.remote import ahead, source, stores
 from lora_tools.sources.weighted import split_weight
@@ -589,7 +589,9 @@ def test_an_upload_that_fails_leaves_no_index(force: bool, files: Path, server: 
     servers.system().rm("bucket/torn", recursive=True)
 
 
-def test_what_is_not_put_there(files: Path, server: Server, tmp_path: Path) -> None:
+def test_what_is_not_put_there(
+    files: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cases: list[tuple[str, dict[str, Any], str]] = [
         ("https://host/x", {}, r"nothing is written there.*curl -T"),
         ("hf://org/name", {}, r"nothing is written there.*hf upload"),
@@ -602,9 +604,14 @@ def test_what_is_not_put_there(files: Path, server: Server, tmp_path: Path) -> N
     for out, options, said in cases:
         with pytest.raises(UsageError, match=said):
             lora_tools.merge("s3://bucket/base", files / "adapter", out, **options)
-    for flag in ("--report", "--spectrum-cache"):
+    for flag in ("--report", "--spectrum-cache", "--activations"):
         words = ["extract", str(files / "base"), str(files / "tuned"), "-o", "out", "--rank", "2"]
         assert run([*words, flag, "s3://key:secret@bucket/file"]) == 2
+    with pytest.raises(UsageError, match=r"^TEXT s3://bucket/text: this file lies on a disk"):
+        lora_tools.collect_stats(files / "base", "s3://bucket/text", "out")
+    monkeypatch.setattr(output, "free_bytes", lambda _: 10)
+    with pytest.raises(OutputError, match=r"has 10 free; .*temporary first; TMPDIR names another"):
+        lora_tools.merge("s3://bucket/base", files / "adapter", "s3://bucket/new")
     assert [path.name for path in Path().iterdir()] == ["temporary"]
     with pytest.raises(AdapterError):
         lora_tools.merge("s3://bucket/base", "s3://bucket/tuned", "s3://bucket/new")

@@ -50,7 +50,7 @@ class Store:
     is_listed: bool = True
     tells: bool = True
     is_written: bool = True
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    options: Callable[[], Mapping[str, Any]] = dict
 
 
 def _ask_any(system: Any, path: str, begin: int, end: int) -> Answer:
@@ -91,10 +91,13 @@ async def _over_http(system: Any, path: str, begin: int, end: int) -> Answer:
             raise Absent(f"{answer.status} {answer.reason}; is the address right?")
         if answer.status != 206:
             raise OSError(f"{answer.status} {answer.reason}")
-        if (answer.content_length or 0) > end - begin:
+        data = bytearray()
+        while piece := await answer.content.read(end - begin + 1 - len(data)):
+            data += piece
+        if len(data) > end - begin:
             raise LastingError(_NO_RANGES)
         size = _total(answer.headers.get("Content-Range", ""))
-        return Answer(await answer.read(), size, _tag_of_answer(answer.headers, size))
+        return Answer(bytes(data), size, _tag_of_answer(answer.headers, size))
 
 
 _NO_RANGES = (
@@ -113,18 +116,25 @@ def _tag_of_answer(headers: Mapping[str, str], size: int | None) -> str:
     return headers.get("ETag") or f"{headers.get('Last-Modified', '')} {size}"
 
 
+def _of_s3() -> dict[str, Any]:
+    """Parts of an object that are put at a time, of 50 MB each, which lie in memory."""
+    return {"max_concurrency": 4}
+
+
+def _of_web() -> dict[str, Any]:
+    """Proxies are those of the environment. A slow answer is waited for as long as it comes."""
+    import aiohttp
+
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
+    return {"client_kwargs": {"trust_env": True, "timeout": timeout}}
+
+
 STORES = {
-    "s3": Store("s3fs", _ask_s3, options={"max_concurrency": 4}),
+    "s3": Store("s3fs", _ask_s3, options=_of_s3),
     "gs": Store("gcsfs", _ask_any, tells=False),
     "az": Store("adlfs", _ask_any, tells=False),
     "abfs": Store("adlfs", _ask_any, tells=False),
-    "https": Store(
-        "aiohttp",
-        _ask_http,
-        is_listed=False,
-        is_written=False,
-        options={"client_kwargs": {"trust_env": True}},  # proxies
-    ),
+    "https": Store("aiohttp", _ask_http, is_listed=False, is_written=False, options=_of_web),
 }
 STORES["http"] = STORES["https"]
 
@@ -143,7 +153,7 @@ def opened(address: str) -> tuple[Any, str]:
     need(f"{scheme}://", "remote", store.module)
     from fsspec.core import url_to_fs
 
-    found: tuple[Any, str] = url_to_fs(address, use_listings_cache=False, **store.options)
+    found: tuple[Any, str] = url_to_fs(address, use_listings_cache=False, **store.options())
     return found
 
 

@@ -23,19 +23,22 @@ from lora_tools.sources.weighted import split_weight
 from lora_tools.verbs.row import Verb, called
 
 T = TypeVar("T")
+_OF_WEIGHTS = {"base", "against", "adapters", "tuned"}  # options that are inputs of weights
 
 
-def refuse_files(row: Verb, asked: Mapping[str, Any], report: Path | None) -> None:
-    """Raises UsageError for a file beside the output that is to be written elsewhere."""
-    given = {"--report": report}
+def refuse_files(
+    row: Verb, given: Mapping[str, Any], asked: Mapping[str, Any], report: Path | None
+) -> None:
+    """Raises UsageError for a file beside the inputs or the output that is to lie elsewhere."""
+    named = {"--report": report}
     for keyword in row.keywords:
-        if keyword.option is not None and keyword.option.path == "output":
-            given[keyword.flag] = getattr(asked[called(keyword.record)], keyword.name)
-    for flag, value in given.items():
+        if keyword.option is not None and keyword.option.path and keyword.name not in _OF_WEIGHTS:
+            named[keyword.flag] = getattr(asked[called(keyword.record)], keyword.name)
+    if "text" in given:
+        named["TEXT"] = given["text"]
+    for flag, value in named.items():
         if value is not None and (address := urls.url(value)):
-            raise UsageError(
-                f"{flag} {urls.shown(address)}: this file is written to a disk here; name one"
-            )
+            raise UsageError(f"{flag} {urls.shown(address)}: this file lies on a disk; name one")
 
 
 @contextlib.contextmanager
@@ -106,8 +109,11 @@ class Upload:
         made.folders[home] = self._destination.shown.rpartition("/")[0]
         try:
             yield home / self._destination.name
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(home, ignore_errors=True)
+            if isinstance(error, OutputError):  # such as a full disk: this one is meant
+                here = f"it is made in {tempfile.gettempdir()} first; TMPDIR names another folder"
+                error.args = (f"{error}; {here}",)
             raise
         if self._writing.dry_run:
             shutil.rmtree(home, ignore_errors=True)

@@ -126,7 +126,7 @@ def carry_out(row: Verb, given: Mapping[str, Any], report_file: Path | None = No
     started = time.perf_counter()
     _refuse_no_place()
     asked = row.ask(given)
-    elsewhere.refuse_files(row, asked, report_file)
+    elsewhere.refuse_files(row, given, asked, report_file)
     writing: Writing = asked.get("writing", Writing())
     failure = None
     try:
