@@ -28,7 +28,7 @@ from lora_tools.formats.safetensors_file import MAX_HEADER, SafetensorsFile, str
 from lora_tools.formats.shards import is_plain_name
 from lora_tools.formats.tensor_file import WEIGHT_SUFFIXES
 from lora_tools.remote import stores, urls
-from lora_tools.remote.ahead import Ahead, pool
+from lora_tools.remote.ahead import Ahead, Room, pool
 from lora_tools.remote.hub_file import HubFile
 from lora_tools.remote.source import Source
 from lora_tools.watch.files import note
@@ -44,11 +44,11 @@ class StandIn(SafetensorsFile):
     """A stand-in, opened: its tensors are read where the file is.
 
     Args:
-        budget: bytes that may be fetched ahead, see ``Ahead``.
+        room: what the files of a call have in common, see ``Ahead``.
     """
 
-    def __init__(self, path: Path, source: Source, budget: int | None) -> None:
-        self.path, self.source, self._budget = path, source, budget
+    def __init__(self, path: Path, source: Source, room: Room | None = None) -> None:
+        self.path, self.source, self._room = path, source, room
         try:
             with open_file(path) as file:
                 self.stamp = Stamp.of(file.fileno())
@@ -59,10 +59,10 @@ class StandIn(SafetensorsFile):
     @functools.cached_property
     def ahead(self) -> Ahead:
         """Its tensors, on their way."""
-        return Ahead(self.source, {name: self.extent(name) for name in self.specs}, self._budget)
+        return Ahead(self.source, {name: self.extent(name) for name in self.specs}, self._room)
 
     def __reduce__(self) -> tuple[Callable[..., StandIn], tuple[Any, ...]]:
-        return StandIn, (self.path.absolute(), self.source, self._budget)
+        return StandIn, (self.path.absolute(), self.source)
 
     def memo_key(self) -> tuple[str, int | None, str]:
         """Of what it stands for."""
@@ -76,9 +76,7 @@ class StandIn(SafetensorsFile):
         return self.ahead.get(name)
 
     def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
-        """A tensor is let go once all of it is."""
-        if stop is None or stop >= self.specs[name].nbytes:
-            self.ahead.release(name)
+        """It may be read again, and is let go by what comes after it."""
 
 
 class StandIns:
@@ -90,7 +88,7 @@ class StandIns:
     """
 
     def __init__(self, held: contextlib.ExitStack, is_plan: bool) -> None:
-        self._held, self.is_plan = held, is_plan
+        self._held, self.is_plan, self._room = held, is_plan, Room(is_ahead=not is_plan)
         self.folders: dict[Path, str] = {}
         self.given: dict[str, str] = {}  # addresses as they were given, and as they are shown
         self._sources: dict[Path, Source] = {}
@@ -106,7 +104,7 @@ class StandIns:
         source = self._sources.get(path.absolute())
         if source is None:
             return None
-        file = StandIn(path, source, 0 if self.is_plan else None)
+        file = StandIn(path, source, self._room)
         self._held.callback(file.ahead.close)
         return file
 

@@ -2,7 +2,8 @@
 
 What comes next in the file is fetched while the last is worked on, small tensors several at a time
 and large ones in pieces side by side, so that the network is what is waited for. What is fetched
-and was not asked for yet takes no more memory than the file's largest tensor does, or 64 MiB.
+and was not asked for yet takes no more memory than the largest tensor does, or 64 MiB. What was
+asked for is kept in twice as much: some work reads a tensor more than once.
 """
 
 from __future__ import annotations
@@ -57,29 +58,57 @@ def _fill(source: Source, memory: mmap.mmap, origin: int, begin: int, end: int) 
     memory[begin - origin : end - origin] = source.read(begin, end)
 
 
+class Room:
+    """The memory that is taken for what is fetched, of all files of a call together.
+
+    Attributes:
+        most: bytes of the largest tensor, or more.
+        unasked: bytes that were fetched, or are on their way, and not asked for yet.
+    """
+
+    def __init__(self, is_ahead: bool = True) -> None:
+        self.most, self.unasked = _LEAST, 0
+        self._is_ahead = is_ahead
+        self._kept: dict[tuple[Ahead, str], int] = {}  # bytes of what was asked for, the last last
+        self._bytes = 0
+
+    def has_for(self, nbytes: int) -> bool:
+        """Whether so many may be fetched before they are asked for."""
+        return self._is_ahead and self.unasked + nbytes <= self.most
+
+    def keep(self, file: Ahead, name: str, nbytes: int) -> None:
+        """Keep what is asked for, and let the oldest go. Whoever still has that keeps it."""
+        before = self._kept.pop((file, name), None)
+        self._kept[file, name] = nbytes
+        if before is None:
+            self._bytes += nbytes
+            self.unasked -= nbytes
+        while self._bytes > 2 * self.most and len(self._kept) > 1:
+            oldest, other = next(iter(self._kept))
+            self._bytes -= self._kept.pop((oldest, other))
+            oldest.let_go(other)
+
+
 class Ahead:
     """The tensors of one file. From any thread.
 
     Args:
         extents: of each tensor, where in the file its bytes begin and end, in the file's order.
-        budget: bytes that may be fetched before they are asked for; None: as the module says.
+        room: what several files have in common.
     """
 
     _lock = threading.Lock()  # of all files: nothing waits within
 
     def __init__(
-        self, source: Source, extents: Mapping[str, tuple[int, int]], budget: int | None = None
+        self, source: Source, extents: Mapping[str, tuple[int, int]], room: Room | None = None
     ) -> None:
-        self._source, self._extents = source, extents
+        self._source, self._extents, self._room = source, extents, room or Room()
         self._names = [name for name, (begin, end) in extents.items() if end > begin]
         self._place = {name: i for i, name in enumerate(self._names)}
         largest = max((end - begin for begin, end in extents.values()), default=0)
-        self._most = max(_LEAST, largest)
-        self._budget = self._most if budget is None else budget
+        self._room.most = max(self._room.most, largest)
         self._stretches: dict[str, _Stretch] = {}  # the last one that a tensor was fetched in
-        self._held: dict[str, mmap.mmap] = {}  # its memory, until it is released
-        self._asked: dict[str, int] = {}  # bytes of those of them that were, in that order
-        self._asked_bytes = self._unasked_bytes = 0
+        self._held: dict[str, mmap.mmap] = {}  # its memory, until it is let go
         self._next = 0
 
     def get(self, name: str) -> memoryview:
@@ -94,37 +123,20 @@ class Ahead:
                 self._next = self._place[name] + 1
                 stretch, memory = self._fetch([name])
             if name in self._held:
-                self._note(name, end - begin)
+                self._room.keep(self, name, end - begin)
             self._go_ahead()
         stretch.wait()
         return memoryview(memory)[begin - stretch.begin : end - stretch.begin]
 
-    def release(self, name: str) -> None:
-        """Hold the tensor no longer than whoever has it does."""
-        with self._lock:
-            self._let_go(name)
+    def let_go(self, name: str) -> None:
+        """Hold a tensor no longer than whoever has it does."""
+        self._held.pop(name, None)
 
     def close(self) -> None:
         """Fetch no more."""
         with self._lock:
             for name in self._held:
                 self._stretches[name].drop()
-
-    def _note(self, name: str, nbytes: int) -> None:
-        """It was asked for. What was asked for long ago, and is not released, is not held either:
-        whoever still has it keeps it."""
-        if name in self._asked:
-            return
-        self._asked[name] = nbytes
-        self._asked_bytes += nbytes
-        self._unasked_bytes -= nbytes
-        while self._asked_bytes > 2 * self._most and len(self._asked) > 1:
-            self._let_go(next(iter(self._asked)))
-
-    def _let_go(self, name: str) -> None:
-        if name in self._asked:
-            self._asked_bytes -= self._asked.pop(name)
-            del self._held[name]
 
     def _fetch(self, names: list[str]) -> tuple[_Stretch, mmap.mmap]:
         """Have tensors that follow upon each other in the file fetched."""
@@ -133,7 +145,7 @@ class Ahead:
         stretch = _Stretch(self._source, begin, memory)
         for name in names:
             self._held[name], self._stretches[name] = memory, stretch
-        self._unasked_bytes += end - begin
+        self._room.unasked += end - begin
         return stretch, memory
 
     def _go_ahead(self) -> None:
@@ -144,7 +156,7 @@ class Ahead:
         while self._next < len(self._names):
             name = self._names[self._next]
             size = self._extents[name][1] - self._extents[name][0]
-            if self._unasked_bytes + nbytes + size > self._budget:
+            if not self._room.has_for(nbytes + size):
                 break
             self._next += 1
             is_known = name in self._stretches

@@ -42,7 +42,7 @@ class Store:
         is_listed: whether it says what a folder holds.
         is_written: whether results are put there.
         tells: whether its answers say of which object they are.
-        options: of fsspec's file system.
+        options: of fsspec's file system; put: of its ``put_file``.
     """
 
     module: str
@@ -51,6 +51,7 @@ class Store:
     tells: bool = True
     is_written: bool = True
     options: Callable[[], Mapping[str, Any]] = dict
+    put: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def _ask_any(system: Any, path: str, begin: int, end: int) -> Answer:
@@ -117,7 +118,7 @@ def _tag_of_answer(headers: Mapping[str, str], size: int | None) -> str:
 
 
 def _of_s3() -> dict[str, Any]:
-    """Parts of an object that are put at a time, of 50 MB each, which lie in memory."""
+    """How many parts of an object are put at a time: they lie in memory."""
     return {"max_concurrency": 4}
 
 
@@ -130,7 +131,7 @@ def _of_web() -> dict[str, Any]:
 
 
 STORES = {
-    "s3": Store("s3fs", _ask_s3, options=_of_s3),
+    "s3": Store("s3fs", _ask_s3, options=_of_s3, put={"chunksize": 16 << 20}),
     "gs": Store("gcsfs", _ask_any, tells=False),
     "az": Store("adlfs", _ask_any, tells=False),
     "abfs": Store("adlfs", _ask_any, tells=False),

@@ -6,6 +6,7 @@ finds nothing before all is there. Each object of a store appears whole or not a
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -35,6 +36,7 @@ class Destination:
                 f"--out {self.shown}: nothing is written there; name a folder, and upload it once "
                 f"it is complete ({urls.uploader(address)})"
             )
+        self._put = store.put
         self._system, self._path = opened(self.address)
         if "/" not in self._path.strip("/"):
             raise UsageError(f"--out {self.shown}: is a bucket; name something new inside it")
@@ -84,7 +86,7 @@ class Destination:
                 self._try(self._system.rm_file, name)
 
     def _put_file(self, path: Path, name: str) -> None:
-        self._try(self._system.put_file, str(path), name)
+        self._try(functools.partial(self._system.put_file, **self._put), str(path), name)
         size, there = path.stat().st_size, self._try(self._system.info, name)["size"]
         if size != there:
             raise OutputError(f"{self.shown}: {path.name} has {there:,} bytes there, {size:,} here")
