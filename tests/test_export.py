@@ -28,7 +28,7 @@ from lora_tools.errors import (
 )
 from lora_tools.formats import output
 
-from . import export_models, iotools, models
+from . import export_models, forks, iotools, models
 from .traced import Traced, session
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -476,8 +476,8 @@ def test_the_same_graph_from_the_command_line(
 ) -> None:
     """In another process, traced anew: the same bytes."""
     made = traced(name)
-    line = [sys.executable, "-m", "lora_tools", "export", made.base, "-o", tmp_path / "out"]
-    done = subprocess.run([*line, "--json", "--no-verify"], capture_output=True, text=True)
+    line = ["export", made.base, "-o", tmp_path / "out", "--json", "--no-verify"]
+    done = forks.run(*line)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["verb"] == "export"

@@ -27,6 +27,9 @@ def remembered(folder: Path) -> Iterator[None]:
     from lora_tools.onnx import trace
 
     own = trace.trace
+    if getattr(own, "folder", None) == folder:
+        yield  # already so
+        return
     folder.mkdir(exist_ok=True)
 
     def look(base: Path, stored: Any, task: Any, **options: Any) -> Any:
@@ -46,6 +49,7 @@ def remembered(folder: Path) -> Iterator[None]:
                 part.rename(file)
         return pickle.loads(file.read_bytes())
 
+    look.folder = folder  # type: ignore[attr-defined]
     before = os.environ.get(FOLDER)
     trace.trace = look
     os.environ[FOLDER] = str(folder)
