@@ -16,7 +16,6 @@ from lora_tools.formats import digest as hashing
 from lora_tools.formats import model_card
 from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.formats.gguf_file import MAGIC
-from lora_tools.formats.hub_headers import stand_ins
 from lora_tools.formats.json_file import check_config, read_object
 from lora_tools.formats.lfs import HEAD, refuse_pointer
 from lora_tools.formats.pipelines import Pipeline
@@ -26,7 +25,8 @@ from lora_tools.formats.reopen import SmallFile
 from lora_tools.formats.safetensors_file import SafetensorsFile
 from lora_tools.formats.sharded import refuse_part
 from lora_tools.formats.shards import INDEX_SUFFIX, Shards
-from lora_tools.formats.tensor_file import TensorFile
+from lora_tools.formats.stand_ins import stand_ins
+from lora_tools.formats.tensor_file import WEIGHT_SUFFIXES, TensorFile
 from lora_tools.formats.variants import plain
 from lora_tools.formats.weights import Says, Weights, ties_embeddings
 
@@ -37,22 +37,6 @@ if TYPE_CHECKING:
 Decoder = Callable[[int, int], "torch.Tensor"]
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _TORCH = (b"PK\x03\x04", b"\x80\x02")  # torch.save since 1.6, and before
-_WEIGHT_SUFFIXES = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".distcp",
-    ".ckpt",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".gguf",
-    ".ot",
-    ".onnx_data",
-    ".tflite",
-    ".mlmodel",
-)
 
 
 class Checkpoint(Shards):
@@ -212,7 +196,7 @@ class Checkpoint(Shards):
             ):
                 continue
             is_index = plain(path.name).endswith(INDEX_SUFFIX)
-            weights = path.suffix in _WEIGHT_SUFFIXES or is_index
+            weights = path.suffix in WEIGHT_SUFFIXES or is_index
             weights = weights or path.parent in adapters
             if weights and relative.parts[0] not in whole:
                 left.append(relative)
