@@ -4,6 +4,7 @@ what needs it says so in one wording, with one exit code, before the work."""
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
 from pathlib import Path
@@ -81,12 +82,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
+@functools.cache
 def needs() -> dict[str, set[str]]:
     """Extras, and the modules that the package says it needs of each: read in its source, and of
     those that read addresses in their table."""
     found = {"remote": {"fsspec", *(store.module for store in STORES.values())}}
-    for path in (ROOT / "lora_tools").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    texts = (path.read_text(encoding="utf-8") for path in (ROOT / "lora_tools").rglob("*.py"))
+    for text in texts:
+        for node in ast.walk(ast.parse(text)) if "need(" in text else ():
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "need":
                 words = [
                     w.value

@@ -253,19 +253,32 @@ def with_theta(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_pickle(path: Path) -> bool:
     """Whether a file is one of torch's, by its first bytes; where they tell nothing, by its name.
-    Raises CheckpointError for one that cannot be read, is a pointer to another, or is named as GGUF
-    and is nothing that is read."""
+    Raises what ``_first_bytes`` does."""
+    head = _first_bytes(path)
+    return not _is_safetensors(path, head) and (
+        path.suffix in PICKLE_SUFFIXES or head.startswith(_TORCH)
+    )
+
+
+def _is_safetensors(path: Path, head: bytes) -> bool:
+    """Whatever its name."""
+    return head[8:9] == b"{" and 8 + int.from_bytes(head[:8], "little") <= path.stat().st_size
+
+
+def _first_bytes(path: Path) -> bytes:
+    """Of a file of tensors that no format of its own has claimed. Raises CheckpointError for one
+    that cannot be read, is a pointer to another, or is named as GGUF and is nothing that is read.
+    """
     with open_file(path) as file:
-        head, nbytes = file.read(HEAD), path.stat().st_size
+        head = file.read(HEAD)
     refuse_pointer(path, head)
-    if head[8:9] == b"{" and 8 + int.from_bytes(head[:8], "little") <= nbytes:
-        return False  # safetensors, whatever its name
-    if path.suffix == ".gguf" and not head.startswith(_TORCH):
+    is_known = head.startswith(_TORCH) or _is_safetensors(path, head)
+    if path.suffix == ".gguf" and not is_known:
         raise CheckpointError(
             f"{path}: not a GGUF file: its first bytes are {head[:4]!r}, not {MAGIC!r}; is "
             "the download complete?"
         )
-    return path.suffix in PICKLE_SUFFIXES or head.startswith(_TORCH)
+    return head
 
 
 def open_weights(path: Path, allow_pickle: bool) -> TensorFile:

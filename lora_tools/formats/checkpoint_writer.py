@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import json
 import re
-import types
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -94,27 +93,30 @@ def parse_size(text: str) -> int:
 
 
 def lay_out(
-    source: Checkpoint,
-    specs: Mapping[str, TensorSpec],
-    shard_size: int | None,
-    beside: Mapping[str, str] = types.MappingProxyType({}),
+    source: Checkpoint, specs: Mapping[str, TensorSpec], shard_size: int | None
 ) -> list[Shard]:
-    """Files for ``specs``: those of ``source`` again, or by size.
+    """Files for ``specs``, each by itself (see ``lay_out_units``)."""
+    return lay_out_units(source, {name: (spec,) for name, spec in specs.items()}, shard_size)
 
-    Tensors that ``source`` does not hold go into the last file, or where the tensor lies that
-    ``beside`` names for them. With ``shard_size`` each file holds up to that many bytes of tensors
-    (more only where what belongs together is larger).
+
+def lay_out_units(
+    source: Checkpoint, units: Mapping[str, Sequence[TensorSpec]], shard_size: int | None
+) -> list[Shard]:
+    """Files for tensors: those of ``source`` again, or by size.
+
+    Args:
+        units: what belongs together, by the name of the tensor that it lies where; what ``source``
+            does not hold goes into the last file.
+        shard_size: each file holds up to that many bytes of tensors (more only where what belongs
+            together is larger).
     """
     given = [_passed_on(file.metadata) for file in source.files]
     metadata = {"format": "pt", **given[0]}
-    together: dict[str, list[TensorSpec]] = {}
-    for spec in specs.values():
-        together.setdefault(beside.get(spec.name, spec.name), []).append(spec)
     groups: list[list[TensorSpec]]
     if shard_size is None:
         place = {name: i for i, file in enumerate(source.files) for name in file.specs}
         groups = [[] for _ in source.files]
-        for name, unit in together.items():
+        for name, unit in units.items():
             groups[place.get(name, -1)] += unit
         names = source.file_names or [safetensors_name(file.path) for file in source.files]
         metadatas: Sequence[Mapping[str, str]] = [each or metadata for each in given]
@@ -125,7 +127,7 @@ def lay_out(
         ]
     groups = [[]]
     filled = 0
-    for unit in together.values():
+    for unit in units.values():
         nbytes = sum(spec.nbytes for spec in unit)
         if groups[-1] and filled + nbytes > shard_size:
             groups.append([])

@@ -14,6 +14,7 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from json.encoder import encode_basestring
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,6 +33,9 @@ WRITEBACK = 64 << 20  # start writing to disk in steps of this size
 _THROUGH = os.O_DSYNC
 
 
+_json = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
+
+
 def encode_header(
     specs: Iterable[TensorSpec],
     metadata: Mapping[str, str] | None = None,
@@ -42,21 +46,20 @@ def encode_header(
     Tensors keep the order given; the header is padded with spaces to a multiple of 8 bytes as the
     safetensors package does. ``body`` is JSON to write as it is, for the same tensors in order.
     """
-    entries: dict[str, Any] = {}
-    if metadata:
-        entries["__metadata__"] = dict(metadata)
+    entries = [f'"__metadata__":{_json(dict(metadata))}'] if metadata else []
     position, starts = 0, {}
     for spec in specs:
         starts[spec.name] = position
         end = position + spec.nbytes
-        entries[spec.name] = {
-            "dtype": spec.dtype,
-            "shape": list(spec.shape),
-            "data_offsets": [position, end],
-        }
+        if body is None:
+            shape = ",".join(map(str, spec.shape))
+            entries.append(
+                f'{encode_basestring(spec.name)}:{{"dtype":"{spec.dtype}","shape":[{shape}],'
+                f'"data_offsets":[{position},{end}]}}'
+            )
         position = end
     if body is None:
-        body = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        body = f"{{{','.join(entries)}}}".encode()
         body += b" " * (-len(body) % 8)
     header = len(body).to_bytes(8, "little") + body
     return header, {k: v + len(header) for k, v in starts.items()}, len(header) + position

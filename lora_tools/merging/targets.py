@@ -42,7 +42,7 @@ class BaseOutline:
         return Weights(self.specs, self.config, self.says)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Part:
     """One key, or one pair of factors, of one adapter acting on one tensor."""
 
@@ -60,7 +60,7 @@ class Part:
     expert: Share | None = None  # where adapter and base hold experts in two forms
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Target:
     """One tensor of the output: the base's (or the one it is untied from) and what acts on it."""
 

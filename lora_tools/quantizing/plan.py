@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lora_tools.errors import CheckpointError, MismatchError, UsageError
 from lora_tools.formats.activations import Activations
 from lora_tools.formats.checkpoint import Checkpoint
-from lora_tools.formats.checkpoint_writer import Shard, lay_out
+from lora_tools.formats.checkpoint_writer import Shard, lay_out_units
 from lora_tools.formats.names import split_tensor
 from lora_tools.formats.quantized.bitsandbytes import (
     ADDED_HEADS,
@@ -56,7 +56,7 @@ class Feeding:
     by: Factor | None = None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Item:
     """One tensor of the plain checkpoint, ``spec``, and what becomes of it.
 
@@ -113,8 +113,9 @@ class QuantizePlan:
         """The fate of every tensor, and of every adapter key that matched nothing."""
         fates = []
         for item, merged in zip(self.items, self.merge.fates(), strict=False):
+            nbytes = item.nbytes
             if item.packed is not None:
-                bits = 8 * item.nbytes / item.spec.numel
+                bits = 8 * nbytes / item.spec.numel
                 reason = f"{item.packed.label}, {bits:.3f} bits a parameter{item.rounding}"
                 action = Action.QUANTIZE
             else:
@@ -122,14 +123,16 @@ class QuantizePlan:
                 reason, action = f"{item.reason}, {bits} bits a parameter", merged.action
             if merged.reason:
                 reason += f"; {merged.reason}"
-            fates.append(Fate(item.name, action, reason, item.nbytes))
+            fates.append(Fate(item.name, action, reason, nbytes))
         return (*fates, *self.merge.unmatched)
 
     def shards(self, source: Checkpoint, shard_size: int | None) -> list[Shard]:
         """Files for the output. What belongs to one weight shares a file; in each file wider
         dtypes come first, so that all is aligned, and the JSONs, whose sizes may shrink, last."""
-        beside = {spec.name: item.target.base_name for item in self.items for spec in item.specs}
-        specs = {spec.name: spec for item in self.items for spec in item.specs}
+        units: dict[str, tuple[TensorSpec, ...]] = {}
+        for item in self.items:
+            name = item.target.base_name
+            units[name] = (*units.get(name, ()), *item.specs)
         return [
             dataclasses.replace(
                 shard,
@@ -137,7 +140,7 @@ class QuantizePlan:
                     sorted(shard.specs, key=lambda s: (STATE in s.name, -DTYPE_BITS[s.dtype]))
                 ),
             )
-            for shard in lay_out(source, specs, shard_size, beside)
+            for shard in lay_out_units(source, units, shard_size)
         ]
 
 
@@ -173,8 +176,9 @@ def plan_quantize(
     reasons: dict[str, str] = {}
     skip: set[str] = set()
     weights = [base.weights.of(specs[target.spec.name]) for target in targets]
+    named = bool(base.config.get("architectures")) and not keeps_names(base.config, base.specs)
     for weight in weights:
-        reason, linear = _reason(weight, base, layers, form, head and not tied)
+        reason, linear = _reason(weight, base, layers, form, head and not tied, named)
         if not reason and not chosen(weight.module):
             reason = "left out by --include or --exclude"
         reasons[weight.spec.name] = reason
@@ -253,9 +257,18 @@ def _refuse_parted(base: Checkpoint, experts: Sequence[str]) -> None:
 
 
 def _reason(
-    weight: Weight, base: Checkpoint, layers: FourBitLayers | None, form: Form, head: bool
+    weight: Weight,
+    base: Checkpoint,
+    layers: FourBitLayers | None,
+    form: Form,
+    head: bool,
+    named: bool,
 ) -> tuple[str, bool]:
-    """Why a weight stays ("" if it does not), and whether a loader must be told of it."""
+    """Why a weight stays ("" if it does not), and whether a loader must be told of it.
+
+    Args:
+        named: config.json names a class, and it may be one whose names do not tell its layers.
+    """
     name = weight.spec.name
     reason, linear = reason_to_keep(weight, base.config, head)
     told = form.tells_all and (linear or ".experts." in name)
@@ -264,7 +277,6 @@ def _reason(
     if form.only_fused:
         return reason or f"only experts are in {form.name} in such a model", False
     if layers is None:
-        named = bool(base.config.get("architectures")) and not keeps_names(base.config, base.specs)
         if not reason and named and not is_surely_linear(name, base.config, base.specs):
             reason = "not known to be a linear layer's"
     elif name not in layers.modules:

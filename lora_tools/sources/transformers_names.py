@@ -257,9 +257,8 @@ def convert(
     renamings, converters = _transforms(model)
     state, prefix = model.state_dict(keep_vars=True), model.base_model_prefix
     by_pattern = {p: converter for converter in converters for p in converter.source_patterns}
-    numbers = _Rows(specs)
     tensors: dict[str, LoadedTensor] = {}
-    joined: dict[str, tuple[Any, list[str]]] = {}
+    joined: dict[str, list[tuple[str, str]]] = {}
     other = []
     for name in sorted(specs, key=dot_natural_key):
         new, pattern = rename_source_key(name, renamings, converters, prefix, state)
@@ -272,10 +271,12 @@ def convert(
             # Of another vocabulary than the config says, it has its own shape.
             tensors[new] = _tensor(model, new, spec.dtype, spec.shape, whole)
         else:
-            converter, sources = joined.setdefault(new, (deepcopy(by_pattern[pattern]), []))
+            joined.setdefault(new, []).append((name, pattern))
+    for new, found in joined.items():
+        sources, numbers = [name for name, _ in found], _Rows(specs)
+        converter = deepcopy(by_pattern[found[0][1]])
+        for name, pattern in found:
             converter.add_tensor(new, name, pattern, numbers.of(name))
-            sources.append(name)
-    for new, (converter, sources) in joined.items():
         made = _run(converter, new, model)
         parts = {
             name: numbers.pieces(tensor, tuple(state[name].shape))
@@ -365,8 +366,8 @@ class _Rows:
         shape, rows = self._specs[name].shape, rows_of(self._specs[name])
         self._names.append(name)
         self._starts.append(self._next)
-        self._next += rows
-        numbers = torch.arange(self._next - rows, self._next)
+        numbers = torch.arange(self._next, self._next + rows)
+        self._next += rows + 1  # rows of two tensors never follow upon each other
         return numbers.reshape(*shape[:-1], 1) if len(shape) > 1 else numbers
 
     def pieces(self, numbers: torch.Tensor, shape: tuple[int, ...]) -> tuple[Piece, ...] | None:
@@ -375,12 +376,10 @@ class _Rows:
 
         if tuple(numbers.shape) != (*shape[:-1], 1) and (len(shape) > 1 or numbers.dim() > 1):
             return None
-        found: list[Piece] = []
-        for number in numbers.flatten().tolist():
+        numbers, found = numbers.flatten(), []
+        heads = [0, *(1 + (numbers.diff() != 1).nonzero().flatten()).tolist()][: len(numbers)]
+        ends = [*heads[1:], len(numbers)]
+        for head, end, number in zip(heads, ends, numbers[heads].tolist(), strict=True):
             i = bisect.bisect_right(self._starts, number) - 1
-            row, last = number - self._starts[i], found[-1] if found else None
-            if last is not None and (last.stored, last.first + last.rows) == (self._names[i], row):
-                found[-1] = dataclasses.replace(last, rows=last.rows + 1)
-            else:
-                found.append(Piece(self._names[i], row, 1))
+            found.append(Piece(self._names[i], number - self._starts[i], end - head))
         return tuple(found)

@@ -236,7 +236,8 @@ class _Comparison:
 
 def _how(packed: PackedWeight) -> dict[str, object]:
     """What a record says of a weight besides its names: dtypes, shapes, settings."""
-    fields = dict(vars(packed))
+    names = [field.name for field in dataclasses.fields(packed)]  # type: ignore[arg-type]  # all are
+    fields = {name: getattr(packed, name) for name in names}
     specs = {part: (spec.dtype, spec.shape) for part, spec in packed.specs.items()}
     plain = packed.plain
     return {**fields, "name": "", "specs": specs, "plain": (plain.dtype, plain.shape)}

@@ -139,7 +139,7 @@ def _most_json(state: QuantState) -> int:
     return len(dataclasses.replace(state, nested_offset=0.0).to_json()) - 3 + _LONGEST_FLOAT
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class QuantizedTensor:
     """One quantized weight: its tensors by the ending of their names ("" is the weight itself).
 
@@ -179,7 +179,17 @@ def quantized_tensor(name: str, state: QuantState, storage: str = "U8") -> Quant
             f"{name}: its {packed} packed bytes are no whole number of {storage} elements; "
             "leave it out with --exclude, or choose another --quant-storage"
         )
-    shapes: dict[str, tuple[str, tuple[int, ...]]] = {"": (storage, (packed // size, 1))}
+    shapes = _shapes(state, (packed // size, 1), storage).items()
+    specs = {end: TensorSpec(name + end, dtype, shape) for end, (dtype, shape) in shapes}
+    return QuantizedTensor(name, state, specs)
+
+
+@functools.lru_cache  # weights are of few shapes
+def _shapes(
+    state: QuantState, packed: tuple[int, ...], storage: str
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of each tensor, by the ending of its name."""
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {"": (storage, packed)}
     if state.nested:
         shapes[ABSMAX] = ("U8", (state.blocks,))
         shapes[NESTED_ABSMAX] = ("F32", (-(state.blocks // -NESTED_BLOCKSIZE),))
@@ -188,8 +198,7 @@ def quantized_tensor(name: str, state: QuantState, storage: str = "U8") -> Quant
         shapes[ABSMAX] = ("F32", (state.blocks,))
     shapes[QUANT_MAP] = ("F32", (16,))
     shapes[STATE + state.quant_type] = ("U8", (state.most_json,))
-    specs = {end: TensorSpec(name + end, dtype, shape) for end, (dtype, shape) in shapes.items()}
-    return QuantizedTensor(name, state, specs)
+    return shapes
 
 
 def find_quantized(

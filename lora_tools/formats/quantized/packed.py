@@ -132,6 +132,8 @@ def refuse_left_over(
 def with_activations(found: Mapping[str, W], specs: Mapping[str, TensorSpec]) -> dict[str, W]:
     """The weights with the ``ACTIVATIONS`` put aside, each with the first weight of the module, or
     the parameter, that it is named after: so they are in no plain copy."""
+    if not found:
+        return {}
     owners: dict[str, str] = {}
     for name in found:
         parts = name.split(".")
