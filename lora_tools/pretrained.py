@@ -18,6 +18,7 @@ from typing import Any
 
 from lora_tools.errors import CheckpointError, UnsafeInput
 from lora_tools.formats.regular_files import MOST, is_there
+from lora_tools.formats.stand_ins import refuse_loading
 
 # What a config may set that transformers fetches from the hub, and runs, where it has a "/".
 _KERNELS = ("attn_implementation", "experts_implementation")
@@ -86,6 +87,7 @@ def model_of(
 ) -> Any:
     """The model of a folder with its weights, of a class of transformers. See ``config_of``, which
     makes the ``config``: as the file has it, it is not read again."""
+    refuse_loading(folder)
     with quietly(), _refusing_code(folder, trusted):
         return kind.from_pretrained(folder, config=config, **_options(trusted), **options)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -17,10 +18,13 @@ def text_digest(text: str) -> str:
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
+version_of = functools.cache(version)  # which reads a file, and parses it as an e-mail
+
+
 def tool_version() -> str:
     """The installed version of loratools."""
     try:
-        return version("loratools")
+        return version_of("loratools")
     except PackageNotFoundError:  # run from a source tree that is not installed
         return "0+unknown"
 

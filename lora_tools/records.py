@@ -216,7 +216,8 @@ class ModuleSpectrum(_Shown):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TensorFacts(_Shown):
-    """One stored tensor; ``hash`` is that of its bytes, ``oddities`` what is unusual."""
+    """One stored tensor; ``hash`` is that of its bytes ("" where they were not read), ``oddities``
+    what is unusual."""
 
     tensor: str
     dtype: str

@@ -25,6 +25,7 @@ from lora_tools.errors import LoraToolsError
 from lora_tools.verbs import frame
 from lora_tools.verbs.row import Verb
 
+from . import unsynced
 from .refusals import foreign_options
 
 if TYPE_CHECKING:
@@ -73,6 +74,14 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _no_disk_is_waited_for() -> Iterator[None]:
+    """Nor is one by the runs of ``forks``."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", unsynced.fsync)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _imports_are_no_garbage() -> Iterator[None]:
     """What was imported stays: the collector, which torch.onnx calls at every trace, need not walk
     the libraries' objects again and again."""
@@ -110,9 +119,10 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Traced]:
     return functools.cache(functools.partial(traced, root=Path(folder)))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def remembered_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No test that asks for it traces a model anew that one of them has traced before."""
+    """From the first test of a file that asks for it on, no model is traced anew that a test has
+    traced before."""
     from .traces import remembered
 
     with remembered(_shared(tmp_path_factory) / "traces"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import warnings
 from collections.abc import Callable
@@ -14,6 +16,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 VOCAB = 96
+_SMALL = 4 << 20  # bytes of a model that is kept
 transformers.logging.disable_progress_bar()
 
 
@@ -160,7 +163,21 @@ def attach_strictly(base: torch.nn.Module, adapter: Path) -> peft.PeftModel:
 
 
 def load(folder: Path, **options: Any) -> transformers.PreTrainedModel:
-    """The model in ``folder`` by the class its config names, in the dtype it is stored in."""
+    """The model in ``folder`` by the class its config names, in the dtype it is stored in: a copy,
+    as long as the files stay as they are, of what transformers loaded."""
+    files = [(path.name, path.stat()) for path in sorted(folder.iterdir())]
+    if options or sum(stat.st_size for _, stat in files) > _SMALL:
+        return _load(folder, **options)
+    stamp = tuple((name, s.st_ino, s.st_size, s.st_mtime_ns) for name, s in files)
+    return copy.deepcopy(_loaded(folder, stamp))
+
+
+@functools.lru_cache(32)
+def _loaded(folder: Path, stamp: tuple[object, ...]) -> transformers.PreTrainedModel:
+    return _load(folder)
+
+
+def _load(folder: Path, **options: Any) -> transformers.PreTrainedModel:
     config = transformers.AutoConfig.from_pretrained(folder)
     kind = getattr(transformers, config.architectures[0])
     return quietly(lambda: kind.from_pretrained(folder, **options)).eval()

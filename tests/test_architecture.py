@@ -62,6 +62,7 @@ ROOMS = (
     "calibration",
     "pretrained",
     "formats",
+    "remote",
     "linalg",
     "plots",
     "figures",
@@ -85,7 +86,8 @@ ONLY = {
     "options": {"onnx", "formats", "linalg", "errors", "records"},
     "engine": {"watch", "errors", "records", "within"},
     "provenance": {"formats", "errors", "records"},
-    "formats": {"interruption", "watch", "errors", "records", "within"},
+    "formats": {"remote", "interruption", "watch", "errors", "records", "within"},
+    "remote": {"watch", "errors"},
     "linalg": {"errors", "records"},
     "calibration": {"pretrained", "errors", "records", "totals"},
     "pretrained": {"formats", "errors", "records"},
@@ -113,6 +115,7 @@ LIBRARIES = {
     "sources": {"torch", "xxhash", "transformers"},
     "engine": {"torch", "dask", "distributed"},
     "formats": {"torch", "numpy", "huggingface_hub", "xxhash", "zstandard", "gguf", "onnxruntime"},
+    "remote": {"fsspec", "huggingface_hub"},
     # peft: the filters of WaveFT, which no other library that is needed has
     "linalg": {"torch", "numpy", "scipy", "gguf", "peft"},
     "calibration": {"torch", "transformers"},
@@ -137,6 +140,7 @@ NOT_HERE = {
     "totals": THREADS | {"pathlib", "os", "json"},
     "errors": THREADS | {"pathlib", "os", "json"},
     "engine": set(),
+    "remote": set(),  # several requests at a time
     "watch": THREADS - {"threading"},
 }
 # Never at the top of a module: a verb asks for them, ``--help`` and a dry run do not.
@@ -146,6 +150,9 @@ HEAVY = {
     "scipy",
     "rich",
     "huggingface_hub",
+    "fsspec",
+    "s3fs",
+    "aiohttp",
     "transformers",
     "onnx",
     "gguf",
@@ -456,7 +463,8 @@ def test_a_verb_is_one_row_one_file_and_one_command(name: str) -> None:
 
 def test_every_verb_file_has_its_row() -> None:
     files = {path.stem for path in (PACKAGE / "verbs").glob("*.py")}
-    rest = {"__init__", "card", "row", "frame", "paths", "report_file", "values", "writing"}
+    rest = {"__init__", "card", "elsewhere", "row", "frame", "paths", "report_file", "values"}
+    rest |= {"writing"}
     assert files == {*VERBS, *rest}
     assert list(main.commands) == [*(verb.command for verb in VERBS.values()), "completion", "help"]
 

@@ -135,7 +135,7 @@ WRITTEN = {
         "transformer.transformer_blocks.0.attn.to_q",
     ),
     ("blocks.0.self_attn.q", ""): ("lora_unet_blocks_0_self_attn_q", ""),
-    (WAN[0], ""): ("lora_unet_blocks_0_attn1_to_q", "transformer.blocks.0.attn1.to_q"),
+    (WAN[0], ""): ("", "transformer.blocks.0.attn1.to_q"),
     (CLIP, "pipe/text_encoder"): ("lora_te1_" + FLAT_CLIP, "text_encoder." + CLIP),
     (CLIP, "pipe/text_encoder_2"): ("lora_te2_" + FLAT_CLIP, "text_encoder_2." + CLIP),
     (CLIP.removeprefix("text_model."), "pipe/text_encoder"): (  # as of transformers 5

@@ -103,7 +103,7 @@ def test_what_a_dead_worker_had_is_done_by_another(
     assert killed
     lora_tools.merge(*given, tmp_path / "here")
     assert iotools.tree(tmp_path / "here") == iotools.tree(tmp_path / "there")
-    client.wait_for_workers(2, timeout=60)
+    client.wait_for_workers(2, timeout=600)
 
 
 def test_a_task_that_fails_ends_the_run_with_its_name(

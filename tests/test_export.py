@@ -28,7 +28,7 @@ from lora_tools.errors import (
 )
 from lora_tools.formats import output
 
-from . import export_models, iotools, models
+from . import export_models, forks, iotools, models
 from .traced import Traced, session
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -302,14 +302,15 @@ def test_an_adapter_merged_in_the_same_pass_is_peft(
     assert np.abs(decode(tmp_path / "out", IDS) - in_torch(peft)).max() < 2e-5
 
 
-def test_an_adapter_that_unties_the_head(tmp_path: Path) -> None:
+def test_an_adapter_that_unties_the_head(base: Path, exported: Any, tmp_path: Path) -> None:
     """The head is a tensor of its own then: the old graph is refused, a new one is right."""
-    base = export_models.one_layer("Llama", tmp_path / "base", tie_word_embeddings=True)
     adapters = [tmp_path / "lora"]
-    peft = models.adapt(base, adapters[0], ADAPTERS["embedding"])
-    lora_tools.export(base, tmp_path / "tied", no_cache=True, no_verify=True)
+    models.adapt(base, adapters[0], ADAPTERS["embedding"])
     with pytest.raises(MismatchError, match="tie_word_embeddings"):
-        lora_tools.export(base, tmp_path / "a", adapters=adapters, graph=tmp_path / "tied")
+        lora_tools.export(base, tmp_path / "a", adapters=adapters, graph=exported[0])
+    base = export_models.one_layer("Llama", tmp_path / "base", tie_word_embeddings=True)
+    adapters = [tmp_path / "other"]
+    peft = models.adapt(base, adapters[0], ADAPTERS["embedding"])
     lora_tools.export(base, tmp_path / "out", adapters=adapters, no_cache=True, no_verify=True)
     given = {"input_ids": IDS, "attention_mask": np.ones_like(IDS)}
     given["position_ids"] = np.arange(IDS.shape[1])[None].repeat(2, 0)
@@ -476,8 +477,8 @@ def test_the_same_graph_from_the_command_line(
 ) -> None:
     """In another process, traced anew: the same bytes."""
     made = traced(name)
-    line = [sys.executable, "-m", "lora_tools", "export", made.base, "-o", tmp_path / "out"]
-    done = subprocess.run([*line, "--json", "--no-verify"], capture_output=True, text=True)
+    line = ["export", made.base, "-o", tmp_path / "out", "--json", "--no-verify"]
+    done = forks.run(*line)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["verb"] == "export"

@@ -19,7 +19,7 @@ from lora_tools.onnx.in_torch import InTorch
 from . import export_models, models
 from .traced import session
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("remembered_traces")]
 pytest.importorskip("onnxruntime")
 IDS = np.array([[5, 6, 7, 8]])
 
@@ -35,7 +35,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def exported(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def exported(base: Path, remembered_traces: None, tmp_path_factory: pytest.TempPathFactory) -> Any:
     out = tmp_path_factory.mktemp("half") / "graph"
     return out, lora_tools.export(base, out, compute_dtype="float16")
 
@@ -120,9 +120,9 @@ def test_used_again(base: Path, exported: Any, tmp_path: Path) -> None:
         lora_tools.export(base, tmp_path / "no", graph=exported[0])
 
 
-def test_bfloat16_is_not_silently_unverified(base: Path, tmp_path: Path) -> None:
+def test_bfloat16_is_not_silently_unverified(tmp_path: Path) -> None:
     """ONNX Runtime has no kernels of it for CPUs: it is checked in float32, and that is said."""
-    out = tmp_path / "out"
+    base, out = export_models.one_layer("Llama", tmp_path / "base"), tmp_path / "out"
     report = lora_tools.export(base, out, compute_dtype="bfloat16", dtype="bfloat16")
     [note] = [n for n in report.notes if "bfloat16" in n]
     assert "not run as it is" in note

@@ -29,6 +29,7 @@ def graph_of(folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("weights", ["shared", "bundled"])
 def test_killed_in_place_before_every_step(weights: str, tmp_path: Path) -> None:
     """The checkpoint is as it was, the graph absent or complete; the next run clears away."""

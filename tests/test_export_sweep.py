@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 pytest.importorskip("onnxruntime")
 
 
-@pytest.mark.sweep(50)
+@pytest.mark.sweep(150)
 @pytest.mark.parametrize("name", page_table.read(export_sweep.PAGE))
 def test_a_row_is_what_the_page_says(name: str) -> None:
     said, found = page_table.read(export_sweep.PAGE)[name], export_sweep.row_of(name)

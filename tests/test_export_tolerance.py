@@ -110,9 +110,12 @@ def test_a_chosen_tolerance_is_not_measured(
     assert tolerance(side, runs, [Played() for _ in runs], 0.0, 0.5).share("logits") == 0.5
 
 
-def test_where_torch_has_no_float64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_torch_has_no_float64(
+    traced: Callable[[str], Traced], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is taken instead is said, in the report too."""
     own = InTorch.play
+    made = traced("Llama")
 
     def play(self: InTorch, run: Run, exact: bool = False) -> Played:
         if exact:
@@ -120,8 +123,7 @@ def test_where_torch_has_no_float64(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return own(self, run)
 
     monkeypatch.setattr(InTorch, "play", play)
-    base = export_models.one_layer("Qwen2", tmp_path / "base")
-    report = lora_tools.export(base, tmp_path / "out")
+    report = lora_tools.export(made.base, tmp_path / "out", graph=made.graph)
     [note] = [note for note in report.notes if "float64" in note]
     assert "no double" in note
     assert "0.0003" in note

@@ -4,6 +4,7 @@ what needs it says so in one wording, with one exit code, before the work."""
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from packaging.requirements import Requirement
 
 import lora_tools
 from lora_tools.cli import run
+from lora_tools.remote.stores import STORES
 
 from . import models, refusals
 
@@ -48,6 +50,12 @@ CASES = {
     ),
     "merge": ("gguf", "{base} {gguf} -o {out}", ("gguf",)),
     "merge --force": ("waveft", "{base} {waveft} -o {out}", ("peft",)),
+    "inspect s3://bucket/base": ("remote", "", ("fsspec", "s3fs")),
+    "inspect https://host/model.safetensors": ("remote", "", ("aiohttp",)),
+    "inspect gs://bucket/base": ("remote", "", ("gcsfs",)),
+    "inspect az://container/base": ("remote", "", ("adlfs",)),
+    "merge az://container/base": ("remote", "{adapter} -o {out}", ("adlfs",)),
+    "merge --force -o s3://bucket/new": ("remote", "{base} {adapter}", ("s3fs",)),
     "rescale --engine dask": ("dask", "{adapter} -o {out} --rank 1", ("distributed",)),
 }
 
@@ -74,11 +82,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
+@functools.cache
 def needs() -> dict[str, set[str]]:
-    """Extras, and the modules that the package says it needs of each: read in its source."""
-    found: dict[str, set[str]] = {}
-    for path in (ROOT / "lora_tools").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    """Extras, and the modules that the package says it needs of each: read in its source, and of
+    those that read addresses in their table."""
+    found = {"remote": {"fsspec", *(store.module for store in STORES.values())}}
+    texts = (path.read_text(encoding="utf-8") for path in (ROOT / "lora_tools").rglob("*.py"))
+    for text in texts:
+        for node in ast.walk(ast.parse(text)) if "need(" in text else ():
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "need":
                 words = [
                     w.value

@@ -50,6 +50,12 @@ SCALES: dict[str, tuple[Tensors, dict[str, Any], str]] = {
     "by rows, of stated blocks": (
         {f"{Q}_scale_inv": torch.ones(16, 1)}, fp8_config([8, 8]), "block of 8x8"
     ),
+    "of columns": ({f"{Q}_scale": torch.ones(1, 16)}, {}, "one a row, or"),
+    "of columns, by a method of rows": (
+        {f"{Q}_scale": torch.ones(1, 16)},
+        {"quantization_config": {"quant_method": "fbgemm_fp8"}},
+        "F32 [1, 16]",
+    ),
     "empty": ({f"{Q}_scale": torch.ones(0, 1)}, {}, "F32 [0, 1]"),
     "of whole numbers": ({f"{Q}_scale": torch.ones(1, dtype=torch.int32)}, {}, "I32"),
     "of bytes": ({f"{Q}_scale": torch.ones(1, dtype=torch.uint8)}, {}, "powers of two"),
@@ -166,7 +172,8 @@ def test_formats_of_comfyui_that_are_not_known(name: str, tmp_path: Path) -> Non
         ({**pair(), f"{Q[:-7]}.comfy_quant": json_bytes(format="float8_e4m3fn")},
          "_scale are expected, .*without it"),
         ({**pair(), f"{Q[:-7]}.comfy_quant": torch.zeros(3)}, "bytes of JSON"),
-        ({**pair(), f"{Q[:-7]}.comfy_quant": torch.zeros(3, dtype=torch.uint8)}, "not JSON"),
+        ({**pair(), f"{Q[:-7]}.comfy_quant": torch.zeros(3, dtype=torch.uint8)},
+         "comfy_quant: not JSON"),
         ({**pair(), f"{Q[:-7]}.comfy_quant": torch.tensor(list(b"[1]"), dtype=torch.uint8)},
          "a format is expected"),
         ({**pair(), f"{Q[:-7]}.scale_weight": torch.ones(5)}, r"scale_weight F32 \[5\]"),

@@ -459,6 +459,11 @@ MLX_FAULTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         f"{Q}.up.biases: U32 weight is expected beside it in {Q}.up, found {Q}.up.weight F32",
     ),
     "a vector": ({"weight": torch.ones(16, dtype=torch.uint32)}, {}, f"{Q}.weight: U32 .16. holds"),
+    "a number": (
+        {"weight": torch.ones((), dtype=torch.uint32)},
+        {},
+        rf"{Q}.weight: U32 \[\] holds",
+    ),
 }
 
 

@@ -323,7 +323,7 @@ def test_other_addresses_are_refused_without_what_is_secret(
             call(source)
         assert str(caught.value).startswith(f"{shown}: inputs are files and folders here")
         assert "secret" not in str(caught.value)
-    if shown.startswith("hf"):
+    if not shown.startswith("https"):
         return
     with pytest.raises(UsageError, match="upload it once it is complete") as refused:
         lora_tools.dequantize(tmp_path, source)
@@ -416,5 +416,5 @@ def test_a_header_that_is_none(data: bytes, said: str, big: Any) -> None:
 
 def test_a_header_that_is_not_given(big: Any) -> None:
     big.no_ranges = True
-    with pytest.raises(CheckpointError, match="its header cannot be read"):
+    with pytest.raises(CheckpointError, match="cannot be read by ranges"):
         lora_tools.merge("org/tuned", "ad", "out", dry_run=True)

@@ -84,7 +84,7 @@ def _is_old(out: Path) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("verb", VERBS)
 def test_killed_in_the_middle(verb, medium, tmp_path, full):
     """At steps by chance, most of them amid the bytes of a tensor, while other threads write."""
@@ -151,7 +151,7 @@ def test_a_signal_at_the_start_leaves_no_trace(verb, number, small, tmp_path):
     assert iotools.tree(small) == untouched
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("verb", VERBS)

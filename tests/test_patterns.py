@@ -94,11 +94,11 @@ CATASTROPHES = [
 
 @pytest.mark.parametrize("pattern", CATASTROPHES)
 def test_no_pattern_takes_for_ever(pattern: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     for text in ("a" * 60, "a." * 60 + "a"):
         assert not matches(pattern, text)
         assert not ends_with(pattern, text)
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 20
 
 
 @pytest.mark.parametrize(
@@ -134,9 +134,9 @@ REAL = [
 def test_patterns_in_use_are_matched_quickly(pattern: str) -> None:
     kinds = ("self_attn.q_proj", "mlp.experts.77.down_proj", "mlp.gate")
     names = [f"model.layers.{i}.{kind}" for i in range(100) for kind in kinds]
-    start = time.perf_counter()
+    start = time.process_time()
     found = [matches(pattern, name, whole=True) for name in names]
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 20
     assert found == [re.fullmatch(pattern, name) is not None for name in names]
 
 
@@ -144,10 +144,10 @@ def test_patterns_in_use_are_matched_quickly(pattern: str) -> None:
 def test_an_adapter_with_such_a_key_is_read(which: str, tmp_path: Path) -> None:
     module = "model.layers.0." + "a" * 40 + ".q_proj"
     iotools.adapter(tmp_path / "a", {module: (4, 4)}, **{which: {"(a|a)*(.*a)*z": 8}})
-    start = time.perf_counter()
+    start = time.process_time()
     adapter = open_peft("a", tmp_path / "a")
     assert (adapter.modules[module].r, adapter.modules[module].alpha) == (2, 2)
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 20
 
 
 @pytest.mark.parametrize("pattern", ["(", r"(a|a)*\1(b*)*", "(" * 5000])

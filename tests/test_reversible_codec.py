@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import weakref
+from collections.abc import Iterator
+
 import hypothesis
 import numpy as np
 import pytest
@@ -31,6 +36,12 @@ def floats(dtype: torch.dtype, patterns: list[int]) -> torch.Tensor:
     """Floats of those bit patterns."""
     size = dtype.itemsize
     return torch.from_numpy(np.array(patterns, f"u{size}").view(f"i{size}")).view(dtype)
+
+
+def _encoded(
+    base: torch.Tensor, merged: torch.Tensor, estimate: torch.Tensor, slack: torch.Tensor
+) -> reversible.Coded:
+    return reversible.encode([reversible.Rows(base, merged, estimate, slack)])
 
 
 def arrays(dtype: torch.dtype, count: int) -> st.SearchStrategy[torch.Tensor]:
@@ -82,7 +93,7 @@ def test_round_trip_whatever_the_numbers(
     base, merged = (data.draw(arrays(dtype, rows * cols)).view(rows, cols) for _ in range(2))
     estimate = data.draw(arrays(dtype, rows * cols)).double().view(rows, cols)
     slack = torch.full_like(estimate, data.draw(st.sampled_from([0.0, 1e-9, 1.0])))
-    coded = reversible.encode(base, merged, estimate, slack)
+    coded = _encoded(base, merged, estimate, slack)
     found = reversible.decode(estimate, merged, coded)
     assert found.shape == (rows, cols)
     assert found.dtype == dtype
@@ -113,16 +124,78 @@ def test_any_estimate_within_the_slack_will_do(
     exact = (base.double() + delta).to(dtype)
     merged = (exact.double() * (1 + off * info.eps * drawn())).to(dtype)
     estimate = merged.double() - delta
-    coded = reversible.encode(base, merged, estimate, torch.full_like(estimate, slack))
+    coded = _encoded(base, merged, estimate, torch.full_like(estimate, slack))
     for shift in (-slack, -slack / 3, 0.0, slack / 7, slack):
         found = reversible.decode(estimate + shift, merged, coded)
         assert torch.equal(bits(found), bits(base))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@hypothesis.given(
+    seed=st.integers(0, 99),
+    cuts=st.sets(st.integers(1, 39)),
+    change=st.sampled_from([0.01, 1.0, 50.0]),
+    slack=st.sampled_from([0.0, 1e-12, 1e-3]),
+)
+def test_in_which_pieces_rows_come_does_not_matter(
+    dtype: torch.dtype, seed: int, cuts: set[int], change: float, slack: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(40, 50, generator=generator).to(dtype)
+    delta = change * torch.randn(40, 50, generator=generator, dtype=torch.float64)
+    merged = (base.double() + delta).to(dtype)
+    estimate = merged.double() - delta
+    whole = reversible.Rows(base, merged, estimate, torch.full_like(estimate, slack))
+    pieces = zip(*(x.tensor_split(sorted(cuts)) for x in whole), strict=True)
+    assert reversible.encode(itertools.starmap(reversible.Rows, pieces)) == _encoded(*whole)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sha256"),
+    [
+        (torch.bfloat16, "28e0b7822b31eb55"),
+        (torch.float16, "e708cd11c20effb8"),
+        (torch.float32, "3b1857ec8fd3e3cb"),
+        (torch.float64, "f1abd5580395dc41"),
+    ],
+)
+def test_the_bytes_of_sidecars_made_so_far(dtype: torch.dtype, sha256: str) -> None:
+    """Recorded of version 2 as it was when a run was coded in one piece."""
+    n = torch.arange(6000, dtype=torch.float64).view(60, 100)
+    base = ((n * 37 % 1009 - 504) / 64).to(dtype)
+    delta = (n * 101 % 2003 - 1001) / 256
+    merged = (base.double() + delta).to(dtype)
+    merged[::7, ::5] *= 1.0625
+    estimate, slack = merged.double() - delta, merged.double().abs() * 2**-40
+    slack[3] = 1
+    whole = reversible.Rows(base, merged, estimate, slack)
+    pieces = zip(*(x.split(11) for x in whole), strict=True)
+    coded = reversible.encode(itertools.starmap(reversible.Rows, pieces))
+    assert hashlib.sha256(b"".join(coded)).hexdigest().startswith(sha256)
+
+
+def test_what_is_wide_is_held_of_one_piece_at_a_time() -> None:
+    """Estimate and slack take four times the room of what is merged, or more."""
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    most = 0
+
+    def pieces() -> Iterator[reversible.Rows]:
+        nonlocal most
+        for _ in range(6):
+            base, merged = torch.randn(2, 4, 8).bfloat16()
+            wide = [torch.randn(4, 8, dtype=torch.float64) for _ in range(2)]
+            alive.update(wide)
+            most = max(most, len(alive))
+            yield reversible.Rows(base, merged, *wide)
+
+    reversible.encode(pieces())
+    assert most <= 4, "those of the piece before are let go once the next one is there"
+
+
 def test_the_sign_of_zero_counts() -> None:
     base = torch.tensor([0.0, -0.0, 0.0, -0.0], dtype=torch.float32)
     estimate = torch.tensor([-0.0, 0.0, 0.0, -0.0], dtype=torch.float64)
-    coded = reversible.encode(base, base, estimate, torch.zeros(4, dtype=torch.float64))
+    coded = _encoded(base, base, estimate, torch.zeros(4, dtype=torch.float64))
     assert torch.equal(bits(reversible.decode(estimate, base, coded)), bits(base))
 
 
@@ -156,7 +229,7 @@ def test_what_is_kept_is_what_rounding_left_open() -> None:
     k = reversible._open_bits(reversible._bits(base), reversible._bits(merged), base.dtype)
     assert k.tolist() == [0, 1, 2, 1]
     estimate = base.double() + torch.tensor([0.001, 0.005, -0.01, 0.0])
-    coded = reversible.encode(base, merged, estimate, exact)
+    coded = _encoded(base, merged, estimate, exact)
     assert coded.gaps == b""
     assert coded.excess == b""
     assert len(coded.within) == 2, "three bits of the lowest and one of the next, in two planes"
@@ -176,7 +249,7 @@ def test_what_is_kept_is_what_rounding_left_open() -> None:
 def test_what_is_not_of_the_run_is_refused(change: dict[str, bytes]) -> None:
     base = torch.tensor([1.0, 1.0078125, -1.0, 3.0], dtype=torch.bfloat16)
     merged = torch.tensor([1.5, 2.0, -6.0, 5.0], dtype=torch.bfloat16)
-    coded = reversible.encode(base, merged, base.double(), torch.zeros(4, dtype=torch.float64))
+    coded = _encoded(base, merged, base.double(), torch.zeros(4, dtype=torch.float64))
     changed = coded._replace(excess=bytes(1))._replace(**change)
     with pytest.raises(ValueError, match=r"bytes of|a listing that is not of 4 elements"):
         reversible.decode(base.double(), merged, changed)
@@ -203,7 +276,7 @@ def test_all_listed(dtype: torch.dtype) -> None:
     """An estimate that says nothing: every element keeps its distance from the merged one."""
     base, merged = torch.randn(3, 600).to(dtype), torch.randn(3, 600).to(dtype)
     nothing, slack = torch.zeros(3, 600, dtype=torch.float64), torch.full((3, 600), 9.0).double()
-    coded = reversible.encode(base, merged, nothing, slack)
+    coded = _encoded(base, merged, nothing, slack)
     assert len(coded.distances) == 1800 * dtype.itemsize
     assert coded.excess == coded.within == b""
     assert torch.equal(reversible.decode(nothing, merged, coded), base)

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import tempfile
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from safetensors.torch import load_file, save_file
 import lora_tools
 from lora_tools.errors import CheckpointError, LoraToolsError, MismatchError, UnsupportedAdapter
 from lora_tools.formats.sidecar import NAME as SIDECAR
+from lora_tools.formats.sidecar import Listing, Packed
 
-from . import models
+from . import iotools, models
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 LLAMA = {"target_modules": ["q_proj", "k_proj", "down_proj"]}
@@ -491,3 +493,32 @@ def test_alphas_that_changed_places_are_refused_without_a_sidecar(tmp_path: Path
     place.write_text(json.dumps(config | {"alpha_pattern": {"y": 2}}))
     with pytest.raises(MismatchError, match="other numbers"):
         lora_tools.unmerge(merged, [tmp_path / "a"], tmp_path / "c.safetensors")
+
+
+def test_what_waits_to_be_written_does_not_grow_with_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is held of a listing that is in the sidecar, however many there are."""
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    counts: list[int] = []
+    packed = Packed.of
+
+    def counted(listing: Listing) -> Packed:
+        made = packed(listing)
+        alive.add(made)
+        counts.append(len(alive))
+        return made
+
+    monkeypatch.setattr(Packed, "of", counted)
+    most = {}
+    for layers in (4, 16):
+        top = tmp_path / str(layers)
+        top.mkdir()
+        base = iotools.weights(layers=layers)
+        iotools.checkpoint(top / "base", base)
+        iotools.adapter(top / "adapter", iotools.linear_shapes(base))
+        lora_tools.merge(top / "base", [top / "adapter"], top / "m", reversible=True, jobs=1)
+        assert len(counts) == 2 * layers
+        most[layers] = max(counts)
+        counts.clear()
+    assert most[16] <= most[4] <= 5, "a thread is a few tasks ahead of the writer"

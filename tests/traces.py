@@ -27,14 +27,18 @@ def remembered(folder: Path) -> Iterator[None]:
     from lora_tools.onnx import trace
 
     own = trace.trace
+    if getattr(own, "folder", None) == folder:
+        yield  # already so
+        return
     folder.mkdir(exist_ok=True)
 
     def look(base: Path, stored: Any, task: Any, **options: Any) -> Any:
         if options.get("trust_remote_code"):
             return own(base, stored, task, **options)
-        # torch sees no weights, so none of how they are stored.
+        # torch sees no weights, so none of how they are stored; what is computed in is an option.
         config = json.loads((base / "config.json").read_text())
-        config.pop("quantization_config", None)
+        for stored_as in ("quantization_config", "dtype"):
+            config.pop(stored_as, None)
         shapes = sorted((name, *spec.shape) for name, spec in stored.items())
         key = repr((sorted(config.items()), shapes, task, sorted(options.items())))
         file = folder / hashlib.sha256(key.encode()).hexdigest()
@@ -46,6 +50,7 @@ def remembered(folder: Path) -> Iterator[None]:
                 part.rename(file)
         return pickle.loads(file.read_bytes())
 
+    look.folder = folder  # type: ignore[attr-defined]
     before = os.environ.get(FOLDER)
     trace.trace = look
     os.environ[FOLDER] = str(folder)

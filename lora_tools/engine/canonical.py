@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable
 from pathlib import PurePath
 from typing import Any
 
+from lora_tools.watch.places import said_of
+
 _SIZE = 16
 _LARGE = 40  # parts
 
@@ -87,7 +89,7 @@ class _Walk:
         if isinstance(value, enum.Enum):
             return digest_of(b"enum", _name(kind).encode(), value.name.encode())
         if isinstance(value, PurePath):
-            return digest_of(b"path", str(value).encode(errors="surrogateescape"))
+            return digest_of(b"path", said_of(value).encode(errors="surrogateescape"))
         if is_tensor(value):
             said = f"{value.dtype} {tuple(value.shape)}".encode()
             return digest_of(b"tensor", said, bytes_of(value))

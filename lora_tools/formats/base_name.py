@@ -10,12 +10,14 @@ from typing import Any
 from lora_tools.formats.hub import in_cache, looks_like_hub_id, parse
 from lora_tools.formats.json_file import read_object
 from lora_tools.formats.regular_files import is_there
+from lora_tools.watch.places import said_of
 
 _FIELDS = ("base_model_name_or_path", "revision")
 
 
 def base_name(path: Path, config: Mapping[str, Any]) -> tuple[str, str | None]:
-    """A hub id and its revision, where it is certain; else the absolute path, links not followed.
+    """A hub id and its revision, where it is certain; else the address that the path stands for, or
+    the absolute path, links not followed.
 
     Certain is a snapshot in the hub's cache, and a folder whose own name is that of the id in its
     config.json's ``_name_or_path``. Under another name the folder may be a fine-tuned copy: those
@@ -32,7 +34,7 @@ def base_name(path: Path, config: Mapping[str, Any]) -> tuple[str, str | None]:
         folder = Path(os.path.abspath(path)).name  # noqa: PTH100 - resolve would follow links
         if said.rpartition("/")[2].lower() == folder.lower():
             return said, None
-    return os.path.abspath(path), None  # noqa: PTH100
+    return said_of(Path(os.path.abspath(path))), None  # noqa: PTH100
 
 
 def named(

@@ -16,7 +16,6 @@ from lora_tools.formats import digest as hashing
 from lora_tools.formats import model_card
 from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.formats.gguf_file import MAGIC
-from lora_tools.formats.hub_headers import stand_ins
 from lora_tools.formats.json_file import check_config, read_object
 from lora_tools.formats.lfs import HEAD, refuse_pointer
 from lora_tools.formats.pipelines import Pipeline
@@ -26,7 +25,8 @@ from lora_tools.formats.reopen import SmallFile
 from lora_tools.formats.safetensors_file import SafetensorsFile
 from lora_tools.formats.sharded import refuse_part
 from lora_tools.formats.shards import INDEX_SUFFIX, Shards
-from lora_tools.formats.tensor_file import TensorFile
+from lora_tools.formats.stand_ins import stand_ins
+from lora_tools.formats.tensor_file import WEIGHT_SUFFIXES, TensorFile
 from lora_tools.formats.variants import plain
 from lora_tools.formats.weights import Says, Weights, ties_embeddings
 
@@ -37,22 +37,6 @@ if TYPE_CHECKING:
 Decoder = Callable[[int, int], "torch.Tensor"]
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _TORCH = (b"PK\x03\x04", b"\x80\x02")  # torch.save since 1.6, and before
-_WEIGHT_SUFFIXES = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".distcp",
-    ".ckpt",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".gguf",
-    ".ot",
-    ".onnx_data",
-    ".tflite",
-    ".mlmodel",
-)
 
 
 class Checkpoint(Shards):
@@ -212,7 +196,7 @@ class Checkpoint(Shards):
             ):
                 continue
             is_index = plain(path.name).endswith(INDEX_SUFFIX)
-            weights = path.suffix in _WEIGHT_SUFFIXES or is_index
+            weights = path.suffix in WEIGHT_SUFFIXES or is_index
             weights = weights or path.parent in adapters
             if weights and relative.parts[0] not in whole:
                 left.append(relative)
@@ -269,19 +253,32 @@ def with_theta(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_pickle(path: Path) -> bool:
     """Whether a file is one of torch's, by its first bytes; where they tell nothing, by its name.
-    Raises CheckpointError for one that cannot be read, is a pointer to another, or is named as GGUF
-    and is nothing that is read."""
+    Raises what ``_first_bytes`` does."""
+    head = _first_bytes(path)
+    return not _is_safetensors(path, head) and (
+        path.suffix in PICKLE_SUFFIXES or head.startswith(_TORCH)
+    )
+
+
+def _is_safetensors(path: Path, head: bytes) -> bool:
+    """Whatever its name."""
+    return head[8:9] == b"{" and 8 + int.from_bytes(head[:8], "little") <= path.stat().st_size
+
+
+def _first_bytes(path: Path) -> bytes:
+    """Of a file of tensors that no format of its own has claimed. Raises CheckpointError for one
+    that cannot be read, is a pointer to another, or is named as GGUF and is nothing that is read.
+    """
     with open_file(path) as file:
-        head, nbytes = file.read(HEAD), path.stat().st_size
+        head = file.read(HEAD)
     refuse_pointer(path, head)
-    if head[8:9] == b"{" and 8 + int.from_bytes(head[:8], "little") <= nbytes:
-        return False  # safetensors, whatever its name
-    if path.suffix == ".gguf" and not head.startswith(_TORCH):
+    is_known = head.startswith(_TORCH) or _is_safetensors(path, head)
+    if path.suffix == ".gguf" and not is_known:
         raise CheckpointError(
             f"{path}: not a GGUF file: its first bytes are {head[:4]!r}, not {MAGIC!r}; is "
             "the download complete?"
         )
-    return path.suffix in PICKLE_SUFFIXES or head.startswith(_TORCH)
+    return head
 
 
 def open_weights(path: Path, allow_pickle: bool) -> TensorFile:

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_tools.errors import CheckpointError, LoraToolsError, UnsafeInput
-from lora_tools.formats import urls, variants
-from lora_tools.formats.hub_headers import stand_ins
+from lora_tools.formats import variants
+from lora_tools.formats.stand_ins import stand_ins
+from lora_tools.remote import urls
+from lora_tools.remote.stores import store_of
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
@@ -114,9 +116,11 @@ def here(source: str | Path, allow_pickle: bool = False, *, by_headers: bool = F
     """
     if os.path.exists(source):  # noqa: PTH110 - overlong names
         return Path(source)
-    address = urls.url(source)
+    address, made = urls.url(source), stand_ins()
     if looks_like_hub_id(address or str(source)):
         return fetch(address or str(source), allow_pickle, by_headers=by_headers)
+    if address and made is not None and store_of(address) is not None:
+        return made.at(address)
     if address:
         how = f"fetch it first ({urls.fetcher(address)}), or mount it, and give what lies here"
         if address.startswith("hf:"):
@@ -132,8 +136,9 @@ def fetch(source: str, allow_pickle: bool = False, *, by_headers: bool = False) 
     """The local folder (or file) that a hub id stands for, fetched as far as it is not there yet.
 
     Args:
-        by_headers: of safetensors files that are not there, headers will do for a plan
-            (``formats.hub_headers``).
+        by_headers: of safetensors files that are not there, headers will do for a plan. Of an
+            ``hf://`` they always do, in a call: their tensors are read where they are
+            (``remote``).
 
     ``HF_HOME``, ``HF_HUB_OFFLINE``, ``HF_ENDPOINT`` and ``HF_TOKEN`` are honoured by
     huggingface_hub.
@@ -151,7 +156,9 @@ def fetch(source: str, allow_pickle: bool = False, *, by_headers: bool = False) 
         names, trouble = _listed(wanted)
         # Of what is in the cache the reader sees itself whether it is complete.
         chosen = _chosen(wanted, names, allow_pickle) if trouble is None else []
-        remote = _not_here(wanted, chosen) if by_headers and stand_ins() is not None else []
+        made = stand_ins()
+        stays = made is not None and (source.startswith("hf:") or (by_headers and made.is_plan))
+        remote = _not_here(wanted, chosen) if stays else []
         small = [name for name in chosen if name not in remote]
         try:
             folder = Path(
@@ -166,7 +173,6 @@ def fetch(source: str, allow_pickle: bool = False, *, by_headers: bool = False) 
             if trouble is not None:
                 raise trouble from None
             raise
-        made = stand_ins()
         if remote and made is not None:
             folder = made.snapshot(folder, wanted.repository, small, remote)
     path = folder / wanted.subfolder

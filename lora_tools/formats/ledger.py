@@ -19,7 +19,7 @@ from pathlib import Path
 import xxhash
 
 WORTH = 60.0  # seconds of work; what is worth less is done anew
-_MOST = 16 << 20  # bytes that wait in memory
+_MOST = 4 << 20  # bytes that wait in memory
 _HEAD = struct.Struct("<16s16sdQ")  # digest of the rest, key, seconds, bytes that follow
 _NAME = "ledger."
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from lora_tools.errors import CheckpointError, TensorNotFound
 from lora_tools.formats.json_file import parse
@@ -131,28 +131,31 @@ class SafetensorsFile(Reopened):
         try:
             with open_file(path) as file:
                 self.stamp = Stamp.of(file.fileno())
-                size = self.stamp.nbytes
-                head = file.read(HEAD)
-                refuse_pointer(path, head)
-                length = int.from_bytes(head[:8], "little")
-                if size < 8 or not 1 <= length <= min(size - 8, MAX_HEADER):
-                    raise CheckpointError(
-                        f"the first 8 bytes promise a header of {length} bytes and the file has "
-                        f"{size}; it is truncated or not safetensors"
-                    )
-                file.seek(8)
-                self.header = file.read(length)
-                self._start = 8 + length
-                self.specs, self._offsets, self.metadata = parse_header(
-                    self.header, size - self._start
-                )
+                self._read_header(file, self.stamp.nbytes)
                 self._map = MappedFile(file, path)
         except CheckpointError as error:
-            said = str(error)
-            said = said if said.startswith(str(path)) else f"{path}: {said}"
-            raise CheckpointError(said) from None
+            raise self._of_this(error) from None
         except OSError as error:
             raise CheckpointError(f"{path}: {error.strerror or error}") from None
+
+    def _read_header(self, file: BinaryIO, size: int) -> None:
+        """What the header says of a file of that size. Raises CheckpointError."""
+        head = file.read(HEAD)
+        refuse_pointer(self.path, head)
+        length = int.from_bytes(head[:8], "little")
+        if size < 8 or not 1 <= length <= min(size - 8, MAX_HEADER):
+            raise CheckpointError(
+                f"the first 8 bytes promise a header of {length} bytes and the file has "
+                f"{size}; it is truncated or not safetensors"
+            )
+        file.seek(8)
+        self.header = file.read(length)
+        self._start = 8 + length
+        self.specs, self._offsets, self.metadata = parse_header(self.header, size - self._start)
+
+    def _of_this(self, error: CheckpointError) -> CheckpointError:
+        said = str(error)
+        return CheckpointError(said if said.startswith(str(self.path)) else f"{self.path}: {said}")
 
     def extent(self, name: str) -> tuple[int, int]:
         """Where in the file the tensor's bytes begin and end."""

@@ -25,6 +25,7 @@ from lora_tools.formats import kept
 from lora_tools.formats.renames import put_new
 from lora_tools.formats.reopen import Stamp
 from lora_tools.formats.staging import OPENED, PLAN, Adopted, is_ours, marker, prefix, remove_all
+from lora_tools.watch.places import said_of
 
 _SHARD, _OWN = "shard.", "own-"
 _READ = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".json", ".sidecar"}
@@ -47,7 +48,7 @@ class Job:
 
 def job_of(command: str, versions: Sequence[str], inputs: Sequence[Path], count: int | None) -> Job:
     """A command's work, shared out among so many."""
-    files = {str(file.absolute()): file for path in inputs for file in _files(path)}
+    files = {said_of(file.absolute()): file for path in inputs for file in _files(path)}
     stamps = {name: Stamp.of(file) for name, file in sorted(files.items())}
     return Job(
         {

@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_tools.formats.safetensors_writer import WRITEBACK, SafetensorsWriter, write_all
+from lora_tools.formats.safetensors_writer import SafetensorsWriter, write_all
 from lora_tools.records import TensorSpec
+
+_STEP = 1 << 20  # bytes that are copied in one go
 
 
 class SafetensorsSpool:
@@ -93,8 +95,8 @@ class SafetensorsSpool:
         with SafetensorsWriter(path, self.specs, metadata) as writer:
             for spec in self.specs:
                 position = self._at[spec.name][1]
-                for step in range(0, spec.nbytes, WRITEBACK):
-                    size = min(WRITEBACK, spec.nbytes - step)
+                for step in range(0, spec.nbytes, _STEP):
+                    size = min(_STEP, spec.nbytes - step)
                     chunk = os.pread(self._fd, size, position + step)
                     writer.write(spec.name, memoryview(chunk), step)
         self.close()

@@ -1,4 +1,4 @@
-"""The protocol of a file of named tensors."""
+"""The protocol of a file of named tensors, and how such files are called."""
 
 from __future__ import annotations
 
@@ -9,6 +9,24 @@ from lora_tools.records import TensorSpec
 
 if TYPE_CHECKING:
     import torch
+
+# Of files of weights, whether they are read or not.
+WEIGHT_SUFFIXES = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".distcp",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".gguf",
+    ".ot",
+    ".onnx_data",
+    ".tflite",
+    ".mlmodel",
+)
 
 
 class TensorFile(Protocol):

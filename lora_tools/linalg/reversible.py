@@ -20,6 +20,8 @@ the last place (the count of representable numbers between them), which is exact
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +33,16 @@ Array = npt.NDArray[Any]
 _INT = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _EXCESS_BITS = 4  # of the excess, at most; an element with more is listed
 _RARE = 4096
+
+
+class Rows(NamedTuple):
+    """Some rows of a run: of the base, of what was merged, and in float64 the estimate of the base
+    and the slack."""
+
+    base: torch.Tensor
+    merged: torch.Tensor
+    estimate: torch.Tensor
+    slack: torch.Tensor
 
 
 class Coded(NamedTuple):
@@ -62,33 +74,69 @@ def turned(bits: Array) -> Array:
     return result
 
 
-def encode(
-    base: torch.Tensor, merged: torch.Tensor, estimate: torch.Tensor, slack: torch.Tensor
-) -> Coded:
-    """What gives one run of the base back out of any estimate within the slack of this one."""
-    low = _rounded(estimate - slack, base.dtype)
-    wanted, is_now, nearest = _bits(base), _bits(merged), _bits(low)
-    listed = nearest != _bits(_rounded(estimate + slack, base.dtype))
-    k = _open_bits(nearest, is_now, base.dtype)
-    at = np.flatnonzero((nearest != wanted) | (k > 0))
-    k, off = k[at], _ranked(wanted[at]) - _ranked(nearest[at])
-    value = low.view(-1)[torch.from_numpy(at)].double().numpy()
-    p, margin = estimate.view(-1).numpy()[at], slack.view(-1).numpy()[at]
-    up, still_up = p - margin > value, p + margin > value
-    rank = _rank(off, up)
-    excess = rank >> k
-    # A rank of 0 is the nearest number, whichever side of it the estimate lies on.
-    listed[at] |= (excess >> _planes_worth(excess, len(listed)) != 0) | (
-        (up != still_up) & (off != 0)
-    )
-    coded = np.flatnonzero(~listed[at])
-    where = np.flatnonzero(listed)
+def encode(rows: Iterable[Rows]) -> Coded:
+    """What gives one run of the base, of which these are the rows in their order, back out of any
+    estimate within the slack of this one."""
+    found = [_Open.of(some) for some in rows]
+    count = sum(len(each.listed) for each in found)
+    worth = _planes_worth([each.rank >> each.k for each in found], count)
+    for each in found:
+        each.listed[each.at] |= each.rank >> each.k >> worth != 0
+    listed = np.concatenate([each.listed for each in found])
+    distances = [turned(e.wanted[e.listed]) - turned(e.is_now[e.listed]) for e in found]
     return Coded(
-        _encode_gaps(where),
-        _split_planes(turned(wanted[where]) - turned(is_now[where])),  # wraps around, as decode
-        _excess_planes(at[coded], excess[coded], len(listed)),
-        _within_planes(rank[coded], k[coded]),
+        _encode_gaps(np.flatnonzero(listed)),
+        _split_planes(np.concatenate(distances)),  # which wrap around, as decode
+        _excess_planes(np.concatenate([each.excess() for each in found])),
+        _within_planes([each.coded() for each in found]),
     )
+
+
+class _Open(NamedTuple):
+    """Some elements of a run, and what the rounded estimate leaves open of them.
+
+    Attributes:
+        wanted, is_now: bits of the base and of what was merged.
+        listed: whether an element is.
+        at: those of which something is open, and
+        rank, k: of each of them.
+    """
+
+    wanted: Array
+    is_now: Array
+    listed: Array
+    at: Array
+    rank: Array
+    k: Array
+
+    @classmethod
+    def of(cls, rows: Rows) -> _Open:
+        """Listed are those that are whatever their ranks may be."""
+        base, merged, estimate, slack = (x.contiguous().view(-1) for x in rows)
+        low = _rounded(estimate - slack, base.dtype)
+        wanted, is_now, nearest = _bits(base), _bits(merged), _bits(low)
+        listed = nearest != _bits(_rounded(estimate + slack, base.dtype))
+        k = _open_bits(nearest, is_now, base.dtype)
+        at = np.flatnonzero((nearest != wanted) | (k > 0))
+        k, off = k[at], _ranked(wanted[at]) - _ranked(nearest[at])
+        value = low[torch.from_numpy(at)].double().numpy()
+        p, margin = estimate.numpy()[at], slack.numpy()[at]
+        up, still_up = p - margin > value, p + margin > value
+        # A rank of 0 is the nearest number, whichever side of it the estimate lies on.
+        listed[at] |= (up != still_up) & (off != 0)
+        return cls(wanted, is_now, listed, at, _rank(off, up), k)
+
+    def coded(self) -> tuple[Array, Array]:
+        """Rank and k of those that are not listed."""
+        left = ~self.listed[self.at]
+        return self.rank[left], self.k[left]
+
+    def excess(self) -> Array:
+        """Of all elements; 0 of those that are listed."""
+        dense = np.zeros(len(self.listed), np.uint8)
+        dense[self.at] = self.rank >> self.k
+        dense[self.listed] = 0
+        return dense
 
 
 def decode(estimate: torch.Tensor, merged: torch.Tensor, coded: Coded) -> torch.Tensor:
@@ -163,22 +211,22 @@ def _off(rank: Array, up: Array) -> Array:
     return np.where(up == (rank & 1 != 0), far, -far)
 
 
-def _planes_worth(excess: Array, count: int) -> int:
+def _planes_worth(excess: Sequence[Array], count: int) -> int:
     """How many bits of the excess are kept: a plane takes more than it saves where but a few of
     ``count`` elements need it."""
     return next(
-        (b for b in range(_EXCESS_BITS) if np.count_nonzero(excess >> b) * _RARE <= count),
+        (
+            b
+            for b in range(_EXCESS_BITS)
+            if sum(np.count_nonzero(e >> b) for e in excess) * _RARE <= count
+        ),
         _EXCESS_BITS,
     )
 
 
-def _excess_planes(at: Array, excess: Array, count: int) -> bytes:
+def _excess_planes(excess: Array) -> bytes:
     most = int(excess.max(initial=0))
-    if not most:
-        return b""
-    dense = np.zeros(count, np.uint8)
-    dense[at] = excess
-    return b"".join(np.packbits(dense & (1 << b)).tobytes() for b in range(most.bit_length()))
+    return b"".join(np.packbits(excess & (1 << b)).tobytes() for b in range(most.bit_length()))
 
 
 def _join_excess(data: bytes, count: int) -> Array:
@@ -192,13 +240,15 @@ def _join_excess(data: bytes, count: int) -> Array:
     return excess
 
 
-def _within_planes(rank: Array, k: Array) -> bytes:
-    planes = []
-    for b in range(int(k.max(initial=0))):
-        left = np.flatnonzero(k > b)  # each plane has fewer
-        rank, k = rank[left], k[left]
-        planes.append(np.packbits((rank >> b) & 1 != 0).tobytes())
-    return b"".join(planes)
+def _within_planes(coded: Sequence[tuple[Array, Array]]) -> bytes:
+    """Of (rank, k) of elements in their order."""
+    planes: defaultdict[int, list[Array]] = defaultdict(list)
+    for rank, k in coded:
+        for b in range(int(k.max(initial=0))):
+            left = k > b  # each plane has fewer
+            rank, k = rank[left], k[left]
+            planes[b].append((rank >> b) & 1 != 0)
+    return b"".join(np.packbits(np.concatenate(planes[b])).tobytes() for b in range(len(planes)))
 
 
 def _join_within(data: bytes, k: Array, dtype: npt.DTypeLike) -> Array:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from lora_tools.formats.sidecar import Packed
     from lora_tools.linalg.merge import Survival
-    from lora_tools.linalg.reversible import Coded
+    from lora_tools.linalg.reversible import Coded, Rows
 
 _COPY_STEP = 8 << 20
 
@@ -186,13 +186,21 @@ class _Lister:
 
     def add(self, run: MergedRun, merged: torch.Tensor) -> None:
         from lora_tools.linalg import reversible as codec
+        from lora_tools.linalg.runs import row_runs
+
+        pieces = row_runs(*merged.shape)
+        self._coded.append(
+            codec.encode(self._rows(merged[a:b], run.start + a, run.start + b) for a, b in pieces)
+        )
+
+    def _rows(self, merged: torch.Tensor, start: int, stop: int) -> Rows:
+        from lora_tools.linalg.reversible import Rows
 
         assert self._runs.source is not None
         rows = merged.to(self._wide.dtype, copy=True)
-        slack = self._wide.slack(rows, run.start, run.stop)
-        estimate = self._wide.estimate(rows, run.start, run.stop)
-        base = self._runs.source[run.start : run.stop]
-        self._coded.append(codec.encode(base, merged, estimate, slack))
+        slack = self._wide.slack(rows, start, stop)
+        estimate = self._wide.estimate(rows, start, stop)
+        return Rows(self._runs.source[start:stop], merged, estimate, slack)
 
     def listing(self) -> Packed:
         from lora_tools.formats.sidecar import Listing, Packed

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from lora_tools.errors import UsageError
-from lora_tools.formats import urls
 from lora_tools.formats.adapters.base_names import BaseNames
 from lora_tools.formats.adapters.peft import Adapter
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.linalg.scaling import scaling
+from lora_tools.remote import urls
 from lora_tools.sources.adapters import open_adapter
 
 _T = TypeVar("_T")

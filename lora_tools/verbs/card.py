@@ -18,6 +18,7 @@ from lora_tools.formats.json_file import read_object
 from lora_tools.formats.output import Prepared
 from lora_tools.formats.regular_files import is_there
 from lora_tools.records import Input, Report
+from lora_tools.remote import urls
 from lora_tools.sentences import sentences
 from lora_tools.sources.weighted import split_weight
 from lora_tools.verbs.row import Verb, called
@@ -25,6 +26,7 @@ from lora_tools.verbs.row import Verb, called
 # What a model in another form has of its source's card, and an adapter of the one it is made of.
 _HANDED_ON = ("language", "license", "license_name", "license_link", "pipeline_tag")
 _BASES = ("base", "checkpoint")
+_WHERE = {"here": "a local file", "elsewhere": "a file elsewhere"}
 _ADAPTERS = ("peft", "mlx", "diffusers")  # libraries of adapters in folders
 
 
@@ -162,4 +164,5 @@ def _inputs(inputs: Sequence[Input]) -> Iterator[str]:
         digest = f"digest `{each.digest}`" if each.digest else ""
         name = f"[{known}](https://huggingface.co/{known.partition('@')[0]})" if known else ""
         said = ", ".join(part for part in (name, digest) if part)
-        yield f"{each.role}: {said or 'a local file'}"
+        where = "elsewhere" if urls.url(each.path) else "here"
+        yield f"{each.role}: {said or _WHERE[where]}"

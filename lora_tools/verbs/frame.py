@@ -18,19 +18,20 @@ from typing import Any, Literal
 from lora_tools.engine.threads import PROGRAM, THREAD, default_jobs, most_at_once
 from lora_tools.errors import QualityGateError, UsageError, errors_of_the_tree
 from lora_tools.formats import digest as hashing
-from lora_tools.formats import urls, variants
+from lora_tools.formats import variants
 from lora_tools.formats.adapters.format import refuse_file_name
 from lora_tools.formats.checkpoint import PICKLE_SUFFIXES
-from lora_tools.formats.hub_headers import headers_only
 from lora_tools.formats.output import Prepared, free_bytes
 from lora_tools.formats.pipeline_output import copied_files
+from lora_tools.formats.stand_ins import standing_in
 from lora_tools.formats.synced import held_bytes
 from lora_tools.options import RECORDS, Running, Storage, Writing
 from lora_tools.options.spelling import errors_for_python
 from lora_tools.provenance import command_of, tool_version
 from lora_tools.records import Fate, Input, ProgressCallback, Report
+from lora_tools.remote import urls
 from lora_tools.totals import WorkTotals
-from lora_tools.verbs import VERBS
+from lora_tools.verbs import VERBS, elsewhere
 from lora_tools.verbs.paths import Paths
 from lora_tools.verbs.report_file import check_report_file, write_report
 from lora_tools.verbs.row import Verb
@@ -126,28 +127,21 @@ def carry_out(row: Verb, given: Mapping[str, Any], report_file: Path | None = No
     started = time.perf_counter()
     _refuse_no_place()
     asked = row.ask(given)
-    call, paths = _call(row, given, asked), Paths.of(row, given, asked, report_file)
-    _refuse_name(row, call.out)
-    paths.check(call.writing.dry_run)
-    if report_file is not None:
-        check_report_file(report_file)
+    elsewhere.refuse_files(row, asked, report_file)
+    writing: Writing = asked.get("writing", Writing())
     failure = None
     try:
-        with contextlib.ExitStack() as held:
-            held.enter_context(hashing.using(call.running.digest))
-            held.enter_context(variants.using(call.running.variant))
-            if call.writing.dry_run:
-                held.enter_context(headers_only())
-            held.enter_context(files.unchanged())
-            report = _work(row, call, given, asked, paths)
+        is_plan = writing.dry_run or row.name == "inspect"
+        with standing_in(is_plan), elsewhere.by_address():
+            report = elsewhere.reported(_with_output(row, given, asked, report_file))
     except QualityGateError as error:
         if error.report is None:
             raise
         report, failure = error.report, error
     report = dataclasses.replace(
         report,
-        output=call.out if call.writing.shard is None else "",
-        dry_run=call.writing.dry_run,
+        output=_shown_output(given) if writing.shard is None else "",
+        dry_run=writing.dry_run,
         seconds=time.perf_counter() - started,
     )
     if report_file is not None:
@@ -156,6 +150,42 @@ def carry_out(row: Verb, given: Mapping[str, Any], report_file: Path | None = No
         failure.report = report
         raise failure
     return report
+
+
+def _shown_output(given: Mapping[str, Any]) -> str:
+    out = str(given.get("out", ""))
+    return urls.shown(address) if (address := urls.url(out)) else out
+
+
+def _with_output(
+    row: Verb, given: Mapping[str, Any], asked: Mapping[str, Any], report_file: Path | None
+) -> Report[Any]:
+    """The verb, and its output where an address says, if it is one."""
+    if not (row.writes and urls.url(given["out"])):
+        return _here(row, given, asked, report_file)
+    writing: Writing = asked.get("writing", Writing())
+    upload = elsewhere.Upload(row, given, writing)
+    with upload.here() as out:
+        report = _here(row, {**given, "out": str(out)}, asked, report_file)
+    if not writing.dry_run:
+        upload.put(out, asked["running"].progress)
+    return report
+
+
+def _here(
+    row: Verb, given: Mapping[str, Any], asked: Mapping[str, Any], report_file: Path | None
+) -> Report[Any]:
+    """The verb, with its output on a disk here."""
+    call, paths = _call(row, given, asked), Paths.of(row, given, asked, report_file)
+    _refuse_name(row, call.out)
+    paths.check(call.writing.dry_run)
+    if report_file is not None:
+        check_report_file(report_file)
+    with contextlib.ExitStack() as held:
+        held.enter_context(hashing.using(call.running.digest))
+        held.enter_context(variants.using(call.running.variant))
+        held.enter_context(files.unchanged())
+        return _work(row, call, given, asked, paths)
 
 
 def _refuse_no_place() -> None:
@@ -180,17 +210,12 @@ def _call(row: Verb, given: Mapping[str, Any], asked: Mapping[str, Any]) -> Call
 
 
 def _refuse_name(row: Verb, out: str) -> None:
-    """Raises UsageError where the output's name promises what is not written here: stdout, an
-    address, a GGUF model of a checkpoint, or a pickle."""
+    """Raises UsageError where the output's name promises what is not written here: stdout, a
+    GGUF model of a checkpoint, or a pickle."""
     if row.writes and out == "-":
         raise UsageError(
             "--out -: nothing is written to stdout; name a folder or a file (./- for one of that "
             "name)"
-        )
-    if row.writes and (address := urls.url(out)):
-        raise UsageError(
-            f"--out {urls.shown(address)}: outputs are written to a disk here; name a folder, and "
-            f"upload it once it is complete ({urls.uploader(address)})"
         )
     if row.writes and Path(out).suffix in PICKLE_SUFFIXES:
         raise UsageError(

@@ -19,6 +19,7 @@ from lora_tools.formats.adapters.peft import CONFIG, Adapter, LoraModule
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.regular_files import is_there
 from lora_tools.formats.spectra import MARK as SPECTRA
+from lora_tools.formats.stand_ins import StandIn
 from lora_tools.inspecting.on_the_hub import on_the_hub
 from lora_tools.inspecting.onnx_model import open_model
 from lora_tools.inspecting.spectrum import check_plot, drawn, shown, summary
@@ -59,6 +60,9 @@ class _Thing:
     folder: Path | None = None
 
 
+_BY_HEADERS = (
+    "looked at by its headers alone, since it lies elsewhere: no digest, and no tensor was read"
+)
 _STABLE_RANK = "stable rank: ‖s·B·A‖² / σ₁², over how many directions a change is spread"
 
 
@@ -101,8 +105,9 @@ def _described(call: Call, path: str | Path, thing: _Thing) -> Report[InspectTot
         dataclasses.replace(t, file=thing.places.get(t.tensor, t.file))
         for t in _facts(thing, call.running.jobs, call.running.progress)
     ]
-    hashes = {t.tensor: t.hash for t in tensors}
+    hashes = {t.tensor: t.hash for t in tensors if t.hash}
     specs = [spec for file in thing.files for spec in file.specs.values()]
+    is_read = not any(_stays(thing, file) for file in thing.files)
     spectra = _spectra(thing.adapter, call.running.jobs) if thing.adapter is not None else ()
     totals: InspectTotals = {
         "kind": thing.kind,
@@ -116,11 +121,11 @@ def _described(call: Call, path: str | Path, thing: _Thing) -> Report[InspectTot
     if thing.folder is not None:
         totals["hub"] = on_the_hub(thing.folder)
     return call.report(
-        (Input("path", str(path), hashing.digest(specs, hashes)),),
+        (Input("path", str(path), hashing.digest(specs, hashes) if is_read else ""),),
         spectra=spectra,
         stored=tuple(tensors),
         totals=totals,
-        notes=(*thing.notes, *_oddities(tensors, spectra)),
+        notes=(*thing.notes, *([] if is_read else [_BY_HEADERS]), *_oddities(tensors, spectra)),
     )
 
 
@@ -224,16 +229,26 @@ def _open_weights(checkpoint: Checkpoint) -> _Thing:
     return _Thing(kind, checkpoint.files, facts, tuple(notes))
 
 
+def _stays(thing: _Thing, file: TensorFile) -> bool:
+    """Whether a file's header will do: its tensors lie elsewhere, and are many."""
+    return thing.adapter is None and isinstance(file, StandIn)
+
+
 def _facts(thing: _Thing, jobs: int | None, progress: ProgressCallback | None) -> list[TensorFacts]:
     from lora_tools.engine import threads
     from lora_tools.engine.tasks import Call
 
     tasks = [
-        Call(_look, (i, spec), spec.name, spec.nbytes)
+        Call(_head if _stays(thing, file) else _look, (i, spec), spec.name, spec.nbytes)
         for i, file in enumerate(thing.files)
         for spec in file.specs.values()
     ]
     return list(threads.run(tasks, (thing.files,), None, jobs=jobs, progress=progress))
+
+
+def _head(place: int, spec: TensorSpec, files: Sequence[TensorFile]) -> TensorFacts:
+    """What the header of one of the files says of a tensor."""
+    return TensorFacts(spec.name, spec.dtype, spec.shape, spec.nbytes, files[place].path.name, "")
 
 
 def _look(place: int, spec: TensorSpec, files: Sequence[TensorFile]) -> TensorFacts:
@@ -261,7 +276,9 @@ def _oddities(tensors: Sequence[TensorFacts], spectra: Sequence[ModuleSpectrum])
     first: dict[tuple[str, tuple[int, ...]], str] = {}
     for t in tensors:
         matrix = t.dtype in FLOAT_DTYPES and sum(n > 1 for n in t.shape) > 1
-        if matrix and "all zero" not in t.oddities:  # masks, positions, statistics may be alike
+        if (
+            matrix and t.hash and "all zero" not in t.oddities
+        ):  # masks, positions, statistics may be alike
             known = first.setdefault((t.hash, t.shape), t.tensor)
             if known != t.tensor:
                 notes.append(f"{t.tensor}: the same bytes as {known}")

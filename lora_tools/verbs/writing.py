@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +30,7 @@ from lora_tools.formats.shared_staging import Job
 from lora_tools.formats.synced import write_synced
 from lora_tools.options import Running, Writing
 from lora_tools.options.tables import part
-from lora_tools.provenance import tool_version
+from lora_tools.provenance import tool_version, version_of
 from lora_tools.records import Report
 from lora_tools.verbs.card import card_of
 from lora_tools.verbs.row import Verb
@@ -167,7 +166,7 @@ class _Work:
 
 def _versions() -> tuple[str, str]:
     """Of what does the work: loratools and torch."""
-    return tool_version(), metadata.version("torch")
+    return tool_version(), version_of("torch")
 
 
 @contextlib.contextmanager

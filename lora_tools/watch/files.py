@@ -12,12 +12,20 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from pathlib import Path
+from typing import Protocol
 
 from lora_tools.errors import CheckpointError, reason
 from lora_tools.watch import faults
 from lora_tools.within import holding
 
-_used: ContextVar[set[Watched] | None] = ContextVar("used", default=None)
+
+class Checked(Protocol):
+    """What is to be as it was found: ``check`` raises CheckpointError where it is not."""
+
+    def check(self) -> None: ...
+
+
+_used: ContextVar[set[Checked] | None] = ContextVar("used", default=None)
 _own: ContextVar[Path | None] = ContextVar("own", default=None)
 
 
@@ -25,6 +33,13 @@ def own(folder: Path) -> AbstractContextManager[None]:
     """Files in that folder are this run's own, which replaces and moves them: nobody looks at
     those that are opened within."""
     return holding(_own, folder.absolute())
+
+
+def note(file: Checked) -> None:
+    """A file is read, for whoever looks at it in the end."""
+    used = _used.get()
+    if used is not None:
+        used.add(file)
 
 
 class Watched:
@@ -41,9 +56,8 @@ class Watched:
 
     def used(self) -> None:
         """Note that it is read, for whoever looks at it in the end."""
-        used = _used.get()
-        if used is not None and not self._is_own:
-            used.add(self)
+        if not self._is_own:
+            note(self)
 
     def guard(self, owner: object, start: int, nbytes: int) -> None:
         """Have a page of its map that is gone raise no SIGBUS while a run watches its files."""
@@ -101,7 +115,7 @@ def unchanged() -> Iterator[None]:
     Raises:
         CheckpointError: one is not, whatever else was raised for it.
     """
-    outer, mine = _used.get(), set[Watched]()
+    outer, mine = _used.get(), set[Checked]()
     with faults.guarded(), holding(_used, mine):
         try:
             yield

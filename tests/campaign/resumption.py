@@ -90,7 +90,7 @@ def worker(place: Ground, here: Path, r: random.Random) -> list[str]:
 
     handlers = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
     with dask._local(2) as address, distributed.Client(address) as client:
-        client.wait_for_workers(2, timeout=60)
+        client.wait_for_workers(2, timeout=600)
         line = command(verb, place.top, here / "out", "--engine", address.replace("tcp", "dask"))
         dask._result = result
         try:

@@ -16,13 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lora_tools.errors import UnsupportedAdapter
 from lora_tools.formats.adapters import diffusers
 from lora_tools.formats.adapters.base_names import BaseNames
-from lora_tools.formats.adapters.components import (
-    DENOISERS,
-    ENCODERS,
-    is_of_diffusers,
-    is_t5,
-    placed,
-)
+from lora_tools.formats.adapters.components import DENOISERS, ENCODERS, is_t5
 from lora_tools.formats.adapters.format import Format
 from lora_tools.formats.adapters.outline import Compute, Context, Outline
 from lora_tools.formats.adapters.places import Place
@@ -58,9 +52,9 @@ def read(path: Path, file: TensorFile, context: Context) -> Outline:
 
 def name_of(place: Place) -> str:
     """The module's name. Raises UnsupportedAdapter where it has none."""
-    module, component, rest = place.module, place.component, place.rest
+    component, rest = place.component, place.rest
     if component in DENOISERS:
-        if not placed(module)[0] and place.unlooked and is_of_diffusers(rest):
+        if place.named_by_diffusers:
             raise place.refusal(
                 "ComfyUI's model has its makers' names, and this is diffusers'; give the model "
                 "that it was trained on with --base, by which it is brought into the other layout"

@@ -13,6 +13,7 @@ from lora_tools.formats.adapters.components import (
     KOHYA,
     NAMES,
     OF_SEVERAL,
+    is_of_diffusers,
     looks_like,
     placed,
     published,
@@ -38,6 +39,11 @@ class Place:
     beside_others: bool = False
     guessed: bool = False
     unlooked: bool = False
+
+    @property
+    def named_by_diffusers(self) -> bool:
+        """Whether diffusers gave it its name, and no base tells what its makers call it."""
+        return self.unlooked and not placed(self.module)[0] and is_of_diffusers(self.rest)
 
     def refusal(self, why: str) -> UnsupportedAdapter:
         """The error for a module that a format has no name for."""

@@ -97,7 +97,11 @@ def _layers(
             continue
         if mark.dtype != "U8" or mark.numel > _LONGEST:
             raise CheckpointError(f"{mark}: bytes of JSON are expected")
-        said[mark.name.removesuffix(LAYER).removesuffix(".")] = strict_json(bytes(read(mark.name)))
+        try:
+            text = strict_json(bytes(read(mark.name)))
+        except CheckpointError as error:
+            raise CheckpointError(f"{mark.name}: {error}") from None
+        said[mark.name.removesuffix(LAYER).removesuffix(".")] = text
     for layer, text in said.items():
         if not isinstance(text, dict):
             raise CheckpointError(f"{layer}: a format is expected of {LAYER}, found {text!r:.100}")

@@ -278,8 +278,8 @@ def _blocks(
             )
         if not high:
             stacked, down, high = 2 * stacked, down // 2, half
-    if not (high and wide):
-        return None
+    if not (high and wide) or (wide == 1 < cols and stated is None):
+        return None  # a scale for each input is written by nobody: it is another's, or turned
     return (stacked, down, across), (high, wide), f"per block of {high}x{wide}"
 
 

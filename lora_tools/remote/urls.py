@@ -7,10 +7,10 @@ from pathlib import Path
 
 # What fetches a folder or a file from there, and what puts a folder there.
 _TOOLS = {
-    "s3": ("aws s3 cp --recursive", "aws s3 cp --recursive"),
+    "s3": ("aws s3 cp or sync", "aws s3 sync"),
     "gs": ("gcloud storage cp -r", "gcloud storage cp -r"),
-    "az": ("azcopy copy --recursive", "azcopy copy --recursive"),
-    "abfs": ("azcopy copy --recursive", "azcopy copy --recursive"),
+    "az": ("azcopy copy", "azcopy sync"),
+    "abfs": ("azcopy copy", "azcopy sync"),
     "http": ("curl -LO", "curl -T, a file at a time"),
     "https": ("curl -LO", "curl -T, a file at a time"),
     "hf": ("hf download", "hf upload"),
