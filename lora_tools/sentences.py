@@ -47,10 +47,12 @@ def sentences(report: Report[Any]) -> Iterator[str]:
 def _needed(t: Mapping[str, Any]) -> str:
     """What a plan takes."""
     line = f"needs: {size(t['input_bytes'])} to read, {size(t['disk_needed'])} of disk"
-    if "disk_free" not in t:
-        return line
-    short = "only " if t["disk_free"] < t["disk_needed"] else ""
-    return f"{line}, of which {short}{size(t['disk_free'])} are free"
+    if "disk_free" in t:
+        short = "only " if t["disk_free"] < t["disk_needed"] else ""
+        line += f", of which {short}{size(t['disk_free'])} are free"
+    if "peak_memory" in t:
+        line += f"; {size(t['peak_memory'])} of memory"
+    return line
 
 
 def _errors(t: Mapping[str, Any]) -> Iterator[str]:

@@ -17,6 +17,12 @@ class PlanTotals(TypedDict, total=False):
     disk_free: int
 
 
+class WorkTotals(PlanTotals, total=False):
+    """The same, where the work on tensors is known beforehand."""
+
+    peak_memory: int
+
+
 class LeftOutTotals(TypedDict, total=False):
     """Of what changed and is left out."""
 
@@ -113,7 +119,7 @@ class RuntimeAdapterTotals(OutputsTotals, total=False):
     modules: int
 
 
-class ExtractTotals(ErrorTotals, LeftOutTotals, PlanTotals, total=False):
+class ExtractTotals(ErrorTotals, LeftOutTotals, WorkTotals, total=False):
     """Of ``extract``."""
 
     modules: int
@@ -126,7 +132,7 @@ class ExtractTotals(ErrorTotals, LeftOutTotals, PlanTotals, total=False):
     quantization_noise: float
 
 
-class MergeTotals(SurvivalTotals, PlanTotals, total=False):
+class MergeTotals(SurvivalTotals, WorkTotals, total=False):
     """Of ``merge``."""
 
     tensors_merged: int
@@ -141,7 +147,7 @@ class MergeTotals(SurvivalTotals, PlanTotals, total=False):
     output_delta_error_unfed: float
 
 
-class UnmergeTotals(PlanTotals, total=False):
+class UnmergeTotals(WorkTotals, total=False):
     """Of ``unmerge``."""
 
     exact: bool
@@ -171,7 +177,7 @@ class ConvertTotals(ResizedTotals, PlanTotals, total=False):
     bytes: int
 
 
-class QuantizeTotals(FourBitTotals, TextTotals, PlanTotals, total=False):
+class QuantizeTotals(FourBitTotals, TextTotals, WorkTotals, total=False):
     """Of ``quantize``."""
 
     compensated_error: float
@@ -182,7 +188,7 @@ class QuantizeTotals(FourBitTotals, TextTotals, PlanTotals, total=False):
     expected_bytes_at_most: int
 
 
-class DequantizeTotals(PlanTotals, total=False):
+class DequantizeTotals(WorkTotals, total=False):
     """Of ``dequantize``."""
 
     tensors_dequantized: int

@@ -94,7 +94,7 @@ def test_codes_are_those_of_gptq(
 ) -> None:
     """Blocks that do not fit rows, a last one in part, an odd count of numbers, several runs of
     rows."""
-    monkeypatch.setattr(error_feedback, "ROWS", 32)
+    monkeypatch.setattr(error_feedback, "FED_ROWS", 32)
     W, R, book = (
         torch.randn(m, n, generator=torch.Generator().manual_seed(m)),
         moment(n),

@@ -69,8 +69,8 @@ GRIDS = {
 @pytest.mark.parametrize("kind", GRIDS)
 def test_codes_are_those_of_gptq(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ragged last blocks, several runs of rows, which squares lie across."""
-    monkeypatch.setattr(error_feedback, "ROWS", 32)
-    monkeypatch.setattr(scaled_feedback, "ROWS", 32)
+    monkeypatch.setattr(error_feedback, "FED_ROWS", 32)
+    monkeypatch.setattr(scaled_feedback, "FED_ROWS", 32)
     (m, n), (values, block, zeroed) = (70, 90), GRIDS[kind]
     noise = torch.Generator().manual_seed(1)
     W, R = torch.randn(m, n, generator=noise), moment(n)

@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 
 import lora_tools
 from lora_tools.cli import run
+from lora_tools.engine import threads
 from lora_tools.errors import NonFiniteError, QualityGateError
 from lora_tools.figures import Total
+from lora_tools.totals import WorkTotals
 
 Tensors = dict[str, torch.Tensor]
 Q, K, NORM, EMBED = (f"model.{n}.weight" for n in ("q_proj", "k_proj", "norm", "embed_tokens"))
@@ -310,6 +312,8 @@ def test_a_plan_says_what_it_reads_and_the_room_that_is_asked_for(
     adapter, four = tmp_path / "adapter", tmp_path / "four.safetensors"
     lora_tools.extract(base, tuned, adapter, **options)
     lora_tools.quantize(base, four, include=["."])
+    merged = tmp_path / "merged.safetensors"
+    lora_tools.merge(base, [adapter], merged, reversible=True)
     factors = held(adapter / "adapter_model.safetensors")
     calls: list[tuple[int, Callable[..., Any]]] = [
         (
@@ -320,19 +324,37 @@ def test_a_plan_says_what_it_reads_and_the_room_that_is_asked_for(
         (held(four) + factors, lambda o, **k: lora_tools.merge(four, [adapter], o, **k)),
         (held(base), lambda o, **k: lora_tools.quantize(base, o, include=["."], **k)),
         (held(four), lambda o, **k: lora_tools.dequantize(four, o, **k)),
+        (
+            held(four) + factors,
+            lambda o, **k: lora_tools.merge(four, [adapter], o, requantize=True, **k),
+        ),
+        (held(merged) + factors, lambda o, **k: lora_tools.unmerge(merged, [adapter], o, **k)),
         (factors, lambda o, **k: lora_tools.rescale(adapter, o, scale=2, **k)),
         (2 * factors, lambda o, **k: lora_tools.combine([adapter, (adapter, 0.5)], o, **k)),
         (factors, lambda o, **k: lora_tools.convert(adapter, o, to="mlx", **k)),
     ]
     asked: list[int] = []
     monkeypatch.setattr("lora_tools.verbs.writing.check_space", lambda _, n, *held: asked.append(n))
+    budgets: list[int] = []
+    gate = threads._MemoryGate
+
+    def admits(nbytes: int) -> threads._MemoryGate:
+        budgets.append(nbytes)
+        return gate(nbytes)
+
+    monkeypatch.setattr(threads, "_MemoryGate", admits)
     for i, (nbytes, call) in enumerate(calls):
-        out = tmp_path / (f"out{i}.safetensors" if 0 < i < 5 else f"out{i}")
-        plan, done = call(out, dry_run=True), call(out)
+        out = tmp_path / (f"out{i}.safetensors" if 0 < i < 7 else f"out{i}")
+        plan = call(out, dry_run=True)
+        budgets.clear()
+        done = call(out)
         assert plan.totals["input_bytes"] == nbytes
         assert plan.totals["disk_needed"] == asked[i]
         assert plan.totals["disk_free"] > 0
-        assert not {"input_bytes", "disk_needed", "disk_free"} & done.totals.keys()
+        if done.verb in ("extract", "merge", "unmerge", "quantize", "dequantize"):
+            besides = threads.PROGRAM + threads.default_jobs() * threads.THREAD
+            assert [plan.totals["peak_memory"] - besides] == budgets
+        assert not WorkTotals.__annotations__.keys() & done.totals.keys()
 
 
 def test_a_plan_says_where_the_room_is_short(
@@ -349,6 +371,7 @@ def test_a_plan_says_where_the_room_is_short(
         assert run(["merge", base, "-o", str(tmp_path / "o"), "--dtype", "bf16", "-n"]) == 0
         line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("needs: "))
         assert line.startswith("needs: 1.2 kB to read, ")
-        assert line.endswith(f" of disk, {said}")
+        assert f" of disk, {said}; " in line
+        assert line.endswith(" MB of memory")
     assert run(["merge", base, "-o", str(tmp_path / "no" / "o"), "--dtype", "bf16", "-n"]) == 0
-    assert capsys.readouterr().out.splitlines()[-2].endswith(" of disk")
+    assert capsys.readouterr().out.splitlines()[-2].split("; ")[0].endswith(" of disk")

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 # Another engine that runs what is to be run within; ``engine.dask`` has one.
 elsewhere: contextvars.ContextVar[Any] = contextvars.ContextVar("elsewhere", default=None)
+# Memory besides that of the tensors in work, as measured, at most: torch and what else is imported,
+# and for each thread the rows that it works on.
+PROGRAM, THREAD = 500_000_000, 20_000_000
 _DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "npu")
 
 
@@ -100,6 +103,11 @@ class _MemoryGate:
             self._changed.notify_all()
 
 
+def most_at_once(sizes: Sequence[int]) -> int:
+    """The working memory that tasks of these sizes take at a time, at most."""
+    return min(int(1.25 * max(sizes, default=0)), sum(sizes))
+
+
 def run(
     tasks: Sequence[Task[S, K, R]],
     sources: S,
@@ -145,7 +153,7 @@ def _run(
     jobs = _count(jobs)
     sizes = [max(task.nbytes, 1) for task in tasks]
     total, done, step = sum(sizes), 0, 0
-    gate, buffers = _MemoryGate(int(1.25 * max(sizes, default=0))), Buffers()
+    gate, buffers = _MemoryGate(most_at_once(sizes)), Buffers()
     kept = memo.of_run(sources, sink, jobs)
 
     def submit(task: Task[S, K, R], size: int) -> Future[R]:

@@ -236,6 +236,12 @@ class FitPair(PairTask):
         return _fit(self.pair, using.sides, found, ranks, using.options)
 
 
+def extract_tasks(pairs: Sequence[Pair]) -> list[ExtractPair]:
+    """What is to be done on each pair; what may be refused goes first, so that it is refused at
+    once."""
+    return [ExtractPair(p) for p in sorted(pairs, key=lambda pair: pair.action == "decompose")]
+
+
 class PairWork:
     """Works on pairs; ``spectra`` keeps decompositions, where they are to be kept."""
 
@@ -251,13 +257,12 @@ class PairWork:
         self._jobs, self._progress = jobs, progress
 
     def outcomes(self, pairs: Sequence[Pair], size: Size | None) -> Iterator[Outcome]:
-        """What each pair came to; what may be refused goes first, so that it is refused at once."""
-        pairs = sorted(pairs, key=lambda pair: pair.action == "decompose")
+        """What each pair came to."""
         if size is not None:
             self._look_deep(pairs, size)
         waiting: list[Outcome] = []
         saved: list[Pair] = []
-        for outcome in self._run([ExtractPair(pair) for pair in pairs]):
+        for outcome in self._run(extract_tasks(pairs)):
             self._keep(outcome.stored)
             outcome.stored = {}
             if size is not None and outcome.action == Action.DECOMPOSED:

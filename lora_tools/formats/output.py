@@ -14,9 +14,9 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from lora_tools import interruption
 from lora_tools.errors import ClusterError, LoraToolsError, OutputError, reason
@@ -40,6 +40,15 @@ from lora_tools.watch import files
 _SPARE = 8  # descriptors that are kept for clearing away
 
 
+class Sized(Protocol):
+    """A piece of work, as far as it is to be known here."""
+
+    @property
+    def label(self) -> str: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Prepared:
     """Something to be written, once its plan stands.
@@ -57,6 +66,7 @@ class Prepared:
         copied: small files that are copied into it, besides what ``nbytes`` counts.
         is_folder: whether a folder is made, whatever its name.
         card: what README.md is to hold, where it is restored.
+        tasks: the work on the tensors, which ``write`` does; None where it depends on results.
     """
 
     report: Report[Any]
@@ -71,6 +81,7 @@ class Prepared:
     copied: tuple[Path, ...] = ()
     is_folder: bool = False
     card: bytes | None = None
+    tasks: Callable[[], Sequence[Sized]] | None = None
 
 
 def real(path: Path) -> Path:

@@ -23,14 +23,13 @@ import torch
 
 from lora_tools.linalg.codebooks import Array, Codebook
 from lora_tools.linalg.nf4 import TINY, dequantize_stored, packed_size
+from lora_tools.linalg.runs import FED_ROWS
 from lora_tools.linalg.truncation import sum_of_squares
 
 DAMPING = 0.01  # GPTQ's
-ROWS = 2048  # at a time, even: rows do not depend on one another
 _COLUMNS = 64  # whose errors are fed one by one; on those after them all at once
 _PANEL = 128  # columns of a factor at a time
 _TRIES = 4  # dampings, each ten times the one before
-BYTES_EACH = 16  # working memory for each element of R: it, in order, in order in float64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,8 +166,8 @@ def feed(
     """
     total, n = Errors(0.0, 0.0, 0.0), x.shape[1]
     table, back_in_place = torch.from_numpy(codebook.table), torch.argsort(by.order)
-    for first in range(0, len(x), ROWS):
-        rows = x[first : first + ROWS]
+    for first in range(0, len(x), FED_ROWS):
+        rows = x[first : first + FED_ROWS]
         A = rows.T[by.order].float()
         energy = by.error(A)
         back = torch.empty(rows.numel(), dtype=x.dtype)

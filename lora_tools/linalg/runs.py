@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator, Sequence
 
 RUN_ELEMENTS = 1 << 20  # numbers of a run that products are formed of
+FED_ROWS = 2048  # of one whose errors are fed forward, even: rows do not depend on one another
+FED_BYTES = 16  # then, for each element of R: it, in order, in order in float64
 _STEPS = 1 << 18  # of one that many small steps are taken with: they want a cache of the core's own
 
 

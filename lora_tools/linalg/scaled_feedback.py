@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from lora_tools.linalg.codebooks import Array
-from lora_tools.linalg.error_feedback import ROWS, Column, Errors, Factor, feed_columns
+from lora_tools.linalg.error_feedback import Column, Errors, Factor, feed_columns
+from lora_tools.linalg.runs import FED_ROWS
 
 
 def finite(values: torch.Tensor) -> torch.Tensor:
@@ -56,8 +57,8 @@ def feed(x: torch.Tensor, back: torch.Tensor, grid: Grid, by: Factor, out: torch
     values = grid.values.numpy()
     midpoints = (values[:-1] + values[1:]) / np.float32(2)
     of_column = by.order.numpy() // grid.block[1]
-    for first in range(0, len(x), ROWS):
-        rows = slice(first, min(first + ROWS, len(x)))
+    for first in range(0, len(x), FED_ROWS):
+        rows = slice(first, min(first + FED_ROWS, len(x)))
         A = x[rows].T[by.order].float()
         energy = by.error(A)
         cost = by.error(A - back[rows].T[by.order].float())

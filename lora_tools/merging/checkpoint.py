@@ -17,10 +17,11 @@ from lora_tools.formats.sidecar import NAME as SIDECAR_NAME
 from lora_tools.merging.changed import working_bytes
 from lora_tools.merging.fitted import FittedBase
 from lora_tools.merging.output_files import changed_files
+from lora_tools.merging.plan import MergePlan
 from lora_tools.merging.rewrite import Rewrite
 from lora_tools.merging.targets import Target
 from lora_tools.merging.tensor import MergeTensor, survival_totals
-from lora_tools.records import Report
+from lora_tools.records import Report, TensorSpec
 from lora_tools.totals import MergeTotals
 
 if TYPE_CHECKING:
@@ -40,6 +41,22 @@ def refuse_fitted(base: Checkpoint) -> None:
             )
 
 
+def merge_tasks(
+    base: Checkpoint, plan: MergePlan, specs: Mapping[str, TensorSpec], reversible: bool = False
+) -> list[MergeTensor]:
+    """What is to be done on each tensor of the output. ``specs``: as they are written, by name."""
+    return [
+        MergeTensor(
+            target,
+            specs[target.spec.name],
+            max(target.spec.nbytes, base.decoded_bytes(target.base_name)) + working_bytes(target),
+            reversible,
+            base.scheme is not None,
+        )
+        for target in (*plan.targets, *plan.untied)
+    ]
+
+
 def merge_checkpoint(job: Rewrite, reversible: bool) -> Report[MergeTotals]:
     """Write the merged checkpoint, with a sidecar where it is to be reversible."""
     from lora_tools.formats.sidecar import SidecarWriter
@@ -51,17 +68,9 @@ def merge_checkpoint(job: Rewrite, reversible: bool) -> Report[MergeTotals]:
     survivals: list[Survival] = []
     try:
         with job.writer() as writer:
-            targets = (*plan.targets, *plan.untied)
-            measured = base.scheme is not None
-            sizes = [
-                max(t.spec.nbytes, base.decoded_bytes(t.base_name)) + working_bytes(t)
-                for t in targets
-            ]
-            tasks = [
-                MergeTensor(t, specs[t.spec.name], size, reversible, measured)
-                for t, size in zip(targets, sizes, strict=True)
-            ]
-            for target, result in zip(targets, job.run(tasks, writer), strict=True):
+            tasks = merge_tasks(base, plan, specs, reversible)
+            for task, result in zip(tasks, job.run(tasks, writer), strict=True):
+                target = task.target
                 out_hashes[target.spec.name] = result.out_hash
                 survivals += [result.survival] if result.survival else []
                 listing = None if target in plan.untied else result.listing
@@ -71,7 +80,7 @@ def merge_checkpoint(job: Rewrite, reversible: bool) -> Report[MergeTotals]:
             report = job.finish(writer, changed, (SIDECAR_NAME,))
         # What an adapter brought whole stands in the base already.
         brings = base.brings if isinstance(base, FittedBase) else lambda name: False
-        mine = [t for t in targets if not brings(t.base_name)]
+        mine = [t.target for t in tasks if not brings(t.target.base_name)]
         report = dataclasses.replace(
             report, notes=(*report.notes, *_unmoved(mine, job.hashes, out_hashes))
         )

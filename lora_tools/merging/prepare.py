@@ -13,7 +13,7 @@ from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.checkpoint_writer import Shard, lay_out, parse_size
 from lora_tools.formats.dtypes import parse_float_dtype
 from lora_tools.formats.output import Prepared
-from lora_tools.merging.checkpoint import merge_checkpoint, refuse_fitted
+from lora_tools.merging.checkpoint import merge_checkpoint, merge_tasks, refuse_fitted
 from lora_tools.merging.fit import fit_base
 from lora_tools.merging.loadable import notes_on_loading, refuse_unloadable
 from lora_tools.merging.output_files import out_specs
@@ -170,6 +170,7 @@ def prepare_merge(
         nbytes,
         planned.nbytes,
         lambda out: merge_checkpoint(job(out), reversible),
+        tasks=lambda: merge_tasks(base, planned.plan, specs, reversible),
         beside=bare if reversible else (),
         dropped=() if reversible else bare,
         pipeline=base.pipeline,

@@ -172,6 +172,11 @@ def refuse_lossy(plan: MergePlan) -> None:
             )
 
 
+def restore_tasks(plan: MergePlan) -> list[RestoreTensor]:
+    """What is to be done on each tensor."""
+    return [RestoreTensor(target) for target in plan.targets]
+
+
 def unmerge_checkpoint(job: Rewrite, memory: Sidecar | None) -> Report[UnmergeTotals]:
     """Write the base out of ``job.source``, which was merged; with a sidecar its digest checks it,
     in the sidecar's own kind.
@@ -184,7 +189,7 @@ def unmerge_checkpoint(job: Rewrite, memory: Sidecar | None) -> Report[UnmergeTo
     merged, targets = job.source, job.plan.targets
     kind = hashing.used() if memory is None else hashing.kind_of(memory.base_digest)
     with hashing.using(kind), job.writer() as writer:
-        tasks = [RestoreTensor(target) for target in targets]
+        tasks = restore_tasks(job.plan)
         done = list(
             threads.run(tasks, (merged, memory), writer, jobs=job.jobs, progress=job.progress)
         )

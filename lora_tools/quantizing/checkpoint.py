@@ -34,7 +34,7 @@ def quantize_checkpoint(
 ) -> Report[QuantizeTotals]:
     """Write the quantized checkpoint, and the adapter for its error where one is wanted."""
     if how is None:
-        tasks = _tasks(job, plan, None)
+        tasks = quantize_tasks(job.source, plan, None)
         report, nbytes, _ = write_packed(job, plan, tasks, configure)
     else:
         report, nbytes = _compensated(job, plan, how, configure)
@@ -50,10 +50,12 @@ def quantize_checkpoint(
     return dataclasses.replace(report, totals=totals)
 
 
-def _tasks(job: Rewrite, plan: QuantizePlan, fit: ErrorFit | None) -> list[QuantizeItem]:
+def quantize_tasks(
+    source: Checkpoint, plan: QuantizePlan, fit: ErrorFit | None
+) -> list[QuantizeItem]:
+    """What is to be done on each tensor; ``fit`` where an adapter is made for the error."""
     return [
-        QuantizeItem(item, fit, job.source.decoded_bytes(item.target.base_name))
-        for item in plan.items
+        QuantizeItem(item, fit, source.decoded_bytes(item.target.base_name)) for item in plan.items
     ]
 
 
@@ -65,7 +67,7 @@ def _compensated(
     beside = job.out.with_name("compensation")
     beside.mkdir()
     with contextlib.closing(PeftWriter(beside)) as peft:
-        tasks = _tasks(job, plan, how.fit)
+        tasks = quantize_tasks(job.source, plan, how.fit)
         report, nbytes, _ = write_packed(job, plan, tasks, configure, peft)
         return report, nbytes + finish(peft, beside, job.source, how, job.out / FOLDER, job.jobs)
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.merging.output_files import changed_files
+from lora_tools.merging.plan import MergePlan
 from lora_tools.merging.rewrite import Rewrite
 from lora_tools.merging.tensor import MergeTensor
-from lora_tools.records import Report
+from lora_tools.records import Report, TensorSpec
 from lora_tools.totals import DequantizeTotals
+
+
+def dequantize_tasks(plan: MergePlan, specs: Mapping[str, TensorSpec]) -> list[MergeTensor]:
+    """What is to be done on each tensor. ``specs``: as they are written, by name."""
+    return [MergeTensor(t, specs[t.spec.name], 4 * t.spec.numel) for t in plan.targets]
 
 
 def dequantize_checkpoint(
@@ -20,10 +26,9 @@ def dequantize_checkpoint(
     """Write the plain checkpoint. ``quantized``: names of the weights that are decoded."""
     specs = {spec.name: spec for shard in job.shards for spec in shard.specs}
     with job.writer() as writer:
-        targets = job.plan.targets
-        tasks = [MergeTensor(t, specs[t.spec.name], 4 * t.spec.numel) for t in targets]
-        done = zip(targets, job.run(tasks, writer), strict=True)
-        hashes = {target.spec.name: result.out_hash for target, result in done}
+        tasks = dequantize_tasks(job.plan, specs)
+        done = zip(tasks, job.run(tasks, writer), strict=True)
+        hashes = {task.label: result.out_hash for task, result in done}
         changed = changed_files(view, job.plan, specs)
         report = job.finish(writer, changed)
     totals: DequantizeTotals = {

@@ -15,6 +15,7 @@ from lora_tools.formats.checkpoint_writer import Shard
 from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.formats.names import split_tensor
 from lora_tools.formats.quantized.bitsandbytes import QuantizedTensor, QuantState
+from lora_tools.linalg.runs import FED_BYTES, FED_ROWS
 from lora_tools.quantizing.plan import Feeding, Item, QuantizePlan
 from lora_tools.records import Report, TensorResult, counted
 from lora_tools.sources.schemes.row import Scheme
@@ -120,12 +121,10 @@ def _notes(packed: Sequence[Item], known: Activations) -> list[str]:
 
 def working_bytes(item: Item) -> int:
     """Working memory of what is fed beside the weight and its codes."""
-    from lora_tools.linalg.error_feedback import BYTES_EACH, ROWS
-
     width = width_of(item)
     rows = item.spec.numel // max(width, 1)
     each = 14 if isinstance(item.packed, QuantizedTensor) else 22
-    return BYTES_EACH * width * width + each * min(rows, ROWS) * width + rows * width // 2
+    return FED_BYTES * width * width + each * min(rows, FED_ROWS) * width + rows * width // 2
 
 
 def factor_of(feeding: Feeding, width: int) -> Factor | None:
@@ -194,7 +193,7 @@ class Feeder:
 
     def __init__(self, item: Item) -> None:
         """Raises CheckpointError: what is known of the inputs is no second moment."""
-        from lora_tools.linalg.error_feedback import ROWS, Errors
+        from lora_tools.linalg.error_feedback import Errors
 
         assert item.feeding is not None
         assert item.scheme is not None
@@ -202,7 +201,7 @@ class Feeder:
         self._scheme: Scheme[Any] = item.scheme
         self._packed, self._dtype = item.packed, torch_dtype(item.spec.dtype)
         self._by = item.feeding.by or factor_of(item.feeding, width_of(item))
-        self.rows, self.errors = ROWS, Errors(0.0, 0.0, 0.0)
+        self.rows, self.errors = FED_ROWS, Errors(0.0, 0.0, 0.0)
 
     def feed(self, x: torch.Tensor, parts: Parts) -> Parts:
         """What is stored of rows x (m, n) float32: ``parts``, or with codes whose errors make up

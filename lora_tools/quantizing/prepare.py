@@ -25,9 +25,9 @@ from lora_tools.merging.rewrite import signed
 from lora_tools.options import Matching, NumberFormat, Running, Storage, Tensors
 from lora_tools.options.parse import NameFilter
 from lora_tools.quantizing.budget import Shares, note_on, parse_budget, plan_within, share_out
-from lora_tools.quantizing.checkpoint import quantize_checkpoint
+from lora_tools.quantizing.checkpoint import quantize_checkpoint, quantize_tasks
 from lora_tools.quantizing.compensate import plan_compensation
-from lora_tools.quantizing.dequantize import dequantize_checkpoint
+from lora_tools.quantizing.dequantize import dequantize_checkpoint, dequantize_tasks
 from lora_tools.quantizing.feeding import activations_of, made_by, plan_feeding, with_input
 from lora_tools.quantizing.pack import config_with
 from lora_tools.quantizing.plan import (
@@ -130,6 +130,7 @@ def prepare_quantize(
         nbytes,
         planned.nbytes,
         write,
+        tasks=None if room else lambda: quantize_tasks(base, plan, how.fit if how else None),
         pipeline=base.pipeline,
         is_folder=base.is_folder,
         copied=base.copied(),
@@ -192,6 +193,7 @@ def prepare_dequantize(
         nbytes,
         planned.nbytes,
         lambda out: dequantize_checkpoint(job(out), view, quantized),
+        tasks=lambda: dequantize_tasks(planned.plan, specs),
         pipeline=view.pipeline,
         is_folder=view.is_folder,
         copied=view.copied(),

@@ -117,6 +117,7 @@ def prepare_requantize(
         nbytes,
         planned.nbytes,
         lambda out: with_input(requantized(job(out), view, work), known),
+        tasks=lambda: _tasks(work),
         dropped=() if view.is_folder else (SIDECAR,),
         pipeline=view.pipeline,
         is_folder=view.is_folder,
@@ -149,10 +150,15 @@ def _marked(shards: Sequence[Shard], view: Dequantized[Any]) -> list[Shard]:
     return [dataclasses.replace(s, metadata={**s.metadata, **own}) for s, own in pairs]
 
 
+def _tasks(plan: QuantizePlan) -> list[RequantizeItem]:
+    return [RequantizeItem(item) for item in plan.items]
+
+
 def requantized(job: Rewrite, view: Dequantized[Any], plan: QuantizePlan) -> Report[MergeTotals]:
     """Write it; the report's ``tensors`` hold the error of each weight that has new codes."""
-    tasks = [RequantizeItem(item) for item in plan.items]
-    report, nbytes, done = write_packed(job, plan, tasks, functools.partial(_as_stored, view))
+    report, nbytes, done = write_packed(
+        job, plan, _tasks(plan), functools.partial(_as_stored, view)
+    )
     merged = sum(bool(i.target.parts) for i in plan.items)
     totals: MergeTotals = {
         "bytes": nbytes,

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from lora_tools.engine.threads import PROGRAM, THREAD, default_jobs, most_at_once
 from lora_tools.errors import QualityGateError, UsageError, errors_of_the_tree
 from lora_tools.formats import digest as hashing
 from lora_tools.formats import variants
@@ -29,7 +30,7 @@ from lora_tools.options.spelling import errors_for_python
 from lora_tools.provenance import command_of, tool_version
 from lora_tools.records import Fate, Input, ProgressCallback, Report
 from lora_tools.remote import urls
-from lora_tools.totals import PlanTotals
+from lora_tools.totals import WorkTotals
 from lora_tools.verbs import VERBS, elsewhere
 from lora_tools.verbs.paths import Paths
 from lora_tools.verbs.report_file import check_report_file, write_report
@@ -245,15 +246,18 @@ def _work(
     copied = copied_files(prepared)  # on a dry run, too: it refuses what may not be copied
     nbytes = prepared.nbytes + sum(map(held_bytes, copied))
     if call.writing.dry_run:
-        return _with_needs(prepared, Path(call.out), nbytes)
+        return _with_needs(prepared, Path(call.out), nbytes, call.running)
     paths.check_kept()
     return write(row, asked, prepared, call.out, call.command, nbytes)
 
 
-def _with_needs(prepared: Prepared, out: Path, nbytes: int) -> Report[Any]:
+def _with_needs(prepared: Prepared, out: Path, nbytes: int, running: Running) -> Report[Any]:
     """The report of a plan, with what it takes to carry it out."""
-    needs: PlanTotals = {"input_bytes": prepared.input_bytes, "disk_needed": nbytes}
+    needs: WorkTotals = {"input_bytes": prepared.input_bytes, "disk_needed": nbytes}
     free = free_bytes(out) if out.parent.is_dir() else None
     if free is not None:
         needs["disk_free"] = free
+    if prepared.tasks is not None:
+        at_once = most_at_once([task.nbytes for task in prepared.tasks()])
+        needs["peak_memory"] = at_once + PROGRAM + THREAD * (running.jobs or default_jobs())
     return dataclasses.replace(prepared.report, totals={**prepared.report.totals, **needs})

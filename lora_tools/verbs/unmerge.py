@@ -22,6 +22,7 @@ from lora_tools.merging.undo import (
     check_merged,
     check_recorded,
     refuse_lossy,
+    restore_tasks,
     unmerge_checkpoint,
 )
 from lora_tools.options import Matching, Undoing
@@ -95,6 +96,7 @@ def unmerge(
         is_folder=checkpoint.is_folder,
         copied=checkpoint.copied(),
         card=memory.card() if memory is not None else None,
+        tasks=lambda: restore_tasks(plan),
     )
 
 
