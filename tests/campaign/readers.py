@@ -139,7 +139,7 @@ def _peft(top: Path) -> Tensors:
     return made
 
 
-def _kohya(file: str) -> Callable[[Path], Tensors]:
+def _kohya(file: str, zero_is_rank: bool = False) -> Callable[[Path], Tensors]:
     def read(top: Path) -> Tensors:
         found, made = load_file(top / file), {}
         for name in load_file(top / "tuned/model.safetensors"):
@@ -150,7 +150,10 @@ def _kohya(file: str) -> Callable[[Path], Tensors]:
                     alpha = found.get(
                         key.replace("lora_down.weight", "alpha"), torch.tensor(len(a))
                     )
-                    made[name] = float(alpha) / len(a) * (b.double() @ a.double())
+                    scale = float(alpha) / len(a)
+                    if zero_is_rank and not alpha:  # as LyCORIS itself has it
+                        scale = 1
+                    made[name] = scale * (b.double() @ a.double())
         if 3 * len(made) != len(found):
             raise Unsure("tensors of other kinds")
         return made
@@ -252,7 +255,7 @@ merged_dcp = _plus(_dcp, _peft)
 _READ: dict[str, Callable[[Path], Tensors]] = {
     "adapter": _peft,
     "kohya.safetensors": _kohya("kohya.safetensors"),
-    "lycoris.safetensors": _kohya("lycoris.safetensors"),
+    "lycoris.safetensors": _kohya("lycoris.safetensors", zero_is_rank=True),
     "mlx": _mlx,
     "adapter.gguf": _gguf,
 }
