@@ -197,7 +197,7 @@ def test_a_spool_writes_the_same_whatever_the_order(tensors, shuffler):
 
 
 def test_a_spool_copies_in_steps(tmp_path, monkeypatch):
-    monkeypatch.setattr(spool_module, "WRITEBACK", 1000)
+    monkeypatch.setattr(spool_module, "_STEP", 1000)
     tensor = sample("U8", (2500,))
     spool = SafetensorsSpool(tmp_path)
     spool.add(spec_of("x", tensor), as_bytes(tensor))
