@@ -179,7 +179,7 @@ def text_loss(
         done: hears how many rows have been run.
 
     Raises:
-        CheckpointError: transformers cannot load one of them.
+        CheckpointError: transformers cannot load or run one of them.
         NonFiniteError: an inf or a NaN among the logits.
     """
     import torch
@@ -188,7 +188,7 @@ def text_loss(
     loss = TextLoss()
     with torch.no_grad():
         for i, row in enumerate(rows):
-            p, q = (model(input_ids=row[None]).logits[0] for model in (before, after))
+            p, q = (_run(*of, row).logits[0] for of in ((before, plain), (after, quantized)))
             loss.add(row, q, p)
             done(i + 1)
     return loss.totals()
@@ -209,7 +209,7 @@ def moments(
 
     Raises:
         UnsafeInput: it is made by code that comes with it, which is not run.
-        CheckpointError: transformers cannot load the model.
+        CheckpointError: transformers cannot load the model, or run it.
         NonFiniteError: an inf or a NaN among the activations.
     """
     import torch
@@ -226,7 +226,7 @@ def moments(
     try:
         with torch.no_grad():
             for i, row in enumerate(rows):
-                model(input_ids=row[None].to(device))
+                _run(model, folder, row.to(device))
                 done(i + 1)
     finally:
         for handle in handles:
@@ -259,6 +259,19 @@ def _load(folder: Path, allow_pickle: bool) -> Any:
         raise
     except Exception as error:  # transformers raises what it likes
         raise CheckpointError(f"{folder}: transformers cannot load it ({_first(error)})") from None
+
+
+def _run(model: Any, folder: Path, row: torch.Tensor) -> Any:
+    """What a model makes of a row of tokens. Raises CheckpointError where its code fails."""
+    try:
+        return model(input_ids=row[None])
+    except (LoraToolsError, MemoryError):
+        raise
+    except Exception as error:  # transformers raises what it likes
+        raise CheckpointError(
+            f"{folder}: transformers loads it and cannot run it ({_first(error)}); does its "
+            "config.json fit its weights?"
+        ) from None
 
 
 def _first(error: Exception) -> str:

@@ -483,6 +483,15 @@ def test_collect_stats_refuses(pair, tmp_path):
 # ----------------------------------------------------------------------------------- provenance
 
 
+def test_a_model_that_is_loaded_and_does_not_run(pair, tmp_path):
+    model = shutil.copytree(pair / "base", tmp_path / "base")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "num_hidden_layers": -1}))
+    with pytest.raises(CheckpointError, match=r"base: transformers loads it and cannot run it \("):
+        lora_tools.collect_stats(model, pair / "text.txt", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_every_artifact_says_how_it_was_made(pair, tmp_path):
     base, tuned = pair / "base", pair / "tuned"
     made = lora_tools.extract(base, tuned, tmp_path / "a", rank=3, rest="skip")
