@@ -47,8 +47,7 @@ COMMANDS = {
     "merge base adapter -o out --reversible": "merge --reversible",
     "unmerge base adapter -o out": "unmerge",
     "quantize base -o out": "quantize",
-    "quantize base -o out --scheme fp8-block": "quantize --to fp8-block",
-    "dequantize base -o out": "dequantize",
+    "quantize base -o out --scheme fp8-block": "quantize --scheme fp8-block",
     "extract base tuned -o out --rank 8": "extract",
 }
 
