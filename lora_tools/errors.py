@@ -112,6 +112,12 @@ def reason(error: OSError) -> str:
     return said
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, on one line; of one that says nothing, its kind."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 class FileError(LoraToolsError, OSError):
     """The system refused something; ``errno`` and ``filename`` are as it said them."""
 

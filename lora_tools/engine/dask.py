@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from lora_tools.engine import memo, remote
 from lora_tools.engine.tasks import K, R, S, Task
 from lora_tools.engine.threads import default_jobs
-from lora_tools.errors import ClusterError, UsageError, need
+from lora_tools.errors import ClusterError, UsageError, first_line, need
 from lora_tools.records import Progress, ProgressCallback
 
 if TYPE_CHECKING:
@@ -77,10 +77,9 @@ def cluster(
             client = stack.enter_context(distributed.Client(place, timeout=_PATIENCE))
             client.wait_for_workers(1, timeout=_PATIENCE)
         except (OSError, TimeoutError, ValueError) as error:
-            said = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ClusterError(
-                f"{place}: no Dask cluster with a worker answers there ({said}); start a "
-                "scheduler and workers, or leave the address out"
+                f"{place}: no Dask cluster with a worker answers there ({first_line(error)}); "
+                "start a scheduler and workers, or leave the address out"
             ) from None
         found = Cluster(client, setting)
         found.check(versions)
@@ -196,10 +195,9 @@ def _result(future: Future, label: str) -> memo.Done:
     try:
         done: memo.Done = pickle.loads(future.result())
     except (KilledWorker, CancelledError, TimeoutError) as error:
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ClusterError(
-            f"{label}: the workers that it was sent to died or are gone ({said:.200}); give each "
-            "more memory, or have fewer of them on a machine"
+            f"{label}: the workers that it was sent to died or are gone "
+            f"({first_line(error):.200}); give each more memory, or have fewer of them on a machine"
         ) from None
     future.release()
     return done

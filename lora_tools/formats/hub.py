@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_tools.errors import CheckpointError, LoraToolsError, UnsafeInput
+from lora_tools.errors import CheckpointError, LoraToolsError, UnsafeInput, first_line
 from lora_tools.formats import variants
-from lora_tools.formats.stand_ins import stand_ins
+from lora_tools.formats.stand_ins import OF_RUNS, stand_ins
 from lora_tools.remote import urls
 from lora_tools.remote.stores import store_of
 
@@ -51,7 +51,7 @@ _SMALL = (
 _INDEX = ".index.json"
 # Folders of a repository that are no part of the model, and copies of the weights in other names or
 # numbers: Mistral's, and those that diffusers calls variants.
-_NO_PART = re.compile(r"(\..*|checkpoint-\d+|global_step\d+|runs|wandb)")
+_NO_PART = re.compile(rf"(\..*|{OF_RUNS})")
 _TWIN = re.compile(r"consolidated[.-].*|.*\.(fp16|bf16|fp32|non_ema|ema)[.-].*")
 _LEFT = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state)[\w.-]*")
 
@@ -203,7 +203,7 @@ def _listed(wanted: HubId) -> tuple[list[str], Exception | None]:
     except HfHubHTTPError as error:
         return [], error
     except Exception as error:  # no connection: of requests or httpx, by huggingface_hub's version
-        return [], LocalEntryNotFoundError(_line(error))
+        return [], LocalEntryNotFoundError(first_line(error))
     return [each.rfilename for each in info.siblings or ()], None
 
 
@@ -339,11 +339,11 @@ def _plainly(source: str, wanted: HubId) -> Iterator[None]:
             "private one needs `hf auth login` (or HF_TOKEN) by an account that may read it"
         )
     except EntryNotFoundError as error:
-        said = _line(error)
+        said = first_line(error)
     except HfHubHTTPError as error:
         said = _of_status(error, page)
     except (OSError, ValueError, RuntimeError) as error:
-        said = _line(error)
+        said = first_line(error)
     else:
         return
     raise CheckpointError(f"{source}: {said}") from None
@@ -355,11 +355,7 @@ def _of_status(error: HfHubHTTPError, page: str) -> str:
         return f"the hub refuses it ({status}): `hf auth login` (or HF_TOKEN), and access at {page}"
     if status == 429:
         return "the hub allows no more requests for now (429): wait, or `hf auth login`"
-    return _line(error)
-
-
-def _line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return first_line(error)
 
 
 def _some(names: list[str]) -> str:

@@ -14,7 +14,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from lora_tools.errors import CheckpointError
+from lora_tools.errors import CheckpointError, first_line
 
 # What else a file of tensors may name; all of torch's names are taken for what they are.
 _PLAIN = {("collections", "OrderedDict"): dict, ("torch", "Size"): tuple}
@@ -162,5 +162,4 @@ def read_pickle(data: bytes, persistent: Callable[[Any], Any] | None = None) -> 
     except CheckpointError:
         raise
     except Exception as error:  # pickle raises nearly anything on malformed bytes
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"not a pickle of tensors ({first})") from None
+        raise CheckpointError(f"not a pickle of tensors ({first_line(error)})") from None

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_tools.errors import CheckpointError, TensorNotFound
+from lora_tools.errors import CheckpointError, TensorNotFound, first_line
 from lora_tools.formats.dtypes import dtype_name
 from lora_tools.formats.regular_files import open_file
 from lora_tools.formats.reopen import Reopened, Stamp
@@ -50,9 +50,8 @@ class PickleFile(Reopened):
         except CheckpointError:
             raise
         except Exception as error:  # torch.load raises nearly anything on a malformed file
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(
-                f"{path}: cannot be read with weights_only=True ({first})"
+                f"{path}: cannot be read with weights_only=True ({first_line(error)})"
             ) from None
         if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
             state = state["state_dict"]

@@ -36,8 +36,9 @@ from lora_tools.watch.places import saying
 from lora_tools.within import holding
 
 _FIRST = 100_000  # bytes, in which most headers are
-SUFFIX = ".safetensors"
-_OF_RUNS = re.compile(r"checkpoint-\d+|global_step\d+|runs|wandb")
+_SUFFIX = ".safetensors"
+OF_RUNS = r"checkpoint-\d+|global_step\d+|runs|wandb"  # folders of training
+_IS_OF_RUNS = re.compile(OF_RUNS).fullmatch
 
 
 class StandIn(SafetensorsFile):
@@ -148,7 +149,7 @@ class StandIns:
         # A file's own folder holds what is read beside it.
         self.folders[home] = shown if is_folder else shown.rpartition("/")[0]
         self.given |= {address: shown, str(Path(address)): shown}
-        weights = {name: each for name, each in there.items() if name.endswith(SUFFIX)}
+        weights = {name: each for name, each in there.items() if name.endswith(_SUFFIX)}
         self._stand(home, weights)
         others = [name for name in there if name not in weights]
         list(pool().map(_copy, [home / n for n in others], [there[n] for n in others]))
@@ -207,12 +208,12 @@ def _of_the_model(held: Mapping[str, stores.Stored]) -> dict[str, stores.Stored]
     for name, each in held.items():
         if not all(is_plain_name(part) for part in name.split("/")):
             raise UnsafeInput(f"{each.shown}: {name!r} is no name of a file")
-    is_whole = any(name.endswith(SUFFIX) and "/" not in name for name in held)
+    is_whole = any(name.endswith(_SUFFIX) and "/" not in name for name in held)
     return {
         name: each
         for name, each in held.items()
         if not any(part.startswith(".") for part in name.split("/"))
-        and not (is_whole and any(map(_OF_RUNS.fullmatch, name.split("/")[:-1])))
+        and not (is_whole and any(map(_IS_OF_RUNS, name.split("/")[:-1])))
     }
 
 
@@ -220,7 +221,7 @@ def _refuse_others(address: str, there: Mapping[str, stores.Stored]) -> None:
     """Raises CheckpointError where not all that would be read is safetensors and small files."""
     shown = urls.shown(address)
     how = f"fetch it first ({urls.fetcher(address)}), and give what lies here"
-    if not any(name.endswith(SUFFIX) for name in there):
+    if not any(name.endswith(_SUFFIX) for name in there):
         others = [name for name in there if _is_weights(name)]
         said = f"what is there is not ({', '.join(others[:4])})" if others else "there are none"
         raise CheckpointError(f"{shown}: of addresses, safetensors are read, and {said}; {how}")

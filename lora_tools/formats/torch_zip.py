@@ -14,7 +14,7 @@ import math
 import zipfile
 from typing import TYPE_CHECKING, Any
 
-from lora_tools.errors import CheckpointError
+from lora_tools.errors import CheckpointError, first_line
 from lora_tools.formats.dtypes import dtype_name, torch_dtype
 from lora_tools.formats.inert_pickle import Record, kind_of, read_pickle
 from lora_tools.records import TensorSpec
@@ -113,9 +113,9 @@ def read_saved(data: memoryview) -> Any:
     except CheckpointError:
         raise
     except Exception as error:  # zipfile raises nearly anything on malformed bytes
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"not a file that torch.save writes (since torch 1.6), or not all of it ({first})"
+            "not a file that torch.save writes (since torch 1.6), or not all of it "
+            f"({first_line(error)})"
         ) from None
 
     def storage(pid: Any) -> _Storage:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
+from lora_tools.errors import first_line
+from lora_tools.remote.source import Answer, LastingError, Source, total
 
-from lora_tools.remote.source import Answer, LastingError, Source
-
-_TOTAL = re.compile(r"bytes \d+-\d+/(\d+)")
 _LASTING = (401, 403, 404)
 
 
@@ -34,14 +32,15 @@ class HubFile(Source):
             try:
                 hf_raise_for_status(response)
             except Exception as error:  # of requests or httpx, by huggingface_hub's version
-                said = (str(error) or type(error).__name__).splitlines()[0]
                 how = f"fetch it first with `hf download {repository}`"
-                raise LastingError(f"it cannot be read by ranges ({said}); {how}") from None
+                raise LastingError(
+                    f"it cannot be read by ranges ({first_line(error)}); {how}"
+                ) from None
         hf_raise_for_status(response)
         data: bytes = response.content
-        total = _TOTAL.fullmatch(response.headers.get("content-range", ""))
-        if total is None:  # all of it, whatever was asked for
+        size = total(response.headers.get("content-range", ""))
+        if size is None:  # all of it, whatever was asked for
             if len(data) > end:
                 raise LastingError("the hub gives all of it where a part is asked for")
             return Answer(data[begin:end], len(data), revision)
-        return Answer(data, int(total[1]), revision)
+        return Answer(data, size, revision)

@@ -8,12 +8,29 @@ found at first is an error.
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
+from collections.abc import Iterator
 
-from lora_tools.errors import CheckpointError
+from lora_tools.errors import CheckpointError, first_line
 
 TRIES = 4
 wait = 0.5  # seconds after the first try; twice as long after each
+_RANGE = re.compile(r"bytes \d+-\d+/(\d+)")
+
+
+def tries() -> Iterator[int]:
+    """The turns of a request that may fail, with pauses between them."""
+    for turn in range(TRIES):
+        if turn:
+            time.sleep(wait * 2 ** (turn - 1))
+        yield turn
+
+
+def total(content_range: str) -> int | None:
+    """The size of an object, by an answer's ``Content-Range``; None where that does not say it."""
+    match = _RANGE.fullmatch(content_range)
+    return int(match[1]) if match is not None else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +89,7 @@ class Source:
             CheckpointError: they cannot be had, or are another object's by now.
         """
         said = ""
-        for turn in range(TRIES):
-            if turn:
-                time.sleep(wait * 2 ** (turn - 1))
+        for _ in tries():
             try:
                 answer = self.ask(begin, end)
             except Absent as error:
@@ -82,7 +97,7 @@ class Source:
             except LastingError as error:
                 raise CheckpointError(f"{self.shown}: {error}") from None
             except Exception as error:  # of whichever library asks
-                said = (str(error) or type(error).__name__).splitlines()[0]
+                said = first_line(error)
                 continue
             self._check(answer)
             wanted = (end if self.size is None else min(end, self.size)) - begin

@@ -15,12 +15,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from lora_tools.errors import CheckpointError, LoraToolsError, need
+from lora_tools.errors import CheckpointError, LoraToolsError, first_line, need
 from lora_tools.remote import urls
 from lora_tools.remote.ahead import pool
-from lora_tools.remote.source import Absent, Answer, LastingError, NotThere, Source
+from lora_tools.remote.source import Absent, Answer, LastingError, NotThere, Source, total
 
-_RANGE = re.compile(r"bytes \d+-\d+/(\d+)")
 # What a folder of a web server is asked for: it cannot be listed.
 _USUAL = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -66,7 +65,7 @@ def _ask_s3(system: Any, path: str, begin: int, end: int) -> Answer:
     given = {"VersionId": version} if version else {}
     asked = f"bytes={begin}-{end - 1}"
     answer = system.call_s3("get_object", Bucket=bucket, Key=key, Range=asked, **given)
-    body, size = answer["Body"], _total(answer.get("ContentRange", ""))
+    body, size = answer["Body"], total(answer.get("ContentRange", ""))
     try:
         if answer["ContentLength"] > end - begin:
             raise LastingError(_NO_RANGES)
@@ -97,7 +96,7 @@ async def _over_http(system: Any, path: str, begin: int, end: int) -> Answer:
             data += piece
         if len(data) > end - begin:
             raise LastingError(_NO_RANGES)
-        size = _total(answer.headers.get("Content-Range", ""))
+        size = total(answer.headers.get("Content-Range", ""))
         return Answer(bytes(data), size, _tag_of_answer(answer.headers, size))
 
 
@@ -105,12 +104,6 @@ _NO_RANGES = (
     "the server gives all of it, or more, where some of its bytes are asked for (it does not "
     "serve ranges); download it first, and give what lies here"
 )
-
-
-def _total(content_range: str) -> int | None:
-    """The size of an object, by an answer's ``Content-Range``."""
-    match = _RANGE.fullmatch(content_range)
-    return int(match[1]) if match is not None else None
 
 
 def _tag_of_answer(headers: Mapping[str, str], size: int | None) -> str:
@@ -218,8 +211,7 @@ def plainly(address: str) -> Iterator[None]:
 
 def said_of_error(error: BaseException, address: str) -> str:
     """The first line of an error, without the address as it was given."""
-    lines = str(error).splitlines()
-    said = lines[0] if lines else type(error).__name__
+    said = first_line(error)
     if isinstance(error, FileNotFoundError):
         return "nothing is there, or it may not be seen; is the address right?"
     if type(error).__name__ == "NoCredentialsError":

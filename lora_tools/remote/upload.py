@@ -7,13 +7,13 @@ finds nothing before all is there. Each object of a store appears whole or not a
 from __future__ import annotations
 
 import functools
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from lora_tools.errors import OutputError, UsageError
-from lora_tools.remote import source, urls
+from lora_tools.remote import urls
+from lora_tools.remote.source import tries
 from lora_tools.remote.stores import opened, said_of_error, store_of
 
 _CONFIGS = ("config.json", "adapter_config.json", "modules.json", "model_index.json")
@@ -71,19 +71,18 @@ class Destination:
         old = self._old()
         for name in sorted((p for p in old if _turn(p)), key=_turn, reverse=True):
             self._try(self._system.rm_file, name)
-        for path in sorted(files, key=lambda path: (_turn(path.name), names[path])):
-            if _turn(path.name):
-                self._remove(old, names)
-            self._put_file(path, names[path])
-            done(path.stat().st_size, path.name)
-        self._remove(old, names)
+        ordered = sorted(files, key=lambda path: (_turn(path.name), names[path]))
+        stale = sorted(name for name in old - {*names.values()} if not _turn(name))
 
-    def _remove(self, old: set[str], names: Mapping[Path, str]) -> None:
-        """What was there is gone before something can be loaded with it."""
-        while left := old - set(names.values()):
-            old.remove(name := min(left))
-            if not _turn(name):
-                self._try(self._system.rm_file, name)
+        def put(paths: Iterable[Path]) -> None:
+            for path in paths:
+                self._put_file(path, names[path])
+                done(path.stat().st_size, path.name)
+
+        put(path for path in ordered if not _turn(path.name))
+        for name in stale:  # gone before something can be loaded with it
+            self._try(self._system.rm_file, name)
+        put(path for path in ordered if _turn(path.name))
 
     def _put_file(self, path: Path, name: str) -> None:
         self._try(functools.partial(self._system.put_file, **self._put), str(path), name)
@@ -100,12 +99,10 @@ class Destination:
     def _try(self, call: Callable[..., Any], *args: Any) -> Any:
         """A request, and a few more where it fails. Raises OutputError."""
         said = ""
-        for turn in range(source.TRIES):
-            if turn:
-                time.sleep(source.wait * 2 ** (turn - 1))
+        for _ in tries():
             try:
                 return call(*args)
-            except Exception as error:  # of whichever library asks
+            except Exception as error:  # noqa: PERF203 - of whichever library asks
                 said = said_of_error(error, self.address)
                 if isinstance(error, PermissionError):
                     break

@@ -15,7 +15,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_tools.errors import AdapterError, CheckpointError, TensorNotFound, need
+from lora_tools.errors import AdapterError, CheckpointError, TensorNotFound, first_line, need
 from lora_tools.formats.adapters.base_names import BaseNames
 from lora_tools.formats.adapters.format import Format
 from lora_tools.formats.adapters.outline import Compute, Context, Outline, group_parts, pair
@@ -59,8 +59,9 @@ class OrtFile(Reopened):
             self._values = dict(self._adapter.get_parameters())
             arrays = {name: value.numpy() for name, value in self._values.items()}
         except Exception as error:  # whatever onnxruntime raises on a malformed file
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CheckpointError(f"{path}: not an ONNX Runtime adapter ({first})") from None
+            raise CheckpointError(
+                f"{path}: not an ONNX Runtime adapter ({first_line(error)})"
+            ) from None
         self.specs: dict[str, TensorSpec] = {}
         for name, array in sorted(arrays.items()):
             dtype = _DTYPES.get(array.dtype.name)
