@@ -272,8 +272,7 @@ def _first_bytes(path: Path) -> bytes:
     with open_file(path) as file:
         head = file.read(HEAD)
     refuse_pointer(path, head)
-    is_known = head.startswith(_TORCH) or _is_safetensors(path, head)
-    if path.suffix == ".gguf" and not is_known:
+    if path.suffix == ".gguf" and not (head.startswith(_TORCH) or _is_safetensors(path, head)):
         raise CheckpointError(
             f"{path}: not a GGUF file: its first bytes are {head[:4]!r}, not {MAGIC!r}; is "
             "the download complete?"

@@ -26,7 +26,6 @@ from lora_tools.verbs.row import Verb, called
 # What a model in another form has of its source's card, and an adapter of the one it is made of.
 _HANDED_ON = ("language", "license", "license_name", "license_link", "pipeline_tag")
 _BASES = ("base", "checkpoint")
-_WHERE = {"here": "a local file", "elsewhere": "a file elsewhere"}
 _ADAPTERS = ("peft", "mlx", "diffusers")  # libraries of adapters in folders
 
 
@@ -164,5 +163,5 @@ def _inputs(inputs: Sequence[Input]) -> Iterator[str]:
         digest = f"digest `{each.digest}`" if each.digest else ""
         name = f"[{known}](https://huggingface.co/{known.partition('@')[0]})" if known else ""
         said = ", ".join(part for part in (name, digest) if part)
-        where = "elsewhere" if urls.url(each.path) else "here"
-        yield f"{each.role}: {said or _WHERE[where]}"
+        where = "a file elsewhere" if urls.url(each.path) else "a local file"
+        yield f"{each.role}: {said or where}"

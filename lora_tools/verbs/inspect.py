@@ -276,9 +276,8 @@ def _oddities(tensors: Sequence[TensorFacts], spectra: Sequence[ModuleSpectrum])
     first: dict[tuple[str, tuple[int, ...]], str] = {}
     for t in tensors:
         matrix = t.dtype in FLOAT_DTYPES and sum(n > 1 for n in t.shape) > 1
-        if (
-            matrix and t.hash and "all zero" not in t.oddities
-        ):  # masks, positions, statistics may be alike
+        # Masks, positions, statistics may be alike.
+        if matrix and t.hash and "all zero" not in t.oddities:
             known = first.setdefault((t.hash, t.shape), t.tensor)
             if known != t.tensor:
                 notes.append(f"{t.tensor}: the same bytes as {known}")

@@ -55,10 +55,7 @@ def name_of(place: Place) -> str:
     component, rest = place.component, place.rest
     if component in DENOISERS:
         if place.named_by_diffusers:
-            raise place.refusal(
-                "ComfyUI's model has its makers' names, and this is diffusers'; give the model "
-                "that it was trained on with --base, by which it is brought into the other layout"
-            )
+            raise place.refusal_of_diffusers("ComfyUI's model has its makers' names")
         return MODEL + rest
     if component in ENCODERS and rest.startswith("text_model."):
         return f"{component}.{rest}"

@@ -132,11 +132,7 @@ def flat_name(module: str, place: Place | None) -> str:
             "that nothing would read it"
         )
     if place.component != "unet" and place.named_by_diffusers:
-        raise place.refusal(
-            "kohya's files have the names of this model's makers, and this is diffusers'; "
-            "give the model that it was trained on with --base, by which it is brought into the "
-            "other layout"
-        )
+        raise place.refusal_of_diffusers("kohya's files have the names of this model's makers")
     # T5 is te3 wherever it stands beside others. Of two text encoders the first is te1, and of one
     # alone it is te.
     if is_t5(place.rest) and _OF_T5 in fitting:

@@ -45,6 +45,13 @@ class Place:
         """Whether diffusers gave it its name, and no base tells what its makers call it."""
         return self.unlooked and not placed(self.module)[0] and is_of_diffusers(self.rest)
 
+    def refusal_of_diffusers(self, whose: str) -> UnsupportedAdapter:
+        """The error for such a module. ``whose``: what the makers' names are wanted by."""
+        return self.refusal(
+            f"{whose}, and this is diffusers'; give the model that it was trained on with --base, "
+            "by which it is brought into the other layout"
+        )
+
     def refusal(self, why: str) -> UnsupportedAdapter:
         """The error for a module that a format has no name for."""
         return UnsupportedAdapter(f"{self.module}: {why}")

@@ -13,7 +13,6 @@ module's name what differs there. Embeddings, and fused experts (a dimension in 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -90,8 +89,8 @@ def _refuse_unknown_names(specs: Mapping[str, TensorSpec], settings: Mapping[str
 
 def _shape(codes: TensorSpec, scales: TensorSpec, bits: int, group: int) -> tuple[int, ...]:
     """Of the plain weight."""
-    width = math.prod(codes.shape[-1:]) * 32
-    if len(codes.shape) < 2 or 0 in codes.shape or width % bits or width // bits % group:
+    width = codes.shape[-1] * 32 if len(codes.shape) > 1 else 0
+    if not width or 0 in codes.shape or width % bits or width // bits % group:
         raise CheckpointError(
             f"{codes.name}: {codes.dtype} {list(codes.shape)} holds no whole groups of {group} "
             f"numbers of {bits} bits; {FETCH}"
