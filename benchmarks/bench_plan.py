@@ -21,6 +21,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks._measure import run
+from lora_tools.formats.safetensors_writer import encode_header
+from lora_tools.records import TensorSpec
 
 HIDDEN, INNER, EXPERTS, HEADS, HEAD = 2048, 768, 512, 32, 128
 CONFIG: dict[str, Any] = {
@@ -81,23 +83,26 @@ def shapes(kind: str, count: int) -> dict[str, list[int]]:
     return found
 
 
+def hole(path: Path, dtype: str, shapes: dict[str, list[int]]) -> None:
+    """A file of such tensors: its header, and nothing behind it."""
+    specs = [TensorSpec(name, dtype, tuple(shape)) for name, shape in shapes.items()]
+    header, _, size = encode_header(specs)
+    with path.open("wb") as file:
+        file.write(header)
+        file.truncate(size)
+
+
 def make(folder: Path, kind: str, count: int, shards: int) -> int:
     """The checkpoint: headers, and holes behind them. Returns how many tensors it has."""
     folder.mkdir(parents=True)
     found = list(shapes(kind, count).items())
-    weight_map, each = {}, -(-len(found) // shards)
+    weight_map: dict[str, str] = {}
+    each = -(-len(found) // shards)
     for number in range(shards):
         name = f"model-{number + 1:05}-of-{shards:05}.safetensors"
-        header, end = {}, 0
-        for tensor, shape in found[number * each : (number + 1) * each]:
-            begin, end = end, end + 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
-            header[tensor] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
-            weight_map[tensor] = name
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        with (folder / name).open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            file.truncate(8 + len(text) + end)
+        inside = dict(found[number * each : (number + 1) * each])
+        hole(folder / name, "BF16", inside)
+        weight_map |= dict.fromkeys(inside, name)
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     layers = sum(name.endswith("q_norm.weight") for name in weight_map)
@@ -112,18 +117,12 @@ def adapter(folder: Path, layers: int) -> None:
     config = {
         "peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], "bias": "none"
     }  # fmt: skip
-    header, end = {}, 0
+    factors = {}
     for layer in range(layers):
         at = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
-        for part, shape in (("A", [8, HIDDEN]), ("B", [HEADS * HEAD, 8])):
-            begin, end = end, end + 4 * shape[0] * shape[1]
-            header[f"{at}.lora_{part}.weight"] = {
-                "dtype": "F32", "shape": shape, "data_offsets": [begin, end]
-            }  # fmt: skip
-    text = json.dumps(header).encode()
-    with (folder / "adapter_model.safetensors").open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
+        factors[f"{at}.lora_A.weight"] = [8, HIDDEN]
+        factors[f"{at}.lora_B.weight"] = [HEADS * HEAD, 8]
+    hole(folder / "adapter_model.safetensors", "F32", factors)
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 

@@ -17,29 +17,25 @@ import random
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
 from _common import stdlib_docstrings
+from quantize_loss import ROWS, plainly
 
 import lora_tools
 
-ROWS: dict[str, dict[str, Any]] = {
-    "NF4": {},
-    "NF4, searched scales": {"scale_search": True},
-    "NF4, adapter": {"compensate": 16},
-    "NF4, error-fed": {"activations": True},
-    "NF4, searched scales, error-fed": {"scale_search": True, "activations": True},
-    "NF4, error-fed, adapter": {"compensate": 16, "activations": True},
-    "NF4, searched scales, error-fed, adapter": {
-        "scale_search": True,
-        "compensate": 16,
-        "activations": True,
-    },
-}
+NAMES = (
+    "NF4",
+    "NF4, searched scales",
+    "NF4, adapter",
+    "NF4, error-fed",
+    "NF4, searched scales, error-fed",
+    "NF4, error-fed, adapter",
+    "NF4, searched scales, error-fed, adapter",
+)
 
 
 def default_model() -> Path:
@@ -82,18 +78,13 @@ def main() -> None:
         lora_tools.collect_stats(
             source, text, stats, length=128, max_tokens=args.calibration, jobs=1
         )
-        for name, row in ROWS.items():
+        for name in NAMES:
+            row = ROWS[name]
             options = {**row, "activations": stats if row.get("activations") else None}
             totals = lora_tools.quantize(
                 source, work / "four", jobs=1, force=True, **options
             ).totals
-            adapter = work / "four" / "loftq_init"
-            if adapter.exists():
-                lora_tools.merge(
-                    work / "four", [adapter], work / "plain", dtype="float32", force=True
-                )
-            else:
-                lora_tools.dequantize(work / "four", work / "plain", force=True)
+            plainly(work / "four", work / "plain")
             found = embeddings(work / "plain", held_out)
             away = 1 - (found * plain).sum(1)
             other = (neighbours(found) != near).double().mean()

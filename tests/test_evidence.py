@@ -480,9 +480,6 @@ def test_collect_stats_refuses(pair, tmp_path):
     assert not out.exists()
 
 
-# ----------------------------------------------------------------------------------- provenance
-
-
 def test_a_model_that_is_loaded_and_does_not_run(pair, tmp_path):
     model = shutil.copytree(pair / "base", tmp_path / "base")
     config = json.loads((model / "config.json").read_text())
@@ -490,6 +487,9 @@ def test_a_model_that_is_loaded_and_does_not_run(pair, tmp_path):
     with pytest.raises(CheckpointError, match=r"base: transformers loads it and cannot run it \("):
         lora_tools.collect_stats(model, pair / "text.txt", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# ----------------------------------------------------------------------------------- provenance
 
 
 def test_every_artifact_says_how_it_was_made(pair, tmp_path):
