@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Literal
 
 from lora_tools.options.fields import option
@@ -70,6 +71,15 @@ class Writing:
         "Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).",
         OUTPUT,
         recorded=False,
+    )
+    plan: str | Path | None = option(
+        None,
+        "Write there which jobs the work is made of: what each reads, writes and needs of memory. "
+        "With --shard and --finish: do no other work than that plan's (docs/tasks/machines.md).",
+        OUTPUT,
+        metavar="FILE",
+        recorded=False,
+        path="output",
     )
     resume: bool = option(
         False,

@@ -9,7 +9,7 @@ BASE, TUNED, ADAPTER, CHECKPOINT = map(Argument, ("base", "tuned", "adapter", "c
 ADAPTERS, OUT, PATH = map(Argument, ("adapters", "out", "path"))
 POLICIES = ("rank", "energy", "error", "ratio", "cumulative", "threshold")
 WRITING = take(Writing, "force", "dry_run", "no_card")
-RESUMING = (*WRITING, *take(Writing, "resume", "clean", "shard", "finish"))
+RESUMING = (*WRITING, *take(Writing, "plan", "resume", "clean", "shard", "finish"))
 RUNNING = take(Running, "jobs", "allow_pickle", "variant", "digest", "progress")
 SPREAD = take(Running)
 

@@ -75,7 +75,7 @@ OF_CHANGES = (
                     "metadata does not name."
                 },
             ),
-            *take(Writing, "force", "dry_run", "resume", "clean", "shard", "finish"),
+            *take(Writing, "force", "dry_run", "plan", "resume", "clean", "shard", "finish"),
             *SPREAD,
         ),
         "Get the base back out of a merged checkpoint.",
