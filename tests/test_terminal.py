@@ -12,11 +12,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import lora_tools
 from lora_tools import errors
-from lora_tools.cli.table import Column, lines, short_name
+from lora_tools.cli.table import Column, lines, short_name, short_names
 from lora_tools.printable import printable
 from lora_tools.records import Action, Fate, ModuleSpectrum, Report
 from lora_tools.verbs import VERBS
@@ -218,6 +218,22 @@ def test_both_ends_of_a_name_stay(name: str, width: int) -> None:
         assert name.endswith(after)
 
 
+LAYERS = [
+    f"model.layers.{i}.{part}.weight"
+    for i in range(12)
+    for part in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "post_attention_layernorm")
+]
+
+
+@pytest.mark.parametrize("width", [31, 40])
+def test_names_stay_apart_where_there_is_room(width: int) -> None:
+    """At their ends alone ``model.layers.0`` and ``.1`` would be one."""
+    short = short_names(LAYERS, width)
+    assert len(set(short)) == len(LAYERS)
+    assert max(map(len, short)) <= width
+    assert short_names(["a" * 50, "b"], width)[1] == "b"
+
+
 # ----------------------------------------------------------------------- names that are no friends
 
 
@@ -244,6 +260,16 @@ def test_a_name_cannot_add_lines_or_steer_the_terminal(tmp_path: Path) -> None:
         in loratools(*args[:1], tmp_path / "x.safetensors").stdout
     )
     assert done.stderr.count("\n") == 1
+
+
+def test_an_adapter_of_such_a_name_is_read_again(tmp_path: Path) -> None:
+    files = [tmp_path / f"{name}.safetensors" for name in ("base", "tuned", "merged")]
+    base, tuned, merged = files
+    save_file({HOSTILE: torch.zeros(4, 4)}, base)
+    save_file({HOSTILE: torch.ones(4, 4)}, tuned)
+    lora_tools.extract(base, tuned, tmp_path / "a")
+    lora_tools.merge(base, tmp_path / "a", merged)
+    torch.testing.assert_close(load_file(merged), load_file(tuned))
 
 
 # -------------------------------------------------------------------------- help and environment

@@ -230,9 +230,10 @@ def _commonest(reasons: Mapping[str, str], linears: Sequence[Weight]) -> str:
     """Why most linear layers stay, and one of them."""
     if not linears:
         return ""
-    [(why, count)] = Counter(reasons[w.spec.name] for w in linears).most_common(1)
+    [(why, _)] = Counter(reasons[w.spec.name] for w in linears).most_common(1)
     first = next(w.spec.name for w in linears if reasons[w.spec.name] == why)
-    return f"; of {len(linears)}, {count} stay ({first}): {why}"
+    stay = f"all {len(linears)} stay, such as" if len(linears) > 1 else "one stays,"
+    return f"; {stay} {first}: {why}"
 
 
 def joined(items: Sequence[Item]) -> tuple[Item, ...]:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from lora_tools.engine.threads import PROGRAM, THREAD, default_jobs, most_at_once
 from lora_tools.errors import QualityGateError, UsageError, errors_of_the_tree
 from lora_tools.formats import digest as hashing
-from lora_tools.formats import variants
+from lora_tools.formats import hub_progress, variants
 from lora_tools.formats.adapters.format import refuse_file_name
 from lora_tools.formats.checkpoint import PICKLE_SUFFIXES
 from lora_tools.formats.output import Prepared, free_bytes
@@ -184,6 +184,7 @@ def _here(
     with contextlib.ExitStack() as held:
         held.enter_context(hashing.using(call.running.digest))
         held.enter_context(variants.using(call.running.variant))
+        held.enter_context(hub_progress.telling(call.running.progress))
         held.enter_context(files.unchanged())
         return _work(row, call, given, asked, paths)
 
