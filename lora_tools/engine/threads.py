@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import heapq
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_tools.engine import memo
 from lora_tools.engine.buffers import Buffers
-from lora_tools.engine.processors import available
+from lora_tools.engine.machine import free_memory, processors
 from lora_tools.engine.shares import ShareDone, share_of
 from lora_tools.engine.tasks import K, R, S, Task, perform
 from lora_tools.errors import UsageError, named
@@ -41,7 +42,7 @@ class Interrupted(Exception):
 
 def default_jobs() -> int:
     """The processors there are for this process, eight at most: more only fight over memory."""
-    return min(available(), 8)
+    return min(processors(), 8)
 
 
 def _count(jobs: int | None) -> int:
@@ -103,9 +104,13 @@ class _MemoryGate:
             self._changed.notify_all()
 
 
-def most_at_once(sizes: Sequence[int]) -> int:
-    """The working memory that tasks of these sizes take at a time, at most."""
-    return min(int(1.25 * max(sizes, default=0)), sum(sizes))
+def most_at_once(sizes: Sequence[int], jobs: int | None) -> int:
+    """The working memory that tasks of these sizes take at a time, at most: on as many threads as
+    there are where a quarter of the free memory is enough for that, else that of the largest one
+    and a quarter of it. Raises UsageError below one job."""
+    largest = heapq.nlargest(_count(jobs), sizes)
+    least = min(int(1.25 * max(largest, default=0)), sum(sizes))
+    return max(least, min(sum(largest), free_memory() // 4))
 
 
 def run(
@@ -122,11 +127,10 @@ def run(
         sources, sink: what the tasks share, see ``engine.tasks``.
         jobs: threads; by default the processors at hand.
 
-    The tasks in flight take no more working memory together than the largest one does, and a
-    quarter of that over, so memory follows the largest tensor. An exception in one, or a caller
-    that stops iterating, ends the rest. Where another engine is chosen (``elsewhere``), that does
-    the work; where it is shared out, a share is done (``shares``). What an earlier run has done is
-    not done again (``memo``).
+    Memory follows the largest tensors, one for each thread, or one alone where memory is short
+    (``most_at_once``). An exception in one, or a caller that stops iterating, ends the rest. Where
+    another engine is chosen (``elsewhere``), that does the work; where it is shared out, a share is
+    done (``shares``). What an earlier run has done is not done again (``memo``).
     """
     other = elsewhere.get()
     work = _run if other is None else other.run
@@ -153,7 +157,7 @@ def _run(
     jobs = _count(jobs)
     sizes = [max(task.nbytes, 1) for task in tasks]
     total, done, step = sum(sizes), 0, 0
-    gate, buffers = _MemoryGate(most_at_once(sizes)), Buffers()
+    gate, buffers = _MemoryGate(most_at_once(sizes, jobs)), Buffers()
     kept = memo.of_run(sources, sink, jobs)
 
     def submit(task: Task[S, K, R], size: int) -> Future[R]:

@@ -261,6 +261,6 @@ def _with_needs(prepared: Prepared, out: Path, nbytes: int, running: Running) ->
     if free is not None:
         needs["disk_free"] = free
     if prepared.jobs is not None:
-        at_once = most_at_once([job.peak_memory for job in prepared.jobs()])
+        at_once = most_at_once([job.peak_memory for job in prepared.jobs()], running.jobs)
         needs["peak_memory"] = at_once + PROGRAM + THREAD * (running.jobs or default_jobs())
     return dataclasses.replace(prepared.report, totals={**prepared.report.totals, **needs})
