@@ -125,12 +125,24 @@ def test_a_variable_asks_for_json_as_well(
         (["convert", "no", "-o", "out", "--to", "diffuser"], "diffusers"),
         (["check", "no", "--for", "vlm"], "vllm"),
         (["quantize", "no", "-o", "out", "--scheme", "x"], None),
+        (["quantize", "no", "-o", "out", "--schem", "nf4"], "--scheme"),
+        (["collect-stats", "no", "-o", "out", "--text", "t"], None),
     ],
 )
 def test_a_wrong_choice_is_told_the_one_like_it(args: list[str], meant: str | None) -> None:
     said = loratools(*args).stderr
-    assert "is not one of" in said
+    assert "is not one of" in said or "No such option" in said
     assert (f"Did you mean '{meant}'?" in said) if meant else ("Did you mean" not in said)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [("q_porj", "; did you mean 'q_proj'?"), ("#", "; names end in down_proj, embed_tokens, ")],
+)
+def test_a_pattern_that_is_found_nowhere(pattern: str, said: str, pair: Path) -> None:
+    done = loratools("diff", pair / "base", pair / "tuned", "-i", pattern)
+    assert done.returncode == 2
+    assert f"--include {pattern!r} is found in no name of a module{said}" in done.stderr
 
 
 def test_so_it_is_in_python() -> None:
