@@ -101,6 +101,13 @@ class Item:
         return sum(spec.nbytes for spec in self.specs)
 
 
+def read_by(item: Item) -> tuple[Target, ...]:
+    """The tensors that are read for it: of those with a common scale the first reads all."""
+    others = [target for target, spec in item.joined if spec.name != item.name]
+    is_first = bool(item.joined) and item.joined[0][1].name == item.name
+    return (item.target, *others) if is_first else (item.target,)
+
+
 @dataclasses.dataclass(frozen=True)
 class QuantizePlan:
     """Every tensor of the output in file order; ``skip`` names linear layers that stay."""

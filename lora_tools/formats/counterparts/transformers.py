@@ -94,7 +94,7 @@ _WAN: Rules = {
 WAN = Family(
     "Wan",
     has("blocks.0.self_attn.q", "blocks.0.cross_attn.q"),
-    has("blocks.0.attn1.to_q", "blocks.0.attn2.to_q", "condition_embedder."),
+    has("blocks.0.attn1.to_q", "blocks.0.attn2.to_q", "blocks.0.ffn."),
     by_rules(_WAN),
     lambda modules: "original",
 )
