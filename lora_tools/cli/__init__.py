@@ -46,7 +46,8 @@ def main() -> None:
     """Surgery on model weights, file to file: LoRA adapters out of fine-tunes and into checkpoints,
     four or eight bits, ONNX; and what a file is, what changed, whether it is right.
 
-    Each command has its own --help.
+    A model or an adapter is a folder, a file, a hub id (org/name[@revision]) or an address
+    (s3://, gs://, az://, https://, hf://). Each command has its own --help.
     """
 
 
