@@ -41,9 +41,10 @@ OF_CHANGES = (
         "Make the LoRA adapter that turns BASE into TUNED.",
         """Write the LoRA adapter that turns BASE into TUNED, a fully fine-tuned copy of it.
 
-        BASE and TUNED are Hugging Face folders, .safetensors files or hub ids
-        (org/name[@revision]). --out becomes a folder that PEFT loads, or with --to what other
-        programs load. Without --rank and --energy the rank is 32.""",
+        BASE and TUNED are Hugging Face folders, .safetensors files, hub ids
+        (org/name[@revision]) or addresses (s3://…, https://…, hf://…). --out becomes a folder
+        that PEFT loads, or with --to what other programs load. Without --rank and --energy the
+        rank is 32.""",
         "loratools extract org/base ./tuned -o adapter --rank 32",
         "rank energy dtype to consumer max_error dry_run",
         "rank energy error ratio cumulative threshold noise_floor gavish_donoho budget "
@@ -57,8 +58,9 @@ OF_CHANGES = (
         "Add adapters to the weights of BASE.",
         """Write BASE with the PEFT adapters added to its weights, each times its WEIGHT (1).
 
-        BASE is a Hugging Face folder, a .safetensors file or a hub id (org/name[@revision]);
-        --out becomes the same kind of thing. The sum is formed in float32 and rounded once.""",
+        BASE is a Hugging Face folder, a .safetensors file, a hub id (org/name[@revision]) or an
+        address (s3://…, https://…, hf://…); --out becomes the same kind of thing. The sum is
+        formed in float32 and rounded once.""",
         "loratools merge base style=0.7 facts -o merged",
         "dtype reversible requantize shard_size dry_run",
         "dtype shard_size reversible requantize activations allow_unmatched allow_other_base",

@@ -43,9 +43,9 @@ OF_STORAGE = (
         transformers do, or in the number format that --scheme names, which vLLM and
         transformers load.
 
-        CHECKPOINT is a Hugging Face folder, a .safetensors file or a hub id
-        (org/name[@revision]); --out loads with from_pretrained as it is. Embeddings, norms and
-        heads stay as they are.""",
+        CHECKPOINT is a Hugging Face folder, a .safetensors file, a hub id
+        (org/name[@revision]) or an address (s3://…, https://…, hf://…); --out loads with
+        from_pretrained as it is. Embeddings, norms and heads stay as they are.""",
         "loratools quantize base --adapter style=0.7 -o base-nf4",
         "scheme adapters calibrate eval_text dtype dry_run",
         "adapters scheme quant_type blocksize double_quant compute_dtype quant_storage "
