@@ -45,7 +45,7 @@ _HOMES = {
         "TensorSpec",
     ),
     "options": tuple(record.__name__ for record in RECORDS),
-    "schema": ("report_schema",),
+    "schema": ("plan_schema", "report_schema"),
     "totals": tuple(verb.totals for verb in VERBS.values()),
     **{f"verbs.{name}": (name,) for name in VERBS},
 }

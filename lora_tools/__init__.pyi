@@ -53,6 +53,7 @@ from lora_tools.records import Report as Report
 from lora_tools.records import TensorFacts as TensorFacts
 from lora_tools.records import TensorResult as TensorResult
 from lora_tools.records import TensorSpec as TensorSpec
+from lora_tools.schema import plan_schema as plan_schema
 from lora_tools.schema import report_schema as report_schema
 from lora_tools.totals import CheckTotals as CheckTotals
 from lora_tools.totals import CollectStatsTotals as CollectStatsTotals
@@ -108,6 +109,7 @@ def extract(
     force: bool = False,
     dry_run: bool = False,
     no_card: bool = False,
+    plan: str | Path | None = None,
     resume: bool = False,
     clean: bool = False,
     shard: str | None = None,
@@ -179,6 +181,9 @@ def extract(
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
         no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
+        plan: Write there which jobs the work is made of: what each reads, writes and needs of
+            memory. With --shard and --finish: do no other work than that plan's
+            (docs/tasks/machines.md).
         resume: Go on with what an ended run to the same --out has done; where there is none, begin
             (docs/tasks/resume.md).
         clean: Remove what an ended run to the same --out has left, and begin anew.
@@ -225,6 +230,7 @@ def merge(
     force: bool = False,
     dry_run: bool = False,
     no_card: bool = False,
+    plan: str | Path | None = None,
     resume: bool = False,
     clean: bool = False,
     shard: str | None = None,
@@ -268,6 +274,9 @@ def merge(
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
         no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
+        plan: Write there which jobs the work is made of: what each reads, writes and needs of
+            memory. With --shard and --finish: do no other work than that plan's
+            (docs/tasks/machines.md).
         resume: Go on with what an ended run to the same --out has done; where there is none, begin
             (docs/tasks/resume.md).
         clean: Remove what an ended run to the same --out has left, and begin anew.
@@ -307,6 +316,7 @@ def unmerge(
     allow_other_base: bool = False,
     force: bool = False,
     dry_run: bool = False,
+    plan: str | Path | None = None,
     resume: bool = False,
     clean: bool = False,
     shard: str | None = None,
@@ -340,6 +350,9 @@ def unmerge(
             not name.
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
+        plan: Write there which jobs the work is made of: what each reads, writes and needs of
+            memory. With --shard and --finish: do no other work than that plan's
+            (docs/tasks/machines.md).
         resume: Go on with what an ended run to the same --out has done; where there is none, begin
             (docs/tasks/resume.md).
         clean: Remove what an ended run to the same --out has left, and begin anew.
@@ -395,6 +408,7 @@ def rescale(
     force: bool = False,
     dry_run: bool = False,
     no_card: bool = False,
+    plan: str | Path | None = None,
     resume: bool = False,
     clean: bool = False,
     shard: str | None = None,
@@ -449,6 +463,9 @@ def rescale(
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
         no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
+        plan: Write there which jobs the work is made of: what each reads, writes and needs of
+            memory. With --shard and --finish: do no other work than that plan's
+            (docs/tasks/machines.md).
         resume: Go on with what an ended run to the same --out has done; where there is none, begin
             (docs/tasks/resume.md).
         clean: Remove what an ended run to the same --out has left, and begin anew.
@@ -501,6 +518,7 @@ def combine(
     force: bool = False,
     dry_run: bool = False,
     no_card: bool = False,
+    plan: str | Path | None = None,
     resume: bool = False,
     clean: bool = False,
     shard: str | None = None,
@@ -564,6 +582,9 @@ def combine(
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
         no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
+        plan: Write there which jobs the work is made of: what each reads, writes and needs of
+            memory. With --shard and --finish: do no other work than that plan's
+            (docs/tasks/machines.md).
         resume: Go on with what an ended run to the same --out has done; where there is none, begin
             (docs/tasks/resume.md).
         clean: Remove what an ended run to the same --out has left, and begin anew.
@@ -616,6 +637,7 @@ def convert(
     force: bool = False,
     dry_run: bool = False,
     no_card: bool = False,
+    plan: str | Path | None = None,
     resume: bool = False,
     clean: bool = False,
     shard: str | None = None,
@@ -663,6 +685,9 @@ def convert(
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
         no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
+        plan: Write there which jobs the work is made of: what each reads, writes and needs of
+            memory. With --shard and --finish: do no other work than that plan's
+            (docs/tasks/machines.md).
         resume: Go on with what an ended run to the same --out has done; where there is none, begin
             (docs/tasks/resume.md).
         clean: Remove what an ended run to the same --out has left, and begin anew.
@@ -726,6 +751,7 @@ def quantize(
     force: bool = False,
     dry_run: bool = False,
     no_card: bool = False,
+    plan: str | Path | None = None,
     resume: bool = False,
     clean: bool = False,
     shard: str | None = None,
@@ -803,6 +829,9 @@ def quantize(
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
         no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
+        plan: Write there which jobs the work is made of: what each reads, writes and needs of
+            memory. With --shard and --finish: do no other work than that plan's
+            (docs/tasks/machines.md).
         resume: Go on with what an ended run to the same --out has done; where there is none, begin
             (docs/tasks/resume.md).
         clean: Remove what an ended run to the same --out has left, and begin anew.
@@ -845,6 +874,7 @@ def dequantize(
     force: bool = False,
     dry_run: bool = False,
     no_card: bool = False,
+    plan: str | Path | None = None,
     resume: bool = False,
     clean: bool = False,
     shard: str | None = None,
@@ -874,6 +904,9 @@ def dequantize(
         force: Replace what is at --out, once the new one is complete.
         dry_run: Print what would become of every tensor; read headers only, write nothing.
         no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
+        plan: Write there which jobs the work is made of: what each reads, writes and needs of
+            memory. With --shard and --finish: do no other work than that plan's
+            (docs/tasks/machines.md).
         resume: Go on with what an ended run to the same --out has done; where there is none, begin
             (docs/tasks/resume.md).
         clean: Remove what an ended run to the same --out has left, and begin anew.

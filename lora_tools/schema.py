@@ -1,4 +1,4 @@
-"""JSON Schemas of the reports, out of the types that they have in Python."""
+"""JSON Schemas of reports and plans, out of the types that they have in Python."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from lora_tools import totals
+from lora_tools.jobs import JobPlan
 from lora_tools.records import Report
 from lora_tools.verbs import VERBS
 from lora_tools.verbs.row import Verb
 
+_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _PLAIN: dict[Any, dict[str, Any]] = {
     Any: {},
     str: {"type": "string"},
@@ -39,9 +41,21 @@ def report_schema(verb: str | None = None) -> dict[str, Any]:
     rows = VERBS.values() if verb is None else [known[verb]]
     reports = [_report(row, defs) for row in rows]
     return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$schema": _DIALECT,
         "title": f"report of loratools {verb or ''}".strip(),
         **(reports[0] if verb is not None else {"oneOf": reports}),
+        "$defs": defs,
+    }
+
+
+def plan_schema() -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of the plan of jobs that ``--plan`` writes."""
+    defs: dict[str, Any] = {}
+    hints = get_type_hints(JobPlan)
+    return {
+        "$schema": _DIALECT,
+        "title": "plan of jobs of loratools",
+        **_object(JobPlan, hints, list(hints), defs),
         "$defs": defs,
     }
 

@@ -156,21 +156,21 @@ class UnmergeTotals(WorkTotals, total=False):
     bytes: int
 
 
-class RescaleTotals(ErrorTotals, PlanTotals, total=False):
+class RescaleTotals(ErrorTotals, WorkTotals, total=False):
     """Of ``rescale``."""
 
     modules: int
     bytes: int
 
 
-class CombineTotals(ErrorTotals, PlanTotals, total=False):
+class CombineTotals(ErrorTotals, WorkTotals, total=False):
     """Of ``combine``."""
 
     modules: int
     bytes: int
 
 
-class ConvertTotals(ResizedTotals, PlanTotals, total=False):
+class ConvertTotals(ResizedTotals, WorkTotals, total=False):
     """Of ``convert``."""
 
     modules: int

@@ -239,9 +239,9 @@ CASES = {
         (DOTTED,),
         ("cap_embedder.0", "x_embedder", "time_caption_embed.caption_embedder.0"),
     ),
-    "wan": Case("_convert_non_diffusers_wan", WAN, BOTH, ("condition_embedder.time_proj",)),
+    "wan": Case("_convert_non_diffusers_wan", WAN, BOTH),
     "wan, ends": Case("_convert_non_diffusers_wan", {**WAN, **WAN_ENDS}, (DOTTED,)),
-    "wan, musubi": Case("_convert_musubi_wan", WAN, (KOHYA,), ("condition_embedder.time_proj",)),
+    "wan, musubi": Case("_convert_musubi_wan", WAN, (KOHYA,)),
     "hidream": Case(
         "_convert_non_diffusers_hidream",
         of(D, D, "double_stream_blocks.0.block.attn1.to_q", "caption_projection.0.linear"),

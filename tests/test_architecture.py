@@ -70,6 +70,7 @@ ROOMS = (
     "interruption",
     "watch",
     "errors",
+    "jobs",
     "records",
     "totals",
     "notebook",
@@ -80,13 +81,13 @@ ROOMS = (
 ONLY = {
     "__main__": {"cli"},
     "__init__": {"schema", "verbs", "options", "errors", "records"},
-    "schema": {"verbs", "records", "totals"},
+    "schema": {"verbs", "jobs", "records", "totals"},
     "cli": {"verbs", "options", "interruption", "errors", "records", "printable", "sentences"},
     "nn": {"sources", "options", "formats", "linalg", "errors", "records"},
     "options": {"onnx", "formats", "linalg", "errors", "records"},
     "engine": {"watch", "errors", "records", "within"},
     "provenance": {"formats", "errors", "records"},
-    "formats": {"remote", "interruption", "watch", "errors", "records", "within"},
+    "formats": {"remote", "interruption", "watch", "errors", "jobs", "records", "within"},
     "remote": {"watch", "errors"},
     "linalg": {"errors", "records"},
     "calibration": {"pretrained", "errors", "records", "totals"},
@@ -94,6 +95,7 @@ ONLY = {
     "plots": {"errors", "printable", "records"},
     "figures": {"records", "totals"},
     "sentences": {"records"},
+    "jobs": {"records"},
 }
 # Rooms that may import what stands above them, too.
 ALSO = {"nn": {"merging"}}
@@ -399,6 +401,7 @@ EXPORTED = [
     "extract",
     "inspect",
     "merge",
+    "plan_schema",
     "quantize",
     "report_schema",
     "rescale",
@@ -464,7 +467,7 @@ def test_a_verb_is_one_row_one_file_and_one_command(name: str) -> None:
 def test_every_verb_file_has_its_row() -> None:
     files = {path.stem for path in (PACKAGE / "verbs").glob("*.py")}
     rest = {"__init__", "card", "elsewhere", "row", "frame", "paths", "report_file", "values"}
-    rest |= {"writing"}
+    rest |= {"plan_file", "writing"}
     assert files == {*VERBS, *rest}
     assert list(main.commands) == [*(verb.command for verb in VERBS.values()), "completion", "help"]
 

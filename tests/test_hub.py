@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, utils
 from safetensors.torch import save_file
 
 import lora_tools
@@ -168,6 +168,22 @@ def test_the_index_says_which_weights_are_fetched(server: Any, tmp_path: Path) -
     assert sorted(open_checkpoint("org/name@v1").specs) == ["a", "b"]
     assert sorted(open_checkpoint("https://huggingface.co/org/name/tree/main").specs) == ["a", "b"]
     assert server.fetched == []  # all is in the cache
+
+
+def test_what_is_fetched_is_told_and_no_bar_is_drawn(
+    server: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    files = {"config.json": b"{}", "model.safetensors": safe(tmp_path, "a")}
+    server.repositories["org/name"] = files
+    told: list[Any] = []
+    utils.enable_progress_bars()
+    lora_tools.merge("org/name", [], tmp_path / "m", dtype="float16", progress=told.append)
+    fetched = [p for p in told if p.label == "fetch org/name"]
+    assert fetched[-1].done == fetched[-1].total == sum(map(len, files.values()))
+    assert [p.done for p in fetched] == sorted({p.done for p in fetched})
+    assert told[-1].label != "fetch org/name"
+    assert capfd.readouterr() == ("", "")
+    assert not utils.are_progress_bars_disabled()
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,10 @@ from lora_tools.sources import transformers_names
 FEW, MANY = 300, 900
 # Calls and bytes for each tensor; with 200,000 of them it is 10 seconds and 500 MiB.
 LIMITS = {
-    "merge base adapter -o out": (100, 1400),
-    "unmerge base adapter -o out": (100, 1400),
-    "quantize base -o out": (300, 3000),
-    "quantize base -o out --scheme fp8-block": (300, 3000),
+    "merge base adapter -o out": (130, 1400),
+    "unmerge base adapter -o out": (130, 1400),
+    "quantize base -o out": (320, 3000),
+    "quantize base -o out --scheme fp8-block": (320, 3000),
     "extract base tuned -o out --rank 8": (320, 2200),
 }
 

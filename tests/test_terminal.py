@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import sys
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -12,16 +14,24 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import lora_tools
 from lora_tools import errors
-from lora_tools.cli.table import Column, lines, short_name
+from lora_tools.cli import pages
+from lora_tools.cli.table import Column, lines, short_name, short_names
 from lora_tools.printable import printable
 from lora_tools.records import Action, Fate, ModuleSpectrum, Report
 from lora_tools.verbs import VERBS
 
 from . import forks, models
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli")
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -125,12 +135,24 @@ def test_a_variable_asks_for_json_as_well(
         (["convert", "no", "-o", "out", "--to", "diffuser"], "diffusers"),
         (["check", "no", "--for", "vlm"], "vllm"),
         (["quantize", "no", "-o", "out", "--scheme", "x"], None),
+        (["quantize", "no", "-o", "out", "--schem", "nf4"], "--scheme"),
+        (["collect-stats", "no", "-o", "out", "--text", "t"], None),
     ],
 )
 def test_a_wrong_choice_is_told_the_one_like_it(args: list[str], meant: str | None) -> None:
     said = loratools(*args).stderr
-    assert "is not one of" in said
+    assert "is not one of" in said or "No such option" in said
     assert (f"Did you mean '{meant}'?" in said) if meant else ("Did you mean" not in said)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [("q_porj", "; did you mean 'q_proj'?"), ("#", "; names end in down_proj, embed_tokens, ")],
+)
+def test_a_pattern_that_is_found_nowhere(pattern: str, said: str, pair: Path) -> None:
+    done = loratools("diff", pair / "base", pair / "tuned", "-i", pattern)
+    assert done.returncode == 2
+    assert f"--include {pattern!r} is found in no name of a module{said}" in done.stderr
 
 
 def test_so_it_is_in_python() -> None:
@@ -218,6 +240,22 @@ def test_both_ends_of_a_name_stay(name: str, width: int) -> None:
         assert name.endswith(after)
 
 
+LAYERS = [
+    f"model.layers.{i}.{part}.weight"
+    for i in range(12)
+    for part in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "post_attention_layernorm")
+]
+
+
+@pytest.mark.parametrize("width", [31, 40])
+def test_names_stay_apart_where_there_is_room(width: int) -> None:
+    """At their ends alone ``model.layers.0`` and ``.1`` would be one."""
+    short = short_names(LAYERS, width)
+    assert len(set(short)) == len(LAYERS)
+    assert max(map(len, short)) <= width
+    assert short_names(["a" * 50, "b"], width)[1] == "b"
+
+
 # ----------------------------------------------------------------------- names that are no friends
 
 
@@ -246,6 +284,16 @@ def test_a_name_cannot_add_lines_or_steer_the_terminal(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
+def test_an_adapter_of_such_a_name_is_read_again(tmp_path: Path) -> None:
+    files = [tmp_path / f"{name}.safetensors" for name in ("base", "tuned", "merged")]
+    base, tuned, merged = files
+    save_file({HOSTILE: torch.zeros(4, 4)}, base)
+    save_file({HOSTILE: torch.ones(4, 4)}, tuned)
+    lora_tools.extract(base, tuned, tmp_path / "a")
+    lora_tools.merge(base, tmp_path / "a", merged)
+    torch.testing.assert_close(load_file(merged), load_file(tuned))
+
+
 # -------------------------------------------------------------------------- help and environment
 
 
@@ -265,6 +313,58 @@ def test_help_of_nothing_known_suggests() -> None:
     assert "merge" in done.stderr
     assert loratools("help").stdout == loratools("--help").stdout
     assert loratools("-V").stdout == loratools("--version").stdout
+
+
+@pytest.mark.parametrize("verb", VERBS.values(), ids=VERBS)
+def test_the_pages_that_a_help_names_are_there(verb: Any) -> None:
+    said = loratools(verb.command, "--help").stdout
+    named = set(re.findall(r"docs/[\w/-]+\.md", said))
+    assert named
+    for name in named:
+        assert pages.page(name).startswith("# ")
+    assert f"loratools help {page_of(verb)}" in said
+
+
+def page_of(verb: Any) -> str:
+    """The one at the end of its help, in which it is used."""
+    [name] = re.findall(r"help (\S+)", pages.page_of(verb.command))
+    assert f"loratools {verb.command} " in pages.page(name)
+    return str(name)
+
+
+def test_pages_of_the_documentation() -> None:
+    listed = loratools("help", "docs").stdout
+    assert "docs/tasks/vllm.md: Serve an adapter in vLLM" in listed.splitlines()
+    text = ROOT / "docs/tasks/vllm.md"
+    assert {loratools("help", f"{at}vllm.md").stdout for at in ("docs/tasks/", "tasks/", "")} == {
+        f"{text.read_text()}"
+    }
+    done = loratools("help", "docs/rnks.md")
+    assert done.returncode == 2
+    assert "No such page 'docs/rnks.md'. Did you mean 'ranks.md'?" in done.stderr
+
+
+def test_as_they_are_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the package there are none then: pip has put them below the environment's top, where
+    pyproject.toml says."""
+    said = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["data-files"]
+    root = ROOT / "docs"
+    put = {
+        f"../../../{folder}/{path.name}": path.resolve()
+        for folder, patterns in said.items()
+        for pattern in patterns
+        for path in ROOT.glob(pattern)
+    }
+    assert set(put.values()) == {path.resolve() for path in root.rglob("*.md")}
+
+    class File(str):
+        def locate(self) -> Path:
+            return put[self]
+
+    monkeypatch.setattr(pages, "__file__", str(tmp_path / "lora_tools" / "cli" / "pages.py"))
+    monkeypatch.setattr(pages.metadata, "files", lambda _: [File("x.py"), *map(File, put)])
+    assert pages.page("docs/tasks/vllm.md") == (root / "tasks" / "vllm.md").read_text()
+    assert pages.page("docs").count("\n") == len(put)
 
 
 def test_the_environment_sets_options(pair: Path, tmp_path: Path) -> None:

@@ -5,24 +5,28 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_tools.adapting.jobs import copying_jobs
 from lora_tools.engine.tasks import Call
 from lora_tools.errors import NonFiniteError, UnsupportedAdapter, UsageError
 from lora_tools.figures import Total
 from lora_tools.formats.adapters.base_names import BaseNames
 from lora_tools.formats.adapters.changes import ChangedModule
+from lora_tools.formats.adapters.format import Format
 from lora_tools.formats.adapters.peft import Adapter
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.dtypes import torch_dtype
+from lora_tools.jobs import Job, job
 from lora_tools.linalg.layouts import LAYOUTS, Layout
 from lora_tools.linalg.ranks import RankRule
 from lora_tools.merging.changed import change_of, layer_of, working_bytes
+from lora_tools.merging.jobs import lying_in
 from lora_tools.merging.plan import plan_merge
 from lora_tools.merging.targets import Part, Target
-from lora_tools.records import ModuleResult, ProgressCallback
+from lora_tools.records import DTYPE_BITS, Fate, ModuleResult, ProgressCallback
 from lora_tools.sources.weighted import Weighted
 
 if TYPE_CHECKING:
@@ -188,6 +192,32 @@ def lora_of(
     return Factors(module, A, B, float(r), 1.0, r, form=layout.written), result
 
 
+def _tasks(works: Sequence[ToLora]) -> list[Call[tuple[Factors, ModuleResult]]]:
+    return [Call(lora_of, (w,), w.source.module, working_bytes(w.target)) for w in works]
+
+
+def lora_jobs(
+    given: Adapter,
+    works: Sequence[ToLora],
+    base: Checkpoint,
+    rule: RankRule,
+    dtype: str | None,
+    to: Format,
+    fates: Sequence[Fate],
+) -> Iterator[Job]:
+    """One for each module, and for each tensor that is copied into the file."""
+    known = {fate.tensor: fate for fate in fates}
+    for work, task in zip(works, _tasks(works), strict=True):
+        spec = work.target.spec
+        reads = lying_in(given, work.source.keys.values())
+        reads += base.lies(work.target.base_name) if work.source.kind.of_base else ()
+        numbers = sum(map(math.prod, work.layout.shapes(spec.shape, 1)))
+        rank = max(rule.ceiling(at.rows, at.cols) for at in work.layout.regions(spec.shape))
+        nbytes = numbers * rank * DTYPE_BITS[dtype or spec.dtype] // 8
+        yield job(task, known[task.label], reads, to.file_name, (), nbytes)
+    yield from copying_jobs(given, given.whole, to.file_name, fates)
+
+
 def write_lora(
     given: Adapter,
     works: list[ToLora],
@@ -205,7 +235,7 @@ def write_lora(
     from lora_tools.formats.adapters.peft_format import PeftFormat
     from lora_tools.linalg.recipes import compute
 
-    tasks = [Call(lora_of, (w,), w.source.module, working_bytes(w.target)) for w in works]
+    tasks = _tasks(works)
     writer, results = PeftFormat(out, names, compute), []
     try:
         for factors, result in threads.run(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,22 +14,26 @@ from lora_tools.adapting.convert_module import (
     cut_module,
     factor_bytes,
     module_layout,
+    rank_ceiling,
     strength_of,
 )
 from lora_tools.adapting.for_consumer import in_terms_of
+from lora_tools.adapting.jobs import copying_jobs, module_jobs, whole_keys
+from lora_tools.engine.tasks import Call
 from lora_tools.figures import resized_totals
 from lora_tools.formats.adapters.consumers import Consumer
 from lora_tools.formats.adapters.peft import Adapter, LoraModule
 from lora_tools.formats.adapters.training_metadata import updated
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.dtypes import torch_dtype
+from lora_tools.jobs import Job
 from lora_tools.linalg.layout import pad_rank
 from lora_tools.linalg.ranks import RankRule
 from lora_tools.linalg.scaling import scaling
 from lora_tools.merging.plan import adapter_digest
 from lora_tools.options.ranks import Size
 from lora_tools.provenance import handed_on, tool_version
-from lora_tools.records import Input, ModuleResult, ProgressCallback, Report
+from lora_tools.records import Fate, Input, ModuleResult, ProgressCallback, Report
 from lora_tools.sources.adapters import open_adapter
 from lora_tools.totals import RescaleTotals
 
@@ -122,17 +126,13 @@ def rescale_adapter(
 ) -> Report[RescaleTotals]:
     """Write it to ``folder``, which must not exist; the report then has its figures."""
     from lora_tools.engine import threads
-    from lora_tools.engine.tasks import Call
     from lora_tools.formats.adapters.peft_writer import PeftWriter
 
     folder.mkdir()
     ranks: Mapping[str, int] = {}
     if options.size is not None and options.rule is not None:
         ranks = shared_ranks(given, options.rule, options.size, options.dtype, jobs)
-    tasks = []
-    for m in given.modules.values():
-        rank = ranks.get(m.name)
-        tasks.append(Call(_scale_module, (m, rank), m.module, factor_bytes(m, given)))
+    tasks = list(_tasks(given, ranks).values())
     writer = PeftWriter(folder)
     results = []
     try:
@@ -174,6 +174,26 @@ def rescale_adapter(
     }
     inputs = tuple(dataclasses.replace(i, digest=digest) for i in report.inputs)
     return dataclasses.replace(report, inputs=inputs, modules=tuple(results), totals=totals)
+
+
+def _tasks(given: Adapter, ranks: Mapping[str, int]) -> dict[str, Call[_Scaled]]:
+    """What is to be done on each module, at the rank that a shared rule has chosen for it."""
+    return {
+        m.name: Call(_scale_module, (m, ranks.get(m.name)), m.module, factor_bytes(m, given))
+        for m in given.modules.values()
+    }
+
+
+def rescale_jobs(
+    given: Adapter, options: Rescaling, output: str, fates: Sequence[Fate]
+) -> Iterator[Job]:
+    """One for each module, and for each tensor that is copied into the file ``output``."""
+    ranks = {
+        m.name: options.pad_to or rank_ceiling(m, given, options.rule)
+        for m in given.modules.values()
+    }
+    yield from module_jobs(given, _tasks(given, {}), ranks, options.dtype, output, fates)
+    yield from copying_jobs(given, whole_keys(given), output, fates)
 
 
 def _unread(consumer: Consumer) -> dict[str, Any]:

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lora_tools.adapting.combine_module import Combination, Term, combine_module
+from lora_tools.adapting.combine_module import Combination, Combined, Term, combine_module
 from lora_tools.adapting.convert_module import factor_bytes
+from lora_tools.adapting.jobs import copying_jobs, factors_nbytes, keys_of
+from lora_tools.engine.tasks import Call
 from lora_tools.errors import MismatchError, UnsupportedAdapter
 from lora_tools.figures import resized_totals
 from lora_tools.formats.adapters.training_metadata import is_of_training
 from lora_tools.formats.alignment import align
+from lora_tools.jobs import Job, job
 from lora_tools.linalg.combine import LOW_RANK
+from lora_tools.merging.jobs import lying_in
 from lora_tools.merging.plan import adapter_digest
 from lora_tools.provenance import tool_version
-from lora_tools.records import Input, ProgressCallback, Report
+from lora_tools.records import Fate, Input, ProgressCallback, Report
 from lora_tools.sources.weighted import Weighted, digests_and_weights
 from lora_tools.totals import CombineTotals
-
-if TYPE_CHECKING:
-    pass
 
 
 def bases_named(weighted: Sequence[Weighted]) -> dict[str, str]:
@@ -154,6 +155,26 @@ def _saved(weighted: Sequence[Weighted]) -> dict[str, tuple[Weighted, str]]:
     return found
 
 
+def combine_tasks(given: Stackable, options: Combination) -> list[Call[Combined]]:
+    """What is to be done on each module."""
+    return [
+        Call(combine_module, (mine,), name, _working_bytes(mine, options))
+        for name, mine in given.terms.items()
+    ]
+
+
+def combine_jobs(
+    given: Stackable, options: Combination, output: str, fates: Sequence[Fate]
+) -> Iterator[Job]:
+    """One for each module, and for each tensor that is copied into the file ``output``."""
+    known = {fate.tensor: fate for fate in fates}
+    for task, mine in zip(combine_tasks(given, options), given.terms.values(), strict=True):
+        reads = [r for t in mine for r in lying_in(t.weighted.adapter, keys_of(t.module))]
+        yield job(task, known[task.label], reads, output, (), _written_bytes(mine, options))
+    for name, (each, key) in given.copied.items():
+        yield from copying_jobs(each.adapter, {name: key}, output, fates)
+
+
 def combine_adapters(
     report: Report[CombineTotals],
     given: Stackable,
@@ -164,15 +185,11 @@ def combine_adapters(
 ) -> Report[CombineTotals]:
     """Write it to ``folder``, which must not exist; the report then has its figures."""
     from lora_tools.engine import threads
-    from lora_tools.engine.tasks import Call
     from lora_tools.formats.adapters.peft_writer import PeftWriter
 
     weighted, terms = given.weighted, given.terms
     folder.mkdir()
-    tasks = [
-        Call(combine_module, (mine,), name, _working_bytes(mine, options))
-        for name, mine in terms.items()
-    ]
+    tasks = combine_tasks(given, options)
     writer, results = PeftWriter(folder), []
     try:
         for mine, combined in zip(
@@ -216,6 +233,19 @@ def _working_bytes(terms: Sequence[Term], options: Combination) -> int:
     factors = 2 * sum(factor_bytes(t.module, t.weighted.adapter) for t in terms)
     a, b = terms[0].shapes
     return factors + (0 if options.method in LOW_RANK else 24 * b[0] * math.prod(a[1:]))
+
+
+def _written_bytes(terms: Sequence[Term], options: Combination) -> int:
+    """Of one module's factors, at most."""
+
+    def factors(term: Term, rank: int) -> int:
+        return factors_nbytes(term.module, term.weighted.adapter, rank, options.dtype)
+
+    whole = sum(factors(t, t.module.r) for t in terms)
+    if options.rule is None:
+        return whole
+    a, b = terms[0].shapes
+    return max(factors(t, options.rule.ceiling(b[0], math.prod(a[1:]))) for t in terms)
 
 
 def _config(weighted: Sequence[Weighted], terms: Mapping[str, list[Term]]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,6 +16,7 @@ from lora_tools.adapting.convert_module import (
     strength_of,
     writes_rslora,
 )
+from lora_tools.adapting.jobs import copying_jobs, module_jobs
 from lora_tools.engine.tasks import Call
 from lora_tools.errors import NonFiniteError, UnsupportedAdapter
 from lora_tools.formats.adapters.base_names import BaseNames
@@ -24,8 +25,9 @@ from lora_tools.formats.adapters.peft import Adapter, LoraModule
 from lora_tools.formats.adapters.places import Places
 from lora_tools.formats.adapters.training_metadata import is_carried, note_on_hashes, updated
 from lora_tools.formats.alignment import align
+from lora_tools.jobs import Job
 from lora_tools.linalg.ranks import RankRule
-from lora_tools.records import ModuleResult, ProgressCallback, Report
+from lora_tools.records import Fate, ModuleResult, ProgressCallback, Report
 
 if TYPE_CHECKING:
     from lora_tools.formats.adapters.writer import Factors
@@ -260,6 +262,16 @@ class ConvertJob:
             for m in self.kept.values()
         ]
 
+    def copied(self) -> dict[str, str]:
+        """Keys of what is written as it is, by the names that fates have for it."""
+        kinds = (
+            ("saved", self.given.whole),
+            ("tokens", {name: rows.key for name, rows in self.given.tokens.items()}),
+            ("differences", {n: self.given.differences[n] for n in without_factors(self.given)}),
+        )
+        kept = [mine for feature, mine in kinds if feature not in self.options.dropped]
+        return {name: key for mine in kept for name, key in mine.items()}
+
     def base_modules(self) -> Mapping[str, str]:
         """The modules by the base's names, where it has all of them under other prefixes. PEFT goes
         by names in memory, which need not be those of the files."""
@@ -268,6 +280,17 @@ class ConvertJob:
         modules = {module.module for module in self.kept.values()}
         own, _ = align(sorted(modules), list(self.names.weights))
         return own if self.names.weights.keys() >= set(own.values()) else {}
+
+
+def convert_jobs(job: ConvertJob, output: str, fates: Sequence[Fate]) -> Iterator[Job]:
+    """One for each module, and for each tensor that is copied into the file ``output``."""
+    given, options = job.given, job.options
+    ranks = {
+        name: options.pad_to or rank_ceiling(m, given, options.rule) for name, m in job.kept.items()
+    }
+    tasks = dict(zip(job.kept, job.tasks(), strict=True))
+    yield from module_jobs(given, tasks, ranks, options.dtype, output, fates)
+    yield from copying_jobs(given, job.copied(), output, fates)
 
 
 def places_of(given: Adapter, kept: Collection[str], names: BaseNames | None) -> Places:

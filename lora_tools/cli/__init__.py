@@ -18,6 +18,7 @@ import click
 from lora_tools import interruption
 from lora_tools.cli.commands import VerbCommand
 from lora_tools.cli.groups import OrderedGroup, variable
+from lora_tools.cli.pages import is_page, page
 from lora_tools.errors import LoraToolsError, QualityGateError, next_step
 from lora_tools.interruption import Course
 from lora_tools.printable import printable
@@ -36,14 +37,17 @@ _STOPPED = {int(signal.SIGINT): "Interrupted", int(signal.SIGTERM): "Terminated"
     cls=OrderedGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit codes: 0 done, 1 failed, 2 wrong invocation, 3 compared and found different "
-    "(verify, check, export, --max-error). Documentation: README.md, docs/cli.md.",
+    "(verify, check, export, --max-error).\n\nEach option can be set by a variable: LORATOOLS_JOBS "
+    "for all commands, LORATOOLS_MERGE_JOBS for merge.\n\nDocumentation: loratools help "
+    "docs/tour.md, or another page that a help or an error names; loratools help docs lists them.",
 )
 @click.version_option(None, "-V", "--version", package_name="loratools", prog_name="loratools")
 def main() -> None:
     """Surgery on model weights, file to file: LoRA adapters out of fine-tunes and into checkpoints,
     four or eight bits, ONNX; and what a file is, what changed, whether it is right.
 
-    Each command has its own --help.
+    A model or an adapter is a folder, a file, a hub id (org/name[@revision]) or an address
+    (s3://, gs://, az://, https://, hf://). Each command has its own --help.
     """
 
 
@@ -67,15 +71,20 @@ def completion(shell: str) -> None:
     click.echo(kind(main, {}, "loratools", "_LORATOOLS_COMPLETE").source())
 
 
-@main.command("help", short_help="Print the help of a command.")
-@click.argument("command", required=False)
+@main.command("help", short_help="Print the help of a command, or a page of the documentation.")
+@click.argument("command", metavar="[COMMAND|PAGE]", required=False)
 @click.pass_context
 def help_(ctx: click.Context, command: str | None) -> None:
-    """Print the help of COMMAND, as COMMAND --help does."""
+    """Print the help of COMMAND, as COMMAND --help does; or a PAGE of the documentation, such as
+    docs/tour.md. "docs" lists the pages.
+    """
     above = ctx.parent
     assert above is not None
     if command is None:
         click.echo(above.get_help())
+        return
+    if is_page(command):
+        click.echo_via_pager(page(command).rstrip("\n"))
         return
     _, found, _ = main.resolve_command(above, [command])  # raises, with what it may have been
     assert found is not None

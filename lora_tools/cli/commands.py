@@ -11,6 +11,7 @@ import click
 
 from lora_tools.cli.groups import GroupedCommand
 from lora_tools.cli.options import parameters
+from lora_tools.cli.pages import page_of
 from lora_tools.errors import QualityGateError
 from lora_tools.verbs.row import Verb
 
@@ -28,6 +29,7 @@ class VerbCommand(GroupedCommand):
             callback=self._run,
             help=inspect.cleandoc(verb.text),
             short_help=verb.short,
+            epilog=page_of(verb.command),
             example=verb.example,
             options_metavar=f"{required} [OPTIONS]".strip(),
         )

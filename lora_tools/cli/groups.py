@@ -8,6 +8,8 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from lora_tools.options.fields import nearest
+
 
 def variable(command: str, flag: str) -> str:
     """The environment variable that sets a command's option, its own before that of all; "" where
@@ -61,6 +63,17 @@ class GroupedCommand(click.Command):
     def __init__(self, *args: Any, example: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.example = example
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click has it. It compares options with their dashes, by which all are alike."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            wrong = error.option_name.lstrip("-")
+            flags = [f for p in self.get_params(ctx) for f in p.opts if f.startswith("--")]
+            meant = nearest(wrong, [flag[2:] for flag in flags]).replace("'", "'--", 1)
+            message = f"No such option {error.option_name!r}. {meant}".rstrip()
+            raise click.NoSuchOption(error.option_name, message, ctx=ctx) from None
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The example, then what the command does."""

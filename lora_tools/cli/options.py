@@ -95,7 +95,8 @@ def _out() -> GroupedOption:
         required=True,
         type=click.Path(),
         group=OUTPUT,
-        help="Where to write. It must not exist yet, and its parent folder must.",
+        help="Where to write, also at an address (s3://…, gs://…, az://…). It must not exist yet, "
+        "and its parent folder must.",
     )
 
 

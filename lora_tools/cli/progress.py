@@ -12,6 +12,7 @@ from lora_tools.records import Progress, ProgressCallback
 from lora_tools.sentences import size
 
 _BAR, _LABEL = 24, 28  # letters; the line stays as wide as it is, whatever is worked on
+_FOR_BAR, _FOR_LABEL = 76, 62  # letters of a line, below which each has no room
 
 
 @contextlib.contextmanager
@@ -24,14 +25,15 @@ def progress(quiet: bool) -> Iterator[ProgressCallback | None]:
     from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
+    console = Console(stderr=True, highlight=False, markup=False, emoji=False)
     bar = Bar(
         TextColumn("{task.percentage:>3.0f}%"),
-        BarColumn(_BAR),
+        *([BarColumn(_BAR)] if console.width >= _FOR_BAR else []),
         TextColumn("{task.fields[steps]}"),
         TextColumn("{task.fields[speed]}"),
         TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-        console=Console(stderr=True, highlight=False, markup=False, emoji=False),
+        *([TextColumn("{task.description}")] if console.width >= _FOR_LABEL else []),
+        console=console,
         transient=True,
     )
     with bar:
@@ -45,7 +47,7 @@ def progress(quiet: bool) -> Iterator[ProgressCallback | None]:
                 completed=step.done,
                 total=step.total,
                 description=short_name(printable(step.label), _LABEL).ljust(_LABEL),
-                steps=f"{step.step:>{len(str(step.steps))}}/{step.steps}",
+                steps=f"{step.step:>{len(str(step.steps))}}/{step.steps}" if step.steps else "",
                 speed=f"{shown:>11}",
             )
 

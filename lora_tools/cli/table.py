@@ -12,6 +12,7 @@ from lora_tools.printable import printable, shortened
 _GAP = "  "
 _NAME = 28  # letters of a name that are worth more than another column
 _LEAST = 8
+_COMPARED = 1000  # names, among which it is looked for where to cut
 _TEXT = 24  # letters of a line of text, below which it stays away
 
 
@@ -92,13 +93,29 @@ def _fitted(columns: Sequence[Column], width: int) -> list[Column]:
     name = columns[0]
     others = sum(min(c.width, _TEXT) if c.kind == "text" else c.width for c in columns[1:])
     room = width - others - len(_GAP) * (len(columns) - 1)
-    cells = [short_name(cell, max(room, _LEAST)) for cell in name.cells]
+    cells = short_names(name.cells, max(room, _LEAST))
     return [dataclasses.replace(name, cells=cells), *columns[1:]]
+
+
+def short_names(names: Sequence[str], width: int) -> list[str]:
+    """Names in so many letters, without that part of their middles by which most stay apart: those
+    of two layers can differ near the beginning only."""
+    usual = min(6, width // 4)
+    long = [name for name in names[:_COMPARED] if len(name) > width]
+    different = len(set(long))
+
+    def alike(head: int) -> int:
+        return different - len({shortened(name, width, head) for name in long})
+
+    heads = (usual, *range(usual + 1, width - 1))
+    head = next((h for h in heads if not alike(h)), None)
+    head = min(heads, key=alike) if head is None else head
+    return [shortened(name, width, head) for name in names]
 
 
 def short_name(name: str, width: int) -> str:
     """A name in so many letters."""
-    return shortened(name, width, min(6, width // 4))
+    return short_names([name], width)[0]
 
 
 def _drawn(columns: Sequence[Column], width: int | None) -> Iterator[str]:

@@ -29,6 +29,7 @@ from lora_tools.formats.stand_ins import stand_ins
 from lora_tools.formats.tensor_file import WEIGHT_SUFFIXES, TensorFile
 from lora_tools.formats.variants import plain
 from lora_tools.formats.weights import Says, Weights, ties_embeddings
+from lora_tools.jobs import Lying
 
 if TYPE_CHECKING:
     import torch
@@ -114,6 +115,11 @@ class Checkpoint(Shards):
     def ties_embeddings(self) -> bool:
         """Whether the config says that the output head is the input embedding."""
         return ties_embeddings(self.config)
+
+    def lies(self, name: str) -> tuple[Lying, ...]:
+        """What is read for a tensor, and where that lies."""
+        spec = self.specs[name]
+        return (Lying(str(self.home[name].path), name, spec.nbytes),)
 
     def decoded_bytes(self, name: str) -> int:
         """Memory that ``tensor`` takes for numbers that are not stored as such; 0 where mapped."""
@@ -231,6 +237,10 @@ class View(Checkpoint):
     def scheme(self) -> StoredFormat | None:
         """The source's."""
         return self.source.scheme
+
+    def lies(self, name: str) -> tuple[Lying, ...]:
+        """The source's."""
+        return self.source.lies(name)
 
     def noise_unknown(self) -> list[str]:
         """The source's."""

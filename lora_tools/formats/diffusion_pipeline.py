@@ -19,6 +19,7 @@ from lora_tools.formats.shards import Shards, is_plain_name
 from lora_tools.formats.variants import safetensors_name
 from lora_tools.formats.weights import Weight, Weights
 from lora_tools.formats.wrapped_names import Renamed
+from lora_tools.jobs import Lying
 from lora_tools.records import TensorSpec
 
 if TYPE_CHECKING:
@@ -101,6 +102,11 @@ class DiffusionPipeline(Checkpoint):
     def weights(self) -> Weights:
         """What each tensor is to its model, by name."""
         return _Weights(self.specs, {name: part.weights for name, part in self.models.items()})
+
+    def lies(self, name: str) -> tuple[Lying, ...]:
+        """The model's."""
+        part, own = self._part(name)
+        return part.lies(own)
 
     def decoded_bytes(self, name: str) -> int:
         """The model's."""

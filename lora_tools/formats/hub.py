@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from lora_tools.errors import CheckpointError, LoraToolsError, UnsafeInput, first_line
 from lora_tools.formats import variants
+from lora_tools.formats.hub_progress import bar_of, without_bars
 from lora_tools.formats.stand_ins import OF_RUNS, stand_ins
 from lora_tools.remote import urls
 from lora_tools.remote.stores import store_of
@@ -152,7 +153,7 @@ def fetch(source: str, allow_pickle: bool = False, *, by_headers: bool = False) 
     wanted = parse(source)
     if wanted is None:
         raise CheckpointError(f"{source}: no id of the hub")
-    with _plainly(source, wanted):
+    with _plainly(source, wanted), without_bars():
         names, trouble = _listed(wanted)
         # Of what is in the cache the reader sees itself whether it is complete.
         chosen = _chosen(wanted, names, allow_pickle) if trouble is None else []
@@ -167,6 +168,7 @@ def fetch(source: str, allow_pickle: bool = False, *, by_headers: bool = False) 
                     revision=wanted.revision,
                     allow_patterns=[glob.escape(name) for name in small],
                     local_files_only=trouble is not None,
+                    tqdm_class=bar_of(wanted.repository),
                 )
             )
         except FileNotFoundError:

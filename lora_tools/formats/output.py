@@ -14,9 +14,9 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from lora_tools import interruption
 from lora_tools.errors import ClusterError, LoraToolsError, OutputError, reason
@@ -34,19 +34,11 @@ from lora_tools.formats.journal import (
 from lora_tools.formats.leftover import Way, adopt, clear, stays
 from lora_tools.formats.pipelines import Pipeline
 from lora_tools.formats.staging import OPENED, TRIES, discard, marker, put_back, some_name
+from lora_tools.jobs import Job
 from lora_tools.records import Report
 from lora_tools.watch import files
 
 _SPARE = 8  # descriptors that are kept for clearing away
-
-
-class Sized(Protocol):
-    """A piece of work, as far as it is to be known here."""
-
-    @property
-    def label(self) -> str: ...
-    @property
-    def nbytes(self) -> int: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +58,7 @@ class Prepared:
         copied: small files that are copied into it, besides what ``nbytes`` counts.
         is_folder: whether a folder is made, whatever its name.
         card: what README.md is to hold, where it is restored.
-        tasks: the work on the tensors, which ``write`` does; None where it depends on results.
+        jobs: the work on the tensors, which ``write`` does; None where it depends on results.
     """
 
     report: Report[Any]
@@ -81,7 +73,7 @@ class Prepared:
     copied: tuple[Path, ...] = ()
     is_folder: bool = False
     card: bytes | None = None
-    tasks: Callable[[], Sequence[Sized]] | None = None
+    jobs: Callable[[], Iterator[Job]] | None = None
 
 
 def real(path: Path) -> Path:

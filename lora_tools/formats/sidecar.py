@@ -25,6 +25,7 @@ from lora_tools.formats.json_file import parse
 from lora_tools.formats.regular_files import MOST
 from lora_tools.formats.safetensors_file import SafetensorsFile
 from lora_tools.formats.spool import SafetensorsSpool
+from lora_tools.jobs import Lying
 from lora_tools.records import TensorSpec
 
 if TYPE_CHECKING:
@@ -204,6 +205,12 @@ class Sidecar:
                 found[name.removeprefix(prefix)] = self._unpack(name, min(left, MOST))
                 left -= len(found[name.removeprefix(prefix)])
         return found
+
+    def lies(self, tensor: str) -> tuple[Lying, ...]:
+        """What is kept of one tensor, and where that lies."""
+        names = [f"{part}/{tensor}" for part in ("lengths", *self._parts)]
+        specs = [self.file.specs[name] for name in names if name in self.file.specs]
+        return tuple(Lying(str(self.path), spec.name, spec.nbytes) for spec in specs)
 
     def listing(self, tensor: str, numel: int) -> Listing:
         """What is kept of one tensor, which has so many elements.

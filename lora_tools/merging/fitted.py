@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lora_tools.formats.adapters.peft import Adapter
 from lora_tools.formats.checkpoint import Checkpoint, View
 from lora_tools.formats.dtypes import torch_dtype
+from lora_tools.jobs import Lying
 from lora_tools.records import Fate, TensorSpec
 from lora_tools.sources.class_says import class_says
 
@@ -80,6 +81,14 @@ class FittedBase(View):
         if self.is_same(name):
             return self.source.rows(self.made[name].source, matrix, start, stop)
         return super().rows(name, matrix, start, stop)
+
+    def lies(self, name: str) -> tuple[Lying, ...]:
+        """What the source, or the adapter, has for it."""
+        each = self.made[name]
+        if each.adapter is not None:
+            file = each.adapter.file
+            return (Lying(str(file.path), each.source, file.specs[each.source].nbytes),)
+        return self.source.lies(each.source)
 
     def decoded_bytes(self, name: str) -> int:
         """What the source takes for it."""

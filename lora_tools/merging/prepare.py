@@ -15,6 +15,7 @@ from lora_tools.formats.dtypes import parse_float_dtype
 from lora_tools.formats.output import Prepared
 from lora_tools.merging.checkpoint import merge_checkpoint, merge_tasks, refuse_fitted
 from lora_tools.merging.fit import fit_base
+from lora_tools.merging.jobs import rewriting_jobs
 from lora_tools.merging.loadable import notes_on_loading, refuse_unloadable
 from lora_tools.merging.output_files import out_specs
 from lora_tools.merging.plan import MergePlan, plan_merge
@@ -170,7 +171,12 @@ def prepare_merge(
         nbytes,
         planned.nbytes,
         lambda out: merge_checkpoint(job(out), reversible),
-        tasks=lambda: merge_tasks(base, planned.plan, specs, reversible),
+        jobs=lambda: rewriting_jobs(
+            ((t, (t.target,), (t.spec,)) for t in merge_tasks(base, planned.plan, specs)),
+            base,
+            shards,
+            report.plan,
+        ),
         beside=bare if reversible else (),
         dropped=() if reversible else bare,
         pipeline=base.pipeline,

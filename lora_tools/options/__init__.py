@@ -21,18 +21,8 @@ from lora_tools.options.own import (
     Undoing,
     View,
 )
-from lora_tools.options.shared import (
-    AdapterForm,
-    Adding,
-    Matching,
-    Origin,
-    Ranks,
-    Running,
-    Search,
-    Storage,
-    Tensors,
-    Writing,
-)
+from lora_tools.options.shared import AdapterForm, Adding, Matching, Origin, Ranks, Search, Tensors
+from lora_tools.options.work import Running, Storage, Writing
 
 __all__ = [
     "AdapterForm",

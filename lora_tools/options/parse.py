@@ -10,8 +10,10 @@ from lora_tools.errors import UsageError
 from lora_tools.formats.adapters.consumers import CONSUMERS, Consumer
 from lora_tools.formats.regular_files import read_file
 from lora_tools.linalg.layouts import Layout, named
+from lora_tools.options.fields import nearest
 
 _MOST_TEXT = 1 << 30
+_SHOWN = 6  # ends of names
 _HANDED_OVER = re.compile(r"/dev/stdin|(/dev|/proc/self)/fd/\d+")
 
 
@@ -65,10 +67,20 @@ class NameFilter:
         for flag, patterns in (("--include", self._include), ("--exclude", self._exclude)):
             for pattern in patterns:
                 if not any(map(pattern.search, known)):
-                    such = f", such as {known[len(known) // 2]}" if known else ""
                     raise UsageError(
-                        f"{flag} {pattern.pattern!r} is found in no name of a module{such}"
+                        f"{flag} {pattern.pattern!r} is found in no name of a module"
+                        f"{_such(pattern.pattern, known)}"
                     )
+
+
+def _such(wrong: str, names: Sequence[str]) -> str:
+    """What was meant, else what there is."""
+    if meant := nearest(wrong, sorted({part for name in names for part in name.split(".")})):
+        return f"; d{meant[1:]}"
+    if not names:
+        return ""
+    few = sorted({name.rpartition(".")[2] for name in names})[:_SHOWN]
+    return f"; names end in {', '.join(few)}{', …' if len(few) == _SHOWN else ''}"
 
 
 def layer_kinds(given: Sequence[str]) -> list[tuple[re.Pattern[str], Layout | None]]:

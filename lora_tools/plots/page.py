@@ -279,7 +279,7 @@ def _curves(picture: Picture) -> tuple[list[Any], dict[str, Any]]:
         "hovermode": "closest",
         "xaxis": {"type": "log", "title": {"text": drawn.CURVES_AXES[0]}},
         "yaxis": {"rangemode": "tozero", "title": {"text": drawn.CURVES_AXES[1]}},
-        "legend": {"x": 0.02, "y": 0.02, "yanchor": "bottom"},
+        "legend": {"orientation": "h", "y": -0.2},  # below, where no curve runs
         "shapes": [
             line | {"x0": size, "x1": size, "line": {"color": "#888888", "width": 0.5}}
             for _, size, _ in picture.marks

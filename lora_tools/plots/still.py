@@ -148,4 +148,4 @@ def _curves(axes: Axes, picture: Picture) -> None:
         top.spines[:].set_visible(False)
         for size in sizes:
             axes.axvline(size, color="#cccccc", lw=0.6, zorder=0)
-    axes.legend(frameon=False, loc="lower left")
+    axes.legend(frameon=False, loc="best")  # where no curve runs

@@ -101,6 +101,13 @@ class Item:
         return sum(spec.nbytes for spec in self.specs)
 
 
+def read_by(item: Item) -> tuple[Target, ...]:
+    """The tensors that are read for it: of those with a common scale the first reads all."""
+    others = [target for target, spec in item.joined if spec.name != item.name]
+    is_first = bool(item.joined) and item.joined[0][1].name == item.name
+    return (item.target, *others) if is_first else (item.target,)
+
+
 @dataclasses.dataclass(frozen=True)
 class QuantizePlan:
     """Every tensor of the output in file order; ``skip`` names linear layers that stay."""
@@ -223,9 +230,10 @@ def _commonest(reasons: Mapping[str, str], linears: Sequence[Weight]) -> str:
     """Why most linear layers stay, and one of them."""
     if not linears:
         return ""
-    [(why, count)] = Counter(reasons[w.spec.name] for w in linears).most_common(1)
+    [(why, _)] = Counter(reasons[w.spec.name] for w in linears).most_common(1)
     first = next(w.spec.name for w in linears if reasons[w.spec.name] == why)
-    return f"; of {len(linears)}, {count} stay ({first}): {why}"
+    stay = f"all {len(linears)} stay, such as" if len(linears) > 1 else "one stays,"
+    return f"; {stay} {first}: {why}"
 
 
 def joined(items: Sequence[Item]) -> tuple[Item, ...]:

@@ -17,6 +17,7 @@ from lora_tools.formats.quantized.bitsandbytes import QUANT_TYPES
 from lora_tools.formats.quantized.forms import FORMS, Form, four_bits
 from lora_tools.formats.quantized.packed import plain_dtype
 from lora_tools.merging.fit import fit_base
+from lora_tools.merging.jobs import rewriting_jobs
 from lora_tools.merging.loadable import refuse_unloadable
 from lora_tools.merging.output_files import out_specs
 from lora_tools.merging.plan import plan_merge
@@ -36,6 +37,7 @@ from lora_tools.quantizing.plan import (
     is_expert,
     is_stored_alike,
     plan_quantize,
+    read_by,
 )
 from lora_tools.records import DTYPE_BITS, Action, Fate, Report, counted
 from lora_tools.sources.checkpoints import open_checkpoint
@@ -130,7 +132,17 @@ def prepare_quantize(
         nbytes,
         planned.nbytes,
         write,
-        tasks=None if room else lambda: quantize_tasks(base, plan, how.fit if how else None),
+        jobs=None
+        if room
+        else lambda: rewriting_jobs(
+            (
+                (task, read_by(task.item), task.item.specs)
+                for task in quantize_tasks(base, plan, how.fit if how else None)
+            ),
+            base,
+            shards,
+            fates,
+        ),
         pipeline=base.pipeline,
         is_folder=base.is_folder,
         copied=base.copied(),
@@ -193,7 +205,12 @@ def prepare_dequantize(
         nbytes,
         planned.nbytes,
         lambda out: dequantize_checkpoint(job(out), view, quantized),
-        tasks=lambda: dequantize_tasks(planned.plan, specs),
+        jobs=lambda: rewriting_jobs(
+            ((t, (t.target,), (t.spec,)) for t in dequantize_tasks(planned.plan, specs)),
+            view,
+            shards,
+            fates,
+        ),
         pipeline=view.pipeline,
         is_folder=view.is_folder,
         copied=view.copied(),

@@ -19,6 +19,7 @@ from lora_tools.formats.quantized.packed import PackedWeight
 from lora_tools.formats.regular_files import is_there, read_file
 from lora_tools.merging.fitted import FittedBase
 from lora_tools.merging.in_memory import MergeInMemory
+from lora_tools.merging.jobs import rewriting_jobs
 from lora_tools.merging.loadable import refuse_unloadable
 from lora_tools.merging.output_files import out_specs
 from lora_tools.merging.plan import MergePlan
@@ -36,7 +37,7 @@ from lora_tools.quantizing.feeding import (
     working_bytes,
 )
 from lora_tools.quantizing.pack import Way, into, pack, way_of
-from lora_tools.quantizing.plan import Item, QuantizePlan, is_stored_alike, joined
+from lora_tools.quantizing.plan import Item, QuantizePlan, is_stored_alike, joined, read_by
 from lora_tools.quantizing.surviving import in_outputs, totals_of_outputs
 from lora_tools.quantizing.tensor import QuantizedItem, with_scale, with_shared_scale
 from lora_tools.records import Action, Fate, Report, TensorResult, TensorSpec
@@ -117,7 +118,12 @@ def prepare_requantize(
         nbytes,
         planned.nbytes,
         lambda out: with_input(requantized(job(out), view, work), known),
-        tasks=lambda: _tasks(work),
+        jobs=lambda: rewriting_jobs(
+            ((task, read_by(task.item), task.item.specs) for task in _tasks(work)),
+            view,
+            shards,
+            fates,
+        ),
         dropped=() if view.is_folder else (SIDECAR,),
         pipeline=view.pipeline,
         is_folder=view.is_folder,

@@ -12,6 +12,7 @@ from lora_tools.formats.checkpoint import Checkpoint, Decoder, View
 from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.formats.quantized.packed import AGAIN, ASIDE, PackedWeight
 from lora_tools.formats.tensor_file import TensorFile
+from lora_tools.jobs import Lying
 from lora_tools.records import TensorSpec
 from lora_tools.sources.schemes.row import P, Parts, Scheme, is_finite, matrix_of
 
@@ -40,6 +41,13 @@ class Dequantized(View, Generic[P]):
     def scheme(self) -> Scheme[P]:
         """How they are stored."""
         return self._scheme
+
+    def lies(self, name: str) -> tuple[Lying, ...]:
+        """Of a quantized weight, all that is stored of it."""
+        if name not in self.quantized:
+            return self.source.lies(name)
+        stored = [spec.name for spec in self.quantized[name].specs.values()]
+        return tuple(each for part in stored for each in self.stored.lies(part))
 
     def decoded_bytes(self, name: str) -> int:
         """Of a quantized weight, that of its numbers in float32."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.checkpoint import Checkpoint, View
+from lora_tools.jobs import Lying
 from lora_tools.records import Piece, TensorSpec, rows_of
 
 if TYPE_CHECKING:
@@ -32,6 +34,16 @@ class PiecedView(View):
     ) -> None:
         self._view = _PiecedFile(source, tensors, others)
         super().__init__(source, [self._view])
+
+    def lies(self, name: str) -> tuple[Lying, ...]:
+        """All that it is made of; of a part of a stored tensor its share."""
+        found = []
+        for piece in self._view.pieces(name):
+            rows = max(rows_of(self.source.specs[piece.stored]), 1)
+            for each in self.source.lies(piece.stored):
+                share = each.nbytes * piece.rows // rows
+                found.append(dataclasses.replace(each, nbytes=share))
+        return tuple(found)
 
     def decoded_bytes(self, name: str) -> int:
         """That of all it is made of."""

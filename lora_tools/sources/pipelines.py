@@ -11,6 +11,7 @@ from lora_tools.formats.checkpoint import Checkpoint, View
 from lora_tools.formats.pipelines import Pipeline
 from lora_tools.formats.shards import Shards
 from lora_tools.formats.wrapped_names import Renamed
+from lora_tools.jobs import Lying
 from lora_tools.sources.checkpoints import open_checkpoint
 
 if TYPE_CHECKING:
@@ -61,6 +62,12 @@ class WholePipeline(View):
     def __init__(self, source: Checkpoint, others: Shards) -> None:
         super().__init__(source, [source, *others.files])
         self.others, self.outside = others, frozenset(others.specs)
+
+    def lies(self, name: str) -> tuple[Lying, ...]:
+        """Where the source has it, or another module."""
+        if name not in self.outside:
+            return self.source.lies(name)
+        return (Lying(str(self.home[name].path), name, self.specs[name].nbytes),)
 
     def decoded_bytes(self, name: str) -> int:
         """What the source takes for it."""

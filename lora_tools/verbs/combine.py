@@ -8,7 +8,13 @@ from pathlib import Path
 
 from lora_tools.adapting.combine_module import Combination, Term
 from lora_tools.adapting.other_layout import in_layout
-from lora_tools.adapting.stack import bases_named, combine_adapters, refuse_unstackable, stackable
+from lora_tools.adapting.stack import (
+    bases_named,
+    combine_adapters,
+    combine_jobs,
+    refuse_unstackable,
+    stackable,
+)
 from lora_tools.adapting.write import uncovered, written_as
 from lora_tools.errors import AdapterError, MismatchError, UsageError
 from lora_tools.formats.adapters.base_names import BaseNames
@@ -104,7 +110,15 @@ def combine(
     read = tuple(w.adapter.path for w in weighted)
     nbytes = 3 * sum(w.adapter.nbytes for w in weighted)
     read_bytes = input_bytes(weighted)
-    return Prepared(report, read, nbytes, read_bytes, write, is_folder=form.is_folder)
+    return Prepared(
+        report,
+        read,
+        nbytes,
+        read_bytes,
+        write,
+        is_folder=form.is_folder,
+        jobs=lambda: combine_jobs(given, options, form.file_name, fates),
+    )
 
 
 def _form(weighted: Sequence[Weighted], to: str | None) -> Format:

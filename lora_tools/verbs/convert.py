@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_tools.adapting.changes_to_lora import plan_lora, write_lora
+from lora_tools.adapting.changes_to_lora import lora_jobs, plan_lora, write_lora
 from lora_tools.adapting.convert_module import Conversion, product_energy
 from lora_tools.adapting.input_dora import take_input_dora
 from lora_tools.adapting.other_layout import in_layout
@@ -16,6 +16,7 @@ from lora_tools.adapting.write import (
     ConvertJob,
     choose_conversion,
     conversion_notes,
+    convert_jobs,
     features,
     kept_modules,
     without_factors,
@@ -110,7 +111,16 @@ def convert(
 
     read = (given.path, *([names.path] if names is not None else []))
     nbytes, read_bytes = 3 * given.nbytes, given.original.nbytes
-    return Prepared(report, read, nbytes, read_bytes, write, is_folder=target.is_folder)
+    job = ConvertJob(given, kept, names, options, {}, Path(call.out))
+    return Prepared(
+        report,
+        read,
+        nbytes,
+        read_bytes,
+        write,
+        is_folder=target.is_folder,
+        jobs=lambda: convert_jobs(job, target.file_name, report.plan),
+    )
 
 
 def _made_lora(
@@ -166,7 +176,15 @@ def _made_lora(
     is_folder = FORMATS[formats.to].is_folder
     read_bytes = given.original.nbytes + sum(w.target.spec.nbytes for w in works)
     read = (given.path, base.path)
-    return Prepared(report, read, nbytes, read_bytes, write, is_folder=is_folder)
+    return Prepared(
+        report,
+        read,
+        nbytes,
+        read_bytes,
+        write,
+        is_folder=is_folder,
+        jobs=lambda: lora_jobs(given, works, base, rule, dtype, FORMATS[formats.to], fates),
+    )
 
 
 def _refuse_tied(

@@ -12,7 +12,8 @@ from lora_tools.adapting.write import written_as
 from lora_tools.errors import QualityGateError, UnsupportedAdapter, UsageError
 from lora_tools.extracting.adapter import extract_adapter, kept_spectra
 from lora_tools.extracting.decompose import Decomposition, Sides
-from lora_tools.extracting.pair_work import PairWork, extract_tasks
+from lora_tools.extracting.jobs import extract_jobs
+from lora_tools.extracting.pair_work import PairWork
 from lora_tools.extracting.pairs import make_plan
 from lora_tools.extracting.totals import unknown_noise
 from lora_tools.figures import above
@@ -117,7 +118,7 @@ def extract(
         sum(side.stored.nbytes for side in sides),
         write,
         is_folder=form.is_folder,
-        tasks=None if size is not None else lambda: extract_tasks(plan.pairs),
+        jobs=lambda: extract_jobs(plan.pairs, sides, fates, form.file_name),
     )
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from lora_tools.engine.threads import PROGRAM, THREAD, default_jobs, most_at_once
 from lora_tools.errors import QualityGateError, UsageError, errors_of_the_tree
 from lora_tools.formats import digest as hashing
-from lora_tools.formats import variants
+from lora_tools.formats import hub_progress, variants
 from lora_tools.formats.adapters.format import refuse_file_name
 from lora_tools.formats.checkpoint import PICKLE_SUFFIXES
 from lora_tools.formats.output import Prepared, free_bytes
@@ -31,7 +31,7 @@ from lora_tools.provenance import command_of, tool_version
 from lora_tools.records import Fate, Input, ProgressCallback, Report
 from lora_tools.remote import urls
 from lora_tools.totals import WorkTotals
-from lora_tools.verbs import VERBS, elsewhere
+from lora_tools.verbs import VERBS, elsewhere, plan_file
 from lora_tools.verbs.paths import Paths
 from lora_tools.verbs.report_file import check_report_file, write_report
 from lora_tools.verbs.row import Verb
@@ -184,6 +184,7 @@ def _here(
     with contextlib.ExitStack() as held:
         held.enter_context(hashing.using(call.running.digest))
         held.enter_context(variants.using(call.running.variant))
+        held.enter_context(hub_progress.telling(call.running.progress))
         held.enter_context(files.unchanged())
         return _work(row, call, given, asked, paths)
 
@@ -245,9 +246,11 @@ def _work(
     paths.check(call.writing.dry_run)
     copied = copied_files(prepared)  # on a dry run, too: it refuses what may not be copied
     nbytes = prepared.nbytes + sum(map(held_bytes, copied))
+    paths.check_kept(call.writing.dry_run)
+    if call.writing.plan is not None:
+        plan_file.write_or_compare(prepared, call.writing, call.out)
     if call.writing.dry_run:
         return _with_needs(prepared, Path(call.out), nbytes, call.running)
-    paths.check_kept()
     return write(row, asked, prepared, call.out, call.command, nbytes)
 
 
@@ -257,7 +260,7 @@ def _with_needs(prepared: Prepared, out: Path, nbytes: int, running: Running) ->
     free = free_bytes(out) if out.parent.is_dir() else None
     if free is not None:
         needs["disk_free"] = free
-    if prepared.tasks is not None:
-        at_once = most_at_once([task.nbytes for task in prepared.tasks()])
+    if prepared.jobs is not None:
+        at_once = most_at_once([job.peak_memory for job in prepared.jobs()])
         needs["peak_memory"] = at_once + PROGRAM + THREAD * (running.jobs or default_jobs())
     return dataclasses.replace(prepared.report, totals={**prepared.report.totals, **needs})

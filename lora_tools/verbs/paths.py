@@ -15,6 +15,7 @@ from lora_tools.formats.output import Prepared, check_destination, overlap, real
 from lora_tools.sources.weighted import split_weight
 from lora_tools.verbs.row import Verb, called
 
+_PLAN = "--plan"
 _BESIDE = (".sidecar", "_data", ".data")  # what belongs to a file and is read with it
 
 
@@ -83,22 +84,26 @@ class Paths:
         """
         if self.report is not None:
             self._check_report(self.report)
-        if dry_run:
-            return
-        for path in self.outputs.values():
+        outputs = self._written(self.outputs, dry_run)
+        for path in outputs.values():
             for source in self.inputs:
                 if real(source) != self.into:
                     refuse_overlap(path, source)
-        for (name, path), (other, place) in itertools.combinations(self.outputs.items(), 2):
+        for (name, path), (other, place) in itertools.combinations(outputs.items(), 2):
             if overlap(path, place):
                 raise UsageError(
                     f"{name} {path} and {other} {place} are one, or one lies in the other; choose "
                     "another place for one of them"
                 )
 
-    def check_kept(self) -> None:
+    @staticmethod
+    def _written(outputs: Mapping[str, Path], dry_run: bool) -> Mapping[str, Path]:
+        """Those that are written: by a dry run the plan alone."""
+        return {name: outputs[name] for name in {_PLAN} & outputs.keys()} if dry_run else outputs
+
+    def check_kept(self, dry_run: bool = False) -> None:
         """Raises OutputError where what is kept beside the output cannot be written."""
-        for name, path in self.kept.items():
+        for name, path in self._written(self.kept, dry_run).items():
             if path.is_dir():
                 raise OutputError(f"{name} {path}: is a folder; name a file")
             check_destination(path, force=True)

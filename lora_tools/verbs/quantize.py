@@ -71,8 +71,8 @@ def quantize(
         return report if examiner is None else examiner.evaluate(report, out)
 
     nbytes = prepared.nbytes + (examiner.space if examiner is not None else 0)
-    tasks = prepared.tasks if examiner is None else None  # it holds the whole model
-    return dataclasses.replace(prepared, write=write, nbytes=nbytes, tasks=tasks)
+    jobs = prepared.jobs if examiner is None else None  # it holds the whole model
+    return dataclasses.replace(prepared, write=write, nbytes=nbytes, jobs=jobs)
 
 
 def _calibrated(
@@ -93,7 +93,7 @@ def _calibrated(
     note = f"error-fed where the text reaches them: by statistics collected on {calibration.path}"
     report = dataclasses.replace(plan.report, notes=(*plan.report.notes, note))
     return dataclasses.replace(
-        plan, report=report, write=write, nbytes=plan.nbytes + calibration.space, tasks=None
+        plan, report=report, write=write, nbytes=plan.nbytes + calibration.space, jobs=None
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lora_tools.adapting.convert_module import rank_ceiling
 from lora_tools.adapting.for_consumer import in_terms_of
-from lora_tools.adapting.scale import Rescaling, refuse_unread, rescale_adapter
+from lora_tools.adapting.scale import Rescaling, refuse_unread, rescale_adapter, rescale_jobs
 from lora_tools.adapting.write import no_effect, uncovered, written_as
 from lora_tools.errors import AdapterError, UnsupportedAdapter, UsageError
 from lora_tools.formats.adapters.format import Format
@@ -79,7 +79,15 @@ def rescale(
 
     read = (given.path, *([names.path] if names is not None else []))
     nbytes, read_bytes = 6 * given.nbytes, given.original.nbytes
-    return Prepared(report, read, nbytes, read_bytes, write, is_folder=form.is_folder)
+    return Prepared(
+        report,
+        read,
+        nbytes,
+        read_bytes,
+        write,
+        is_folder=form.is_folder,
+        jobs=lambda: rescale_jobs(given, options, form.file_name, report.plan),
+    )
 
 
 def _options(strength: Strength, ranks: Ranks, form: AdapterForm) -> Rescaling:

@@ -13,6 +13,7 @@ from lora_tools.formats.checkpoint_writer import Shard, lay_out
 from lora_tools.formats.output import Prepared
 from lora_tools.formats.regular_files import is_there
 from lora_tools.formats.sidecar import Sidecar, sidecar_path
+from lora_tools.merging.jobs import rewriting_jobs
 from lora_tools.merging.plan import MergePlan, adapter_digest, plan_merge
 from lora_tools.merging.prepare import Adapters, copied_modules
 from lora_tools.merging.rewrite import Rewrite
@@ -96,7 +97,13 @@ def unmerge(
         is_folder=checkpoint.is_folder,
         copied=checkpoint.copied(),
         card=memory.card() if memory is not None else None,
-        tasks=lambda: restore_tasks(plan),
+        jobs=lambda: rewriting_jobs(
+            ((task, (task.target,), (task.target.spec,)) for task in restore_tasks(plan)),
+            checkpoint,
+            shards,
+            report.plan,
+            memory,
+        ),
     )
 
 

@@ -33,7 +33,8 @@ CONFIG = "adapter_config.json"
 
 _FACTOR = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B"
-    r"|lora_magnitude_vector)(?:\.default)?(?:\.(?P<leaf>weight|bias))?"
+    r"|lora_magnitude_vector)(?:\.default)?(?:\.(?P<leaf>weight|bias))?",
+    re.DOTALL,  # PEFT cuts names at dots, and looks at no letter
 )
 _TOKENS = re.compile(r"(?P<module>.+?)(\.token_adapter)?\.trainable_tokens_delta")
 # What PEFT's wrappers put into the names of the tensors of the module that they stand for.

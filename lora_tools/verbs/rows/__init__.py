@@ -1,0 +1,1 @@
+"""The rows of the table of verbs, by what they work on."""
