@@ -795,7 +795,7 @@ def quantize(
             them: each column is rounded to make up for those before it (GPTQ). The same scales,
             bytes and format, and a model that loses much less.
         calibrate: Collect the statistics that --activations takes on this text first, in the same
-            run. The whole model in float32 and its statistics must fit in memory.
+            run, block after block of the model.
         calibration_tokens: Tokens of the text to run the model over, in sequences of 512. [default:
             five times as many as the widest layer has inputs, and 8,192 at least]
         calibration_seed: Seed of the choice of sequences, where the text has more than are used
@@ -1259,7 +1259,7 @@ def collect_stats(
     running: Running | None = None,
 ) -> Report[CollectStatsTotals]:
     r"""Write to ``out`` the second moment E[xxᵀ] of each linear layer's input on this text, which
-    ``extract(activations=...)`` weighs its errors by. Needs transformers, and memory for the model.
+    ``extract(activations=...)`` weighs its errors by. Needs transformers.
 
     A diagonal is far smaller than the whole matrix, and less exact. ``jobs`` are torch's threads.
     Of a model in a stored number format the plain one that it stands for is run, which lies beside

@@ -119,8 +119,10 @@ def test_merged_as_comfyui_does(
     models.assert_same(models.tensors(tmp_path / "near"), before, 1e-6)
 
 
-def test_a_tensor_that_is_no_modules(tmp_path: Path) -> None:
-    """Wan's ``modulation`` has no ``.weight``; files have ``.diff`` behind its name."""
+@pytest.mark.parametrize("lightx2v", [False, True])
+def test_a_tensor_that_is_no_modules(lightx2v: bool, tmp_path: Path) -> None:
+    """Wan's ``modulation`` has no ``.weight``; files have ``.diff`` behind its name, and LightX2V's
+    ``.diff_m`` behind the block's (the key of its distilled Wan that ComfyUI leaves out)."""
     base = {"blocks.0.modulation": noise(1, 6, 8), "blocks.0.ffn.0.weight": noise(6, 8)}
     file = {
         "diffusion_model.blocks.0.modulation.diff": noise(1, 6, 8, seed=1),
@@ -128,8 +130,13 @@ def test_a_tensor_that_is_no_modules(tmp_path: Path) -> None:
         "diffusion_model.blocks.0.ffn.0.lora_up.weight": noise(6, 2, seed=3),
     }
     save_file(base, tmp_path / "b.safetensors")
-    save_file(file, tmp_path / "l.safetensors")
+    spelt = {k.replace("modulation.diff", "diff_m") if lightx2v else k: v for k, v in file.items()}
+    save_file(spelt, tmp_path / "l.safetensors")
     lora_tools.merge(tmp_path / "b.safetensors", [tmp_path / "l.safetensors"], tmp_path / "m")
+    lora_tools.convert(
+        tmp_path / "l.safetensors", tmp_path / "o", to="comfyui", base=tmp_path / "b.safetensors"
+    )
+    assert "diffusion_model.blocks.0.modulation.diff" in load_file(tmp_path / "o")
     wanted = comfy(base, file, "diffusion_model.")
     for name, tensor in load_file(tmp_path / "m").items():
         torch.testing.assert_close(tensor.double(), wanted[name], rtol=1e-6, atol=1e-6)

@@ -120,7 +120,7 @@ LIBRARIES = {
     "remote": {"fsspec", "aiohttp", "huggingface_hub"},
     # peft: the filters of WaveFT, which no other library that is needed has
     "linalg": {"torch", "numpy", "scipy", "gguf", "peft"},
-    "calibration": {"torch", "transformers"},
+    "calibration": {"torch", "transformers", "accelerate"},
     "pretrained": {"transformers"},
     "plots": {"matplotlib", "plotly"},
     "notebook": {"pandas"},

@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import lora_tools
-from lora_tools import calibration
 from lora_tools.cli import run
 from lora_tools.errors import UsageError
 
@@ -91,13 +89,3 @@ def test_what_is_refused(work: Path, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=said):
             lora_tools.quantize(work / base, tmp_path / "q", **options)
     assert not (tmp_path / "q").exists()
-
-
-def test_a_product_is_made_once_for_layers_that_share_an_input_and_anew_once_it_changes() -> None:
-    product, x = calibration._Product(), torch.randn(2, 5, 3)
-    first = product(x)
-    assert product(x) is first
-    assert torch.equal(first, x.view(-1, 3).T @ x.view(-1, 3))
-    x.mul_(2)
-    assert torch.allclose(product(x), 4 * first)
-    assert not torch.equal(product(x.clone().add_(1)), product(x))

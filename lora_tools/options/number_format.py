@@ -77,8 +77,8 @@ class NumberFormat:
     )
     calibrate: str | Path | None = option(
         None,
-        "Collect the statistics that --activations takes on this text first, in the same run. The "
-        "whole model in float32 and its statistics must fit in memory.",
+        "Collect the statistics that --activations takes on this text first, in the same run, "
+        "block after block of the model.",
         FOUR_BITS,
         metavar="TEXT",
         recorded=False,

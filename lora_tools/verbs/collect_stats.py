@@ -30,7 +30,7 @@ def collect_stats(
     call: Call, model: str | Path, text: str | Path, sampling: Sampling, search: Search
 ) -> Prepared:
     """Write to ``out`` the second moment E[xxᵀ] of each linear layer's input on this text, which
-    ``extract(activations=...)`` weighs its errors by. Needs transformers, and memory for the model.
+    ``extract(activations=...)`` weighs its errors by. Needs transformers.
 
     A diagonal is far smaller than the whole matrix, and less exact. ``jobs`` are torch's threads.
     Of a model in a stored number format the plain one that it stands for is run, which lies beside
@@ -95,9 +95,7 @@ def _collect(
     if plain is not None:
         folder = out.with_name("plain")
         plain.write(folder)
-    rows, found = _moments(folder, content, sampling, device, running)
-    if plain is not None:
-        shutil.rmtree(folder)
+    rows = _rows(folder, content, sampling)
     digests = (checkpoint.digest({}), text_digest(content))
     metadata = {
         "loratools": report.version,
@@ -108,10 +106,11 @@ def _collect(
         "model_digest": digests[0],
         "text_digest": digests[1],
     }
-    statistics.write(out, found, metadata)
-    measured = set(found)
+    collected = statistics.collect(folder, rows, sampling.kind, device, running, out, metadata)
+    if plain is not None:
+        shutil.rmtree(folder)
     totals: CollectStatsTotals = {
-        "modules": len(found),
+        "modules": len(collected.modules),
         "tokens": rows.numel(),
         "sequences": len(rows),
         "bytes": out.stat().st_size,
@@ -119,8 +118,9 @@ def _collect(
     return dataclasses.replace(
         report,
         totals=totals,
+        notes=(*report.notes, *collected.notes),
         plan=tuple(
-            f if f.tensor in measured else dataclasses.replace(f, action=Action.UNUSED)
+            f if f.tensor in collected.modules else dataclasses.replace(f, action=Action.UNUSED)
             for f in report.plan
         ),
         inputs=tuple(
@@ -129,13 +129,11 @@ def _collect(
     )
 
 
-def _moments(
-    folder: Path, content: str, sampling: Sampling, device: str, running: Running
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The text in sequences of tokens (n, length), and the second moment of each layer's input."""
+def _rows(folder: Path, content: str, sampling: Sampling) -> torch.Tensor:
+    """The text in sequences of tokens (n, length)."""
     from lora_tools import calibration
 
     rows = calibration.sequences(folder, content, sampling.length)
     if sampling.max_tokens is not None:
         rows = rows[: sampling.max_tokens // sampling.length]
-    return rows, statistics.collect(folder, rows, sampling.kind, device, running)
+    return rows

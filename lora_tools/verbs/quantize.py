@@ -82,11 +82,13 @@ def _calibrated(
 
     def write(out: Path) -> Report[QuantizeTotals]:
         path = out.with_name("statistics")
-        calibration.collect(path)
+        collected = calibration.collect(path)
         report: Report[QuantizeTotals] = prepare(path).write(out)
         path.unlink()
         inputs = [i for i in report.inputs if i.role != "activations"]
-        return dataclasses.replace(report, inputs=(*inputs, calibration.input))
+        return dataclasses.replace(
+            report, inputs=(*inputs, calibration.input), notes=(*report.notes, *collected.notes)
+        )
 
     note = f"error-fed where the text reaches them: by statistics collected on {calibration.path}"
     report = dataclasses.replace(plan.report, notes=(*plan.report.notes, note))

@@ -31,7 +31,7 @@ from lora_tools.formats.adapters.components import (
     published,
 )
 from lora_tools.formats.adapters.format import Format
-from lora_tools.formats.adapters.lycoris import OWN_PARTS, add_module, note_on_exact
+from lora_tools.formats.adapters.lycoris import MODULATION, OWN_PARTS, add_module, note_on_exact
 from lora_tools.formats.adapters.outline import Context, Outline, group_parts, pair, reshaped
 from lora_tools.formats.adapters.peft import PREFIX
 from lora_tools.formats.adapters.places import Place
@@ -63,7 +63,7 @@ _PARTS = {
     "up.weight": "B",
     "dora_scale": "magnitude",
     "magnitude": "magnitude",
-    **{part: part for part in OWN_PARTS},
+    **{part: part for part in (*OWN_PARTS, MODULATION)},
 }
 _LYCORIS = {"A": "lora_down.weight", "B": "lora_up.weight", "magnitude": "dora_scale"}
 _PART = "|".join(re.escape(part) for part in sorted(_PARTS, key=len, reverse=True))
@@ -84,7 +84,8 @@ def split(key: str) -> tuple[str, str] | None:
     if not match:
         return xlabs.split(key)
     module = _PROCESSOR.sub(lambda m: "." + m[1].replace("to_out", "to_out.0"), match["module"])
-    return module, _PARTS[match["part"]]
+    part = _PARTS[match["part"]]
+    return f"{module}.modulation" if part == MODULATION else module, part
 
 
 def knows(key: str) -> bool:
@@ -106,7 +107,7 @@ def read(path: Path, file: TensorFile, context: Context, form: str = "diffusers"
     in_base = _in_base([*modules, *itertools.chain(*several.values())], context.base)
     for name, keys in modules.items():
         module = in_base[name]
-        if keys.keys() & {*OWN_PARTS}:
+        if keys.keys() & {*OWN_PARTS, MODULATION}:
             own = {_LYCORIS.get(part, part): key for part, key in keys.items()}
             add_module(outline, module, own, context, zero_is_rank=False)
             continue

@@ -39,6 +39,7 @@ _HADA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2
 _KRON = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 # Parts that are whole tensors, and which one of the module they are for.
 _DIFFERENCES = {"diff": "weight", "diff_b": "bias", "w_norm": "weight", "b_norm": "bias"}
+MODULATION = "diff_m"  # LightX2V's, of a tensor ``modulation`` of Wan
 _SET = "set_weight"
 OWN_PARTS = ("lora_mid.weight", *_HADA, *_KRON, *_DIFFERENCES, _SET)
 PARTS = (*LORA_PARTS, *OWN_PARTS)
@@ -131,7 +132,9 @@ def _without_whole_tensors(
         is_weight = _DIFFERENCES.get(part, "weight") == "weight"
         alone = is_weight and base is not None and module in base.alone
         name = module if alone else f"{module}.{_DIFFERENCES.get(part, 'weight')}"
-        if part == _SET:
+        if part == MODULATION:
+            outline.add_difference(module, key)
+        elif part == _SET:
             outline.add_saved(name, key)
         elif part in _DIFFERENCES and (part != "diff" or alone or len(outline.shape(key)) < 2):
             outline.add_difference(name, key)

@@ -78,6 +78,9 @@ _WAN: Rules = {
     "head.head": "proj_out",
     "blocks.#.ffn.0": "blocks.#.ffn.net.0.proj",
     "blocks.#.ffn.2": "blocks.#.ffn.net.2",
+    "blocks.#.norm3": "blocks.#.norm2",
+    "img_emb.proj.0": "condition_embedder.image_embedder.norm1",
+    "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
     **{
         f"blocks.#.{own}.{short}": f"blocks.#.{theirs}.{long}"
         for own, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2"))
@@ -88,6 +91,9 @@ _WAN: Rules = {
             ("o", "to_out.0"),
             ("k_img", "add_k_proj"),
             ("v_img", "add_v_proj"),
+            ("norm_q", "norm_q"),
+            ("norm_k", "norm_k"),
+            ("norm_k_img", "norm_added_k"),
         )
     },
 }

@@ -136,7 +136,7 @@ OF_FINDINGS = (
         extract --activations.
 
         MODEL is a folder that transformers loads, with its tokenizer; TEXT is UTF-8, as the
-        model will see. Needs loratools[stats] and memory for the whole model in float32.""",
+        model will see. Needs loratools[stats]; one block of the model is in memory.""",
         "loratools collect-stats org/base sample.txt -o stats.safetensors",
         "kind max_tokens length dry_run",
     ),

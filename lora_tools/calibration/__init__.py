@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import CheckpointError, LoraToolsError, NonFiniteError, UsageError, need
 from lora_tools.pretrained import config_of, model_of, quietly, tokenizer_of
@@ -44,8 +44,8 @@ def tokens_of(folder: Path, text: str, trusted: bool | None = None) -> list[int]
         raise
     except Exception as error:  # transformers raises what it likes
         raise CheckpointError(
-            f"{folder}: no tokenizer to be loaded ({_first(error)}); put the files of the model's "
-            "own tokenizer there"
+            f"{folder}: no tokenizer to be loaded ({kind_and_line(error)}); put the files of the "
+            "model's own tokenizer there"
         ) from None
     _refuse_empty(folder, tokenizer)
     unknown = tokens.count(tokenizer.unk_token_id) if tokenizer.unk_token_id is not None else 0
@@ -184,63 +184,18 @@ def text_loss(
     """
     import torch
 
-    before, after = _load(plain, allow_pickle), _load(quantized, allow_pickle)
+    before, after = load(plain, allow_pickle), load(quantized, allow_pickle)
     loss = TextLoss()
     with torch.no_grad():
         for i, row in enumerate(rows):
-            p, q = (_run(*of, row).logits[0] for of in ((before, plain), (after, quantized)))
+            p, q = (run(*of, row).logits[0] for of in ((before, plain), (after, quantized)))
             loss.add(row, q, p)
             done(i + 1)
     return loss.totals()
 
 
-def moments(
-    folder: Path,
-    rows: torch.Tensor,
-    kind: Literal["full", "diagonal"],
-    device: str,
-    allow_pickle: bool,
-    done: Callable[[int], None],
-) -> dict[str, torch.Tensor]:
-    """E[xxᵀ] (in, in), or its diagonal (in), of the input of every linear layer, by module.
-
-    An embedding's input is one token of its vocabulary: its moment is the diagonal of the tokens'
-    frequencies, one added to each count (Laplace), so that no row is without weight.
-
-    Raises:
-        UnsafeInput: it is made by code that comes with it, which is not run.
-        CheckpointError: transformers cannot load the model, or run it.
-        NonFiniteError: an inf or a NaN among the activations.
-    """
-    import torch
-
-    model = _load(folder, allow_pickle).to(device)
-    sums: dict[str, torch.Tensor] = {}
-    counts: dict[str, int] = {}
-    product = _Product()
-    handles = [
-        module.register_forward_pre_hook(_hook(name, module, kind, sums, counts, product))
-        for name, module in model.named_modules()
-        if _is_known(module)
-    ]
-    try:
-        with torch.no_grad():
-            for i, row in enumerate(rows):
-                _run(model, folder, row.to(device))
-                done(i + 1)
-    finally:
-        for handle in handles:
-            handle.remove()
-    result = {}
-    for name, total in sums.items():
-        moment = (total / counts[name]).float().cpu()
-        if not moment.isfinite().all():
-            raise NonFiniteError(f"{name}: its input holds an inf or a NaN on this text")
-        result[name] = moment
-    return result
-
-
-def _load(folder: Path, allow_pickle: bool) -> Any:
+def load(folder: Path, allow_pickle: bool) -> Any:
+    """The model of a folder in float32. Raises CheckpointError, UnsafeInput."""
     import torch
     import transformers
 
@@ -258,10 +213,12 @@ def _load(folder: Path, allow_pickle: bool) -> Any:
     except LoraToolsError:
         raise
     except Exception as error:  # transformers raises what it likes
-        raise CheckpointError(f"{folder}: transformers cannot load it ({_first(error)})") from None
+        raise CheckpointError(
+            f"{folder}: transformers cannot load it ({kind_and_line(error)})"
+        ) from None
 
 
-def _run(model: Any, folder: Path, row: torch.Tensor) -> Any:
+def run(model: Any, folder: Path, row: torch.Tensor) -> Any:
     """What a model makes of a row of tokens. Raises CheckpointError where its code fails."""
     try:
         return model(input_ids=row[None])
@@ -269,65 +226,11 @@ def _run(model: Any, folder: Path, row: torch.Tensor) -> Any:
         raise
     except Exception as error:  # transformers raises what it likes
         raise CheckpointError(
-            f"{folder}: transformers loads it and cannot run it ({_first(error)}); does its "
+            f"{folder}: transformers loads it and cannot run it ({kind_and_line(error)}); does its "
             "config.json fit its weights?"
         ) from None
 
 
-def _first(error: Exception) -> str:
+def kind_and_line(error: Exception) -> str:
+    """An error's class and the first line of what it says."""
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-
-
-def _is_known(module: Any) -> bool:
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, torch.nn.Linear | torch.nn.Embedding | Conv1D)
-
-
-class _Product:
-    """xᵀx of a layer's input x. Layers that share one (q, k and v; gate and up) are given the same
-    tensor one after the other: it is computed once."""
-
-    def __init__(self) -> None:
-        self._of: tuple[Any, int] | None = None
-        self._found: Any = None
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self._of is None or self._of[0] is not x or self._of[1] != x._version:
-            flat = x.detach().reshape(-1, x.shape[-1]).float()
-            self._of, self._found = (x, x._version), flat.T @ flat
-        found: torch.Tensor = self._found
-        return found
-
-
-def _hook(
-    name: str,
-    module: Any,
-    kind: str,
-    sums: dict[str, torch.Tensor],
-    counts: dict[str, int],
-    product: _Product,
-) -> Callable[[Any, Sequence[Any]], None]:
-    import torch
-
-    def see(_: Any, given: Sequence[Any]) -> None:
-        x = given[0].detach()
-        if isinstance(module, torch.nn.Embedding):
-            if name not in sums:
-                sums[name] = torch.ones(module.num_embeddings, dtype=torch.float64, device=x.device)
-                counts[name] = module.num_embeddings
-            flat = x.reshape(-1)
-            sums[name].index_add_(
-                0, flat, torch.ones(len(flat), dtype=torch.float64, device=x.device)
-            )
-        else:
-            flat = x.reshape(-1, x.shape[-1])
-            one = product(given[0]) if kind == "full" else flat.double().square().sum(0)
-            if name in sums:
-                sums[name] += one
-            else:
-                sums[name], counts[name] = one.clone(), 0
-        counts[name] += len(flat)
-
-    return see
