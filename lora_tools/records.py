@@ -271,6 +271,13 @@ class Input(_Shown):
 T = TypeVar("T")
 
 
+def _listed(value: Any) -> Any:
+    """With lists for tuples, which are no type of JSON."""
+    if isinstance(value, dict):
+        return {key: _listed(each) for key, each in value.items()}
+    return [_listed(each) for each in value] if isinstance(value, list | tuple) else value
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Report(Generic[T]):
     """What a verb did, or with ``dry_run`` would do; ``T`` is the verb's own type in ``totals.py``,
@@ -292,8 +299,9 @@ class Report(Generic[T]):
     command: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain JSON types."""
-        result = dataclasses.asdict(self)
+        """The report as plain JSON types, which ``report_schema`` describes. Numbers that are not
+        finite stay as they are; ``--json`` and ``--report`` have null for them."""
+        result: dict[str, Any] = _listed(dataclasses.asdict(self))
         for fate in result["plan"]:
             fate["action"] = str(fate["action"])
         return result

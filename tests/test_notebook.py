@@ -144,6 +144,13 @@ def wrong(change: Any) -> list[str]:
     return [error.message for error in validator.iter_errors(report)]
 
 
+def test_a_report_as_a_dict_keeps_to_the_schema() -> None:
+    """Tuples would be none of its arrays."""
+    made = REPORT.to_dict()
+    Draft202012Validator(lora_tools.report_schema("diff")).validate(made)
+    assert isinstance(made["plan"], list)
+
+
 def test_the_schema_finds_what_is_wrong() -> None:
     for verb in (None, "diff", "collect-stats", "collect_stats"):
         Draft202012Validator.check_schema(lora_tools.report_schema(verb))
