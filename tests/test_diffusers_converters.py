@@ -196,8 +196,11 @@ def test_hunyuan_video_as_comfyui_has_it(theirs: Any, tmp_path: Path) -> None:
         for module in tencent
         for part in PARTS["AB"]
     }
+    renamed = {key: tensor.clone() for key, tensor in renamed.items()}
     for given, wanted in ((file, comfy), (renamed, tencent), (renamed, diffusers)):
         check(merged(wanted, case.beside, given, tmp_path), wanted)
+    with pytest.raises(UnsupportedAdapter, match=r"both change .*the same change twice"):
+        merged(tencent, case.beside, file | renamed, tmp_path)
     embedders = [m for m in tencent if m.startswith(("time_in", "guidance_in", "txt_in."))]
     embedders = [m for m in embedders if "token_refiner" not in m and "input_embedder" not in m]
     known = {*comfy, *(m for m in tencent if m not in embedders)}

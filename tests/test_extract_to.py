@@ -166,3 +166,12 @@ def test_the_error_gate_leaves_nothing(root: Path, tmp_path: Path) -> None:
         lora_tools.extract(base, tuned, tmp_path / "o", to="onnxruntime", rank=1, max_error=0.1)
     assert not (tmp_path / "o").exists()
     assert json.loads((base / "config.json").read_text())
+
+
+def test_no_alpha_where_the_format_has_no_place_for_it(root: Path, tmp_path: Path) -> None:
+    """Folded into lora_B it would be rounded after the error was measured."""
+    sides: Any = root / "base", root / "tuned"
+    settings: list[dict[str, Any]] = [{"alpha": 3}, {"rslora": True}]
+    for more in settings:
+        with pytest.raises(UsageError, match="has no place for lora_alpha; leave them out"):
+            lora_tools.extract(*sides, tmp_path / "a", to="onnxruntime", **more)

@@ -11,7 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lora_tools
-from lora_tools.errors import AdapterError, MismatchError, UnsafeInput, UsageError
+from lora_tools.errors import (
+    AdapterError,
+    MismatchError,
+    UnsafeInput,
+    UnsupportedAdapter,
+    UsageError,
+)
 from lora_tools.sources.adapters import open_adapter
 
 MODULES = ("transformer_blocks.0.attn.to_q", "transformer_blocks.1.ff.net.2")
@@ -238,3 +244,29 @@ def test_flat_names_of_another_part_are_left_out_where_that_is_asked(
     assert load_file(back[2])["net.to_q.weight"].abs().max() < 1e-6
     with pytest.raises(AdapterError, match=r"is this the right base\?$"):  # where it is no option
         lora_tools.convert(given[1][0], tmp_path / "c", to="peft", base=given[0])
+
+
+def test_magnitudes_of_some_modules_alone(tmp_path: Path) -> None:
+    """kohya's files may have DoRA here and LoRA there, which PEFT, whose flag is one, has not."""
+    tensors, wanted, ones = {}, {}, torch.ones(6, 1)
+    for i, module in enumerate(MODULES):
+        A, B = factors(i)
+        flat = "lora_unet_" + module.replace(".", "_")
+        tensors |= {f"{flat}.lora_down.weight": A, f"{flat}.lora_up.weight": B}
+        wanted[f"{module}.weight"] = B @ A
+    tensors[f"{flat}.dora_scale"] = ones
+    wanted[f"{module}.weight"] /= wanted[f"{module}.weight"].norm(dim=1, keepdim=True)
+    save_file(tensors, tmp_path / "l.safetensors")
+    base = a_base(tmp_path / "b.safetensors", "")
+    for given in ("l", "again"):
+        lora_tools.merge(
+            base, [tmp_path / f"{given}.safetensors"], tmp_path / f"m_{given}.safetensors"
+        )
+        found = load_file(tmp_path / f"m_{given}.safetensors")
+        for name, change in wanted.items():
+            torch.testing.assert_close(found[name], change, rtol=1e-5, atol=1e-5)
+        out = tmp_path / "again.safetensors"
+        lora_tools.convert(tmp_path / "l.safetensors", out, to="kohya", base=base, force=True)
+    for to in ("peft", "diffusers"):
+        with pytest.raises(UnsupportedAdapter, match=r"magnitudes and .* has none"):
+            lora_tools.convert(tmp_path / "l.safetensors", tmp_path / "o", to=to, base=base)

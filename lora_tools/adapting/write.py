@@ -136,6 +136,14 @@ def choose_conversion(
             f"{given.path}: {target.title} has no place for {parts}; "
             + (f"{flags} leaves them out" if drop is not None else f"`{command}` leaves them out")
         )
+    dora = () if "dora" in (drop or ()) else found.get("dora", ())
+    without = sorted({m.module for m in given.modules.values()} - {*dora})
+    if dora and without and not target.input_dora:
+        raise UnsupportedAdapter(
+            f"{given.path}: {min(dora)} has DoRA's magnitudes and {without[0]} has none: "
+            f"{target.title} has them of all modules or of none; --to kohya holds such a file, and "
+            "merging it into the base keeps it"
+        )
     alpha, pad_to = None, None
     if target.alpha == "one":
         modules = given.modules.values()

@@ -88,6 +88,13 @@ def refuse_overlaps(name: str, parts: Sequence[Part], spec: TensorSpec) -> None:
     for i, part in enumerate(acting):
         for other in acting[:i]:
             cut = [p for p in (part, other) if p.shape and p.shape != spec.shape]
+            one_adapter, alike = part.weighted is other.weighted, part.kind == other.kind
+            if one_adapter and alike and not cut and _called(part) != _called(other):
+                raise UnsupportedAdapter(
+                    f"{part.weighted.path}: {_called(other)} and {_called(part)} both change "
+                    f"{name}, whose names they are, most likely the same change twice; take the "
+                    "keys of one of them out"
+                )
             if part.weighted is not other.weighted or len(cut) != 1:
                 continue
             [inner] = cut

@@ -133,6 +133,12 @@ def _options(ranks: Ranks, form: AdapterForm, search: Search, to: Format) -> Dec
         target = readers_of(to)
         refuse_base_name(to, form.base_name)
         refuse_bytes(ranks, to)
+        if to.alpha == "folded" and (form.alpha is not None or form.rslora):
+            # Folded into lora_B, it would be rounded once more than what was measured.
+            raise UsageError(
+                f"--alpha and --rslora: {to.title} has no place for lora_alpha; leave them out, "
+                "the effect is the same with any"
+            )
     refuse_shared(rule, target)
     if search.activations is not None and (ranks.noise_floor or ranks.gavish_donoho):
         raise UsageError(

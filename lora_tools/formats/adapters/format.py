@@ -53,7 +53,7 @@ class Format:
         dtype: of the factors where none is asked for; "": each keeps its own.
         base: when the base checkpoint is needed: "", ``READ`` or ``READ_AND_WRITTEN``.
         library: whose format it is, and what reads it.
-        input_dora: takes DoRA's magnitudes of inputs, too.
+        input_dora: takes DoRA's magnitudes of inputs, too, and those of some modules alone.
         own_forms: holds MergedLinears (``--layout``) and convolutions as ``linalg.loralib`` has it.
         keeps_names: its writer writes names that were never resolved as they are.
         by_component: its keys say which part of a diffusion pipeline a module is of.

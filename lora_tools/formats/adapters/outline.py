@@ -140,6 +140,8 @@ class Foreign(Adapter):
         stored: the file as it is. notes, blocks, unresolved: as in ``Outline``.
     """
 
+    mixes_dora = True
+
     def __init__(
         self, path: Path, outline: Outline, alphas: Mapping[str, float], compute: Compute
     ) -> None:

@@ -130,6 +130,7 @@ class Adapter:
     """
 
     form, format = "PEFT", "peft"
+    mixes_dora = False  # whether some modules may have DoRA's magnitudes and others not
     notes: tuple[str, ...] = ()
     blocks: Mapping[str, tuple[bool, ...]] = {}
     unresolved = ""
@@ -291,12 +292,13 @@ class Adapter:
         sound = sound and set(B[2:]) <= {1}
         if not sound or (len(A) == 2 and A[0] != B[1]):
             raise self._fail(f"{module}: {a} {list(A)} and {b} {list(B)} do not multiply")
-        if self.use_dora != ("lora_magnitude_vector" in keys):
+        has_dora = "lora_magnitude_vector" in keys
+        if self.use_dora != has_dora and not self.mixes_dora:
             raise self._fail(
                 f"{module}: use_dora is {self.use_dora} in {CONFIG}, and the file "
                 f"{'has' if not self.use_dora else 'lacks'} its lora_magnitude_vector"
             )
-        if self.use_dora and math.prod(self.shape(keys["lora_magnitude_vector"])) != B[0]:
+        if has_dora and math.prod(self.shape(keys["lora_magnitude_vector"])) != B[0]:
             raise self._fail(
                 f"{module}: {B[0]} magnitudes are wanted, one for each of {b}'s rows, and its "
                 f"lora_magnitude_vector is {list(self.shape(keys['lora_magnitude_vector']))}"

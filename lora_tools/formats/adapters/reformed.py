@@ -55,7 +55,7 @@ class Reformed(Adapter):
     """``given`` with these modules; what is saved whole stays as it is."""
 
     def __init__(self, given: Adapter, modules: Sequence[NewModule], compute: Compute) -> None:
-        self._given = given
+        self._given, self.mixes_dora = given, given.mixes_dora
         self._numbers: dict[str, Mapping[str, Any]] = {
             "rank_pattern": {module.target: module.r for module in modules},
             "alpha_pattern": {module.target: module.alpha for module in modules},
