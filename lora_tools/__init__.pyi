@@ -997,7 +997,9 @@ def export(
         dtype: bfloat16, float16, float32 or float64. [default: each tensor keeps its own; see
             --compute-dtype]
         weights: shared: the graph points into the output's safetensors files. bundled: one
-            external-data file in their place. [default: shared; bundled with --int8 and --int4]
+            external-data file in their place, in the dtype that the graph computes in, which loads
+            faster; with --dtype, --int8 and --int4 in that in which weights are stored. [default:
+            shared; bundled with --int8 and --int4]
         nf4: Linear layers in four bits, over the bytes that `loratools quantize` writes, or those
             of a CHECKPOINT that it wrote. For size, not speed: on a CPU, one token at a time, it is
             2 to 4 times slower than float32 (2.0 times on SmolLM2-135M).
