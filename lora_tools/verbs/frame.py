@@ -32,6 +32,7 @@ from lora_tools.records import Fate, Input, ProgressCallback, Report
 from lora_tools.remote import urls
 from lora_tools.totals import WorkTotals
 from lora_tools.verbs import VERBS, elsewhere, plan_file
+from lora_tools.verbs.in_memory import as_files
 from lora_tools.verbs.paths import Paths
 from lora_tools.verbs.report_file import check_report_file, write_report
 from lora_tools.verbs.row import Verb
@@ -41,7 +42,9 @@ from lora_tools.watch import files
 # What the types of keywords are written by.
 _NAMES = {
     **{record.__name__: record for record in RECORDS},
+    "Any": Any,
     "Literal": Literal,
+    "Mapping": Mapping,
     "Path": Path,
     "ProgressCallback": ProgressCallback,
     "Sequence": Sequence,
@@ -101,8 +104,8 @@ def verb(prepare: Prepare) -> Callable[..., Report[Any]]:
 
     @functools.wraps(prepare)
     def function(*args: Any, **keywords: Any) -> Report[Any]:
-        with errors_for_python():
-            return carry_out(row, row.bind(args, keywords))
+        with errors_for_python(), as_files(row, row.bind(args, keywords)) as given:
+            return carry_out(row, given)
 
     signature = row.signature(_NAMES)
     hints = {p.name: p.annotation for p in signature.parameters.values()}
