@@ -25,6 +25,7 @@ from lora_tools.engine import dask as engine
 from lora_tools.engine import memo, remote
 from lora_tools.engine.buffers import Buffers
 from lora_tools.formats import digest, ledger, output
+from lora_tools.watch.places import saying
 
 from . import iotools
 from .campaign.lines import VERBS, command, inputs, left_over
@@ -180,6 +181,15 @@ def test_paths_that_workers_do_not_see(address: str, client: Any) -> None:
     found.check_sees([Path(__file__)])
     with pytest.raises(ClusterError, match=r"does not see /nowhere; inputs and output must lie"):
         found.check_sees([Path(__file__), Path("/nowhere")])
+
+
+def test_what_stands_for_an_address_must_be_seen_too(address: str, client: Any) -> None:
+    found = engine.Cluster(client, SETTING)
+    with (
+        saying(lambda text: text.replace("/nowhere", "s3://bucket")),
+        pytest.raises(ClusterError, match=r"does not see s3://bucket/base; its small .* TMPDIR"),
+    ):
+        found.check_sees([Path("/nowhere/base")])
 
 
 def test_a_worker_is_asked_without_the_package() -> None:

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import pickle
+import tempfile
 import types
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ from lora_tools.engine.tasks import K, R, S, Task
 from lora_tools.engine.threads import default_jobs
 from lora_tools.errors import ClusterError, UsageError, first_line, need
 from lora_tools.records import Progress, ProgressCallback
+from lora_tools.watch.places import said_of
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -92,9 +94,11 @@ def _local(workers: int) -> Iterator[str]:
     import dask
     import distributed
 
-    environ = {"distributed.nanny.pre-spawn-environ": _ENVIRON}
     with (
-        dask.config.set(environ),
+        tempfile.TemporaryDirectory(prefix="loratools-dask-", ignore_cleanup_errors=True) as own,
+        dask.config.set(
+            {"distributed.nanny.pre-spawn-environ": _ENVIRON, "temporary-directory": own}
+        ),
         distributed.LocalCluster(
             n_workers=workers,
             threads_per_worker=1,
@@ -128,10 +132,13 @@ class Cluster:
             _missing, [str(path.absolute()) for path in paths]
         ).items():
             if missing:
-                raise ClusterError(
-                    f"the worker {worker} does not see {missing[0]}; inputs and output must lie "
-                    "where all machines find them by the same paths"
-                )
+                where = "inputs and output must lie where all machines find them by the same paths"
+                if (said := said_of(Path(missing[0]))) != missing[0]:
+                    where = (
+                        "its small files and headers lie in the folder for temporary files here: "
+                        "let TMPDIR name one that all machines find by the same path"
+                    )
+                raise ClusterError(f"the worker {worker} does not see {said}; {where}")
 
     def _ask(self, question: types.FunctionType | Any, *args: Any) -> dict[str, Any]:
         # A worker need not have this package: the function is sent whole, as one of __main__ is.
