@@ -172,3 +172,15 @@ def test_a_guess_is_said(tmp_path: Path) -> None:
     given = iotools.adapter(tmp_path / "a", {"model.layers.0.q": (6, 6)})
     report = lora_tools.convert(given, tmp_path / "k", to="kohya")
     assert any("nothing tells which part of a pipeline" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("component", ["transformer", "transformer_2"])
+def test_keys_of_the_second_of_two_alike_are_told(component: str, tmp_path: Path) -> None:
+    """A file of Wan 2.2's one expert does not say which of the two it is."""
+    given = lora(tmp_path / "l.safetensors", f"{component}.blocks.0.attn1.to_q")
+    out = tmp_path / "m.safetensors"
+    report = lora_tools.merge(base(tmp_path / "b", WAN), [given], out)
+    told = any("nothing tells whether" in note for note in report.notes)
+    assert told == (component == "transformer_2")
+    folder = base(tmp_path / component, WAN, {"_class_name": "WanTransformer3DModel"})
+    assert not lora_tools.merge(folder, [given], tmp_path / "o").notes

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lora_tools.engine import threads
 from lora_tools.engine.buffers import Buffers
 from lora_tools.engine.tasks import Call
 from lora_tools.engine.threads import run
@@ -151,22 +153,25 @@ def test_the_engine_keeps_order_and_stops_at_the_first_error():
         list(run(tasks(work, [1]), (), None, jobs=0))
 
 
-def test_the_engine_keeps_large_items_apart():
-    import threading
-
+@pytest.mark.parametrize(("free", "at_most"), [(400, 125), (10_000, 400)])
+def test_the_engine_keeps_large_items_apart_where_memory_is_short(monkeypatch, free, at_most):
+    monkeypatch.setattr(threads, "free_memory", lambda: free)
     inside, most, lock = 0, 0, threading.Lock()
+    together = threading.Barrier(4 if at_most == 400 else 1)
 
     def work(size):
         nonlocal inside, most
         with lock:
             inside += size
             most = max(most, inside)
+        together.wait(60)
         threading.Event().wait(0.002)
         with lock:
             inside -= size
 
-    list(run(tasks(work, [100, 100, 10, 20, 100, 5, 100]), (), None, jobs=4))
-    assert most <= 125
+    list(run(tasks(work, [100, 100, 100, 100, 10, 20, 5, 15]), (), None, jobs=4))
+    assert most <= at_most
+    assert most >= 100 * together.parties
 
 
 def test_buffers_are_used_again():

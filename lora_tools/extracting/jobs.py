@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from lora_tools.extracting.decompose import Sides
-from lora_tools.extracting.pair_work import extract_tasks
+from lora_tools.extracting.pair_tasks import extract_tasks
 from lora_tools.extracting.pairs import Pair
 from lora_tools.jobs import Job, Lying, job
 from lora_tools.records import Fate

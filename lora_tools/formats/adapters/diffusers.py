@@ -105,6 +105,7 @@ def read(path: Path, file: TensorFile, context: Context, form: str = "diffusers"
         parts = context.base.parts if context.base is not None else None
         refuse_interleaved(path, file.specs, modules, parts)
     in_base = _in_base([*modules, *itertools.chain(*several.values())], context.base)
+    _note_on_second(outline, in_base)
     for name, keys in modules.items():
         module = in_base[name]
         if keys.keys() & {*OWN_PARTS, MODULATION}:
@@ -176,6 +177,19 @@ def _in_base(names: Collection[str], base: BaseNames | None) -> dict[str, str]:
         for each in (rest, published(rest)):
             own |= {f"{part}.{each}" if part else each: module for part in components or ("",)}
     return {name: next(filter(None, map(own.get, _meant(name, base))), name) for name in names}
+
+
+def _note_on_second(outline: Outline, in_base: Mapping[str, str]) -> None:
+    """Say so where keys are of the second of two alike, and nothing tells which one the base is."""
+    base = outline.base
+    if base is None or base.is_cut or len(base.components) == 1:
+        return
+    heads = (name.partition(".")[0] for name, own in in_base.items() if name != own)
+    for head in sorted({each for each in heads if each in NAMES and each[-1].isdigit()}):
+        outline.notes.append(
+            f"its keys are of a pipeline's {head}, and nothing tells whether {base.path} is that "
+            f"or the {head.rpartition('_')[0]}"
+        )
 
 
 def _meant(name: str, base: BaseNames) -> list[str]:
