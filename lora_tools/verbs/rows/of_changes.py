@@ -60,7 +60,7 @@ OF_CHANGES = (
 
         BASE is a Hugging Face folder, a .safetensors file, a hub id (org/name[@revision]) or an
         address (s3://…, https://…, hf://…); --out becomes the same kind of thing. The sum is
-        formed in float32 and rounded once.""",
+        formed in float32 or better and rounded once.""",
         "loratools merge base style=0.7 facts -o merged",
         "dtype reversible requantize shard_size dry_run",
         "dtype shard_size reversible requantize activations allow_unmatched allow_other_base",
