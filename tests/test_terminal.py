@@ -334,7 +334,7 @@ def page_of(verb: Any) -> str:
 
 def test_pages_of_the_documentation() -> None:
     listed = loratools("help", "docs").stdout
-    assert "docs/tasks/vllm.md: Serve an adapter in vLLM" in listed.splitlines()
+    assert "docs/tasks/vllm.md: Serve an adapter with vLLM" in listed.splitlines()
     text = ROOT / "docs/tasks/vllm.md"
     assert {loratools("help", f"{at}vllm.md").stdout for at in ("docs/tasks/", "tasks/", "")} == {
         f"{text.read_text()}"
