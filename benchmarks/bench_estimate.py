@@ -95,7 +95,7 @@ def make(folder: Path, layers: int) -> None:
 
 def command(folder: Path, words: str, *more: str) -> list[str]:
     """As it is called, with paths in place of names."""
-    names = ("base", "tuned", "adapter", "four", "merged", "out")
+    names = ("base", "tuned", "adapter", "four", "merged", "tiny.safetensors")
     given = [str(folder / word) if word in names else word for word in words.split()]
     return [sys.executable, "-m", "lora_tools", *given, *more]
 

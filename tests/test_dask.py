@@ -278,7 +278,8 @@ def test_small_tasks_go_together_and_large_ones_alone() -> None:
     assert counts([1] * 20) == [1] * 20, "so few that each of the threads has several"
     assert counts([1] * 5000) == [64] * 78 + [8]
     assert counts([1] * 5000, threads=100) == [6] * 833 + [2]
-    assert counts([20 << 20] * 3 + [1] * 300) == [1, 1, *[18] * 16, 13]
+    assert counts([100 << 20] * 20 + [1] * 300) == [1] * 19 + [20] * 15 + [1]
+    assert counts([1 << 20] * 64) == [4] * 16, "and as much of it"
 
 
 def test_what_is_small_and_fails_has_its_own_name(

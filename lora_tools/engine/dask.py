@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 _ADDRESS = "DASK_SCHEDULER_ADDRESS"
 _PATIENCE = 20  # seconds until a cluster has answered, and has a worker
 _AHEAD = 2  # batches for each thread of the cluster that wait at the workers
-_TOGETHER, _TOGETHER_BYTES = 64, 32 << 20  # tasks of a batch, at most, and their working memory
+_TOGETHER, _TOGETHER_BYTES = 64, 128 << 20  # tasks of a batch, at most, and what they work in
+# Where a worker is at, a hundred times a second, holds up the work and is of use to no one here.
+_QUIET = {"distributed.worker.profile.enabled": False}
 # As the command line has it in its own process; Dask itself has freed memory given back at once.
 _ENVIRON = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
@@ -99,7 +101,7 @@ def _local(workers: int) -> Iterator[str]:
     with (
         tempfile.TemporaryDirectory(prefix="loratools-dask-", ignore_cleanup_errors=True) as own,
         dask.config.set(
-            {"distributed.nanny.pre-spawn-environ": _ENVIRON, "temporary-directory": own}
+            {**_QUIET, "distributed.nanny.pre-spawn-environ": _ENVIRON, "temporary-directory": own}
         ),
         distributed.LocalCluster(
             n_workers=workers,
@@ -207,12 +209,14 @@ class Cluster:
 
 def _batches(tasks: Sequence[Task[S, K, R]], threads: int) -> Iterator[Sequence[Task[S, K, R]]]:
     """What is sent at a time: small tasks together, since sending costs milliseconds, and yet so
-    few that all have work."""
-    most = min(_TOGETHER, max(len(tasks) // (8 * threads), 1))
+    few that all have work to the end."""
+    shares = 8 * threads
+    most = min(_TOGETHER, max(len(tasks) // shares, 1))
+    bound = min(_TOGETHER_BYTES, sum(task.nbytes for task in tasks) // shares)
     batch: list[Task[S, K, R]] = []
     held = 0
     for task in tasks:
-        if batch and (len(batch) == most or held + task.nbytes > _TOGETHER_BYTES):
+        if batch and (len(batch) == most or held + task.nbytes > bound):
             yield batch
             batch, held = [], 0
         batch.append(task)
