@@ -28,4 +28,4 @@ def extract_jobs(
         for side, spec in zip(sides, (pair.base, pair.tuned), strict=True):
             reads += side.lies(spec.name) if spec is not None else ()
         fate = known[pair.name]
-        yield job(task, fate, reads, output, (), fate.nbytes)
+        yield job(task, fate, reads, output, (), pair.spec.numel, fate.nbytes)
