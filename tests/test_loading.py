@@ -21,6 +21,7 @@ from lora_tools.errors import UnsupportedAdapter
 from lora_tools.formats.digest import tensor_hash
 from lora_tools.formats.names import layout_name
 from lora_tools.formats.safetensors_file import SafetensorsFile
+from lora_tools.records import TensorSpec
 from lora_tools.sources import transformers_names as loading
 from lora_tools.sources.as_loaded import LoadedView, loaded_view
 from lora_tools.sources.checkpoints import open_checkpoint
@@ -487,3 +488,21 @@ def test_models_that_keep_their_names_do(kind: str, monkeypatch: pytest.MonkeyPa
     for name, tensor in found.tensors.items():
         if name.endswith(".weight"):
             assert layout_name(tensor.spec, saved) == tensor.layer, name
+
+
+def test_what_is_asked_again_is_not_worked_out_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But of other tensors, or of another config, it is."""
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **TEXT}
+    name = "model.layers.0.mlp.up_proj.weight"
+    specs = {name: TensorSpec(name, "F32", (48, 32))}
+    seen, convert = [], loading.convert
+    monkeypatch.setattr(loading, "convert", lambda *args: seen.append(1) or convert(*args))
+    monkeypatch.setattr(loading, "_last", None)
+    first, again = loading.look(config, specs)[0], loading.look(dict(config), dict(specs))[0]
+    assert first is again
+    assert len(seen) == 1
+    other = loading.look(config, {"lm_head.weight": TensorSpec("lm_head.weight", "F32", (96, 32))})
+    assert other[0] is not None
+    assert other[0].tensors.keys() == {"lm_head.weight"}
+    loading.look({**config, "num_hidden_layers": 1}, specs)
+    assert len(seen) == 3

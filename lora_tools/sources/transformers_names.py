@@ -134,12 +134,21 @@ def why_unknown(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> s
     return look(config, specs)[1]
 
 
+# The model and the tensors that were looked at last, and what was found: a plan asks several times,
+# and to walk through hundreds of thousands takes seconds.
+_last: tuple[Any, dict[str, TensorSpec], Loaded] | None = None
+
+
 def look(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> tuple[Loaded | None, str]:
     """What transformers makes of the tensors, whatever their architecture; or None, and why nothing
     is known."""
+    global _last
     model, why = model_of(config, specs)
     if model is None:
         return None, why
+    last = _last
+    if last is not None and last[0] is model and last[1] == specs:
+        return last[2], ""
     import transformers
 
     try:
@@ -148,7 +157,9 @@ def look(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> tuple[Lo
     except Exception as error:  # an older transformers
         return None, f"transformers cannot make a {type(model).__name__} ({_said(error)})"
     by = f"transformers {transformers.__version__}"
-    return Loaded(by, tensors, _tied(facts, tensors), other, facts), ""
+    found = Loaded(by, tensors, _tied(facts, tensors), other, facts)
+    _last = model, dict(specs), found
+    return found, ""
 
 
 def model_of(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> tuple[Any | None, str]:
