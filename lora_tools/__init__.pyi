@@ -256,9 +256,9 @@ def merge(
 ) -> Report[MergeTotals]:
     r"""Write to ``out`` the base with every adapter added: W + Σ weight · (its effect on W).
 
-    The sum is formed in float32 (float64 for float64 tensors) and rounded once. A quantized base
-    is dequantized on the way, and the report states how much of the adapters was
-    kept.
+    The sum is formed in float32, in float64 for what is written in more than half precision, and
+    rounded once. A quantized base is dequantized on the way, and the report states how much of the
+    adapters was kept.
 
     Args:
         base: a checkpoint folder, a diffusers pipeline's folder, a safetensors file or a hub id.
@@ -1008,7 +1008,9 @@ def export(
         dtype: bfloat16, float16, float32 or float64. [default: each tensor keeps its own; see
             --compute-dtype]
         weights: shared: the graph refers to the output's safetensors files. bundled: one external-
-            data file replaces them. [default: shared; bundled with --int8 and --int4]
+            data file replaces them. It has the dtype that the graph computes in and loads faster;
+            with --dtype, --int8 and --int4 it has the dtype in which the weights are stored.
+            [default: shared; bundled with --int8 and --int4]
         nf4: Store linear layers in four bits, with the bytes that `loratools quantize` writes (or
             those in CHECKPOINT, if it wrote that). This saves space, not time: on a CPU, one token
             at a time, it is 2 to 4 times slower than float32 (2.0 times on SmolLM2-135M).

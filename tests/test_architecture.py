@@ -115,7 +115,7 @@ LIBRARIES = {
         "accelerate",
     },
     "sources": {"torch", "xxhash", "transformers"},
-    "engine": {"torch", "dask", "distributed"},
+    "engine": {"torch", "numpy", "dask", "distributed"},
     "formats": {"torch", "numpy", "huggingface_hub", "xxhash", "zstandard", "gguf", "onnxruntime"},
     "remote": {"fsspec", "aiohttp", "huggingface_hub"},
     # peft: the filters of WaveFT, which no other library that is needed has
@@ -467,7 +467,7 @@ def test_a_verb_is_one_row_one_file_and_one_command(name: str) -> None:
 def test_every_verb_file_has_its_row() -> None:
     files = {path.stem for path in (PACKAGE / "verbs").glob("*.py")}
     rest = {"__init__", "card", "elsewhere", "row", "frame", "paths", "report_file", "values"}
-    rest |= {"in_memory", "plan_file", "writing"}
+    rest |= {"in_memory", "needs", "plan_file", "writing"}
     assert files == {*VERBS, *rest}
     assert list(main.commands) == [*(verb.command for verb in VERBS.values()), "completion", "help"]
 

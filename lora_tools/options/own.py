@@ -238,7 +238,8 @@ class Graphs:
     weights: Literal["shared", "bundled"] | None = option(
         None,
         "shared: the graph refers to the output's safetensors files. bundled: one external-data "
-        "file replaces them.",
+        "file replaces them. It has the dtype that the graph computes in and loads faster; with "
+        "--dtype, --int8 and --int4 it has the dtype in which the weights are stored.",
         OUTPUT,
         unset="shared; bundled with --int8 and --int4",
     )

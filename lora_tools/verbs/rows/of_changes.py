@@ -59,7 +59,7 @@ OF_CHANGES = (
 
         BASE is a Hugging Face folder, a .safetensors file, a hub id (org/name[@revision]) or an
         address (s3://…, https://…, hf://…). The output is a folder or a file, like BASE. The sum
-        is computed in float32 and rounded once.""",
+        is computed in float32 or better and rounded once.""",
         "loratools merge base style=0.7 facts -o merged",
         "dtype reversible requantize shard_size dry_run",
         "dtype shard_size reversible requantize activations allow_unmatched allow_other_base",
