@@ -145,8 +145,12 @@ def errors_of_the_tree() -> Iterator[None]:
 
 
 def next_step(message: str) -> str | None:
-    """What a message says behind its last semicolon: what can be done, or what it may be."""
-    return message.rpartition("; ")[2] if "; " in message else None
+    """What a message says behind its last semicolon, or what it asks: what can be done, or what was
+    meant."""
+    if "; " in message:
+        return message.rpartition("; ")[2]
+    _, asks, meant = message.partition("Did you mean ")
+    return asks + meant if asks else None
 
 
 @contextlib.contextmanager

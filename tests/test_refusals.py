@@ -477,7 +477,7 @@ CONTAINERS: dict[str, Row] = {
     ),
     "a pickle for a checkpoint": (
         UnsafeInput,
-        "a pickle, which can hold code. Convert it to safetensors, or pass --allow-pickle",
+        "a pickle, which can hold code; convert it to safetensors, or pass --allow-pickle",
         lambda t: diff(t, cut(t / "x.bin", b"")),
     ),
     "a header that promises more than there is": (

@@ -69,7 +69,7 @@ PEFT: dict[str, Row] = {
     ),
     "a pickle": (
         UnsafeInput,
-        "a pickle, which can hold code. Convert it to safetensors, or pass --allow-pickle",
+        "a pickle, which can hold code; convert it to safetensors, or pass --allow-pickle",
         lambda t: merge(t, cut(without(peft(t), WEIGHTS) / "adapter_model.bin", b"").parent),
     ),
     "a key that is none of LoRA's": (

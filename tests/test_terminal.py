@@ -416,6 +416,8 @@ def test_merge_without_an_adapter_changes_the_dtype(pair: Path, tmp_path: Path) 
 def test_a_next_step_is_what_follows_the_last_semicolon() -> None:
     assert errors.next_step("x: wrong; a; do this") == "do this"
     assert errors.next_step("x: wrong") is None
+    asked = "'nf5' is not one of 'nf4', 'fp4'. Did you mean 'nf4'? (see --help)"
+    assert errors.next_step(asked) == "Did you mean 'nf4'? (see --help)"
 
 
 def test_a_recommendation_where_no_rank_is_low(capsys: pytest.CaptureFixture[str]) -> None:

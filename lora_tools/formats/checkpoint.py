@@ -304,7 +304,7 @@ def open_weights(path: Path, allow_pickle: bool) -> TensorFile:
         return SafetensorsFile(path)
     if not allow_pickle:
         raise UnsafeInput(
-            f"{path}: a pickle, which can hold code. Convert it to safetensors, or pass "
+            f"{path}: a pickle, which can hold code; convert it to safetensors, or pass "
             "--allow-pickle to read it with weights_only=True"
         )
     from lora_tools.formats.pickle_file import PickleFile

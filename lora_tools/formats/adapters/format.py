@@ -36,7 +36,7 @@ def refuse_file_name(out: str, is_folder: bool) -> None:
     if is_folder and Path(out).suffix in _FILES:
         raise UsageError(
             f"--out {out}: a folder is written, and this is a file's name; leave "
-            f"{Path(out).suffix} away"
+            f"out {Path(out).suffix}"
         )
 
 
