@@ -94,7 +94,7 @@ def test_round_trip_whatever_the_numbers(
     estimate = data.draw(arrays(dtype, rows * cols)).double().view(rows, cols)
     slack = torch.full_like(estimate, data.draw(st.sampled_from([0.0, 1e-9, 1.0])))
     coded = _encoded(base, merged, estimate, slack)
-    found = reversible.decode(estimate, merged, coded)
+    found = reversible.decode([estimate], merged, coded)
     assert found.shape == (rows, cols)
     assert found.dtype == dtype
     assert torch.equal(bits(found), bits(base))
@@ -126,7 +126,7 @@ def test_any_estimate_within_the_slack_will_do(
     estimate = merged.double() - delta
     coded = _encoded(base, merged, estimate, torch.full_like(estimate, slack))
     for shift in (-slack, -slack / 3, 0.0, slack / 7, slack):
-        found = reversible.decode(estimate + shift, merged, coded)
+        found = reversible.decode([estimate + shift], merged, coded)
         assert torch.equal(bits(found), bits(base))
 
 
@@ -196,7 +196,7 @@ def test_the_sign_of_zero_counts() -> None:
     base = torch.tensor([0.0, -0.0, 0.0, -0.0], dtype=torch.float32)
     estimate = torch.tensor([-0.0, 0.0, 0.0, -0.0], dtype=torch.float64)
     coded = _encoded(base, base, estimate, torch.zeros(4, dtype=torch.float64))
-    assert torch.equal(bits(reversible.decode(estimate, base, coded)), bits(base))
+    assert torch.equal(bits(reversible.decode([estimate], base, coded)), bits(base))
 
 
 def test_ranks_are_a_count_of_nearer_numbers() -> None:
@@ -233,7 +233,7 @@ def test_what_is_kept_is_what_rounding_left_open() -> None:
     assert coded.gaps == b""
     assert coded.excess == b""
     assert len(coded.within) == 2, "three bits of the lowest and one of the next, in two planes"
-    assert torch.equal(reversible.decode(estimate, merged, coded), base)
+    assert torch.equal(reversible.decode([estimate], merged, coded), base)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_what_is_not_of_the_run_is_refused(change: dict[str, bytes]) -> None:
     coded = _encoded(base, merged, base.double(), torch.zeros(4, dtype=torch.float64))
     changed = coded._replace(excess=bytes(1))._replace(**change)
     with pytest.raises(ValueError, match=r"bytes of|a listing that is not of 4 elements"):
-        reversible.decode(base.double(), merged, changed)
+        reversible.decode([base.double()], merged, changed)
 
 
 @pytest.mark.parametrize("gap", [0, 1, 253, 254, 255, 256, 509, 510, 511, 765])
@@ -279,7 +279,7 @@ def test_all_listed(dtype: torch.dtype) -> None:
     coded = _encoded(base, merged, nothing, slack)
     assert len(coded.distances) == 1800 * dtype.itemsize
     assert coded.excess == coded.within == b""
-    assert torch.equal(reversible.decode(nothing, merged, coded), base)
+    assert torch.equal(reversible.decode([nothing], merged, coded), base)
 
 
 @pytest.mark.parametrize("width", [2, 4, 8])

@@ -15,8 +15,8 @@ class Match:
     """What is known of a stored tensor S against its base W and a change Δ, run by run.
 
     Attributes:
-        once: elements that are W + Δ, formed in float32 and rounded once: this tool's merge, and
-            PEFT's ``merge_and_unload`` of a float32 adapter.
+        once: elements that are W + Δ, rounded once: this tool's merge, and PEFT's
+            ``merge_and_unload`` of a float32 adapter where that is into half precision.
         twice: elements that are W + round(Δ), rounded again: PEFT's with ``safe_merge``, or of an
             adapter in half precision.
         outside: elements further from W + Δ than two roundings can take them.

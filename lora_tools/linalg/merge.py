@@ -7,7 +7,8 @@ with its weight w, the merged tensor is
 
 and (∏_l (1 + w_l (l − 1)) − 1) ∘ W of IA³'s vectors l, so effects do not depend on their order. One
 adapter of weight 1, or several of IA³, give what PEFT's ``merge_and_unload`` gives. The sum is
-formed in float32 (float64 for float64 tensors) and rounded once by the caller.
+formed in float32 for numbers in half precision, in float64 for others, and rounded once by the
+caller.
 """
 
 from __future__ import annotations
@@ -210,10 +211,12 @@ class TensorMerge:
             merged = merged.div_(self._divisor(start, stop))
         return merged
 
-    def slack(self, merged: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    def slack(
+        self, merged: torch.Tensor, start: int, stop: int, formed: torch.dtype | None = None
+    ) -> torch.Tensor:
         """How far ``estimate`` on another machine, which sums products in another order, can lie
-        from this one's: elementwise, generously."""
-        unit = 4 * torch.finfo(self.dtype).eps
+        from this one's, or from one ``formed`` in another dtype: elementwise, generously."""
+        unit = 4 * torch.finfo(formed or self.dtype).eps
         result = merged.abs() * unit
         for part, left, right in _within(result, self._plain, start, stop):
             part += _product_slack(left, right, unit)
@@ -252,10 +255,18 @@ class TensorMerge:
         return torch.where(total == 0, 1, total)
 
 
-def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32; float64 for float64, and for integers, which it holds up to 2⁵³."""
-    half_or_single = dtype.is_floating_point and dtype != torch.float64
-    return torch.float32 if half_or_single else torch.float64
+def working_dtype(stored: torch.dtype) -> torch.dtype:
+    """What sums that are to be stored so are formed in: float32 for half precision, float64 for
+    wider floats, whose rounding it leaves the only one, and for integers, which it holds up to
+    2⁵³."""
+    half = stored.is_floating_point and stored.itemsize < 4
+    return torch.float32 if half else torch.float64
+
+
+def others_dtype(stored: torch.dtype) -> torch.dtype:
+    """What PEFT forms such sums in, as versions before this did: float32, but for float64."""
+    single = stored.is_floating_point and stored.itemsize <= 4
+    return torch.float32 if single else torch.float64
 
 
 def merged_whole(

@@ -139,13 +139,16 @@ class _Open(NamedTuple):
         return dense
 
 
-def decode(estimate: torch.Tensor, merged: torch.Tensor, coded: Coded) -> torch.Tensor:
+def decode(estimates: Iterable[torch.Tensor], merged: torch.Tensor, coded: Coded) -> torch.Tensor:
     """The base's run, exactly, in the dtype and shape of ``merged``.
+
+    Args:
+        estimates: of its rows in their order, a few rows at a time.
 
     Raises:
         ValueError: what was coded is not of such a run.
     """
-    result = _rounded(estimate, merged.dtype).contiguous()
+    result = torch.empty(merged.shape, dtype=merged.dtype)
     nearest, is_now = _bits(result), _bits(merged)  # one that changes with the result
     listed = _decode_gaps(coded.gaps)
     if (
@@ -153,16 +156,26 @@ def decode(estimate: torch.Tensor, merged: torch.Tensor, coded: Coded) -> torch.
         or (listed[-1:] >= len(nearest)).any()
     ):
         raise ValueError(f"a listing that is not of {len(nearest)} elements")
-    if coded.excess or coded.within:
-        k = _open_bits(nearest, is_now, merged.dtype)
-        k[listed] = 0
-        excess = _join_excess(coded.excess, len(nearest))
-        at = np.flatnonzero((excess != 0) | (k > 0))
-        k, n = k[at], _ranked(nearest[at])
-        rank = (excess[at].astype(n.dtype) << k) + _join_within(coded.within, k, n.dtype)
-        value = result.view(-1)[torch.from_numpy(at)].double().numpy()
-        n += _off(rank, estimate.view(-1).numpy()[at] > value)
-        nearest[at] = turned(n.astype(nearest.dtype))
+    excess = _join_excess(coded.excess, len(nearest)) if coded.excess else None
+    left, start = [], 0
+    for estimate in estimates:
+        here = slice(start, start + estimate.numel())
+        start = here.stop
+        value = result.view(-1)[here].copy_(_rounded(estimate.view(-1), merged.dtype))
+        if coded.excess or coded.within:
+            k = _open_bits(nearest[here], is_now[here], merged.dtype)
+            first, last = np.searchsorted(listed, (here.start, here.stop))
+            k[listed[first:last] - here.start] = 0
+            at = np.flatnonzero((k if excess is None else k | excess[here]) != 0)
+            up = estimate.view(-1).numpy()[at] > value[torch.from_numpy(at)].double().numpy()
+            left.append((at + here.start, k[at], up))
+    if left:
+        at, k, up = (np.concatenate(parts) for parts in zip(*left, strict=True))
+        n = _ranked(nearest[at])
+        rank = _join_within(coded.within, k, n.dtype)
+        if excess is not None:
+            rank += excess[at].astype(n.dtype) << k
+        nearest[at] = turned((n + _off(rank, up)).astype(nearest.dtype))
     distance = _join_planes(coded.distances, nearest.itemsize)
     nearest[listed] = turned(turned(is_now[listed]) + distance)
     return result
@@ -175,10 +188,9 @@ def _rounded(p: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _open_bits(nearest: Array, merged: Array, dtype: torch.dtype) -> Array:
     """k ≥ 0 of each element: by how much the exponent grew."""
-    k: Array = (_exponent(merged, dtype) - _exponent(nearest, dtype)).clip(
-        0, 8 * merged.itemsize - 1
-    )
-    return k
+    k = _exponent(merged, dtype)
+    k -= _exponent(nearest, dtype)
+    return k.clip(0, 8 * k.itemsize - 1, out=k).astype(np.uint8)
 
 
 def _exponent(bits: Array, dtype: torch.dtype) -> Array:
@@ -187,8 +199,9 @@ def _exponent(bits: Array, dtype: torch.dtype) -> Array:
     if not dtype.is_floating_point:
         return np.zeros_like(bits)
     mantissa = -round(math.log2(torch.finfo(dtype).eps))
-    exponent: Array = np.maximum((bits & np.iinfo(bits.dtype).max) >> mantissa, 1)
-    return exponent
+    exponent: Array = bits & np.iinfo(bits.dtype).max
+    exponent >>= mantissa
+    return np.maximum(exponent, 1, out=exponent)
 
 
 def _ranked(bits: Array) -> Array:
@@ -207,8 +220,9 @@ def _rank(off: Array, up: Array) -> Array:
 
 def _off(rank: Array, up: Array) -> Array:
     """Inverse of ``_rank``."""
-    far = (rank + 1) >> 1
-    return np.where(up == (rank & 1 != 0), far, -far)
+    far, back = (rank + 1) >> 1, -((rank & 1) ^ up)
+    off: Array = (far ^ back) - back
+    return off
 
 
 def _planes_worth(excess: Sequence[Array], count: int) -> int:
@@ -252,13 +266,14 @@ def _within_planes(coded: Sequence[tuple[Array, Array]]) -> bytes:
 
 
 def _join_within(data: bytes, k: Array, dtype: npt.DTypeLike) -> Array:
-    rank, left, start = np.zeros(len(k), dtype), np.arange(len(k)), 0
+    rank, start = np.zeros(len(k), dtype), 0
+    left = np.flatnonzero(k != 0)
     for b in range(int(k.max(initial=0))):
-        left = left[k[left] > b]
         stop = start - (len(left) // -8)
         if stop <= len(data):
             rank[left] |= _unpack(data[start:stop], len(left)).astype(dtype) << b
         start = stop
+        left = left[np.flatnonzero(k[left] > b + 1)]  # each plane has fewer
     if start != len(data):
         raise ValueError(f"{len(data)} bytes of ranks, and {start} are open")
     return rank

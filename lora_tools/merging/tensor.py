@@ -105,13 +105,6 @@ def copy_tensor(source: Checkpoint, name: str, sink: TensorSink) -> str:
     return out.hexdigest()
 
 
-def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What a tensor is worked on in."""
-    from lora_tools.linalg.merge import working_dtype
-
-    return working_dtype(dtype)
-
-
 def as_matrix(tensor: torch.Tensor, target: Target) -> torch.Tensor:
     """A tensor of any rank as the matrix (rows, cols) that it is worked on as, without a copy."""
     return tensor.reshape(target.matrix(tuple(tensor.shape)))
@@ -133,7 +126,7 @@ class MergedRuns:
     def __init__(self, target: Target, base: Checkpoint, spec: TensorSpec) -> None:
         import torch
 
-        from lora_tools.linalg.merge import TensorMerge
+        from lora_tools.linalg.merge import TensorMerge, others_dtype, working_dtype
 
         self.shape = target.matrix(base.specs[target.base_name].shape)
         self._decoded = base.decoder(target.base_name, self.shape)
@@ -143,7 +136,9 @@ class MergedRuns:
         if self._decoded is None:
             self.source = as_matrix(base.tensor(target.base_name), target)
             dtype = self.source.dtype
-        self._working = working_dtype(dtype)
+        self._working = torch.promote_types(
+            working_dtype(torch_dtype(spec.dtype)), others_dtype(dtype)
+        )
         self.effects = build_effects(target, base.tensor)
         self.work = TensorMerge(self.effects, self.shape, self.read, self._working)
 

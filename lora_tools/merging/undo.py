@@ -28,7 +28,7 @@ from lora_tools.formats.sidecar import Sidecar
 from lora_tools.merging.plan import MergePlan, adapter_digest, build_effects
 from lora_tools.merging.rewrite import Rewrite
 from lora_tools.merging.targets import BaseOutline, Target
-from lora_tools.merging.tensor import as_matrix, copy_tensor, working_dtype
+from lora_tools.merging.tensor import as_matrix, copy_tensor
 from lora_tools.records import Report, TensorSpec
 from lora_tools.sources.class_says import class_says
 from lora_tools.sources.weighted import Weighted, digests_and_weights, settings_of
@@ -274,7 +274,7 @@ class _RestoredRuns:
     bound on their error."""
 
     def __init__(self, target: Target, merged: Checkpoint, memory: Sidecar | None) -> None:
-        from lora_tools.linalg.merge import TensorMerge
+        from lora_tools.linalg.merge import TensorMerge, working_dtype
 
         self._name = target.spec.name
         self._source = as_matrix(merged.tensor(self._name), target)
@@ -283,8 +283,7 @@ class _RestoredRuns:
         )
         stored = self._source.dtype
         in_double = memory is not None and not memory.is_first
-        wide = stored.itemsize >= 4 or in_double
-        self._dtype = torch_dtype("F64") if wide else working_dtype(stored)
+        self._dtype = torch_dtype("F64") if in_double else working_dtype(stored)
         norms = self._listing.norms if self._listing is not None else ()
         self._shape = (self._source.shape[0], self._source.shape[1])
         self._work = TensorMerge(build_effects(target, None), self._shape, None, self._dtype, norms)
@@ -295,19 +294,23 @@ class _RestoredRuns:
 
         for i, (start, stop) in enumerate(row_runs(*self._shape, RUN_ELEMENTS)):
             rows = self._source[start:stop]
-            estimate = self._work.estimate(rows.to(self._dtype, copy=True), start, stop)
             if self._listing is not None:
-                yield self._decoded(estimate, rows, i)
+                yield self._decoded(rows, start, self._listing.runs[i])
             else:
+                estimate = self._work.estimate(rows.to(self._dtype, copy=True), start, stop)
                 yield self._estimated(estimate.to(rows.dtype), rows, start, stop)
 
-    def _decoded(self, estimate: torch.Tensor, rows: torch.Tensor, i: int) -> torch.Tensor:
+    def _decoded(self, rows: torch.Tensor, start: int, parts: tuple[bytes, ...]) -> torch.Tensor:
         """Those rows of the base, exactly."""
         from lora_tools.linalg import reversible as codec
+        from lora_tools.linalg.runs import row_runs
 
-        assert self._listing is not None
+        estimates = (
+            self._work.estimate(rows[a:b].to(self._dtype, copy=True), start + a, start + b)
+            for a, b in row_runs(*rows.shape)
+        )
         try:
-            return codec.decode(estimate, rows, codec.Coded(*self._listing.runs[i]))
+            return codec.decode(estimates, rows, codec.Coded(*parts))
         except (ValueError, IndexError) as error:
             raise MismatchError(
                 f"{self._name}: the result is not the base ({error}): {_CHANGED}"
@@ -319,6 +322,7 @@ class _RestoredRuns:
         """Those rows, and how far off they can be."""
         import torch
 
+        from lora_tools.linalg.merge import others_dtype
         from lora_tools.linalg.truncation import sum_of_squares
 
         here = sum_of_squares(base.to(self._dtype))
@@ -328,11 +332,11 @@ class _RestoredRuns:
                 "merged checkpoint and the adapters"
             )
         # Both roundings, of the merge and of this, are within half a unit in the last place;
-        # the merge's sums were formed in its own working dtype.
+        # the merge's sums were formed in what it, or whatever else merged, forms them in.
         unit = torch.finfo(rows.dtype).eps / 2 if rows.is_floating_point() else 0.0
-        coarser = torch.finfo(working_dtype(rows.dtype)).eps / torch.finfo(self._dtype).eps
         wide = rows.to(self._dtype)
-        summed = math.sqrt(sum_of_squares(self._work.slack(wide, start, stop))) * coarser
+        slack = self._work.slack(wide, start, stop, others_dtype(rows.dtype))
+        summed = math.sqrt(sum_of_squares(slack))
         self.energy += here
         self.bound += (unit * (math.sqrt(sum_of_squares(wide)) + math.sqrt(here)) + summed) ** 2
         return base

@@ -22,9 +22,9 @@ def merge(
 ) -> Prepared:
     """Write to ``out`` the base with every adapter added: W + Σ weight · (its effect on W).
 
-    The sum is formed in float32 (float64 for float64 tensors) and rounded once. A quantized base
-    is dequantized on the way, and the report states how much of the adapters was
-    kept.
+    The sum is formed in float32, in float64 for what is written in more than half precision, and
+    rounded once. A quantized base is dequantized on the way, and the report states how much of the
+    adapters was kept.
 
     Args:
         base: a checkpoint folder, a diffusers pipeline's folder, a safetensors file or a hub id.

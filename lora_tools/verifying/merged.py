@@ -130,12 +130,13 @@ def _compared(target: Target, merged: Checkpoint, base: Checkpoint) -> Checked:
 def _match(target: Target, merged: Checkpoint, base: Checkpoint) -> Match:
     """Formed as ``merge`` forms it, run by run."""
     from lora_tools.linalg.compare import Match
+    from lora_tools.linalg.merge import others_dtype
 
     S = as_matrix(merged.tensor(target.spec.name), target)
     runs, match = MergedRuns(target, base, target.spec), Match()
     for run in runs:
         rows = slice(run.start, run.stop)
-        slack = runs.work.slack(run.exact, run.start, run.stop)
+        slack = runs.work.slack(run.exact, run.start, run.stop, others_dtype(S.dtype))
         match.add(S[rows], runs.read(run.start, run.stop), run.exact, slack)
     return match
 
