@@ -54,6 +54,7 @@ class Job:
         inputs: what is read, file by file.
         output: the file that it goes into, in ``--out``.
         tensors: what is written of it; () where that is known only once it is done.
+        numbers: that are worked on.
         bytes_read: of all inputs.
         bytes_written: at most.
         peak_memory: that it works in, besides what the program takes.
@@ -65,6 +66,7 @@ class Job:
     inputs: tuple[JobInput, ...]
     output: str
     tensors: tuple[str, ...]
+    numbers: int
     bytes_read: int
     bytes_written: int
     peak_memory: int
@@ -110,13 +112,14 @@ def job(
     reads: Iterable[Lying],
     output: str,
     tensors: tuple[str, ...],
+    numbers: int,
     nbytes: int,
 ) -> Job:
     """The job that a task is.
 
     Args:
         fate: what becomes of the tensor, as the plan of fates has it.
-        nbytes: of what is written.
+        numbers: that are worked on; nbytes: of what is written.
     """
     found: dict[str, list[Lying]] = {}
     read = 0
@@ -125,7 +128,9 @@ def job(
         read += each.nbytes
     inputs = tuple([JobInput.of(path, mine) for path, mine in found.items()])
     action, reason = (fate.action, fate.reason) if fate is not None else (Action.COPY, "")
-    return Job(work.label, action, reason, inputs, output, tensors, read, nbytes, work.nbytes)
+    return Job(
+        work.label, action, reason, inputs, output, tensors, numbers, read, nbytes, work.nbytes
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,13 +46,24 @@ def sentences(report: Report[Any]) -> Iterator[str]:
 
 def _needed(t: Mapping[str, Any]) -> str:
     """What a plan takes."""
-    line = f"needs: {size(t['input_bytes'])} to read, {size(t['disk_needed'])} of disk"
+    line = f"needs: {size(t['input_bytes'])} to read, "
+    line += f"{size(t['output_bytes'])} to write, " if "output_bytes" in t else ""
+    line += f"{size(t['disk_needed'])} of disk"
     if "disk_free" in t:
         short = "only " if t["disk_free"] < t["disk_needed"] else ""
         line += f", of which {short}{size(t['disk_free'])} are free"
     if "peak_memory" in t:
         line += f"; {size(t['peak_memory'])} of memory"
+    if "expected_seconds" in t:
+        line += f"; {_lasting(t['expected_seconds'])} here"
     return line
+
+
+def _lasting(seconds: float) -> str:
+    """ "about 40 s", "about 5 min", "about 3.5 h"."""
+    if seconds < 100:
+        return f"about {seconds:.0f} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 6000 else f"about {seconds / 3600:.2g} h"
 
 
 def _errors(t: Mapping[str, Any]) -> Iterator[str]:

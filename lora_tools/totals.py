@@ -20,7 +20,14 @@ class PlanTotals(TypedDict, total=False):
 class WorkTotals(PlanTotals, total=False):
     """The same, where the work on tensors is known beforehand."""
 
+    output_bytes: int
     peak_memory: int
+
+
+class TimedTotals(WorkTotals, total=False):
+    """The same, where it is known how long it takes."""
+
+    expected_seconds: float
 
 
 class LeftOutTotals(TypedDict, total=False):
@@ -119,7 +126,7 @@ class RuntimeAdapterTotals(OutputsTotals, total=False):
     modules: int
 
 
-class ExtractTotals(ErrorTotals, LeftOutTotals, WorkTotals, total=False):
+class ExtractTotals(ErrorTotals, LeftOutTotals, TimedTotals, total=False):
     """Of ``extract``."""
 
     modules: int
@@ -132,7 +139,7 @@ class ExtractTotals(ErrorTotals, LeftOutTotals, WorkTotals, total=False):
     quantization_noise: float
 
 
-class MergeTotals(SurvivalTotals, WorkTotals, total=False):
+class MergeTotals(SurvivalTotals, TimedTotals, total=False):
     """Of ``merge``."""
 
     tensors_merged: int
@@ -147,7 +154,7 @@ class MergeTotals(SurvivalTotals, WorkTotals, total=False):
     output_delta_error_unfed: float
 
 
-class UnmergeTotals(WorkTotals, total=False):
+class UnmergeTotals(TimedTotals, total=False):
     """Of ``unmerge``."""
 
     exact: bool
@@ -177,7 +184,7 @@ class ConvertTotals(ResizedTotals, WorkTotals, total=False):
     bytes: int
 
 
-class QuantizeTotals(FourBitTotals, TextTotals, WorkTotals, total=False):
+class QuantizeTotals(FourBitTotals, TextTotals, TimedTotals, total=False):
     """Of ``quantize``."""
 
     compensated_error: float
@@ -188,7 +195,7 @@ class QuantizeTotals(FourBitTotals, TextTotals, WorkTotals, total=False):
     expected_bytes_at_most: int
 
 
-class DequantizeTotals(WorkTotals, total=False):
+class DequantizeTotals(TimedTotals, total=False):
     """Of ``dequantize``."""
 
     tensors_dequantized: int

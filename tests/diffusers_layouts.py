@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lora_tools.formats.counterparts.table import counterparts
+from lora_tools.formats.counterparts.table import Counterpart, counterparts
 from lora_tools.formats.dtypes import dtype_name
 from lora_tools.records import TensorSpec
 
@@ -232,10 +232,16 @@ def xlabs() -> Shapes:
     return shapes
 
 
+def by_makers(known: Mapping[str, Counterpart]) -> dict[str, Counterpart]:
+    """Of tensors that have several names in the makers' layout, by the first of them."""
+    first = {each.pieces: name for name, each in reversed(known.items())}
+    return {name: each for name, each in known.items() if first[each.pieces] == name}
+
+
 def original_of(case: str, theirs: Mapping[str, tuple[int, ...]]) -> Tensors:
     """The makers' layout of a model with these shapes in diffusers', its rows numbered."""
     held = {k: TensorSpec(k, "F32", v) for k, v in theirs.items()}
-    known = counterparts(held)
+    known = by_makers(counterparts(held))
     covered = {piece.stored for each in known.values() for piece in each.pieces}
     same = {k: v for k, v in theirs.items() if k not in covered}
     shapes = {name: each.spec.shape for name, each in known.items()}

@@ -18,6 +18,7 @@ from lora_tools.formats.counterparts.table import Counterpart, counterparts
 from .diffusers_layouts import (
     CASES,
     Tensors,
+    by_makers,
     clip_text,
     first_column,
     laid_out,
@@ -55,7 +56,7 @@ def test_rows_are_those_that_diffusers_converter_puts_there(
 ) -> None:
     shapes = {name: tuple(shape) for name, shape in layouts[case]["shapes"].items()}
     theirs = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    known = counterparts(specs(theirs))
+    known = by_makers(counterparts(specs(theirs)))
     covered = {piece.stored for each in known.values() for piece in each.pieces}
     original = original_of(case, shapes)
     back = counterparts(specs(original))

@@ -24,7 +24,9 @@ from lora_tools.cli import run
 from lora_tools.engine import dask as engine
 from lora_tools.engine import memo, remote
 from lora_tools.engine.buffers import Buffers
+from lora_tools.engine.tasks import Call
 from lora_tools.formats import digest, ledger, output
+from lora_tools.watch.places import saying
 
 from . import iotools
 from .campaign.lines import VERBS, command, inputs, left_over
@@ -182,6 +184,15 @@ def test_paths_that_workers_do_not_see(address: str, client: Any) -> None:
         found.check_sees([Path(__file__), Path("/nowhere")])
 
 
+def test_what_stands_for_an_address_must_be_seen_too(address: str, client: Any) -> None:
+    found = engine.Cluster(client, SETTING)
+    with (
+        saying(lambda text: text.replace("/nowhere", "s3://bucket")),
+        pytest.raises(ClusterError, match=r"does not see s3://bucket/base; its small .* TMPDIR"),
+    ):
+        found.check_sees([Path("/nowhere/base")])
+
+
 def test_a_worker_is_asked_without_the_package() -> None:
     """Where it is missing no function of it can be unpickled."""
     cloudpickle = pytest.importorskip("cloudpickle")
@@ -230,13 +241,12 @@ def test_where_the_scheduler_is(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_a_worker_does_here() -> None:
     """The part that runs elsewhere, which no test here sees there."""
-    from lora_tools.engine.tasks import Call
-
     with digest.using("sha256"):
         shared = remote.pack((2,), None, SETTING)
-    done = pickle.loads(remote.do(shared, pickle.dumps(Call(divmod, (7,), "seven"))))
-    assert isinstance(done, memo.Done)
-    assert done.result == (3, 1)
+    sent = [pickle.dumps(Call(divmod, (number,), "a number")) for number in (7, 8)]
+    done = pickle.loads(remote.do(shared, sent))
+    assert all(isinstance(each, memo.Done) for each in done)
+    assert [each.result for each in done] == [(3, 1), (4, 0)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,5 +264,40 @@ def test_what_one_run_found_is_not_another_runs() -> None:
     """A worker of a cluster that stays serves one command after the other."""
     for number in (1.0, 2.0):
         shared = remote.pack(number, None, SETTING)
-        done: memo.Done = pickle.loads(remote.do(shared, pickle.dumps(Asking())))
+        [done] = pickle.loads(remote.do(shared, [pickle.dumps(Asking())]))
         assert done.result == number
+
+
+def test_small_tasks_go_together_and_large_ones_alone() -> None:
+    def counts(sizes: list[int], threads: int = 2) -> list[int]:
+        tasks = [Call(divmod, (), str(i), nbytes) for i, nbytes in enumerate(sizes)]
+        sent = list(engine._batches(tasks, threads))
+        assert [task for batch in sent for task in batch] == tasks
+        return [len(batch) for batch in sent]
+
+    assert counts([1] * 20) == [1] * 20, "so few that each of the threads has several"
+    assert counts([1] * 5000) == [64] * 78 + [8]
+    assert counts([1] * 5000, threads=100) == [6] * 833 + [2]
+    assert counts([100 << 20] * 20 + [1] * 300) == [1] * 19 + [20] * 15 + [1]
+    assert counts([1 << 20] * 64) == [4] * 16, "and as much of it"
+
+
+def test_what_is_small_and_fails_has_its_own_name(
+    address: str, small: Path, tmp_path: Path
+) -> None:
+    """Though it is sent with others."""
+    tensors = {f"model.layers.{i}.mlp.up_proj.weight": torch.ones(4, 4) for i in range(200)}
+    name = "model.layers.101.mlp.up_proj.weight"
+    (tmp_path / "to").mkdir()
+    save_file(tensors, tmp_path / "good.safetensors")
+    out = tmp_path / "to" / "out.safetensors"
+    lora_tools.merge(tmp_path / "good.safetensors", [], out, dtype="float16", engine=address)
+    assert len(load_file(out)) == len(tensors)
+    save_file({**tensors, name: tensors[name] * 1e30}, tmp_path / "bad.safetensors")
+    with pytest.raises(NonFiniteError, match=name):
+        lora_tools.merge(
+            *(tmp_path / "bad.safetensors", [], tmp_path / "to" / "other.safetensors"),
+            dtype="float16",
+            engine=address,
+        )
+    assert [*(tmp_path / "to").iterdir()] == [out]

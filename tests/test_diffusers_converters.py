@@ -161,3 +161,60 @@ def test_a_change_that_is_there_fused_and_in_parts_is_refused(fused: bool, tmp_p
     base = {name: deltas[name] for name in (whole if fused else cut)}
     with pytest.raises(UnsupportedAdapter, match=r"both change .*the same change twice"):
         merged(base, CASES["z-image"].beside, file, tmp_path)
+
+
+# What ComfyUI 0.3.77 calls HunyuanVideo's modules (process_unet_state_dict), by Tencent's names; of
+# the first four kinds its key map of adapters has Tencent's, too (model_lora_keys_unet).
+COMFYUI = {
+    "_attn_qkv": "_attn.qkv",
+    "_attn_proj": "_attn.proj",
+    "mlp.fc1": "mlp.0",
+    "mlp.fc2": "mlp.2",
+    "mod.linear": "mod.lin",
+    "modulation.linear": "modulation.lin",
+    "time_in.mlp.0": "time_in.in_layer",
+    "guidance_in.mlp.2": "guidance_in.out_layer",
+    "txt_in.t_embedder.mlp.0": "txt_in.t_embedder.in_layer",
+    "txt_in.c_embedder.linear_2": "txt_in.c_embedder.out_layer",
+}
+
+
+def by_comfyui(module: str) -> str:
+    end = next((end for end in COMFYUI if module.endswith(end)), "")
+    return module.removesuffix(end) + COMFYUI.get(end, "")
+
+
+def test_hunyuan_video_as_comfyui_has_it(theirs: Any, tmp_path: Path) -> None:
+    """A file of any of three spellings merges into a model of any, and what is written for ComfyUI
+    is read by it."""
+    case = CASES["hunyuan"]
+    file, tencent = adapter(case, ("diffusion_model.", "AB", False, False))
+    comfy = {by_comfyui(module): delta for module, delta in tencent.items()}
+    diffusers = converted(theirs, case, file)
+    renamed = {
+        f"diffusion_model.{by_comfyui(module)}.{part}": file[f"diffusion_model.{module}.{part}"]
+        for module in tencent
+        for part in PARTS["AB"]
+    }
+    for given, wanted in ((file, comfy), (renamed, tencent), (renamed, diffusers)):
+        check(merged(wanted, case.beside, given, tmp_path), wanted)
+    embedders = [m for m in tencent if m.startswith(("time_in", "guidance_in", "txt_in."))]
+    embedders = [m for m in embedders if "token_refiner" not in m and "input_embedder" not in m]
+    known = {*comfy, *(m for m in tencent if m not in embedders)}
+    for wanted in (tencent, diffusers):
+        merged(wanted, case.beside, file, tmp_path)  # for the base
+        for to in ("diffusers", "comfyui"):
+            lora_tools.convert(
+                tmp_path / "l.safetensors",
+                tmp_path / f"{to}.safetensors",
+                to=to,
+                base=tmp_path / "b.safetensors",
+                force=True,
+            )
+        made = load_file(tmp_path / "comfyui.safetensors")
+        names = {key.partition(".lora_")[0].removeprefix("diffusion_model.") for key in made}
+        assert {name.removesuffix(".alpha") for name in names} <= known
+        for there in (comfy, tencent, diffusers):
+            check(merged(there, case.beside, made, tmp_path), there)
+            given = load_file(tmp_path / "diffusers.safetensors")
+            check(merged(there, case.beside, given, tmp_path), there)

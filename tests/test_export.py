@@ -236,6 +236,24 @@ def test_dtypes_and_bundles(options: Any, base: Path, exported: Any, tmp_path: P
         assert all(offset % 4096 == 0 for offset in offsets)
 
 
+@pytest.mark.parametrize("wanted", ["float32", "float16"])
+def test_bundled_weights_are_cast_once(wanted: str, tmp_path: Path) -> None:
+    """Into what the graph computes with: no runtime does it when it loads them."""
+    base = export_models.one_layer("Llama", tmp_path / "base", dtype=torch.bfloat16)
+    out = tmp_path / "out"
+    lora_tools.export(base, out, weights="bundled", compute_dtype=wanted, no_verify=True)
+    model = onnx.load(out / "model.onnx")
+    assert not any(node.name.startswith("cast:") for node in model.graph.node)
+    stored = models.tensors(base)
+    weights = {i.name: i for i in model.graph.initializer if i.name in stored}
+    assert weights.keys() == stored.keys()
+    for name, found in weights.items():
+        expected = stored[name].to(getattr(torch, wanted)).numpy()
+        assert onnx.numpy_helper.to_array(found).tobytes() == expected.tobytes()
+    shared = lora_tools.export(base, tmp_path / "shared", graph=out, compute_dtype=wanted)
+    assert shared.totals["verified"]
+
+
 def test_a_sharded_checkpoint(exported: Any, tmp_path: Path) -> None:
     model = models.load(exported[0])
     model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
@@ -456,17 +474,23 @@ def test_a_disk_that_fails(base: Path, exported: Any, tmp_path: Path, monkeypatc
 # -------------------------------------------------------------------------------- the command line
 
 
-def test_a_dry_run_imports_nothing_heavy(base: Path, tmp_path: Path) -> None:
+def test_what_needs_no_torch_does_not_import_it(base: Path, exported: Any, tmp_path: Path) -> None:
+    """A dry run, nor onnx; a graph that is used again."""
+    line = ["export", str(base), "--graph", str(exported[0]), "-o", "out", "-q", "--no-verify"]
     code = (
-        "import sys; from lora_tools.cli import run; "
-        f"run(['export', {str(base)!r}, '-o', 'out', '--dry-run', '-q']); "
-        "print(*sorted({m.partition('.')[0] for m in sys.modules}))"
+        "import sys; from lora_tools.cli import run\n"
+        "def imported(*line):\n"
+        "    assert run([*line]) == 0\n"
+        "    print(*sorted({m.partition('.')[0] for m in sys.modules}))\n"
+        f"imported(*{line}, '--dry-run'); imported(*{line})"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
     )
-    assert not {"torch", "onnx", "transformers", "onnxruntime"} & set(done.stdout.split())
-    assert list(tmp_path.iterdir()) == []
+    planned, made = (set(line.split()) for line in done.stdout.splitlines())
+    assert not {"torch", "onnx", "transformers", "onnxruntime"} & planned
+    assert "onnx" in made
+    assert not {"torch", "transformers", "onnxruntime"} & made
 
 
 @pytest.mark.parametrize(

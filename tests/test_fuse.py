@@ -16,6 +16,7 @@ import torch
 import lora_tools
 from lora_tools.errors import MismatchError
 from lora_tools.onnx.fuse.attention import Unfused, one_operator
+from lora_tools.onnx.fuse.linears import fuse_linears
 from lora_tools.onnx.fuse.norms import fuse_norms
 from lora_tools.onnx.fuse.rotary import fuse_rotary
 
@@ -109,6 +110,34 @@ def test_attention_has_its_cache_inside(traced: Callable[[str], Traced]) -> None
         assert node.output[1:] == [f"present.{number}.{what}" for what in ("key", "value")]
     kinds = {node.op_type for node in model.graph.node}
     assert not kinds & {"Softmax", "Sqrt", "Neg", "Reciprocal"}
+
+
+def test_linear_layers_take_weights_as_they_are_stored(traced: Callable[[str], Traced]) -> None:
+    """A runtime need not transpose them when it loads the graph; of a layer only queries, keys,
+    values and what attention makes are no rows."""
+    folder = traced("Llama").graph
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    weights = {i.name for i in model.graph.initializer if i.external_data and len(i.dims) == 2}
+    nodes = model.graph.node
+    assert weights == {n.input[1] for n in nodes if n.op_type == "Gemm"} | {nodes_of_rows(model)}
+    assert not any(n.op_type == "Transpose" and n.input[0] in weights for n in nodes)
+    assert operators(folder).count("Gemm") == 5 * 7 + 1
+    assert operators(folder).count("Reshape") == 5 * 4 + 8  # and before, between and after
+
+
+def nodes_of_rows(model: onnx.ModelProto) -> str:
+    """The weight whose rows are looked up."""
+    [name] = [node.input[0] for node in model.graph.node if node.op_type == "Gather"]
+    return str(name)
+
+
+def test_biases_are_added_by_linear_layers(traced: Callable[[str], Traced]) -> None:
+    model = onnx.load(traced("BERT").graph / "model.onnx", load_external_data=False)
+    vectors = {i.name for i in model.graph.initializer if i.external_data and len(i.dims) == 1}
+    products = [node for node in model.graph.node if node.op_type == "Gemm"]
+    assert len(products) == 5 * 6
+    assert all(node.input[2] in vectors for node in products)
+    assert not any(vectors & {*node.input} for node in model.graph.node if node.op_type == "Add")
 
 
 def test_unfused_is_what_torch_traces(traced: Callable[[str], Traced], tmp_path: Path) -> None:
@@ -250,3 +279,54 @@ def test_rotations(wanted: bool, change: dict[str, str]) -> None:
     usual = {"half": "4", "other": "a", "negative": "second", "joined": "minus, first"}
     text = ROTATION.format(**usual | change).replace("  both", "  minus_a = Neg (a)\n  both")
     assert fused(text, fuse_rotary, "RotaryEmbedding") is wanted
+
+
+LINEAR = """<ir_version: 10, opset_import: ["" : 23]>
+g (float[B,S,4] x, float[B,S,6] other, float[1,S,6] row, float[B,S,1] narrow) => (float[{out}] y)
+<float[6,4] w = {{{numbers}}}, float[6] b = {{1, 2, 3, 4, 5, 6}}, float two = {{2.0}},
+ float[6] scale = {{1, 2, 1, 2, 1, 2}}, int64[3] form = {{0, -1, 2}}> {{
+  turned = Transpose <perm = [1, 0]> (w)
+  product = MatMul (x, turned)
+  {body}
+}}"""
+BODIES = {
+    "alone": ("y = Identity (product)", "B,S,6", 2),
+    "the output itself": ("y = Add (product, b)", "B,S,6", 2),
+    "a bias before": ("y = Add (b, product)", "B,S,6", 2),
+    "a product in two sums": ("z = Add (product, b)\n y = Mul (product, z)", "B,S,6", 2),
+    "by element": ("z = Sigmoid (product)\n y = Mul (z, product)", "B,S,6", 2),
+    "with numbers": ("z = Mul (product, two)\n y = Pow (z, two)", "B,S,6", 2),
+    "with another": ("y = Add (other, product)", "B,S,6", 3),
+    "with a column": ("y = Mul (narrow, product)", "B,S,6", 3),
+    "with what is broadcast": ("y = Add (row, product)", "B,S,6", 2),
+    "a norm": ("y = LayerNormalization <axis = -1> (product, scale, b)", "B,S,6", 2),
+    "a norm, axis 2": ("y = RMSNormalization <axis = 2> (product, scale)", "B,S,6", 2),
+    "a norm over two axes": ("y = LayerNormalization <axis = 1> (product, scale)", "B,S,6", 2),
+    "taken apart": ("z = Relu (product)\n y = Reshape (z, form)", "B,T,2", 3),
+}
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_linear_layers(body: str) -> None:
+    """The same, whatever is around a product, and no more shapes than it takes."""
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    code, out, shapes = BODIES[body]
+    numbers = ", ".join(str(n % 5 - 2) for n in range(24))
+    model = parsed(LINEAR.format(body=code, out=out, numbers=numbers))
+    dice = np.random.default_rng(0)
+    sizes = {"x": (2, 3, 4), "other": (2, 3, 6), "row": (1, 3, 6), "narrow": (2, 3, 1)}
+    given = {name: dice.standard_normal(size).astype(np.float32) for name, size in sizes.items()}
+
+    def found() -> Any:
+        text = ir.to_proto(model).SerializeToString()
+        return onnxruntime.InferenceSession(text).run(None, given)[0]
+
+    before = found()
+    fuse_linears(model.graph, ["w", "b", "scale"])
+    RemoveUnusedNodesPass()(model)
+    assert np.abs(found() - before).max() < 1e-5
+    kinds = [node.op_type for node in model.graph]
+    assert kinds.count("Gemm") == 1
+    assert "MatMul" not in kinds
+    assert kinds.count("Reshape") == shapes

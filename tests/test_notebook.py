@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import sys
 from html.parser import HTMLParser
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from jsonschema import Draft202012Validator
+from safetensors.torch import save_file
 
 import lora_tools
 from lora_tools.records import (
@@ -24,6 +28,7 @@ from lora_tools.records import (
     TensorResult,
     TensorSpec,
 )
+from lora_tools.sources.checkpoints import open_checkpoint
 from lora_tools.verbs.report_file import plain
 
 HOSTILE = "<script>alert(1)</script>&\u202e\n"
@@ -169,3 +174,47 @@ def test_the_schema_finds_what_is_wrong() -> None:
         assert wrong(change)
     with pytest.raises(ValueError, match="'dif': one of extract, "):
         lora_tools.report_schema("dif")
+
+
+def test_state_dicts_stand_for_models(tmp_path: Path) -> None:
+    """The same bytes as of files with the same tensors, and no name of a temporary file."""
+    generator = torch.Generator().manual_seed(0)
+    base = {f"l{i}.weight": torch.randn(8, 6, generator=generator) for i in range(2)}
+    base["tied.weight"], base["l3.weight"] = base["l0.weight"], base["l0.weight"].T
+    tuned = {name: tensor + torch.ones(tensor.shape) for name, tensor in base.items()}
+    for name, tensors in ("base", base), ("tuned", tuned):
+        held = {k: v.clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
+        save_file(held, tmp_path / f"{name}.safetensors")
+    kept = [each.clone() for each in base.values()]
+    report = lora_tools.extract(base, tuned, tmp_path / "made", rank=1)
+    files = tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"
+    lora_tools.extract(*files, tmp_path / "of_files", rank=1)
+    weights = "adapter_model.safetensors"
+    made, expected = tmp_path / "made", tmp_path / "of_files"
+    assert (made / weights).read_bytes() == (expected / weights).read_bytes()
+    assert [each.path for each in report.inputs] == ["memory:base", "memory:tuned"]
+    config = json.loads((made / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] is None, "nobody could find it"
+    assert "memory:" not in (made / "README.md").read_text()
+    assert all(torch.equal(*pair) for pair in zip(kept, base.values(), strict=True))
+    lora_tools.merge(base, made, tmp_path / "merged.safetensors")
+    found = lora_tools.verify(tmp_path / "merged.safetensors", base=files[0], adapters=[made])
+    assert {fate.action for fate in found.plan} == {Action.SAME}
+
+
+def test_what_is_no_state_dict(tmp_path: Path) -> None:
+    good = {"a.weight": torch.ones(2, 2)}
+    with pytest.raises(TypeError, match="'b' is no tensor"):
+        lora_tools.diff(good, {"b": 1})
+    with pytest.raises(TypeError, match="out to be a path, not dict"):
+        lora_tools.quantize(good, good)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="adapter to be a path, not dict; safetensors"):
+        lora_tools.rescale(good, tmp_path / "out")  # type: ignore[arg-type]
+    with pytest.raises(lora_tools.MismatchError, match="memory:base and memory:tuned have no"):
+        lora_tools.diff(good, {"b.weight": good["a.weight"]})
+
+
+def test_an_open_checkpoint_stands_for_its_path(tmp_path: Path) -> None:
+    save_file({"a.weight": torch.ones(2, 2)}, tmp_path / "a.safetensors")
+    opened = open_checkpoint(tmp_path / "a.safetensors")
+    assert lora_tools.inspect(opened).stored[0].tensor == "a.weight"  # type: ignore[arg-type]

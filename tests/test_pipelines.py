@@ -13,7 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lora_tools
-from lora_tools.errors import AdapterError, CheckpointError, LoraToolsError, UsageError
+from lora_tools.errors import (
+    AdapterError,
+    CheckpointError,
+    LoraToolsError,
+    MismatchError,
+    UsageError,
+)
 from lora_tools.sentences import recommendation
 
 from . import iotools, models
@@ -227,3 +233,33 @@ def test_a_model_in_codes_becomes_plain(root: Path, tmp_path: Path) -> None:
     found = held(tmp_path / "m")[f"{name}.weight"]
     torch.testing.assert_close(found.float(), plain.float() + B @ A, rtol=1e-2, atol=1e-2)
     assert lora_tools.verify(tmp_path / "m", base=base, adapters=[given]).totals["same"]
+
+
+def test_two_text_encoders(tmp_path: Path) -> None:
+    """An adapter of one of them: its config says of which; where it does not, nothing is chosen."""
+    two = {part: parts()["text_encoder"] for part in ("text_encoder", "text_encoder_2")}
+    (tmp_path / "base").mkdir()
+    for part, held_there in two.items():
+        iotools.checkpoint(tmp_path / "base" / part, held_there)
+    said = {part: ["transformers", "CLIPTextModel"] for part in two}
+    (tmp_path / "base/model_index.json").write_text(json.dumps(said))
+    for part in two:
+        trained_on = f"somewhere/{part}/"
+        given = iotools.adapter(
+            tmp_path / part, {f"{LAYER}.mlp.fc1": (16, 8)}, base_model_name_or_path=trained_on
+        )
+        lora_tools.merge(tmp_path / "base", [given], tmp_path / f"m_{part}")
+        report = lora_tools.diff(tmp_path / "base", tmp_path / f"m_{part}")
+        assert [s.module for s in report.spectra] == [f"{part}.{LAYER}.mlp.fc1"]
+        for to, begins in (
+            ("kohya", f"lora_te{1 + [*two].index(part)}_"),
+            ("diffusers", f"{part}."),
+        ):
+            out = tmp_path / f"{part}_{to}.safetensors"
+            lora_tools.convert(given, out, to=to, base=tmp_path / "base")
+            assert {name.startswith(begins) for name in load_file(out)} == {True}
+    given = iotools.adapter(tmp_path / "any", {f"{LAYER}.mlp.fc1": (16, 8)})
+    with pytest.raises(MismatchError, match="folder of the part that is meant"):
+        lora_tools.merge(tmp_path / "base", [given], tmp_path / "m")
+    with pytest.raises(MismatchError, match="folder of the part that is meant"):
+        lora_tools.convert(given, tmp_path / "k", to="kohya", base=tmp_path / "base")

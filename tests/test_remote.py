@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import filecmp
 import json
+import os
 import pickle
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +28,7 @@ from lora_tools.errors import (
     UnsafeInput,
     UsageError,
 )
-from lora_tools.formats import output, stand_ins
+from lora_tools.formats import ledger, output, stand_ins
 from lora_tools.formats.stand_ins import StandIn
 from lora_tools.remote import ahead, source, stores
 from lora_tools.sources.checkpoints import open_checkpoint
@@ -242,6 +244,63 @@ def test_shards_of_a_job_know_the_same_inputs(files: Path, server: Server) -> No
     for path in Path(own.output).glob("*.safetensors"):
         assert filecmp.cmp(path, Path("parts") / path.name, shallow=False)
     assert report.output == "parts"
+
+
+def test_what_an_ended_run_did_is_not_read_again(
+    files: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    words = ("s3://bucket/base", "s3://bucket/adapter", "out")
+    monkeypatch.setattr(ledger, "WORTH", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(output._Staging, "commit", fails)
+        with pytest.raises(OutputError, match="Input/output"):
+            lora_tools.merge(*words)
+    with pytest.raises(UsageError, match="a run that was ended has left"):
+        lora_tools.merge(*words)
+    server.clear()
+    report = lora_tools.merge(*words, resume=True)
+    assert "were found done" in report.notes[-1]
+    data, headers = data_bytes(files / "base", files / "adapter")
+    assert server.read() < headers + data / 2, "the adapter, for its digest, and headers"
+    lora_tools.merge(files / "base", files / "adapter", "own")
+    for path in Path("own").glob("*.safetensors"):
+        assert filecmp.cmp(path, Path("out") / path.name, shallow=False)
+
+
+def test_work_is_done_anew_where_an_object_was_replaced(
+    files: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though it has the same size, and the same address."""
+    shutil.copytree(files / "other", "again")
+    servers.fill(Path("again"))
+    monkeypatch.setattr(ledger, "WORTH", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(output._Staging, "commit", lambda *_: os.close(1 << 20))
+        with pytest.raises(OutputError):
+            lora_tools.rescale("s3://bucket/again", "out", rank=1)
+    shutil.copytree(files / "adapter", "again", dirs_exist_ok=True)
+    servers.fill(Path("again"))
+    report = lora_tools.rescale("s3://bucket/again", "out", rank=1, resume=True)
+    assert not any("found done" in note for note in report.notes)
+    lora_tools.rescale(files / "adapter", "own", rank=1)
+    name = "adapter_model.safetensors"
+    assert filecmp.cmp(Path("own") / name, Path("out") / name, shallow=False)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_workers_read_by_address_themselves(files: Path, server: Server) -> None:
+    pytest.importorskip("distributed")
+    own = lora_tools.merge(files / "base", files / "adapter", "own")
+    words = "s3://bucket/base", "s3://bucket/adapter", "there"
+    there = lora_tools.merge(*words, engine="dask", workers=1)
+    assert there.totals["output_digest"] == own.totals["output_digest"]
+    for path in Path("own").glob("*.safetensors"):
+        assert filecmp.cmp(path, Path("there") / path.name, shallow=False)
+    assert left() == []
 
 
 def test_a_file_is_sent_as_its_address(files: Path) -> None:

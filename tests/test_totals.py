@@ -17,7 +17,7 @@ from lora_tools.cli import run
 from lora_tools.engine import threads
 from lora_tools.errors import NonFiniteError, QualityGateError
 from lora_tools.figures import Total
-from lora_tools.totals import WorkTotals
+from lora_tools.totals import TimedTotals
 
 Tensors = dict[str, torch.Tensor]
 Q, K, NORM, EMBED = (f"model.{n}.weight" for n in ("q_proj", "k_proj", "norm", "embed_tokens"))
@@ -353,7 +353,7 @@ def test_a_plan_says_what_it_reads_and_the_room_that_is_asked_for(
         assert plan.totals["disk_free"] > 0
         besides = threads.PROGRAM + threads.default_jobs() * threads.THREAD
         assert [plan.totals["peak_memory"] - besides] == budgets[:1]
-        assert not WorkTotals.__annotations__.keys() & done.totals.keys()
+        assert not TimedTotals.__annotations__.keys() & done.totals.keys()
 
 
 def test_a_plan_says_where_the_room_is_short(

@@ -362,7 +362,7 @@ def test_inspect_a_model(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert facts["opset"] == {"ai.onnx": 23}
     assert facts["inputs"][0] == "input_ids: INT64 [batch, sequence]"
     assert facts["outputs"][0] == "logits: FLOAT [batch, sequence, 96]"
-    assert facts["operators"]["MatMul"] > 30
+    assert facts["operators"]["Gemm"] > 30
     assert sum(facts["operators"].values()) == facts["nodes"]
     assert facts["custom_domains"] == []
     stored = {t.tensor: t for t in report.stored}

@@ -214,7 +214,7 @@ def lora_jobs(
         numbers = sum(map(math.prod, work.layout.shapes(spec.shape, 1)))
         rank = max(rule.ceiling(at.rows, at.cols) for at in work.layout.regions(spec.shape))
         nbytes = numbers * rank * DTYPE_BITS[dtype or spec.dtype] // 8
-        yield job(task, known[task.label], reads, to.file_name, (), nbytes)
+        yield job(task, known[task.label], reads, to.file_name, (), spec.numel, nbytes)
     yield from copying_jobs(given, given.whole, to.file_name, fates)
 
 

@@ -32,7 +32,8 @@ def module_jobs(
         module = given.modules[name]
         reads = lying_in(given, keys_of(module))
         nbytes = factors_nbytes(module, given, ranks[name], dtype)
-        yield job(task, known.get(name), reads, output, (), nbytes)
+        numbers = sum(given.file.specs[key].numel for key in (module.A, module.B))
+        yield job(task, known.get(name), reads, output, (), numbers, nbytes)
 
 
 def copying_jobs(
@@ -41,9 +42,9 @@ def copying_jobs(
     """One for each tensor that is copied as it is; ``keys`` by the names of the fates."""
     known = {fate.tensor: fate for fate in fates}
     for name, key in keys.items():
-        nbytes = given.file.specs[key].nbytes
-        work = Copying(name, nbytes)
-        yield job(work, known.get(name), lying_in(given, [key]), output, (), nbytes)
+        spec = given.file.specs[key]
+        work, reads = Copying(name, spec.nbytes), lying_in(given, [key])
+        yield job(work, known.get(name), reads, output, (), spec.numel, spec.nbytes)
 
 
 def whole_keys(given: Adapter) -> dict[str, str]:

@@ -170,7 +170,9 @@ def combine_jobs(
     known = {fate.tensor: fate for fate in fates}
     for task, mine in zip(combine_tasks(given, options), given.terms.values(), strict=True):
         reads = [r for t in mine for r in lying_in(t.weighted.adapter, keys_of(t.module))]
-        yield job(task, known[task.label], reads, output, (), _written_bytes(mine, options))
+        numbers = sum(math.prod(shape) for t in mine for shape in t.shapes)
+        nbytes = _written_bytes(mine, options)
+        yield job(task, known[task.label], reads, output, (), numbers, nbytes)
     for name, (each, key) in given.copied.items():
         yield from copying_jobs(each.adapter, {name: key}, output, fates)
 

@@ -20,11 +20,11 @@ from lora_tools.adapting.jobs import copying_jobs, module_jobs
 from lora_tools.engine.tasks import Call
 from lora_tools.errors import NonFiniteError, UnsupportedAdapter
 from lora_tools.formats.adapters.base_names import BaseNames
+from lora_tools.formats.adapters.components import aligned
 from lora_tools.formats.adapters.format import FEATURES, Format
 from lora_tools.formats.adapters.peft import Adapter, LoraModule
 from lora_tools.formats.adapters.places import Places
 from lora_tools.formats.adapters.training_metadata import is_carried, note_on_hashes, updated
-from lora_tools.formats.alignment import align
 from lora_tools.jobs import Job
 from lora_tools.linalg.ranks import RankRule
 from lora_tools.records import Fate, ModuleResult, ProgressCallback, Report
@@ -278,7 +278,9 @@ class ConvertJob:
         if self.names is None or self.options.to.name == "peft":
             return {}
         modules = {module.module for module in self.kept.values()}
-        own, _ = align(sorted(modules), list(self.names.weights))
+        parts = self.names.components if self.names.pipeline else ()
+        trained_on = self.given.config.get("base_model_name_or_path")
+        own, _ = aligned(sorted(modules), list(self.names.weights), parts, trained_on)
         return own if self.names.weights.keys() >= set(own.values()) else {}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import metadata
 from pathlib import Path
 
 import click
@@ -58,6 +57,8 @@ def _pages() -> dict[str, Path]:
     here = Path(__file__).parents[2] / _FOLDER
     if (here / "cli.md").is_file():
         return {str(path.relative_to(here)): path for path in sorted(here.rglob("*.md"))}
+    from importlib import metadata  # half of the time that help takes
+
     try:
         files = metadata.files("loratools") or []
     except metadata.PackageNotFoundError:

@@ -9,9 +9,11 @@ another: they write the same bytes into the same places.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import pickle
+import tempfile
 import types
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -23,13 +25,17 @@ from lora_tools.engine.tasks import K, R, S, Task
 from lora_tools.engine.threads import default_jobs
 from lora_tools.errors import ClusterError, UsageError, first_line, need
 from lora_tools.records import Progress, ProgressCallback
+from lora_tools.watch.places import said_of
 
 if TYPE_CHECKING:
     from distributed import Client, Future
 
 _ADDRESS = "DASK_SCHEDULER_ADDRESS"
 _PATIENCE = 20  # seconds until a cluster has answered, and has a worker
-_AHEAD = 2  # tasks for each thread of the cluster that wait at the workers
+_AHEAD = 2  # batches for each thread of the cluster that wait at the workers
+_TOGETHER, _TOGETHER_BYTES = 64, 128 << 20  # tasks of a batch, at most, and what they work in
+# Where a worker is at, a hundred times a second, holds up the work and is of use to no one here.
+_QUIET = {"distributed.worker.profile.enabled": False}
 # As the command line has it in its own process; Dask itself has freed memory given back at once.
 _ENVIRON = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
@@ -92,9 +98,11 @@ def _local(workers: int) -> Iterator[str]:
     import dask
     import distributed
 
-    environ = {"distributed.nanny.pre-spawn-environ": _ENVIRON}
     with (
-        dask.config.set(environ),
+        tempfile.TemporaryDirectory(prefix="loratools-dask-", ignore_cleanup_errors=True) as own,
+        dask.config.set(
+            {**_QUIET, "distributed.nanny.pre-spawn-environ": _ENVIRON, "temporary-directory": own}
+        ),
         distributed.LocalCluster(
             n_workers=workers,
             threads_per_worker=1,
@@ -128,10 +136,13 @@ class Cluster:
             _missing, [str(path.absolute()) for path in paths]
         ).items():
             if missing:
-                raise ClusterError(
-                    f"the worker {worker} does not see {missing[0]}; inputs and output must lie "
-                    "where all machines find them by the same paths"
-                )
+                where = "inputs and output must lie where all machines find them by the same paths"
+                if (said := said_of(Path(missing[0]))) != missing[0]:
+                    where = (
+                        "its small files and headers lie in the folder for temporary files here: "
+                        "let TMPDIR name one that all machines find by the same path"
+                    )
+                raise ClusterError(f"the worker {worker} does not see {said}; {where}")
 
     def _ask(self, question: types.FunctionType | Any, *args: Any) -> dict[str, Any]:
         # A worker need not have this package: the function is sent whole, as one of __main__ is.
@@ -159,48 +170,88 @@ class Cluster:
             bytes, remote.pack(sources, sink, self._setting), pure=False, key=None
         )
         sizes = [max(task.nbytes, 1) for task in tasks]
-        total, done, window = sum(sizes), 0, (1 + _AHEAD) * threads
-        pending: deque[tuple[bytes, memo.Done | Future]] = deque()
+        total, done, step, window = sum(sizes), 0, 0, (1 + _AHEAD) * threads
+        pending: deque[_Batch] = deque()
 
-        def submit(task: Task[S, K, R]) -> tuple[bytes, memo.Done | Future]:
-            key = kept.key(task) if kept is not None else b""
-            if kept is not None and (found := kept.recall(key)) is not None:
-                return key, found
-            sent = pickle.dumps(task)
-            return key, self._client.submit(remote.do, shared, sent, pure=False)
+        def submit(batch: Sequence[Task[S, K, R]]) -> _Batch:
+            keys = [kept.key(task) if kept is not None else b"" for task in batch]
+            found = [kept.recall(key) if kept is not None else None for key in keys]
+            lacking = [t for t, known in zip(batch, found, strict=True) if known is None]
+            future = None
+            if lacking:
+                sent = [pickle.dumps(task) for task in lacking]
+                future = self._client.submit(remote.do, shared, sent, pure=False)
+            return _Batch(batch, keys, found, future)
 
-        queue = iter(tasks)
+        queue = _batches(tasks, threads)
         try:
-            for step, (task, size) in enumerate(zip(tasks, sizes, strict=True), 1):
+            while True:
                 while len(pending) < window and (more := next(queue, None)) is not None:
                     pending.append(submit(more))
-                key, ahead = pending.popleft()
-                found = ahead if isinstance(ahead, memo.Done) else _result(ahead, task.label)
-                if found is not ahead:
-                    if sink is not None:
-                        sink.take(found.taken)  # type: ignore[attr-defined]
-                    if kept is not None:
-                        kept.note(key, found)
-                done += size
-                if progress is not None:
-                    progress(Progress(done, total, task.label, step, len(tasks)))
-                yield found.result
+                if not pending:
+                    return
+                batch = pending.popleft()
+                made = iter(batch.made())
+                for task, key, known in zip(batch.tasks, batch.keys, batch.found, strict=True):
+                    each = known if known is not None else next(made)
+                    if known is None:
+                        if sink is not None:
+                            sink.take(each.taken)  # type: ignore[attr-defined]
+                        if kept is not None:
+                            kept.note(key, each)
+                    done, step = done + max(task.nbytes, 1), step + 1
+                    if progress is not None:
+                        progress(Progress(done, total, task.label, step, len(tasks)))
+                    yield each.result
         finally:
-            self._client.cancel([each for _, each in pending if not isinstance(each, memo.Done)])
+            self._client.cancel([b.future for b in pending if b.future is not None])
 
 
-def _result(future: Future, label: str) -> memo.Done:
-    from distributed import CancelledError, KilledWorker
+def _batches(tasks: Sequence[Task[S, K, R]], threads: int) -> Iterator[Sequence[Task[S, K, R]]]:
+    """What is sent at a time: small tasks together, since sending costs milliseconds, and yet so
+    few that all have work to the end."""
+    shares = 8 * threads
+    most = min(_TOGETHER, max(len(tasks) // shares, 1))
+    bound = min(_TOGETHER_BYTES, sum(task.nbytes for task in tasks) // shares)
+    batch: list[Task[S, K, R]] = []
+    held = 0
+    for task in tasks:
+        if batch and (len(batch) == most or held + task.nbytes > bound):
+            yield batch
+            batch, held = [], 0
+        batch.append(task)
+        held += task.nbytes
+    yield batch
 
-    try:
-        done: memo.Done = pickle.loads(future.result())
-    except (KilledWorker, CancelledError, TimeoutError) as error:
-        raise ClusterError(
-            f"{label}: the workers that it was sent to died or are gone "
-            f"({first_line(error):.200}); give each more memory, or have fewer of them on a machine"
-        ) from None
-    future.release()
-    return done
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    """Tasks that are sent at a time, their keys, what was found done of them, and the others on
+    their way."""
+
+    tasks: Sequence[Task[Any, Any, Any]]
+    keys: Sequence[bytes]
+    found: Sequence[memo.Done | None]
+    future: Future | None
+
+    def made(self) -> list[memo.Done]:
+        """What those that were sent came to. Raises ClusterError, and what they raise."""
+        if self.future is None:
+            return []
+        from distributed import CancelledError, KilledWorker
+
+        try:
+            made: list[memo.Done] = pickle.loads(self.future.result())
+        except (KilledWorker, CancelledError, TimeoutError) as error:
+            pairs = zip(self.tasks, self.found, strict=True)
+            first, *others = [task.label for task, known in pairs if known is None]
+            raise ClusterError(
+                f"{first}{f' to {others[-1]}' if others else ''}: the workers that it was sent to "
+                f"died or are gone ({first_line(error):.200}); give each more memory, or have "
+                "fewer of them on a machine"
+            ) from None
+        self.future.release()
+        return made
 
 
 def _versions() -> list[str]:

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -46,14 +46,18 @@ def _opened(shared: bytes) -> tuple[Any, Any, Any, Buffers]:
     return sources, sink, setting, Buffers()
 
 
-def do(shared: bytes, task: bytes) -> bytes:
-    """One task; what it came to is a ``memo.Done``. Raises what it raises, with its label."""
-    work = pickle.loads(task)
-    with named(work.label):
-        with _lock:
-            sources, sink, setting, buffers = _opened(shared)
-        with one_torch_thread_here(), setting():
-            return pickle.dumps(memo.do(work, sources, sink, buffers))
+def do(shared: bytes, tasks: Sequence[bytes]) -> bytes:
+    """Tasks, one after the other; what each came to is a ``memo.Done``. Raises what one raises,
+    with its label."""
+    found = []
+    for each in tasks:
+        work = pickle.loads(each)
+        with named(work.label):
+            with _lock:
+                sources, sink, setting, buffers = _opened(shared)
+            with one_torch_thread_here(), setting():
+                found.append(memo.do(work, sources, sink, buffers))
+    return pickle.dumps(found)
 
 
 def pack(sources: Any, sink: Any, setting: Setting) -> bytes:

@@ -43,7 +43,8 @@ class Export:
 
     Attributes:
         given: the checkpoint as it was named.
-        placing: "shared" or "bundled", see ``Graphs.weights``.
+        placing: "shared" or "bundled", see ``Graphs.weights``; cast: bundled in the dtype that
+            the graph computes in.
         weights: where they change, what writes them; None: they are copied, or stay.
         plain: writes the weights with none quantized, where those lie nowhere yet.
         runtime: adapters that are inputs of the graph.
@@ -59,6 +60,7 @@ class Export:
     running: Running
     quantization: Quantization
     placing: str
+    cast: bool
     weights: Prepared | None
     plain: Prepared | None
     runtime: RuntimeAdapters | None
@@ -102,10 +104,15 @@ class Export:
         if self.in_place:
             return 0
         weights = self.weights.nbytes if self.weights else self._copying().totals["bytes"]
-        weights *= 2 if self.placing == "bundled" or self.quantization.affine else 1
+        bundle = 0
+        if self.cast:
+            size = 4 if self.graphs.compute_dtype == "float32" else 2
+            bundle = sum(spec.numel for spec in self.source.specs.values()) * size
+        elif self.placing == "bundled" or self.quantization.affine:
+            bundle = weights
         beside = self.plain.nbytes if self.plain else 0
         adapters = self.runtime.space(not self.check.no_verify) if self.runtime else 0
-        return int(weights + beside + adapters)
+        return int(weights + bundle + beside + adapters)
 
     def input_bytes(self) -> int:
         """Of the tensors that are read."""
@@ -200,6 +207,7 @@ class Export:
             self.task,
             cache=not self.graphs.no_cache,
             weights=self.placing,
+            cast=self.cast,
             graph=Path(self.graphs.graph) if self.graphs.graph else None,
             opset=self.graphs.opset,
             trust_remote_code=self.graphs.trust_remote_code,

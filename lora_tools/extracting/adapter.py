@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import MismatchError
 from lora_tools.extracting.decompose import Decomposition, Sides
-from lora_tools.extracting.pair_work import Outcome, digests_of
+from lora_tools.extracting.pair_tasks import Outcome, digests_of
 from lora_tools.extracting.pairs import Plan
 from lora_tools.extracting.saved_whole import complete_saved, save_alone
 from lora_tools.extracting.totals import extract_totals, noise_note, uncovered

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from lora_tools.extracting.decompose import Sides
-from lora_tools.extracting.pair_work import extract_tasks
+from lora_tools.extracting.pair_tasks import extract_tasks
 from lora_tools.extracting.pairs import Pair
 from lora_tools.jobs import Job, Lying, job
 from lora_tools.records import Fate
@@ -28,4 +28,4 @@ def extract_jobs(
         for side, spec in zip(sides, (pair.base, pair.tuned), strict=True):
             reads += side.lies(spec.name) if spec is not None else ()
         fate = known[pair.name]
-        yield job(task, fate, reads, output, (), fate.nbytes)
+        yield job(task, fate, reads, output, (), pair.spec.numel, fate.nbytes)

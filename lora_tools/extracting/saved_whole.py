@@ -12,7 +12,7 @@ from lora_tools.formats.names import split_tensor
 from lora_tools.records import Action
 
 if TYPE_CHECKING:
-    from lora_tools.extracting.pair_work import Outcome
+    from lora_tools.extracting.pair_tasks import Outcome
     from lora_tools.formats.adapters.peft_writer import PeftWriter
 
 

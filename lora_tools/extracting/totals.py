@@ -13,7 +13,7 @@ from lora_tools.records import Action
 from lora_tools.totals import ExtractTotals
 
 if TYPE_CHECKING:
-    from lora_tools.extracting.pair_work import Outcome
+    from lora_tools.extracting.pair_tasks import Outcome
 
 
 def extract_totals(outcomes: Sequence[Outcome], folder: Path) -> ExtractTotals:

@@ -10,14 +10,14 @@ from typing import Any
 from lora_tools.formats.hub import in_cache, looks_like_hub_id, parse
 from lora_tools.formats.json_file import read_object
 from lora_tools.formats.regular_files import is_there
-from lora_tools.watch.places import said_of
+from lora_tools.watch.places import MEMORY, said_of
 
 _FIELDS = ("base_model_name_or_path", "revision")
 
 
-def base_name(path: Path, config: Mapping[str, Any]) -> tuple[str, str | None]:
+def base_name(path: Path, config: Mapping[str, Any]) -> tuple[str | None, str | None]:
     """A hub id and its revision, where it is certain; else the address that the path stands for, or
-    the absolute path, links not followed.
+    the absolute path, links not followed. None of what lies in no file: nobody finds it by a name.
 
     Certain is a snapshot in the hub's cache, and a folder whose own name is that of the id in its
     config.json's ``_name_or_path``. Under another name the folder may be a fine-tuned copy: those
@@ -34,7 +34,8 @@ def base_name(path: Path, config: Mapping[str, Any]) -> tuple[str, str | None]:
         folder = Path(os.path.abspath(path)).name  # noqa: PTH100 - resolve would follow links
         if said.rpartition("/")[2].lower() == folder.lower():
             return said, None
-    return said_of(Path(os.path.abspath(path))), None  # noqa: PTH100
+    known = said_of(Path(os.path.abspath(path)))  # noqa: PTH100
+    return (None if known.startswith(MEMORY) else known), None
 
 
 def named(

@@ -82,6 +82,9 @@ class Checkpoint(Shards):
         self.is_folder, self.index_name = is_folder, index_name
         self.config = self._read_config()
 
+    def __fspath__(self) -> str:
+        return str(self.path)
+
     def _read_config(self) -> dict[str, Any]:
         path = self.path / "config.json"
         self._config_file = SmallFile.of(path)

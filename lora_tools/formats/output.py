@@ -59,6 +59,8 @@ class Prepared:
         is_folder: whether a folder is made, whatever its name.
         card: what README.md is to hold, where it is restored.
         jobs: the work on the tensors, which ``write`` does; None where it depends on results.
+        passes: what the work on a number that is changed comes to, in those of ``engine.rates``;
+            None where that is not known beforehand.
     """
 
     report: Report[Any]
@@ -74,6 +76,7 @@ class Prepared:
     is_folder: bool = False
     card: bytes | None = None
     jobs: Callable[[], Iterator[Job]] | None = None
+    passes: float | None = None
 
 
 def real(path: Path) -> Path:

@@ -31,8 +31,8 @@ from lora_tools.remote import stores, urls
 from lora_tools.remote.ahead import Ahead, Room, pool
 from lora_tools.remote.hub_file import HubFile
 from lora_tools.remote.source import Source
+from lora_tools.watch import places
 from lora_tools.watch.files import note
-from lora_tools.watch.places import saying
 from lora_tools.within import holding
 
 _FIRST = 100_000  # bytes, in which most headers are
@@ -85,12 +85,13 @@ class StandIns:
 
     Attributes:
         is_plan: whether headers will do for all that is on the hub.
-        folders: what is here, by where it lies: the address that it stands for, as it is shown.
+        folders: what is here (single files, too), by where it lies: the address that it stands for,
+            as it is shown.
     """
 
     def __init__(self, held: contextlib.ExitStack, is_plan: bool) -> None:
         self._held, self.is_plan, self._room = held, is_plan, Room(is_ahead=not is_plan)
-        self.folders: dict[Path, str] = {}
+        self.folders = dict(places.files())
         self.given: dict[str, str] = {}  # addresses as they were given, and as they are shown
         self._sources: dict[Path, Source] = {}
         self._found: dict[str, Path] = {}
@@ -277,7 +278,7 @@ def standing_in(is_plan: bool) -> Iterator[None]:
     """
     with contextlib.ExitStack() as held:
         made = StandIns(held, is_plan)
-        with holding(_current, made), saying(made.said):
+        with holding(_current, made), places.saying(made.said):
             yield
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from lora_tools.errors import MismatchError
-from lora_tools.formats.alignment import align
+from lora_tools.formats.adapters.components import aligned
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.merging.names_in_memory import by_own_names
 from lora_tools.merging.targets import Part
@@ -69,7 +69,8 @@ def brought_whole(base: Checkpoint, adapters: Sequence[Weighted]) -> dict[str, B
         there = base.specs.keys() >= {name for name, _ in wanted}
         known = [*(base.specs if there else base.weights)]  # the class is asked for the others only
         wanted = by_own_names(wanted, base, known)
-        mapping, _ = align([name for name, _ in wanted], known)
+        trained_on = adapter.config.get("base_model_name_or_path")
+        mapping, _ = aligned([name for name, _ in wanted], known, base.models, trained_on)
         for name, part in wanted:
             if isinstance(part.source, str) and not part.shape:
                 own, key = names[part.source], part.source

@@ -41,7 +41,8 @@ def rewriting_jobs(
         names, nbytes = tuple([spec.name for spec in specs]), 0
         for spec in specs:
             nbytes += spec.nbytes
-        yield job(task, known.get(task.label), reads, home[names[0]], names, nbytes)
+        numbers = targets[0].spec.numel
+        yield job(task, known.get(task.label), reads, home[names[0]], names, numbers, nbytes)
 
 
 def reads_of(target: Target, source: Checkpoint) -> Sequence[Lying]:

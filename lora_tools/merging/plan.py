@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 from lora_tools.errors import AdapterError, MismatchError, UnsupportedAdapter
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.adapters.changes import ChangedModule
-from lora_tools.formats.adapters.components import held, of_another
+from lora_tools.formats.adapters.components import aligned, held, of_another
 from lora_tools.formats.adapters.peft import Adapter, LoraModule, Multiplier, TokenRows
-from lora_tools.formats.alignment import align
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.names import stores_transposed
 from lora_tools.linalg.layouts import Layout, clip, of_form
@@ -106,7 +105,7 @@ def plan_merge(
     ties = ties_of(base, {name for mine in each for name, _ in mine})
     sources = ties.sources
     for weighted, mine in zip(adapters, each, strict=True):
-        matched, sentence = _matched(mine, base, sources)
+        matched, sentence = _matched(mine, base, sources, weighted.adapter.config)
         if sentence:
             notes.append(f"{weighted.path}: {sentence} to match the base")
         matched, passed_by = part_passed_by(matched, base, allow_unmatched)
@@ -157,7 +156,7 @@ def names_in_base(weighted: Weighted, base: Checkpoint) -> tuple[dict[str, str],
     """
     wanted = [(n, p) for n, p in as_base_holds(_wanted(weighted), base) if p.kind != "saved"]
     ties = ties_of(base, {name for name, _ in wanted}).sources
-    matched, sentence = _matched(wanted, base, ties)
+    matched, sentence = _matched(wanted, base, ties, weighted.adapter.config)
     asked = {id(part): name for name, part in wanted if part.expert is None}
     found = {}
     for name, target, part in matched:
@@ -173,15 +172,18 @@ def _no_such_tensor(weighted: Weighted, name: str, base: Checkpoint | BaseOutlin
 
 
 def _matched(
-    wanted: list[tuple[str, Part]], base: Checkpoint | BaseOutline, ties: Mapping[str, str]
+    wanted: list[tuple[str, Part]],
+    base: Checkpoint | BaseOutline,
+    ties: Mapping[str, str],
+    config: Mapping[str, Any],
 ) -> tuple[list[tuple[str, str, Part]], str]:
     """Names that are asked for and the base's names for them, and what ``align`` says."""
     known = [*base.specs, *(name for name in ties if name not in base.specs)]
     wanted = by_own_names(wanted, base, known)
     own = base.models if isinstance(base, Checkpoint) else {}
     components = tuple(own) or held(base.path, base.config, base.specs)
-    aligned = [n for n, _ in wanted if n in base.specs or not of_another(n, components)]
-    mapping, sentence = align(aligned, known)
+    asked = [n for n, _ in wanted if n in base.specs or not of_another(n, components)]
+    mapping, sentence = aligned(asked, known, own, config.get("base_model_name_or_path"))
     return [(name, mapping.get(name, name), part) for name, part in wanted], sentence
 
 

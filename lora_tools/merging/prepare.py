@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_tools.engine import rates
 from lora_tools.errors import UsageError
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.checkpoint_writer import Shard, lay_out, parse_size
@@ -171,6 +172,7 @@ def prepare_merge(
         nbytes,
         planned.nbytes,
         lambda out: merge_checkpoint(job(out), reversible),
+        passes=rates.MERGE_REVERSIBLE if reversible else rates.MERGE,
         jobs=lambda: rewriting_jobs(
             ((t, (t.target,), (t.spec,)) for t in merge_tasks(base, planned.plan, specs)),
             base,

@@ -15,7 +15,7 @@ from lora_tools.formats.checkpoint import Checkpoint, with_theta
 from lora_tools.formats.regular_files import is_there
 from lora_tools.formats.synced import write_synced
 from lora_tools.formats.tensors import as_bytes
-from lora_tools.onnx import genai, nbits
+from lora_tools.onnx import genai
 from lora_tools.onnx.fuse.found import FUSED_OPSET, OPSET, fused, unfused
 from lora_tools.onnx.initializers import load
 from lora_tools.onnx.linears import is_quantized
@@ -34,7 +34,9 @@ from lora_tools.onnx.weights import (
     Place,
     attach,
     bundle,
+    cast,
     check_shapes,
+    computed_types,
     detach,
     places,
     weights_of,
@@ -44,6 +46,7 @@ from lora_tools.sources.checkpoints import open_checkpoint
 
 if TYPE_CHECKING:
     from lora_tools.linalg.error_feedback import Errors
+    from lora_tools.onnx.nbits import FactorOf
     from lora_tools.onnx.quantized import Packing
 
 _COPY_STEP = 8 << 20
@@ -97,7 +100,7 @@ class Build:
     """The graphs of a checkpoint, to be written into its folder.
 
     Attributes:
-        weights: "shared" or "bundled".
+        weights: "shared" or "bundled"; cast: bundled in the dtype that is computed with.
         graph: a graph, or its folder, to be used again instead of tracing.
         made: how they are made, for the graphs' metadata.
         branches, replacements: modules that may get factors at run time, and tensors that may be
@@ -113,6 +116,7 @@ class Build:
     task: Task
     cache: bool
     weights: str
+    cast: bool
     graph: Path | None
     opset: int | None
     trust_remote_code: bool
@@ -121,7 +125,7 @@ class Build:
     replacements: Sequence[Replacement] = ()
     scheme: str | None = None
     plain: Path | None = None
-    factor: nbits.FactorOf | None = None
+    factor: FactorOf | None = None
     fuse: bool = True
     dtype: str = FLOAT32
     half_io: bool = False
@@ -137,9 +141,8 @@ class Build:
         folder = self.folder
         checkpoint = with_modules(open_checkpoint(self.plain or folder), self.task)
         models, converted, why = self._models(checkpoint)
-        if not converted:
-            for file, model in models.items():
-                check_shapes(model, checkpoint.specs, file)
+        for file, model in models.items():
+            check_shapes(model, checkpoint.specs, file, converted)
         where, quantized, fed = self._places(checkpoint, models, converted)
         extra = [BUNDLE] if any(place.file == BUNDLE for place in where.values()) else []
         unused = add_branches(models, self.branches, self.replacements, formed=bool(converted))
@@ -262,9 +265,13 @@ class Build:
         where = places(stored, [name for name in own if name not in apart]) if shared else {}
         if shared and how is not None:
             where |= how.places(packed)
-        specs = [checkpoint.specs[name] for name in own if name in apart]
+        types = computed_types(models.values()) if self.cast else {}
+        specs = [
+            dataclasses.replace(spec, dtype=types.get(spec.name, spec.dtype))
+            for spec in (checkpoint.specs[name] for name in own if name in apart)
+        ]
         specs += [
-            TensorSpec(name, "F32", tuple(state[name].shape))
+            TensorSpec(name, types.get(name, "F32"), tuple(state[name].shape))
             for name in sorted(converted - packed.keys())
         ]
         parts = {
@@ -276,11 +283,11 @@ class Build:
                 yield how.read(name)
                 return
             if name in converted:
-                yield as_bytes(state[name])
+                yield cast(as_bytes(state[name]), "F32", types.get(name, "F32"))
                 return
-            raw = checkpoint.raw(name)
+            raw, kind = checkpoint.raw(name), checkpoint.specs[name].dtype
             for start in range(0, raw.nbytes, _COPY_STEP):
-                yield raw[start : start + _COPY_STEP]
+                yield cast(raw[start : start + _COPY_STEP], kind, types.get(name, kind))
                 checkpoint.release(name, start, min(start + _COPY_STEP, raw.nbytes))
 
         specs += parts.values()

@@ -10,10 +10,9 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx
-import torch
 from onnx import numpy_helper
 
 from lora_tools.errors import CheckpointError, TensorNotFound
@@ -22,6 +21,9 @@ from lora_tools.formats.mapped import MappedFile
 from lora_tools.formats.regular_files import MOST_OF_GRAPH, open_file, read_file
 from lora_tools.formats.tensors import of_bytes
 from lora_tools.records import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
 
 _DTYPES: dict[int, str] = {
     onnx.TensorProto.FLOAT: "F32",

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx
 
 from lora_tools.errors import CheckpointError, MismatchError
@@ -98,6 +100,32 @@ def bundle(
     return made
 
 
+def computed_types(models: Iterable[onnx.ModelProto]) -> dict[str, str]:
+    """The dtype that bare graphs compute with each weight in."""
+    names = {kind: name for name, kind in _TYPES.items()}
+    return {
+        i.name: names[i.data_type]
+        for model in models
+        for i in model.graph.initializer
+        if i.data_type in names
+    }
+
+
+def cast(piece: memoryview, stored: str, wanted: str) -> memoryview:
+    """The bytes of numbers in another dtype, rounded to the nearest, as a Cast node does it."""
+    if stored == wanted:
+        return piece
+    with np.errstate(over="ignore"):  # an inf, which the check of the outputs sees
+        made = np.frombuffer(piece, _numpy(stored)).astype(_numpy(wanted))
+    return made.view(np.uint8).data
+
+
+def _numpy(dtype: str) -> np.dtype[Any]:
+    import onnx_ir as ir  # 0.2 s, which most exports need not
+
+    return ir.DataType(_TYPES[dtype]).numpy()
+
+
 def attach(model: onnx.ModelProto, where: Mapping[str, Place]) -> None:
     """Point every weight of a bare graph to its bytes, with a Cast where they are numbers in
     another dtype than it is computed with."""
@@ -150,9 +178,20 @@ def detach(model: onnx.ModelProto) -> None:
             initializer.data_type = computed.get(initializer.name, initializer.data_type)
 
 
-def check_shapes(model: onnx.ModelProto, stored: Mapping[str, TensorSpec], source: str) -> None:
-    """That a graph's weights are the checkpoint's tensors. Raises MismatchError naming one."""
+def check_shapes(
+    model: onnx.ModelProto,
+    stored: Mapping[str, TensorSpec],
+    source: str,
+    formed: Collection[str] = (),
+) -> None:
+    """That a graph's weights are the checkpoint's tensors, but for those formed of several.
+
+    Raises:
+        MismatchError: one is not, or is stored in a dtype that no graph computes with.
+    """
     for name, shape in weights_of(model).items():
+        if name in formed:
+            continue
         spec = stored.get(name)
         if spec is None:
             raise MismatchError(f"{name}: a weight of {source}, which the checkpoint does not hold")

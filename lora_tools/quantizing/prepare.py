@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lora_tools.engine import rates
 from lora_tools.errors import CheckpointError, MismatchError, UsageError
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.checkpoint_writer import lay_out
@@ -132,6 +133,7 @@ def prepare_quantize(
         nbytes,
         planned.nbytes,
         write,
+        passes=_passes(form, plain=not (known or how or search)),
         jobs=None
         if room
         else lambda: rewriting_jobs(
@@ -147,6 +149,11 @@ def prepare_quantize(
         is_folder=base.is_folder,
         copied=base.copied(),
     )
+
+
+def _passes(form: Form, plain: bool) -> float | None:
+    """What a number costs; searched scales and errors fed forward depend on the shapes."""
+    return rates.QUANTIZE.get(form.name, rates.QUANTIZE_OTHERS) if plain else None
 
 
 def _stored_so(base: Checkpoint, plan: QuantizePlan) -> list[str]:
@@ -205,6 +212,7 @@ def prepare_dequantize(
         nbytes,
         planned.nbytes,
         lambda out: dequantize_checkpoint(job(out), view, quantized),
+        passes=rates.DEQUANTIZE,
         jobs=lambda: rewriting_jobs(
             ((t, (t.target,), (t.spec,)) for t in dequantize_tasks(planned.plan, specs)),
             view,

@@ -9,6 +9,7 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lora_tools.engine import rates
 from lora_tools.errors import UsageError
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.checkpoint_writer import Shard, Sink
@@ -118,6 +119,7 @@ def prepare_requantize(
         nbytes,
         planned.nbytes,
         lambda out: with_input(requantized(job(out), view, work), known),
+        passes=rates.REQUANTIZE if known is None else None,
         jobs=lambda: rewriting_jobs(
             ((task, read_by(task.item), task.item.specs) for task in _tasks(work)),
             view,

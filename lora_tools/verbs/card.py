@@ -124,7 +124,7 @@ def _hub_id(given: Input) -> str | None:
     config = Path(path) / "config.json"
     known = read_object(config) if Path(path).is_dir() and is_there(config) else {}
     name, revision = base_name(Path(path), known)
-    if not hub.looks_like_hub_id(name):
+    if name is None or not hub.looks_like_hub_id(name):
         return None
     return f"{name}@{revision}" if revision else name
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from lora_tools.errors import NonFiniteError
 from lora_tools.extracting.change import measured
 from lora_tools.extracting.decompose import Decomposition, Sides, spectra_of
-from lora_tools.extracting.pair_work import PairTask, hash_of, let_go
+from lora_tools.extracting.pair_tasks import PairTask, hash_of, let_go
 from lora_tools.extracting.pairs import Pair, Plan, make_plan
 from lora_tools.extracting.totals import unknown_noise
 from lora_tools.figures import Total, left_out_totals, no_floats

@@ -74,6 +74,7 @@ def export(
         merging=bool(to_merge or storage.dtype),
         runtime=adding.runtime_adapters,
     )
+    placing = quantization.weights(graphs.weights, in_place)
     weights = Weights(checkpoint, to_merge, quantization, storage, matching, call.running)
     if in_place and weights.change:
         why = "--adapter, --dtype and --nf4 change the weights"
@@ -88,7 +89,8 @@ def export(
         check,
         call.running,
         quantization,
-        quantization.weights(graphs.weights, in_place),
+        placing,
+        placing == "bundled" and not (storage.dtype or quantization.scheme),
         weights.written(),
         weights.plain(),
         runtime,

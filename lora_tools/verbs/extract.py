@@ -9,6 +9,7 @@ from pathlib import Path
 from lora_tools.adapting.differences import WithDifferences
 from lora_tools.adapting.scale import conform_in_place
 from lora_tools.adapting.write import written_as
+from lora_tools.engine import rates
 from lora_tools.errors import QualityGateError, UnsupportedAdapter, UsageError
 from lora_tools.extracting.adapter import extract_adapter, kept_spectra
 from lora_tools.extracting.decompose import Decomposition, Sides
@@ -118,8 +119,17 @@ def extract(
         sum(side.stored.nbytes for side in sides),
         write,
         is_folder=form.is_folder,
+        passes=_passes(options, search),
         jobs=lambda: extract_jobs(plan.pairs, sides, fates, form.file_name),
     )
+
+
+def _passes(options: Decomposition, search: Search) -> float | None:
+    """What a number costs at a given rank."""
+    given = search.activations, search.spectrum_cache
+    if options.rule.policy != "rank" or options.exact or options.device != "cpu" or any(given):
+        return None
+    return rates.DECOMPOSE + rates.DECOMPOSE_RANK * options.rule.value
 
 
 def _options(ranks: Ranks, form: AdapterForm, search: Search, to: Format) -> Decomposition:

@@ -15,13 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_tools.engine.threads import PROGRAM, THREAD, default_jobs, most_at_once
 from lora_tools.errors import QualityGateError, UsageError, errors_of_the_tree
 from lora_tools.formats import digest as hashing
 from lora_tools.formats import hub_progress, variants
 from lora_tools.formats.adapters.format import refuse_file_name
 from lora_tools.formats.checkpoint import PICKLE_SUFFIXES
-from lora_tools.formats.output import Prepared, free_bytes
+from lora_tools.formats.output import Prepared
 from lora_tools.formats.pipeline_output import copied_files
 from lora_tools.formats.stand_ins import standing_in
 from lora_tools.formats.synced import held_bytes
@@ -30,8 +29,9 @@ from lora_tools.options.spelling import errors_for_python
 from lora_tools.provenance import command_of, tool_version
 from lora_tools.records import Fate, Input, ProgressCallback, Report
 from lora_tools.remote import urls
-from lora_tools.totals import WorkTotals
 from lora_tools.verbs import VERBS, elsewhere, plan_file
+from lora_tools.verbs.in_memory import as_files
+from lora_tools.verbs.needs import with_needs
 from lora_tools.verbs.paths import Paths
 from lora_tools.verbs.report_file import check_report_file, write_report
 from lora_tools.verbs.row import Verb
@@ -41,7 +41,9 @@ from lora_tools.watch import files
 # What the types of keywords are written by.
 _NAMES = {
     **{record.__name__: record for record in RECORDS},
+    "Any": Any,
     "Literal": Literal,
+    "Mapping": Mapping,
     "Path": Path,
     "ProgressCallback": ProgressCallback,
     "Sequence": Sequence,
@@ -101,8 +103,8 @@ def verb(prepare: Prepare) -> Callable[..., Report[Any]]:
 
     @functools.wraps(prepare)
     def function(*args: Any, **keywords: Any) -> Report[Any]:
-        with errors_for_python():
-            return carry_out(row, row.bind(args, keywords))
+        with errors_for_python(), as_files(row, row.bind(args, keywords)) as given:
+            return carry_out(row, given)
 
     signature = row.signature(_NAMES)
     hints = {p.name: p.annotation for p in signature.parameters.values()}
@@ -250,17 +252,5 @@ def _work(
     if call.writing.plan is not None:
         plan_file.write_or_compare(prepared, call.writing, call.out)
     if call.writing.dry_run:
-        return _with_needs(prepared, Path(call.out), nbytes, call.running)
+        return with_needs(prepared, Path(call.out), nbytes, call.running)
     return write(row, asked, prepared, call.out, call.command, nbytes)
-
-
-def _with_needs(prepared: Prepared, out: Path, nbytes: int, running: Running) -> Report[Any]:
-    """The report of a plan, with what it takes to carry it out."""
-    needs: WorkTotals = {"input_bytes": prepared.input_bytes, "disk_needed": nbytes}
-    free = free_bytes(out) if out.parent.is_dir() else None
-    if free is not None:
-        needs["disk_free"] = free
-    if prepared.jobs is not None:
-        at_once = most_at_once([job.peak_memory for job in prepared.jobs()], running.jobs)
-        needs["peak_memory"] = at_once + PROGRAM + THREAD * (running.jobs or default_jobs())
-    return dataclasses.replace(prepared.report, totals={**prepared.report.totals, **needs})

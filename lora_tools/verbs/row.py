@@ -25,8 +25,9 @@ _ADAPTERS = f"{_ADAPTER} | Sequence[{_ADAPTER}]"
 
 @dataclasses.dataclass(frozen=True)
 class Argument:
-    """A positional argument of the public function; all are paths, ``out`` is ``-o`` on the command
-    line, and ``adapters`` are several: at least one where they are ``needed``."""
+    """A positional argument of the public function; all are paths, or state dicts where they are
+    models. ``out`` is ``-o`` on the command line, and ``adapters`` are several: at least one where
+    they are ``needed``."""
 
     name: str
     needed: bool = True
@@ -37,7 +38,14 @@ class Argument:
 
     @property
     def type(self) -> str:
-        return _ADAPTERS if self.several else "str | Path"
+        if self.several:
+            return _ADAPTERS
+        return "str | Path | Mapping[str, Any]" if self.is_model else "str | Path"
+
+    @property
+    def is_model(self) -> bool:
+        """Whether a state dict can be given."""
+        return self.name in ("base", "tuned", "merged", "checkpoint", "path")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,7 +275,8 @@ class Verb:
         for argument in self.arguments:
             value = bound[argument.name]
             for each in value if argument.several else (value,):
-                check_place(self.name, argument.name, each)
+                if not (argument.is_model and isinstance(each, Mapping)):
+                    check_place(self.name, argument.name, each)
         return bound
 
     def ask(self, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from lora_tools.engine import rates
 from lora_tools.errors import CheckpointError, MismatchError
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.checkpoint import Checkpoint
@@ -97,6 +98,7 @@ def unmerge(
         is_folder=checkpoint.is_folder,
         copied=checkpoint.copied(),
         card=memory.card() if memory is not None else None,
+        passes=rates.RESTORE if memory is not None else rates.MERGE,
         jobs=lambda: rewriting_jobs(
             ((task, (task.target,), (task.target.spec,)) for task in restore_tasks(plan)),
             checkpoint,

@@ -227,6 +227,8 @@ def memory(options: argparse.Namespace, here: Path, table: Table) -> None:
     from tests.campaign import machines
     from tests.campaign.lines import VERBS
 
+    if here.is_relative_to(_MEMORY):
+        sys.exit("--gigabytes wants --here on a disk: files in memory count as memory")
     top = machines.large(here, options.gigabytes)
     for verb in until_told(VERBS):
         begun = time.monotonic()

@@ -79,24 +79,24 @@ def worker(place: Ground, here: Path, r: random.Random) -> list[str]:
     from lora_tools.engine import dask
 
     verb = r.choice([each for each in place.made if each in KEPT])
-    real, left = dask._result, r.randrange(4)
+    real, left = dask._Batch.made, r.randrange(4)
 
-    def result(future: Any, label: str) -> Any:
+    def made(batch: Any) -> Any:
         nonlocal left
         if left == 0:
             os.kill(r.choice(sorted(client.run(os.getpid).values())), signal.SIGKILL)
         left -= 1
-        return real(future, label)
+        return real(batch)
 
     handlers = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
     with dask._local(2) as address, distributed.Client(address) as client:
         client.wait_for_workers(2, timeout=600)
         line = command(verb, place.top, here / "out", "--engine", address.replace("tcp", "dask"))
-        dask._result = result
+        dask._Batch.made = made  # type: ignore[method-assign]
         try:
             code = run(line)
         finally:
-            dask._result = real
+            dask._Batch.made = real  # type: ignore[method-assign]
             for each, handler in handlers.items():
                 signal.signal(each, handler)
     if code or left >= 0:

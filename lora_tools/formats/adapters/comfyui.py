@@ -32,6 +32,17 @@ MODEL, _TEXT = "diffusion_model.", "text_encoders."
 _T5 = f"{_TEXT}t5xxl.transformer."
 # The layers of CLIP that have a name in adapters whichever encoder it is (LORA_CLIP_MAP).
 _ADAPTED = ("mlp.fc1", "mlp.fc2", *(f"self_attn.{k}_proj" for k in ("q", "k", "v", "out")))
+# HunyuanVideo's layers of which ComfyUI's key map has no name but its own.
+_EMBEDDERS = {
+    f"{part}.{own}": f"{part}.{theirs}"
+    for part, first, second in (
+        ("time_in", "mlp.0", "mlp.2"),
+        ("guidance_in", "mlp.0", "mlp.2"),
+        ("txt_in.t_embedder", "mlp.0", "mlp.2"),
+        ("txt_in.c_embedder", "linear_1", "linear_2"),
+    )
+    for own, theirs in ((first, "in_layer"), (second, "out_layer"))
+}
 # What each CLIP is called, by its place and its width.
 _CLIPS = {
     ("text_encoder", 768): "clip_l",
@@ -56,7 +67,7 @@ def name_of(place: Place) -> str:
     if component in DENOISERS:
         if place.named_by_diffusers:
             raise place.refusal_of_diffusers("ComfyUI's model has its makers' names")
-        return MODEL + rest
+        return MODEL + _EMBEDDERS.get(rest, rest)
     if component in ENCODERS and rest.startswith("text_model."):
         return f"{component}.{rest}"
     if component in ENCODERS and is_t5(rest):

@@ -12,6 +12,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_tools.errors import MismatchError
+from lora_tools.formats.alignment import align
 from lora_tools.formats.names import class_name
 
 DENOISERS = ("unet", "transformer", "transformer_2", "prior")
@@ -120,6 +122,32 @@ def of_another(name: str, components: Collection[str]) -> bool:
     """Whether a name begins with a component that is none of those, where any are known."""
     head = name.partition(".")[0]
     return bool(components) and head in NAMES and head not in components
+
+
+def aligned(
+    theirs: Collection[str], ours: Collection[str], pipeline: Collection[str], trained_on: object
+) -> tuple[dict[str, str], str]:
+    """``align`` for the names of an adapter of one part of a pipeline, and those of all its parts:
+    two text encoders have the same names, and the adapter's config says which one is meant.
+
+    Args:
+        pipeline: its parts; none of a model by itself.
+        trained_on: ``base_model_name_or_path`` of the adapter's config.
+
+    Raises:
+        MismatchError: two parts explain the names equally well.
+    """
+    if not pipeline or any(name.partition(".")[0] in pipeline for name in theirs):
+        return align(theirs, ours)
+    part = str(trained_on or "").replace("\\", "/").rstrip("/").rpartition("/")[2]
+    mine = [name for name in ours if name.startswith(f"{part}.")] if part in pipeline else ours
+    try:
+        return align(theirs, mine)
+    except MismatchError as error:
+        raise MismatchError(
+            f"{error}, or give the pipeline's folder of the part that is meant ("
+            f"{' or '.join(sorted({*pipeline} & {*NAMES}))}) in the pipeline's place"
+        ) from None
 
 
 def looks_like(module: str) -> tuple[str, ...]:

@@ -54,6 +54,7 @@ class Family:
         is_original, is_diffusers: whether modules are of a model of it in that layout.
         pairs: all that is known of a model with these modules, in the layout given.
         kohya: the layout whose names kohya's files have; comfyui: ComfyUI's.
+        respelled: what others call a module of the original, which is else the same.
     """
 
     title: str
@@ -62,6 +63,7 @@ class Family:
     pairs: Callable[[Collection[str], Layout], Iterable[Pair]]
     kohya: Callable[[Collection[str]], Layout]
     comfyui: Layout = "original"
+    respelled: Callable[[str], str] = lambda module: module
 
     def layout(self, modules: Collection[str]) -> Layout | None:
         """The layout that a model with these modules is in; None where it is of another family."""

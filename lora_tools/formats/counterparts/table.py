@@ -11,12 +11,29 @@ from lora_tools.formats.counterparts.family import Family, Layout, Pair, tensor
 from lora_tools.formats.counterparts.flux import FLUX, FLUX_2
 from lora_tools.formats.counterparts.open_clip import OPEN_CLIP
 from lora_tools.formats.counterparts.recent import RECENT
-from lora_tools.formats.counterparts.transformers import HUNYUAN_VIDEO, SD3, WAN, Z_IMAGE
+from lora_tools.formats.counterparts.transformers import (
+    HUNYUAN_VIDEO,
+    HUNYUAN_VIDEO_COMFYUI,
+    SD3,
+    WAN,
+    Z_IMAGE,
+)
 from lora_tools.formats.counterparts.unet import UNET
 from lora_tools.formats.names import split_tensor
 from lora_tools.records import Piece, TensorSpec, rows_of
 
-FAMILIES = (FLUX_2, FLUX, UNET, OPEN_CLIP, SD3, WAN, Z_IMAGE, HUNYUAN_VIDEO, *RECENT)
+FAMILIES = (
+    FLUX_2,
+    HUNYUAN_VIDEO_COMFYUI,
+    FLUX,
+    UNET,
+    OPEN_CLIP,
+    SD3,
+    WAN,
+    Z_IMAGE,
+    HUNYUAN_VIDEO,
+    *RECENT,
+)
 _PARAMETERS = ("weight", "bias")
 # Whose names are wanted: the model's own, or those that readers of one kind go by.
 Readers = Literal["", "diffusers", "kohya", "comfyui"]
@@ -70,8 +87,16 @@ def parts(tensors: Collection[str], folders: Collection[str] = ()) -> Iterator[P
             layout = family.layout(modules.keys())
             if layout is not None:
                 found = dict.fromkeys(family.pairs(modules.keys(), layout))
+                found |= dict.fromkeys(_respelled(family, [*found]))
                 yield Part(family, layout, wrapper, tuple(found))
                 break
+
+
+def _respelled(family: Family, pairs: Collection[Pair]) -> Iterator[Pair]:
+    """Those of which others have another name of the original's."""
+    for pair in pairs:
+        if (name := family.respelled(pair.original)) != pair.original:
+            yield dataclasses.replace(pair, original=name)
 
 
 def _module(name: str) -> str:
@@ -99,7 +124,21 @@ def counterparts(
         for pair in part.pairs:
             for made in _of_pair(pair, part, specs):
                 found.setdefault(made.spec.name, made)
+        if part.layout == "original":
+            for made in _renamed(part, specs):
+                found.setdefault(made.spec.name, made)
     return {name: made for name, made in found.items() if name not in specs}
+
+
+def _renamed(part: Part, specs: Mapping[str, TensorSpec]) -> Iterator[Counterpart]:
+    """Tensors of the original by the names that others have for them."""
+    for pair in part.pairs:
+        name = part.family.respelled(pair.original)
+        for parameter in _PARAMETERS if name != pair.original else ():
+            spec = specs.get(part.wrapper + tensor(pair.original, parameter))
+            if spec is not None:
+                own = dataclasses.replace(spec, name=part.wrapper + tensor(name, parameter))
+                yield Counterpart(own, (Piece(spec.name, 0, rows_of(spec)),))
 
 
 def _of_pair(pair: Pair, part: Part, specs: Mapping[str, TensorSpec]) -> Iterator[Counterpart]:

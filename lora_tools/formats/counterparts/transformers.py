@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator
 
 from lora_tools.formats.counterparts.family import (
@@ -169,10 +170,50 @@ _HUNYUAN: Rules = {
     "single_blocks.#.modulation.linear": "single_transformer_blocks.#.norm.linear",
     **FINAL,
 }
+# What ComfyUI calls them, where that is another name (its HunyuanVideo.process_unet_state_dict).
+_BY_COMFYUI = (
+    (re.compile(r"^(time_in|guidance_in|txt_in\.t_embedder)\.mlp\.0$"), r"\1.in_layer"),
+    (re.compile(r"^(time_in|guidance_in|txt_in\.t_embedder)\.mlp\.2$"), r"\1.out_layer"),
+    (re.compile(r"^(txt_in\.c_embedder)\.linear_1$"), r"\1.in_layer"),
+    (re.compile(r"^(txt_in\.c_embedder)\.linear_2$"), r"\1.out_layer"),
+    (re.compile(r"^(.*_attn)_(qkv|proj)$"), r"\1.\2"),
+    (re.compile(r"^(.*mlp)\.fc1$"), r"\1.0"),
+    (re.compile(r"^(.*mlp)\.fc2$"), r"\1.2"),
+    (re.compile(r"^(.*_mod|.*\.modulation)\.linear$"), r"\1.lin"),
+)
+
+
+def _by_comfyui(module: str) -> str:
+    """What ComfyUI calls a module of HunyuanVideo."""
+    for shape, name in _BY_COMFYUI:
+        if shape.fullmatch(module):
+            return shape.sub(name, module)
+    return module
+
+
+_BY_TENCENT = {_by_comfyui(module): module for module in _HUNYUAN}
+
+
+def _by_tencent(module: str) -> str:
+    """The reverse."""
+    shape = re.sub(r"(?<=\.)\d+(?=\.)", "#", module, count=1)
+    number = re.search(r"(?<=\.)\d+(?=\.)", module)
+    return _BY_TENCENT.get(shape, module).replace("#", number[0] if number else "")
+
+
 HUNYUAN_VIDEO = Family(
     "HunyuanVideo",
     has("double_blocks.0.img_attn_qkv"),
     has("single_transformer_blocks.0.proj_mlp", "context_embedder.proj_in"),
     by_rules(_HUNYUAN, FINAL_SWAPPED),
     lambda modules: "original",
+    respelled=_by_comfyui,
+)
+HUNYUAN_VIDEO_COMFYUI = Family(
+    "HunyuanVideo as ComfyUI stores it",
+    has("double_blocks.0.img_attn.qkv", "txt_in.individual_token_refiner."),
+    lambda modules: False,
+    by_rules({_by_comfyui(own): theirs for own, theirs in _HUNYUAN.items()}, FINAL_SWAPPED),
+    lambda modules: "original",
+    respelled=_by_tencent,
 )

@@ -8,6 +8,7 @@ from typing import Any
 import onnx_ir as ir
 
 from lora_tools.onnx.fuse.cache import fuse_attention
+from lora_tools.onnx.fuse.linears import fuse_linears
 from lora_tools.onnx.fuse.norms import fuse_norms
 from lora_tools.onnx.fuse.rotary import fuse_rotary
 
@@ -26,6 +27,7 @@ def fuse(model: ir.Model, weights: Collection[str]) -> None:
     fuse_norms(graph)
     fuse_rotary(graph)
     fuse_attention(graph)
+    fuse_linears(graph, weights)
     _simplify(model)
     for name, tensor in hidden.items():
         if name in graph.initializers:
