@@ -1,18 +1,20 @@
 """A decoder's graph as ours and peers write it: time of a token, a prompt, load, export; bytes.
 
     python benchmarks/bench_serving.py CHECKPOINT [--peers PYTHON] [--optimum PYTHON]
-        [--rounds 12] [--threads 1] [--exports 1]
+        [--rounds 12] [--threads 1] [--exports 1] [--graphs FOLDER]
 
 CHECKPOINT is a folder of a causal language model. PYTHON of ``--peers`` has onnxruntime-genai and
 mobius-onnx, that of ``--optimum`` optimum-onnx. All graphs are opened in one process by the
 onnxruntime here and timed in turn, so that a machine that slows down slows all: CPU time of the
 process, medians. Loading is timed in a process of its own. ``differs`` is the greatest difference
-from the first graph's logits of the last of 256 tokens.
+from the first graph's logits of the last of 256 tokens. With ``--graphs`` what was exported, and
+what that took, is kept there, and a later run takes it from there.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import subprocess
@@ -29,13 +31,13 @@ from _measure import Cost, clean, run
 
 PASTS, PROMPT, CALLS = (40, 640), 256, 5
 LOADS = """
-import sys, time, onnxruntime
+import resource, sys, time, onnxruntime
 options = onnxruntime.SessionOptions()
 options.log_severity_level, options.intra_op_num_threads = 4, int(sys.argv[2])
 options.add_session_config_entry("session.intra_op.allow_spinning", "0")
 start = time.process_time()
 onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
-print(time.process_time() - start)
+print(time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
 
 
@@ -111,11 +113,17 @@ def exported(args: argparse.Namespace, top: Path) -> dict[str, list[Cost]]:
         optimum = str(Path(args.optimum).with_name("optimum-cli"))
         task = ("--task", "text-generation-with-past")
         commands["optimum-onnx"] = [optimum, "export", "onnx", "--model", base, *task]
-    costs: dict[str, list[Cost]] = {name: [] for name in commands}
-    for _ in range(args.exports):
+    file = top / "costs.json"
+    told = json.loads(file.read_text()) if file.exists() else {}
+    costs = {name: [Cost(*each) for each in told.get(name, [])] for name in commands}
+    for number in range(args.exports):
         for name, command in commands.items():
+            if len(costs[name]) > number:
+                continue
             clean(top / name)
             costs[name].append(run([*command, str(top / name)], {"HF_HUB_OFFLINE": "1"}))
+            told = {name: [dataclasses.astuple(each) for each in costs[name]] for name in costs}
+            file.write_text(json.dumps(told))
     return costs
 
 
@@ -141,11 +149,12 @@ def timed(graphs: dict[str, Graph], rounds: int) -> dict[str, dict[str, float]]:
     }
 
 
-def loading(folder: Path, threads: int) -> float:
-    """CPU seconds of opening a session, the middle of three."""
+def loading(folder: Path, threads: int) -> tuple[float, float]:
+    """CPU seconds and peak MiB of opening a session, the middle of three."""
     line = [sys.executable, "-c", LOADS, str(folder / "model.onnx"), str(threads)]
     told = [subprocess.run(line, capture_output=True, check=True).stdout for _ in range(3)]
-    return statistics.median(map(float, told))
+    seconds, memory = zip(*(map(float, line.split()) for line in told), strict=True)
+    return statistics.median(seconds), statistics.median(memory)
 
 
 def main() -> None:
@@ -156,10 +165,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--exports", type=int, default=1)
+    parser.add_argument("--graphs", type=Path, help="a folder for the graphs, of an earlier run")
     args = parser.parse_args()
     onnxruntime.set_default_logger_severity(4)
     with tempfile.TemporaryDirectory(dir=args.checkpoint.parent) as scratch:
-        top = Path(scratch)
+        top = args.graphs or Path(scratch)
+        top.mkdir(exist_ok=True)
         costs = exported(args, top)
         loads = {name: loading(top / name, args.threads) for name in costs}
         config = json.loads((args.checkpoint / "config.json").read_text())
@@ -175,16 +186,19 @@ def main() -> None:
         times = timed(graphs, args.rounds)
         kinds = [f"past {past}" for past in PASTS] + [f"prompt {PROMPT}"]
         print(f"### {args.checkpoint}, {args.threads} thread(s), {args.rounds} rounds\n")
-        heads = ["nodes", *(f"{kind}, ms" for kind in kinds), "load, s", "export CPU, s"]
-        print("| | " + " | ".join([*heads, "peak MiB", "MB", "differs"]) + " |")
-        print("|" + "---|" * (len(heads) + 4))
+        heads = ["nodes", *(f"{kind}, ms" for kind in kinds), "load, s", "load, MiB"]
+        heads += ["export CPU, s", "wall, s", "peak MiB", "MB", "differs"]
+        print("| | " + " | ".join(heads) + " |")
+        print("|" + "---|" * (len(heads) + 1))
         for name in graphs:
             size = sum(p.stat().st_size for p in (top / name).rglob("*") if p.is_file()) / 1e6
             cost = [
-                statistics.median(getattr(c, f) for c in costs[name]) for f in ("cpu", "memory")
+                statistics.median(getattr(c, f) for c in costs[name])
+                for f in ("cpu", "wall", "memory")
             ]
             cells = [f"{nodes(top / name)}", *(f"{times[name][kind]:.1f}" for kind in kinds)]
-            cells += [f"{loads[name]:.2f}", f"{cost[0]:.1f}", f"{cost[1]:.0f}", f"{size:.0f}"]
+            cells += [f"{loads[name][0]:.2f}", f"{loads[name][1]:.0f}"]
+            cells += [f"{cost[0]:.1f}", f"{cost[1]:.1f}", f"{cost[2]:.0f}", f"{size:.0f}"]
             print(f"| {name} | {' | '.join(cells)} | {np.abs(last[name] - first).max():.0e} |")
 
 

@@ -133,76 +133,82 @@ def extract(
 
     Args:
         base, tuned: checkpoint folders, safetensors files or hub ids.
-        rank: Rank of each module, at most; a module whose change has a lower rank gets that.
-        energy: Instead of --rank: each module's smallest rank that holds this share of the squared
-            norm of its change, such as 0.9.
-        error: Each module's smallest rank whose relative error is at most X.
-        ratio: Each module's singular values above T times its largest.
-        cumulative: Each module's smallest rank that holds this share of the sum of its singular
+        rank: The rank of each module. If the change of a module has a lower rank, it gets that
+            rank.
+        energy: Instead of --rank: for each module, the smallest rank that holds this share of the
+            squared norm of its change, such as 0.9.
+        error: For each module, the smallest rank whose relative error is at most X.
+        ratio: Keep the singular values above T times the largest one of the module.
+        cumulative: For each module, the smallest rank that holds this share of the sum of singular
             values.
-        threshold: Each module's singular values above X.
-        noise_floor: What stands above the rounding of the stored weights (docs/ranks.md).
-        gavish_donoho: The optimal hard threshold for white noise of unknown level.
-        budget: Ranks shared out over all modules so that the whole error is least: a file no larger
-            than 50MB, or factors of 10M numbers.
-        max_rank: The largest rank that these rules may choose.
-        activations: Make the error of the layers' outputs small, on inputs as collect-stats saw
-            them.
-        spectrum_cache: Keep the decompositions there, to the largest rank (--max-rank, or 128), and
-            use those that are there: another rank or policy then costs seconds.
-        include: Only modules in whose name this is found (model.layers.0.self_attn.q_proj);
-            repeatable.
-        exclude: No modules in whose name this is found; repeatable, stronger than --include.
-        layout: Layer kind of modules in whose name REGEX is found, where name and shape do not
-            tell: conv:GROUPS, merged:3 (factors for each block), merged:64,16,16/101 (by size,
-            first and last only), merged:3*12 (three in each of 12 heads), linear, conv1d,
-            embedding, none (docs/layers.md); repeatable.
-        alpha: lora_alpha; the effect is the same with any. [default: each module's rank]
-        rslora: Write use_rslora: scaling alpha/sqrt(r).
-        dtype: bfloat16, float16, float32 or float64. [default: that of each base tensor, for its
-            factors]
-        embeddings: Changed embeddings: decompose them, save them whole, or leave them out.
-        rest: Changed tensors without a low-rank form (norms, biases): save them whole, leave them
-            out, or stop.
-        consumer: Write what this program reads: where it knows one rank only, all modules are
-            padded to it with zeros. What it cannot read is refused, with the reason.
-        names: Of modules: loaded, those that the installed transformers gives them in memory, which
-            PEFT goes by; stored, those in BASE's files, as for all but peft always.
-        svd: auto: iterate until --tolerance is met, small matrices exactly; exact: every matrix.
-        tolerance: The energy captured may miss the best possible at that rank by this share.
+        threshold: Keep the singular values above X.
+        noise_floor: Keep what is larger than the rounding noise of the stored weights
+            (docs/ranks.md).
+        gavish_donoho: Use the optimal hard threshold for white noise of unknown level (Gavish &
+            Donoho).
+        budget: Choose the ranks of all modules together, for the smallest error in this size: a
+            file of at most 50MB, or factors with at most 10M numbers.
+        max_rank: The largest rank that the other options may choose.
+        activations: Make the error of the layers' outputs small instead, by statistics of collect-
+            stats.
+        spectrum_cache: Keep the decompositions in this file, up to --max-rank (or 128), and use
+            those that it has. Trying another rank or policy then takes seconds.
+        include: Use only modules whose name matches (model.layers.0.self_attn.q_proj); repeatable.
+        exclude: Leave out modules whose name matches, even if --include matches too; repeatable.
+        layout: The layer kind of modules whose name matches REGEX, if name and shape do not show
+            it: conv:GROUPS, merged:3 (factors for each block), merged:64,16,16/101 (by size, first
+            and last only), merged:3*12 (three in each of 12 heads), linear, conv1d, embedding, none
+            (docs/layers.md); repeatable.
+        alpha: Set lora_alpha. The effect of the adapter does not depend on it. [default: each
+            module's rank]
+        rslora: Set use_rslora: the scaling is alpha/sqrt(r).
+        dtype: bfloat16, float16, float32 or float64. [default: for each module, the dtype of its
+            base tensor]
+        embeddings: What to do with changed embeddings: decompose them, save them whole, or leave
+            them out.
+        rest: What to do with changed tensors that have no low-rank form (norms, biases): save them
+            whole, leave them out, or stop with an error.
+        consumer: Write an adapter that this program can read. If it needs one rank for all modules,
+            they are padded with zeros. What it cannot read is refused, with the reason.
+        names: Which module names to write. loaded: the names in memory, in the installed
+            transformers; PEFT needs these. stored: the names in BASE's files; all other programs
+            need these.
+        svd: auto: iterate until --tolerance is met, but decompose small matrices exactly. exact:
+            decompose every matrix exactly.
+        tolerance: How much less energy than the best possible at that rank is allowed, as a share.
         seed: Seed of the random start.
-        device: cpu, cuda, cuda:1, …
+        device: Where to compute: cpu, cuda, cuda:1, …
         to: The format to write (docs/formats.md). [default: peft]
-        base_name: What adapter_config.json calls the base (base_model_name_or_path, revision), by
-            which AutoPeftModel loads it: ORG/NAME[@REVISION]. [default: the name that is there,
-            else its hub id where that is certain, else its absolute path (docs/hub.md)]
-        max_error: Quality gate: exit 3 and write nothing but the report if the relative error of a
-            module, or of all together, exceeds X.
-        force: Replace what is at --out, once the new one is complete.
-        dry_run: Print what would become of every tensor; read headers only, write nothing.
-        no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
-        plan: Write there which jobs the work is made of: what each reads, writes and needs of
-            memory. With --shard and --finish: do no other work than that plan's
+        base_name: The name of the base in adapter_config.json (base_model_name_or_path, revision).
+            AutoPeftModel loads the base by this name: ORG/NAME[@REVISION]. [default: the present
+            name, or else the hub id if it is certain, or else the absolute path (docs/hub.md)]
+        max_error: Quality gate: if the relative error of a module, or of all together, is above X,
+            exit with 3 and write nothing but the report.
+        force: Replace an existing --out, when the new one is complete.
+        dry_run: Show what would happen to every tensor. Reads headers only, writes nothing.
+        no_card: Do not write a model card (README.md) into the folder (docs/hub.md).
+        plan: Write a list of all jobs: what each one reads and writes, and how much memory it
+            needs. With --shard and --finish: the work must match this list
             (docs/tasks/machines.md).
-        resume: Go on with what an ended run to the same --out has done; where there is none, begin
-            (docs/tasks/resume.md).
-        clean: Remove what an ended run to the same --out has left, and begin anew.
-        shard: Do only the I-th of N shares of the work, and put nothing at --out: other processes
-            do the other shares, then --finish completes it (docs/tasks/machines.md).
-        finish: Put together at --out what all shares have done; a share that is missing is an
-            error.
-        jobs: Tensors worked on at a time; the output is the same with any number. [default: the
-            processors, or the quota of a container, at most 8]
-        allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
-            distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
-        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
-            weight files of this variant, such as fp16. The output's files have plain names.
-        digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
-            stands against attack as well (docs/verify.md).
-        engine: threads of this process, or dask: a cluster of --workers on this machine, or the one
-            that DASK_SCHEDULER_ADDRESS names; dask://HOST:PORT for another
+        resume: Continue where an interrupted run with the same --out stopped, or start if there was
+            none (docs/tasks/resume.md).
+        clean: Delete what an interrupted run with the same --out has left, and start again.
+        shard: Do only the I-th of N shares of the work. When all shares are done, --finish writes
+            --out (docs/tasks/machines.md).
+        finish: Write --out from the work of all shares. If a share is missing, this is an error.
+        jobs: How many tensors to work on at a time. The output does not depend on it. [default: the
+            number of CPUs, or a container's quota; at most 8]
+        allow_pickle: Also read pickles (.bin, .pt, .pth, .ckpt), with weights_only=True, and
+            checkpoints of distributed training (docs/inspect.md). No code in them is run.
+        variant: Read the weight files of this variant, such as fp16, from the folder or from each
+            folder of a diffusers pipeline that has it. The output's files have plain names.
+        digest: The kind of digest for inputs and output. xxh3 detects accidents. sha256 also
+            protects against attacks (docs/verify.md).
+        engine: threads: in this process. dask: the cluster that DASK_SCHEDULER_ADDRESS names, or
+            else --workers processes on this machine. dask://HOST:PORT: that cluster
             (docs/tasks/machines.md).
-        workers: Processes of a Dask cluster on this machine. [default: as --jobs]
+        workers: The number of processes of a Dask cluster on this machine. [default: the same as
+            --jobs]
         ranks: those of ``Ranks`` in one
         search: those of ``Search`` in one
         tensors: those of ``Tensors`` in one
@@ -259,43 +265,42 @@ def merge(
         adapters: of any format that is read: ``path``, ``"path=weight"`` or ``(path, weight)``;
             none is enough where ``dtype`` is given.
         dtype: bfloat16, float16, float32 or float64. [default: each tensor keeps its own]
-        shard_size: Most bytes of tensors in one file, such as 5GB. [default: the input's files
-            again]
-        reversible: Also write a small sidecar, from which unmerge gives BASE back bit for bit.
-        requantize: Where BASE is quantized, write its number format again, if quantize writes that
-            one; in four bits most of a small change is lost, and the report says how much is kept.
-            [default: a quantized BASE becomes plain]
-        activations: With --requantize: round so that the error of the layers' outputs is small, on
-            inputs as collect-stats saw them in BASE; a small change outlasts that far better. The
-            report says how much is kept with it and without.
-        allow_unmatched: Leave out adapter keys that match no tensor, instead of refusing.
-        allow_other_base: Also merge an adapter whose metadata names another base than the one
-            given.
-        force: Replace what is at --out, once the new one is complete.
-        dry_run: Print what would become of every tensor; read headers only, write nothing.
-        no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
-        plan: Write there which jobs the work is made of: what each reads, writes and needs of
-            memory. With --shard and --finish: do no other work than that plan's
+        shard_size: The largest size of one file, such as 5GB. [default: the same files as the
+            input]
+        reversible: Also write a small sidecar file, so that unmerge can restore BASE bit for bit.
+        requantize: If BASE is quantized, quantize the result in the same format again. In four
+            bits, most of a small change is lost; the report says how much is kept. [default: a
+            quantized BASE becomes plain]
+        activations: With --requantize: choose the rounding that makes the error of the layers'
+            outputs small, by statistics that collect-stats made of BASE. Much more of a small
+            change is kept; the report says how much, with and without this.
+        allow_unmatched: Leave out adapter keys that match no tensor. By default this is an error.
+        allow_other_base: Also merge an adapter whose metadata names another base.
+        force: Replace an existing --out, when the new one is complete.
+        dry_run: Show what would happen to every tensor. Reads headers only, writes nothing.
+        no_card: Do not write a model card (README.md) into the folder (docs/hub.md).
+        plan: Write a list of all jobs: what each one reads and writes, and how much memory it
+            needs. With --shard and --finish: the work must match this list
             (docs/tasks/machines.md).
-        resume: Go on with what an ended run to the same --out has done; where there is none, begin
-            (docs/tasks/resume.md).
-        clean: Remove what an ended run to the same --out has left, and begin anew.
-        shard: Do only the I-th of N shares of the work, and put nothing at --out: other processes
-            do the other shares, then --finish completes it (docs/tasks/machines.md).
-        finish: Put together at --out what all shares have done; a share that is missing is an
-            error.
-        jobs: Tensors worked on at a time; the output is the same with any number. [default: the
-            processors, or the quota of a container, at most 8]
-        allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
-            distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
-        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
-            weight files of this variant, such as fp16. The output's files have plain names.
-        digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
-            stands against attack as well (docs/verify.md).
-        engine: threads of this process, or dask: a cluster of --workers on this machine, or the one
-            that DASK_SCHEDULER_ADDRESS names; dask://HOST:PORT for another
+        resume: Continue where an interrupted run with the same --out stopped, or start if there was
+            none (docs/tasks/resume.md).
+        clean: Delete what an interrupted run with the same --out has left, and start again.
+        shard: Do only the I-th of N shares of the work. When all shares are done, --finish writes
+            --out (docs/tasks/machines.md).
+        finish: Write --out from the work of all shares. If a share is missing, this is an error.
+        jobs: How many tensors to work on at a time. The output does not depend on it. [default: the
+            number of CPUs, or a container's quota; at most 8]
+        allow_pickle: Also read pickles (.bin, .pt, .pth, .ckpt), with weights_only=True, and
+            checkpoints of distributed training (docs/inspect.md). No code in them is run.
+        variant: Read the weight files of this variant, such as fp16, from the folder or from each
+            folder of a diffusers pipeline that has it. The output's files have plain names.
+        digest: The kind of digest for inputs and output. xxh3 detects accidents. sha256 also
+            protects against attacks (docs/verify.md).
+        engine: threads: in this process. dask: the cluster that DASK_SCHEDULER_ADDRESS names, or
+            else --workers processes on this machine. dask://HOST:PORT: that cluster
             (docs/tasks/machines.md).
-        workers: Processes of a Dask cluster on this machine. [default: as --jobs]
+        workers: The number of processes of a Dask cluster on this machine. [default: the same as
+            --jobs]
         matching: those of ``Matching`` in one
         storage: those of ``Storage`` in one
         merging: those of ``Merging`` in one
@@ -343,35 +348,35 @@ def unmerge(
     Args:
         merged: a checkpoint folder, a safetensors file or a hub id.
         adapters: those merged: ``path``, ``"path=weight"`` or ``(path, weight)``.
-        sidecar: Refuse to go on without a sidecar, or ignore the one there is. [default: use it if
-            it is there]
-        allow_unmatched: Leave out adapter keys that match no tensor, instead of refusing.
-        allow_other_base: Without a sidecar: also subtract an adapter that MERGED's metadata does
-            not name.
-        force: Replace what is at --out, once the new one is complete.
-        dry_run: Print what would become of every tensor; read headers only, write nothing.
-        plan: Write there which jobs the work is made of: what each reads, writes and needs of
-            memory. With --shard and --finish: do no other work than that plan's
+        sidecar: --sidecar: fail if there is no sidecar. --no-sidecar: do not use it. [default: use
+            it if it exists]
+        allow_unmatched: Leave out adapter keys that match no tensor. By default this is an error.
+        allow_other_base: Without a sidecar: also subtract an adapter that is not named in the
+            metadata of MERGED.
+        force: Replace an existing --out, when the new one is complete.
+        dry_run: Show what would happen to every tensor. Reads headers only, writes nothing.
+        plan: Write a list of all jobs: what each one reads and writes, and how much memory it
+            needs. With --shard and --finish: the work must match this list
             (docs/tasks/machines.md).
-        resume: Go on with what an ended run to the same --out has done; where there is none, begin
-            (docs/tasks/resume.md).
-        clean: Remove what an ended run to the same --out has left, and begin anew.
-        shard: Do only the I-th of N shares of the work, and put nothing at --out: other processes
-            do the other shares, then --finish completes it (docs/tasks/machines.md).
-        finish: Put together at --out what all shares have done; a share that is missing is an
-            error.
-        jobs: Tensors worked on at a time; the output is the same with any number. [default: the
-            processors, or the quota of a container, at most 8]
-        allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
-            distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
-        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
-            weight files of this variant, such as fp16. The output's files have plain names.
-        digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
-            stands against attack as well (docs/verify.md).
-        engine: threads of this process, or dask: a cluster of --workers on this machine, or the one
-            that DASK_SCHEDULER_ADDRESS names; dask://HOST:PORT for another
+        resume: Continue where an interrupted run with the same --out stopped, or start if there was
+            none (docs/tasks/resume.md).
+        clean: Delete what an interrupted run with the same --out has left, and start again.
+        shard: Do only the I-th of N shares of the work. When all shares are done, --finish writes
+            --out (docs/tasks/machines.md).
+        finish: Write --out from the work of all shares. If a share is missing, this is an error.
+        jobs: How many tensors to work on at a time. The output does not depend on it. [default: the
+            number of CPUs, or a container's quota; at most 8]
+        allow_pickle: Also read pickles (.bin, .pt, .pth, .ckpt), with weights_only=True, and
+            checkpoints of distributed training (docs/inspect.md). No code in them is run.
+        variant: Read the weight files of this variant, such as fp16, from the folder or from each
+            folder of a diffusers pipeline that has it. The output's files have plain names.
+        digest: The kind of digest for inputs and output. xxh3 detects accidents. sha256 also
+            protects against attacks (docs/verify.md).
+        engine: threads: in this process. dask: the cluster that DASK_SCHEDULER_ADDRESS names, or
+            else --workers processes on this machine. dask://HOST:PORT: that cluster
             (docs/tasks/machines.md).
-        workers: Processes of a Dask cluster on this machine. [default: as --jobs]
+        workers: The number of processes of a Dask cluster on this machine. [default: the same as
+            --jobs]
         undoing: those of ``Undoing`` in one
         matching: those of ``Matching`` in one
         writing: those of ``Writing`` in one
@@ -434,57 +439,59 @@ def rescale(
     differences as LoCon.
 
     Args:
-        scale: Multiply the adapter's effect by F; lora_alpha changes, the factors do not.
-        alpha: Set lora_alpha; --effect says what follows.
-        effect: With --alpha: lora_B makes up for it, or the effect changes in proportion.
-        rank: Rank of each module, at most; a module whose change has a lower rank gets that.
-        energy: Instead of --rank: each module's smallest rank that holds this share of the squared
-            norm of its change, such as 0.9.
-        error: Each module's smallest rank whose relative error is at most X.
-        ratio: Each module's singular values above T times its largest.
-        cumulative: Each module's smallest rank that holds this share of the sum of its singular
+        scale: Multiply the adapter's effect by F. This changes lora_alpha and not the factors.
+        alpha: Set lora_alpha. See --effect.
+        effect: With --alpha: keep the effect (lora_B is changed to match), or let it change with
+            alpha.
+        rank: The rank of each module. If the change of a module has a lower rank, it gets that
+            rank.
+        energy: Instead of --rank: for each module, the smallest rank that holds this share of the
+            squared norm of its change, such as 0.9.
+        error: For each module, the smallest rank whose relative error is at most X.
+        ratio: Keep the singular values above T times the largest one of the module.
+        cumulative: For each module, the smallest rank that holds this share of the sum of singular
             values.
-        threshold: Each module's singular values above X.
-        budget: Ranks shared out over all modules so that the whole error is least: a file no larger
-            than 50MB, or factors of 10M numbers.
-        sv_fro: kohya's: the smallest rank that holds this share of the norm.
-        sv_ratio: kohya's: singular values above the largest divided by X.
-        sv_cumulative: kohya's name for --cumulative.
-        max_rank: The largest rank that these rules may choose.
-        rslora: Write use_rslora (scaling alpha/sqrt(r)) or not; the effect is kept.
+        threshold: Keep the singular values above X.
+        budget: Choose the ranks of all modules together, for the smallest error in this size: a
+            file of at most 50MB, or factors with at most 10M numbers.
+        sv_fro: As in kohya: the smallest rank that holds this share of the norm.
+        sv_ratio: As in kohya: keep singular values above the largest one divided by X.
+        sv_cumulative: Kohya's name for --cumulative.
+        max_rank: The largest rank that the other options may choose.
+        rslora: Set or clear use_rslora (scaling alpha/sqrt(r)). The effect does not change.
         dtype: bfloat16, float16, float32 or float64. [default: each factor keeps its own]
-        consumer: Write what this program reads: where it knows one rank only, all modules are
-            padded to it with zeros. What it cannot read is refused, with the reason.
-        base: The model the adapter was trained on: a checkpoint, or a diffusers pipeline's folder.
-            Only names and shapes are read. Formats with names of their own need it.
-        base_name: What adapter_config.json calls the base (base_model_name_or_path, revision), by
-            which AutoPeftModel loads it: ORG/NAME[@REVISION]. [default: the name that is there,
-            else its hub id where that is certain, else its absolute path (docs/hub.md)]
-        force: Replace what is at --out, once the new one is complete.
-        dry_run: Print what would become of every tensor; read headers only, write nothing.
-        no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
-        plan: Write there which jobs the work is made of: what each reads, writes and needs of
-            memory. With --shard and --finish: do no other work than that plan's
+        consumer: Write an adapter that this program can read. If it needs one rank for all modules,
+            they are padded with zeros. What it cannot read is refused, with the reason.
+        base: The model that the adapter was trained on: a checkpoint, or the folder of a diffusers
+            pipeline. Some formats need it for the module names. Only names and shapes are read.
+        base_name: The name of the base in adapter_config.json (base_model_name_or_path, revision).
+            AutoPeftModel loads the base by this name: ORG/NAME[@REVISION]. [default: the present
+            name, or else the hub id if it is certain, or else the absolute path (docs/hub.md)]
+        force: Replace an existing --out, when the new one is complete.
+        dry_run: Show what would happen to every tensor. Reads headers only, writes nothing.
+        no_card: Do not write a model card (README.md) into the folder (docs/hub.md).
+        plan: Write a list of all jobs: what each one reads and writes, and how much memory it
+            needs. With --shard and --finish: the work must match this list
             (docs/tasks/machines.md).
-        resume: Go on with what an ended run to the same --out has done; where there is none, begin
-            (docs/tasks/resume.md).
-        clean: Remove what an ended run to the same --out has left, and begin anew.
-        shard: Do only the I-th of N shares of the work, and put nothing at --out: other processes
-            do the other shares, then --finish completes it (docs/tasks/machines.md).
-        finish: Put together at --out what all shares have done; a share that is missing is an
-            error.
-        jobs: Tensors worked on at a time; the output is the same with any number. [default: the
-            processors, or the quota of a container, at most 8]
-        allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
-            distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
-        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
-            weight files of this variant, such as fp16. The output's files have plain names.
-        digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
-            stands against attack as well (docs/verify.md).
-        engine: threads of this process, or dask: a cluster of --workers on this machine, or the one
-            that DASK_SCHEDULER_ADDRESS names; dask://HOST:PORT for another
+        resume: Continue where an interrupted run with the same --out stopped, or start if there was
+            none (docs/tasks/resume.md).
+        clean: Delete what an interrupted run with the same --out has left, and start again.
+        shard: Do only the I-th of N shares of the work. When all shares are done, --finish writes
+            --out (docs/tasks/machines.md).
+        finish: Write --out from the work of all shares. If a share is missing, this is an error.
+        jobs: How many tensors to work on at a time. The output does not depend on it. [default: the
+            number of CPUs, or a container's quota; at most 8]
+        allow_pickle: Also read pickles (.bin, .pt, .pth, .ckpt), with weights_only=True, and
+            checkpoints of distributed training (docs/inspect.md). No code in them is run.
+        variant: Read the weight files of this variant, such as fp16, from the folder or from each
+            folder of a diffusers pipeline that has it. The output's files have plain names.
+        digest: The kind of digest for inputs and output. xxh3 detects accidents. sha256 also
+            protects against attacks (docs/verify.md).
+        engine: threads: in this process. dask: the cluster that DASK_SCHEDULER_ADDRESS names, or
+            else --workers processes on this machine. dask://HOST:PORT: that cluster
             (docs/tasks/machines.md).
-        workers: Processes of a Dask cluster on this machine. [default: as --jobs]
+        workers: The number of processes of a Dask cluster on this machine. [default: the same as
+            --jobs]
         strength: those of ``Strength`` in one
         ranks: those of ``Ranks`` in one
         adapter_form: those of ``AdapterForm`` in one
@@ -556,54 +563,54 @@ def combine(
 
     Args:
         adapters: of any format that is read: ``path``, ``"path=weight"`` or ``(path, weight)``.
-        method: cat, linear and svd add the changes of the weights up; the others prune them first
+        method: cat, linear and svd add up the changes of the weights. The others prune them first
             (docs/combine.md).
-        rank: Cut each module to this rank. [default: cat and linear keep all; the others cut to the
-            largest rank of the adapters]
-        energy: Instead of --rank: each module's smallest rank that holds this share of the squared
-            norm of its change, such as 0.9.
-        max_rank: The largest rank that these rules may choose.
+        rank: Cut each module to this rank. [default: cat and linear keep everything; the others cut
+            to the largest rank of the adapters]
+        energy: Instead of --rank: for each module, the smallest rank that holds this share of the
+            squared norm of its change, such as 0.9.
+        max_rank: The largest rank that the other options may choose.
         density: The share of elements that the pruning methods keep, such as 0.2.
-        seed: Of the random choice of dare_linear and dare_ties.
-        majority_sign: ties and dare_ties elect each element's sign by the sum of the changes, by
-            their count, or by their sum with the weights (mergekit's).
-        normalize: Divide by the sum of the weights (mergekit's default); of those that agree, where
-            signs are elected.
-        base: The model the adapter was trained on: a checkpoint, or a diffusers pipeline's folder.
-            Only names and shapes are read. Formats with names of their own need it.
+        seed: Seed of the random choice of dare_linear and dare_ties.
+        majority_sign: How ties and dare_ties choose the sign of each element: by the sum of the
+            changes, by how many have it, or by the weighted sum (as in mergekit).
+        normalize: Divide by the sum of the weights (mergekit's default). With ties and dare_ties:
+            by the weights of those that agree.
+        base: The model that the adapter was trained on: a checkpoint, or the folder of a diffusers
+            pipeline. Some formats need it for the module names. Only names and shapes are read.
         allow_other_base: Also combine adapters whose metadata names different bases.
-        dtype: bfloat16, float16, float32 or float64. [default: each factor keeps the widest of the
-            inputs]
-        to: The format to write (docs/formats.md). [default: the format of the ADAPTERS, where it is
-            one; else peft]
-        base_name: What adapter_config.json calls the base (base_model_name_or_path, revision), by
-            which AutoPeftModel loads it: ORG/NAME[@REVISION]. [default: the name that is there,
-            else its hub id where that is certain, else its absolute path (docs/hub.md)]
-        force: Replace what is at --out, once the new one is complete.
-        dry_run: Print what would become of every tensor; read headers only, write nothing.
-        no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
-        plan: Write there which jobs the work is made of: what each reads, writes and needs of
-            memory. With --shard and --finish: do no other work than that plan's
+        dtype: bfloat16, float16, float32 or float64. [default: for each factor, the widest dtype of
+            the inputs]
+        to: The format to write (docs/formats.md). [default: the format of the ADAPTERS, if it is
+            the same for all; else peft]
+        base_name: The name of the base in adapter_config.json (base_model_name_or_path, revision).
+            AutoPeftModel loads the base by this name: ORG/NAME[@REVISION]. [default: the present
+            name, or else the hub id if it is certain, or else the absolute path (docs/hub.md)]
+        force: Replace an existing --out, when the new one is complete.
+        dry_run: Show what would happen to every tensor. Reads headers only, writes nothing.
+        no_card: Do not write a model card (README.md) into the folder (docs/hub.md).
+        plan: Write a list of all jobs: what each one reads and writes, and how much memory it
+            needs. With --shard and --finish: the work must match this list
             (docs/tasks/machines.md).
-        resume: Go on with what an ended run to the same --out has done; where there is none, begin
-            (docs/tasks/resume.md).
-        clean: Remove what an ended run to the same --out has left, and begin anew.
-        shard: Do only the I-th of N shares of the work, and put nothing at --out: other processes
-            do the other shares, then --finish completes it (docs/tasks/machines.md).
-        finish: Put together at --out what all shares have done; a share that is missing is an
-            error.
-        jobs: Tensors worked on at a time; the output is the same with any number. [default: the
-            processors, or the quota of a container, at most 8]
-        allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
-            distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
-        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
-            weight files of this variant, such as fp16. The output's files have plain names.
-        digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
-            stands against attack as well (docs/verify.md).
-        engine: threads of this process, or dask: a cluster of --workers on this machine, or the one
-            that DASK_SCHEDULER_ADDRESS names; dask://HOST:PORT for another
+        resume: Continue where an interrupted run with the same --out stopped, or start if there was
+            none (docs/tasks/resume.md).
+        clean: Delete what an interrupted run with the same --out has left, and start again.
+        shard: Do only the I-th of N shares of the work. When all shares are done, --finish writes
+            --out (docs/tasks/machines.md).
+        finish: Write --out from the work of all shares. If a share is missing, this is an error.
+        jobs: How many tensors to work on at a time. The output does not depend on it. [default: the
+            number of CPUs, or a container's quota; at most 8]
+        allow_pickle: Also read pickles (.bin, .pt, .pth, .ckpt), with weights_only=True, and
+            checkpoints of distributed training (docs/inspect.md). No code in them is run.
+        variant: Read the weight files of this variant, such as fp16, from the folder or from each
+            folder of a diffusers pipeline that has it. The output's files have plain names.
+        digest: The kind of digest for inputs and output. xxh3 detects accidents. sha256 also
+            protects against attacks (docs/verify.md).
+        engine: threads: in this process. dask: the cluster that DASK_SCHEDULER_ADDRESS names, or
+            else --workers processes on this machine. dask://HOST:PORT: that cluster
             (docs/tasks/machines.md).
-        workers: Processes of a Dask cluster on this machine. [default: as --jobs]
+        workers: The number of processes of a Dask cluster on this machine. [default: the same as
+            --jobs]
         combining: those of ``Combining`` in one
         matching: those of ``Matching`` in one
         ranks: those of ``Ranks`` in one
@@ -665,48 +672,49 @@ def convert(
     of the rank lowers it, with the error stated.
 
     Args:
-        to: The format to write. docs/formats.md has what each one keeps.
-        base: The model the adapter was trained on: a checkpoint, or a diffusers pipeline's folder.
-            Only names and shapes are read. Formats with names of their own need it.
-        source: The format of ADAPTER. [default: its content tells]
-        drop: Leave this out, where the format has no place for it (or you do not want it).
-        alpha: lora_alpha it was trained with, where its format does not keep it (loralib,
-            torchtune).
-        enable_lora: Which blocks of loralib's MergedLinear layers are adapted.
-        layout: With --to loralib: modules that are MergedLinear there, such as c_attn=merged:3/101.
-        rank: Rank of each module, at most; a module whose change has a lower rank gets that.
-        energy: Instead of --rank: each module's smallest rank that holds this share of the squared
-            norm of its change, such as 0.9.
-        max_rank: The largest rank that these rules may choose.
+        to: The format to write. For what each format keeps, see docs/formats.md.
+        base: The model that the adapter was trained on: a checkpoint, or the folder of a diffusers
+            pipeline. Some formats need it for the module names. Only names and shapes are read.
+        source: The format of ADAPTER. [default: recognized by the content]
+        drop: Leave this part out, because the format cannot hold it or you do not want it.
+        alpha: The lora_alpha of the training, if the format does not store it (loralib, torchtune).
+        enable_lora: Which blocks of loralib's MergedLinear layers have an adapter.
+        layout: With --to loralib: which modules are MergedLinear there, such as
+            c_attn=merged:3/101.
+        rank: The rank of each module. If the change of a module has a lower rank, it gets that
+            rank.
+        energy: Instead of --rank: for each module, the smallest rank that holds this share of the
+            squared norm of its change, such as 0.9.
+        max_rank: The largest rank that the other options may choose.
         dtype: bfloat16, float16, float32 or float64. [default: each factor keeps its own]
-        base_name: What adapter_config.json calls the base (base_model_name_or_path, revision), by
-            which AutoPeftModel loads it: ORG/NAME[@REVISION]. [default: the name that is there,
-            else its hub id where that is certain, else its absolute path (docs/hub.md)]
-        force: Replace what is at --out, once the new one is complete.
-        dry_run: Print what would become of every tensor; read headers only, write nothing.
-        no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
-        plan: Write there which jobs the work is made of: what each reads, writes and needs of
-            memory. With --shard and --finish: do no other work than that plan's
+        base_name: The name of the base in adapter_config.json (base_model_name_or_path, revision).
+            AutoPeftModel loads the base by this name: ORG/NAME[@REVISION]. [default: the present
+            name, or else the hub id if it is certain, or else the absolute path (docs/hub.md)]
+        force: Replace an existing --out, when the new one is complete.
+        dry_run: Show what would happen to every tensor. Reads headers only, writes nothing.
+        no_card: Do not write a model card (README.md) into the folder (docs/hub.md).
+        plan: Write a list of all jobs: what each one reads and writes, and how much memory it
+            needs. With --shard and --finish: the work must match this list
             (docs/tasks/machines.md).
-        resume: Go on with what an ended run to the same --out has done; where there is none, begin
-            (docs/tasks/resume.md).
-        clean: Remove what an ended run to the same --out has left, and begin anew.
-        shard: Do only the I-th of N shares of the work, and put nothing at --out: other processes
-            do the other shares, then --finish completes it (docs/tasks/machines.md).
-        finish: Put together at --out what all shares have done; a share that is missing is an
-            error.
-        jobs: Tensors worked on at a time; the output is the same with any number. [default: the
-            processors, or the quota of a container, at most 8]
-        allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
-            distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
-        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
-            weight files of this variant, such as fp16. The output's files have plain names.
-        digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
-            stands against attack as well (docs/verify.md).
-        engine: threads of this process, or dask: a cluster of --workers on this machine, or the one
-            that DASK_SCHEDULER_ADDRESS names; dask://HOST:PORT for another
+        resume: Continue where an interrupted run with the same --out stopped, or start if there was
+            none (docs/tasks/resume.md).
+        clean: Delete what an interrupted run with the same --out has left, and start again.
+        shard: Do only the I-th of N shares of the work. When all shares are done, --finish writes
+            --out (docs/tasks/machines.md).
+        finish: Write --out from the work of all shares. If a share is missing, this is an error.
+        jobs: How many tensors to work on at a time. The output does not depend on it. [default: the
+            number of CPUs, or a container's quota; at most 8]
+        allow_pickle: Also read pickles (.bin, .pt, .pth, .ckpt), with weights_only=True, and
+            checkpoints of distributed training (docs/inspect.md). No code in them is run.
+        variant: Read the weight files of this variant, such as fp16, from the folder or from each
+            folder of a diffusers pipeline that has it. The output's files have plain names.
+        digest: The kind of digest for inputs and output. xxh3 detects accidents. sha256 also
+            protects against attacks (docs/verify.md).
+        engine: threads: in this process. dask: the cluster that DASK_SCHEDULER_ADDRESS names, or
+            else --workers processes on this machine. dask://HOST:PORT: that cluster
             (docs/tasks/machines.md).
-        workers: Processes of a Dask cluster on this machine. [default: as --jobs]
+        workers: The number of processes of a Dask cluster on this machine. [default: the same as
+            --jobs]
         formats: those of ``Formats`` in one
         origin: those of ``Origin`` in one
         adapter_form: those of ``AdapterForm`` in one
@@ -780,77 +788,79 @@ def quantize(
 
     Args:
         checkpoint: a folder, a safetensors file or a hub id.
-        adapters: Merge this PEFT adapter, times its WEIGHT (1), before quantizing; repeatable.
-        scheme: The stored number format (docs/quantize.md). --activations and --calibrate go with
-            all; the other options of this group with nf4 and fp4. [default: nf4]
-        quant_type: An older name of --scheme. [default: --scheme]
-        blocksize: Numbers that share a scale: a power of two from 32 to 4096.
+        adapters: Merge this adapter, times its WEIGHT (1), before quantizing; repeatable.
+        scheme: The number format to write (docs/quantize.md). --activations and --calibrate work
+            with all formats. The other options of this group work with nf4 and fp4. [default: nf4]
+        quant_type: An old name of --scheme. [default: --scheme]
+        blocksize: How many numbers share a scale: a power of two from 32 to 4096.
         double_quant: Store the scales in eight bits.
-        compute_dtype: The dtype that quantization_config tells loaders to compute in.
-        quant_storage: The dtype whose elements hold the packed bytes (FSDP wants the model's).
-        scale_search: Search each block's scale for the least error of the weights: up to ten times
-            slower, some 9 % less error, the same format. The model itself gains by it only with
-            --activations.
-        activations: Make the error of the layers' outputs small, on inputs as collect-stats saw
-            them: each column is rounded to make up for those before it (GPTQ). The same scales,
-            bytes and format, and a model that loses much less.
-        calibrate: Collect the statistics that --activations takes on this text first, in the same
-            run, block after block of the model.
-        calibration_tokens: Tokens of the text to run the model over, in sequences of 512. [default:
-            five times as many as the widest layer has inputs, and 8,192 at least]
-        calibration_seed: Seed of the choice of sequences, where the text has more than are used
-            (default 0).
-        budget: Spend so many bits a number of these layers (4.5bits), or bytes of all files (80MB):
-            on the smallest blocks that fit, --blocksize being the largest, then on layers that stay
-            as they are, those that four bits cost most for each byte. By the error of the layers'
-            outputs with --activations or --calibrate, of the weights without.
-        compensate: Put an adapter of this rank into OUT/loftq_init that makes up for part of the
-            error: with --activations of the outputs' (QERA), which lowers the model's loss;
-            without, of the weights' (LoftQ), a start for training that hardly does. Adapters given
-            are then stacked in it as they are, not merged.
-        compensate_iterations: Quantize what the adapter leaves and fit it anew, N times in all
-            (default 1).
-        eval_text: Run a decoder (causal-lm) on this text, plain and quantized, both in float32 in
-            memory, and report the loss that is added and the KL divergence, in nats a token.
-        max_loss_increase: With --eval-text: exit 3 and write nothing but the report if more than X
-            nats a token are added.
-        include: Only modules in whose name this is found (model.layers.0.self_attn.q_proj);
-            repeatable.
-        exclude: No modules in whose name this is found; repeatable, stronger than --include.
-        lm_head: Quantize the output head as well, where it is not tied to the input embedding.
+        compute_dtype: The dtype that quantization_config tells programs to compute in.
+        quant_storage: The dtype in which the packed bytes are stored (FSDP needs the model's
+            dtype).
+        scale_search: Search for the scale of each block that gives the smallest error. This is up
+            to ten times slower and reduces the error of the weights by about 9 %, in the same
+            format. The model itself gets better only with --activations.
+        activations: Make the error of the layers' outputs small, by statistics of collect-stats:
+            the rounding of each column makes up for the columns before it (GPTQ). Size and format
+            stay the same, and the model loses much less.
+        calibrate: First collect the statistics for --activations on this text, in the same run, one
+            block of the model after the other.
+        calibration_tokens: How many tokens of the text to use, in sequences of 512. [default: five
+            times the number of inputs of the widest layer, but at least 8,192]
+        calibration_seed: Seed of the choice of sequences, if the text has more than needed (default
+            0).
+        budget: Use so many bits per number in these layers (4.5bits), or bytes for all files
+            (80MB). They go into the smallest blocks that fit (at most --blocksize), and then into
+            layers that are not quantized, where four bits cost most for each byte. The cost is the
+            error of the layers' outputs with --activations or --calibrate, and else that of the
+            weights.
+        compensate: Also write an adapter of this rank to OUT/loftq_init, which makes up for part of
+            the error. With --activations it reduces the error of the outputs (QERA), and lowers the
+            model's loss. Without, it reduces the error of the weights (LoftQ); it is a start for
+            training, and hardly lowers the loss. Adapters that you give are then stacked in it, not
+            merged.
+        compensate_iterations: Repeat N times: quantize what the adapter leaves, and fit the adapter
+            again (default 1).
+        eval_text: Run a decoder (causal-lm) on this text, before and after quantization, and report
+            the increase of the loss and the KL divergence, in nats per token. Both models are in
+            memory, in float32.
+        max_loss_increase: With --eval-text: if the loss increases by more than X nats per token,
+            exit with 3 and write nothing but the report.
+        include: Use only modules whose name matches (model.layers.0.self_attn.q_proj); repeatable.
+        exclude: Leave out modules whose name matches, even if --include matches too; repeatable.
+        lm_head: Also quantize the output head, if it is not tied to the input embedding.
         dtype: bfloat16, float16, float32 or float64. [default: each tensor keeps its own]
-        shard_size: Most bytes of tensors in one file, such as 5GB. [default: the input's files
-            again]
-        max_error: Quality gate: exit 3 and write nothing but the report if the relative error of a
-            tensor, or of all together, exceeds X.
-        allow_unmatched: Leave out adapter keys that match no tensor, instead of refusing.
-        allow_other_base: Also merge an adapter whose metadata names another base than the one
-            given.
-        force: Replace what is at --out, once the new one is complete.
-        dry_run: Print what would become of every tensor; read headers only, write nothing.
-        no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
-        plan: Write there which jobs the work is made of: what each reads, writes and needs of
-            memory. With --shard and --finish: do no other work than that plan's
+        shard_size: The largest size of one file, such as 5GB. [default: the same files as the
+            input]
+        max_error: Quality gate: if the relative error of a tensor, or of all together, is above X,
+            exit with 3 and write nothing but the report.
+        allow_unmatched: Leave out adapter keys that match no tensor. By default this is an error.
+        allow_other_base: Also merge an adapter whose metadata names another base.
+        force: Replace an existing --out, when the new one is complete.
+        dry_run: Show what would happen to every tensor. Reads headers only, writes nothing.
+        no_card: Do not write a model card (README.md) into the folder (docs/hub.md).
+        plan: Write a list of all jobs: what each one reads and writes, and how much memory it
+            needs. With --shard and --finish: the work must match this list
             (docs/tasks/machines.md).
-        resume: Go on with what an ended run to the same --out has done; where there is none, begin
-            (docs/tasks/resume.md).
-        clean: Remove what an ended run to the same --out has left, and begin anew.
-        shard: Do only the I-th of N shares of the work, and put nothing at --out: other processes
-            do the other shares, then --finish completes it (docs/tasks/machines.md).
-        finish: Put together at --out what all shares have done; a share that is missing is an
-            error.
-        jobs: Tensors worked on at a time; the output is the same with any number. [default: the
-            processors, or the quota of a container, at most 8]
-        allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
-            distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
-        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
-            weight files of this variant, such as fp16. The output's files have plain names.
-        digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
-            stands against attack as well (docs/verify.md).
-        engine: threads of this process, or dask: a cluster of --workers on this machine, or the one
-            that DASK_SCHEDULER_ADDRESS names; dask://HOST:PORT for another
+        resume: Continue where an interrupted run with the same --out stopped, or start if there was
+            none (docs/tasks/resume.md).
+        clean: Delete what an interrupted run with the same --out has left, and start again.
+        shard: Do only the I-th of N shares of the work. When all shares are done, --finish writes
+            --out (docs/tasks/machines.md).
+        finish: Write --out from the work of all shares. If a share is missing, this is an error.
+        jobs: How many tensors to work on at a time. The output does not depend on it. [default: the
+            number of CPUs, or a container's quota; at most 8]
+        allow_pickle: Also read pickles (.bin, .pt, .pth, .ckpt), with weights_only=True, and
+            checkpoints of distributed training (docs/inspect.md). No code in them is run.
+        variant: Read the weight files of this variant, such as fp16, from the folder or from each
+            folder of a diffusers pipeline that has it. The output's files have plain names.
+        digest: The kind of digest for inputs and output. xxh3 detects accidents. sha256 also
+            protects against attacks (docs/verify.md).
+        engine: threads: in this process. dask: the cluster that DASK_SCHEDULER_ADDRESS names, or
+            else --workers processes on this machine. dask://HOST:PORT: that cluster
             (docs/tasks/machines.md).
-        workers: Processes of a Dask cluster on this machine. [default: as --jobs]
+        workers: The number of processes of a Dask cluster on this machine. [default: the same as
+            --jobs]
         adding: those of ``Adding`` in one
         matching: those of ``Matching`` in one
         tensors: those of ``Tensors`` in one
@@ -898,34 +908,35 @@ def dequantize(
 
     Args:
         checkpoint: a folder, a safetensors or GGUF file or a hub id.
-        dtype: bfloat16, float16, float32 or float64. [default: what each weight was quantized from]
-        shard_size: Most bytes of tensors in one file, such as 5GB. [default: the input's files
-            again]
-        force: Replace what is at --out, once the new one is complete.
-        dry_run: Print what would become of every tensor; read headers only, write nothing.
-        no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
-        plan: Write there which jobs the work is made of: what each reads, writes and needs of
-            memory. With --shard and --finish: do no other work than that plan's
+        dtype: bfloat16, float16, float32 or float64. [default: the dtype that each weight had
+            before quantization]
+        shard_size: The largest size of one file, such as 5GB. [default: the same files as the
+            input]
+        force: Replace an existing --out, when the new one is complete.
+        dry_run: Show what would happen to every tensor. Reads headers only, writes nothing.
+        no_card: Do not write a model card (README.md) into the folder (docs/hub.md).
+        plan: Write a list of all jobs: what each one reads and writes, and how much memory it
+            needs. With --shard and --finish: the work must match this list
             (docs/tasks/machines.md).
-        resume: Go on with what an ended run to the same --out has done; where there is none, begin
-            (docs/tasks/resume.md).
-        clean: Remove what an ended run to the same --out has left, and begin anew.
-        shard: Do only the I-th of N shares of the work, and put nothing at --out: other processes
-            do the other shares, then --finish completes it (docs/tasks/machines.md).
-        finish: Put together at --out what all shares have done; a share that is missing is an
-            error.
-        jobs: Tensors worked on at a time; the output is the same with any number. [default: the
-            processors, or the quota of a container, at most 8]
-        allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
-            distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
-        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
-            weight files of this variant, such as fp16. The output's files have plain names.
-        digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
-            stands against attack as well (docs/verify.md).
-        engine: threads of this process, or dask: a cluster of --workers on this machine, or the one
-            that DASK_SCHEDULER_ADDRESS names; dask://HOST:PORT for another
+        resume: Continue where an interrupted run with the same --out stopped, or start if there was
+            none (docs/tasks/resume.md).
+        clean: Delete what an interrupted run with the same --out has left, and start again.
+        shard: Do only the I-th of N shares of the work. When all shares are done, --finish writes
+            --out (docs/tasks/machines.md).
+        finish: Write --out from the work of all shares. If a share is missing, this is an error.
+        jobs: How many tensors to work on at a time. The output does not depend on it. [default: the
+            number of CPUs, or a container's quota; at most 8]
+        allow_pickle: Also read pickles (.bin, .pt, .pth, .ckpt), with weights_only=True, and
+            checkpoints of distributed training (docs/inspect.md). No code in them is run.
+        variant: Read the weight files of this variant, such as fp16, from the folder or from each
+            folder of a diffusers pipeline that has it. The output's files have plain names.
+        digest: The kind of digest for inputs and output. xxh3 detects accidents. sha256 also
+            protects against attacks (docs/verify.md).
+        engine: threads: in this process. dask: the cluster that DASK_SCHEDULER_ADDRESS names, or
+            else --workers processes on this machine. dask://HOST:PORT: that cluster
             (docs/tasks/machines.md).
-        workers: Processes of a Dask cluster on this machine. [default: as --jobs]
+        workers: The number of processes of a Dask cluster on this machine. [default: the same as
+            --jobs]
         storage: those of ``Storage`` in one
         writing: those of ``Writing`` in one
         running: those of ``Running`` in one
@@ -986,57 +997,55 @@ def export(
     Args:
         checkpoint: a checkpoint folder or a hub id; with ``out`` the same folder only the graphs
             are added to it.
-        adapters: An adapter to merge in the same pass; may be given several times.
-        runtime_adapters: Do not merge them: write each as an .onnx_adapter file that ONNX Runtime
-            activates for a request, with optional inputs of the graph for its factors.
+        adapters: An adapter to merge in the same pass; repeatable.
+        runtime_adapters: Do not merge the adapters. Write each as an .onnx_adapter file, which ONNX
+            Runtime can activate for a request. The graph has optional inputs for the factors.
         task: features, classification, token-classification, masked-lm, question-answering, causal-
             lm, seq2seq, speech-seq2seq, image-classification, image-features, object-detection,
             semantic-segmentation, ctc, audio-classification, audio-features or zero-shot-image-
             classification; auto goes by config.json.
-        no_cache: A decoder without its key/value cache.
+        no_cache: Export a decoder without its key/value cache.
         dtype: bfloat16, float16, float32 or float64. [default: each tensor keeps its own; see
             --compute-dtype]
-        weights: shared: the graph points into the output's safetensors files. bundled: one
-            external-data file in their place, in the dtype that the graph computes in, which loads
-            faster; with --dtype, --int8 and --int4 in that in which weights are stored. [default:
+        weights: shared: the graph refers to the output's safetensors files. bundled: one external-
+            data file replaces them, in the dtype that the graph computes in, and loads faster. With
+            --dtype, --int8 and --int4 it keeps the dtype in which weights are stored. [default:
             shared; bundled with --int8 and --int4]
-        nf4: Linear layers in four bits, over the bytes that `loratools quantize` writes, or those
-            of a CHECKPOINT that it wrote. For size, not speed: on a CPU, one token at a time, it is
-            2 to 4 times slower than float32 (2.0 times on SmolLM2-135M).
-        int8: Linear layers in eight bits by ONNX Runtime's quantizer, in blocks of 32.
-        int4: The same in four bits: smaller, and further from the original.
-        activations: With one of these: make the error of the layers' outputs small, on inputs as
-            collect-stats saw them, as `loratools quantize --activations` does; the same scales and
-            sizes.
-        eval_text: Measure a decoder's perplexity on this text, and its divergence from the weights
-            before they were quantized.
-        graph: Use this graph, exported from another checkpoint of the same architecture, again.
-        no_fuse: The graph as torch traces it, and not with attention, rotary embeddings and norms
-            as one operator each.
-        compute_dtype: What the graph computes in; norms and softmax stay in float32.
-        half_io: Inputs and outputs, the key/value cache among them, are in --compute-dtype, too.
-        opset: ONNX's opset. [default: 23, which fusing needs; 20 with --no-fuse, and where nothing
-            is fused]
-        atol: Outputs may differ from torch's by this much
-        rtol: plus this share of their largest element; else the exit code is 3. [default: ten times
-            what torch's float32 differs from its float64 by, and 1e-5]
-        no_verify: Do not run the graph.
-        keep_failed: Leave an output that differs too much, as OUT.failed.
-        trust_remote_code: Run the modelling code that comes with the checkpoint.
-        allow_unmatched: Leave out adapter keys that match no tensor, instead of refusing.
-        allow_other_base: Also merge an adapter whose metadata names another base than the one
-            given.
-        force: Replace what is at --out, once the new one is complete.
-        dry_run: Print what would become of every tensor; read headers only, write nothing.
-        no_card: Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).
-        jobs: Tensors worked on at a time; the output is the same with any number. [default: the
-            processors, or the quota of a container, at most 8]
-        allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
-            distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
-        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
-            weight files of this variant, such as fp16. The output's files have plain names.
-        digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
-            stands against attack as well (docs/verify.md).
+        nf4: Store linear layers in four bits, with the bytes that `loratools quantize` writes (or
+            those in CHECKPOINT, if it wrote that). This saves space, not time: on a CPU, one token
+            at a time, it is 2 to 4 times slower than float32 (2.0 times on SmolLM2-135M).
+        int8: Store linear layers in eight bits, with ONNX Runtime's quantizer, in blocks of 32.
+        int4: The same in four bits: smaller, but less exact.
+        activations: With --nf4, --int8 or --int4: choose the rounding that makes the error of the
+            layers' outputs small, by statistics of collect-stats (as `loratools quantize
+            --activations` does). The size stays the same.
+        eval_text: Measure the perplexity of a decoder on this text, and how far it diverges from
+            the model before quantization.
+        graph: Use this existing graph of another checkpoint with the same architecture.
+        no_fuse: Keep the graph as torch traces it. By default attention, rotary embeddings and
+            norms become one operator each.
+        compute_dtype: The dtype that the graph computes in. Norms and softmax stay in float32.
+        half_io: Use --compute-dtype for inputs, outputs and the key/value cache too.
+        opset: ONNX's opset. [default: 23, which fusing needs; 20 if nothing is fused]
+        atol: Outputs may differ from torch's by this much,
+        rtol: plus this share of their largest element. If they differ more, the exit code is 3.
+            [default: ten times the difference between torch's float32 and float64, plus 1e-5]
+        no_verify: Do not run the graph to check it.
+        keep_failed: Keep an output that differs too much, as OUT.failed.
+        trust_remote_code: Run the Python code that comes with the checkpoint.
+        allow_unmatched: Leave out adapter keys that match no tensor. By default this is an error.
+        allow_other_base: Also merge an adapter whose metadata names another base.
+        force: Replace an existing --out, when the new one is complete.
+        dry_run: Show what would happen to every tensor. Reads headers only, writes nothing.
+        no_card: Do not write a model card (README.md) into the folder (docs/hub.md).
+        jobs: How many tensors to work on at a time. The output does not depend on it. [default: the
+            number of CPUs, or a container's quota; at most 8]
+        allow_pickle: Also read pickles (.bin, .pt, .pth, .ckpt), with weights_only=True, and
+            checkpoints of distributed training (docs/inspect.md). No code in them is run.
+        variant: Read the weight files of this variant, such as fp16, from the folder or from each
+            folder of a diffusers pipeline that has it. The output's files have plain names.
+        digest: The kind of digest for inputs and output. xxh3 detects accidents. sha256 also
+            protects against attacks (docs/verify.md).
         adding: those of ``Adding`` in one
         matching: those of ``Matching`` in one
         graphs: those of ``Graphs`` in one
@@ -1070,14 +1079,14 @@ def inspect(
         path: a checkpoint, an adapter, a quantized folder, an ONNX model, a sidecar, a spectrum
             cache, a file of activation statistics, or a hub id.
         plot: Draw an adapter's own spectrum, as .png, .svg or .html (needs loratools[plot]).
-        jobs: Tensors worked on at a time; the output is the same with any number. [default: the
-            processors, or the quota of a container, at most 8]
-        allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
-            distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
-        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
-            weight files of this variant, such as fp16. The output's files have plain names.
-        digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
-            stands against attack as well (docs/verify.md).
+        jobs: How many tensors to work on at a time. The output does not depend on it. [default: the
+            number of CPUs, or a container's quota; at most 8]
+        allow_pickle: Also read pickles (.bin, .pt, .pth, .ckpt), with weights_only=True, and
+            checkpoints of distributed training (docs/inspect.md). No code in them is run.
+        variant: Read the weight files of this variant, such as fp16, from the folder or from each
+            folder of a diffusers pipeline that has it. The output's files have plain names.
+        digest: The kind of digest for inputs and output. xxh3 detects accidents. sha256 also
+            protects against attacks (docs/verify.md).
         view: those of ``View`` in one
         running: those of ``Running`` in one
 
@@ -1111,22 +1120,21 @@ def diff(
 
     Args:
         base, tuned: checkpoint folders, safetensors files or hub ids.
-        include: Only modules in whose name this is found (model.layers.0.self_attn.q_proj);
-            repeatable.
-        exclude: No modules in whose name this is found; repeatable, stronger than --include.
-        sort: By relative change, by the norm of the change, or as in the file.
+        include: Use only modules whose name matches (model.layers.0.self_attn.q_proj); repeatable.
+        exclude: Leave out modules whose name matches, even if --include matches too; repeatable.
+        sort: Sort by relative change, by the norm of the change, or by name.
         plot: Draw where it changed, spectra, and error against size, as .png, .svg or .html (needs
             loratools[plot]).
         seed: Seed of the random start.
-        device: cpu, cuda, cuda:1, …
-        jobs: Tensors worked on at a time; the output is the same with any number. [default: the
-            processors, or the quota of a container, at most 8]
-        allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
-            distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
-        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
-            weight files of this variant, such as fp16. The output's files have plain names.
-        digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
-            stands against attack as well (docs/verify.md).
+        device: Where to compute: cpu, cuda, cuda:1, …
+        jobs: How many tensors to work on at a time. The output does not depend on it. [default: the
+            number of CPUs, or a container's quota; at most 8]
+        allow_pickle: Also read pickles (.bin, .pt, .pth, .ckpt), with weights_only=True, and
+            checkpoints of distributed training (docs/inspect.md). No code in them is run.
+        variant: Read the weight files of this variant, such as fp16, from the folder or from each
+            folder of a diffusers pipeline that has it. The output's files have plain names.
+        digest: The kind of digest for inputs and output. xxh3 detects accidents. sha256 also
+            protects against attacks (docs/verify.md).
         tensors: those of ``Tensors`` in one
         view: those of ``View`` in one
         search: those of ``Search`` in one
@@ -1169,26 +1177,25 @@ def verify(
             ``against``, that checkpoint in a stored number format or as ONNX, ``adapters``
             merged.
         base: The base of a merged checkpoint (with --adapter) or of an adapter (with --tuned).
-        adapters: PATH should be BASE, or CHECKPOINT, with this merged; repeatable.
-        tuned: PATH is an adapter that should turn BASE into this.
-        against: PATH is quantized, or an ONNX model, and should be this.
-        max_error: With --tuned: exit 3 if the relative error of a module, or of all together,
-            exceeds X. Of quantized weights: take any codes whose relative error is at most X,
-            tensor by tensor.
-        weights_only: Compare the weights of an ONNX model and do not run it.
-        task: What it was exported for, as for export.
-        atol: An output may differ from torch's by this, and --rtol times its largest element.
-        rtol: See --atol. [default: ten times what torch's float32 differs from its float64 by, and
-            1e-5]
-        trust_remote_code: Run code that comes with the checkpoint.
-        jobs: Tensors worked on at a time; the output is the same with any number. [default: the
-            processors, or the quota of a container, at most 8]
-        allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
-            distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
-        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
-            weight files of this variant, such as fp16. The output's files have plain names.
-        digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
-            stands against attack as well (docs/verify.md).
+        adapters: An adapter that should be merged into BASE or CHECKPOINT; repeatable.
+        tuned: The fine-tune that PATH, an adapter, should turn BASE into.
+        against: The checkpoint that PATH, a quantized or ONNX model, should be made from.
+        max_error: With --tuned: exit 3 if the relative error of a module, or of all together, is
+            above X. For quantized weights: accept a tensor if its relative error is at most X.
+        weights_only: Compare the weights of an ONNX model, but do not run it.
+        task: The task that it was exported for, as in export.
+        atol: An output may differ from torch's by this much, plus --rtol times its largest element.
+        rtol: See --atol. [default: ten times the difference between torch's float32 and float64,
+            plus 1e-5]
+        trust_remote_code: Run the Python code that comes with the checkpoint.
+        jobs: How many tensors to work on at a time. The output does not depend on it. [default: the
+            number of CPUs, or a container's quota; at most 8]
+        allow_pickle: Also read pickles (.bin, .pt, .pth, .ckpt), with weights_only=True, and
+            checkpoints of distributed training (docs/inspect.md). No code in them is run.
+        variant: Read the weight files of this variant, such as fp16, from the folder or from each
+            folder of a diffusers pipeline that has it. The output's files have plain names.
+        digest: The kind of digest for inputs and output. xxh3 detects accidents. sha256 also
+            protects against attacks (docs/verify.md).
         comparison: those of ``Comparison`` in one
         graphs: those of ``Graphs`` in one
         check: those of ``Check`` in one
@@ -1219,13 +1226,13 @@ def check(
 
     Args:
         adapter: a folder, a file or a hub id, of any format that is read.
-        consumer: The program that is to load ADAPTER.
-        base: The model it will be loaded on: a checkpoint, or a diffusers pipeline's folder. Only
-            names and shapes are read. [default: names and shapes are not looked up]
-        jobs: Tensors worked on at a time; the output is the same with any number. [default: the
-            processors, or the quota of a container, at most 8]
-        allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
-            distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
+        consumer: The program that will load ADAPTER.
+        base: The model that it will be loaded on: a checkpoint, or the folder of a diffusers
+            pipeline. Only names and shapes are read. [default: names and shapes are not checked]
+        jobs: How many tensors to work on at a time. The output does not depend on it. [default: the
+            number of CPUs, or a container's quota; at most 8]
+        allow_pickle: Also read pickles (.bin, .pt, .pth, .ckpt), with weights_only=True, and
+            checkpoints of distributed training (docs/inspect.md). No code in them is run.
         audience: those of ``Audience`` in one
         origin: those of ``Origin`` in one
         running: those of ``Running`` in one
@@ -1270,20 +1277,20 @@ def collect_stats(
     Args:
         model: a folder that transformers loads, with its tokenizer, or a hub id.
         text: a UTF-8 file.
-        kind: The whole second moment of each layer's input, or its diagonal only.
-        length: Tokens a sequence.
-        max_tokens: Of the text, at most.
-        device: cpu, cuda, cuda:1, …
-        force: Replace what is at --out, once the new one is complete.
-        dry_run: Print what would become of every tensor; read headers only, write nothing.
-        jobs: Tensors worked on at a time; the output is the same with any number. [default: the
-            processors, or the quota of a container, at most 8]
-        allow_pickle: Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what
-            distributed training leaves (docs/inspect.md), of whose pickles nothing is run.
-        variant: Of a folder, or of each folder of a diffusers pipeline that has such: read the
-            weight files of this variant, such as fp16. The output's files have plain names.
-        digest: What the digests of inputs and output are made of: xxh3 tells accidents; sha256
-            stands against attack as well (docs/verify.md).
+        kind: Store the whole second moment of each layer's input, or only its diagonal.
+        length: Tokens per sequence.
+        max_tokens: Use at most N tokens of the text.
+        device: Where to compute: cpu, cuda, cuda:1, …
+        force: Replace an existing --out, when the new one is complete.
+        dry_run: Show what would happen to every tensor. Reads headers only, writes nothing.
+        jobs: How many tensors to work on at a time. The output does not depend on it. [default: the
+            number of CPUs, or a container's quota; at most 8]
+        allow_pickle: Also read pickles (.bin, .pt, .pth, .ckpt), with weights_only=True, and
+            checkpoints of distributed training (docs/inspect.md). No code in them is run.
+        variant: Read the weight files of this variant, such as fp16, from the folder or from each
+            folder of a diffusers pipeline that has it. The output's files have plain names.
+        digest: The kind of digest for inputs and output. xxh3 detects accidents. sha256 also
+            protects against attacks (docs/verify.md).
         sampling: those of ``Sampling`` in one
         search: those of ``Search`` in one
         writing: those of ``Writing`` in one

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import lora_tools
 from lora_tools.errors import AdapterError, MismatchError, UnsupportedAdapter
@@ -351,3 +351,26 @@ def test_dylora_is_read_as_the_locon_that_it_is(tmp_path: Path) -> None:
         scale = float(state[f"{flat}.alpha"]) / 4
         wanted = scale * (up.double() @ down.reshape(4, -1).double()).reshape(found.shape)
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("algo", ["lora", "loha"])
+def test_an_alpha_of_zero_is_said(algo: str, tmp_path: Path) -> None:
+    """LyCORIS takes it for the rank, and ComfyUI for no effect."""
+    keys = {"lora_down.weight": (2, 6), "lora_up.weight": (8, 2)}
+    if algo == "loha":
+        keys = {
+            f"hada_w{i}_{x}": shape for i in "12" for x, shape in (("a", (8, 2)), ("b", (2, 6)))
+        }
+    file = {f"lycoris_a_b.{key}": torch.ones(shape) for key, shape in keys.items()}
+    base, given = tmp_path / "b.safetensors", tmp_path / "l.safetensors"
+    save_file({"a.b.weight": torch.zeros(8, 6)}, base)
+    save_file({**file, "lycoris_a_b.alpha": torch.tensor(0.0)}, given)
+    report = lora_tools.merge(base, [given], tmp_path / "m.safetensors")
+    assert any("alpha of 0, such as a.b: it is taken for the rank" in n for n in report.notes)
+    assert (
+        load_file(tmp_path / "m.safetensors")["a.b.weight"] == (4 if algo == "loha" else 2)
+    ).all()
+    save_file({**file, "lycoris_a_b.alpha": torch.tensor(2.0)}, given)
+    assert not lora_tools.merge(base, [given], tmp_path / "n.safetensors").notes[
+        int(algo == "loha") :
+    ]

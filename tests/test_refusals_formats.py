@@ -104,7 +104,7 @@ PEFT: dict[str, Row] = {
     ),
     "factors of integers": (
         AdapterError,
-        "stored as I64, not a float",
+        "stored as I64, which is not read of factors; write them in bfloat16",
         lambda t: merge(t, peft(t, tensors={k: v.long() for k, v in factors().items()})),
     ),
     "another rank than the config's": (

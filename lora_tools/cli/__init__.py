@@ -36,15 +36,15 @@ _STOPPED = {int(signal.SIGINT): "Interrupted", int(signal.SIGTERM): "Terminated"
 @click.group(
     cls=OrderedGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Exit codes: 0 done, 1 failed, 2 wrong invocation, 3 compared and found different "
-    "(verify, check, export, --max-error).\n\nEach option can be set by a variable: LORATOOLS_JOBS "
-    "for all commands, LORATOOLS_MERGE_JOBS for merge.\n\nDocumentation: loratools help "
-    "docs/tour.md, or another page that a help or an error names; loratools help docs lists them.",
+    epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 3 a check found a difference (verify, "
+    "check, export, --max-error).\n\nYou can set each option with an environment variable: "
+    "LORATOOLS_JOBS for all commands, LORATOOLS_MERGE_JOBS for merge.\n\nDocumentation: "
+    "loratools help docs lists the pages, and loratools help docs/tour.md shows one.",
 )
 @click.version_option(None, "-V", "--version", package_name="loratools", prog_name="loratools")
 def main() -> None:
-    """Surgery on model weights, file to file: LoRA adapters out of fine-tunes and into checkpoints,
-    four or eight bits, ONNX; and what a file is, what changed, whether it is right.
+    """Surgery on model weights, from file to file: extract LoRA adapters from fine-tunes, merge
+    them into checkpoints, quantize, and export to ONNX; inspect, compare and verify the results.
 
     A model or an adapter is a folder, a file, a hub id (org/name[@revision]) or an address
     (s3://, gs://, az://, https://, hf://). Each command has its own --help.
@@ -58,7 +58,7 @@ for verb in VERBS.values():
 @main.command(short_help="Print a shell's completion script.")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
-    """Print the completion script of SHELL, to be put into its startup file.
+    """Print the completion script for SHELL. Put it into the shell's startup file:
 
     \b
     bash, zsh:  eval "$(loratools completion bash)"
@@ -75,7 +75,7 @@ def completion(shell: str) -> None:
 @click.argument("command", metavar="[COMMAND|PAGE]", required=False)
 @click.pass_context
 def help_(ctx: click.Context, command: str | None) -> None:
-    """Print the help of COMMAND, as COMMAND --help does; or a PAGE of the documentation, such as
+    """Print the help of COMMAND, like COMMAND --help, or a PAGE of the documentation, such as
     docs/tour.md. "docs" lists the pages.
     """
     above = ctx.parent

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lora_tools.errors import MismatchError
 from lora_tools.formats.adapters.peft import Adapter, Multiplier
 from lora_tools.linalg.layouts import LAYOUTS, Layout
-from lora_tools.merging.orientation import is_transposed
+from lora_tools.merging.orientation import FLAG, contradicted, is_transposed
 from lora_tools.records import TensorSpec
 
 if TYPE_CHECKING:
@@ -24,14 +24,19 @@ def multiplier_layout(
     """How the weight is stored; None of a bias.
 
     Raises:
-        MismatchError: the vector does not fit it.
+        MismatchError: the vector does not fit it, or only the other way than it is said to be
+            stored: PEFT's config says of all layers what one of them is.
     """
     transposed = len(spec.shape) == 2 and is_transposed(spec, base, adapter)
     layout = LAYOUTS["conv1d" if transposed else "linear"]
     length = math.prod(adapter.shape(source.key))
     is_bias = len(spec.shape) == 1
     dim = 0 if is_bias else _dimension(source, layout)
-    if not (spec.is_float and spec.shape[dim] == length):
+    fits = spec.is_float and spec.shape[dim] == length
+    other = spec.shape[-1 - dim] if len(spec.shape) == 2 else 0
+    if not fits and spec.is_float and other == length and FLAG in adapter.config:
+        raise contradicted(spec, adapter, transposed)
+    if not fits:
         raise MismatchError(
             f"{spec.name}: base is {spec.dtype} {spec.shape}, {adapter.path} multiplies {length} "
             f"{'in' if source.on_input else 'out'}puts; is this the base it was trained on?"

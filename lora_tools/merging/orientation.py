@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lora_tools.formats.checkpoint import Checkpoint
     from lora_tools.merging.targets import BaseOutline
 
-_FLAG = "fan_in_fan_out"
+FLAG = "fan_in_fan_out"
 
 
 def is_transposed(spec: TensorSpec, base: Checkpoint | BaseOutline, adapter: Adapter) -> bool:
@@ -46,12 +46,17 @@ def as_stored(
     """
     transposed = is_transposed(spec, base, adapter)
     found = [kind for kind in fitting if kind.transposed == transposed]
-    if found or _FLAG not in adapter.config:
+    if found or FLAG not in adapter.config:
         return (found or fitting)[0]
+    raise contradicted(spec, adapter, transposed)
+
+
+def contradicted(spec: TensorSpec, adapter: Adapter, transposed: bool) -> MismatchError:
+    """The error for a weight whose shape fits the other way only than it is said to be stored."""
     way = "(in, out)" if transposed else "(out, in)"
-    raise MismatchError(
-        f"{spec.name}: base is {spec.shape}, which the factors of {adapter.path} fit only if it is "
-        f"not stored as {way}, and {_FLAG}: {str(adapter.fan_in_fan_out).lower()} in "
+    return MismatchError(
+        f"{spec.name}: base is {spec.shape}, which the adapter {adapter.path} fits only if it is "
+        f"not stored as {way}, and {FLAG}: {str(adapter.fan_in_fan_out).lower()} in "
         "adapter_config.json and the base's config.json say that it is; give the base's folder "
-        f"with the config.json of its model, or set {_FLAG} as the model stores its linear layers"
+        f"with the config.json of its model, or set {FLAG} as the model stores its linear layers"
     )

@@ -24,18 +24,18 @@ class NumberFormat:
 
     scheme: str | None = option(
         None,
-        "The stored number format (docs/quantize.md). --activations and --calibrate go with all; "
-        "the other options of this group with nf4 and fp4.",
+        "The number format to write (docs/quantize.md). --activations and --calibrate work with "
+        "all formats. The other options of this group work with nf4 and fp4.",
         FOUR_BITS,
         choices=schemes,
         unset="nf4",
     )
     quant_type: str | None = option(
-        None, "An older name of --scheme.", FOUR_BITS, choices=quant_types, unset="--scheme"
+        None, "An old name of --scheme.", FOUR_BITS, choices=quant_types, unset="--scheme"
     )
     blocksize: int = option(
         64,
-        "Numbers that share a scale: a power of two from 32 to 4096.",
+        "How many numbers share a scale: a power of two from 32 to 4096.",
         FOUR_BITS,
         metavar="N",
         choices=blocksizes,
@@ -48,28 +48,28 @@ class NumberFormat:
     )
     compute_dtype: str = option(
         "bfloat16",
-        "The dtype that quantization_config tells loaders to compute in.",
+        "The dtype that quantization_config tells programs to compute in.",
         FOUR_BITS,
         metavar="DTYPE",
     )
     quant_storage: str = option(
         "uint8",
-        "The dtype whose elements hold the packed bytes (FSDP wants the model's).",
+        "The dtype in which the packed bytes are stored (FSDP needs the model's dtype).",
         FOUR_BITS,
         choices=storages,
     )
     scale_search: bool = option(
         False,
-        "Search each block's scale for the least error of the weights: up to ten times slower, "
-        "some 9 % less error, the same format. The model itself gains by it only with "
-        "--activations.",
+        "Search for the scale of each block that gives the smallest error. This is up to ten times "
+        "slower and reduces the error of the weights by about 9 %, in the same format. The model "
+        "itself gets better only with --activations.",
         FOUR_BITS,
     )
     activations: str | Path | None = option(
         None,
-        "Make the error of the layers' outputs small, on inputs as collect-stats saw them: each "
-        "column is rounded to make up for those before it (GPTQ). The same scales, bytes and "
-        "format, and a model that loses much less.",
+        "Make the error of the layers' outputs small, by statistics of collect-stats: the rounding "
+        "of each column makes up for the columns before it (GPTQ). Size and format stay the same, "
+        "and the model loses much less.",
         FOUR_BITS,
         metavar="FILE",
         recorded=False,
@@ -77,8 +77,8 @@ class NumberFormat:
     )
     calibrate: str | Path | None = option(
         None,
-        "Collect the statistics that --activations takes on this text first, in the same run, "
-        "block after block of the model.",
+        "First collect the statistics for --activations on this text, in the same run, one block "
+        "of the model after the other.",
         FOUR_BITS,
         metavar="TEXT",
         recorded=False,
@@ -86,38 +86,39 @@ class NumberFormat:
     )
     calibration_tokens: int | None = option(
         None,
-        "Tokens of the text to run the model over, in sequences of 512.",
+        "How many tokens of the text to use, in sequences of 512.",
         FOUR_BITS,
         metavar="N",
-        unset="five times as many as the widest layer has inputs, and 8,192 at least",
+        unset="five times the number of inputs of the widest layer, but at least 8,192",
     )
     calibration_seed: int | None = option(
         None,
-        "Seed of the choice of sequences, where the text has more than are used (default 0).",
+        "Seed of the choice of sequences, if the text has more than needed (default 0).",
         FOUR_BITS,
         metavar="N",
     )
     budget: str | None = option(
         None,
-        "Spend so many bits a number of these layers (4.5bits), or bytes of all files (80MB): on "
-        "the smallest blocks that fit, --blocksize being the largest, then on layers that stay as "
-        "they are, those that four bits cost most for each byte. By the error of the layers' "
-        "outputs with --activations or --calibrate, of the weights without.",
+        "Use so many bits per number in these layers (4.5bits), or bytes for all files (80MB). "
+        "They go into the smallest blocks that fit (at most --blocksize), and then into layers "
+        "that are not quantized, where four bits cost most for each byte. The cost is the error "
+        "of the layers' outputs with --activations or --calibrate, and else that of the weights.",
         FOUR_BITS,
         metavar="BITS|SIZE",
     )
     compensate: int | None = option(
         None,
-        "Put an adapter of this rank into OUT/loftq_init that makes up for part of the error: with "
-        "--activations of the outputs' (QERA), which lowers the model's loss; without, of the "
-        "weights' (LoftQ), a start for training that hardly does. Adapters given are then stacked "
-        "in it as they are, not merged.",
+        "Also write an adapter of this rank to OUT/loftq_init, which makes up for part of the "
+        "error. With --activations it reduces the error of the outputs (QERA), and lowers the "
+        "model's loss. Without, it reduces the error of the weights (LoftQ); it is a start for "
+        "training, and hardly lowers the loss. Adapters that you give are then stacked in it, not "
+        "merged.",
         FOUR_BITS,
         metavar="RANK",
     )
     compensate_iterations: int | None = option(
         None,
-        "Quantize what the adapter leaves and fit it anew, N times in all (default 1).",
+        "Repeat N times: quantize what the adapter leaves, and fit the adapter again (default 1).",
         FOUR_BITS,
         metavar="N",
     )
@@ -129,8 +130,9 @@ class Evaluation:
 
     eval_text: str | Path | None = option(
         None,
-        "Run a decoder (causal-lm) on this text, plain and quantized, both in float32 in memory, "
-        "and report the loss that is added and the KL divergence, in nats a token.",
+        "Run a decoder (causal-lm) on this text, before and after quantization, and report the "
+        "increase of the loss and the KL divergence, in nats per token. Both models are in memory, "
+        "in float32.",
         CHECK,
         metavar="FILE",
         recorded=False,
@@ -138,8 +140,8 @@ class Evaluation:
     )
     max_loss_increase: float | None = option(
         None,
-        "With --eval-text: exit 3 and write nothing but the report if more than X nats a token are "
-        "added.",
+        "With --eval-text: if the loss increases by more than X nats per token, exit with 3 and "
+        "write nothing but the report.",
         CHECK,
         metavar="X",
         allowed=FROM_0,

@@ -42,22 +42,22 @@ class Merging:
 
     reversible: bool = option(
         False,
-        "Also write a small sidecar, from which unmerge gives BASE back bit for bit.",
+        "Also write a small sidecar file, so that unmerge can restore BASE bit for bit.",
         OUTPUT,
         recorded=False,
     )
     requantize: bool = option(
         False,
-        "Where BASE is quantized, write its number format again, if quantize writes that one; in "
-        "four bits most of a small change is lost, and the report says how much is kept.",
+        "If BASE is quantized, quantize the result in the same format again. In four bits, most "
+        "of a small change is lost; the report says how much is kept.",
         OUTPUT,
         unset="a quantized BASE becomes plain",
     )
     activations: str | Path | None = option(
         None,
-        "With --requantize: round so that the error of the layers' outputs is small, on inputs as "
-        "collect-stats saw them in BASE; a small change outlasts that far better. The report says "
-        "how much is kept with it and without.",
+        "With --requantize: choose the rounding that makes the error of the layers' outputs small, "
+        "by statistics that collect-stats made of BASE. Much more of a small change is kept; the "
+        "report says how much, with and without this.",
         OUTPUT,
         metavar="FILE",
         recorded=False,
@@ -71,10 +71,10 @@ class Undoing:
 
     sidecar: bool | None = option(
         None,
-        "Refuse to go on without a sidecar, or ignore the one there is.",
+        "--sidecar: fail if there is no sidecar. --no-sidecar: do not use it.",
         ADAPTERS,
         flags=("--sidecar/--no-sidecar",),
-        unset="use it if it is there",
+        unset="use it if it exists",
     )
 
 
@@ -84,22 +84,22 @@ class Strength:
 
     scale: float | None = option(
         None,
-        "Multiply the adapter's effect by F; lora_alpha changes, the factors do not.",
+        "Multiply the adapter's effect by F. This changes lora_alpha and not the factors.",
         STRENGTH,
         metavar="F",
         allowed=FINITE,
     )
     alpha: float | None = option(
-        None, "Set lora_alpha; --effect says what follows.", STRENGTH, metavar="A", allowed=ABOVE_0
+        None, "Set lora_alpha. See --effect.", STRENGTH, metavar="A", allowed=ABOVE_0
     )
     effect: Literal["keep", "change"] = option(
         "keep",
-        "With --alpha: lora_B makes up for it, or the effect changes in proportion.",
+        "With --alpha: keep the effect (lora_B is changed to match), or let it change with alpha.",
         STRENGTH,
     )
     rslora: bool | None = option(
         None,
-        "Write use_rslora (scaling alpha/sqrt(r)) or not; the effect is kept.",
+        "Set or clear use_rslora (scaling alpha/sqrt(r)). The effect does not change.",
         STRENGTH,
         flags=("--rslora/--no-rslora",),
     )
@@ -111,7 +111,7 @@ class Formats:
 
     to: str = option(
         dataclasses.MISSING,
-        "The format to write. docs/formats.md has what each one keeps.",
+        "The format to write. For what each format keeps, see docs/formats.md.",
         FORMAT,
         choices=formats,
     )
@@ -121,27 +121,30 @@ class Formats:
         FORMAT,
         flags=("--from",),
         choices=formats,
-        unset="its content tells",
+        unset="recognized by the content",
     )
     drop: Sequence[str] = option(
         (),
-        "Leave this out, where the format has no place for it (or you do not want it).",
+        "Leave this part out, because the format cannot hold it or you do not want it.",
         FORMAT,
         choices=features,
     )
     alpha: float | None = option(
         None,
-        "lora_alpha it was trained with, where its format does not keep it (loralib, torchtune).",
+        "The lora_alpha of the training, if the format does not store it (loralib, torchtune).",
         ADAPTER,
         metavar="A",
         allowed=ABOVE_0,
     )
     enable_lora: str | None = option(
-        None, "Which blocks of loralib's MergedLinear layers are adapted.", ADAPTER, metavar="1,0,1"
+        None,
+        "Which blocks of loralib's MergedLinear layers have an adapter.",
+        ADAPTER,
+        metavar="1,0,1",
     )
     layout: Sequence[str] = option(
         (),
-        "With --to loralib: modules that are MergedLinear there, such as c_attn=merged:3/101.",
+        "With --to loralib: which modules are MergedLinear there, such as c_attn=merged:3/101.",
         FORMAT,
         metavar="REGEX=KIND",
     )
@@ -153,7 +156,7 @@ class Audience:
 
     consumer: str = option(
         dataclasses.MISSING,
-        "The program that is to load ADAPTER.",
+        "The program that will load ADAPTER.",
         ADAPTER,
         flags=("--for",),
         choices=consumers,
@@ -166,7 +169,7 @@ class Combining:
 
     method: str = option(
         "cat",
-        "cat, linear and svd add the changes of the weights up; the others prune them first "
+        "cat, linear and svd add up the changes of the weights. The others prune them first "
         "(docs/combine.md).",
         METHOD,
         choices=methods,
@@ -180,17 +183,19 @@ class Combining:
     )
     majority_sign: Literal["total", "frequency", "weighted"] = option(
         "total",
-        "ties and dare_ties elect each element's sign by the sum of the changes, by their count, "
-        "or by their sum with the weights (mergekit's).",
+        "How ties and dare_ties choose the sign of each element: by the sum of the changes, by "
+        "how many have it, or by the weighted sum (as in mergekit).",
         METHOD,
     )
     normalize: bool = option(
         False,
-        "Divide by the sum of the weights (mergekit's default); of those that agree, where signs "
-        "are elected.",
+        "Divide by the sum of the weights (mergekit's default). With ties and dare_ties: by the "
+        "weights of those that agree.",
         METHOD,
     )
-    seed: int = option(0, "Of the random choice of dare_linear and dare_ties.", METHOD, metavar="N")
+    seed: int = option(
+        0, "Seed of the random choice of dare_linear and dare_ties.", METHOD, metavar="N"
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -198,10 +203,10 @@ class Graphs:
     """Which ONNX graphs are made, or run."""
 
     task: str = option("auto", task_help, GRAPH, metavar="TASK", choices=tasks)
-    no_cache: bool = option(False, "A decoder without its key/value cache.", GRAPH)
+    no_cache: bool = option(False, "Export a decoder without its key/value cache.", GRAPH)
     graph: str | Path | None = option(
         None,
-        "Use this graph, exported from another checkpoint of the same architecture, again.",
+        "Use this existing graph of another checkpoint with the same architecture.",
         GRAPH,
         metavar="MODEL.ONNX",
         recorded=False,
@@ -209,17 +214,15 @@ class Graphs:
     )
     no_fuse: bool = option(
         False,
-        "The graph as torch traces it, and not with attention, rotary embeddings and norms as one "
-        "operator each.",
+        "Keep the graph as torch traces it. By default attention, rotary embeddings and norms "
+        "become one operator each.",
         GRAPH,
     )
     compute_dtype: Literal["float32", "float16", "bfloat16"] = option(
-        "float32", "What the graph computes in; norms and softmax stay in float32.", GRAPH
+        "float32", "The dtype that the graph computes in. Norms and softmax stay in float32.", GRAPH
     )
     half_io: bool = option(
-        False,
-        "Inputs and outputs, the key/value cache among them, are in --compute-dtype, too.",
-        GRAPH,
+        False, "Use --compute-dtype for inputs, outputs and the key/value cache too.", GRAPH
     )
     opset: int | None = option(
         None,
@@ -227,16 +230,16 @@ class Graphs:
         GRAPH,
         metavar="N",
         allowed=OPSETS,
-        unset="23, which fusing needs; 20 with --no-fuse, and where nothing is fused",
+        unset="23, which fusing needs; 20 if nothing is fused",
     )
     trust_remote_code: bool = option(
-        False, "Run the modelling code that comes with the checkpoint.", GRAPH
+        False, "Run the Python code that comes with the checkpoint.", GRAPH
     )
     weights: Literal["shared", "bundled"] | None = option(
         None,
-        "shared: the graph points into the output's safetensors files. bundled: one "
-        "external-data file in their place, in the dtype that the graph computes in, which loads "
-        "faster; with --dtype, --int8 and --int4 in that in which weights are stored.",
+        "shared: the graph refers to the output's safetensors files. bundled: one external-data "
+        "file replaces them, in the dtype that the graph computes in, and loads faster. With "
+        "--dtype, --int8 and --int4 it keeps the dtype in which weights are stored.",
         OUTPUT,
         unset="shared; bundled with --int8 and --int4",
     )
@@ -248,24 +251,22 @@ class Quantized:
 
     nf4: bool = option(
         False,
-        "Linear layers in four bits, over the bytes that `loratools quantize` writes, or those of "
-        "a CHECKPOINT that it wrote. For size, not speed: on a CPU, one token at a time, it is "
-        "2 to 4 times slower than float32 (2.0 times on SmolLM2-135M).",
+        "Store linear layers in four bits, with the bytes that `loratools quantize` writes (or "
+        "those in CHECKPOINT, if it wrote that). This saves space, not time: on a CPU, one token "
+        "at a time, it is 2 to 4 times slower than float32 (2.0 times on SmolLM2-135M).",
         QUANTIZED,
     )
     int8: bool = option(
         False,
-        "Linear layers in eight bits by ONNX Runtime's quantizer, in blocks of 32.",
+        "Store linear layers in eight bits, with ONNX Runtime's quantizer, in blocks of 32.",
         QUANTIZED,
     )
-    int4: bool = option(
-        False, "The same in four bits: smaller, and further from the original.", QUANTIZED
-    )
+    int4: bool = option(False, "The same in four bits: smaller, but less exact.", QUANTIZED)
     activations: str | Path | None = option(
         None,
-        "With one of these: make the error of the layers' outputs small, on inputs as "
-        "collect-stats saw them, as `loratools quantize --activations` does; the same scales and "
-        "sizes.",
+        "With --nf4, --int8 or --int4: choose the rounding that makes the error of the layers' "
+        "outputs small, by statistics of collect-stats (as `loratools quantize --activations` "
+        "does). The size stays the same.",
         QUANTIZED,
         metavar="FILE",
         recorded=False,
@@ -279,8 +280,8 @@ class Check:
 
     eval_text: str | Path | None = option(
         None,
-        "Measure a decoder's perplexity on this text, and its divergence from the weights before "
-        "they were quantized.",
+        "Measure the perplexity of a decoder on this text, and how far it diverges from the model "
+        "before quantization.",
         CHECK,
         metavar="FILE",
         recorded=False,
@@ -288,7 +289,7 @@ class Check:
     )
     atol: float = option(
         1e-5,
-        "Outputs may differ from torch's by this much",
+        "Outputs may differ from torch's by this much,",
         CHECK,
         metavar="X",
         allowed=FROM_0,
@@ -296,16 +297,16 @@ class Check:
     )
     rtol: float | None = option(
         None,
-        "plus this share of their largest element; else the exit code is 3.",
+        "plus this share of their largest element. If they differ more, the exit code is 3.",
         CHECK,
         metavar="X",
         allowed=FROM_0,
-        unset="ten times what torch's float32 differs from its float64 by, and 1e-5",
+        unset="ten times the difference between torch's float32 and float64, plus 1e-5",
         recorded=False,
     )
-    no_verify: bool = option(False, "Do not run the graph.", CHECK, recorded=False)
+    no_verify: bool = option(False, "Do not run the graph to check it.", CHECK, recorded=False)
     keep_failed: bool = option(
-        False, "Leave an output that differs too much, as OUT.failed.", CHECK, recorded=False
+        False, "Keep an output that differs too much, as OUT.failed.", CHECK, recorded=False
     )
 
 
@@ -322,14 +323,14 @@ class Comparison:
     )
     against: str | Path | None = option(
         None,
-        "PATH is quantized, or an ONNX model, and should be this.",
+        "The checkpoint that PATH, a quantized or ONNX model, should be made from.",
         AGAINST,
         metavar="CHECKPOINT",
         path="input",
     )
     adapters: Sequence[str | Path | tuple[str | Path, float]] = option(
         (),
-        "PATH should be BASE, or CHECKPOINT, with this merged; repeatable.",
+        "An adapter that should be merged into BASE or CHECKPOINT; repeatable.",
         AGAINST,
         flags=("--adapter",),
         metavar="ADAPTER[=WEIGHT]",
@@ -337,21 +338,21 @@ class Comparison:
     )
     tuned: str | Path | None = option(
         None,
-        "PATH is an adapter that should turn BASE into this.",
+        "The fine-tune that PATH, an adapter, should turn BASE into.",
         AGAINST,
         metavar="TUNED",
         path="input",
     )
     max_error: float | None = option(
         None,
-        "With --tuned: exit 3 if the relative error of a module, or of all together, exceeds X. "
-        "Of quantized weights: take any codes whose relative error is at most X, tensor by tensor.",
+        "With --tuned: exit 3 if the relative error of a module, or of all together, is above X. "
+        "For quantized weights: accept a tensor if its relative error is at most X.",
         AGAINST,
         metavar="X",
         allowed=FROM_0,
     )
     weights_only: bool = option(
-        False, "Compare the weights of an ONNX model and do not run it.", "Running an ONNX model"
+        False, "Compare the weights of an ONNX model, but do not run it.", "Running an ONNX model"
     )
 
 
@@ -360,10 +361,10 @@ class Sampling:
     """What a model is run over, and what is kept of it."""
 
     kind: Literal["full", "diagonal"] = option(
-        "full", "The whole second moment of each layer's input, or its diagonal only.", TEXT
+        "full", "Store the whole second moment of each layer's input, or only its diagonal.", TEXT
     )
-    length: int = option(512, "Tokens a sequence.", TEXT, metavar="N")
-    max_tokens: int | None = option(None, "Of the text, at most.", TEXT, metavar="N")
+    length: int = option(512, "Tokens per sequence.", TEXT, metavar="N")
+    max_tokens: int | None = option(None, "Use at most N tokens of the text.", TEXT, metavar="N")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -371,7 +372,7 @@ class View:
     """How findings are shown."""
 
     sort: Literal["change", "norm", "name"] = option(
-        "change", "By relative change, by the norm of the change, or as in the file.", TENSORS
+        "change", "Sort by relative change, by the norm of the change, or by name.", TENSORS
     )
     plot: str | Path | None = option(
         None,

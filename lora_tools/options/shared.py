@@ -31,68 +31,76 @@ class Ranks:
 
     rank: int | None = option(
         None,
-        "Rank of each module, at most; a module whose change has a lower rank gets that.",
+        "The rank of each module. If the change of a module has a lower rank, it gets that rank.",
         RANK,
         metavar="N",
     )
     energy: float | None = option(
         None,
-        "Instead of --rank: each module's smallest rank that holds this share of the squared "
-        "norm of its change, such as 0.9.",
+        "Instead of --rank: for each module, the smallest rank that holds this share of the "
+        "squared norm of its change, such as 0.9.",
         RANK,
         metavar="SHARE",
     )
     error: float | None = option(
-        None, "Each module's smallest rank whose relative error is at most X.", RANK, metavar="X"
+        None,
+        "For each module, the smallest rank whose relative error is at most X.",
+        RANK,
+        metavar="X",
     )
     ratio: float | None = option(
-        None, "Each module's singular values above T times its largest.", RANK, metavar="T"
+        None,
+        "Keep the singular values above T times the largest one of the module.",
+        RANK,
+        metavar="T",
     )
     cumulative: float | None = option(
         None,
-        "Each module's smallest rank that holds this share of the sum of its singular values.",
+        "For each module, the smallest rank that holds this share of the sum of singular values.",
         RANK,
         metavar="SHARE",
     )
-    threshold: float | None = option(
-        None, "Each module's singular values above X.", RANK, metavar="X"
-    )
+    threshold: float | None = option(None, "Keep the singular values above X.", RANK, metavar="X")
     noise_floor: bool = option(
-        False, "What stands above the rounding of the stored weights (docs/ranks.md).", RANK
+        False,
+        "Keep what is larger than the rounding noise of the stored weights (docs/ranks.md).",
+        RANK,
     )
     gavish_donoho: bool = option(
-        False, "The optimal hard threshold for white noise of unknown level.", RANK
+        False,
+        "Use the optimal hard threshold for white noise of unknown level (Gavish & Donoho).",
+        RANK,
     )
     budget: str | None = option(
         None,
-        "Ranks shared out over all modules so that the whole error is least: a file no larger "
-        "than 50MB, or factors of 10M numbers.",
+        "Choose the ranks of all modules together, for the smallest error in this size: a file of "
+        "at most 50MB, or factors with at most 10M numbers.",
         RANK,
         metavar="SIZE",
     )
     sv_fro: float | None = option(
         None,
-        "kohya's: the smallest rank that holds this share of the norm.",
+        "As in kohya: the smallest rank that holds this share of the norm.",
         RANK,
         flags=("--sv-fro", "--sv_fro"),
         metavar="SHARE",
     )
     sv_ratio: float | None = option(
         None,
-        "kohya's: singular values above the largest divided by X.",
+        "As in kohya: keep singular values above the largest one divided by X.",
         RANK,
         flags=("--sv-ratio", "--sv_ratio"),
         metavar="X",
     )
     sv_cumulative: float | None = option(
         None,
-        "kohya's name for --cumulative.",
+        "Kohya's name for --cumulative.",
         RANK,
         flags=("--sv-cumulative", "--sv_cumulative"),
         metavar="SHARE",
     )
     max_rank: int | None = option(
-        None, "The largest rank that these rules may choose.", RANK, metavar="N"
+        None, "The largest rank that the other options may choose.", RANK, metavar="N"
     )
 
 
@@ -102,35 +110,35 @@ class Tensors:
 
     include: Sequence[str] = option(
         (),
-        "Only modules in whose name this is found (model.layers.0.self_attn.q_proj); repeatable.",
+        "Use only modules whose name matches (model.layers.0.self_attn.q_proj); repeatable.",
         TENSORS,
         flags=("-i", "--include"),
         metavar="REGEX",
     )
     exclude: Sequence[str] = option(
         (),
-        "No modules in whose name this is found; repeatable, stronger than --include.",
+        "Leave out modules whose name matches, even if --include matches too; repeatable.",
         TENSORS,
         flags=("-e", "--exclude"),
         metavar="REGEX",
     )
     lm_head: bool = option(
-        False,
-        "Quantize the output head as well, where it is not tied to the input embedding.",
-        TENSORS,
+        False, "Also quantize the output head, if it is not tied to the input embedding.", TENSORS
     )
     embeddings: Literal["lora", "save", "skip"] = option(
-        "lora", "Changed embeddings: decompose them, save them whole, or leave them out.", TENSORS
+        "lora",
+        "What to do with changed embeddings: decompose them, save them whole, or leave them out.",
+        TENSORS,
     )
     rest: Literal["save", "skip", "error"] = option(
         "save",
-        "Changed tensors without a low-rank form (norms, biases): save them whole, leave them "
-        "out, or stop.",
+        "What to do with changed tensors that have no low-rank form (norms, biases): save them "
+        "whole, leave them out, or stop with an error.",
         TENSORS,
     )
     layout: Sequence[str] = option(
         (),
-        "Layer kind of modules in whose name REGEX is found, where name and shape do not tell: "
+        "The layer kind of modules whose name matches REGEX, if name and shape do not show it: "
         "conv:GROUPS, merged:3 (factors for each block), merged:64,16,16/101 (by size, first and "
         "last only), merged:3*12 (three in each of 12 heads), linear, conv1d, embedding, none "
         "(docs/layers.md); repeatable.",
@@ -145,13 +153,13 @@ class AdapterForm:
 
     alpha: float | None = option(
         None,
-        "lora_alpha; the effect is the same with any.",
+        "Set lora_alpha. The effect of the adapter does not depend on it.",
         ADAPTER,
         metavar="A",
         unset="each module's rank",
         allowed=ABOVE_0,
     )
-    rslora: bool = option(False, "Write use_rslora: scaling alpha/sqrt(r).", ADAPTER)
+    rslora: bool = option(False, "Set use_rslora: the scaling is alpha/sqrt(r).", ADAPTER)
     dtype: str | None = option(
         None,
         dtype_help,
@@ -165,26 +173,26 @@ class AdapterForm:
     )
     base_name: str | None = option(
         None,
-        "What adapter_config.json calls the base (base_model_name_or_path, revision), by which "
-        "AutoPeftModel loads it: ORG/NAME[@REVISION].",
+        "The name of the base in adapter_config.json (base_model_name_or_path, revision). "
+        "AutoPeftModel loads the base by this name: ORG/NAME[@REVISION].",
         ADAPTER,
         metavar="ORG/NAME",
-        unset="the name that is there, else its hub id where that is certain, else its absolute "
-        "path (docs/hub.md)",
+        unset="the present name, or else the hub id if it is certain, or else the absolute path "
+        "(docs/hub.md)",
         parse=hub_id,
     )
     consumer: str = option(
         "peft",
-        "Write what this program reads: where it knows one rank only, all modules are padded to "
-        "it with zeros. What it cannot read is refused, with the reason.",
+        "Write an adapter that this program can read. If it needs one rank for all modules, they "
+        "are padded with zeros. What it cannot read is refused, with the reason.",
         ADAPTER,
         flags=("--for",),
         choices=conformed,
     )
     names: Literal["loaded", "stored"] = option(
         "loaded",
-        "Of modules: loaded, those that the installed transformers gives them in memory, which "
-        "PEFT goes by; stored, those in BASE's files, as for all but peft always.",
+        "Which module names to write. loaded: the names in memory, in the installed transformers; "
+        "PEFT needs these. stored: the names in BASE's files; all other programs need these.",
         ADAPTER,
     )
 
@@ -195,7 +203,7 @@ class Search:
 
     activations: str | Path | None = option(
         None,
-        "Make the error of the layers' outputs small, on inputs as collect-stats saw them.",
+        "Make the error of the layers' outputs small instead, by statistics of collect-stats.",
         RANK,
         metavar="FILE",
         recorded=False,
@@ -203,8 +211,8 @@ class Search:
     )
     spectrum_cache: str | Path | None = option(
         None,
-        "Keep the decompositions there, to the largest rank (--max-rank, or 128), and use those "
-        "that are there: another rank or policy then costs seconds.",
+        "Keep the decompositions in this file, up to --max-rank (or 128), and use those that it "
+        "has. Trying another rank or policy then takes seconds.",
         RANK,
         metavar="FILE",
         recorded=False,
@@ -212,18 +220,21 @@ class Search:
     )
     svd: Literal["auto", "exact"] = option(
         "auto",
-        "auto: iterate until --tolerance is met, small matrices exactly; exact: every matrix.",
+        "auto: iterate until --tolerance is met, but decompose small matrices exactly. exact: "
+        "decompose every matrix exactly.",
         DECOMPOSITION,
     )
     tolerance: float = option(
         1e-3,
-        "The energy captured may miss the best possible at that rank by this share.",
+        "How much less energy than the best possible at that rank is allowed, as a share.",
         DECOMPOSITION,
         metavar="X",
         allowed=INSIDE,
     )
     seed: int = option(0, "Seed of the random start.", DECOMPOSITION, metavar="N")
-    device: str = option("cpu", "cpu, cuda, cuda:1, …", DECOMPOSITION, metavar="DEVICE")
+    device: str = option(
+        "cpu", "Where to compute: cpu, cuda, cuda:1, …", DECOMPOSITION, metavar="DEVICE"
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -232,8 +243,8 @@ class Origin:
 
     base: str | Path | None = option(
         None,
-        "The model the adapter was trained on: a checkpoint, or a diffusers pipeline's folder. "
-        "Only names and shapes are read. Formats with names of their own need it.",
+        "The model that the adapter was trained on: a checkpoint, or the folder of a diffusers "
+        "pipeline. Some formats need it for the module names. Only names and shapes are read.",
         FORMAT,
         metavar="PATH",
         recorded=False,
@@ -247,7 +258,7 @@ class Adding:
 
     adapters: Sequence[str | Path | tuple[str | Path, float]] = option(
         (),
-        "An adapter to merge in the same pass; may be given several times.",
+        "An adapter to merge in the same pass; repeatable.",
         ADAPTERS,
         flags=("--adapter",),
         metavar="ADAPTER[=WEIGHT]",
@@ -256,8 +267,8 @@ class Adding:
     )
     runtime_adapters: bool = option(
         False,
-        "Do not merge them: write each as an .onnx_adapter file that ONNX Runtime activates for a "
-        "request, with optional inputs of the graph for its factors.",
+        "Do not merge the adapters. Write each as an .onnx_adapter file, which ONNX Runtime can "
+        "activate for a request. The graph has optional inputs for the factors.",
         ADAPTERS,
     )
 
@@ -267,10 +278,8 @@ class Matching:
     """What is let pass between adapters and their base."""
 
     allow_unmatched: bool = option(
-        False, "Leave out adapter keys that match no tensor, instead of refusing.", ADAPTERS
+        False, "Leave out adapter keys that match no tensor. By default this is an error.", ADAPTERS
     )
     allow_other_base: bool = option(
-        False,
-        "Also merge an adapter whose metadata names another base than the one given.",
-        ADAPTERS,
+        False, "Also merge an adapter whose metadata names another base.", ADAPTERS
     )

@@ -35,10 +35,10 @@ class Storage:
     )
     shard_size: str | None = option(
         None,
-        "Most bytes of tensors in one file, such as 5GB.",
+        "The largest size of one file, such as 5GB.",
         OUTPUT,
         metavar="SIZE",
-        unset="the input's files again",
+        unset="the same files as the input",
         parse=size,
     )
 
@@ -49,33 +49,33 @@ class Writing:
 
     max_error: float | None = option(
         None,
-        "Quality gate: exit 3 and write nothing but the report if the relative error of a module, "
-        "or of all together, exceeds X.",
+        "Quality gate: if the relative error of a module, or of all together, is above X, exit "
+        "with 3 and write nothing but the report.",
         OUTPUT,
         metavar="X",
         allowed=FROM_0,
         recorded=False,
     )
     force: bool = option(
-        False, "Replace what is at --out, once the new one is complete.", OUTPUT, recorded=False
+        False, "Replace an existing --out, when the new one is complete.", OUTPUT, recorded=False
     )
     dry_run: bool = option(
         False,
-        "Print what would become of every tensor; read headers only, write nothing.",
+        "Show what would happen to every tensor. Reads headers only, writes nothing.",
         OUTPUT,
         flags=("-n", "--dry-run"),
         recorded=False,
     )
     no_card: bool = option(
         False,
-        "Write no README.md into a folder: the model card that the Hub reads (docs/hub.md).",
+        "Do not write a model card (README.md) into the folder (docs/hub.md).",
         OUTPUT,
         recorded=False,
     )
     plan: str | Path | None = option(
         None,
-        "Write there which jobs the work is made of: what each reads, writes and needs of memory. "
-        "With --shard and --finish: do no other work than that plan's (docs/tasks/machines.md).",
+        "Write a list of all jobs: what each one reads and writes, and how much memory it needs. "
+        "With --shard and --finish: the work must match this list (docs/tasks/machines.md).",
         OUTPUT,
         metavar="FILE",
         recorded=False,
@@ -83,21 +83,21 @@ class Writing:
     )
     resume: bool = option(
         False,
-        "Go on with what an ended run to the same --out has done; where there is none, begin "
-        "(docs/tasks/resume.md).",
+        "Continue where an interrupted run with the same --out stopped, or start if there was "
+        "none (docs/tasks/resume.md).",
         OUTPUT,
         recorded=False,
     )
     clean: bool = option(
         False,
-        "Remove what an ended run to the same --out has left, and begin anew.",
+        "Delete what an interrupted run with the same --out has left, and start again.",
         OUTPUT,
         recorded=False,
     )
     shard: str | None = option(
         None,
-        "Do only the I-th of N shares of the work, and put nothing at --out: other processes do "
-        "the other shares, then --finish completes it (docs/tasks/machines.md).",
+        "Do only the I-th of N shares of the work. When all shares are done, --finish writes --out "
+        "(docs/tasks/machines.md).",
         OUTPUT,
         metavar="I/N",
         parse=part,
@@ -105,7 +105,7 @@ class Writing:
     )
     finish: bool = option(
         False,
-        "Put together at --out what all shares have done; a share that is missing is an error.",
+        "Write --out from the work of all shares. If a share is missing, this is an error.",
         OUTPUT,
         recorded=False,
     )
@@ -117,37 +117,38 @@ class Running:
 
     jobs: int | None = option(
         None,
-        "Tensors worked on at a time; the output is the same with any number.",
+        "How many tensors to work on at a time. The output does not depend on it.",
         RUNNING,
         flags=("-j", "--jobs"),
         metavar="N",
-        unset="the processors, or the quota of a container, at most 8",
+        unset="the number of CPUs, or a container's quota; at most 8",
         recorded=False,
     )
     allow_pickle: bool = option(
         False,
-        "Also read .bin, .pt, .pth and .ckpt files, with weights_only=True, and what distributed "
-        "training leaves (docs/inspect.md), of whose pickles nothing is run.",
+        "Also read pickles (.bin, .pt, .pth, .ckpt), with weights_only=True, and checkpoints of "
+        "distributed training (docs/inspect.md). No code in them is run.",
         RUNNING,
         recorded=False,
     )
     variant: str | None = option(
         None,
-        "Of a folder, or of each folder of a diffusers pipeline that has such: read the weight "
-        "files of this variant, such as fp16. The output's files have plain names.",
+        "Read the weight files of this variant, such as fp16, from the folder or from each folder "
+        "of a diffusers pipeline that has it. The output's files have plain names.",
         RUNNING,
         metavar="NAME",
     )
     digest: Literal["xxh3", "sha256"] = option(
         "xxh3",
-        "What the digests of inputs and output are made of: xxh3 tells accidents; sha256 stands "
-        "against attack as well (docs/verify.md).",
+        "The kind of digest for inputs and output. xxh3 detects accidents. sha256 also protects "
+        "against attacks (docs/verify.md).",
         RUNNING,
     )
     engine: str = option(
         "threads",
-        "threads of this process, or dask: a cluster of --workers on this machine, or the one that "
-        "DASK_SCHEDULER_ADDRESS names; dask://HOST:PORT for another (docs/tasks/machines.md).",
+        "threads: in this process. dask: the cluster that DASK_SCHEDULER_ADDRESS names, or else "
+        "--workers processes on this machine. dask://HOST:PORT: that cluster "
+        "(docs/tasks/machines.md).",
         RUNNING,
         metavar="ENGINE",
         parse=engine,
@@ -155,10 +156,10 @@ class Running:
     )
     workers: int | None = option(
         None,
-        "Processes of a Dask cluster on this machine.",
+        "The number of processes of a Dask cluster on this machine.",
         RUNNING,
         metavar="N",
-        unset="as --jobs",
+        unset="the same as --jobs",
         allowed=FROM_1,
         recorded=False,
     )

@@ -31,7 +31,7 @@ from lora_tools.formats.adapters.components import (
     published,
 )
 from lora_tools.formats.adapters.format import Format
-from lora_tools.formats.adapters.lycoris import MODULATION, OWN_PARTS, add_module, note_on_exact
+from lora_tools.formats.adapters.lycoris import MODULATION, OWN_PARTS, add_module, add_notes
 from lora_tools.formats.adapters.outline import Context, Outline, group_parts, pair, reshaped
 from lora_tools.formats.adapters.peft import PREFIX
 from lora_tools.formats.adapters.places import Place
@@ -132,7 +132,7 @@ def read(path: Path, file: TensorFile, context: Context, form: str = "diffusers"
             magnitude=keys.get("magnitude", ""),
             rslora=rslora,
         )
-    note_on_exact(outline)
+    add_notes(outline)
     return outline
 
 

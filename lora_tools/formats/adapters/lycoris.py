@@ -75,8 +75,13 @@ def read(path: Path, file: TensorFile, context: Context) -> Outline:
     names = resolve_all(outline, modules, context)
     for flat, keys in modules.items():
         add_module(outline, names[flat], keys, context)
-    note_on_exact(outline)
+    add_notes(outline)
     return outline
+
+
+def _is_zero(outline: Outline, keys: Mapping[str, str]) -> bool:
+    """Whether there is an alpha, and it is 0."""
+    return "alpha" in keys and not outline.scalar(keys["alpha"])
 
 
 def add_module(
@@ -106,14 +111,24 @@ def add_module(
         _add_lokr(outline, module, keys, shape)
     else:
         add_locon(outline, module, keys, zero_is_rank)
+        if zero_is_rank and _is_zero(outline, keys):
+            outline.zero.append(module)
         return
+    if "diff" not in keys and _is_zero(outline, keys):
+        outline.zero.append(module)
     if module in outline.ranks:
         outline.exact.append(outline.ranks[module])
 
 
-def note_on_exact(outline: Outline) -> None:
-    """Say of what rank the modules are that are no plain factors."""
-    exact = outline.exact
+def add_notes(outline: Outline) -> None:
+    """Say which alphas were taken for the rank, and of what rank modules are that are no plain
+    factors."""
+    exact, zero = outline.exact, outline.zero
+    if zero:
+        outline.notes.append(
+            f"{len(zero)} modules have an alpha of 0, such as {zero[0]}: it is taken for the rank, "
+            "as LyCORIS does (in ComfyUI they have no effect)"
+        )
     if exact:
         ranks = f"{min(exact)} to {max(exact)}" if min(exact) < max(exact) else str(exact[0])
         outline.notes.append(

@@ -193,6 +193,7 @@ class Outline:
         self.dora = False
         self.differences: dict[str, str] = {}  # as in ``peft.Adapter``
         self.changes: dict[str, ChangedModule] = {}
+        self.zero: list[str] = []  # modules whose alpha of 0 is taken for the rank
         self.exact: list[int] = []  # ranks of modules that are no plain factors in the file
 
     def add_lora(

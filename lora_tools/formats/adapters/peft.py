@@ -281,7 +281,10 @@ class Adapter:
             raise self._fail(f"{module}: has {sorted(keys)} and lacks one of {a}, {b}")
         for key in keys.values():
             if not self.file.specs[key].is_float:
-                raise self._fail(f"{key}: stored as {self.file.specs[key].dtype}, not a float")
+                raise self._fail(
+                    f"{key}: stored as {self.file.specs[key].dtype}, which is not read of factors; "
+                    "write them in bfloat16 with what made the file"
+                )
         A, B = self.shape(keys[a]), self.shape(keys[b])
         # A convolution's lora_B is grouped as its layer is: each group takes its share of the rank.
         sound = len(A) == len(B) >= 2 and 0 not in A + B and A[0] % B[1] == 0

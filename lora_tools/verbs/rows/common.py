@@ -17,6 +17,6 @@ SPREAD = take(Running)
 def gate(of: str) -> dict[str, str]:
     """A quality gate on the error of that."""
     return {
-        "help": "Quality gate: exit 3 and write nothing but the report if the relative error of "
-        f"{of}, or of all together, exceeds X."
+        "help": f"Quality gate: if the relative error of {of}, or of all together, is above X, "
+        "exit with 3 and write nothing but the report."
     }

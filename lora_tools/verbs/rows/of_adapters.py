@@ -20,10 +20,10 @@ OF_ADAPTERS = (
             *SPREAD,
         ),
         "Give an adapter another strength, alpha, rank or form.",
-        """Write ADAPTER with another strength, alpha or rank, or as one consumer reads it.
+        """Write ADAPTER with another strength, alpha or rank, or in the form that a program needs.
 
-        It stays in its format. Resizing is exact: QR of both factors and an SVD of the small
-        core, never a dense product.""",
+        The format stays the same. Resizing is exact: it uses a QR of both factors and an SVD of
+        the small core, never a dense product.""",
         "loratools rescale adapter -o small --energy 0.95 --max-rank 16",
         "scale rank energy alpha dtype dry_run",
         "scale alpha effect rank energy error ratio cumulative threshold budget sv_fro "
@@ -49,8 +49,8 @@ OF_ADAPTERS = (
                 "max_rank",
                 rank={
                     "help": "Cut each module to this rank.",
-                    "unset": "cat and linear keep all; the others cut to the largest rank of "
-                    "the adapters",
+                    "unset": "cat and linear keep everything; the others cut to the largest rank "
+                    "of the adapters",
                 },
             ),
             *take(Origin),
@@ -59,18 +59,18 @@ OF_ADAPTERS = (
                 "to",
                 "dtype",
                 "base_name",
-                to={"unset": "the format of the ADAPTERS, where it is one; else peft"},
-                dtype={"unset": "each factor keeps the widest of the inputs"},
+                to={"unset": "the format of the ADAPTERS, if it is the same for all; else peft"},
+                dtype={"unset": "for each factor, the widest dtype of the inputs"},
             ),
             *RESUMING,
             *SPREAD,
         ),
-        "Make one adapter out of several.",
-        """Write one adapter that does what the ADAPTERs do together, each times its WEIGHT (1),
-        in their format.
+        "Make one adapter from several.",
+        """Write one adapter with the effect of all ADAPTERs together, each times its WEIGHT (1), in
+        the same format.
 
-        Every method acts on the true changes of the weights, with each adapter's scaling,
-        rsLoRA and patterns applied; ranks may differ. The default, cat, is exact.""",
+        All methods work on the true changes of the weights, with scaling, rsLoRA and patterns
+        applied. The ranks may differ. The default, cat, is exact.""",
         "loratools combine style=0.7 facts=0.3 -o both --method ties --density 0.2",
         "method density rank dtype to dry_run",
         "method rank energy max_rank density seed majority_sign normalize base "
@@ -89,11 +89,11 @@ OF_ADAPTERS = (
             *SPREAD,
         ),
         "Write an adapter in another format.",
-        """Write ADAPTER in another format; its effect on the weights stays.
+        """Write ADAPTER in another format. Its effect on the weights does not change.
 
-        Numbers are renamed, turned and reordered, not changed. Where the format keeps no alpha
-        of each module, the scale goes into lora_B. What it cannot hold is refused unless --drop
-        names it.""",
+        Tensors are renamed, transposed and reordered, but their numbers are not changed. If the
+        format stores no alpha for each module, the scale goes into lora_B. Parts that the format
+        cannot hold are refused, unless --drop leaves them out.""",
         "loratools convert adapter -o adapter.gguf --to gguf --base base",
         "to base rank dtype dry_run",
         "to base source drop alpha enable_lora layout rank energy max_rank dtype",

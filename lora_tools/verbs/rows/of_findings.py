@@ -31,13 +31,13 @@ OF_FINDINGS = (
         "inspect",
         (PATH,),
         (*take(View, "plot", plot=_draw("an adapter's own spectrum")), *RUNNING),
-        "Say what a file or folder is.",
-        """Say what PATH is: kind, tensors, dtypes, sizes, hashes, metadata, and what is odd
-        about it.
+        "Show what a file or folder is.",
+        """Show what PATH is: its kind, tensors, dtypes, sizes, hashes and metadata, and anything
+        unusual.
 
-        PATH is a checkpoint (quantized or not), an adapter, a sidecar, a spectrum cache, a file
-        of activation statistics, or a hub id. For an adapter: ranks, scaling, and the spectrum
-        of each module.""",
+        PATH is a checkpoint (quantized or not), an adapter, an ONNX model, a sidecar, a spectrum
+        cache, a file of activation statistics, or a hub id. For an adapter it shows ranks, scaling,
+        and the spectrum of each module.""",
         "loratools inspect adapter --plot adapter.png",
         "plot",
     ),
@@ -50,12 +50,11 @@ OF_FINDINGS = (
             *take(Search, "seed", "device"),
             *RUNNING,
         ),
-        "Say what a fine-tune changed, and how low-rank it is.",
-        """Say what changed from BASE to TUNED, where, and how low-rank the change is.
+        "Show what a fine-tune changed, and recommend a rank.",
+        """Show what changed from BASE to TUNED, where, and how close to low-rank the change is.
 
         For each module: its relative change, its stable rank, the energy in the leading 8, 16,
-        32 and 64 directions, the noise floor that the stored dtypes set, and a recommended
-        rank.""",
+        32 and 64 directions, the noise floor of the stored dtypes, and a recommended rank.""",
         "loratools diff org/base ./tuned --plot change.png",
         "sort plot include exclude",
     ),
@@ -65,15 +64,17 @@ OF_FINDINGS = (
         (
             *take(Comparison),
             *take(
-                Graphs, "task", task={"help": "What it was exported for, as for export.", **_ONNX}
+                Graphs,
+                "task",
+                task={"help": "The task that it was exported for, as in export.", **_ONNX},
             ),
             *take(
                 Check,
                 "atol",
                 "rtol",
                 atol={
-                    "help": "An output may differ from torch's by this, and --rtol times its "
-                    "largest element.",
+                    "help": "An output may differ from torch's by this much, plus --rtol times "
+                    "its largest element.",
                     **_ONNX,
                 },
                 rtol={"help": "See --atol.", **_ONNX},
@@ -81,20 +82,23 @@ OF_FINDINGS = (
             *take(
                 Graphs,
                 "trust_remote_code",
-                trust_remote_code={"help": "Run code that comes with the checkpoint.", **_ONNX},
+                trust_remote_code={
+                    "help": "Run the Python code that comes with the checkpoint.",
+                    **_ONNX,
+                },
             ),
             *RUNNING,
         ),
         "Check a merged, quantized or exported model, or adapter.",
-        """Check that PATH is what it is said to be: exit code 0 if so, 3 if not, with the worst
-        tensor named.
+        """Check that PATH is what it should be. The exit code is 0 if it is, and 3 if not. The
+        error names the worst tensor.
 
-        A merged checkpoint (--base, --adapter): base + adapter to rounding, and by which
-        rounding; or the adapter applied twice, at another scale, to another base, tensors left
-        out, tied ones apart. An adapter (--base, --tuned): its true error, from the merged
-        weights and not from the factors. Quantized (--against): whether quantizing the
-        checkpoint gives these bytes, else the error. ONNX (--against): every weight, bit for
-        bit, and the outputs in ONNX Runtime against torch's.""",
+        A merged checkpoint (--base, --adapter): is it base + adapter, and how was it rounded? If
+        not: was the adapter applied twice, at another scale or to another base, are tensors left
+        out, do tied ones differ? An adapter (--base, --tuned): its true error, measured on the
+        merged weights. A quantized checkpoint (--against): does quantizing give these bytes, and
+        if not, how large is the error? ONNX (--against): every weight bit for bit, and the
+        outputs of ONNX Runtime compared with torch's.""",
         "loratools verify merged --base org/base --adapter style=0.7",
         "base adapters against tuned max_error",
         "base adapters tuned against max_error weights_only task atol rtol trust_remote_code",
@@ -107,21 +111,21 @@ OF_FINDINGS = (
             *take(
                 Origin,
                 base={
-                    "help": "The model it will be loaded on: a checkpoint, or a diffusers "
-                    "pipeline's folder. Only names and shapes are read.",
+                    "help": "The model that it will be loaded on: a checkpoint, or the folder of a "
+                    "diffusers pipeline. Only names and shapes are read.",
                     "group": AGAINST,
-                    "unset": "names and shapes are not looked up",
+                    "unset": "names and shapes are not checked",
                 },
             ),
             *take(Running, "jobs", "allow_pickle", "progress"),
         ),
-        "Say whether a program reads all of an adapter.",
-        """Say what a program makes of ADAPTER before it is loaded there: exit code 0 if it
-        reads all of it, 3 if it would refuse it, pass parts of it by or give it another
-        strength, with the command that makes what it reads.
+        "Check whether a program will read all of an adapter.",
+        """Show what a program will make of ADAPTER, before you load it there. The exit code is 0
+        if it reads all of the adapter. It is 3 if the program refuses the adapter, ignores parts
+        of it or gives it another strength. Then the command is printed that makes an adapter
+        which the program can read.
 
-        Only headers are read. What is known of the program, and of which version, is a table
-        (docs/check.md).""",
+        Only headers are read. docs/check.md lists what is known of each program.""",
         "loratools check adapter --base org/base --for vllm",
         "consumer base",
         "consumer base",
@@ -131,12 +135,13 @@ OF_FINDINGS = (
         "collect_stats",
         (Argument("model"), Argument("text"), OUT),
         (*take(Sampling), *take(Search, "device"), *take(Writing, "force", "dry_run"), *RUNNING),
-        "Measure what a model's layers are given, on text.",
-        """Run MODEL over TEXT and write the second moment of each layer's input to --out, for
-        extract --activations.
+        "Collect statistics of a model's activations on text.",
+        """Run MODEL over TEXT, and write the second moment of each layer's input to --out. These
+        statistics are for the option --activations of other commands.
 
-        MODEL is a folder that transformers loads, with its tokenizer; TEXT is UTF-8, as the
-        model will see. Needs loratools[stats]; one block of the model is in memory.""",
+        MODEL is a folder that transformers loads, with its tokenizer. TEXT is a UTF-8 file with
+        text like that which the model will see. One block of the model is in memory at a time.
+        Needs: pip install 'loratools[stats]'.""",
         "loratools collect-stats org/base sample.txt -o stats.safetensors",
         "kind max_tokens length dry_run",
     ),

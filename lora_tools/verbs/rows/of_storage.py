@@ -26,8 +26,8 @@ OF_STORAGE = (
                 Adding,
                 "adapters",
                 adapters={
-                    "help": "Merge this PEFT adapter, times its WEIGHT (1), before "
-                    "quantizing; repeatable."
+                    "help": "Merge this adapter, times its WEIGHT (1), before quantizing; "
+                    "repeatable."
                 },
             ),
             *take(Matching),
@@ -39,13 +39,13 @@ OF_STORAGE = (
             *SPREAD,
         ),
         "Store CHECKPOINT in four or eight bits (NF4, FP8, NVFP4, …).",
-        """Write CHECKPOINT with its linear layers in fewer bits: in four, as bitsandbytes and
-        transformers do, or in the number format that --scheme names, which vLLM and
-        transformers load.
+        """Write CHECKPOINT with its linear layers in fewer bits. The default is four bits, as in
+        bitsandbytes and transformers. --scheme selects other formats, which vLLM and transformers
+        load.
 
         CHECKPOINT is a Hugging Face folder, a .safetensors file, a hub id
-        (org/name[@revision]) or an address (s3://…, https://…, hf://…); --out loads with
-        from_pretrained as it is. Embeddings, norms and heads stay as they are.""",
+        (org/name[@revision]) or an address (s3://…, https://…, hf://…). from_pretrained loads
+        the output. Embeddings, norms and heads are not quantized.""",
         "loratools quantize base --adapter style=0.7 -o base-nf4",
         "scheme adapters calibrate eval_text dtype dry_run",
         "adapters scheme quant_type blocksize double_quant compute_dtype quant_storage "
@@ -57,17 +57,17 @@ OF_STORAGE = (
         "dequantize",
         (CHECKPOINT, OUT),
         (
-            *take(Storage, dtype={"unset": "what each weight was quantized from"}),
+            *take(Storage, dtype={"unset": "the dtype that each weight had before quantization"}),
             *RESUMING,
             *SPREAD,
         ),
         "Turn a quantized CHECKPOINT into a plain one.",
-        """Write the plain checkpoint that CHECKPOINT stands for, in whatever number format that
-        is read (docs/inspect.md).
+        """Write CHECKPOINT as a plain checkpoint. It can have any of the number formats that are
+        read (docs/inspect.md).
 
-        Each weight is computed in float32, as its format's library computes it, and rounded
-        once. Plain numbers in pickles, or in parts as distributed training leaves them, become
-        safetensors (--allow-pickle).""",
+        Each weight is computed in float32, in the same way as by the library of its format, and
+        rounded once. With --allow-pickle, pickles and checkpoints of distributed training are
+        also converted to safetensors.""",
         "loratools dequantize base-nf4 -o base --dtype bfloat16",
         "dtype shard_size dry_run",
     ),
@@ -87,9 +87,9 @@ OF_STORAGE = (
             *RUNNING,
         ),
         "Write CHECKPOINT as ONNX, checked against torch.",
-        """Write CHECKPOINT's files and the ONNX graphs that run it, checked against torch.
+        """Write the files of CHECKPOINT with ONNX graphs, and check the graphs against torch.
 
-        CHECKPOINT is a Hugging Face folder or a hub id (org/name[@revision]); with --out the
+        CHECKPOINT is a Hugging Face folder or a hub id (org/name[@revision]). If --out is the
         same folder, only graphs are added to it. Needs: pip install 'loratools[onnx]'.""",
         "loratools export base --adapter style=0.7 -o onnx",
         "adapters task weights int8 int4 nf4 dry_run",
