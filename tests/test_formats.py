@@ -258,7 +258,8 @@ class FormatContract:
         lora_tools.quantize(base, tmp_path / "q", adapters=[given])
         lora_tools.quantize(tuned, tmp_path / "qm")
         found, wanted = models.tensors(tmp_path / "q"), models.tensors(tmp_path / "qm")
-        differing = sum((found[k] != wanted[k]).sum() for k in wanted)
+        numbers = [k for k in wanted if ".quant_state." not in k]  # which has a mean, in digits
+        differing = sum((found[k] != wanted[k]).sum() for k in numbers)
         assert differing <= 4, "but for a rounding that falls the other way"
         report = lora_tools.export(base, tmp_path / "o", adapters=[given], dry_run=True)
         assert any(fate.action == "merge" for fate in report.plan)
