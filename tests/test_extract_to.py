@@ -175,3 +175,34 @@ def test_no_alpha_where_the_format_has_no_place_for_it(root: Path, tmp_path: Pat
     for more in settings:
         with pytest.raises(UsageError, match="has no place for lora_alpha; leave them out"):
             lora_tools.extract(*sides, tmp_path / "a", to="onnxruntime", **more)
+
+
+def test_one_alpha_of_modules_of_several_ranks(tmp_path: Path) -> None:
+    """It is not rounded into lora_B once the error is measured."""
+    model = models.make("llama")
+    base = models.save(model, tmp_path / "base")
+    plain = {k: v.clone() for k, v in model.state_dict().items()}
+    for i, (part, rank) in enumerate((("q", 8), ("k", 3), ("o", 5))):
+        weight = model.get_parameter(f"model.layers.0.self_attn.{part}_proj.weight").data
+        weight += noise((len(weight), rank), i) @ noise((rank, weight.shape[1]), 9 + i)
+    tuned = models.save(model, tmp_path / "tuned")
+    kinds: dict[str, Any] = {"energy": 0.9999, "dtype": "bfloat16"}
+    report = lora_tools.extract(base, tuned, tmp_path / "a.gguf", to="gguf", **kinds)
+    lora_tools.convert(tmp_path / "a.gguf", tmp_path / "p", to="peft", base=base)
+    factors = load_file(tmp_path / "p/adapter_model.safetensors")
+    config = json.loads((tmp_path / "p/adapter_config.json").read_text())
+    ranks = set()
+    for module in report.modules:
+        start = f"base_model.model.{module.module}.lora_"
+        if f"{start}A.weight" in factors:
+            A, B = (factors[f"{start}{x}.weight"].double() for x in "AB")
+            ranks.add(len(A))
+            name = f"{module.module}.weight"
+            change = model.state_dict()[name].double() - plain[name].double()
+            alpha = config["alpha_pattern"].get(module.module, config["lora_alpha"])
+            error = (change - alpha / len(A) * B @ A).norm() / change.norm()
+            assert float(error) == pytest.approx(module.relative_error, rel=1e-3)
+    assert len(ranks) > 1
+    for to in ("mlx", "torchtune"):
+        with pytest.raises(UsageError, match="has one scale for all ranks"):
+            lora_tools.extract(base, tuned, tmp_path / "b", to=to, alpha=3, **kinds)

@@ -132,6 +132,19 @@ def _passes(options: Decomposition, search: Search) -> float | None:
     return rates.DECOMPOSE + rates.DECOMPOSE_RANK * options.rule.value
 
 
+def _refuse_rounded(to: Format, form: AdapterForm) -> None:
+    """Raises UsageError for a scale that would go into lora_B, and be rounded there once more than
+    what was measured."""
+    if to.alpha == "module" or not (form.alpha is not None or form.rslora):
+        return
+    if to.alpha == "folded" or to.one_rank or form.rslora:
+        why = {"folded": "has no place for lora_alpha"}.get(to.alpha, "has one scale for all ranks")
+        given = "--rslora" if to.alpha == "one" and not to.one_rank else "--alpha and --rslora"
+        raise UsageError(
+            f"{given}: {to.title} {why}; leave them out, the effect is the same with any"
+        )
+
+
 def _options(ranks: Ranks, form: AdapterForm, search: Search, to: Format) -> Decomposition:
     """How to decompose and to write. Raises UsageError for options that exclude each other."""
     rule = rank_rule(ranks, DEFAULT_RANK)
@@ -143,12 +156,7 @@ def _options(ranks: Ranks, form: AdapterForm, search: Search, to: Format) -> Dec
         target = readers_of(to)
         refuse_base_name(to, form.base_name)
         refuse_bytes(ranks, to)
-        if to.alpha == "folded" and (form.alpha is not None or form.rslora):
-            # Folded into lora_B, it would be rounded once more than what was measured.
-            raise UsageError(
-                f"--alpha and --rslora: {to.title} has no place for lora_alpha; leave them out, "
-                "the effect is the same with any"
-            )
+        _refuse_rounded(to, form)
     refuse_shared(rule, target)
     if search.activations is not None and (ranks.noise_floor or ranks.gavish_donoho):
         raise UsageError(
@@ -156,9 +164,13 @@ def _options(ranks: Ranks, form: AdapterForm, search: Search, to: Format) -> Dec
             "--gavish-donoho judge it unweighed: choose ranks by --rank, --energy or --budget"
         )
     cached = search.spectrum_cache is not None
+    # One alpha of the whole file is that of each module from the start, whatever their ranks.
+    alpha = form.alpha
+    if alpha is None and to.alpha == "one" and not to.one_rank:
+        alpha = rule.value if rule.policy == "rank" else DEFAULT_RANK
     return Decomposition(
         rule,
-        form.alpha,
+        alpha,
         form.rslora,
         parse_float_dtype(form.dtype) if form.dtype else None,
         search.svd == "exact",

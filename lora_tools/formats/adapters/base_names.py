@@ -131,6 +131,27 @@ class BaseNames:
             return tuple(dict.fromkeys(module.partition(".")[0] for module in self.weights))
         return held(self.path, self.config, self.weights)
 
+    def notes_on_twins(self, in_base: Mapping[str, str]) -> list[str]:
+        """What to say where a pipeline has two denoisers alike (Wan 2.2), and keys that name
+        neither are taken for the first's, as diffusers does.
+
+        Args:
+            in_base: modules of keys → the pipeline's own.
+        """
+        if not (self.pipeline and {"transformer", "transformer_2"} <= {*self.components}):
+            return []
+        first = "transformer."
+        taken = [
+            n for n, own in in_base.items() if own.startswith(first) and not n.startswith(first)
+        ]
+        if not taken:
+            return []
+        return [
+            f"its keys do not say which of the pipeline's two transformers they are of, and are "
+            f"taken for the transformer's; if they are the transformer_2's (Wan 2.2's low noise), "
+            f"give {self.path}/transformer_2 as the base"
+        ]
+
     @functools.cached_property
     def is_cut(self) -> bool:
         """Whether it is made of components, each under a name or a wrapper of its own."""

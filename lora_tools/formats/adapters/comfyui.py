@@ -87,6 +87,11 @@ class ComfyuiWriter(Keyed):
         model itself, whose width tells which CLIP that is. Raises UnsupportedAdapter."""
         place = self.places.of(module)
         name = name_of(place)
+        if self._names.setdefault(name, module) != module:
+            raise UnsupportedAdapter(
+                f"{self._names[name]} and {module} both become {name}: a file of ComfyUI's is "
+                "of one model, so make one of each; --to diffusers has both in one"
+            )
         if name.startswith((MODEL, _TEXT)) or name.endswith(_ADAPTED):
             return name
         clip = _CLIPS.get((place.component, width))

@@ -18,6 +18,7 @@ from lora_tools.formats.names import class_name
 
 DENOISERS = ("unet", "transformer", "transformer_2", "prior")
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+T5 = ("text_encoder_3", "text_encoder_2")  # of SD3, and of FLUX
 VAE = "vae"
 # What diffusers' adapters begin with.
 NAMES = (*DENOISERS, "controlnet", *ENCODERS)
@@ -30,7 +31,7 @@ KOHYA: dict[str, tuple[str, ...]] = {
     "lora_te_": ("text_encoder",),
     "lora_te1_": ("text_encoder",),
     "lora_te2_": ("text_encoder_2",),
-    "lora_te3_": ("text_encoder_3", "text_encoder_2"),
+    "lora_te3_": T5,
     "lora_prior_unet_": ("prior",),
     "lycoris_": (),
 }
@@ -48,8 +49,8 @@ _WRAPPERS: dict[str, tuple[str, ...]] = {
     "text_encoders.clip_l.": ("text_encoder",),
     "text_encoders.clip_g.transformer.": ("text_encoder_2",),
     "text_encoders.clip_g.": ("text_encoder_2",),
-    "text_encoders.t5xxl.transformer.": ("text_encoder_3", "text_encoder_2"),
-    "text_encoders.t5xxl.": ("text_encoder_3", "text_encoder_2"),
+    "text_encoders.t5xxl.transformer.": T5,
+    "text_encoders.t5xxl.": T5,
     "first_stage_model.": (VAE,),
 }
 # What only a single file with several text encoders has: SDXL.
@@ -63,11 +64,13 @@ _TRANSFORMER = re.compile(r"(single_)?transformer_blocks\..*|blocks\.\d+\.(attn\
 _FIRST_TRANSFORMER = re.compile(
     r"(double_blocks|single_blocks|joint_blocks)\..*|blocks\.\d+\.(self_attn|cross_attn|ffn\.\d).*"
 )
+_Z_IMAGE = re.compile(r"(noise_refiner|context_refiner|cap_embedder)\..*")
 _LOOKS = {
     _UNET: ("unet",),
     _FIRST_UNET: ("unet",),
     _TRANSFORMER: ("transformer",),
     _FIRST_TRANSFORMER: ("transformer",),
+    _Z_IMAGE: ("transformer",),
     re.compile(r"text_model\.encoder\.layers\..*"): ENCODERS,
 }
 _TEXT_MODEL = re.compile(r"(encoder\.layers|embeddings|final_layer_norm)\..*")

@@ -182,6 +182,7 @@ def _in_base(names: Collection[str], base: BaseNames | None) -> dict[str, str]:
 def _note_on_second(outline: Outline, in_base: Mapping[str, str]) -> None:
     """Say so where keys are of the second of two alike, and nothing tells which one the base is."""
     base = outline.base
+    outline.notes += base.notes_on_twins(in_base) if base is not None else []
     if base is None or base.is_cut or len(base.components) == 1:
         return
     heads = (name.partition(".")[0] for name, own in in_base.items() if name != own)

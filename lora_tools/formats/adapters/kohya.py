@@ -60,6 +60,7 @@ def resolve_all(outline: Outline, names: Collection[str], context: Context) -> d
             result[name] = index.resolve(flat, KOHYA[prefix], context.allow_unmatched) or name
         except AdapterError as error:
             raise outline.fail(f"{name}: {error}") from None
+    outline.notes += base.notes_on_twins(result)
     return result
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Collection
 from pathlib import Path
 
 from lora_tools.errors import UnsupportedAdapter
 from lora_tools.formats.adapters.base_names import BaseNames
 from lora_tools.formats.adapters.components import (
+    DENOISERS,
     ENCODERS,
     KOHYA,
     NAMES,
     OF_SEVERAL,
+    T5,
     is_of_diffusers,
     looks_like,
     placed,
@@ -70,6 +73,7 @@ class Places:
         self, base: BaseNames | None, trained_on: str = "", modules: Collection[str] = ()
     ) -> None:
         self._base, self._trained_on = base, Path(trained_on)
+        self._modules = modules
         heads = {module.partition(".")[0] for module in modules}
         there = heads if base is None else {*base.components}
         self._beside_others = len(there & {*ENCODERS}) > 1 or self._has_siblings()
@@ -87,7 +91,11 @@ class Places:
             found, rest = (head,), inner
         elif not found:
             found = self._of_all()
+        found = self._without_g(found)
         likely = [each for each in looks_like(rest) if not found or each in found]
+        # A model is one thing: what one module is by its name, its others are.
+        if not likely and (not found or self._denoiser in found):
+            likely = [self._denoiser] if self._denoiser else []
         # What is of a UNet is known by its name.
         component = (likely or [each for each in found if each != "unet"] or [*found, "unet"])[0]
         if component in ENCODERS:
@@ -96,6 +104,28 @@ class Places:
         unlooked = self._base is None
         beside = self._beside_others or module.startswith(OF_SEVERAL)
         return Place(module, component, rest, beside, guessed, unlooked)
+
+    @functools.cached_property
+    def _denoiser(self) -> str:
+        """What the denoiser is by the names of those of its modules that tell; "" where none do, or
+        where there are text encoders under no name of their own, too."""
+        names = {*self._modules, *(self._base.weights if self._base is not None else ())}
+        looks = {
+            look
+            for found, rest in map(placed, names)
+            if (look := looks_like(rest))
+            if look != ENCODERS or not found
+        }
+        only = looks.pop()[0] if len(looks) == 1 else ""
+        return only if only in DENOISERS else ""
+
+    def _without_g(self, found: tuple[str, ...]) -> tuple[str, ...]:
+        """T5 is the third encoder where the second, CLIP G, is in the file, too (SD3), and is the
+        second where it is not (FLUX)."""
+        if found != T5 or self._base is None:
+            return found
+        has_g = any(placed(m)[0] == ("text_encoder_2",) for m in self._base.weights)
+        return found if has_g else found[::-1]
 
     def _of_all(self) -> tuple[str, ...]:
         """Of a model by itself, all that it may be."""
