@@ -89,6 +89,11 @@ class Factor:
         return out
 
 
+def order_of(diagonal: torch.Tensor) -> torch.Tensor:
+    """The columns in the order that they are rounded in ("act order")."""
+    return torch.argsort(diagonal, descending=True, stable=True)
+
+
 def factor(moment: torch.Tensor) -> Factor | None:
     """The factor of R (n, n) float32; None where it is no second moment, or of nothing but zeros.
 
@@ -99,7 +104,7 @@ def factor(moment: torch.Tensor) -> Factor | None:
     mean = float(diagonal.double().mean())
     if not mean > 0 or bool((diagonal < 0).any()):
         return None
-    order = torch.argsort(diagonal, descending=True, stable=True)
+    order = order_of(diagonal)
     last = order.flip(0)  # the factor of the reverse, reversed, is upper triangular
     for i in range(_TRIES):
         damping = DAMPING * 10**i * mean

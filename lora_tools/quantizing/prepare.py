@@ -28,7 +28,7 @@ from lora_tools.options import Matching, NumberFormat, Running, Storage, Tensors
 from lora_tools.options.parse import NameFilter
 from lora_tools.quantizing.budget import Shares, note_on, parse_budget, plan_within, share_out
 from lora_tools.quantizing.checkpoint import quantize_checkpoint, quantize_tasks
-from lora_tools.quantizing.compensate import plan_compensation
+from lora_tools.quantizing.compensate import Compensation, plan_compensation
 from lora_tools.quantizing.dequantize import dequantize_checkpoint, dequantize_tasks
 from lora_tools.quantizing.feeding import activations_of, made_by, plan_feeding, with_input
 from lora_tools.quantizing.pack import config_with
@@ -70,25 +70,12 @@ def prepare_quantize(
     Raises:
         LoraToolsError: it cannot be read, or not be quantized so.
     """
-    form, budget = form_of(numbers), parse_budget(numbers.budget)
+    budget = parse_budget(numbers.budget)
     chosen = NameFilter(tensors.include, tensors.exclude)
-    given = base = open_checkpoint(checkpoint, running.allow_pickle)
-    chosen.refuse_idle(w.module for w in base.weights.values())
+    opened = _open(checkpoint, adapters, numbers, chosen, matching, running)
+    planned, form, how = opened.planned, opened.form, opened.how
+    base, merge = planned.source, planned.plan
     limit = limit_of(storage, base)
-    lenient = matching.allow_unmatched
-    weighted = open_weighted(adapters, running.allow_pickle, base, lenient) if adapters else []
-    base = fit_base(base, weighted, lenient)
-    how = plan_compensation(base, numbers.compensate, numbers.compensate_iterations, weighted)
-    if form.needs_config and not base.stored.config:
-        raise UsageError(
-            f"{base.path}: no config.json, where alone it can be said what numbers in {form.name} "
-            "stand for; give a folder with one, or quantize to nf4"
-        )
-    form = form_for(base, form)
-    merge = plan_merge(base, [] if how else weighted, matching.allow_unmatched)
-    planned = Planned(
-        str(checkpoint), "checkpoint", base, weighted, merge, matching.allow_other_base
-    )
     specs = out_specs(merge, dtype_of(storage))
     refuse_unloadable(base, merge, specs)
     search, head = numbers.scale_search, tensors.lm_head
@@ -96,10 +83,10 @@ def prepare_quantize(
         plan = plan_quantize(base, merge, specs, form, chosen, head, search)
     else:
         plan = plan_within(shares, base, merge, specs, form, chosen, head, search)
-    kept = _stored_so(given, plan)
+    kept = _stored_so(opened.given, plan)
     known = activations_of(numbers.activations)
     plan, unfed = plan_feeding(plan, known) if known is not None else (plan, [])
-    shards = made_by(signed(plan.shards(base, limit), command, weighted), known)
+    shards = made_by(signed(plan.shards(base, limit), command, planned.adapters), known)
     fates = plan.fates() + (how.fates(plan) if how else ())
     nbytes = sum(shard.nbytes for shard in shards) + (fates[-1].nbytes if how else 0)
     room = budget.room(plan, nbytes) if budget and not shares else None
@@ -149,6 +136,47 @@ def prepare_quantize(
         is_folder=base.is_folder,
         copied=base.copied(),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Opened:
+    """What is quantized: a checkpoint as ``given``, and with adapters to be merged ``planned``; in
+    which form, and ``how`` it is compensated, if it is."""
+
+    given: Checkpoint
+    planned: Planned
+    form: Form
+    how: Compensation | None
+
+
+def _open(
+    checkpoint: str | Path,
+    adapters: Adapters,
+    numbers: NumberFormat,
+    chosen: NameFilter,
+    matching: Matching,
+    running: Running,
+) -> _Opened:
+    """Open the checkpoint and the adapters, and plan their merge. Headers only are read.
+
+    Raises:
+        LoraToolsError: they cannot be read, do not fit, or cannot be in the form.
+    """
+    form, lenient = form_of(numbers), matching.allow_unmatched
+    given = open_checkpoint(checkpoint, running.allow_pickle)
+    chosen.refuse_idle(w.module for w in given.weights.values())
+    weighted = open_weighted(adapters, running.allow_pickle, given, lenient) if adapters else []
+    base = fit_base(given, weighted, lenient)
+    how = plan_compensation(base, numbers.compensate, numbers.compensate_iterations, weighted)
+    if form.needs_config and not base.stored.config:
+        raise UsageError(
+            f"{base.path}: no config.json, which says what numbers in {form.name} stand for; give "
+            "a folder with one, or quantize to nf4"
+        )
+    merge = plan_merge(base, [] if how else weighted, lenient)
+    other = matching.allow_other_base
+    planned = Planned(str(checkpoint), "checkpoint", base, weighted, merge, other)
+    return _Opened(given, planned, form_for(base, form), how)
 
 
 def _passes(form: Form, plain: bool) -> float | None:
