@@ -142,4 +142,4 @@ def test_weights_of_several_blocks(tmp_path: Path, layout: str) -> None:
     iotools.checkpoint(tmp_path / "s", spoilt)
     said = refused(tmp_path, tmp_path / "s", tmp_path / "a")
     assert "worst is a.qkv.weight" in said
-    assert " of 192 elements are further off" in said
+    assert " of 192 elements differ by more" in said

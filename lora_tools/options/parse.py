@@ -68,7 +68,7 @@ class NameFilter:
             for pattern in patterns:
                 if not any(map(pattern.search, known)):
                     raise UsageError(
-                        f"{flag} {pattern.pattern!r} is found in no name of a module"
+                        f"{flag} {pattern.pattern!r} matches no module name"
                         f"{_such(pattern.pattern, known)}"
                     )
 

@@ -27,9 +27,13 @@ class Findings:
 FINE = (Action.SAME, Action.ROUNDED, Action.COPIED)
 
 
-def times(coefficient: float) -> str:
+def applied(coefficient: float) -> str:
     """By which factor an adapter was applied, in words."""
-    for number, word in ((2, "twice"), (-1, "with the wrong sign"), (0, "not at all")):
+    for number, word in (
+        (2, "applied twice"),
+        (-1, "applied with the wrong sign"),
+        (0, "not applied"),
+    ):
         if abs(coefficient - number) < NEAR:
             return word
-    return f"at {coefficient:.4g} times its scale"
+    return f"applied at {coefficient:.4g} times its scale"

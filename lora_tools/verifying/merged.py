@@ -19,7 +19,7 @@ from lora_tools.merging.tensor import MergedRuns, as_matrix
 from lora_tools.records import Action, Fate, Input, ProgressCallback
 from lora_tools.sources.weighted import Weighted
 from lora_tools.totals import AgreementTotals
-from lora_tools.verifying.findings import FINE, NEAR, Findings, times
+from lora_tools.verifying.findings import FINE, NEAR, Findings, applied
 from lora_tools.verifying.modules import compare_modules
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def _judge(name: str, match: Match) -> Fate:
         name,
         Action.DIFFERENT,
         _reason(match) + f"; {match.outside:,} of {match.numel:,} "
-        "elements are further off than rounding",
+        "elements differ by more than rounding",
     )
 
 
@@ -179,7 +179,7 @@ def _reason(match: Match) -> str:
     if match.unexplained > NEAR:
         share = f"{match.unexplained:.0%} of the change is not the adapter's"
         return f"another base or adapter: {share}"
-    return f"the adapter applied {times(match.coefficient)}"
+    return f"the adapter is {applied(match.coefficient)}"
 
 
 def left_over(merged: Checkpoint, targets: Sequence[Target]) -> list[Fate]:
@@ -234,9 +234,9 @@ def diagnosis(checked: Sequence[Checked], wrong: Sequence[Fate], said: str) -> s
     elif every and whole.unexplained > NEAR:
         what = "another base, or another adapter"
     elif every and one <= NEAR * max(abs(whole.coefficient), 1):
-        what = f"the adapter is applied {times(whole.coefficient)}"
+        what = f"the adapter is {applied(whole.coefficient)}"
     else:
-        what = "some tensors are not what the merge makes of them"
+        what = "some tensors differ from what the merge gives"
     return f"{said} ({many}): {what}; worst is {worst.tensor}: {worst.reason}"
 
 

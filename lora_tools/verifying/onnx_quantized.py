@@ -13,7 +13,7 @@ from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.merging.in_memory import merged_in
 from lora_tools.merging.targets import Target
 from lora_tools.records import Action, Fate
-from lora_tools.verifying.findings import NEAR, times
+from lora_tools.verifying.findings import NEAR, applied
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +80,7 @@ def _check(stored: StoredWeight, folder: Path, target: Target, source: Checkpoin
     if target.parts:
         base = source.tensor(target.base_name)
         said = _scale(values, W, (base.T if turned else base).float(), error) + said
-    said += f"; {off:,} of {W.numel():,} numbers are further off than quantizing takes them"
+    said += f"; {off:,} of {W.numel():,} numbers differ by more than quantizing explains"
     return Packed(target, Fate(stored.name, Action.DIFFERENT, said), source_hash, error, energy)
 
 
@@ -94,4 +94,4 @@ def _scale(values: torch.Tensor, wanted: torch.Tensor, base: torch.Tensor, error
     left = float((moved - coefficient * change).square().sum())
     if abs(coefficient - 1) <= NEAR or left > error / 2:
         return ""
-    return f"the adapter applied {times(coefficient)}; "
+    return f"the adapter is {applied(coefficient)}; "

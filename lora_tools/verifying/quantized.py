@@ -24,7 +24,7 @@ from lora_tools.records import Action, Fate, Input, ProgressCallback
 from lora_tools.sources.dequantized import Dequantized
 from lora_tools.sources.weighted import Weighted
 from lora_tools.totals import VerifyTotals
-from lora_tools.verifying.findings import FINE, Findings, times
+from lora_tools.verifying.findings import FINE, Findings, applied
 from lora_tools.verifying.merged import left_over, tied_astray
 from lora_tools.verifying.modules import compare_modules
 from lora_tools.verifying.quantized_tensor import PLAIN, SEARCHED, Checked, CheckItem, is_scaled
@@ -153,11 +153,11 @@ def _diagnosis(
     every = len(off) == sum(c.item.packed is not None for c in checked)
     acted = [c for c in checked if c.item.packed is not None and c.item.target.parts]
     whole = functools.reduce(operator.add, (c.coded for c in off if c.coded is not None))
-    what = "some weights are not what quantizing makes of them"
+    what = "some weights differ from what quantizing gives"
     if acted and all(
         c.item.name in bad and c.coded is not None and is_scaled(c.coded) for c in acted
     ):
-        what = f"the adapter is applied {times(whole.coefficient)}"
+        what = f"the adapter is {applied(whole.coefficient)}"
     elif every and (
         counts[Action.CHANGED] or totals["quantization_error"] > 1.5 * totals["expected_error"]
     ):

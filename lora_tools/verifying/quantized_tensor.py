@@ -18,7 +18,7 @@ from lora_tools.quantizing.plan import Item, is_stored_alike
 from lora_tools.quantizing.tensor import QuantizeItem, merged_for, with_scale
 from lora_tools.records import Action, Fate, TensorResult
 from lora_tools.sources.dequantized import Dequantized, stored_parts
-from lora_tools.verifying.findings import NEAR, times
+from lora_tools.verifying.findings import NEAR, applied
 from lora_tools.verifying.merged import check_tensor
 
 if TYPE_CHECKING:
@@ -250,11 +250,11 @@ def _judge(
     if max_error is not None and coded.relative_error <= max_error:
         return Fate(item.name, Action.ROUNDED, errors)
     if not coded.off and max_error is None:
-        why = "not byte for byte, and no number further off than quantizing takes it"
+        why = "other bytes, but no number differs by more than quantizing explains"
         return Fate(item.name, Action.ROUNDED, f"{why}; {errors}")
     if is_scaled(coded):
         return Fate(
-            item.name, Action.DIFFERENT, f"the adapter applied {times(coded.coefficient)}; {errors}"
+            item.name, Action.DIFFERENT, f"the adapter is {applied(coded.coefficient)}; {errors}"
         )
     ends = ", ".join(
         sorted(end or "codes" for end, spec in packed.specs.items() if spec.name in differing)
@@ -262,8 +262,8 @@ def _judge(
     return Fate(
         item.name,
         Action.DIFFERENT,
-        f"{coded.off:,} of {coded.numel:,} numbers are further off "
-        f"than quantizing takes them; {errors} (differ: {ends})",
+        f"{coded.off:,} of {coded.numel:,} numbers differ by more "
+        f"than quantizing explains; {errors} (differ: {ends})",
     )
 
 
