@@ -236,7 +236,7 @@ def test_dtypes_and_bundles(options: Any, base: Path, exported: Any, tmp_path: P
         assert all(offset % 4096 == 0 for offset in offsets)
 
 
-@pytest.mark.parametrize("wanted", ["float32", "float16"])
+@pytest.mark.parametrize("wanted", ["float32", pytest.param("float16", marks=pytest.mark.sweep(0))])
 def test_bundled_weights_are_cast_once(wanted: str, tmp_path: Path) -> None:
     """Into what the graph computes with: no runtime does it when it loads them."""
     base = export_models.one_layer("Llama", tmp_path / "base", dtype=torch.bfloat16)

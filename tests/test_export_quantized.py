@@ -531,7 +531,7 @@ def test_convolutions_are_no_linear_layers(tmp_path: Path) -> None:
         pytest.param("Mixtral", "nf4", marks=pytest.mark.sweep(0)),
         pytest.param("Phi-3", "int8", marks=pytest.mark.sweep(0)),
         pytest.param("T5", "nf4", marks=pytest.mark.sweep(0)),
-        ("Whisper", "int4"),
+        pytest.param("Whisper", "int4", marks=pytest.mark.sweep(0)),
         pytest.param("ViT", "int8", marks=pytest.mark.sweep(0)),
         ("ConvNeXt", "nf4"),
     ],
