@@ -169,8 +169,8 @@ class Cluster:
         shared = self._client.submit(
             bytes, remote.pack(sources, sink, self._setting), pure=False, key=None
         )
-        sizes = [max(task.nbytes, 1) for task in tasks]
-        total, done, step, window = sum(sizes), 0, 0, (1 + _AHEAD) * threads
+        total = sum(max(task.nbytes, 1) for task in tasks)
+        done, step, window = 0, 0, (1 + _AHEAD) * threads
         pending: deque[_Batch] = deque()
 
         def submit(batch: Sequence[Task[S, K, R]]) -> _Batch:
@@ -193,8 +193,9 @@ class Cluster:
                 batch = pending.popleft()
                 made = iter(batch.made())
                 for task, key, known in zip(batch.tasks, batch.keys, batch.found, strict=True):
-                    each = known if known is not None else next(made)
-                    if known is None:
+                    each = known
+                    if each is None:
+                        each = next(made)
                         if sink is not None:
                             sink.take(each.taken)  # type: ignore[attr-defined]
                         if kept is not None:

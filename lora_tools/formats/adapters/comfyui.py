@@ -21,6 +21,7 @@ from lora_tools.formats.adapters.format import Format
 from lora_tools.formats.adapters.outline import Compute, Context, Outline
 from lora_tools.formats.adapters.places import Place
 from lora_tools.formats.adapters.writer import Factors, Keyed
+from lora_tools.formats.counterparts.transformers import HUNYUAN_VIDEO
 from lora_tools.formats.names import split_tensor
 from lora_tools.formats.tensor_file import TensorFile
 
@@ -34,14 +35,12 @@ _T5 = f"{_TEXT}t5xxl.transformer."
 _ADAPTED = ("mlp.fc1", "mlp.fc2", *(f"self_attn.{k}_proj" for k in ("q", "k", "v", "out")))
 # HunyuanVideo's layers of which ComfyUI's key map has no name but its own.
 _EMBEDDERS = {
-    f"{part}.{own}": f"{part}.{theirs}"
-    for part, first, second in (
-        ("time_in", "mlp.0", "mlp.2"),
-        ("guidance_in", "mlp.0", "mlp.2"),
-        ("txt_in.t_embedder", "mlp.0", "mlp.2"),
-        ("txt_in.c_embedder", "linear_1", "linear_2"),
+    module: HUNYUAN_VIDEO.respelled(module)
+    for module in (
+        *("time_in.mlp.0", "time_in.mlp.2", "guidance_in.mlp.0", "guidance_in.mlp.2"),
+        *("txt_in.t_embedder.mlp.0", "txt_in.t_embedder.mlp.2"),
+        *("txt_in.c_embedder.linear_1", "txt_in.c_embedder.linear_2"),
     )
-    for own, theirs in ((first, "in_layer"), (second, "out_layer"))
 }
 # What each CLIP is called, by its place and its width.
 _CLIPS = {

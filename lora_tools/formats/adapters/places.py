@@ -122,10 +122,12 @@ class Places:
     def _without_g(self, found: tuple[str, ...]) -> tuple[str, ...]:
         """T5 is the third encoder where the second, CLIP G, is in the file, too (SD3), and is the
         second where it is not (FLUX)."""
-        if found != T5 or self._base is None:
-            return found
-        has_g = any(placed(m)[0] == ("text_encoder_2",) for m in self._base.weights)
-        return found if has_g else found[::-1]
+        return found[::-1] if found == T5 and self._lacks_g else found
+
+    @functools.cached_property
+    def _lacks_g(self) -> bool:
+        weights = self._base.weights if self._base is not None else None
+        return weights is not None and all(placed(m)[0] != ("text_encoder_2",) for m in weights)
 
     def _of_all(self) -> tuple[str, ...]:
         """Of a model by itself, all that it may be."""
