@@ -114,6 +114,7 @@ def config_of(folder: Path, name: str = "config.json") -> dict[str, Any]:
     return json.loads((folder / name).read_text())
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     ("kind", "task", "labels"),
     [

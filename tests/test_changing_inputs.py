@@ -127,6 +127,7 @@ def changed(inputs, folder, verb, what, at=3):
     return said
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_file_that_is_cut_short(verb, inputs, tmp_path):
     assert SAID["cut"] in changed(inputs, tmp_path, verb, "cut")

@@ -112,6 +112,7 @@ def carried_out(command: str, folder: Path) -> Path:
     return Path(words[place])
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("kind", ADAPTERS)
 @pytest.mark.parametrize("consumer", [name for name in CONSUMERS if name != "diffusers"])
 def test_every_kind_for_every_program(consumer: str, kind: str, desk: Path, tmp_path: Path) -> None:

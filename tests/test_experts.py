@@ -376,6 +376,7 @@ FOR_VLLM = [
 ]
 
 
+@pytest.mark.sweep(8)
 @pytest.mark.parametrize(
     ("arch", "base", "adapter", "stacked", "part"),
     [

@@ -110,6 +110,7 @@ def in_torch(folder: Path) -> np.ndarray:
 # ------------------------------------------------------------------------------------ the graphs
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_linear_layer(kind: str, scheme: str, plain: dict[str, Path], tmp_path: Path) -> None:
@@ -226,6 +227,7 @@ def test_a_wrong_graph_is_found(plain: dict[str, Path], tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------- four-bit folders
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     "options",
     [
@@ -394,6 +396,7 @@ def perplexity(folder: Path, text: Path, length: int) -> float:
     return math.exp(loss)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     ("kind", "scheme"), [("llama", ""), ("Llama", "nf4"), ("gpt2", "int8"), ("llama", "int4")]
 )

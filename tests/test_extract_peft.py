@@ -95,6 +95,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("kind", ["llama-tied", "gpt2"])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_options_that_keep_the_function(

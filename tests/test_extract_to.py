@@ -122,6 +122,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("to", FORMATS)
 def test_it_is_what_convert_makes_of_it(to: str, root: Path, tmp_path: Path) -> None:
     sides: Any = root / "base", root / "tuned"

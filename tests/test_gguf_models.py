@@ -229,6 +229,7 @@ def test_every_architecture_has_a_case() -> None:
     assert len({m.model_type for m in MODELS.values()}) == len(MODELS)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("case", CASES)
 def test_a_plain_copy_is_the_model(case: str, made: Any, tmp_path: Path) -> None:
     """By its tensors, and by what transformers computes with it: config.json is right, too."""
@@ -254,6 +255,7 @@ def test_a_plain_copy_is_the_model(case: str, made: Any, tmp_path: Path) -> None
 
 
 # transformers' loader knows no Gemma 1, SmolLM 3 or Mixtral.
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     "case",
     ["llama", "llama tied", "qwen2", "qwen2 moe", "qwen3", "qwen3 moe", "gemma2", "gemma3", "phi3"],

@@ -175,7 +175,7 @@ SPOILT_FILES: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(6)
 @pytest.mark.parametrize("what", SPOILT_FILES)
 @pytest.mark.parametrize(("name", "folder"), READS)
 def test_spoilt_weights(name, folder, what, work, refused):
@@ -358,7 +358,7 @@ def test_an_adapter_as_a_checkpoint_and_a_checkpoint_as_an_adapter(work, refused
 # ------------------------------------------------------------------------- numbers that are none
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(6)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(

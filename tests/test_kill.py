@@ -38,7 +38,7 @@ def medium(tmp_path_factory):
 @pytest.mark.parametrize("force", [False, True], ids=["new", "force"])
 @pytest.mark.parametrize("verb", VERBS)
 def test_killed_before_every_step(verb, force, small, tmp_path, full):
-    """Every state that a kill can leave behind is met. In CI each second step is, or each fourth
+    """Every state that a kill can leave behind is met. In CI each fourth step is, or each sixth
     where ``--force`` adds its own at the end, and the next run is made after each third."""
     out, old = tmp_path / "here" / "out", tmp_path / "old"
     out.parent.mkdir()
@@ -54,7 +54,7 @@ def test_killed_before_every_step(verb, force, small, tmp_path, full):
     told = killing.telling(kinds)
     assert len(told) > 12
     if not full:
-        told = killing.some(kinds, told, verb, 4 if force else 2)
+        told = killing.some(kinds, told, verb, 6 if force else 4)
     seen = set()
     for i, step in enumerate(told):
         if force:
@@ -151,7 +151,7 @@ def test_a_signal_at_the_start_leaves_no_trace(verb, number, small, tmp_path):
     assert iotools.tree(small) == untouched
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(6)
 @pytest.mark.slow
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("verb", VERBS)

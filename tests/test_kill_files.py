@@ -126,7 +126,7 @@ def test_killed_before_every_step(what, there, sides, tmp_path, full):
     seen = set()
     told = killing.telling(kinds)
     if not full:
-        told = killing.some(kinds, told, what, 2)
+        told = killing.some(kinds, told, what, 3)
     for i, step in enumerate([*told, 0]):
         file.unlink(missing_ok=True)
         if old is not None:

@@ -238,7 +238,7 @@ def load_in_peft(base: Path, adapter: Path) -> peft.PeftModel:
     return model
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(8)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ALL)
 def test_an_extracted_adapter_makes_the_tuned_model(
@@ -386,6 +386,7 @@ def test_an_adapter_for_a_part_of_a_stored_tensor(
             lora_tools.merge(base, [tmp_path / "refused"], tmp_path / "none")
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("put", [nn.attach, nn.merge_])
 @pytest.mark.parametrize("name", ["ViT", "LLaVA", "Mixtral"])
 def test_adapters_of_either_names_on_a_live_model(

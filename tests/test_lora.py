@@ -91,6 +91,7 @@ def test_difference_energy_without_the_products():
     assert difference_energy(one, one) == pytest.approx(0, abs=1e-20)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("base", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("tuned", [*DTYPES, torch.float64], ids=str)
 def test_delta_subtracts_in_float32_or_better(tuned, base):

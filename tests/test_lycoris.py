@@ -296,6 +296,7 @@ OTHERS: dict[str, tuple[dict[str, Any], str, set[str]]] = {
 }
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("prefix", ["lycoris", "lora_unet", "lora_te"])
 @pytest.mark.parametrize("case", OTHERS)
 def test_what_is_no_low_rank_change_is_refused_by_its_name(

@@ -87,6 +87,7 @@ def assert_like_bitsandbytes(x: torch.Tensor, quant_type: str, blocksize: int) -
             assert torch.equal(back + 0.0, near + 0.0) or not np.isfinite(scale).all()
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("kind", VALUES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
@@ -97,6 +98,7 @@ def test_every_kind_of_number(quant_type, dtype, kind):
             assert_like_bitsandbytes(x, quant_type, blocksize)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
 def test_every_block_size(blocksize, dtype):

@@ -74,6 +74,7 @@ def test_convert_keeps_it(form: str, name: str, root: Path, tmp_path: Path) -> N
         models.attach_strictly(models.load(root / "base"), tmp_path / "back0")
 
 
+@pytest.mark.sweep(6)
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize(
     "options",

@@ -41,6 +41,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return in_each_form(tmp_path_factory.mktemp("schemes"))
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("scheme", NEW)
 def test_merged_and_written_again_is_what_quantizing_the_merged_gives(
     work: Path, tmp_path: Path, scheme: str
@@ -147,6 +148,7 @@ def test_eight_bits_keep_most_of_a_small_change_and_four_bits_do_not(
     assert max(kept["nvfp4"], kept["mxfp4"], kept["int4"]) < kept["fp8-block"], kept
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("form", STORED)
 def test_written_again_as_others_store_it(tmp_path: Path, form: str) -> None:
     """What no adapter acts on, scales of activations, marks and config files stay as they were."""

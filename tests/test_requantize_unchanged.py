@@ -65,6 +65,7 @@ def merged(base: Path, adapters: list[Any], out: Path) -> Any:
         return None
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("form", [*OWN, *STORED])
 def test_an_adapter_of_no_effect_leaves_every_byte(tmp_path: Path, form: str) -> None:
     base, shape = stored(tmp_path, form)

@@ -71,6 +71,7 @@ def test_rows_alone_and_in_another_process(pair: tuple[Path, Path]) -> None:
         assert 0 <= noise < float(whole.double().square().sum())
 
 
+@pytest.mark.sweep(2)
 def test_a_merge_rounds_once(pair: tuple[Path, Path], tmp_path: Path) -> None:
     """Decoded in float32, added to, and rounded; ``verify`` agrees, and NF4 of it is that of it."""
     stored, plain = pair
@@ -87,6 +88,7 @@ def test_a_merge_rounds_once(pair: tuple[Path, Path], tmp_path: Path) -> None:
     assert report.totals["same"]
 
 
+@pytest.mark.sweep(2)
 def test_four_bits_of_it_are_those_of_its_numbers(pair: tuple[Path, Path], tmp_path: Path) -> None:
     for folder, name in zip(pair, ("one", "two"), strict=True):
         lora_tools.quantize(folder, tmp_path / name)
@@ -95,6 +97,7 @@ def test_four_bits_of_it_are_those_of_its_numbers(pair: tuple[Path, Path], tmp_p
     assert all(torch.equal(made[name], wanted[name]) for name in wanted)
 
 
+@pytest.mark.sweep(2)
 def test_what_was_planted_is_found(pair: tuple[Path, Path], tmp_path: Path) -> None:
     """Of rank two, from either side of a plain copy; without it, no change but of rounding."""
     stored, plain = pair

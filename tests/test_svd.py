@@ -57,7 +57,7 @@ def residual(A: torch.Tensor, svd: TruncatedSVD) -> float:
     return float((A.double() - product).square().sum())
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(6)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_iteration_is_within_its_tolerance_and_its_bound_holds(kind, shape):

@@ -20,7 +20,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return lambda name: top / name
 
 
-@pytest.mark.sweep(40)
+@pytest.mark.sweep(80)
 @pytest.mark.parametrize("what", sweep.CELLS)
 @pytest.mark.parametrize("name", ALL)
 def test_a_cell_is_what_the_page_says(

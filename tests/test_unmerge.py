@@ -83,7 +83,7 @@ def prepare(case: str, dtype: torch.dtype, root: Path) -> tuple[Path, list[Any],
     return base, given, options
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(6)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
 def test_gives_the_base_back_byte_for_byte(case: str, dtype: str, tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_deltas_of_any_size(dtype: str, ratio: float, tmp_path: Path) -> None:
     assert (tmp_path / "back.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("change", [-0.9, -0.5, 0.5, 0.9])  # the rest is for this machine's own
@@ -334,6 +334,7 @@ def test_a_sidecar_can_be_demanded_or_ignored(merged: tuple[Path, list[Any]]) ->
     refuse(path, adapters[:2], "no sidecar there", sidecar=True)
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", ["plain", "rslora-huge", "embeddings", "lora-bias", "sharded"])
 def test_without_the_sidecar_the_bound_holds(case: str, dtype: str, tmp_path: Path) -> None:

@@ -100,6 +100,7 @@ def test_an_export_is_its_checkpoint(work: Path, kind: str) -> None:
     assert "the model was not run" in weights.notes
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_weights_in_another_dtype(work: Path, tmp_path: Path, dtype: str) -> None:
     lora_tools.export(
@@ -149,6 +150,7 @@ def test_a_checkpoint_in_four_bits(work: Path, tmp_path: Path) -> None:
     assert "changed" in refused(tmp_path / "e", work)
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("scheme", ["nf4", "int4", "int8"])
 def test_quantized_weights(work: Path, tmp_path: Path, scheme: str) -> None:
     """They are quantized again, and compared by bytes; the graph is run on what they stand for."""
