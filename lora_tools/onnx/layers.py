@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import onnx
     from torch import nn
 
-_FREE = 2  # the first layers may differ from the rest
+_FREE = (1, 2)  # so many of the first layers may differ from the rest; what all share is in them
 _CACHE = re.compile(r"(past_key_values|present)\.(\d+)\.")
 
 
@@ -31,12 +31,16 @@ class NotRepeating(Exception):
 @dataclasses.dataclass(frozen=True)
 class Stack:
     """A stack of layers cut short: ``prefix`` is its name in the model, ``kept`` of ``total`` are
-    traced, and layer i is like layer i − ``period``."""
+    traced, and after the first ``free`` ones layer i is like layer i − ``period``."""
 
     prefix: str
     total: int
-    kept: int
+    free: int
     period: int
+
+    @property
+    def kept(self) -> int:
+        return self.free + 2 * self.period
 
 
 def shorten(model: nn.Module) -> list[Stack]:
@@ -49,10 +53,13 @@ def shorten(model: nn.Module) -> list[Stack]:
             prefix.startswith(f"{stack.prefix}.") for stack in stacks
         ):
             continue
-        period = _period(module, getattr(model, "config", None))
-        kept = _FREE + 2 * period if period else len(module)
-        if kept < len(module):
-            stacks.append(Stack(prefix, len(module), kept, period))
+        found = [
+            Stack(prefix, len(module), free, period)
+            for free in _FREE
+            if (period := _period(module, free, getattr(model, "config", None)))
+        ]
+        if found:
+            stacks.append(min(found, key=lambda stack: stack.kept))
     for stack in stacks:
         module = model.get_submodule(stack.prefix)
         assert isinstance(module, nn.ModuleList)
@@ -60,16 +67,16 @@ def shorten(model: nn.Module) -> list[Stack]:
     return stacks
 
 
-def _period(layers: nn.ModuleList, config: Any) -> int:
-    """The smallest p by which layers i and i − p are alike from the third layer on; 0: none."""
+def _period(layers: nn.ModuleList, free: int, config: Any) -> int:
+    """The smallest p by which layers i and i − p are alike after so many of them; 0: none."""
     kinds = [_kind(layer) for layer in layers]
     lists = [
         value
         for value in getattr(config, "__dict__", {}).values()
         if isinstance(value, list | tuple) and len(value) == len(layers)
     ]
-    for period in range(1, (len(layers) - _FREE + 1) // 2):  # so that some are left out
-        pairs = [(i, i - period) for i in range(_FREE + period, len(layers))]
+    for period in range(1, (len(layers) - free + 1) // 2):  # so that some are left out
+        pairs = [(i, i - period) for i in range(free + period, len(layers))]
         if all(_like(kinds, i, j) and all(v[i] == v[j] for v in lists) for i, j in pairs):
             return period
     return 0
@@ -135,12 +142,10 @@ class _Repeater:
         return None
 
     def run(self) -> None:
-        stack = self.stack
-        first = stack.kept - stack.period
+        stack, first = self.stack, self.stack.free + self.stack.period
         for layer in range(first, stack.kept):
             self._compare(layer, layer - stack.period)
-        handed = {layer: self._handed(layer) for layer in range(_FREE - 1, stack.kept - 1)}
-        handed[stack.kept - 1] = handed[first - 1]
+        handed = self._handed()
         self._refuse_other_uses(handed)
         new: list[onnx.NodeProto] = []
         current = self._value(stack.kept - 1, handed[stack.kept - 1])
@@ -187,11 +192,11 @@ class _Repeater:
 
     def _alike(self, mine: str, theirs: str, layer: int, other: int) -> bool:
         if mine == theirs:
-            return self.layer_of.get(mine, (0,))[0] < _FREE  # what all layers share
+            return self.layer_of.get(mine, (0,))[0] < self.stack.free  # what all layers share
         if mine in self.layer_of and theirs in self.layer_of:
             a, b = self.layer_of[mine], self.layer_of[theirs]
-            if (a[0], b[0]) == (layer - 1, other - 1):  # the one value that is handed on
-                return True
+            if (a[0], b[0]) == (layer - 1, other - 1):  # what is handed on: see there
+                return b[0] < self.stack.free or a[1:] == b[1:]
             return a[0] == layer and b[0] == other and a[1:] == b[1:]
         if mine in self._buffers and theirs in self._buffers:
             return self._buffers[mine] == self._buffers[theirs]
@@ -207,17 +212,28 @@ class _Repeater:
             return f"{match[1]}.{to}.{name[match.end() :]}"
         return name
 
-    def _handed(self, layer: int) -> tuple[int, int]:
-        """The one value that the next layer takes from this one."""
-        used = {
-            self.layer_of[value][1:]
-            for node in self.nodes[layer + 1]
-            for value in node.input
-            if value in self.layer_of and self.layer_of[value][0] == layer
-        }
-        if len(used) != 1:
-            raise NotRepeating(f"layer {layer} hands {len(used)} values on")
-        return next(iter(used))
+    def _handed(self) -> dict[int, tuple[int, int]]:
+        """The one value that the next layer takes from each, but for what all layers share. The
+        first layers may make it otherwise; there it is what stands where a copy takes its own."""
+        stack, handed = self.stack, dict[int, tuple[int, int]]()
+        for layer in range(stack.free + stack.period, stack.kept):
+            other = layer - stack.period
+            used = {
+                (self.layer_of[mine][1:], self.layer_of[theirs][1:])
+                for a, b in zip(self.nodes[layer], self.nodes[other], strict=True)
+                for mine, theirs in zip(a.input, b.input, strict=True)
+                if mine != theirs and self._before(mine, layer) and self._before(theirs, other)
+            }
+            if len(used) != 1:
+                raise NotRepeating(f"layer {other - 1} hands {len(used)} values on")
+            [(handed[layer - 1], place)] = used
+            if handed.setdefault(other - 1, place) != place:
+                raise NotRepeating(f"layer {other - 1} hands another value on than the others")
+        handed[stack.kept - 1] = handed[stack.kept - 1 - stack.period]
+        return handed
+
+    def _before(self, value: str, layer: int) -> bool:
+        return self.layer_of.get(value, (-2,))[0] == layer - 1
 
     def _refuse_other_uses(self, handed: Mapping[int, tuple[int, int]]) -> None:
         """Outside the layers only what the last one hands on is used, and it only after it."""
@@ -227,7 +243,7 @@ class _Repeater:
                 continue
             for value in node.input:
                 place = self.layer_of.get(value)
-                if place is None or place[0] < _FREE:
+                if place is None or place[0] < self.stack.free:
                     continue
                 if place != (last, *handed[last]) or at < self.last:
                     raise NotRepeating(f"{node.name} uses {value} of layer {place[0]}")
