@@ -31,7 +31,13 @@ from lora_tools.formats.adapters.components import (
     published,
 )
 from lora_tools.formats.adapters.format import Format
-from lora_tools.formats.adapters.lycoris import MODULATION, OWN_PARTS, add_module, add_notes
+from lora_tools.formats.adapters.lycoris import (
+    CHANGE_PARTS,
+    MODULATION,
+    OWN_PARTS,
+    add_module,
+    add_notes,
+)
 from lora_tools.formats.adapters.outline import Context, Outline, group_parts, pair, reshaped
 from lora_tools.formats.adapters.peft import PREFIX
 from lora_tools.formats.adapters.places import Place
@@ -63,7 +69,7 @@ _PARTS = {
     "up.weight": "B",
     "dora_scale": "magnitude",
     "magnitude": "magnitude",
-    **{part: part for part in (*OWN_PARTS, MODULATION)},
+    **{part: part for part in (*OWN_PARTS, *CHANGE_PARTS, MODULATION)},
 }
 _LYCORIS = {"A": "lora_down.weight", "B": "lora_up.weight", "magnitude": "dora_scale"}
 _PART = "|".join(re.escape(part) for part in sorted(_PARTS, key=len, reverse=True))
@@ -108,7 +114,7 @@ def read(path: Path, file: TensorFile, context: Context, form: str = "diffusers"
     _note_on_second(outline, in_base)
     for name, keys in modules.items():
         module = in_base[name]
-        if keys.keys() & {*OWN_PARTS, MODULATION}:
+        if keys.keys() & {*OWN_PARTS, *CHANGE_PARTS, MODULATION}:
             own = {_LYCORIS.get(part, part): key for part, key in keys.items()}
             add_module(outline, module, own, context, zero_is_rank=False)
             continue

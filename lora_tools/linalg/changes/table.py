@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 
 def _changes() -> dict[str, Change]:
+    from lora_tools.linalg.changes import lycoris as ly
     from lora_tools.linalg.changes import of_weight as w
     from lora_tools.linalg.changes import patterns as s
     from lora_tools.linalg.changes import products as p
@@ -25,6 +26,7 @@ def _changes() -> dict[str, Change]:
         *(s.fourierft, s.waveft, s.c3a, s.shira, s.supertuning, s.miss, s.beft),
         *(r.oft, r.boft, r.hra, r.bat, r.road, r.road_bias),
         *(w.input_dora, w.hira, w.glora, w.glora_bias, w.deft, w.frod, w.peanut),
+        *(ly.lycoris_glora, ly.lycoris_oft, ly.lycoris_boft, ly.lycoris_ia3),
     )
     return {row.__name__: row for row in rows}
 
