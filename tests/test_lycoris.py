@@ -39,10 +39,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "lokr-whole": (LokrModule, {"lora_dim": 2, "alpha": 5, "full_matrix": True}),
     "lokr-factor": (LokrModule, {"lora_dim": 2, "alpha": 5, "factor": 2}),
     "lokr-tucker": (LokrModule, {"lora_dim": 2, "alpha": 5, "use_tucker": True, "factor": 2}),
-    "lokr-tucker-1": (
-        LokrModule,
-        {"lora_dim": 1, "alpha": 5, "use_tucker": True, "factor": 2},
-    ),
+    "lokr-tucker-1": (LokrModule, {"lora_dim": 1, "alpha": 5, "use_tucker": True, "factor": 2}),
     "locon": (LoConModule, {"lora_dim": 3, "alpha": 5}),
     "locon-tucker": (LoConModule, {"lora_dim": 3, "alpha": 5, "use_tucker": True}),
 }

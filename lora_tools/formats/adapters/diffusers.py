@@ -26,6 +26,7 @@ from lora_tools.formats.adapters.components import (
     KOHYA,
     NAMES,
     is_of_first_layout,
+    is_t5,
     looks_like,
     placed,
     published,
@@ -259,6 +260,12 @@ def name_of(place: Place) -> str:
             "diffusers has it under another name and would pass it by"
             f"{base if place.unlooked else ''}; of kohya's files (--to kohya) it reads some with "
             "such names"
+        )
+    if place.guessed and is_t5(place.rest):
+        raise place.refusal(
+            "nothing tells which text encoder T5 is: diffusers has it as text_encoder_2 of FLUX, "
+            "as text_encoder_3 of SD3 and as text_encoder of others; give the pipeline that it was "
+            "trained on, or its folder of that part, with --base"
         )
     return f"{place.component}.{place.rest}"
 
