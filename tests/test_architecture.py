@@ -168,6 +168,7 @@ NUMERIC = {
     "linalg/delta.py",
     "linalg/lora.py",
     "linalg/merge.py",
+    "linalg/changes/lycoris.py",
     "linalg/changes/of_weight.py",
     "linalg/changes/patterns.py",
     "linalg/changes/products.py",

@@ -39,6 +39,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "lokr-whole": (LokrModule, {"lora_dim": 2, "alpha": 5, "full_matrix": True}),
     "lokr-factor": (LokrModule, {"lora_dim": 2, "alpha": 5, "factor": 2}),
     "lokr-tucker": (LokrModule, {"lora_dim": 2, "alpha": 5, "use_tucker": True, "factor": 2}),
+    "lokr-tucker-1": (LokrModule, {"lora_dim": 1, "alpha": 5, "use_tucker": True, "factor": 2}),
     "locon": (LoConModule, {"lora_dim": 3, "alpha": 5}),
     "locon-tucker": (LoConModule, {"lora_dim": 3, "alpha": 5, "use_tucker": True}),
 }
@@ -253,7 +254,8 @@ def _spoilt() -> Iterator[tuple[str, dict[str, torch.Tensor], str]]:
     yield "parts of other ranks", {**loha, "hada_w1_a": one(36, 3)}, "go together"
     locon = {"lora_down.weight": one(2, 24), "lora_up.weight": one(36, 3)}
     yield "a middle for a matrix", {**locon, "lora_mid.weight": one(3, 4, 1, 1)}, "go together"
-    yield "OFT", {"oft_blocks": one(2, 3, 3)}, "OFT"
+    yield "OFT", {"oft_blocks": one(2, 3, 3)}, "make no lycoris_oft"
+    yield "OFT and factors", {"oft_blocks": one(2, 3, 3), **loha}, "no whole OFT"
     yield "a bias", {**loha, "diff_b": one(36)}, r"net\.linear\.bias matches no tensor"
     yield "magnitudes of neither side", {**loha, "dora_scale": one(1, 25)}, "36 magnitudes"
     yield "two magnitudes", {**loha, "dora_scale": one(36), "magnitude": one(36)}, "one of them"
@@ -285,36 +287,102 @@ def test_dora_of_outputs(base: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
-# Of each kind that is no low-rank change: the keys that lycoris 4.1 writes, and what it is called.
-OTHERS: dict[str, tuple[dict[str, Any], str, set[str]]] = {
-    "glora": ({"algo": "glora"}, "GLoRA", {"a1.weight", "a2.weight", "b1.weight", "b2.weight"}),
-    "ia3": ({"algo": "ia3"}, "IA³", {"weight", "on_input"}),
-    "oft": ({"algo": "diag-oft"}, "OFT", {"oft_blocks"}),
-    "oft-rescaled": ({"algo": "diag-oft", "rescaled": True}, "OFT", {"oft_blocks", "rescale"}),
-    "boft": ({"algo": "boft"}, "BOFT", {"oft_blocks"}),
-    "tlora": ({"algo": "tlora"}, "T-LoRA", {"q_layer.weight", "p_layer.weight", "lambda_layer"}),
+# Types that are made of the base's weight: options, and parts that lycoris 4.1 writes.
+OF_WEIGHT: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "glora": ({"algo": "glora"}, {"a1.weight", "a2.weight", "b1.weight", "b2.weight"}),
+    "ia3": ({"algo": "ia3"}, {"weight", "on_input"}),
+    "ia3-inputs": ({"algo": "ia3", "train_on_input": True}, {"weight", "on_input"}),
+    "oft": ({"algo": "diag-oft"}, {"oft_blocks"}),
+    "oft-short": ({"algo": "diag-oft", "constraint": 0.01}, {"oft_blocks"}),
+    "oft-rescaled": ({"algo": "diag-oft", "rescaled": True}, {"oft_blocks", "rescale"}),
+    "boft": ({"algo": "boft", "constraint": 0.02}, {"oft_blocks"}),
+    "boft-rescaled": ({"algo": "boft", "rescaled": True}, {"oft_blocks", "rescale"}),
 }
 
 
-@pytest.mark.sweep(2)
-@pytest.mark.parametrize("prefix", ["lycoris", "lora_unet", "lora_te"])
-@pytest.mark.parametrize("case", OTHERS)
-def test_what_is_no_low_rank_change_is_refused_by_its_name(
-    case: str, prefix: str, base: Path, tmp_path: Path
-) -> None:
-    """Whole files of each kind, and one key of it among those of a LoCon."""
-    options, called, parts = OTHERS[case]
-    state = network(prefix, **options)
-    found = {key.partition(".")[2] for key in state}
-    assert parts <= found, "the library writes it under other names"
-    plain = network(prefix, algo="locon")
-    save_file(state, tmp_path / "a.safetensors")
-    for part in sorted(parts):
-        key = next(key for key in state if key.endswith("." + part))
-        save_file({**plain, key: state[key]}, tmp_path / f"{part}.safetensors")
-    for path in tmp_path.glob("*.safetensors"):
-        with pytest.raises(UnsupportedAdapter, match=f"holds .*{called}.*, which is not read"):
-            lora_tools.merge(base, [path], tmp_path / "m")
+@pytest.mark.parametrize("case", OF_WEIGHT)
+def test_what_is_made_of_the_weight_is_merged_as_lycoris_does(case: str, tmp_path: Path) -> None:
+    options, parts = OF_WEIGHT[case]
+    before, made = trained(**options)
+    file = {k: v.detach().clone().contiguous() for k, v in made.state_dict().items()}
+    assert parts <= {key.partition(".")[2] for key in file}
+    save_file(file, tmp_path / "a.safetensors")
+    base = iotools.checkpoint(tmp_path / "base", before)
+    with torch.no_grad():
+        wanted = {
+            f"{module.lora_name.removeprefix('lycoris_').replace('_', '.')}.weight": (
+                module.get_merged_weight()[0]
+            )
+            for module in made.loras
+        }
+    lora_tools.merge(base, [tmp_path / "a.safetensors"], tmp_path / "m", reversible=True)
+    models.assert_same(models.tensors(tmp_path / "m"), before | wanted, 1e-5)
+    lora_tools.unmerge(tmp_path / "m", [tmp_path / "a.safetensors"], tmp_path / "b")
+    models.assert_same(models.tensors(tmp_path / "b"), before, 0)
+
+
+def test_what_is_made_of_the_weight_under_other_names(tmp_path: Path) -> None:
+    """Names of kohya, names with dots, GLoRA's older order; a LoRA made of it; and refusals."""
+    noise = torch.Generator().manual_seed(5)
+    W, a1, a2, b1, b2 = (
+        torch.randn(*shape, generator=noise) for shape in ((6, 8), (8, 2), (2, 8), (6, 2), (2, 8))
+    )
+    base = iotools.checkpoint(tmp_path / "base", {"net.lin.weight": W, "net.bias": W[0].clone()})
+    now = dict(zip(("a1", "a2", "b1", "b2"), (a1, a2, b1, b2), strict=True))
+    older = dict(zip(("a2", "a1", "b2", "b1"), (a1, a2, b1, b2), strict=True))
+    wanted = W + 1.5 * (W @ a1 @ a2 + b1 @ b2)
+    for name, parts in (
+        ("lora_unet_net_lin", now),
+        ("lora_unet_net_lin", older),
+        ("diffusion_model.net.lin", now),
+    ):
+        file = {f"{name}.{part}.weight": x for part, x in parts.items()}
+        given = tmp_path / "a.safetensors"
+        save_file({**file, f"{name}.alpha": torch.tensor(3.0)}, given)
+        lora_tools.merge(base, [given], tmp_path / "m", force=True)
+        found = models.tensors(tmp_path / "m")["net.lin.weight"]
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    lora_tools.convert(given, tmp_path / "p", to="peft", base=base, rank=6)
+    lora_tools.merge(base, [tmp_path / "p"], tmp_path / "n")
+    found = models.tensors(tmp_path / "n")["net.lin.weight"]
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    square = {part: torch.ones(8, 8) for part in now}
+    for parts, says in (
+        ({k: now[k] for k in ("a1", "a2", "b1")}, "no whole GLoRA"),
+        ({**now, "b2": b2[:, :7].contiguous()}, r"make no lycoris_glora for \[6, 8\]"),
+        (square, "make no lycoris_glora"),
+    ):
+        save_file({f"lora_unet_net_lin.{k}.weight": v for k, v in parts.items()}, given)
+        with pytest.raises((AdapterError, MismatchError), match=says):
+            lora_tools.merge(base, [given], tmp_path / "m", force=True)
+
+
+def test_t_lora_is_refused_by_name(base: Path, tmp_path: Path) -> None:
+    save_file(network("lora_unet", algo="tlora"), tmp_path / "a.safetensors")
+    with pytest.raises(UnsupportedAdapter, match=r"holds T-LoRA.*, which is not read"):
+        lora_tools.merge(base, [tmp_path / "a.safetensors"], tmp_path / "m")
+
+
+def trained(**options: Any) -> tuple[dict[str, torch.Tensor], Any]:
+    """The tensors of a model with a linear layer and a convolution, and a random network of lycoris
+    for it."""
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin, self.conv = torch.nn.Linear(24, 64), torch.nn.Conv2d(12, 16, 3)
+
+    torch.manual_seed(3)
+    model = Net()
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        LycorisNetwork.apply_preset({"enable_conv": True, "target_module": ["Net"]})
+        made = create_lycoris(model, 1.0, linear_dim=4, conv_dim=4, **options)
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        made.apply_to()
+        for parameter in made.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return before, made
 
 
 def network(prefix: str, **options: Any) -> dict[str, torch.Tensor]:

@@ -13,8 +13,15 @@ from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
 import lora_tools
-from lora_tools.errors import AdapterError, MismatchError, UnsupportedAdapter, UsageError
+from lora_tools.errors import (
+    AdapterError,
+    MismatchError,
+    NonFiniteError,
+    UnsupportedAdapter,
+    UsageError,
+)
 from lora_tools.formats.adapters.changes import CHANGES
+from lora_tools.linalg.changes.on import On
 
 from . import models
 
@@ -182,6 +189,56 @@ def test_a_type_becomes_a_lora_of_the_certified_error(case: str, tmp_path: Path)
         S = torch.linalg.svdvals(exact.flatten(1))
         best = float((S[2:].square().sum() / S.square().sum()).sqrt())
         assert best - 1e-6 <= error <= best + 2e-3
+
+
+FACTORED = ("loha", "lokr", "adalora", "vera", "pvera", "randlora", "vblora", "unilora")
+
+
+@pytest.mark.sweep(6)
+@pytest.mark.parametrize(
+    "case", [*FACTORED, "tinylora", "delora", "loha-effective", "lokr-both", "vera-turned"]
+)
+def test_small_factors_give_the_lora_that_the_matrix_gives(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A change that is a product of small factors is decomposed by them."""
+    base = store(net(), tmp_path / "base.safetensors")
+    trained(tmp_path / "a", case)
+    reports = {}
+    for small in (False, True):
+        monkeypatch.setattr(On, "is_small", lambda on, rank, small=small: small)
+        reports[small] = lora_tools.convert(
+            tmp_path / "a", tmp_path / f"{small}", to="peft", base=base, rank=2
+        )
+    methods = {r.method for r in reports[True].modules if r.module != "audio"}
+    assert (methods, {r.method for r in reports[False].modules}) == ({"resize"}, {"dense"})
+    for one, other in zip(reports[False].modules, reports[True].modules, strict=True):
+        assert (other.rank, other.module) == (one.rank, one.module)
+        assert other.relative_error == pytest.approx(one.relative_error, abs=2e-6)
+        assert other.delta_norm == pytest.approx(one.delta_norm, rel=1e-5)
+    for out in ("False", "True"):
+        lora_tools.merge(base, [tmp_path / out], tmp_path / f"m{out}.safetensors")
+    found, wanted = (load_file(tmp_path / f"m{out}.safetensors") for out in ("True", "False"))
+    models.assert_same(found, wanted, 1e-5)
+
+
+def test_a_change_by_factors_that_is_nothing(tmp_path: Path) -> None:
+    """LoHa of zeros, and one with a NaN."""
+    base = store(net(), tmp_path / "base.safetensors")
+    trained(tmp_path / "a", "loha")
+    file = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    for value in (0.0, float("nan")):
+        for x in file.values():
+            x.fill_(value)
+        save_file(file, tmp_path / "a" / "adapter_model.safetensors")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(On, "is_small", lambda on, rank: True)
+            if value:
+                with pytest.raises(NonFiniteError, match=r"weight: its change holds an inf"):
+                    lora_tools.convert(tmp_path / "a", tmp_path / "n", to="peft", base=base, rank=2)
+            else:
+                lora_tools.convert(tmp_path / "a", tmp_path / "l", to="peft", base=base, rank=2)
+    assert not any(x.any() for k, x in load_file(tmp_path / "l/adapter_model.safetensors").items())
 
 
 @pytest.mark.sweep(4)

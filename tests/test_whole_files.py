@@ -28,6 +28,17 @@ ALL_IN_ONE = {
         f"text_encoders.clip_g.transformer.{CLIP}": "text_encoder_2",
         f"text_encoders.t5xxl.transformer.{T5}": "text_encoder_3",
     },
+    "sd3 without CLIP G": {
+        "model.diffusion_model.joint_blocks.0.x_block.attn.proj": "",
+        f"text_encoders.clip_l.transformer.{CLIP}": "text_encoder",
+        f"text_encoders.t5xxl.transformer.{T5}": "text_encoder_3",
+    },
+    "chroma": {
+        "model.diffusion_model.double_blocks.0.img_attn.proj": "",
+        "model.diffusion_model.distilled_guidance_layer.in_proj": "",
+        "model.diffusion_model.img_in": "transformer",
+        f"text_encoders.t5xxl.transformer.{T5}": "text_encoder",
+    },
     "sdxl": {
         "model.diffusion_model.input_blocks.0.0": "",
         "model.diffusion_model.label_emb.0.0": "unet",
@@ -58,6 +69,28 @@ def test_the_part_of_each_module_of_a_single_file(case: str, tmp_path: Path) -> 
     lora_tools.merge(tmp_path / "b.safetensors", [out], tmp_path / "m.safetensors")
     for key, merged in load_file(tmp_path / "m.safetensors").items():
         torch.testing.assert_close(merged, base[key] + 2 * (key.removesuffix(".weight") in parts))
+
+
+@pytest.mark.parametrize(
+    ("beside", "part"),
+    [
+        ("transformer.single_transformer_blocks.0.proj_out", "text_encoder_2"),
+        (f"text_encoders.clip_g.transformer.{CLIP}", "text_encoder_3"),
+        (f"text_encoders.clip_l.transformer.{CLIP}", ""),
+    ],
+)
+def test_which_encoder_t5_is_without_a_base(beside: str, part: str, tmp_path: Path) -> None:
+    """FLUX's by its denoiser's keys, SD3's by CLIP G; where nothing tells it is asked for."""
+    save_file(factors([f"text_encoders.t5xxl.transformer.{T5}", beside]), tmp_path / "a")
+    out = tmp_path / "o.safetensors"
+    if part:
+        lora_tools.convert(tmp_path / "a", out, to="diffusers")
+        assert f"{part}.{T5}.lora_A.weight" in load_file(out)
+        return
+    with pytest.raises(UnsupportedAdapter, match=r"which text encoder T5 is.*base"):
+        lora_tools.convert(tmp_path / "a", out, to="diffusers")
+    lora_tools.convert(tmp_path / "a", out, to="comfyui")  # which has one name for all
+    assert f"text_encoders.t5xxl.transformer.{T5}.lora_A.weight" in load_file(out)
 
 
 def test_two_transformers_alike(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.jobs import Job, job
 from lora_tools.linalg.layouts import LAYOUTS, Layout
 from lora_tools.linalg.ranks import RankRule
-from lora_tools.merging.changed import change_of, layer_of, working_bytes
+from lora_tools.merging.changed import change_of, layer_of, product_of, working_bytes
 from lora_tools.merging.jobs import lying_in
 from lora_tools.merging.plan import plan_merge
 from lora_tools.merging.targets import Part, Target
@@ -33,8 +33,10 @@ if TYPE_CHECKING:
     import torch
 
     from lora_tools.formats.adapters.writer import Factors
+    from lora_tools.linalg.changes.on import Product
 
 _SEED = 0
+_EXACT = "resize"
 # Fields of a config that mean the same of a LoRA.
 _KEPT = (
     "base_model_name_or_path",
@@ -121,11 +123,19 @@ class _Fitted:
     gain: float
     method: str
 
+    @classmethod
+    def nothing(
+        cls, shape: Sequence[int], dtype: torch.dtype, total: float, method: str
+    ) -> _Fitted:
+        """Of zeros, of rank 1, which readers need."""
+        import torch
+
+        left, right = torch.zeros(shape[0], 1, dtype=dtype), torch.zeros(1, shape[1], dtype=dtype)
+        return cls(left, right, total, total, 0.0, method)
+
 
 def _fitted(name: str, values: torch.Tensor, rule: RankRule, dtype: torch.dtype) -> _Fitted:
     """The best product for a matrix at the rank that the rule chooses. Raises NonFiniteError."""
-    import torch
-
     from lora_tools.linalg import lora
     from lora_tools.linalg.delta import Delta
     from lora_tools.linalg.svd import truncated
@@ -137,14 +147,52 @@ def _fitted(name: str, values: torch.Tensor, rule: RankRule, dtype: torch.dtype)
         raise NonFiniteError(f"{name}: its change holds an inf or a NaN; check the adapter")
     svd = truncated(values, rule, total=total, noise=energies.noise, seed=_SEED)
     if not svd.rank:
-        rows, cols = values.shape
-        left, right = torch.zeros(rows, 1, dtype=dtype), torch.zeros(1, cols, dtype=dtype)
-        return _Fitted(left, right, total, total, 0.0, svd.method)
+        return _Fitted.nothing(values.shape, dtype, total, svd.method)
     left, right, fit = lora.balanced_factors(svd, delta, 1.0, dtype)
     if not math.isfinite(fit.error):
         raise NonFiniteError(f"{name}: its factors overflow {dtype}; choose a wider --dtype")
     gain = max(svd.captured + svd.gain - fit.captured, 0.0)
     return _Fitted(left, right, total, max(fit.error, 0.0), gain, svd.method)
+
+
+def _fitted_product(name: str, product: Product, rule: RankRule, dtype: torch.dtype) -> _Fitted:
+    """The same of a matrix that is a product of small factors, without forming it: by the exact
+    SVD of the product. Raises NonFiniteError."""
+    from lora_tools.linalg.factors import best_of_product
+
+    left, right = product.left.double() * product.scale, product.right
+    if not (left.isfinite().all() and right.isfinite().all()):
+        raise NonFiniteError(f"{name}: its change holds an inf or a NaN; check the adapter")
+    best = best_of_product(left, right, rule, dtype)
+    if not best.r:
+        return _Fitted.nothing((left.shape[0], right.shape[1]), dtype, best.total, _EXACT)
+    if not math.isfinite(best.error):
+        raise NonFiniteError(f"{name}: its factors overflow {dtype}; choose a wider --dtype")
+    return _Fitted(best.lora_B, best.lora_A, best.total, best.error, best.gain, _EXACT)
+
+
+def _of_regions(
+    work: ToLora, base: Checkpoint, rule: RankRule, dtype: torch.dtype
+) -> list[_Fitted]:
+    """The products of the layer's regions."""
+    spec, layout = work.target.spec, work.layout
+    regions = layout.regions(spec.shape)
+    if len(regions) == 1 and (product := product_of(work.part, spec)) is not None:
+        return [_fitted_product(spec.name, product, rule, dtype)]
+    weight = None
+    if work.source.kind.of_base:
+        weight = layer_of(work.target, work.part, base.tensor).float()
+    change = change_of(work.part, spec, weight).reshape(layout.matrix(spec.shape))
+    base.release(work.target.base_name)
+    return [
+        _fitted(
+            spec.name,
+            change[at.row : at.row + at.rows, at.col : at.col + at.cols].contiguous(),
+            rule,
+            dtype,
+        )
+        for at in regions
+    ]
 
 
 def lora_of(
@@ -159,21 +207,7 @@ def lora_of(
     from lora_tools.formats.adapters.writer import Factors
 
     spec, layout, module = work.target.spec, work.layout, work.source.module
-    weight = None
-    if work.source.kind.of_base:
-        weight = layer_of(work.target, work.part, base.tensor).float()
-    change = change_of(work.part, spec, weight).reshape(layout.matrix(spec.shape))
-    base.release(work.target.base_name)
-    written = torch_dtype(dtype or spec.dtype)
-    found = [
-        _fitted(
-            spec.name,
-            change[at.row : at.row + at.rows, at.col : at.col + at.cols].contiguous(),
-            rule,
-            written,
-        )
-        for at in layout.regions(spec.shape)
-    ]
+    found = _of_regions(work, base, rule, torch_dtype(dtype or spec.dtype))
     A, B = layout.factors([(each.left, each.right) for each in found], spec.shape)
     r = layout.r([each.right.shape[0] for each in found])
     total = Total.of((each.total, each.error) for each in found)
@@ -236,6 +270,9 @@ def write_lora(
     from lora_tools.linalg.recipes import compute
 
     tasks = _tasks(works)
+    if names is not None:  # the adapter says how its layers are stored where the base does not
+        layouts = {work.source.module: work.layout.name for work in works}
+        names = dataclasses.replace(names, layouts={**names.layouts, **layouts})
     writer, results = PeftFormat(out, names, compute), []
     try:
         for factors, result in threads.run(

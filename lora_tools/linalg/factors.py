@@ -11,8 +11,9 @@ import torch
 
 from lora_tools.linalg.layout import Layout, Shape, pad_rank
 from lora_tools.linalg.lora import difference_energy, resize
-from lora_tools.linalg.ranks import RankRule
+from lora_tools.linalg.ranks import RankRule, Spectrum
 from lora_tools.linalg.svd import top_directions
+from lora_tools.linalg.truncation import Wanted
 
 
 @overload
@@ -50,6 +51,40 @@ class Resized:
     r: int
     total: float
     error: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Best:
+    """The best product of rank ``r`` in a dtype, and ``gain``: how much more of ``total``, ‖Δ‖²_F,
+    it could hold but for rounding."""
+
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+    r: int
+    total: float
+    error: float
+    gain: float
+
+
+def best_of_product(
+    left: torch.Tensor, right: torch.Tensor, rule: RankRule, dtype: torch.dtype
+) -> Best:
+    """The best approximation of left (m, k) @ right (k, n), which is never formed, at the rank
+    that the rule chooses: as ``lora.balanced_factors``, after an exact SVD. 0 of zeros."""
+    U, S, Vh = resize(left, right)
+    squared = S.square()
+    total = float(squared.sum())
+    about = Spectrum(squared[:0], total, True, (left.shape[0], right.shape[1]))
+    wanted = Wanted(rule, about)
+    r = wanted.decide(wanted.spectrum(squared, complete=True)) if total else 0
+    lora_A = (S[:r].sqrt()[:, None] * Vh[:r]).to(dtype)
+    wide = lora_A.double()
+    P = (U * S) @ (Vh @ wide.T)
+    best: torch.Tensor = torch.linalg.solve(wide @ wide.T, P, left=False)
+    lora_B = best.to(dtype)
+    error = difference_energy((U * S, Vh, 1.0), (lora_B, lora_A, 1.0))
+    gain = max(float(squared[:r].sum()) - float((best * P).sum()), 0.0)
+    return Best(lora_A, lora_B, r, total, error, gain)
 
 
 def cut_factors(

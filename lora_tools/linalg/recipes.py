@@ -153,20 +153,23 @@ def _kronecker_sides(
     return one, two
 
 
+def _kronecker(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
+    """Of two matrices. (``torch.kron`` fails on a row that is a transposed column.)"""
+    return (one[:, None, :, None] * two[:, None, :]).reshape(
+        one.shape[0] * two.shape[0], one.shape[1] * two.shape[1]
+    )
+
+
 def kronecker_left(tensors: Sequence[torch.Tensor], numbers: Sequence[int]) -> torch.Tensor:
     """L₁ (a, i) ⊗ L₂ (b, j) → (ab, ij)."""
-    import torch
-
     (one, _), (two, _) = _kronecker_sides(tensors, numbers)
-    return torch.kron(one, two.contiguous())
+    return _kronecker(one, two)
 
 
 def kronecker_right(tensors: Sequence[torch.Tensor], numbers: Sequence[int]) -> torch.Tensor:
     """R₁ (i, c) ⊗ R₂ (j, d·∏k) → (ij, cd·∏k): the kernel stays innermost."""
-    import torch
-
     (_, one), (_, two) = _kronecker_sides(tensors, numbers)
-    return torch.kron(one.contiguous(), two.contiguous())
+    return _kronecker(one, two)
 
 
 def rows(tensors: Sequence[torch.Tensor], numbers: Sequence[int]) -> torch.Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from lora_tools.errors import MismatchError, UnsupportedAdapter
 from lora_tools.formats.adapters.changes import ChangedModule
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
     import torch
 
     from lora_tools.formats.checkpoint import Checkpoint
+    from lora_tools.linalg.changes.on import Product
     from lora_tools.linalg.merge import Added
+
+T = TypeVar("T")
 
 # Gives a whole tensor of the base by its name, in plain numbers.
 Read = Callable[[str], "torch.Tensor"]
@@ -90,23 +94,48 @@ def change_of(
     Raises:
         MismatchError: the adapter's tensors are of another layer.
     """
-    from lora_tools.linalg.changes.on import On
     from lora_tools.linalg.changes.table import change
+
+    delta = _made(change, part, spec, weight, bias)
+    return delta.T if _is_turned(part) else delta
+
+
+def product_of(part: Part, spec: TensorSpec) -> Product | None:
+    """Exact factors of the same, as (rows, columns) of a matrix, where there are small ones."""
+    from lora_tools.linalg.changes.table import product
+
+    assert isinstance(part.source, ChangedModule)
+    found = None if part.source.kind.of_base else _made(product, part, spec)
+    return found.T if found is not None and _is_turned(part) else found
+
+
+def _is_turned(part: Part) -> bool:
+    return part.layout is not None and part.layout.transposed
+
+
+def _made(
+    row: Callable[..., T],
+    part: Part,
+    spec: TensorSpec,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+) -> T:
+    """By a function of ``linalg.changes.table``, for the weight as (out, in, *kernel)."""
+    from lora_tools.linalg.changes.on import On
 
     source, adapter = part.source, part.weighted.adapter
     assert isinstance(source, ChangedModule)
-    turned = part.layout is not None and part.layout.transposed
-    shape = spec.shape[::-1] if turned else spec.shape
+    turned = _is_turned(part)
+    on = On(spec.shape[::-1] if turned else spec.shape, weight, bias)
     if weight is not None and turned:
-        weight = weight.T
+        on = dataclasses.replace(on, given=weight.T)
     tensors = {name: adapter.tensor(key) for name, key in source.keys.items()}
     try:
-        delta = change(part.kind, tensors, source.numbers, On(shape, weight, bias))
+        return row(part.kind, tensors, source.numbers, on)
     except MismatchError as error:
         raise MismatchError(
             f"{spec.name}: {part.weighted.path}: {error}; is this the base it was trained on?"
         ) from None
-    return delta.T if turned else delta
 
 
 def layer_of(target: Target, part: Part, read: Read) -> torch.Tensor:

@@ -216,9 +216,11 @@ def _fit(part: Part, name: str, spec: TensorSpec, base: Checkpoint | BaseOutline
     if part.expert is not None:
         return fit_share(part, name, spec, base)
     if part.shape and (part.kind not in ("lora", "saved", "difference") or len(spec.shape) > 2):
+        what = part.source.kind.title if isinstance(part.source, ChangedModule) else part.kind
         raise UnsupportedAdapter(
-            f"{part.weighted.path}: has {part.kind} for a tensor of {part.shape} that {base.path} "
-            f"stores in parts or in one with others ({name}); that is not merged"
+            f"{part.weighted.path}: has {what} for a tensor of {part.shape} that {base.path} "
+            f"stores in parts or in one with others ({name}); that is not merged: take a base "
+            "that stores it as the adapter has it (a diffusion model's other layout)"
         )
     if isinstance(part.source, LoraModule) and part.kind != "bias":
         whole = dataclasses.replace(spec, shape=part.shape or spec.shape)

@@ -231,6 +231,31 @@ INPUT_DORA = Change(
     "", "DoRA over the inputs", "", {"alpha": float, "r": int}, weight="input_dora", of_base=True
 )
 
+# LyCORIS' own types, by the part that tells each and the number of its axes (0: any): which parts
+# each must have, and which it may.
+OF_LYCORIS: dict[tuple[str, int], tuple[Change, frozenset[str], frozenset[str]]] = {
+    ("a1.weight", 0): (
+        Change("", "GLoRA", "", _LYCORIS, weight="lycoris_glora", of_base=True),
+        frozenset(f"{part}.weight" for part in ("a1", "a2", "b1", "b2")),
+        frozenset(("bm.weight", "alpha")),
+    ),
+    ("oft_blocks", 3): (
+        Change("", "OFT", "", {"alpha": float}, weight="lycoris_oft", of_base=True, chained=True),
+        frozenset(("oft_blocks",)),
+        frozenset(("rescale", "alpha")),
+    ),
+    ("oft_blocks", 4): (
+        Change("", "BOFT", "", {"alpha": float}, weight="lycoris_boft", of_base=True, chained=True),
+        frozenset(("oft_blocks",)),
+        frozenset(("rescale", "alpha")),
+    ),
+    ("on_input", 0): (
+        Change("", "IA³", "", weight="lycoris_ia3", of_base=True, chained=True),
+        frozenset(("weight", "on_input")),
+        frozenset(),
+    ),
+}
+
 
 def change_of(config: Mapping[str, Any]) -> Change | None:
     """The row of a config's type; None of LoRA, and of what is no change of weights."""

@@ -18,13 +18,14 @@ from lora_tools.formats.names import class_name
 
 DENOISERS = ("unet", "transformer", "transformer_2", "prior")
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-T5 = ("text_encoder_3", "text_encoder_2")  # of SD3, and of FLUX
+T5 = ("text_encoder_3", "text_encoder_2", "text_encoder")  # of SD3, of FLUX, of Chroma
 VAE = "vae"
 # What diffusers' adapters begin with.
 NAMES = (*DENOISERS, "controlnet", *ENCODERS)
 
 # Prefix of kohya's keys → components that it may mean, likeliest first. (T5 is the third encoder of
-# SD3 and the second of FLUX, and ``lora_te3_`` of both.) The first prefix of one is written.
+# SD3, the second of FLUX and the only one of Chroma, and ``lora_te3_`` of all.) The first prefix of
+# one is written.
 KOHYA: dict[str, tuple[str, ...]] = {
     "lora_unet_": ("unet", "transformer", "transformer_2"),
     "lora_transformer_": ("transformer",),
@@ -75,6 +76,11 @@ _LOOKS = {
 }
 _TEXT_MODEL = re.compile(r"(encoder\.layers|embeddings|final_layer_norm)\..*")
 _T5 = re.compile(r"encoder\.(block|final_layer_norm)\b.*|shared")
+_WHOSE_T5 = {
+    re.compile(r"distilled_guidance_layer\..*"): "text_encoder",
+    re.compile(r"joint_blocks\..*"): "text_encoder_3",
+    re.compile(r"(double_blocks|single_blocks|single_transformer_blocks)\..*"): "text_encoder_2",
+}
 _OPEN_CLIP = re.compile(r"(model\.)?transformer\.resblocks\..*")
 # What the class that a config.json names holds, by the first word that is found in it.
 _CLASSES = {
@@ -173,6 +179,12 @@ def is_of_first_layout(module: str) -> bool:
 def is_t5(module: str) -> bool:
     """Whether it is one of T5, by its name."""
     return bool(_T5.fullmatch(module))
+
+
+def whose_t5(module: str) -> str:
+    """Which encoder T5 is in a pipeline whose denoiser has that module; "" where it does not tell.
+    (Chroma has FLUX's modules, too.)"""
+    return next((own for look, own in _WHOSE_T5.items() if look.fullmatch(module)), "")
 
 
 def is_of_diffusers(module: str) -> bool:

@@ -26,12 +26,19 @@ from lora_tools.formats.adapters.components import (
     KOHYA,
     NAMES,
     is_of_first_layout,
+    is_t5,
     looks_like,
     placed,
     published,
 )
 from lora_tools.formats.adapters.format import Format
-from lora_tools.formats.adapters.lycoris import MODULATION, OWN_PARTS, add_module, add_notes
+from lora_tools.formats.adapters.lycoris import (
+    CHANGE_PARTS,
+    MODULATION,
+    OWN_PARTS,
+    add_module,
+    add_notes,
+)
 from lora_tools.formats.adapters.outline import Context, Outline, group_parts, pair, reshaped
 from lora_tools.formats.adapters.peft import PREFIX
 from lora_tools.formats.adapters.places import Place
@@ -63,7 +70,7 @@ _PARTS = {
     "up.weight": "B",
     "dora_scale": "magnitude",
     "magnitude": "magnitude",
-    **{part: part for part in (*OWN_PARTS, MODULATION)},
+    **{part: part for part in (*OWN_PARTS, *CHANGE_PARTS, MODULATION)},
 }
 _LYCORIS = {"A": "lora_down.weight", "B": "lora_up.weight", "magnitude": "dora_scale"}
 _PART = "|".join(re.escape(part) for part in sorted(_PARTS, key=len, reverse=True))
@@ -108,7 +115,7 @@ def read(path: Path, file: TensorFile, context: Context, form: str = "diffusers"
     _note_on_second(outline, in_base)
     for name, keys in modules.items():
         module = in_base[name]
-        if keys.keys() & {*OWN_PARTS, MODULATION}:
+        if keys.keys() & {*OWN_PARTS, *CHANGE_PARTS, MODULATION}:
             own = {_LYCORIS.get(part, part): key for part, key in keys.items()}
             add_module(outline, module, own, context, zero_is_rank=False)
             continue
@@ -253,6 +260,12 @@ def name_of(place: Place) -> str:
             "diffusers has it under another name and would pass it by"
             f"{base if place.unlooked else ''}; of kohya's files (--to kohya) it reads some with "
             "such names"
+        )
+    if place.guessed and is_t5(place.rest):
+        raise place.refusal(
+            "nothing tells which text encoder T5 is: diffusers has it as text_encoder_2 of FLUX, "
+            "as text_encoder_3 of SD3 and as text_encoder of others; give the pipeline that it was "
+            "trained on, or its folder of that part, with --base"
         )
     return f"{place.component}.{place.rest}"
 

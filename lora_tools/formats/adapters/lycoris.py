@@ -1,6 +1,7 @@
 """LyCORIS (lycoris-lora 4.1): LoCon, LoHa, LoKr and whole differences (``full``), read as the exact
-LoRA each of them is; and what LyCORIS and ComfyUI (``comfy/lora.py``) have beside: differences of
-norms and biases, and tensors that replace the model's (``set_weight``).
+LoRA each of them is; GLoRA, OFT, BOFT and IA³, which change the base's own weight; and what LyCORIS
+and ComfyUI (``comfy/lora.py``) have beside: differences of norms and biases, and tensors that
+replace the model's (``set_weight``).
 
 Names are kohya's, or begin with ``lycoris_``. A LoHa of rank r is a LoRA of rank r² at most, a LoKr
 one of the product of its two sides' ranks, a whole difference one of the weight's smaller side;
@@ -12,12 +13,13 @@ Files are written as LoCon.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_tools.errors import UnsupportedAdapter
 from lora_tools.formats.adapters.base_names import BaseNames
+from lora_tools.formats.adapters.changes import OF_LYCORIS, Change
 from lora_tools.formats.adapters.format import READ, Format
 from lora_tools.formats.adapters.kohya import (
     LORA_PARTS,
@@ -42,17 +44,17 @@ _DIFFERENCES = {"diff": "weight", "diff_b": "bias", "w_norm": "weight", "b_norm"
 MODULATION = "diff_m"  # LightX2V's, of a tensor ``modulation`` of Wan
 _SET = "set_weight"
 OWN_PARTS = ("lora_mid.weight", *_HADA, *_KRON, *_DIFFERENCES, _SET)
-PARTS = (*LORA_PARTS, *OWN_PARTS)
-_GLORA = "GLoRA, whose change of a weight is a product with that weight"
-_IA3 = "a scale of activations (IA³)"
-_ROTATION = "a rotation of the weight (OFT or BOFT)"
+# Of types that are made of the base's weight. (With dots a part ``weight`` is any module's, so that
+# IA³ has no such names.)
+_IA3 = ("weight", "on_input")
+CHANGE_PARTS = tuple(
+    sorted({part for _, must, may in OF_LYCORIS.values() for part in must | may} - {*_IA3, "alpha"})
+)
+PARTS = (*LORA_PARTS, *OWN_PARTS, *CHANGE_PARTS, *_IA3)
 _TLORA = "T-LoRA, which adds to directions of the base's own weight"
 # What LyCORIS has besides: parts of a key, and what they are refused as.
 _OTHER = {
     "reshape_weight": "another shape of a weight, which a model of this size has not",
-    **dict.fromkeys(("oft_blocks", "oft_diag", "rescale"), _ROTATION),
-    **dict.fromkeys(("weight", "on_input"), _IA3),
-    **dict.fromkeys((f"{part}.weight" for part in ("a1", "a2", "b1", "b2", "bm")), _GLORA),
     **dict.fromkeys(("q_layer.weight", "p_layer.weight", "lambda_layer"), _TLORA),
     "scalar": "a trained scalar; save it with lycoris' own state_dict, which folds it in",
 }
@@ -103,6 +105,10 @@ def add_module(
     if not keys.keys() - {"alpha"}:  # which no whole tensor is scaled by
         outline.used |= set(keys.values())
         return
+    for (part, axes), row in OF_LYCORIS.items():
+        if part in keys and axes in (0, len(outline.shape(keys[part]))):
+            _add_change(outline, module, keys, *row)
+            return
     if "diff" in keys:
         _add_full(outline, module, keys, shape)
     elif "hada_w1_a" in keys:
@@ -187,6 +193,22 @@ def _add_full(
         lambda shape: outline.computed(shape, (diff,), "whole_right"),
     )
     outline.used |= set(keys.values())
+
+
+def _add_change(
+    outline: Outline,
+    module: str,
+    keys: Mapping[str, str],
+    kind: Change,
+    must: Set[str],
+    may: Set[str],
+) -> None:
+    """One of LyCORIS' types that are made of the base's weight. Without an alpha it is 0."""
+    if not must <= keys.keys() <= must | may:
+        raise outline.fail(f"{module}: has {sorted(keys)}, which is no whole {kind.title}")
+    alpha = outline.scalar(keys["alpha"]) if "alpha" in keys else 0.0
+    parts = {part: outline.same(key) for part, key in keys.items() if part != "alpha"}
+    outline.add_change(module, kind, parts, {"alpha": alpha})
 
 
 def _add_loha(
@@ -327,7 +349,8 @@ FORMAT = Format(
     "module",
     "lycoris-lora 4.1",
     base=READ,
-    reads_besides="LoHa, LoKr, whole differences, those of norms and biases, CP-decomposed LoCon",
+    reads_besides="LoHa, LoKr, whole differences, those of norms and biases, CP-decomposed LoCon; "
+    "GLoRA, OFT, BOFT, IA³ (merge, or to LoRA)",
     marks=("lora", "lycoris"),
     knows=knows,
     read=read,

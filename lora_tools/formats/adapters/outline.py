@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_tools.errors import AdapterError, CheckpointError, MismatchError, TensorNotFound
 from lora_tools.formats.adapters.base_names import BaseNames
-from lora_tools.formats.adapters.changes import INPUT_DORA, ChangedModule
+from lora_tools.formats.adapters.changes import INPUT_DORA, Change, ChangedModule
 from lora_tools.formats.adapters.peft import PREFIX, Adapter
 from lora_tools.formats.adapters.training_metadata import is_carried
 from lora_tools.formats.safetensors_file import strict_json
@@ -281,12 +281,20 @@ class Outline:
         of_rank: int | None,
     ) -> None:
         parts = {"lora_A": lora_A, "lora_B": lora_B, "dora_scale": self.same(magnitude)}
-        for part, made in parts.items():
-            self._add(f"{module}.{part}", made)
         rank = lora_A.spec.shape[0]
         numbers = {"alpha": float(rank) if alpha is None else alpha, "r": of_rank or rank}
+        self.add_change(module, INPUT_DORA, parts, numbers)
+
+    def add_change(
+        self, module: str, kind: Change, parts: Mapping[str, Made], numbers: Mapping[str, float]
+    ) -> None:
+        """A module whose change is none of a LoRA, by what ``linalg.changes`` calls its parts."""
+        if module in self.ranks or module in self.changes:
+            raise self.fail(f"{module} is there twice: {next(iter(parts.values())).keys[0]} is it")
+        for part, made in parts.items():
+            self._add(f"{module}.{part}", made)
         keys = {part: f"{PREFIX}{module}.{part}" for part in parts}
-        self.changes[module] = ChangedModule(module, INPUT_DORA, keys, numbers)
+        self.changes[module] = ChangedModule(module, kind, keys, numbers)
 
     def add_difference(self, name: str, key: str) -> None:
         """What is added to a tensor, by its name in the model."""

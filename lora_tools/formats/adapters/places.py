@@ -20,6 +20,7 @@ from lora_tools.formats.adapters.components import (
     looks_like,
     placed,
     published,
+    whose_t5,
 )
 
 _BY_BASE = "give the pipeline that it was trained on, or its folder of that part, with --base"
@@ -91,7 +92,8 @@ class Places:
             found, rest = (head,), inner
         elif not found:
             found = self._of_all()
-        found = self._without_g(found)
+        if found == T5 and self._t5:
+            found = (self._t5,)
         likely = [each for each in looks_like(rest) if not found or each in found]
         # A model is one thing: what one module is by its name, its others are.
         if not likely and (not found or self._denoiser in found):
@@ -119,15 +121,17 @@ class Places:
         only = looks.pop()[0] if len(looks) == 1 else ""
         return only if only in DENOISERS else ""
 
-    def _without_g(self, found: tuple[str, ...]) -> tuple[str, ...]:
-        """T5 is the third encoder where the second, CLIP G, is in the file, too (SD3), and is the
-        second where it is not (FLUX)."""
-        return found[::-1] if found == T5 and self._lacks_g else found
-
     @functools.cached_property
-    def _lacks_g(self) -> bool:
-        weights = self._base.weights if self._base is not None else None
-        return weights is not None and all(placed(m)[0] != ("text_encoder_2",) for m in weights)
+    def _t5(self) -> str:
+        """Which encoder T5 is: the third where CLIP G is the second (SD3), which a file may lack,
+        the second of FLUX, the only one of Chroma; "" where nothing tells."""
+        names = self._base.weights if self._base is not None else self._modules
+        parts = [placed(name) for name in names]
+        if any(found == ("text_encoder_2",) for found, _ in parts):
+            return "text_encoder_3"
+        bare = (rest.partition(".") for _, rest in parts)
+        known = {whose_t5(rest if head in NAMES else f"{head}.{rest}") for head, _, rest in bare}
+        return min(known - {""}, default="")  # Chroma's "text_encoder" before FLUX's
 
     def _of_all(self) -> tuple[str, ...]:
         """Of a model by itself, all that it may be."""

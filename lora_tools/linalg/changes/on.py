@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,8 @@ if TYPE_CHECKING:
     import torch
 
 Tensors = Mapping[str, "torch.Tensor"]  # of a module, by part
-# (the tensors, numbers of the config, what it is on) -> the change
-Change = Callable[[Tensors, Mapping[str, Any], "On"], "torch.Tensor"]
+# (the tensors, numbers of the config, what it is on) -> the change, or two factors of it
+Change = Callable[[Tensors, Mapping[str, Any], "On"], "torch.Tensor | Product"]
 
 
 def places(indices: torch.Tensor, values: torch.Tensor | None = None) -> torch.Tensor:
@@ -22,6 +23,25 @@ def places(indices: torch.Tensor, values: torch.Tensor | None = None) -> torch.T
     if values is not None and found.shape[-1:] != values.shape:
         raise ValueError("not one index for each value")
     return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A change that is scale · left (out, r) @ right (r, in · ∏kernel)."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+    scale: float = 1.0
+
+    @property
+    def T(self) -> Product:
+        """That of a weight stored (in, out)."""
+        return Product(self.right.T, self.left.T, self.scale)
+
+    def matrix(self) -> torch.Tensor:
+        """The product itself."""
+        product: torch.Tensor = self.left @ self.right
+        return product if self.scale == 1.0 else product * self.scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +58,12 @@ class On:
     shape: tuple[int, ...] = ()
     given: torch.Tensor | None = None
     given_bias: torch.Tensor | None = None
+
+    def is_small(self, rank: int) -> bool:
+        """Whether factors of this rank take much less room, in float64, than a matrix of the shape
+        does, and a decomposition by them less time."""
+        out, inside = self.shape[0], math.prod(self.shape[1:])
+        return 6 * (out + inside) * rank <= out * inside
 
     @property
     def matrix(self) -> torch.Tensor:

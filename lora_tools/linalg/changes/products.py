@@ -1,16 +1,19 @@
 """Changes that are products of small factors, as PEFT 0.21 forms them from what it stores.
 
-Each gives Δ (out, in, *kernel), or (out, in · ∏kernel), which the caller reshapes.
+Each gives Δ (out, in, *kernel), or (out, in · ∏kernel), which the caller reshapes, or its factors.
+Those of LoHa and LoKr, whose matrices come cheaper otherwise, are functions of their own.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from lora_tools.linalg.changes.on import On, Tensors, places
+from lora_tools.linalg.changes.on import On, Product, Tensors, places
+from lora_tools.linalg.recipes import compute
 from lora_tools.linalg.scaling import scaling
 
 Numbers = Mapping[str, Any]
@@ -33,6 +36,19 @@ def loha(t: Tensors, n: Numbers, on: On) -> torch.Tensor:
     return halves[0].mul_(halves[1]).mul_(scaling(n["alpha"], t["hada_w1_b"].shape[0], False))
 
 
+def loha_product(t: Tensors, n: Numbers, on: On) -> Product | None:
+    """Its factors, all products of two columns, and of two rows; None of a high rank."""
+    halves = [(t[f"hada_w{i}_a"], t[f"hada_w{i}_b"]) for i in "12"]
+    core, lower = "", [b for _, b in halves]
+    if "hada_t1" in t:
+        core, lower = "_tucker", [t["hada_t1"], lower[0], t["hada_t2"], lower[1]]
+    if not on.is_small(lower[0].shape[0] * lower[-2 if core else -1].shape[0]):
+        return None
+    left = compute(f"hadamard_left{core}", [a for a, _ in halves])
+    right = compute(f"hadamard_right{core}", lower)
+    return Product(left, right, scaling(n["alpha"], t["hada_w1_b"].shape[0], False))
+
+
 def lokr(t: Tensors, n: Numbers, on: On) -> torch.Tensor:
     """LoKr (KronA, arXiv 2212.10650): α/r · w1 ⊗ w2, each whole or a product.
 
@@ -51,22 +67,34 @@ def lokr(t: Tensors, n: Numbers, on: On) -> torch.Tensor:
     return torch.kron(one, two.contiguous()).mul_(scaling(n["alpha"], n["r"], False))
 
 
-def adalora(t: Tensors, n: Numbers, on: On) -> torch.Tensor:
+def lokr_product(t: Tensors, n: Numbers, on: On) -> Product | None:
+    """Its factors, Kronecker products of both sides'; None of a high rank, and of a Conv1d."""
+    one = [t[k] for k in ("lokr_w1", "lokr_w1_a", "lokr_w1_b") if k in t]
+    two = [t[k] for k in ("lokr_w2", "lokr_t2", "lokr_w2_a", "lokr_w2_b") if k in t]
+    ranks = (min(side[-1].shape[0], side[0].flatten(1).shape[1]) for side in (one, two))
+    if two[0].dim() == 3 or not on.is_small(math.prod(ranks)):
+        return None
+    given, numbers = (*one, *two), (len(one), len(two))
+    left, right = (compute(f"kronecker_{side}", given, numbers) for side in ("left", "right"))
+    return Product(left, right, scaling(n["alpha"], n["r"], False))
+
+
+def adalora(t: Tensors, n: Numbers, on: On) -> Product:
     """AdaLoRA (arXiv 2303.10512): s / (r₀ + 1e-5) · B diag(E) A with s = lora_alpha (the rank that
     is left where that is not above 0) and r₀ = init_r."""
     A, B, E = t["lora_A"], t["lora_B"], t["lora_E"]
     strength = n["lora_alpha"] if n["lora_alpha"] > 0 else float(A.shape[0])
-    return B @ (A * E) * float(strength / (n["init_r"] + 1e-5))
+    return Product(B, A * E, float(strength / (n["init_r"] + 1e-5)))
 
 
-def vera(t: Tensors, n: Numbers, on: On) -> torch.Tensor:
+def vera(t: Tensors, n: Numbers, on: On) -> Product:
     """VeRA (arXiv 2310.11454): diag(b) B diag(d) A, where B and A are cut from those all share."""
     b, d = t["vera_lambda_b"], t["vera_lambda_d"]
     A, B = t["vera_A"][:, : on.shape[1]], t["vera_B"][: b.shape[0]]
-    return (b[:, None] * B) @ (d[:, None] * A)
+    return Product(b[:, None] * B, d[:, None] * A)
 
 
-def pvera(t: Tensors, n: Numbers, on: On) -> torch.Tensor:
+def pvera(t: Tensors, n: Numbers, on: On) -> Product:
     """PVeRA: VeRA at the mean of what it samples, which the first halves of d and A give."""
     half = t["pvera_lambda_d"].shape[0] // 2
     parts = {name.removeprefix("p"): tensor for name, tensor in t.items()}
@@ -74,7 +102,7 @@ def pvera(t: Tensors, n: Numbers, on: On) -> torch.Tensor:
     return vera(parts, n, on)
 
 
-def randlora(t: Tensors, n: Numbers, on: On) -> torch.Tensor:
+def randlora(t: Tensors, n: Numbers, on: On) -> Product:
     """RandLoRA (arXiv 2502.00987): α/r · Σ_b B_b diag(λ_b) A diag(γ_b) with the trained λ (r,
     bases) and γ (bases, smaller side), transposed where the output is the smaller side."""
     lam, gamma = t["randlora_lambda"], t["randlora_gamma"]
@@ -83,12 +111,11 @@ def randlora(t: Tensors, n: Numbers, on: On) -> torch.Tensor:
     B = t["randlora_B"][: max(out, inside), : lam.shape[1]].flatten(1)
     small = (lam[:, :, None] * A * gamma[None]).flatten(0, 1)
     # PEFT flattens the bases of B as (bases, r) and those of A as (r, bases).
-    product = B @ small
-    product *= scaling(n["randlora_alpha"], lam.shape[0], False)
+    product = Product(B, small, scaling(n["randlora_alpha"], lam.shape[0], False))
     return product if inside <= out else product.T
 
 
-def vblora(t: Tensors, n: Numbers, on: On) -> torch.Tensor:
+def vblora(t: Tensors, n: Numbers, on: On) -> Product:
     """VB-LoRA (arXiv 2405.15179): B A of vectors of one bank, mixed by the softmax of the top k
     logits; or by what ``save_only_topk_weights`` keeps of it, all weights but the last."""
     bank = t["vblora_vector_bank"]
@@ -103,16 +130,16 @@ def vblora(t: Tensors, n: Numbers, on: On) -> torch.Tensor:
         return (weights[..., None] * bank[indices]).sum(-2)
 
     A, B = mixed("vblora_logits_A"), mixed("vblora_logits_B")
-    return B.transpose(1, 2).flatten(0, 1) @ A.flatten(1)
+    return Product(B.transpose(1, 2).flatten(0, 1), A.flatten(1))
 
 
-def unilora(t: Tensors, n: Numbers, on: On) -> torch.Tensor:
+def unilora(t: Tensors, n: Numbers, on: On) -> Product:
     """Uni-LoRA (arXiv 2506.00799): B A whose entries are entries of one vector, scaled."""
     theta = t["unilora_theta_d"]
     A, B = (
         theta[places(t[f"unilora_indices_{side}"])] * t[f"unilora_scales_{side}"] for side in "AB"
     )
-    return B @ A
+    return Product(B, A)
 
 
 def gralora(t: Tensors, n: Numbers, on: On) -> torch.Tensor:
@@ -129,7 +156,7 @@ def gralora(t: Tensors, n: Numbers, on: On) -> torch.Tensor:
     return delta * scaling(n["alpha"], r + n["hybrid_r"], False)
 
 
-def tinylora(t: Tensors, n: Numbers, on: On) -> torch.Tensor:
+def tinylora(t: Tensors, n: Numbers, on: On) -> Product:
     """TinyLoRA: B (Σ v_i P_i) A with B and A singular vectors of the base, which the file holds.
 
     Modules share vectors v in groups, by a module's number, which the file does not say: the seed
@@ -142,8 +169,7 @@ def tinylora(t: Tensors, n: Numbers, on: On) -> torch.Tensor:
         number = next(i for i in range(n["modules"]) if _is_rounded(P, _projection(n, i, P)))
         group = min(number // max(1, n["modules"] // len(vectors)), len(vectors) - 1)
     R = torch.einsum("i,ijk->jk", t[f"tinylora_v.{group}"], P)
-    product: torch.Tensor = t["tinylora_B"] @ R @ t["tinylora_A"]
-    return product
+    return Product(t["tinylora_B"] @ R, t["tinylora_A"])
 
 
 def _projection(n: Numbers, number: int, like: torch.Tensor) -> torch.Tensor:
@@ -165,10 +191,9 @@ def _holds(dtype: torch.dtype, tensor: torch.Tensor) -> bool:
     return bool(tensor.to(dtype).to(tensor.dtype).equal(tensor))
 
 
-def delora(t: Tensors, n: Numbers, on: On) -> torch.Tensor:
+def delora(t: Tensors, n: Numbers, on: On) -> Product:
     """DeLoRA (arXiv 2503.18225): λ/r · B diag(1 / ‖a_i‖‖b_i‖) A diag(w), w the norms of the base's
     columns, which the file holds."""
     A, B = t["delora_A"], t["delora_B"]
     norms = A.norm(dim=1).clamp(min=1e-4) * B.norm(dim=0).clamp(min=1e-4)
-    product: torch.Tensor = (B * (t["delora_lambda"] / A.shape[0] / norms)) @ A
-    return product * t["delora_w_norm"]
+    return Product(B * (t["delora_lambda"] / A.shape[0] / norms), A * t["delora_w_norm"])

@@ -15,7 +15,7 @@ from lora_tools.linalg.changes.on import On, Tensors
 Numbers = Mapping[str, Any]
 
 
-def _cayley(skew: torch.Tensor) -> torch.Tensor:
+def cayley(skew: torch.Tensor) -> torch.Tensor:
     """(I − S)(I + S)⁻¹ of skew-symmetric matrices (…, b, b): Cayley's orthogonal ones."""
     unit = torch.eye(skew.shape[-1], dtype=skew.dtype).expand_as(skew)
     solved: torch.Tensor = torch.linalg.solve(unit + skew, unit - skew, left=False)
@@ -64,7 +64,7 @@ def oft(t: Tensors, n: Numbers, on: On) -> torch.Tensor:
         most = n["eps"] / skew.shape[0] ** 0.5
         norm = skew.norm(dim=(1, 2), keepdim=True)
         skew = torch.where(norm <= most, skew, most * skew / norm)
-    R = _neumann(skew, n["num_cayley_neumann_terms"]) if n["use_cayley_neumann"] else _cayley(skew)
+    R = _neumann(skew, n["num_cayley_neumann_terms"]) if n["use_cayley_neumann"] else cayley(skew)
     matrix = on.matrix
     if R.shape[0] == 1:  # shared by all
         R = R.expand(matrix.shape[1] // R.shape[1], -1, -1)
@@ -76,7 +76,7 @@ def boft(t: Tensors, n: Numbers, on: On) -> torch.Tensor:
     b, b) with skew part (R − Rᵀ)/2, s a factor for each output."""
     blocks, matrix = t["boft_R"], on.matrix
     factors, count, size, _ = blocks.shape
-    R = _cayley((blocks - blocks.transpose(2, 3)) / 2)
+    R = cayley((blocks - blocks.transpose(2, 3)) / 2)
     turned = matrix
     for i in range(factors):
         order = _butterfly(count * size, count >> i, size // 2, factors - 1)
