@@ -223,7 +223,7 @@ def extract(
 
 def merge(
     base: str | Path | Mapping[str, Any],
-    adapters: str | Path | tuple[str | Path, float] | Sequence[str | Path | tuple[str | Path, float]],
+    adapters: str | Path | Mapping[str, Any] | tuple[str | Path | Mapping[str, Any], float] | Sequence[str | Path | Mapping[str, Any] | tuple[str | Path | Mapping[str, Any], float]],
     out: str | Path,
     *,
     dtype: torch.dtype | str | None = None,
@@ -313,7 +313,7 @@ def merge(
 
 def unmerge(
     merged: str | Path | Mapping[str, Any],
-    adapters: str | Path | tuple[str | Path, float] | Sequence[str | Path | tuple[str | Path, float]],
+    adapters: str | Path | Mapping[str, Any] | tuple[str | Path | Mapping[str, Any], float] | Sequence[str | Path | Mapping[str, Any] | tuple[str | Path | Mapping[str, Any], float]],
     out: str | Path,
     *,
     sidecar: bool | None = None,
@@ -388,7 +388,7 @@ def unmerge(
     """
 
 def rescale(
-    adapter: str | Path,
+    adapter: str | Path | Mapping[str, Any],
     out: str | Path,
     *,
     scale: float | None = None,
@@ -408,7 +408,7 @@ def rescale(
     rslora: bool | None = None,
     dtype: torch.dtype | str | None = None,
     consumer: Literal['peft', 'vllm', 'llama.cpp', 'sglang', 'tensorrt-llm'] = 'peft',
-    base: str | Path | None = None,
+    base: str | Path | Mapping[str, Any] | None = None,
     base_name: str | None = None,
     force: bool = False,
     dry_run: bool = False,
@@ -506,7 +506,7 @@ def rescale(
     """
 
 def combine(
-    adapters: str | Path | tuple[str | Path, float] | Sequence[str | Path | tuple[str | Path, float]],
+    adapters: str | Path | Mapping[str, Any] | tuple[str | Path | Mapping[str, Any], float] | Sequence[str | Path | Mapping[str, Any] | tuple[str | Path | Mapping[str, Any], float]],
     out: str | Path,
     *,
     method: Literal['cat', 'linear', 'svd', 'ties', 'dare_linear', 'dare_ties', 'magnitude_prune'] = 'cat',
@@ -517,7 +517,7 @@ def combine(
     seed: int = 0,
     majority_sign: Literal['total', 'frequency', 'weighted'] = 'total',
     normalize: bool = False,
-    base: str | Path | None = None,
+    base: str | Path | Mapping[str, Any] | None = None,
     allow_other_base: bool = False,
     dtype: torch.dtype | str | None = None,
     to: Literal['peft', 'kohya', 'lycoris', 'diffusers', 'comfyui', 'torchtune', 'mlx', 'loralib', 'gguf', 'onnxruntime'] | None = None,
@@ -626,11 +626,11 @@ def combine(
     """
 
 def convert(
-    adapter: str | Path,
+    adapter: str | Path | Mapping[str, Any],
     out: str | Path,
     *,
     to: Literal['peft', 'kohya', 'lycoris', 'diffusers', 'comfyui', 'torchtune', 'mlx', 'loralib', 'gguf', 'onnxruntime'],
-    base: str | Path | None = None,
+    base: str | Path | Mapping[str, Any] | None = None,
     source: Literal['peft', 'kohya', 'lycoris', 'diffusers', 'comfyui', 'torchtune', 'mlx', 'loralib', 'gguf', 'onnxruntime'] | None = None,
     drop: Sequence[Literal['embedding', 'conv', 'experts', 'dora', 'bias', 'saved', 'differences', 'tokens', 'head']] = (),
     alpha: float | None = None,
@@ -731,7 +731,7 @@ def quantize(
     checkpoint: str | Path | Mapping[str, Any],
     out: str | Path,
     *,
-    adapters: str | Path | tuple[str | Path, float] | Sequence[str | Path | tuple[str | Path, float]] = (),
+    adapters: str | Path | Mapping[str, Any] | tuple[str | Path | Mapping[str, Any], float] | Sequence[str | Path | Mapping[str, Any] | tuple[str | Path | Mapping[str, Any], float]] = (),
     scheme: Literal['nf4', 'fp4', 'fp8-block', 'fp8-channel', 'nvfp4', 'mxfp4', 'int8', 'int4'] | None = None,
     quant_type: Literal['nf4', 'fp4'] | None = None,
     blocksize: int = 64,
@@ -950,7 +950,7 @@ def export(
     checkpoint: str | Path | Mapping[str, Any],
     out: str | Path,
     *,
-    adapters: str | Path | tuple[str | Path, float] | Sequence[str | Path | tuple[str | Path, float]] = (),
+    adapters: str | Path | Mapping[str, Any] | tuple[str | Path | Mapping[str, Any], float] | Sequence[str | Path | Mapping[str, Any] | tuple[str | Path | Mapping[str, Any], float]] = (),
     runtime_adapters: bool = False,
     task: str = 'auto',
     no_cache: bool = False,
@@ -1148,10 +1148,10 @@ def diff(
 def verify(
     path: str | Path | Mapping[str, Any],
     *,
-    base: str | Path | None = None,
-    adapters: str | Path | tuple[str | Path, float] | Sequence[str | Path | tuple[str | Path, float]] = (),
-    tuned: str | Path | None = None,
-    against: str | Path | None = None,
+    base: str | Path | Mapping[str, Any] | None = None,
+    adapters: str | Path | Mapping[str, Any] | tuple[str | Path | Mapping[str, Any], float] | Sequence[str | Path | Mapping[str, Any] | tuple[str | Path | Mapping[str, Any], float]] = (),
+    tuned: str | Path | Mapping[str, Any] | None = None,
+    against: str | Path | Mapping[str, Any] | None = None,
     max_error: float | None = None,
     weights_only: bool = False,
     task: str = 'auto',
@@ -1210,10 +1210,10 @@ def verify(
     """
 
 def check(
-    adapter: str | Path,
+    adapter: str | Path | Mapping[str, Any],
     *,
     consumer: Literal['peft', 'vllm', 'llama.cpp', 'sglang', 'tensorrt-llm', 'diffusers'],
-    base: str | Path | None = None,
+    base: str | Path | Mapping[str, Any] | None = None,
     jobs: int | None = None,
     allow_pickle: bool = False,
     progress: ProgressCallback | None = None,

@@ -272,8 +272,9 @@ def test_a_layer_with_a_branch_of_its_own(put: Any, tmp_path: Path) -> None:
     assert torch.equal(model.w(x), out)
 
 
-REFUSED: dict[str, tuple[Any, type[LoraToolsError], str]] = {
+REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "no-such-adapter": (lambda a: "./no/such/folder", AdapterError, "no/such/folder"),
+    "tensors": (lambda a: {"w": torch.ones(1)}, TypeError, "save_pretrained writes one"),
     "nothing": (lambda a: [], UsageError, "at least one adapter"),
     "weight": (lambda a: [(a, float("nan"))], UsageError, "finite"),
 }

@@ -115,7 +115,7 @@ def merged(deltas: Tensors, beside: tuple[str, ...], file: Tensors, place: Path)
 
 def as_diffusers_reads(peft: Path, base: Path) -> Path:
     """PEFT's keys in a file by itself, where nothing says the alpha, are taken by request alone."""
-    with pytest.raises(AdapterError, match=r"without their adapter_config.*--from diffusers"):
+    with pytest.raises(AdapterError, match=r"without adapter_config.*--from diffusers"):
         open_adapter(peft, base=base)
     out = peft.with_name("d.safetensors")
     lora_tools.convert(peft, out, source="diffusers", to="diffusers", base=base, force=True)

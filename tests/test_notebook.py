@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 from jsonschema import Draft202012Validator
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import lora_tools
 from lora_tools.records import (
@@ -202,14 +203,53 @@ def test_state_dicts_stand_for_models(tmp_path: Path) -> None:
     assert {fate.action for fate in found.plan} == {Action.SAME}
 
 
+def test_state_dicts_stand_for_adapters(tmp_path: Path) -> None:
+    """Alone, with a weight, among paths, as keywords, in a record, and as safetensors opens it."""
+    base = {"block.a.weight": torch.zeros(2, 2)}
+    key = "lora_unet_block_a"
+    adapter = {
+        f"{key}.lora_down.weight": torch.ones(1, 2),
+        f"{key}.lora_up.weight": torch.ones(2, 1),
+        f"{key}.alpha": torch.tensor(1.0),
+    }
+    file = tmp_path / "adapter.safetensors"
+    save_file(adapter, file)
+    with safe_open(file, "pt") as opened:
+        for number, (adapters, said, value) in enumerate(
+            (
+                (file, [str(file)], 1.0),
+                (adapter, ["memory:adapters"], 1.0),
+                (opened, ["memory:adapters"], 1.0),
+                ((adapter, 0.5), ["memory:adapters=0.5"], 0.5),
+                ([file, adapter], [str(file), "memory:adapters-2"], 2.0),
+                (iter([(adapter, 2)]), ["memory:adapters=2"], 2.0),
+            )
+        ):
+            out = tmp_path / f"{number}.safetensors"
+            report = lora_tools.merge(base, adapters, out, allow_pickle=False)
+            assert [each.path for each in report.inputs] == ["memory:base", *said]
+            assert torch.equal(load_file(out)["block.a.weight"], torch.full((2, 2), value))
+    for number, given in enumerate(({"base": base}, {"origin": lora_tools.Origin(base=base)})):
+        report = lora_tools.convert(adapter, tmp_path / f"peft {number}", to="peft", **given)
+        assert report.inputs[0].path == "memory:adapter"
+        lora_tools.merge(
+            base, tmp_path / f"peft {number}", tmp_path / f"merged {number}.safetensors"
+        )
+    plan = lora_tools.quantize(base, tmp_path / "q", adapters=adapter, dry_run=True)
+    assert [each.path for each in plan.inputs] == ["memory:checkpoint", "memory:adapters"]
+
+
 def test_what_is_no_state_dict(tmp_path: Path) -> None:
     good = {"a.weight": torch.ones(2, 2)}
     with pytest.raises(TypeError, match="'b' is no tensor"):
         lora_tools.diff(good, {"b": 1})
     with pytest.raises(TypeError, match="out to be a path, not dict"):
         lora_tools.quantize(good, good)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="adapter to be a path, not dict; safetensors"):
-        lora_tools.rescale(good, tmp_path / "out")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="activations to be a path, not dict"):
+        lora_tools.quantize(good, tmp_path / "out", activations=good)  # type: ignore[arg-type]
+    peft = {"base_model.model.a.lora_A.weight": torch.ones(1, 2)}
+    with pytest.raises(lora_tools.AdapterError, match=r"memory:adapters: .*that save_pretrained"):
+        lora_tools.merge(good, peft, tmp_path / "out")
     with pytest.raises(lora_tools.MismatchError, match="memory:base and memory:tuned have no"):
         lora_tools.diff(good, {"b.weight": good["a.weight"]})
 

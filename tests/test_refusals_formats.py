@@ -59,7 +59,7 @@ PEFT: dict[str, Row] = {
     ),
     "weights without a config": (
         AdapterError,
-        r"PEFT's tensors without their adapter_config\.json; put that file beside it",
+        r"PEFT's tensors without adapter_config\.json, .*alpha; put that file beside it",
         lambda t: merge(t, without(peft(t), "adapter_config.json")),
     ),
     "an empty folder": (

@@ -103,6 +103,8 @@ def _put_on(
         raise UsageError(
             "this model has adapters attached: detach them first, or give all of them in one call"
         )
+    if isinstance(adapters, Mapping):
+        raise TypeError("adapters are given by their paths; save_pretrained writes one to a folder")
     given = [adapters] if isinstance(adapters, str | Path) else list(adapters)
     state = model.state_dict(keep_vars=True)
     outline = _outline(model, state)

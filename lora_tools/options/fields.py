@@ -31,7 +31,8 @@ class Option:
         recorded: whether it is part of the command that artifacts record. What does not decide
             what is written is not, nor is a path, so that the same input gives the same bytes
             wherever it lies.
-        path: what lies there: something read, or something written.
+        path: what lies there: something read, something read as tensors (then callers from Python
+            may give the tensors), or something written.
     """
 
     help: str | Callable[[], str]
@@ -43,7 +44,7 @@ class Option:
     allowed: tuple[Callable[[float], bool], str] | None = None
     parse: Callable[[str], object] | None = None
     recorded: bool = True
-    path: Literal["", "input", "output"] = ""
+    path: Literal["", "input", "tensors", "output"] = ""
 
     @property
     def text(self) -> str:

@@ -319,14 +319,14 @@ class Comparison:
         "The base of a merged checkpoint (with --adapter) or of an adapter (with --tuned).",
         AGAINST,
         metavar="BASE",
-        path="input",
+        path="tensors",
     )
     against: str | Path | None = option(
         None,
         "The checkpoint that PATH, a quantized or ONNX model, should be made from.",
         AGAINST,
         metavar="CHECKPOINT",
-        path="input",
+        path="tensors",
     )
     adapters: Sequence[str | Path | tuple[str | Path, float]] = option(
         (),
@@ -334,14 +334,14 @@ class Comparison:
         AGAINST,
         flags=("--adapter",),
         metavar="ADAPTER[=WEIGHT]",
-        path="input",
+        path="tensors",
     )
     tuned: str | Path | None = option(
         None,
         "The fine-tune that PATH, an adapter, should turn BASE into.",
         AGAINST,
         metavar="TUNED",
-        path="input",
+        path="tensors",
     )
     max_error: float | None = option(
         None,

@@ -248,7 +248,7 @@ class Origin:
         FORMAT,
         metavar="PATH",
         recorded=False,
-        path="input",
+        path="tensors",
     )
 
 
@@ -263,7 +263,7 @@ class Adding:
         flags=("--adapter",),
         metavar="ADAPTER[=WEIGHT]",
         recorded=False,
-        path="input",
+        path="tensors",
     )
     runtime_adapters: bool = option(
         False,

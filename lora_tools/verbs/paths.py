@@ -48,7 +48,7 @@ class Paths:
         for keyword in verb.keywords:
             value = getattr(asked[called(keyword.record)], keyword.name)
             role = keyword.option.path if keyword.option is not None else ""
-            if role == "input" and value is not None:
+            if role in ("input", "tensors") and value is not None:
                 read[keyword.name] = value
                 several |= {keyword.name} if keyword.several else set()
             elif role == "output" and value is not None:

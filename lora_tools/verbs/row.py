@@ -19,15 +19,16 @@ from lora_tools.records import Report
 from lora_tools.verbs.values import check_place, dtype_name, listed, one_adapter, several
 
 _PARAMETER = inspect.Parameter
-_ADAPTER = "str | Path | tuple[str | Path, float]"
+_PLACE = "str | Path | Mapping[str, Any]"
+_ADAPTER = f"{_PLACE} | tuple[{_PLACE}, float]"
 _ADAPTERS = f"{_ADAPTER} | Sequence[{_ADAPTER}]"
 
 
 @dataclasses.dataclass(frozen=True)
 class Argument:
     """A positional argument of the public function; all are paths, or state dicts where they are
-    models. ``out`` is ``-o`` on the command line, and ``adapters`` are several: at least one where
-    they are ``needed``."""
+    read as tensors. ``out`` is ``-o`` on the command line, and ``adapters`` are several: at least
+    one where they are ``needed``."""
 
     name: str
     needed: bool = True
@@ -40,12 +41,12 @@ class Argument:
     def type(self) -> str:
         if self.several:
             return _ADAPTERS
-        return "str | Path | Mapping[str, Any]" if self.is_model else "str | Path"
+        return _PLACE if self.takes_tensors else "str | Path"
 
     @property
-    def is_model(self) -> bool:
-        """Whether a state dict can be given."""
-        return self.name in ("base", "tuned", "merged", "checkpoint", "path")
+    def takes_tensors(self) -> bool:
+        """Whether a state dict can be given. A ``model`` is run, which takes its config."""
+        return self.name not in ("model", "text", "out")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +102,11 @@ class Keyword:
         return get_origin(self.type) is Sequence
 
     @property
+    def takes_tensors(self) -> bool:
+        """Whether a state dict can be given."""
+        return self.option is not None and self.option.path == "tensors"
+
+    @property
     def of_dtype(self) -> bool:
         """Whether a dtype of torch can be given for its name."""
         return self.name in ("dtype", "compute_dtype", "quant_storage")
@@ -111,6 +117,8 @@ class Keyword:
         where several can be."""
         if self.name == "adapters":
             return _ADAPTERS
+        if self.takes_tensors:
+            return self.written.replace("str | Path", _PLACE)
         if not self.listed or "Literal" in self.written:
             return self.written
         return self.written.replace("str", f"Literal[{', '.join(map(repr, self.choices))}]")
@@ -275,8 +283,7 @@ class Verb:
         for argument in self.arguments:
             value = bound[argument.name]
             for each in value if argument.several else (value,):
-                if not (argument.is_model and isinstance(each, Mapping)):
-                    check_place(self.name, argument.name, each)
+                check_place(self.name, argument.name, each, argument.takes_tensors)
         return bound
 
     def ask(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -293,7 +300,7 @@ class Verb:
             keyword.check(value)
             if keyword.option is not None and keyword.option.path and value is not None:
                 for each in value if keyword.several else (value,):
-                    check_place(self.name, keyword.name, each)
+                    check_place(self.name, keyword.name, each, keyword.takes_tensors)
         return asked
 
     def _record(self, name: str, given: Mapping[str, Any]) -> Any:

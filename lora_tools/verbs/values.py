@@ -13,11 +13,16 @@ def listed(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
+def in_memory(value: Any) -> bool:
+    """Whether it is named tensors: a state dict, or what ``safetensors.safe_open`` opens."""
+    return isinstance(value, Mapping) or hasattr(value, "get_tensor")
+
+
 def one_adapter(value: Any) -> bool:
-    """Whether it is a path, or a path and its weight, where a list of them can stand."""
+    """Whether it is an adapter, or one and its weight, where a list of them can stand."""
     if isinstance(value, tuple) and len(value) == 2:
         return isinstance(value[1], numbers.Real) and not isinstance(value[1], bool)
-    return isinstance(value, str | os.PathLike)
+    return isinstance(value, str | os.PathLike) or in_memory(value)
 
 
 def several(verb: str, name: str, value: Any) -> Sequence[Any]:
@@ -28,29 +33,27 @@ def several(verb: str, name: str, value: Any) -> Sequence[Any]:
     if listed(value):
         return value  # type: ignore[no-any-return]
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
-        hint = _in_memory(value)
+        hint = _next(value)
         found = type(value).__name__ if hint else repr(value)
         raise TypeError(f"{verb}() wants a list of {name}: {found}{hint}")
     return tuple(value)
 
 
-def check_place(verb: str, name: str, value: Any) -> None:
-    """Raises TypeError where an input or an output is no path, such as tensors in memory."""
+def check_place(verb: str, name: str, value: Any, takes_tensors: bool = False) -> None:
+    """Raises TypeError where an input or an output is no path, and no tensors where those do."""
     if name == "adapters":
         value = value[0] if isinstance(value, tuple) and one_adapter(value) else value
-    if not isinstance(value, str | os.PathLike):
-        kind = type(value).__name__
-        raise TypeError(f"{verb}() wants {name} to be a path, not {kind}{_in_memory(value)}")
+    if isinstance(value, str | os.PathLike) or (takes_tensors and in_memory(value)):
+        return
+    kind = type(value).__name__
+    wanted = "a path or a state dict" if takes_tensors else "a path"
+    raise TypeError(f"{verb}() wants {name} to be {wanted}, not {kind}{_next(value)}")
 
 
-def _in_memory(value: Any) -> str:
-    """What to do with a state dict, or with a model."""
-    if isinstance(value, Mapping):
-        return (
-            "; safetensors.torch.save_file writes a state dict to a file, whose path can be given"
-        )
+def _next(value: Any) -> str:
+    """What to do with a model."""
     if hasattr(value, "state_dict"):
-        return "; save_pretrained writes a model to a folder, whose path can be given"
+        return "; save_pretrained writes a model to a folder: give its path"
     return ""
 
 

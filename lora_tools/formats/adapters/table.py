@@ -22,6 +22,7 @@ from lora_tools.formats.adapters import (
 from lora_tools.formats.adapters.format import Format
 from lora_tools.formats.lfs import HEAD, refuse_pointer
 from lora_tools.formats.regular_files import open_file
+from lora_tools.watch import places
 
 # Where two know as many keys of a file, the first is meant: LyCORIS knows all that kohya does.
 _MODULES = (
@@ -64,9 +65,12 @@ def title_of(keys: Collection[str]) -> str:
 def by_keys(path: Path, keys: Collection[str]) -> Format:
     """The format whose names a file of tensors has. Raises AdapterError."""
     if keys and all(key.startswith(peft.PREFIX) for key in keys):
+        missing = f"{path}: PEFT's tensors without {peft.CONFIG}, which has their rank and alpha"
+        if path in places.files():
+            raise AdapterError(f"{missing}; give the path of the folder that save_pretrained wrote")
         raise AdapterError(
-            f"{path}: PEFT's tensors without their {peft.CONFIG}; put that file beside it (of a "
-            "diffusion model, what diffusers takes for it, an alpha that is the rank, makes: "
+            f"{missing}; put that file beside it (an adapter of a diffusion model whose alpha is "
+            "its rank does not need it: "
             f"loratools convert {path} -o OUT --from diffusers --to diffusers --base BASE)"
         )
     known = {
