@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_tools.errors import AdapterError
-from lora_tools.formats.adapters.components import held, in_pipeline, placed, published
+from lora_tools.formats.adapters.components import ENCODERS, held, in_pipeline, placed, published
 from lora_tools.formats.counterparts.table import Part, counterparts, parts
 from lora_tools.formats.names import EMBEDDING, split_tensor
 from lora_tools.formats.weights import Weights
@@ -88,9 +88,10 @@ class Flattened:
         if found or allow_unmatched:
             return "".join(found)
         hint = "" if allow_unmatched is None else " --allow-unmatched leaves such keys out"
-        raise AdapterError(
-            f"{flat!r} is no module of {self.base.path}; is this the right base?{hint}"
-        )
+        asked = "is this the right base?"
+        if components and {*components} <= {*ENCODERS} and not {*components} & {*own}:
+            asked += f" It has no {components[0]}: give one that has, such as the whole pipeline."
+        raise AdapterError(f"{flat!r} is no module of {self.base.path}; {asked}{hint}")
 
 
 def flattened(base: BaseNames) -> Flattened:
