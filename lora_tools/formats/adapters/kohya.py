@@ -193,6 +193,7 @@ FORMAT = Format(
     base=READ,
     keeps_names=True,
     input_dora=True,
+    mixes_dora=True,
     by_component=True,
     names="kohya",
     called=name_of,
