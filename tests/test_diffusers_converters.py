@@ -221,3 +221,18 @@ def test_hunyuan_video_as_comfyui_has_it(theirs: Any, tmp_path: Path) -> None:
             check(merged(there, case.beside, made, tmp_path), there)
             given = load_file(tmp_path / "diffusers.safetensors")
             check(merged(there, case.beside, given, tmp_path), there)
+
+
+def test_hunyuan_video_under_comfy_orgs_wrapper(tmp_path: Path) -> None:
+    """Flat names stand for one tensor, though that has two names which are the same so."""
+    case = CASES["hunyuan"]
+    file, tencent = adapter(case, ("lora_unet_", "du", False, True))
+    wrapped = {f"model.model.{module}": delta for module, delta in tencent.items()}
+    for base in (tencent, wrapped):
+        check(merged(base, {}, file, tmp_path), base)
+    for to in ("comfyui", "kohya", "diffusers"):
+        out = tmp_path / f"{to}.safetensors"
+        lora_tools.convert(tmp_path / "l.safetensors", out, to=to, base=tmp_path / "b.safetensors")
+        wrong = [k for k in load_file(out) if "model" in k.removeprefix("diffusion_model.")]
+        assert not wrong
+        check(merged(wrapped, {}, load_file(out), tmp_path), wrapped)

@@ -20,7 +20,7 @@ from . import iotools, models
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from lycoris import LycorisNetwork, create_lycoris
+    from lycoris import LycorisNetwork, create_lycoris, create_lycoris_from_weights
     from lycoris.modules.full import FullModule
     from lycoris.modules.locon import LoConModule
     from lycoris.modules.loha import LohaModule
@@ -285,6 +285,36 @@ def test_dora_of_outputs(base: Path, tmp_path: Path) -> None:
     wanted = m * moved / moved.norm(dim=1, keepdim=True)
     found = models.tensors(tmp_path / "m")["net.linear.weight"]
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_dora_in_some_modules_only(tmp_path: Path) -> None:
+    """Written for LyCORIS, which loads it; PEFT and diffusers have one flag for all."""
+    file, base, torch_model = {}, {}, torch.nn.Module()
+    noise = torch.Generator().manual_seed(5)
+    torch_model.net = torch.nn.ModuleDict()
+    for name, wide in (("a", 8), ("b", 12)):
+        layer = torch_model.net[name] = torch.nn.Linear(wide, 6, bias=False)
+        file[f"lora_unet_net_{name}.lora_down.weight"] = torch.randn(2, wide, generator=noise)
+        file[f"lora_unet_net_{name}.lora_up.weight"] = torch.randn(6, 2, generator=noise)
+        base[f"net.{name}.weight"] = layer.weight.detach().clone()
+    file["lora_unet_net_a.dora_scale"] = torch.rand(6, 1, generator=noise) + 1
+    save_file(file, given := tmp_path / "k.safetensors")
+    iotools.checkpoint(tmp_path / "base", base)
+    out = tmp_path / "l.safetensors"
+    lora_tools.convert(given, out, to="lycoris", base=tmp_path / "base")
+    lora_tools.merge(tmp_path / "base", [given], tmp_path / "m")
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        loaded, _ = create_lycoris_from_weights(1.0, str(out), torch_model)
+        for module in loaded.loras:
+            name = module.lora_name.removeprefix("lycoris_").replace("_", ".")
+            found = module.get_merged_weight()[0]
+            wanted = models.tensors(tmp_path / "m")[f"{name}.weight"]
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    assert len(loaded.loras) == 2
+    for to in ("peft", "diffusers"):
+        with pytest.raises(UnsupportedAdapter, match="of all modules or of none"):
+            lora_tools.convert(given, tmp_path / to, to=to, base=tmp_path / "base")
 
 
 # Types that are made of the base's weight: options, and parts that lycoris 4.1 writes.

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lora_tools
-from lora_tools.errors import UnsupportedAdapter
+from lora_tools.errors import AdapterError, MismatchError, UnsupportedAdapter
 
 CLIP, T5 = "text_model.encoder.layers.0.mlp.fc1", "encoder.block.0.layer.0.SelfAttention.q"
 # Module → its part; "" of one that only the base has.
@@ -113,5 +113,41 @@ def test_two_transformers_alike(tmp_path: Path) -> None:
     assert not lora_tools.merge(base / "transformer_2", [given], tmp_path / "m", dry_run=True).notes
     save_file(factors([f"transformer.{module}", f"transformer_2.{module}"]), given)
     assert not lora_tools.merge(base, [given], tmp_path / "m", dry_run=True).notes
-    with pytest.raises(UnsupportedAdapter, match="a file of ComfyUI's is of one model"):
-        lora_tools.convert(given, tmp_path / "c.safetensors", to="comfyui", base=base)
+    for to, says in (("comfyui", "a file of ComfyUI's is of one model"), ("kohya", "make one of")):
+        with pytest.raises(AdapterError, match=says):
+            lora_tools.convert(given, tmp_path / "c.safetensors", to=to, base=base)
+
+
+def test_an_adapter_of_one_part_is_at_home_in_the_pipeline(tmp_path: Path) -> None:
+    """By the digest of the part that it acts on, and of no other."""
+    pipes = {}
+    for name in ("base", "tuned", "other"):
+        for i, part in enumerate(("text_encoder", "transformer")):
+            folder = tmp_path / name / part
+            folder.mkdir(parents=True)
+            weight = torch.eye(4) * (1 + i) + (name != "base") * torch.ones(4, 4)
+            save_file({f"{'qk'[i]}.weight": weight}, folder / "model.safetensors")
+        index = {part: ["transformers", "X"] for part in ("text_encoder", "transformer")}
+        (tmp_path / name / "model_index.json").write_text(json.dumps(index))
+        pipes[name] = tmp_path / name
+    part = "transformer"
+    lora_tools.extract(pipes["base"] / part, pipes["tuned"] / part, tmp_path / "a", rank=1)
+    lora_tools.merge(pipes["base"], [tmp_path / "a"], tmp_path / "m")
+    found = load_file(tmp_path / "m" / part / "model.safetensors")["k.weight"]
+    torch.testing.assert_close(found, 2 * torch.eye(4) + 1)
+    with pytest.raises(MismatchError, match="was made for another base"):
+        lora_tools.merge(pipes["other"], [tmp_path / "a"], tmp_path / "n")
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_a_text_encoder_that_the_base_lacks(flat: bool, tmp_path: Path) -> None:
+    save_file({"double_blocks.0.img_attn.proj.weight": torch.zeros(4, 4)}, tmp_path / "b")
+    keys = factors([f"lora_te_{CLIP.replace('.', '_')}" if flat else f"text_encoder.{CLIP}"])
+    if flat:
+        names = {"lora_A": "lora_down", "lora_B": "lora_up"}
+        keys = {k.replace(p, names[p]): x for k, x in keys.items() for p in names if p in k}
+    save_file(keys, tmp_path / "a.safetensors")
+    with pytest.raises(AdapterError, match="It has no text_encoder: give one that has"):
+        lora_tools.convert(
+            tmp_path / "a.safetensors", tmp_path / "o", to="comfyui", base=tmp_path / "b"
+        )

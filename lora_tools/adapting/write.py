@@ -138,7 +138,7 @@ def choose_conversion(
         )
     dora = () if "dora" in (drop or ()) else found.get("dora", ())
     without = sorted({m.module for m in given.modules.values()} - {*dora})
-    if dora and without and not target.input_dora:
+    if dora and without and not target.mixes_dora:
         raise UnsupportedAdapter(
             f"{given.path}: {min(dora)} has DoRA's magnitudes and {without[0]} has none: "
             f"{target.title} has them of all modules or of none; --to kohya holds such a file, and "

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lora_tools.errors import AdapterError, MismatchError, UnsupportedAdapter
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.adapters.changes import ChangedModule
-from lora_tools.formats.adapters.components import aligned, held, of_another
+from lora_tools.formats.adapters.components import ENCODERS, aligned, held, of_another
 from lora_tools.formats.adapters.peft import Adapter, LoraModule, Multiplier, TokenRows
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.names import stores_transposed
@@ -168,7 +168,11 @@ def names_in_base(weighted: Weighted, base: Checkpoint) -> tuple[dict[str, str],
 
 
 def _no_such_tensor(weighted: Weighted, name: str, base: Checkpoint | BaseOutline) -> str:
-    return f"{weighted.path}: {name} matches no tensor of {base.path}; is this the right base?"
+    asked = f"{weighted.path}: {name} matches no tensor of {base.path}; is this the right base?"
+    part = name.partition(".")[0]
+    if part in ENCODERS and not any(spec.startswith(f"{part}.") for spec in base.specs):
+        asked += f" It has no {part}: give one that has, such as the whole pipeline."
+    return asked
 
 
 def _matched(

@@ -9,11 +9,12 @@ from typing import Any, Protocol, TypeVar
 
 from lora_tools.engine import threads
 from lora_tools.engine.tasks import Task
+from lora_tools.errors import MismatchError
 from lora_tools.formats import digest as hashing
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.checkpoint_writer import CheckpointWriter, Shard
 from lora_tools.merging.plan import MergePlan, adapter_digest
-from lora_tools.provenance import check_bases, tool_version
+from lora_tools.provenance import check_bases, digest_like, tool_version
 from lora_tools.records import ProgressCallback, Report
 from lora_tools.sources.weighted import Weighted, digests_and_weights, settings_of
 
@@ -126,5 +127,23 @@ class Rewrite:
             made_of = self.source.files[0].metadata.get("base_digest", "")
             if not made_of:
                 return
-        given = ((w.path, w.adapter.file.metadata) for w in self.adapters)
-        check_bases(given, own, self.source, made_of)
+        given = [w for w in self.adapters if not self._is_of_its_part(w)]
+        check_bases(((w.path, w.adapter.file.metadata) for w in given), own, self.source, made_of)
+
+    def _is_of_its_part(self, weighted: Weighted) -> bool:
+        """Whether an adapter was made for the one part of a pipeline that it acts on."""
+        recorded = weighted.adapter.file.metadata.get("base_digest")
+        acted = {
+            target.base_name.partition(".")[0]
+            for target in self.plan.targets
+            if any(part.weighted is weighted for part in target.parts)
+        }
+        if recorded is None or len(acted) != 1 or not acted <= self.source.models.keys():
+            return False
+        [name] = acted
+        part, prefix = self.source.models[name], f"{name}."
+        known = {n.removeprefix(prefix): h for n, h in self.hashes.items() if n.startswith(prefix)}
+        try:
+            return recorded == digest_like(recorded, part.digest(known), part)
+        except MismatchError:  # a digest of no kind that is known: said where the whole is checked
+            return False

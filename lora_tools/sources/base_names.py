@@ -42,6 +42,7 @@ def _pipeline(pipeline: Checkpoint) -> BaseNames:
     weights: dict[str, TensorSpec] = {}
     layouts: dict[str, str | None] = {}
     others: dict[str, TensorSpec] = {}
+    same: dict[str, str] = {}
     parts: tuple[Part, ...] = ()
     alone = frozenset[str]()
     for name, part in pipeline.models.items():
@@ -50,6 +51,7 @@ def _pipeline(pipeline: Checkpoint) -> BaseNames:
         weights.update(mine.weights)
         layouts.update(mine.layouts)
         others.update(mine.others)
+        same.update(mine.same)
         parts += mine.parts
         alone |= mine.alone
     return BaseNames(
@@ -60,6 +62,7 @@ def _pipeline(pipeline: Checkpoint) -> BaseNames:
         layouts,
         pipeline=True,
         others=others,
+        same=same,
         parts=parts,
         alone=alone,
     )

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from lora_tools.errors import AdapterError
-from lora_tools.formats.adapters.components import held, in_pipeline, placed, published
+from lora_tools.formats.adapters.components import ENCODERS, held, in_pipeline, placed, published
 from lora_tools.formats.counterparts.table import Part, counterparts, parts
 from lora_tools.formats.names import EMBEDDING, split_tensor
 from lora_tools.formats.weights import Weights
-from lora_tools.records import TensorSpec
+from lora_tools.records import TensorSpec, rows_of
 
 
 def names_of(
@@ -27,11 +27,14 @@ def names_of(
             module = prefix + weight.module
             there = weight if weight.stored else weights[weight.tied_to]
             specs[module], layouts[module] = there.spec, weight.layout
-    others = {
-        prefix + split_tensor(name)[0]: made.spec
-        for name, made in counterparts(weights.specs).items()
-        if name.endswith(".weight")
-    }
+    others: dict[str, TensorSpec] = {}
+    same: dict[str, str] = {}
+    for name, made in counterparts(weights.specs).items():
+        if name.endswith(".weight"):
+            module, [first, *more] = prefix + split_tensor(name)[0], made.pieces
+            others[module] = made.spec
+            if not more and first.rows == rows_of(weights.specs[first.stored]):
+                same[module] = prefix + split_tensor(first.stored)[0]
     two = tuple(
         dataclasses.replace(part, wrapper=prefix + part.wrapper) for part in parts(weights.specs)
     )
@@ -39,7 +42,9 @@ def names_of(
         prefix + w.spec.name for w in weights.values() if w.parameter not in ("weight", "bias")
     )
     head = split_tensor(weights.head)[0]
-    return BaseNames(path, specs, config, head, layouts, others=others, parts=two, alone=alone)
+    return BaseNames(
+        path, specs, config, head, layouts, others=others, same=same, parts=two, alone=alone
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +78,8 @@ class Flattened:
         found = self.whole.get(flat, ()) or self.endings.get(flat, ())
         if components and own:
             found = tuple(m for m in found if meant in (self.base.place(m)[0] or own))
+        if len(found) > 1:  # two names of one tensor are one
+            found = tuple({self.base.same.get(m, m): None for m in found})
         if len(found) > 1:
             raise AdapterError(
                 f"{flat!r} can stand for {' or '.join(sorted(found)[:8])} of {self.base.path}; "
@@ -81,9 +88,10 @@ class Flattened:
         if found or allow_unmatched:
             return "".join(found)
         hint = "" if allow_unmatched is None else " --allow-unmatched leaves such keys out"
-        raise AdapterError(
-            f"{flat!r} is no module of {self.base.path}; is this the right base?{hint}"
-        )
+        asked = "is this the right base?"
+        if components and {*components} <= {*ENCODERS} and not {*components} & {*own}:
+            asked += f" It has no {components[0]}: give one that has, such as the whole pipeline."
+        raise AdapterError(f"{flat!r} is no module of {self.base.path}; {asked}{hint}")
 
 
 def flattened(base: BaseNames) -> Flattened:
@@ -110,8 +118,9 @@ class BaseNames:
     ``tied`` is the output head that is the input embedding, or "": it is among the modules, though
     the checkpoint may not store it. ``layouts`` are the weights' kinds of layer. The modules of a
     ``pipeline`` of diffusers begin with their component. ``others`` are weights by the modules that
-    have them in the model's other layout, and ``parts`` are those that have one
-    (``formats.counterparts``). ``alone`` are tensors that are no weight or bias of a module.
+    have them in the model's other layout, ``same`` those of them that are a stored one's whole
+    tensor, and ``parts`` are those that have one (``formats.counterparts``). ``alone`` are tensors
+    that are no weight or bias of a module.
     """
 
     path: Path
@@ -121,6 +130,7 @@ class BaseNames:
     layouts: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     pipeline: bool = False
     others: Mapping[str, TensorSpec] = dataclasses.field(default_factory=dict)
+    same: Mapping[str, str] = dataclasses.field(default_factory=dict)
     parts: tuple[Part, ...] = ()
     alone: frozenset[str] = frozenset()
 

@@ -144,6 +144,7 @@ FORMAT = Format(
     "module",
     "ComfyUI 0.3.77",
     input_dora=True,
+    mixes_dora=True,
     by_component=True,
     names="comfyui",
     called=name_of,

@@ -56,7 +56,14 @@ _WRAPPERS: dict[str, tuple[str, ...]] = {
 }
 # What only a single file with several text encoders has: SDXL.
 OF_SEVERAL = "conditioner.embedders."
-_EVERY_WRAPPER = tuple(_WRAPPERS)
+# Comfy-Org's wrapper of HunyuanVideo, which language models have as well: it is one of the modules
+# that HunyuanVideo has in either layout.
+_HUNYUAN = re.compile(
+    r"model\.model\.(?=((single_)?transformer_blocks|(double|single)_blocks|context_embedder|"
+    r"(img|txt|time|vector|guidance|byt5|vision)_in|final_layer|x_embedder|time_text_embed|norm_out|"
+    r"proj_out)(\.|$))"
+)
+_EVERY_WRAPPER = (*_WRAPPERS, "model.model.")
 # Names of modules that only one kind of part has. Those of models before diffusers renamed them
 # are told apart: diffusers' own adapters have no such names.
 _UNET = re.compile(r"(down_blocks|up_blocks|mid_block)\..*")
@@ -116,7 +123,11 @@ def placed(module: str) -> tuple[tuple[str, ...], str]:
     under no wrapper."""
     if not module.startswith(_EVERY_WRAPPER):
         return (), module
+    if found := _HUNYUAN.match(module):
+        return ("transformer",), module[found.end() :]
     fitting = [wrapper for wrapper in _WRAPPERS if module.startswith(wrapper)]
+    if not fitting:
+        return (), module
     wrapper = max(fitting, key=len)
     return _WRAPPERS[wrapper], module.removeprefix(wrapper)
 

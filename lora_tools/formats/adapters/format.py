@@ -53,7 +53,8 @@ class Format:
         dtype: of the factors where none is asked for; "": each keeps its own.
         base: when the base checkpoint is needed: "", ``READ`` or ``READ_AND_WRITTEN``.
         library: whose format it is, and what reads it.
-        input_dora: takes DoRA's magnitudes of inputs, too, and those of some modules alone.
+        input_dora: takes DoRA's magnitudes of inputs, too.
+        mixes_dora: takes those of some modules alone.
         own_forms: holds MergedLinears (``--layout``) and convolutions as ``linalg.loralib`` has it.
         keeps_names: its writer writes names that were never resolved as they are.
         by_component: its keys say which part of a diffusion pipeline a module is of.
@@ -86,6 +87,7 @@ class Format:
     dtype: str = ""
     base: str = ""
     input_dora: bool = False
+    mixes_dora: bool = False
     own_forms: bool = False
     keeps_names: bool = False
     by_component: bool = False

@@ -151,16 +151,23 @@ class KohyaWriter(Keyed):
         super().__init__(out, base, compute)
         self._names: dict[str, str] = {}
 
+    def _one_name(self, name: str, first: str, second: str) -> str:
+        """What to say of two modules."""
+        what = f"{second} and {first} both become {name}"
+        if self.placing and self.places.of(first).component != self.places.of(second).component:
+            return (
+                f"{what}: a file of kohya's is of one denoiser, so make one of each, with its "
+                "folder as the base; --to diffusers has both in one"
+            )
+        return f"{what}, with underscores for dots: this format cannot tell them apart"
+
     def keys(self, factors: Factors) -> dict[str, Any]:
         """The tensors of one module by key."""
         import torch
 
         name = flat_name(factors.module, self.places.of(factors.module) if self.placing else None)
         if name in self._names:
-            raise AdapterError(
-                f"{factors.module} and {self._names[name]} both become {name}, with underscores "
-                "for dots: this format cannot tell them apart"
-            )
+            raise AdapterError(self._one_name(name, self._names[name], factors.module))
         self._names[name] = factors.module
         result: dict[str, Any] = {
             f"{name}.lora_down.weight": factors.lora_A,
@@ -186,6 +193,7 @@ FORMAT = Format(
     base=READ,
     keeps_names=True,
     input_dora=True,
+    mixes_dora=True,
     by_component=True,
     names="kohya",
     called=name_of,

@@ -348,6 +348,7 @@ FORMAT = Format(
     frozenset({"conv", "dora", "head", "differences"}),
     "module",
     "lycoris-lora 4.1",
+    mixes_dora=True,
     base=READ,
     reads_besides="LoHa, LoKr, whole differences, those of norms and biases, CP-decomposed LoCon; "
     "GLoRA, OFT, BOFT, IA³ (merge, or to LoRA)",
