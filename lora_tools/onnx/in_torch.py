@@ -16,6 +16,7 @@ from lora_tools.onnx.model import loaded
 from lora_tools.onnx.parts import decoder_inputs, is_speech, speech_shape, takes, text_inputs
 from lora_tools.onnx.precise import in_float64
 from lora_tools.onnx.precision import FLOAT32
+from lora_tools.onnx.rounding import rounded_otherwise
 from lora_tools.onnx.runs import Arrays, Played, Run, positions
 from lora_tools.onnx.senses import sensed
 from lora_tools.onnx.sentence_modules import run
@@ -113,16 +114,22 @@ class InTorch:
         longer = window if 0 < window <= 512 else 0
         return _LENGTHS[0] + longer, _LENGTHS[1] + longer
 
-    def play(self, run: Run, exact: bool = False) -> Played:
+    def play(self, run: Run, exact: bool = False, seed: int | None = None) -> Played:
         """Call the model as transformers' own generation does.
 
         Args:
             exact: compute in float64.
+            seed: round otherwise than float32 does, at random.
 
         Raises:
             CheckpointError: its code fails, naming the module.
         """
-        with run_by(self.model, _RUN), in_float64() if exact else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(run_by(self.model, _RUN))
+            if exact:
+                stack.enter_context(in_float64())
+            if seed is not None:
+                stack.enter_context(rounded_otherwise(self.model, seed))
             return self._play(run)
 
     def _play(self, run: Run) -> Played:

@@ -47,14 +47,14 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if _shares_memory(func):
+        if shares_memory(func):
             return func(*args, **kwargs)
         if func not in _PICKING:
             args, kwargs = tree_map(_longer, (args, kwargs))
         return tree_map(_longer, func(*args, **kwargs))
 
 
-def _shares_memory(func: Any) -> bool:
+def shares_memory(func: Any) -> bool:
     """Whether an operator looks at, or writes to, what it is given: a copy would be lost."""
     return any(a.alias_info is not None for a in (*func._schema.arguments, *func._schema.returns))
 
