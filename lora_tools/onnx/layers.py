@@ -216,7 +216,7 @@ class _Repeater:
             if value in self.layer_of and self.layer_of[value][0] == layer
         }
         if len(used) != 1:
-            raise NotRepeating(f"layer {layer} hands {len(used)} values on")
+            raise NotRepeating(f"layer {layer} passes {len(used)} values on")
         return next(iter(used))
 
     def _refuse_other_uses(self, handed: Mapping[int, tuple[int, int]]) -> None:

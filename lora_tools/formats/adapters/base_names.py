@@ -82,7 +82,7 @@ class Flattened:
             return "".join(found)
         hint = "" if allow_unmatched is None else " --allow-unmatched leaves such keys out"
         raise AdapterError(
-            f"{flat!r} is no module of {self.base.path}; is this the right base?{hint}"
+            f"{flat!r} is not a module of {self.base.path}; is this the right base?{hint}"
         )
 
 
@@ -147,9 +147,9 @@ class BaseNames:
         if not taken:
             return []
         return [
-            f"its keys do not say which of the pipeline's two transformers they are of, and are "
-            f"taken for the transformer's; if they are the transformer_2's (Wan 2.2's low noise), "
-            f"give {self.path}/transformer_2 as the base"
+            "its keys do not say which of the pipeline's two transformers they belong to; "
+            "transformer is used. If it should be transformer_2 (Wan 2.2's low noise), give "
+            f"{self.path}/transformer_2 as the base"
         ]
 
     @functools.cached_property
