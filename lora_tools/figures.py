@@ -103,7 +103,10 @@ def no_floats(changed: str, names: Sequence[str]) -> list[str]:
     if not names:
         return []
     more = f" and {len(names) - 1} more" if names[1:] else ""
-    return [f"{changed}, and in no figure, being no floats: {names[0]}{more}"]
+    return [
+        f"{changed}, and the figures do not cover them, because they are not floats: "
+        f"{names[0]}{more}"
+    ]
 
 
 def above(

@@ -112,7 +112,7 @@ def too_many(config: Mapping[str, Any]) -> str:
         if key == "num_labels":
             most = _MOST_LABELS
         if number > most:
-            return f"config.json has {key} {number:,}, and at most {most:,} are made"
+            return f"config.json has {key} {number:,}; at most {most:,} are made"
     return ""
 
 
@@ -173,5 +173,5 @@ def _refuse_kernels(folder: Path, config: Any, trusted: bool | None) -> None:
 
 
 def _unsafe(folder: Path, what: str, trusted: bool | None) -> UnsafeInput:
-    how = "" if trusted is None else "; --trust-remote-code runs it"
-    return UnsafeInput(f"{folder}: takes {what}, which is not run{how}")
+    how = "" if trusted is None else "; run it with --trust-remote-code"
+    return UnsafeInput(f"{folder}: needs {what}, which is not run by default{how}")

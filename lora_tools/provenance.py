@@ -112,14 +112,15 @@ def check_bases(
             kind = hashing.kind_of(recorded)
         except MismatchError as error:
             raise MismatchError(
-                f"{path}: {error}; to merge it without that check, {allow}"
+                f"{path}: {error}; to merge it without this check, {allow}"
             ) from None
         if kind not in given:
             given[kind] = digest_like(recorded, base_digest, base)
         if recorded != given[kind]:
             raise MismatchError(
-                f"{path}: was made for another base: its digest is {recorded}, and that of the one "
-                f"given is {given[kind]}{_unlike(recorded, made_of)}; give that base, or {allow}"
+                f"{path}: was made for another base, with the digest {recorded}, but the given "
+                f"base has {given[kind]}{_unlike(recorded, made_of)}; give the right base, or "
+                f"{allow}"
             )
 
 
@@ -127,4 +128,4 @@ def _unlike(recorded: str, made_of: str) -> str:
     """Words on what the base was made of, where its digest cannot be compared with that one."""
     if not made_of or made_of.partition(":")[0] == recorded.partition(":")[0]:
         return ""
-    return f", which was made of {made_of}, a digest of another kind"
+    return f", which was made from {made_of}, another kind of digest"

@@ -19,8 +19,8 @@ def recommendation(report: Report[Any]) -> Iterator[str]:
     deep = len(ranks) - len(known)
     if deep > len(known):
         yield (
-            f"recommended: no adapter of low rank: {deep} of {counted(len(ranks), 'module')} "
-            "change in more than 64 directions"
+            f"recommended: no low-rank adapter: {deep} of {counted(len(ranks), 'module')} change "
+            "in more than 64 directions"
         )
         return
     more = f", {deep} need more than 64" if deep else ""
@@ -98,7 +98,7 @@ def _quantized(t: Mapping[str, Any]) -> Iterator[str]:
             line += f" over {t['tensors_quantized']} quantized tensors, {t['tensors_kept']} kept"
         if "bits_per_parameter" in t:
             line += (
-                f"; {t['bits_per_quantized_parameter']:.3f} bits a quantized parameter, "
+                f"; {t['bits_per_quantized_parameter']:.3f} bits per quantized parameter, "
                 f"{t['bits_per_parameter']:.3f} over all {t['parameters']:,}"
             )
         yield line
@@ -108,8 +108,7 @@ def _quantized(t: Mapping[str, Any]) -> Iterator[str]:
             made_up = f", {t['compensated_output_error']:.4g} with the adapter"
         yield (
             f"outputs of {counted(t['tensors_fed'], 'error-fed layer')}: relative error "
-            f"{t['output_error']:.4g}{made_up}, where plain rounding has "
-            f"{t['output_error_unfed']:.4g}"
+            f"{t['output_error']:.4g}{made_up}; with plain rounding {t['output_error_unfed']:.4g}"
         )
     if "expected_bytes_at_most" in t:
         yield f"expected size: at most {size(t['expected_bytes_at_most'])}"
@@ -121,14 +120,15 @@ def _merged(t: Mapping[str, Any]) -> Iterator[str]:
         yield f"{counted(t['tensors_merged'], 'tensor')} merged, {t['tensors_copied']} copied"
     if "delta_kept" in t:
         yield (
-            f"of the adapters' change {t['delta_kept']:.1%} was kept, beside a rounding error of "
+            f"{t['delta_kept']:.1%} of the adapters' change was kept, with a rounding error of "
             f"{t['delta_error']:.2%} of its norm"
         )
     if "output_delta_kept" in t:
         yield (
-            f"in the layers' outputs {t['output_delta_kept']:.1%} was kept, beside "
-            f"{t['output_delta_error']:.2%}, where plain rounding keeps "
-            f"{t['output_delta_kept_unfed']:.1%} beside {t['output_delta_error_unfed']:.2%}"
+            f"in the layers' outputs {t['output_delta_kept']:.1%} was kept, with an error of "
+            f"{t['output_delta_error']:.2%}; plain rounding would keep "
+            f"{t['output_delta_kept_unfed']:.1%}, with an error of "
+            f"{t['output_delta_error_unfed']:.2%}"
         )
 
 
@@ -144,7 +144,7 @@ def _exported(t: Mapping[str, Any]) -> Iterator[str]:
         yield _half(t)
     yield from _lost(t)
     if t.get("base_exact"):
-        yield "without an adapter: bit for bit what the plain graph gives"
+        yield "without an adapter: the same outputs as the plain graph, bit for bit"
     for file, figures in t.get("runtime_adapters", {}).items():
         line = f"{file}: {counted(figures['modules'], 'module')}, {size(figures['bytes'])}"
         yield f"{line}; {_difference(figures)}" if "verified" in figures else line
@@ -155,7 +155,7 @@ def _undone(t: Mapping[str, Any]) -> Iterator[str]:
     if "sidecar_bytes" in t:
         yield f"sidecar: {size(t['sidecar_bytes'])}, {t['sidecar_share']:.2%} of the model"
     if t.get("exact"):
-        yield "the base, bit for bit: its digest is the one the sidecar holds"
+        yield "this is the base, bit for bit: its digest is the one in the sidecar"
     elif "error_bound" in t:
         yield (
             f"rounding lost at most {t['error_bound']:.2e} of the weights' norm; merge with "
@@ -178,7 +178,7 @@ def _lost(t: Mapping[str, Any]) -> Iterator[str]:
         if "kl_divergence" in t:
             line += f" (torch, unquantized: {t['perplexity_unquantized']:.4g}; "
             line += f"loss {t['loss_increase']:+.3g} and KL divergence {t['kl_divergence']:.3g} "
-            line += "nats a token)"
+            line += "nats per token)"
         yield f"{line} on {t['eval_tokens']:,} tokens"
 
 
@@ -296,7 +296,7 @@ def _of_looks(t: Mapping[str, Any]) -> Iterator[str]:
             f"{number(t['relative_change'], '.3%')}"
         )
         if t["one_sided"]:
-            yield f"on one side only, and in no figure: {counted(t['one_sided'], 'tensor')}"
+            yield f"on one side only, and not in the figures: {counted(t['one_sided'], 'tensor')}"
     if "verdict" in t:
         yield str(t["verdict"])
     if "findings" in t:

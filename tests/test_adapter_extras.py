@@ -238,7 +238,7 @@ def test_what_a_format_has_no_place_for_is_refused(net: tuple[Path, Net], tmp_pa
         lambda: lora_tools.rescale(given, tmp_path / "r", scale=2.0),
         lambda: lora_tools.combine([given], tmp_path / "r"),
     ):
-        with pytest.raises(UnsupportedAdapter, match="differences of norms or biases"):
+        with pytest.raises(UnsupportedAdapter, match="of norms or biases"):
             verb()
 
 
@@ -281,7 +281,7 @@ def test_dora_over_the_inputs(case: str, tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, wanted[name].detach(), rtol=1e-4, atol=1e-5)
     lora_tools.unmerge(tmp_path / "m", [given], tmp_path / "b")
     models.assert_same(models.tensors(tmp_path / "b"), tensors, 0)
-    with pytest.raises(UnsupportedAdapter, match="DoRA over the inputs changed what was there"):
+    with pytest.raises(UnsupportedAdapter, match="DoRA over the inputs depends on the old weight"):
         lora_tools.unmerge(tmp_path / "m", [given], tmp_path / "c", sidecar=False)
     if case == "locon":
         lora_tools.convert(given, tmp_path / "p", to="peft", base=base, rank=24)
@@ -319,7 +319,7 @@ def test_dora_over_the_inputs_beside_plain_factors(tmp_path: Path) -> None:
     V = base["a.weight"] + product
     wanted = file["unet.a.dora_scale"] * V / V.norm(dim=0, keepdim=True)
     torch.testing.assert_close(found["a.weight"], wanted)
-    with pytest.raises(UnsupportedAdapter, match="beside b, which has it not"):
+    with pytest.raises(UnsupportedAdapter, match="and others are not"):
         lora_tools.convert(
             tmp_path / "l.safetensors",
             tmp_path / "o",

@@ -172,7 +172,7 @@ def test_label_names_stay_where_there_are_as_many(bases: dict[str, Path], tmp_pa
         assert len(config.id2label) == config.num_labels == labels
         assert config.problem_type == "multi_label_classification"
     assert config_of(tmp_path / "m2")["id2label"] == {"0": "no", "1": "yes"}
-    with pytest.raises(UsageError, match="added, or replaced by one of another shape"):
+    with pytest.raises(UsageError, match="another shape"):
         lora_tools.merge(tmp_path / "base", [tmp_path / "a4"], tmp_path / "r", reversible=True)
 
 
@@ -205,7 +205,7 @@ def renamed(adapter: Path, old: str, new: str, **config: Any) -> Path:
 def test_a_value_head_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     train(bases["llama"], "SEQ_CLS", tmp_path / "a", 1)
     renamed(tmp_path / "a", "score", "v_head.summary", task_type="CAUSAL_LM")
-    with pytest.raises(AdapterError, match=r"v_head\.summary\.weight.*value head of TRL.*no class"):
+    with pytest.raises(AdapterError, match=r"v_head\.summary\.weight.*value head.*no class"):
         lora_tools.merge(bases["llama"], [tmp_path / "a"], tmp_path / "m")
     lora_tools.merge(bases["llama"], [tmp_path / "a"], tmp_path / "m", allow_unmatched=True)
 
@@ -216,7 +216,7 @@ def test_a_head_of_two_classes_is_refused(
 ) -> None:
     train(bases["bert"], "SEQ_CLS", tmp_path / "a", 3)
     renamed(tmp_path / "a", "", "", task_type=None)
-    with pytest.raises(AdapterError, match=r"Bert\w+ and Bert\w+ alike: set task_type"):
+    with pytest.raises(AdapterError, match=r"Bert\w+ and Bert\w+.*set task_type"):
         lora_tools.merge(bases[base], [tmp_path / "a"], tmp_path / "m", allow_other_base=True)
 
 
@@ -228,7 +228,7 @@ def test_an_added_head_has_an_effect(bases: dict[str, Path], tmp_path: Path) -> 
 
 def test_it_is_merged_whole_or_not_at_all(bases: dict[str, Path], tmp_path: Path) -> None:
     train(bases["llama"], "SEQ_CLS", tmp_path / "a", 3)
-    with pytest.raises(MismatchError, match="brings it whole, which cannot be merged in part"):
+    with pytest.raises(MismatchError, match="cannot be merged in part"):
         lora_tools.merge(bases["llama"], [(tmp_path / "a", 0.5)], tmp_path / "m")
 
 
@@ -237,7 +237,7 @@ def test_a_head_without_transformers_is_refused(
 ) -> None:
     train(bases["llama"], "SEQ_CLS", tmp_path / "a", 3)
     monkeypatch.setattr("lora_tools.sources.class_fit.find_spec", lambda name: None)
-    with pytest.raises(AdapterError, match="cannot be added: transformers is not installed"):
+    with pytest.raises(AdapterError, match=r"cannot be.*transformers is not installed"):
         lora_tools.merge(bases["llama"], [tmp_path / "a"], tmp_path / "m")
 
 
@@ -252,7 +252,7 @@ def test_a_missing_head_is_said(bases: dict[str, Path], tmp_path: Path) -> None:
     file = tmp_path / "a" / "adapter_model.safetensors"
     save_file({k: v for k, v in load_file(file).items() if "lora" in k}, file)
     report = lora_tools.merge(bases["llama"], [tmp_path / "a"], tmp_path / "m")
-    assert any("task_type is SEQ_CLS, and it holds no head" in note for note in report.notes)
+    assert any("task_type is SEQ_CLS, but it holds no head" in note for note in report.notes)
 
 
 @pytest.mark.parametrize(

@@ -64,9 +64,9 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "four bits": (
         lambda: Layer(weight=ints(32, 1, dtype=torch.uint8)),
-        "quantized as whole numbers in a weight's place",
+        "quantized as whole numbers in",
     ),
-    "a class of its own": (lambda: Layer(), "q: a tests.test_attach_quantized.Coded and no plain"),
+    "a class of its own": (lambda: Layer(), "q: a tests.test_attach_quantized.Coded, not a plain"),
 }
 
 

@@ -236,8 +236,8 @@ def _other_sidecar(whole: Path, folder: Path, old: str, new: str) -> None:
 @pytest.mark.parametrize(
     ("new", "said"),
     [
-        ("header/model-00002-of-00003.safetensorsx", "is no name of a file of weights"),
-        ("header/model-9.safetensors", "says other than its headers"),
+        ("header/model-00002-of-00003.safetensorsx", "is not the name of a weight"),
+        ("header/model-9.safetensors", "contradicts its headers"),
     ],
 )
 def test_a_sidecar_that_would_file_weights_elsewhere_is_refused(
@@ -267,8 +267,12 @@ def _other_index(folder: Path, name: str, change: Callable[[dict[str, str]], Non
     ("name", "change", "said"),
     [
         ("a.safetensors.index.json", lambda where: None, "holds several indexes: "),
-        ("model.safetensors.index.json", lambda where: where.popitem(), "other than its headers"),
-        ("model.safetensors.index.json", lambda where: where.update(x="x"), "than its headers"),
+        ("model.safetensors.index.json", lambda where: where.popitem(), "contradicts its headers"),
+        (
+            "model.safetensors.index.json",
+            lambda where: where.update(x="x"),
+            "contradicts its headers",
+        ),
     ],
 )
 def test_a_sidecar_whose_output_would_not_open_is_refused(

@@ -52,8 +52,8 @@ sys.stderr.flush()
 os._exit(code)
 """
 SAID = {
-    "cut": "cut short while it was read, from ",
-    "removed": "gone since it was opened; put it back",
+    "cut": "became shorter while it was read",
+    "removed": "was deleted since it was opened; put it back",
     "rewritten": "changed since it was opened; run the command again",
     "replaced": "changed since it was opened; run the command again",
 }
@@ -171,7 +171,7 @@ def test_a_page_that_is_gone_is_told_though_the_file_looks_as_before(tmp_path):
     path.write_bytes(b"x" * 20000)
     done = forks.run(path, "watched", code=_TORN)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "failed while it was read; copy it to another one" in done.stdout
+    assert "failed during reading; copy it to another disk" in done.stdout
 
 
 def test_faults_outside_of_a_run_are_not_touched(tmp_path):

@@ -135,7 +135,7 @@ def test_every_kind_for_every_program(consumer: str, kind: str, desk: Path, tmp_
 
 def test_without_a_base_it_says_what_was_not_looked_up(desk: Path) -> None:
     found = checked(desk / "plain", "vllm")
-    assert any("--base tells" in text for text in found["not_checked"])
+    assert any("(give --base)" in text for text in found["not_checked"])
     named = checked(desk / "plain", "llama.cpp")["next"]
     base = json.loads((desk / "plain/adapter_config.json").read_text())["base_model_name_or_path"]
     assert named.endswith(f"--to gguf --base {base}"), "the base that the config names"
@@ -156,7 +156,7 @@ def renamed(folder: Path, old: str, new: str) -> None:
 
 # What is done to the adapter, and whether PEFT then reads all of it.
 VARIANTS: dict[str, tuple[Callable[[Path], object], bool]] = {
-    "as it is": (lambda a: None, True),
+    "there is nothing to do": (lambda a: None, True),
     "other layers": (lambda a: renamed(a, "layers", "h"), False),
     "no model.": (lambda a: renamed(a, "model.model.model.", "model.model."), False),
     "no prefix of PEFT": (lambda a: renamed(a, "base_model.model.", ""), False),
@@ -220,7 +220,7 @@ def test_a_vocabulary_that_has_to_be_resized_first(desk: Path, tmp_path: Path) -
     assert not peft_reads(desk / "base", given)
     [finding] = checked(given, "peft", desk / "base")["findings"]
     assert finding["verdict"] == REFUSED
-    assert "has to be resized" in finding["what"]
+    assert "must be resized" in finding["what"]
 
 
 def test_shards_are_put_together(tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_a_layer_that_is_not_there_is_ignored_and_an_unknown_one_refused(tmp_pat
     strange = factors(tmp_path / "b", [*LAYERS, "model.layers.0.self_attn.qkv"])
     assert verdicts(checked(strange, "vllm", base)) == {REFUSED}
     other = checked(strange, "sglang", base)["findings"]
-    assert any("no place for" in finding["what"] for finding in other)
+    assert any("does not support" in finding["what"] for finding in other)
 
 
 def test_a_prefix_that_a_merge_takes_and_a_server_does_not(tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ def test_a_rank_that_is_too_high_is_cut(tmp_path: Path) -> None:
     assert "--rank 512" in found["next"]
     assert checked(carried_out(found["next"], tmp_path), "vllm")["fits"]
     report = lora_tools.check(factors(tmp_path / "b", LAYERS, r=12), consumer="vllm")
-    assert "vllm has to be started with --max-lora-rank 16 or more" in report.notes
+    assert "start vllm with --max-lora-rank 16 or more" in report.notes
 
 
 def test_a_config_that_names_what_is_not_there_is_cleared(tmp_path: Path) -> None:
@@ -327,7 +327,7 @@ def test_a_tied_head_in_llama_cpp(tmp_path: Path) -> None:
     config = {**LINEAR, "target_modules": ["q_proj", "embed_tokens"]}
     models.train(base, tmp_path / "a", config, save_embedding_layers=False)
     found = checked(tmp_path / "a", "llama.cpp", base)
-    assert "output head that is the embedding" in found["findings"][-1]["what"]
+    assert "output head that is also the embedding" in found["findings"][-1]["what"]
     assert found["next"].startswith("loratools merge ")
 
 
@@ -383,7 +383,7 @@ def test_diffusers_reads_what_convert_makes(unet_root: Path, tmp_path: Path) -> 
 
 def test_a_language_model_is_none_of_diffusers(desk: Path) -> None:
     found = checked(desk / "plain", "diffusers", desk / "base")
-    assert any("it loads pipelines" in f["what"] for f in found["findings"])
+    assert any("this program loads pipelines" in f["what"] for f in found["findings"])
     assert " convert " not in found["next"]
 
 

@@ -137,9 +137,7 @@ def test_a_tensor_in_two_shards_is_named(tmp_path):
     folder = checkpoint(tmp_path / "m", TENSORS, 2)
     for i in (1, 2):
         save_file({"twice": torch.ones(i)}, folder / f"model-0000{i}-of-00002.safetensors")
-    with pytest.raises(
-        CheckpointError, match=r"'twice' is in model-00001.* and again in model-00002"
-    ):
+    with pytest.raises(CheckpointError, match=r"'twice' is in model-00001.* and.*in model-00002"):
         open_checkpoint(folder)
 
 
@@ -147,8 +145,8 @@ def test_an_index_that_disagrees_with_its_shards(tmp_path):
     folder = checkpoint(tmp_path / "m", {"a": torch.ones(1), "b": torch.ones(2)}, 2)
     one, two = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
     for weight_map, says in (
-        ({"a": one, "b": two, "c": one}, f"'c' is in {one}, which lacks it"),
-        ({"a": two, "b": one}, f"'a' is in {two}; it is in {one}"),
+        ({"a": one, "b": two, "c": one}, f"'c' is in {one}, but it is not"),
+        ({"a": two, "b": one}, f"'a' is in {two}, but it is in {one}"),
         ({"a": one, "c": two}, "'c' is in"),
         ({"a": one}, ""),  # the second shard is simply not part of it
     ):
@@ -206,7 +204,7 @@ def test_several_files_or_indexes_are_not_guessed_among(tmp_path):
     index = folder / "model.safetensors.index.json"
     other = folder / "other.safetensors.index.json"
     other.write_bytes(index.read_bytes())
-    with pytest.raises(CheckpointError, match=r"several indexes: model.*, other.*; pass one"):
+    with pytest.raises(CheckpointError, match="has several indexes"):
         open_checkpoint(folder)
     index.unlink()
     other.unlink()
@@ -247,7 +245,7 @@ def test_what_is_neither_here_nor_a_hub_id(name):
 
 
 def test_an_empty_folder_and_a_device(tmp_path):
-    with pytest.raises(CheckpointError, match=r"no .safetensors file in it"):
+    with pytest.raises(CheckpointError, match=r"no .safetensors file"):
         open_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match="neither a file nor a folder"):
         open_checkpoint("/dev/null")
@@ -334,7 +332,7 @@ CONTENTS = {
     "sparse": (_odd(torch.eye(3).to_sparse()), "'odd' is not a plain"),
     "meta": (_odd(torch.ones(3, device="meta")), "'odd' is not a plain"),
     "complex128": (_odd(torch.ones(3, dtype=torch.complex128)), "'odd': safetensors has no name"),
-    "one number, endlessly": (_odd(torch.ones(1).expand(2**40)), "'odd' promises"),
+    "one number, endlessly": (_odd(torch.ones(1).expand(2**40)), "'odd' should have"),
 }
 
 

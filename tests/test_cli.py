@@ -66,7 +66,7 @@ def test_0_when_done(pair: Path, tmp_path: Path) -> None:
     ("args", "says"),
     [
         (["extract", "nowhere", "{tuned}", "-o", "out"], "nowhere: no such file or folder"),
-        (["extract", "{base}", "{base}", "-o", "out"], "no module has a low-rank change"),
+        (["extract", "{base}", "{base}", "-o", "out"], "nothing changed from BASE to TUNED"),
         (["extract", "{base}", "{tuned}", "-o", "{adapter}"], "already exists"),
         (["extract", "{base}", "{tuned}", "-o", "{base}"], "is the input"),
         (["extract", "{base}", "{tuned}", "-o", "no/such/folder"], "is not a folder"),

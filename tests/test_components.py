@@ -171,7 +171,7 @@ def test_written_as_its_readers_look_for_it(module: str, trained_on: str, tmp_pa
 def test_a_guess_is_said(tmp_path: Path) -> None:
     given = iotools.adapter(tmp_path / "a", {"model.layers.0.q": (6, 6)})
     report = lora_tools.convert(given, tmp_path / "k", to="kohya")
-    assert any("nothing tells which part of a pipeline" in note for note in report.notes)
+    assert any("nothing shows to which part of a pipeline" in note for note in report.notes)
 
 
 @pytest.mark.parametrize("component", ["transformer", "transformer_2"])
@@ -180,7 +180,7 @@ def test_keys_of_the_second_of_two_alike_are_told(component: str, tmp_path: Path
     given = lora(tmp_path / "l.safetensors", f"{component}.blocks.0.attn1.to_q")
     out = tmp_path / "m.safetensors"
     report = lora_tools.merge(base(tmp_path / "b", WAN), [given], out)
-    told = any("nothing tells whether" in note for note in report.notes)
+    told = any("nothing shows whether" in note for note in report.notes)
     assert told == (component == "transformer_2")
     folder = base(tmp_path / component, WAN, {"_class_name": "WanTransformer3DModel"})
     assert not lora_tools.merge(folder, [given], tmp_path / "o").notes

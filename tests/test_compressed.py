@@ -199,7 +199,7 @@ def test_other_group_sizes() -> None:
         with pytest.raises(UsageError):
             settings_for(name, size)
     narrow = TensorSpec("m.weight", "BF16", (4, 48))
-    assert why_not(narrow, WRITTEN["int4"]) == "48 columns are no multiple of 128"
+    assert why_not(narrow, WRITTEN["int4"]) == "48 columns are not a multiple of 128"
     assert why_not(TensorSpec("m.weight", "BF16", (4,)), WRITTEN["int8"])
 
 

@@ -92,5 +92,5 @@ def test_vllm(kind: str, way: str, tmp_path: Path) -> None:
     wanted = {k: after[k] - before[k].double() for k in before}
     wanted = {k: v for k, v in wanted.items() if v.any()}
     if way == "from kohya":
-        wanted.pop("model.embed_tokens.weight", None)  # kohya has no place for it
+        wanted.pop("model.embed_tokens.weight", None)  # kohya cannot store it
     models.assert_same(vllm_reads(tmp_path / "v"), wanted, 1e-5)

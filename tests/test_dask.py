@@ -141,7 +141,7 @@ def test_either_engine_goes_on_with_what_the_other_did(
     assert len(left_over(to, to / "out")) == 1
     report = merge(to / "out", engine=engines[1], resume=True)
     found, *words = report.notes[-1].split()
-    assert words[:6] == ["pieces", "of", "work", "were", "found", "done,"]
+    assert words[:4] == ["tasks", "were", "already", "done"]
     assert int(found) == len(iotools.weights(width=32))
     merge(tmp_path / "here")
     assert iotools.tree(to / "out") == iotools.tree(tmp_path / "here")
@@ -153,7 +153,7 @@ def test_either_engine_goes_on_with_what_the_other_did(
 def test_a_cluster_that_is_not_there(small: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(engine, "_PATIENCE", 0.2)
     before = time.monotonic()
-    with pytest.raises(ClusterError, match=r"tcp://127\.0\.0\.1:1: no Dask cluster with a worker"):
+    with pytest.raises(ClusterError, match=r"tcp://127\.0\.0\.1:1: no Dask cluster with.*worker"):
         lora_tools.rescale(small / "adapter", tmp_path / "out", rank=1, engine="dask://127.0.0.1:1")
     assert list(tmp_path.iterdir()) == []
     assert time.monotonic() - before < 60
@@ -163,7 +163,7 @@ def test_a_cluster_without_workers(small: Path, tmp_path: Path, monkeypatch) -> 
     monkeypatch.setattr(engine, "_PATIENCE", 0.2)
     with (
         distributed.LocalCluster(n_workers=0, dashboard_address=":0") as here,
-        pytest.raises(ClusterError, match="no Dask cluster with a worker answers there"),
+        pytest.raises(ClusterError, match=r"no Dask cluster with.*answers there"),
     ):
         lora_tools.rescale(
             small / "adapter", tmp_path / "out", rank=1, engine=f"dask://{here.scheduler_address}"
@@ -172,7 +172,7 @@ def test_a_cluster_without_workers(small: Path, tmp_path: Path, monkeypatch) -> 
 
 def test_workers_of_another_version(address: str, small: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("lora_tools.verbs.writing.tool_version", lambda: "99.0")
-    with pytest.raises(ClusterError, match=r"the worker tcp://.* in 0\.\d.*, and 99\.0, "):
+    with pytest.raises(ClusterError, match=r"the worker tcp://.* in 0\.\d.*,.*99\.0,"):
         lora_tools.rescale(small / "adapter", tmp_path / "out", rank=1, engine=address)
     assert list(tmp_path.iterdir()) == []
 
@@ -220,9 +220,9 @@ def test_what_is_asked_for_must_make_sense(small: Path, tmp_path: Path) -> None:
     def rescale(**options: Any) -> None:
         lora_tools.rescale(small / "adapter", tmp_path / "out", rank=1, **options)
 
-    with pytest.raises(UsageError, match="has workers of its own; leave it out"):
+    with pytest.raises(UsageError, match="has its own workers; leave"):
         rescale(engine="dask://127.0.0.1:1", workers=2)
-    with pytest.raises(UsageError, match="goes with engine dask"):
+    with pytest.raises(UsageError, match="needs engine dask"):
         rescale(workers=2)
     for wrong in ("ray", "dask://", "daskx", "dask:8786", ""):
         with pytest.raises(UsageError, match=r"threads, dask or dask://HOST:PORT is needed"):

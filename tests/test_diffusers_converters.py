@@ -159,7 +159,7 @@ def test_a_change_that_is_there_fused_and_in_parts_is_refused(fused: bool, tmp_p
     case = Case("", cut | whole, ())
     file, deltas = adapter(case, ("lora_unet_", "du", False, True))
     base = {name: deltas[name] for name in (whole if fused else cut)}
-    with pytest.raises(UnsupportedAdapter, match=r"both change .*the same change twice"):
+    with pytest.raises(UnsupportedAdapter, match="probably the same change twice"):
         merged(base, CASES["z-image"].beside, file, tmp_path)
 
 
@@ -199,7 +199,7 @@ def test_hunyuan_video_as_comfyui_has_it(theirs: Any, tmp_path: Path) -> None:
     renamed = {key: tensor.clone() for key, tensor in renamed.items()}
     for given, wanted in ((file, comfy), (renamed, tencent), (renamed, diffusers)):
         check(merged(wanted, case.beside, given, tmp_path), wanted)
-    with pytest.raises(UnsupportedAdapter, match=r"both change .*the same change twice"):
+    with pytest.raises(UnsupportedAdapter, match="probably the same change twice"):
         merged(tencent, case.beside, file | renamed, tmp_path)
     embedders = [m for m in tencent if m.startswith(("time_in", "guidance_in", "txt_in."))]
     embedders = [m for m in embedders if "token_refiner" not in m and "input_embedder" not in m]

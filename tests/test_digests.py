@@ -100,9 +100,9 @@ def test_a_base_in_four_bits_says_one_kind_only(work: Path, tmp_path: Path) -> N
     """What it was made of is not at hand to be hashed again: refused, and told why."""
     lora_tools.quantize(work / "base", tmp_path / "q", digest="sha256")
     lora_tools.merge(tmp_path / "q", [work / "sha256"], tmp_path / "m")
-    with pytest.raises(MismatchError, match=r"made of sha256/sha256:\w+, a digest of another kind"):
+    with pytest.raises(MismatchError, match=r"made.*another kind"):
         lora_tools.merge(tmp_path / "q", [work / "xxh3"], tmp_path / "n")
-    with pytest.raises(MismatchError, match="cannot be told, as they are of two kinds"):
+    with pytest.raises(MismatchError, match="the digests are of two kinds"):
         lora_tools.combine([work / "sha256", work / "xxh3"], tmp_path / "c")
 
 
@@ -119,7 +119,7 @@ def test_a_merge_is_undone_by_the_kind_recorded(
     assert report.inputs[1].digest == by_hand(work / "xxh3", other)
     lora_tools.unmerge(tmp_path / "m", adapter, tmp_path / "s", sidecar=False, digest=other)
     for sidecar in (False, None):
-        with pytest.raises(MismatchError, match=r"not what was merged|other adapter"):
+        with pytest.raises(MismatchError, match=r"other adapter|differ from those given"):
             lora_tools.unmerge(
                 tmp_path / "m", [work / "wrong"], tmp_path / "x", sidecar=sidecar, digest=other
             )
@@ -142,7 +142,7 @@ def record(file: Path, key: str, value: str) -> None:
 
 def test_unknown_kinds_are_refused_by_name(work: Path, tmp_path: Path) -> None:
     """A prefix of another version: no wrong base, and no damage."""
-    unknown, named = "blake3/blake3:" + "0" * 64, "of a kind that this version cannot form"
+    unknown, named = "blake3/blake3:" + "0" * 64, "of an unknown kind"
     adapter = tmp_path / "a"
     shutil.copytree(work / "xxh3", adapter)
     record(adapter / "adapter_model.safetensors", "base_digest", unknown)
@@ -158,7 +158,7 @@ def test_unknown_kinds_are_refused_by_name(work: Path, tmp_path: Path) -> None:
     lora_tools.quantize(work / "base", tmp_path / "q")
     record(tmp_path / "q" / "model.safetensors", "base_digest", unknown)
     notes = lora_tools.verify(tmp_path / "q", against=work / "base").notes
-    assert any("cannot be told" in note and named in note for note in notes)
+    assert any("cannot be compared" in note and named in note for note in notes)
 
 
 def test_a_decomposition_is_found_by_its_kind(work: Path, tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_a_decomposition_is_found_by_its_kind(work: Path, tmp_path: Path) -> Non
         lora_tools.extract(work / "base", work / "tuned", first, digest=kind, **cache)
         lora_tools.extract(work / "base", work / "tuned", again, digest=kind, **cache)
         assert iotools.tree(first) == iotools.tree(again)
-        with pytest.raises(CheckpointError, match=r"under a digest of another kind.* digest alone"):
+        with pytest.raises(CheckpointError, match=r"under a.*kind.* digest"):
             lora_tools.extract(
                 work / "base", work / "tuned", tmp_path / "x", digest=OTHER[kind], **cache
             )

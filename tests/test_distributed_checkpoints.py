@@ -192,7 +192,7 @@ LIES: dict[str, tuple[Callable[[said.Metadata], Any], str]] = {
         lambda m: entry(m).chunks.__setitem__(0, chunk((0, 0), (3, 5))),
         r"a part of \[3, 5\] at \[0, 0\]",
     ),
-    "nowhere": (lambda m: m.storage_data.clear(), "nothing says where"),
+    "nowhere": (lambda m: m.storage_data.clear(), "its metadata does not say where the"),
     "no places": (lambda m: setattr(m, "storage_data", None), "does not say where"),
     "another folder": (
         lambda m: setattr(info(m), "relative_path", "../x.distcp"),
@@ -202,7 +202,7 @@ LIES: dict[str, tuple[Callable[[said.Metadata], Any], str]] = {
     "compressed": (lambda m: setattr(info(m), "transform_descriptors", ["zstd"]), "zstd"),
     "a huge tensor": (
         lambda m: setattr(entry(m), "size", torch.Size((2**40, 2**40))),
-        "numbers of",
+        r"its parts hold .* of the .* numbers of",
     ),
     "no tensors": (lambda m: setattr(m, "state_dict_metadata", {}), "no tensors of a model"),
     "no metadata of tensors": (lambda m: setattr(m, "state_dict_metadata", 3), "names no tensors"),
@@ -302,11 +302,11 @@ def test_parts_cover_once(data):
     blocks = [Part(o, n, Path("f"), 0, 1) for o, n in distributed.grid(shape, cuts)]
     blocks = data.draw(st.permutations(blocks))
     assert set(check_parts("a", shape, [*blocks, blocks[0]])) == set(blocks)
-    with pytest.raises(CheckpointError, match="numbers of a tensor"):
+    with pytest.raises(CheckpointError, match=r"its parts hold .* of the .* numbers of"):
         check_parts("a", shape, blocks[1:])
     if len(blocks) > 1:
         moved = dataclasses.replace(blocks[0], offsets=blocks[1].offsets)
-        with pytest.raises(CheckpointError, match=r"a part of|overlap|numbers of a tensor"):
+        with pytest.raises(CheckpointError, match=r"a part of|overlap|its parts hold"):
             check_parts("a", shape, [moved, *blocks[1:]])
 
 
@@ -363,7 +363,7 @@ def test_verl_s_folder(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"one part of a sharded model.*give its folder"):
         opened(actor / "model_world_size_3_rank_0.pt")
     (actor / "model_world_size_3_rank_2.pt").unlink()
-    with pytest.raises(CheckpointError, match="that of rank 2 is missing"):
+    with pytest.raises(CheckpointError, match="of rank 2 is missing"):
         opened(actor)
 
 
@@ -392,7 +392,7 @@ ODD: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "other shapes": (
         lambda d: torch.save({"b": torch.ones(3)}, d / "model_world_size_2_rank_1.pt"),
-        "of one shape",
+        "has different shapes",
     ),
     "a list": (lambda d: torch.save([1], d / "model_world_size_2_rank_1.pt"), "named tensors"),
     "two models": (
@@ -409,11 +409,11 @@ ODD: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a pointer": (
         lambda d: (d / "model_world_size_2_rank_1.pt").write_bytes(POINTER),
-        "a pointer of git-LFS",
+        "a git-LFS pointer, not the file itself,",
     ),
     "other bytes": (
         lambda d: torch.save({"b": torch.zeros(2)}, d / "model_world_size_2_rank_1.pt"),
-        "b: a plain tensor, and another in model_world_size_2_rank_1.pt",
+        r"b: a plain.*model_world_size_2_rank_1.pt",
     ),
 }
 
@@ -434,7 +434,7 @@ def test_sums_are_refused(tmp_path: Path) -> None:
             mesh = init_device_mesh("cpu", (2,))
             part = DTensor.from_local(torch.ones(2), mesh, [Partial()], run_check=False)
             torch.save({"a": part}, tmp_path / f"model_world_size_2_rank_{rank}.pt")
-    with pytest.raises(CheckpointError, match="a: placed by Partial, which is not read"):
+    with pytest.raises(CheckpointError, match=r"a: placed by Partial, which cannot be read"):
         opened(tmp_path)
 
 
@@ -492,7 +492,7 @@ def test_accelerate_s_folders(tmp_path: Path) -> None:
     travel, left = opened(run_folder).companions()
     assert [str(path) for path in travel] == ["config.json"]
     assert sorted(map(str, left)) == ["optimizer_0/__0_0.distcp", "scheduler.pt"]
-    with pytest.raises(CheckpointError, match="only what training keeps"):
+    with pytest.raises(CheckpointError, match="holds no tensors of a model, only"):
         opened(run_folder / "optimizer_0")
 
 
@@ -550,10 +550,10 @@ def test_a_pointer_is_named(name: str, tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "x", weights(layers=1), 2)
     (folder / name).write_bytes(POINTER)
     path = folder / name if name.startswith("m.") else folder
-    with pytest.raises(CheckpointError, match=rf"{name}: a pointer of git-LFS.*git lfs pull"):
+    with pytest.raises(CheckpointError, match=rf"{name}: a git-LFS pointer.*git lfs pull"):
         open_checkpoint(path)
     if path != folder:
-        with pytest.raises(LoraToolsError, match="a pointer of git-LFS"):
+        with pytest.raises(LoraToolsError, match="a git-LFS pointer, not the file itself,"):
             open_adapter(path)
 
 
@@ -561,7 +561,7 @@ def test_a_pointer_is_named(name: str, tmp_path: Path) -> None:
 def test_a_pointer_in_an_adapter_is_named(name: str, tmp_path: Path) -> None:
     folder = adapter(tmp_path / "x", linear_shapes(weights(layers=1)))
     (folder / name).write_bytes(POINTER)
-    with pytest.raises(LoraToolsError, match=rf"{name}: a pointer of git-LFS"):
+    with pytest.raises(LoraToolsError, match=rf"{name}: a git-LFS pointer"):
         open_adapter(folder)
 
 
@@ -571,7 +571,7 @@ def test_pointers_in_a_distributed_checkpoint(stored: Path, tmp_path: Path) -> N
     [file] = (tmp_path / "y").glob("*.distcp")
     file.write_bytes(POINTER)
     for folder in (stored, tmp_path / "y"):
-        with pytest.raises(CheckpointError, match="a pointer of git-LFS"):
+        with pytest.raises(CheckpointError, match="a git-LFS pointer, not the file itself,"):
             opened(folder)
 
 
@@ -579,12 +579,12 @@ def test_pointers_in_a_distributed_checkpoint(stored: Path, tmp_path: Path) -> N
 def test_empty_weights_are_named(suffix: str, tmp_path: Path) -> None:
     path, state = tmp_path / f"m{suffix}", {name: torch.zeros(0) for name in weights(layers=1)}
     save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
-    with pytest.raises(CheckpointError, match=r"empty, of shape \[0\], as DeepSpeed's ZeRO-3"):
+    with pytest.raises(CheckpointError, match=r"empty, of shape \[0\],.*DeepSpeed's ZeRO-3"):
         opened(path)
     factors = adapter(tmp_path / "x", linear_shapes(weights(layers=1)))
     names = load_file(factors / "adapter_model.safetensors")
     save_file({name: torch.zeros(0) for name in names}, factors / "adapter_model.safetensors")
-    with pytest.raises(LoraToolsError, match=r"empty, of shape \[0\], as DeepSpeed's ZeRO-3"):
+    with pytest.raises(LoraToolsError, match=r"empty, of shape \[0\],.*DeepSpeed's ZeRO-3"):
         open_adapter(factors)
 
 
@@ -603,5 +603,5 @@ def test_a_model_with_its_adapter_is_named(layer: str, prefix: str, tmp_path: Pa
     torch.save(state, tmp_path / "m.bin")
     for path in (tmp_path / "m.safetensors", tmp_path / "m.bin"):
         for door in (opened, lambda path: open_adapter(path, True)):
-            with pytest.raises(LoraToolsError, match="a model saved with its adapter in it"):
+            with pytest.raises(LoraToolsError, match=r"a model saved.*it"):
                 door(path)

@@ -267,6 +267,12 @@ def test_the_image_and_the_action_install_what_is_pinned() -> None:
     assert set(asked.split(",")) <= set(extras)
 
 
+def test_the_readme_tells_all_extras() -> None:
+    extras = tomllib.loads(read("pyproject.toml"))["project"]["optional-dependencies"]
+    told = re.findall(r"^\| `pip install '\.\[(\w+)\]'` \|", read("README.md"), re.MULTILINE)
+    assert set(told) == set(extras) - {"test"}
+
+
 def test_constraints_pin_what_is_asked_for() -> None:
     project = tomllib.loads(read("pyproject.toml"))["project"]
     pins = dict(

@@ -66,9 +66,9 @@ def test_a_config_of_wrong_types(key: str, tmp_path: Path) -> None:
 def test_it_says_which_entry_and_what_it_should_be(tmp_path: Path) -> None:
     base = iotools.checkpoint(tmp_path / "base", iotools.weights(layers=1))
     for said, why in {
-        "architectures": "and no list of names",
-        "model_type": "and not a string",
-        "text_config": "and not a table",
+        "architectures": "but must be a list of names",
+        "model_type": "but must be a string",
+        "text_config": "but must be a table",
     }.items():
         (base / "config.json").write_text(json.dumps(CONFIG | {said: 1.5}))
         with pytest.raises(CheckpointError, match=f"config.json: {said} is '1.5', {why}"):

@@ -283,13 +283,15 @@ def test_what_is_not_known_is_rounded_by_itself(work: Path, tmp_path: Path) -> N
     for module in (q, k, v):
         assert torch.equal(before[f"{module}.weight"], after[f"{module}.weight"])
     reasons = {fate.tensor: fate.reason for fate in report.plan}
-    assert "rounded by itself: of its inputs a diagonal is known only" in reasons[f"{q}.weight"]
+    assert "rounded by itself: only a diagonal of its inputs is known" in reasons[f"{q}.weight"]
     assert "rounded by itself: no statistics of its inputs" in reasons[f"{k}.weight"]
     assert reasons[f"{v}.weight"].endswith(", error-fed")
     results = {result.tensor: result for result in report.tensors}
     assert results[f"{q}.weight"].output_error is None
     assert results[f"{v}.weight"].output_error == 0
-    assert [n for n in report.notes if n.startswith("rounded by themselves: 2 of 14 weights")]
+    assert [
+        n for n in report.notes if n.startswith("--activations was not used for 2 of 14 weights")
+    ]
 
 
 def test_few_tokens_are_said(work: Path, tmp_path: Path) -> None:
@@ -314,11 +316,11 @@ def test_an_adapter_is_merged_before(work: Path, tmp_path: Path) -> None:
 Q = "model.layers.0.self_attn.q_proj"
 SPOILT: dict[str, tuple[type[Exception], str, Callable[[Moments], Moments]]] = {
     "another width": (MismatchError, "has 5 inputs", lambda m: {**m, Q: torch.eye(5)}),
-    "another model's": (MismatchError, "names none of the modules", lambda m: {"z": m[Q]}),
+    "another model's": (MismatchError, "none of the modules", lambda m: {"z": m[Q]}),
     "a NaN": (CheckpointError, "q_proj holds an inf", lambda m: {**m, Q: m[Q] * math.nan}),
     "an inf": (CheckpointError, "q_proj holds an inf", lambda m: {**m, Q: m[Q] * math.inf}),
-    "negative": (CheckpointError, "q_proj: no second moment", lambda m: {**m, Q: -m[Q]}),
-    "no matrix": (CheckpointError, "is no second moment", lambda m: {**m, Q: m[Q][:3]}),
+    "negative": (CheckpointError, r"q_proj: no.*moment", lambda m: {**m, Q: -m[Q]}),
+    "no matrix": (CheckpointError, "not a second moment", lambda m: {**m, Q: m[Q][:3]}),
 }
 
 
@@ -333,14 +335,14 @@ def test_statistics_that_are_none(what: str, work: Path, tmp_path: Path) -> None
 
 def test_what_does_not_go_together(work: Path, tmp_path: Path) -> None:
     stats, out = work / "llama.stats", tmp_path / "out"
-    with pytest.raises(UsageError, match=r"scale.search.* goes with nf4 and fp4"):
+    with pytest.raises(UsageError, match=r"scale.search.*nf4 and fp4"):
         lora_tools.quantize(
             work / "llama", out, activations=stats, scheme="int8", scale_search=True
         )
     with pytest.raises(OutputError, match="is the input"):
         lora_tools.quantize(work / "llama", stats, activations=stats, force=True)
     (tmp_path / "no").write_bytes(struct.pack("<Q", 2) + b"{}")
-    with pytest.raises(CheckpointError, match="no activation statistics"):
+    with pytest.raises(CheckpointError, match="does not hold activation statistics"):
         lora_tools.quantize(work / "llama", out, activations=tmp_path / "no")
 
 

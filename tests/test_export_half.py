@@ -116,7 +116,7 @@ def test_used_again(base: Path, exported: Any, tmp_path: Path) -> None:
     ours, first = graph(back), graph(exported[0])
     assert list(ours.graph.node) == list(first.graph.node)
     assert list(ours.graph.initializer) == list(first.graph.initializer)
-    with pytest.raises(MismatchError, match=r"computes in float16, and float32"):
+    with pytest.raises(MismatchError, match=r"computes in float16,.*float32"):
         lora_tools.export(base, tmp_path / "no", graph=exported[0])
 
 
@@ -125,7 +125,7 @@ def test_bfloat16_is_not_silently_unverified(tmp_path: Path) -> None:
     base, out = export_models.one_layer("Llama", tmp_path / "base"), tmp_path / "out"
     report = lora_tools.export(base, out, compute_dtype="bfloat16", dtype="bfloat16")
     [note] = [n for n in report.notes if "bfloat16" in n]
-    assert "not run as it is" in note
+    assert "could not be run" in note
     assert "NOT_IMPLEMENTED" in note
     assert "half_conditioning" not in report.totals
     assert report.totals["max_relative_difference"] < 5e-5

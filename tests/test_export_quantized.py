@@ -319,7 +319,7 @@ def test_the_plan_imports_nothing_heavy(
     assert set(models.tensors(plain["BERT"])) == fates.keys() - {"model.onnx"}
     query = fates["encoder.layer.0.attention.self.query.weight"]
     assert query["action"] == "quantize"
-    assert "bits a parameter" in query["reason"]
+    assert "bits per parameter" in query["reason"]
     table = fates["embeddings.word_embeddings.weight"]
     assert (table["action"], table["reason"].split(",")[0]) == ("copy", "embedding")
     done_report = export(plain["BERT"], tmp_path / "out", scheme, no_verify=True)
@@ -444,7 +444,7 @@ def test_what_is_lost_on_a_text(
         ("llama", {"eval_text": "short.txt"}, UsageError, "1 tokens"),
         ("llama", {"eval_text": "bytes.txt"}, UsageError, "not UTF-8"),
         ("llama", {"eval_text": "short.txt", "no_verify": True}, UsageError, "no_verify"),
-        ("BERT", {"eval_text": "short.txt"}, UsageError, "perplexity is that of a decoder"),
+        ("BERT", {"eval_text": "short.txt"}, UsageError, "a decoder"),
         ("four", {}, UsageError, "pass --nf4"),
         ("four", {"int8": True}, UsageError, "dequantize"),
         ("four", {"nf4": True, "dtype": "float32"}, UsageError, "requantize"),
@@ -569,6 +569,6 @@ def test_from_the_command_line(
     assert cli(line) == 0
     said = capfd.readouterr().err
     assert "lost by quantizing: outputs differ by up to" in said
-    assert "nats a token" in said
+    assert "nats per token" in said
     assert cli([*line[:2], "--int8", "--nf4", "-o", str(tmp_path / "two")]) == 2
     assert "exclude each other" in capfd.readouterr().err

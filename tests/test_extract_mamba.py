@@ -75,7 +75,7 @@ def test_what_peft_refuses_is_saved_whole(kind: str, tmp_path: Path) -> None:
     report = lora_tools.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "a", rank=64)
     fates = {fate.tensor: fate for fate in report.plan if ".out_proj.weight" in fate.tensor}
     assert {fate.action for fate in fates.values()} == {"saved whole"}
-    assert all("take no factors of it" in fate.reason for fate in fates.values())
+    assert all("do not take factors of it" in fate.reason for fate in fates.values())
     assert any(module.module.endswith("in_proj") for module in report.modules)
     peft = models.attach(tmp_path / "base", tmp_path / "a")
     wanted = models.quietly(lambda: models.outputs(model))
@@ -188,7 +188,7 @@ def test_a_router_that_is_a_linear_layer_is_saved_whole(tmp_path: Path) -> None:
 def test_an_embedding_that_the_head_reads_is_refused(tmp_path: Path) -> None:
     _tuned(_mobilebert, tmp_path)
     sides = tmp_path / "base", tmp_path / "tuned", tmp_path / "a"
-    with pytest.raises(MismatchError, match=r"decoder, whose weight the model reads past PEFT"):
+    with pytest.raises(MismatchError, match=r"decoder,.*PEFT"):
         lora_tools.extract(*sides, rank=64)
     lora_tools.extract(*sides, rank=64, embeddings="skip")
     models.attach(tmp_path / "base", tmp_path / "a")

@@ -234,7 +234,7 @@ def test_dtypes_of_the_two_sides_may_differ(
     lora_tools.merge(sides[0], [tmp_path / "a"], tmp_path / "m", dtype="float32")
     models.assert_same(models.tensors(tmp_path / "m"), models.tensors(sides[1]), 1e-4)
     same = models.save(models.load(sides[0]).to(getattr(torch, other)), tmp_path / "same")
-    with pytest.raises(LoraToolsError, match="no module has a low-rank change"):
+    with pytest.raises(LoraToolsError, match="PEFT does not load an adapter without factors"):
         lora_tools.extract(sides[0], same, tmp_path / "none", rest="skip")
 
 
@@ -317,7 +317,7 @@ def test_tensors_on_one_side_only(tmp_path: Path) -> None:
     report = lora_tools.extract(base, tuned, tmp_path / "skipped", rest="skip")
     assert {f.tensor: f.action for f in report.plan}["new.weight"] == "skipped"
     assert not [k for k in models.tensors(tmp_path / "skipped") if "new" in k]
-    with pytest.raises(MismatchError, match=r"new\.weight: only the tuned side has it"):
+    with pytest.raises(MismatchError, match="only on the tuned side"):
         lora_tools.extract(base, tuned, tmp_path / "none", rest="error")
 
 
@@ -347,7 +347,7 @@ def test_unchanged_is_an_error_and_no_empty_adapter(
     rest: Any, pairs: dict[str, tuple[Path, Path]], tmp_path: Path
 ) -> None:
     base = pairs["llama"][0]
-    with pytest.raises(MismatchError, match="no module has a low-rank change"):
+    with pytest.raises(MismatchError, match="PEFT does not load an adapter without factors"):
         lora_tools.extract(
             base, models.save(models.load(base), tmp_path / "t"), tmp_path / "a", rest=rest
         )
@@ -360,7 +360,7 @@ def test_only_norms_changed_is_an_error(
     tuned = models.load(pairs["llama"][0])
     models.perturb(tuned, 0.1, 0, only="norm")
     models.save(tuned, tmp_path / "t")
-    with pytest.raises(MismatchError, match="no module has a low-rank change"):
+    with pytest.raises(MismatchError, match="PEFT does not load an adapter without factors"):
         lora_tools.extract(pairs["llama"][0], tmp_path / "t", tmp_path / "a")
 
 

@@ -144,7 +144,7 @@ def test_what_the_model_rescales_in_place_is_not_rounded_twice(tmp_path: Path) -
     report = lora_tools.quantize(tmp_path / "base", tmp_path / "q")
     reasons = {fate.tensor: fate.reason for fate in report.plan}
     for part in ("attention.output", "feed_forward.value"):
-        assert "rescaled in place" in reasons[f"rwkv.blocks.1.{part}.weight"]
+        assert "rescaled by its model" in reasons[f"rwkv.blocks.1.{part}.weight"]
     lora_tools.dequantize(tmp_path / "q", tmp_path / "plain")
     loaded = models.quietly(lambda: hf.RwkvForCausalLM.from_pretrained(tmp_path / "q")).eval()
     for module in loaded.modules():

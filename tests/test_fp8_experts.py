@@ -102,7 +102,7 @@ def test_as_transformers_saves_them(
         codes = sum(t.numel() for t in stored.values() if t.dtype == E4M3)
         assert facts["bits_per_parameter"] == 8 + 8 * scales / codes  # each scale counts once
         models.train(base, tmp_path / "a", {"r": 2, "target_modules": ["o_proj"]})
-        with pytest.raises(UsageError, match="of other weights"):
+        with pytest.raises(UsageError, match="other weights"):
             lora_tools.merge(tmp_path / "q", [tmp_path / "a"], tmp_path / "m", requantize=True)
 
 
@@ -154,7 +154,7 @@ def test_scales_that_may_be_of_rows_or_of_columns(tmp_path: Path) -> None:
     scales = torch.rand(3, 8) + 0.5
     config = json.loads('{"quantization_config": {"quant_method": "fp8"}}')
     folder = made(tmp_path / "q", {name: codes, f"{name}_scale": scales}, config)
-    with pytest.raises(CheckpointError, match="rows or of its columns"):
+    with pytest.raises(CheckpointError, match=r"rows or.*columns"):
         lora_tools.dequantize(folder, tmp_path / "out")
     for told in (scales[:, :, None], scales[:, None, :]):
         view = opened(tmp_path / str(told.shape), {name: codes, f"{name}_scale": told}, config)

@@ -61,7 +61,7 @@ SCALES: dict[str, tuple[Tensors, dict[str, Any], str]] = {
     "of bytes": ({f"{Q}_scale": torch.ones(1, dtype=torch.uint8)}, {}, "powers of two"),
     "missing": ({}, fp8_config([8, 8]), "weight_scale_inv or"),
     "missing of one": (
-        {UP: torch.ones(4, 4).to(E4M3), f"{UP}_scale": torch.ones(())}, {}, f"{Q} .*none"
+        {UP: torch.ones(4, 4).to(E4M3), f"{UP}_scale": torch.ones(())}, {}, f"{Q} .*missing"
     ),
     "twice": ({f"{Q}_scale": torch.ones(1), f"{Q}_scale_inv": torch.ones(1)}, {}, "two scales"),
     "of a weight that is not there": ({"b.weight_scale_inv": torch.ones(1)}, {}, "b.weight_scale"),
@@ -205,7 +205,7 @@ def test_comfyui_says_it_in_metadata_too(prefix: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="quantized as"):
         open_checkpoint(tmp_path / "r")
     made(tmp_path / "s", tensors, {}, _quantization_metadata="[]")
-    with pytest.raises(CheckpointError, match="names no layers"):
+    with pytest.raises(CheckpointError, match="in the file's metadata does not name"):
         open_checkpoint(tmp_path / "s")
 
 

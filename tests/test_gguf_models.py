@@ -390,7 +390,7 @@ def test_a_tensor_of_unknown_rounding_hides_no_other_s_floor(tmp_path: Path) -> 
     name = "model.layers.0.self_attn.q_proj"
     assert math.isnan(floors.pop(name))
     assert all(floor > 0 for floor in floors.values())
-    assert any(f"is not known of {name}.weight" in note for note in report.notes)
+    assert any(f"is not known for {name}.weight" in note for note in report.notes)
 
 
 def test_types_that_are_read() -> None:
@@ -493,7 +493,7 @@ def test_people_are_told(made: Any, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "checkpoint in GGUF" in said
     assert "in Q8_0" in said
     assert run(["dequantize", str(path), "-o", str(tmp_path / "o")]) == 0
-    assert "whose tokenizer stays in it" in capsys.readouterr().err
+    assert "Its tokenizer is not copied" in capsys.readouterr().err
     assert sorted(p.name for p in (tmp_path / "o").iterdir()) == [
         "README.md",
         "config.json",
@@ -518,7 +518,7 @@ def test_a_split_model(made: Any, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="2 of 3 shards"):
         open_checkpoint(files[0])
     files[0].rename(tmp_path / "alone.gguf")
-    with pytest.raises(CheckpointError, match="one of 3 files of a GGUF model"):
+    with pytest.raises(CheckpointError, match=r"one of.*files of a GGUF model"):
         open_checkpoint(tmp_path / "alone.gguf")
 
 
@@ -548,9 +548,9 @@ def test_what_needs_a_folder_says_how_to_get_one(made: Any, tmp_path: Path) -> N
     ):
         with pytest.raises(UsageError, match="convert_hf_to_gguf"):
             use()
-    with pytest.raises(CheckpointError, match=r"GGUF files: .*; pass one of them"):
+    with pytest.raises(CheckpointError, match=r"GGUF files: .*;.*one of them"):
         lora_tools.dequantize(path.parent, tmp_path / "o")
-    with pytest.raises(UsageError, match="cannot give back a BASE in GGUF"):
+    with pytest.raises(UsageError, match="a BASE in GGUF cannot be restored"):
         lora_tools.merge(path, [], tmp_path / "o", dtype="float32", reversible=True)
 
 
@@ -580,23 +580,17 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "architecture": ({"arch": "qwen2vl"}, "architecture 'qwen2vl'.*original checkpoint"),
     "a tensor": (
         {"tensors": {"blk.0.attn_qkv.weight": torch.ones(4, 4)}},
-        r"blk\.0\.attn_qkv\.weight: not known in a GGUF model of llama",
+        r"blk\.0\.attn_qkv\.weight:.*known in a GGUF model of llama",
     ),
     "a scale of NVFP4": (
         {"tensors": {"blk.0.attn_q.scale": torch.ones(1)}},
-        r"blk\.0\.attn_q\.scale: not known",
+        r"blk\.0\.attn_q\.scale:.*known",
     ),
-    "heads": (
-        {"fields": {"attention.head_count": 5}},
-        r"blk\.0\.attn_q\.weight: has 64 rows, which are no 5 heads",
-    ),
-    "no heads": (
-        {"fields": {"attention.head_count": None}},
-        r"blk\.0\.attn_q\.weight: its rows cannot be put into order",
-    ),
+    "heads": ({"fields": {"attention.head_count": 5}}, r"blk\.0\.attn_q\.weight:.*5 heads"),
+    "no heads": ({"fields": {"attention.head_count": None}}, "the order of its rows is not"),
     "dimensions": (
         {"tensors": {"blk.0.ffn_up.weight": torch.ones(4)}},
-        r"blk\.0\.ffn_up\.weight: is \[4\], and 2 dimensions",
+        r"blk\.0\.ffn_up\.weight: is \[4\],.*2 dimensions",
     ),
     "whole numbers": (
         {"tensors": HEAD, "blocks": {"output.weight": (ONES.astype(np.int32), "I32")}},
@@ -638,7 +632,7 @@ def test_scales_that_are_no_numbers(tmp_path: Path) -> None:
         ({"rope.dimension_count": 8}, "only 8 of 16 numbers"),
         ({"context_length": None}, r"llama\.context_length is None"),
         ({"embedding_length": 128}, "do not fit"),
-        ({"attention.value_length": 8}, "not of one size"),
+        ({"attention.value_length": 8}, "differ in size"),
     ],
 )
 def test_no_config_rather_than_a_wrong_one(
@@ -647,7 +641,8 @@ def test_no_config_rather_than_a_wrong_one(
     path = plain_llama(tmp_path / "m.gguf", fields={"attention.key_length": 16} | fields)
     report = lora_tools.dequantize(path, tmp_path / "o")
     assert any(
-        "does not give for certain" in note and re.search(said, note) for note in report.notes
+        "cannot be made from the GGUF for certain" in note and re.search(said, note)
+        for note in report.notes
     )
     assert {p.name for p in (tmp_path / "o").iterdir()} == {"README.md", "model.safetensors"}
 

@@ -198,7 +198,7 @@ def test_gptq_by_its_own_file_and_with_rules(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     said["checkpoint_format"] = "gptq"
     (folder / "quantize_config.json").write_text(json.dumps(said))
-    with pytest.raises(CheckpointError, match="says checkpoint_format 'gptq', and config"):
+    with pytest.raises(CheckpointError, match=r"says checkpoint_format 'gptq',.*config"):
         open_checkpoint(folder)
 
 
@@ -218,8 +218,8 @@ def test_a_zero_point_that_v1_cannot_say_is_refused(tmp_path: Path) -> None:
     ("index", "said"),
     [
         ([0] * 16, "puts all inputs into the first of 2 groups"),
-        ([0] * 8 + [2] * 8, "names the groups 0 to 2, and there are 2"),
-        ([-1] * 8 + [1] * 8, "names the groups -1 to 1, and there are 2"),
+        ([0] * 8 + [2] * 8, "has groups 0 to 2, but there are only 2"),
+        ([-1] * 8 + [1] * 8, "has groups -1 to 1, but there are only 2"),
     ],
 )
 def test_lying_groups_are_refused(index: list[int], said: str, tmp_path: Path) -> None:
@@ -243,15 +243,19 @@ GPTQ_FAULTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "scales of activations": (
         {"act.scales": torch.ones(16)},
         {},
-        f"{Q}.act.scales: scales, and no",
+        f"{Q}.act.scales: scales without",
     ),
     "bits in words": ({}, {"bits": "four"}, "'four' bits are said"),
     "group size": ({}, {"group": 16}, f"{Q}.scales: 1 groups of 16 inputs"),
-    "group of none": ({}, {"group": 0}, f"{Q}.scales: group_size 0 is no size"),
+    "group of none": ({}, {"group": 0}, f"{Q}.scales: group_size 0 is not a size"),
     "no qzeros": ({"qzeros": None}, {}, f"{Q}.qzeros: missing beside qweight"),
     "no scales": ({"scales": None}, {}, f"{Q}.scales: missing beside qweight"),
     "no qweight": ({"qweight": None}, {}, f"{Q}.qweight is missing"),
-    "no index, act-order": ({"g_idx": None}, {"desc_act": True}, f"{Q}.g_idx: missing, and desc"),
+    "no index, act-order": (
+        {"g_idx": None},
+        {"desc_act": True},
+        f"{Q}.g_idx: is missing, but desc",
+    ),
     "cut": ({"qweight": torch.zeros(1, 16, dtype=torch.int32)}, {}, "do not fit them"),
     "narrow": ({"qweight": torch.zeros(2, 8, dtype=torch.int32)}, {}, f"{Q}.qweight: I32 .2, 16."),
     "zeros cut": ({"qzeros": torch.zeros(1, 2, dtype=torch.int32)}, {}, f"{Q}.qzeros: I32 .2, 2."),
@@ -262,7 +266,11 @@ GPTQ_FAULTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "codes in a row": ({"qweight": torch.ones(32).int()}, {}, f"{Q}.qweight: I32 a matrix"),
     "index of another length": ({"g_idx": torch.zeros(24).int()}, {}, "do not fit them"),
     "index of floats": ({"g_idx": torch.zeros(16)}, {}, f"{Q}.g_idx: I32 or I64"),
-    "a weight as well": ({"weight": torch.ones(16, 16)}, {}, f"{Q}: has a weight and a qweight"),
+    "a weight as well": (
+        {"weight": torch.ones(16, 16)},
+        {},
+        f"{Q}: has both a weight and a qweight",
+    ),
 }
 
 
@@ -335,7 +343,7 @@ AWQ_FAULTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "llm-awq": ({}, {"backend": "llm-awq"}, f"{Q}.qweight: AWQ"),
     "eight bits": ({}, {"bits": 8}, "AWQ of 8 bits"),
     "order": ({"g_idx": torch.zeros(16).int()}, {}, "with g_idx"),
-    "group size": ({}, {"group_size": 12}, f"{Q}.qweight: 16 inputs are no whole number"),
+    "group size": ({}, {"group_size": 12}, f"{Q}.qweight: 16 inputs cannot be divided"),
     "group of none": ({}, {"group_size": None}, "groups of None"),
     "other group size": ({}, {"group_size": 16}, f"{Q}.qzeros: I32 .1, 2. is expected"),
     "zeros cut": ({"qzeros": torch.zeros(2, 1).int()}, {}, f"{Q}.qzeros: I32 .2, 2. is expected"),
@@ -344,7 +352,7 @@ AWQ_FAULTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "scales of activations": (
         {"act.scales": torch.ones(16)},
         {},
-        f"{Q}.act.scales: scales, and no",
+        f"{Q}.act.scales: scales without",
     ),
 }
 
@@ -359,7 +367,7 @@ def test_broken_awq_is_refused_by_name(kind: str, tmp_path: Path) -> None:
 
 def test_awq_of_no_linear_layer(tmp_path: Path) -> None:
     stored, _ = awq_layer(8)("model.embed_tokens", torch.randn(16, 16))
-    refused(tmp_path / "q", stored, AWQ_CONFIG, "embed_tokens.qweight: AWQ of what is no linear")
+    refused(tmp_path / "q", stored, AWQ_CONFIG, r"embed_tokens.qweight: AWQ.*linear")
 
 
 def test_awq_said_to_be_symmetric_and_not(tmp_path: Path) -> None:
@@ -423,14 +431,14 @@ def test_mlx_with_entries_of_single_layers(tmp_path: Path) -> None:
 
 
 MLX_FAULTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "mxfp4": ({}, {"mode": "mxfp4"}, f"{Q}.weight: MLX's mode mxfp4 is not read"),
-    "said to be plain": ({}, {Q: False}, f"{Q}.weight: holds codes, and config.json says"),
-    "bits": ({}, {"bits": 8}, f"{Q}.weight: U32 .16, 2. holds no whole groups of 16"),
+    "mxfp4": ({}, {"mode": "mxfp4"}, f"{Q}.weight: MLX's mode mxfp4 cannot be read"),
+    "said to be plain": ({}, {Q: False}, f"{Q}.weight: holds codes, but config.json says"),
+    "bits": ({}, {"bits": 8}, f"{Q}.weight: U32 .16, 2. cannot be divided into groups of 16"),
     "other bits": ({}, {"bits": 2}, f"{Q}.scales: F16 or BF16 or F32 .16, 2. is expected"),
     "another layer's": ({}, {"model.k_proj": {"bits": 8}}, "names model.k_proj, which is not"),
-    "bits of a float": ({}, {"bits": 4.0}, rf"{Q}.weight: 4\.0 bits in groups"),
-    "seven bits": ({}, {"bits": 7}, f"{Q}.weight: 7 bits in groups of 16"),
-    "no group": ({}, {"group_size": 0}, "groups of 0 are said"),
+    "bits of a float": ({}, {"bits": 4.0}, rf"{Q}.weight: MLX does not have 4\.0 bits in groups"),
+    "seven bits": ({}, {"bits": 7}, f"{Q}.weight: MLX does not have 7 bits in groups of 16"),
+    "no group": ({}, {"group_size": 0}, "groups of 0"),
     "no scales": ({"scales": None}, {}, f"{Q}.scales: missing beside"),
     "no biases": ({"biases": None}, {}, f"{Q}.biases: missing beside"),
     "biases of another dtype": (
@@ -458,11 +466,15 @@ MLX_FAULTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {},
         f"{Q}.up.biases: U32 weight is expected beside it in {Q}.up, found {Q}.up.weight F32",
     ),
-    "a vector": ({"weight": torch.ones(16, dtype=torch.uint32)}, {}, f"{Q}.weight: U32 .16. holds"),
+    "a vector": (
+        {"weight": torch.ones(16, dtype=torch.uint32)},
+        {},
+        f"{Q}.weight: U32 .16. cannot be divided",
+    ),
     "a number": (
         {"weight": torch.ones((), dtype=torch.uint32)},
         {},
-        rf"{Q}.weight: U32 \[\] holds",
+        rf"{Q}.weight: U32 \[\] cannot be divided",
     ),
 }
 
@@ -669,6 +681,6 @@ def test_names_of_mlx_are_told(tmp_path: Path) -> None:
     said = {"group_size": 32, "bits": 4}
     written(tmp_path / "mlx", tensors | stored, {**config, "quantization": said})
     report = lora_tools.dequantize(tmp_path / "mlx", tmp_path / "out")
-    [note] = [n for n in report.notes if "names of tensors are MLX's" in n]
-    assert "find no model.layers.0.mlp.experts.down_proj" in note
+    [note] = [n for n in report.notes if "its tensors have MLX's names" in n]
+    assert "not find model.layers.0.mlp.experts.down_proj" in note
     assert "switch_mlp" in note

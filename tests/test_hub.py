@@ -246,7 +246,7 @@ def test_a_folder_or_a_file_of_a_repository(server: Any, tmp_path: Path) -> None
     server.repositories["org/two"] = both | {"x.safetensors.md": b""}
     assert list(open_adapter("org/two/a").modules) == ["q"]
     assert {name.partition("/")[0] for name in server.fetched} == {"a"}
-    with pytest.raises(CheckpointError, match=r"2 folders that do: a, b; give org/two/a$"):
+    with pytest.raises(CheckpointError, match=r"2 folders.*do: a, b; give org/two/a$"):
         open_adapter("org/two")
     with pytest.raises(CheckpointError, match="no folder or file 'c' in org/two; it holds a, b"):
         open_adapter("org/two/c")
@@ -256,9 +256,9 @@ def test_a_folder_or_a_file_of_a_repository(server: Any, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("org/none", "the hub shows no model org/none: is the name right.*hf auth login"),
+        ("org/none", r"the hub shows no model.*is the name right.*hf auth login"),
         ("org/name@v9", "no revision 'v9' of it; see https://huggingface.co/org/name/tree/main"),
-        ("org/gated", "gated on the hub: ask for access at https://huggingface.co/org/gated"),
+        ("org/gated", r"gated.*ask for access at https://huggingface.co/org/gated"),
         ("org/busy", "allows no more requests"),
     ],
 )
@@ -341,7 +341,7 @@ def test_other_addresses_are_refused_without_what_is_secret(
         assert "secret" not in str(caught.value)
     if not shown.startswith("https"):
         return
-    with pytest.raises(UsageError, match="upload it once it is complete") as refused:
+    with pytest.raises(UsageError, match=r"upload it.*it is complete") as refused:
         lora_tools.dequantize(tmp_path, source)
     assert "secret" not in str(refused.value)
     assert list(tmp_path.iterdir()) == []
@@ -442,7 +442,10 @@ def test_a_tensor_that_a_plan_reads_is_read_where_it_is(big: Any, tmp_path: Path
     [
         (b"", "safetensors"),
         (b"\xff" * 8 + b"{}", "it is truncated or not safetensors"),
-        (iotools.container({"a": iotools.entry()}, bytes(4)), "is it truncated"),
+        (
+            iotools.container({"a": iotools.entry()}, bytes(4)),
+            "it may be truncated: download it again",
+        ),
     ],
 )
 def test_a_header_that_is_none(data: bytes, said: str, big: Any) -> None:

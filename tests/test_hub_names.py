@@ -179,13 +179,13 @@ def test_a_name_that_is_asked_for(verb: str, made: Path, tmp_path: Path) -> None
     config = config_of(tmp_path / "o")
     assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", "v2")
     for wrong in ("/org/base", "org/base/sub", "a b"):
-        with pytest.raises(UsageError, match="is no id of the hub"):
+        with pytest.raises(UsageError, match="is not a hub id"):
             called(base_name=wrong, force=True)
 
 
 def test_a_name_without_a_place_is_refused(made: Path, tmp_path: Path) -> None:
     out = tmp_path / "k.safetensors"
-    with pytest.raises(UsageError, match=r"base_name: .* has no place for it"):
+    with pytest.raises(UsageError, match=r"base_name: .* cannot store it"):
         lora_tools.convert(made / "a", out, to="kohya", base=made / "base", base_name="org/base")
 
 

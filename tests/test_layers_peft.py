@@ -153,7 +153,7 @@ def test_two_adapters_of_unlike_kinds_on_one_convolution(tmp_path: Path) -> None
 def test_peft_groups_read_all_channels_and_are_refused(tmp_path: Path) -> None:
     base = store(net(), tmp_path / "base")
     trained(net(), tmp_path / "a", target_modules=["grouped"])
-    with pytest.raises(UnsupportedAdapter, match="grouped: its 4 groups each see their own input"):
+    with pytest.raises(UnsupportedAdapter, match=r"grouped:.*own input"):
         lora_tools.merge(base, [tmp_path / "a"], tmp_path / "m")
     assert not (tmp_path / "m").exists()
 
@@ -450,22 +450,22 @@ def test_a_change_in_a_block_left_out_is_in_the_error(tmp_path: Path) -> None:
         ("qkv", "REGEX=KIND"),
         ("=linear", "REGEX=KIND"),
         ("(=linear", "regular expression"),
-        ("qkv=circle", "no layer kind"),
-        ("qkv=conv:0", "no layer kind"),
-        ("qkv=merged:3/11", "no layer kind"),
-        ("qkv=merged:3/000", "no layer kind"),
-        ("qkv=merged", "no layer kind"),
-        ("qkv=merged:3*0", "no layer kind"),
-        ("qkv=merged:3*", "no layer kind"),
-        ("qkv=merged-conv1d:3*3", "no layer kind"),
+        ("qkv=circle", r"no.*kind"),
+        ("qkv=conv:0", r"no.*kind"),
+        ("qkv=merged:3/11", r"no.*kind"),
+        ("qkv=merged:3/000", r"no.*kind"),
+        ("qkv=merged", r"no.*kind"),
+        ("qkv=merged:3*0", r"no.*kind"),
+        ("qkv=merged:3*", r"no.*kind"),
+        ("qkv=merged-conv1d:3*3", r"no.*kind"),
         ("qkv=merged:3*2", "which is not merged's"),
-        ("qkv=linear:3", "no layer kind"),
-        ("qkv=reshaped-conv", "no layer kind"),
+        ("qkv=linear:3", r"no.*kind"),
+        ("qkv=reshaped-conv", r"no.*kind"),
         ("qkv=conv", "which is not conv's"),
         ("qkv=merged:4", "which is not merged's"),
         ("qkv=merged:3,7", "which is not merged's"),
         ("qkv=experts", "which is not experts's"),
-        ("other=linear", "found in no module's name"),
+        ("other=linear", "matches no module name"),
     ],
 )
 def test_layouts_that_make_no_sense(given: str, says: str, tmp_path: Path) -> None:

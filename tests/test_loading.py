@@ -337,7 +337,7 @@ def test_without_transformers_the_names_are_those_stored(
         "library": "transformers is not installed",
         "class": "transformers cannot make a Mine",
         "layers": "more layers than there are tensors",
-        "none": "Trainer is no model of",
+        "none": "Trainer is not a model of",
     }
     noted = [note for note in report.notes if says.get(missing, "transformers cannot") in note]
     assert bool(noted) == (missing != "config"), "nothing is expected of a config that names none"
@@ -382,7 +382,7 @@ def test_an_adapter_for_a_part_of_a_stored_tensor(
     models.assert_same(models.tensors(tmp_path / "m"), models.tensors(tmp_path / "peft"), 1e-6)
     for case in ({"use_dora": True}, {"lora_bias": True}):
         models.train(base, tmp_path / "refused", config | case)
-        with pytest.raises(UnsupportedAdapter, match=r"mlp\.weights_in.*that is not merged"):
+        with pytest.raises(UnsupportedAdapter, match=r"mlp\.weights_in.*and this cannot be merged"):
             lora_tools.merge(base, [tmp_path / "refused"], tmp_path / "none")
 
 

@@ -376,7 +376,7 @@ def test_other_methods_have_no_factors_of_lora(
     kind: str, plain: Path, bases: dict[str, Path], tmp_path: Path
 ) -> None:
     adapter = spoil(plain, tmp_path / "a", {"peft_type": kind})
-    with pytest.raises(AdapterError, match=rf"is none that PEFT's {kind} writes|AdaLoRA|init_r"):
+    with pytest.raises(AdapterError, match=rf"is unknown in PEFT's {kind}|AdaLoRA|init_r"):
         lora_tools.merge(bases["llama"], [adapter], tmp_path / "m")
     assert not (tmp_path / "m").exists()
 
@@ -396,12 +396,16 @@ def test_other_methods_are_refused_by_name(
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 TOKENS = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "alora": ({"config": {"alora_invocation_tokens": [1]}}, UnsupportedAdapter, "tokens apart"),
+    "alora": (
+        {"config": {"alora_invocation_tokens": [1]}},
+        UnsupportedAdapter,
+        r"an activated LoRA \(aLoRA\) acts only after",
+    ),
     "arrow": ({"config": {"arrow_config": {"top_k": 2}}}, UnsupportedAdapter, "Arrow routes"),
     "target-parameters": (
         {"config": {"target_parameters": [Q.removeprefix("base_model.model.") + ".a", "q_proj.b"]}},
         AdapterError,
-        "q_proj: target_parameters name a, b, and the file has factors for 1",
+        r"q_proj: target_parameters name a, b,.*the file has factors for 1",
     ),
     "kasa": ({"config": {"kasa_config": {"beta": 1}}}, UnsupportedAdapter, "KaSA"),
     "bdlora": ({"config": {"use_bdlora": {"nblocks": 2}}}, UnsupportedAdapter, "block-diagonal"),
@@ -409,7 +413,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "replication": (
         {"config": {"layer_replication": [[0, 1]]}},
         UnsupportedAdapter,
-        "replicates layers",
+        "it repeats layers, so its modules are",
     ),
     **{
         init: ({"config": {"init_lora_weights": init}}, UnsupportedAdapter, "changed the base")
@@ -420,7 +424,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         AdapterError,
         "base_layer, and no target_parameters",
     ),
-    "rank": ({"config": {"r": 8}}, AdapterError, "says rank 8, its factors have rank 4"),
+    "rank": ({"config": {"r": 8}}, AdapterError, r"says rank 8,.*factors have rank 4"),
     "rank-pattern": (
         {"config": {"rank_pattern": {"q_proj": 2}}},
         AdapterError,
@@ -443,16 +447,16 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
             },
         },
         AdapterError,
-        r"down_proj: 32 magnitudes are wanted, one for each of .* is \[31\]",
+        "numbers, one for each row of",
     ),
     "magnitude-without-dora": (
         {"add": {f"{Q}.lora_magnitude_vector": torch.ones(32)}},
         AdapterError,
         "use_dora is False",
     ),
-    "half-a-pair": ({"drop": "layers.0.self_attn.q_proj.lora_B"}, AdapterError, "lacks one of"),
+    "half-a-pair": ({"drop": "layers.0.self_attn.q_proj.lora_B"}, AdapterError, "but needs both"),
     "no-tensors": ({"drop": ""}, AdapterError, "holds no tensors"),
-    "unknown-key": ({"add": {f"{Q}.lora_C.weight": torch.ones(2)}}, AdapterError, "is none that"),
+    "unknown-key": ({"add": {f"{Q}.lora_C.weight": torch.ones(2)}}, AdapterError, "is unknown in"),
     "convolution": (
         {
             "drop": "layers.0.self_attn.q_proj",

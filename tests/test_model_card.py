@@ -320,7 +320,7 @@ def test_inspect_says_what_the_hub_will_make_of_a_folder(
     lora_tools.extract("base", "tuned", "by-path", rank=1)
     found = said_by_inspect("by-path")
     assert found["base_model"] == []
-    assert any("which names a path (--base-name)" in each for each in found["missing"])
+    assert any("which has a path instead (--base-name)" in each for each in found["missing"])
     capsys.readouterr()
     main(["inspect", BASE], standalone_mode=False)
     assert capsys.readouterr().out.splitlines()[-1] == (

@@ -197,15 +197,15 @@ def test_gpt_oss_is_quantized_as_its_own_checkpoints_are(tmp_path: Path) -> None
     assert found.state_dict().keys() == wanted.keys()
     assert all(torch.equal(x, wanted[name]) for name, x in found.state_dict().items())
     assert lora_tools.verify(tmp_path / "q", against=tmp_path / "base").totals["bit_for_bit"] == 2
-    with pytest.raises(CheckpointError, match="quantized already"):
+    with pytest.raises(CheckpointError, match="is already quantized, in"):
         lora_tools.quantize(tmp_path / "q", tmp_path / "x", scheme="mxfp4")
     with pytest.raises(CheckpointError, match="left out by include or exclude"):
         lora_tools.quantize(tmp_path / "base", tmp_path / "x", scheme="mxfp4", exclude=["experts"])
 
 
 MX_LIES: dict[str, tuple[Callable[[Tensors], Any], str]] = {
-    "no scales": (lambda t: t.pop(f"{EXPERTS}_scales"), f"{EXPERTS}_scales: expected"),
-    "no blocks": (lambda t: t.pop(f"{EXPERTS}_blocks"), f"{EXPERTS}_blocks: expected"),
+    "no scales": (lambda t: t.pop(f"{EXPERTS}_scales"), f"{EXPERTS}_scales: is missing"),
+    "no blocks": (lambda t: t.pop(f"{EXPERTS}_blocks"), f"{EXPERTS}_blocks: is missing"),
     "other scales": (
         lambda t: t.update({f"{EXPERTS}_scales": t[f"{EXPERTS}_scales"][:, :2]}),
         rf"{EXPERTS}_scales .*expected U8 \[3, 6, 4\]",

@@ -43,7 +43,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
             t / "o",
             sidecar=True,
         ),
-        "`loratools merge --reversible` makes it",
+        "`loratools merge --reversible` makes one",
     ),
     "too much for four bits": (
         lambda t: lora_tools.quantize(

@@ -113,7 +113,7 @@ def test_rescale_keeps_it(options: dict[str, Any], name: str, root: Path, tmp_pa
 
 def test_an_alpha_set_with_the_effect_is_said_to_give_one(root: Path, tmp_path: Path) -> None:
     report = lora_tools.rescale(root / "all zero", tmp_path / "r", alpha=4, effect="change")
-    assert any("have one now" in note for note in report.notes)
+    assert any("now have one" in note for note in report.notes)
     lora_tools.merge(root / "base", [tmp_path / "r"], tmp_path / "m")
     q = "model.layers.0.self_attn.q_proj.weight"
     assert not torch.equal(models.tensors(tmp_path / "m")[q], models.tensors(root / "base")[q])
@@ -154,7 +154,9 @@ def test_an_alpha_of_0_in_a_file_is_read_as_its_library_does(root: Path, tmp_pat
     )
     zero = tmp_path / "lora_unet_0.0.safetensors"
     report = lora_tools.convert(zero, tmp_path / "z", to="peft", base=root / "base")
-    assert any("1 of 1 modules have an alpha of 0, and so no effect" in n for n in report.notes)
+    assert any(
+        "1 of 1 modules have an alpha of 0, so they have no effect" in n for n in report.notes
+    )
     lora_tools.merge(root / "base", [zero], tmp_path / "m")
     before, after = (load_file(p / "model.safetensors") for p in (root / "base", tmp_path / "m"))
     assert all(torch.equal(before[name], tensor) for name, tensor in after.items())

@@ -84,7 +84,7 @@ def test_no_verb_reads_it(part: str, verb: str, made: Path, tmp_path: Path) -> N
     path = changed(made / ("nested" if PARTS[part] else "flat"), tmp_path / "q", name, spoil)
     with pytest.raises(NonFiniteError) as caught:
         VERBS[verb](path, made, tmp_path / "out")
-    assert str(caught.value).startswith(f"{name}: holds an inf or a NaN; get the file again")
+    assert str(caught.value).startswith(f"{name}: holds an inf or a NaN; download the file again")
     assert not (tmp_path / "out").exists()
 
 

@@ -243,7 +243,7 @@ def test_killed_among_several_files_old_and_new_are_never_mixed(
 def test_files_beside_it_need_force_and_its_parts_do_not(tmp_path):
     for name in ("one", "data"):
         build("file", tmp_path / name, "theirs")
-    with pytest.raises(OutputError, match="one appeared while this ran"):
+    with pytest.raises(OutputError, match="appeared during this run and was not"):
         several(tmp_path / "out", "new", force=False)
     assert {p.name: read(p) for p in tmp_path.iterdir()} == {"one": "theirs", "data": "theirs"}
     (tmp_path / "one").unlink()
@@ -294,7 +294,7 @@ def test_what_appears_meanwhile_stays(there, new, system, tmp_path):
             build(there, out, "theirs")
             other.update((k, v) for k, v in tree(tmp_path).items() if ".loratools-" not in k)
 
-    with pytest.raises(OutputError, match=f"^{out} appeared while this ran, and stays as it is"):
+    with pytest.raises(OutputError, match=f"^{out} appeared during this run and was not"):
         work()
     assert tree(tmp_path) == other
 
@@ -309,7 +309,7 @@ def test_a_file_beside_that_appears_meanwhile_stays(new, system, tmp_path):
             (staging / "out.extra").write_text("beside")
             (tmp_path / "out.extra").write_text("theirs")
 
-    with pytest.raises(OutputError, match=r"out\.extra appeared while this ran"):
+    with pytest.raises(OutputError, match="appeared during this run and was not"):
         work()
     assert names(tmp_path) == ["out.extra"]
     assert (tmp_path / "out.extra").read_text() == "theirs"
@@ -335,7 +335,8 @@ def test_of_many_at_once_one_wins_and_the_others_say_so(new, system, tmp_path):
     assert said.count(None) == 1
     assert read(out) == str(said.index(None))
     assert {text for text in said if text} == {
-        f"{out} appeared while this ran, and stays as it is; choose another output or pass --force"
+        f"{out} appeared during this run and was not replaced; choose another output or pass "
+        "--force"
     }
     assert names(tmp_path) == ["out"]
 
@@ -605,7 +606,7 @@ def test_an_input_given_by_a_link_is_known(tmp_path):
 
 @pytest.mark.parametrize("name", ["", ".", "..", "/"])
 def test_no_name_for_something_new(name):
-    with pytest.raises(OutputError, match="no name for something new"):
+    with pytest.raises(OutputError, match="is not the name of a new"):
         check_destination(Path(name), force=True)
 
 

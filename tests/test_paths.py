@@ -156,7 +156,7 @@ def test_no_two_outputs_are_one(
     code, error = said(command(verb, places | {one: "made.svg", other: second}))
     assert code == 2
     assert "made.svg" in error
-    assert "writes, or lies in it" in error or "are one, or one lies in the other" in error
+    assert "or is inside it" in error or "are the same, or one is inside the other" in error
 
 
 @pytest.mark.parametrize("name", [name for name, verb in VERBS.items() if verb.writes])
@@ -419,7 +419,7 @@ def test_a_cache_is_kept_only_with_what_it_belongs_to(work: Path) -> None:
 def test_a_folder_is_not_called_as_a_file_is(words: list[str], work: Path, said: Any) -> None:
     code, error = said([*words, "-o", "x.safetensors"])
     assert code == 2
-    assert "a folder is written, and this is a file's name" in error
+    assert "the output is a folder, and this is the name of a file" in error
 
 
 def test_a_file_is(work: Path) -> None:

@@ -153,7 +153,7 @@ def test_an_adapter_with_such_a_key_is_read(which: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("pattern", ["(", r"(a|a)*\1(b*)*", "(" * 5000])
 def test_an_adapter_whose_key_is_none_is_refused(pattern: str, tmp_path: Path) -> None:
     folder = iotools.adapter(tmp_path / "a", {"a" * 60: (4, 4)}, rank_pattern={pattern: 8})
-    with pytest.raises(AdapterError, match=r"rank_pattern: .* is no pattern that is read"):
+    with pytest.raises(AdapterError, match=r"rank_pattern: .* is a pattern that cannot be read"):
         open_peft("a", folder)
     config = json.loads((folder / "adapter_config.json").read_text())
     given = {"peft_type": "IA3", "feedforward_modules": pattern}

@@ -262,7 +262,7 @@ def test_what_comes_first_is_asked_where_it_matters(tmp_path: Path) -> None:
     base = store(net(), tmp_path / "base.safetensors")
     trained(tmp_path / "a", "hra")
     trained(tmp_path / "b", "loha")
-    with pytest.raises(UnsupportedAdapter, match="merge one of them, and the other into the res"):
+    with pytest.raises(UnsupportedAdapter, match=r"merge one of.*and the other into the res"):
         lora_tools.merge(base, [tmp_path / "a", tmp_path / "b"], tmp_path / "m.safetensors")
 
 
@@ -393,7 +393,7 @@ def test_block_diagonal_factors(blocks: int, tmp_path: Path) -> None:
     models.assert_same(load_file(tmp_path / "m.safetensors"), wanted, 1e-6)
     strict = {**json.loads((tmp_path / "a" / "adapter_config.json").read_text())["use_bdlora"]}
     spoiled(tmp_path / "a", use_bdlora=strict | {"match_strict": True})
-    with pytest.raises(UnsupportedAdapter, match="does not say which of its factors"):
+    with pytest.raises(UnsupportedAdapter, match="does not say which"):
         lora_tools.merge(base, [tmp_path / "a"], tmp_path / "n.safetensors")
 
 
@@ -409,7 +409,7 @@ HOSTILE: dict[str, tuple[str, dict[str, Any], str]] = {
     "no alpha": ("loha", {"alpha": None}, "alpha is None"),
     "alpha a word": ("loha", {"alpha": "six"}, "alpha is 'six'"),
     "alpha NaN": ("loha", {"alpha": float("nan")}, "adapter_config.json"),
-    "rank a fraction": ("lokr", {"r": 1.5}, "a whole number is needed"),
+    "rank a fraction": ("lokr", {"r": 1.5}, "a whole number"),
     "rank zero": ("lokr", {"r": 0}, "make no lokr"),
     "a flag": ("oft", {"coft": "no"}, "true or false is needed"),
     "an older OFT": ("oft", {"use_cayley_neumann": None}, "use_cayley_neumann is None"),
@@ -490,16 +490,16 @@ def test_what_no_lora_is_said(tmp_path: Path) -> None:
     trained(tmp_path / "b", "beft")
     with pytest.raises(UnsupportedAdapter, match=r"convert .* --to peft --rank 16 --base BASE"):
         lora_tools.rescale(tmp_path / "a", tmp_path / "r", rank=2)
-    with pytest.raises(UsageError, match="rank or energy says"):
+    with pytest.raises(UsageError, match="rank or energy"):
         lora_tools.convert(tmp_path / "a", tmp_path / "l", to="peft", base=base)
     with pytest.raises(UsageError, match="trained on with base"):
         lora_tools.convert(tmp_path / "a", tmp_path / "l", to="peft", rank=2)
     with pytest.raises(UsageError, match="make it a LoRA of PEFT first"):
         lora_tools.convert(tmp_path / "a", tmp_path / "l", to="kohya", base=base, rank=2)
-    with pytest.raises(UnsupportedAdapter, match="a LoRA has no place for that"):
+    with pytest.raises(UnsupportedAdapter, match="a LoRA cannot hold such a change"):
         lora_tools.convert(tmp_path / "b", tmp_path / "l", to="peft", base=base, rank=2)
     out = tmp_path / "m.safetensors"
     trained(tmp_path / "c", "oft")
     lora_tools.merge(base, [tmp_path / "c"], out)
-    with pytest.raises(UnsupportedAdapter, match="OFT changed what was there"):
+    with pytest.raises(UnsupportedAdapter, match="OFT depends on the old weight"):
         lora_tools.unmerge(out, [tmp_path / "c"], tmp_path / "u.safetensors")

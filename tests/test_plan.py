@@ -93,12 +93,15 @@ def test_shares_are_of_the_plan_that_is_written(small: Path, tmp_path: Path) -> 
         )
 
     file = tmp_path / "plan.json"
-    with pytest.raises(UsageError, match=r"no such file; write it first, by the same command with"):
+    with pytest.raises(UsageError, match=r"no such file; write it first,.*with"):
         merge(shard="1/2")
     merge(dry_run=True)
     written = file.read_bytes()
     for other, said in (
-        ({"dtype": "float16"}, r'it has "command": "merge", and what .* "merge dtype=.float16'),
+        (
+            {"dtype": "float16"},
+            r'it has "command": "merge", but this command has .*"merge dtype=.float16',
+        ),
         ({"shard_size": "9KB"}, r"is a plan of other work"),
     ):
         with pytest.raises(UsageError, match=said):
@@ -121,11 +124,11 @@ def test_the_job_that_differs_is_named(small: Path, tmp_path: Path) -> None:
     name = json.loads(lines[at].strip(" ,\n"))["name"]
     lines[at] = lines[at].replace('"action": "merge"', '"action": "copy"')
     file.write_text("".join(lines))
-    with pytest.raises(UsageError, match=rf"it has {name}: copy lora, and .* {name}: merge lora"):
+    with pytest.raises(UsageError, match=rf"it has {name}: copy lora, but .* {name}: merge lora"):
         lora_tools.merge(*call, plan=file, resume=True)
     lora_tools.merge(*call, plan=file, dry_run=True)
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:-3]))
-    with pytest.raises(UsageError, match="it has no more, and"):
+    with pytest.raises(UsageError, match="it has no more, but"):
         lora_tools.merge(*call, plan=file, shard="1/2")
     file.write_bytes(b"\xff\n")
     with pytest.raises(UsageError, match="cannot be read"):
@@ -145,13 +148,13 @@ def test_a_plan_is_written_over_no_input_and_into_no_output(small: Path, tmp_pat
             merge(tmp_path, dry_run=True)
         with pytest.raises(OutputError, match="is not a folder; create it first"):
             merge(tmp_path / "no" / "plan.json", dry_run=dry_run)
-    with pytest.raises(UsageError, match=r"plan .* are one, or one lies in the other"):
+    with pytest.raises(UsageError, match=r"plan .* are.*the other"):
         merge(tmp_path / "out" / "plan.json")
     assert [*tmp_path.iterdir()] == []
 
 
 def test_what_depends_on_results_has_no_plan(small: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"with budget, .* the jobs are not known beforehand"):
+    with pytest.raises(UsageError, match=r"with budget, .* the jobs are not known"):
         lora_tools.quantize(
             small / "base", tmp_path / "o", budget="12bits", plan=tmp_path / "p", dry_run=True
         )

@@ -71,7 +71,7 @@ def test_tokens_and_seed_choose_the_sequences(work: Path, tmp_path: Path) -> Non
 def test_the_plan_says_so(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["quantize", str(work / "llama"), "-o", str(tmp_path / "q"), "--dry-run"]
     assert run([*args, "--calibrate", str(work / "text")]) == 0
-    assert "by statistics collected on" in capsys.readouterr().err
+    assert "statistics for error feedback were collected on" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -80,8 +80,8 @@ def test_what_is_refused(work: Path, tmp_path: Path) -> None:
     given = {"calibrate": work / "text"}
     for said, base, options in (
         ("exclude each other", "llama", {**given, "activations": work / "text"}),
-        ("goes with", "llama", {"calibration_tokens": 4096}),
-        ("goes with", "llama", {"calibration_seed": 0}),
+        ("needs", "llama", {"calibration_tokens": 4096}),
+        ("needs", "llama", {"calibration_seed": 0}),
         ("one sequence", "llama", {**given, "calibration_tokens": 3}),
         ("No such file", "llama", {"calibrate": tmp_path / "none"}),
         ("plain weights", str(tmp_path / "fp8"), given),

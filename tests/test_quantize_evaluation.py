@@ -101,7 +101,7 @@ def test_what_is_refused(work: Path, tmp_path: Path) -> None:
     (tmp_path / "short").write_text("w1")
     refused = {
         "is for": (work / "bert", {"eval_text": work / "text"}),
-        "goes with": (work / "llama", {"max_loss_increase": 0.1}),
+        "needs": (work / "llama", {"max_loss_increase": 0.1}),
         "No such file": (work / "llama", {"eval_text": tmp_path / "none"}),
         "1 tokens": (work / "llama", {"eval_text": tmp_path / "short"}),
         "a folder with": (work / "llama" / "model.safetensors", {"eval_text": work / "text"}),

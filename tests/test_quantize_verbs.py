@@ -100,7 +100,7 @@ def test_what_cannot_be_compensated_is_refused(work, tmp_path):
     for given, said in (
         ({"compensate": 0}, "compensate 0"),
         ({"compensate": 4, "compensate_iterations": 0}, "compensate_iterations 0"),
-        ({"compensate_iterations": 2}, "goes with compensate"),
+        ({"compensate_iterations": 2}, "compensate"),
     ):
         with pytest.raises(UsageError, match=said):
             lora_tools.quantize(work / "base", out, **given)
@@ -268,7 +268,7 @@ def test_what_cannot_be_quantized_is_refused(work, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(UsageError, match="blocksize 65"):
         lora_tools.quantize(work / "base", out, blocksize=65)
-    with pytest.raises(CheckpointError, match="quantized already"):
+    with pytest.raises(CheckpointError, match="is already quantized, in"):
         lora_tools.quantize(work / "packed", out)
     with pytest.raises(MismatchError, match="no linear layer"):
         lora_tools.quantize(work / "base", out, include=["norm"])

@@ -143,7 +143,7 @@ def test_a_look_reads_headers_alone(name: str, files: Path, server: Server) -> N
     report = lora_tools.inspect(f"s3://bucket/{name}")
     data, headers = data_bytes(files / name)
     assert server.read() == headers if name == "base" else server.read() < headers + data / 8
-    assert "by its headers alone" in report.notes[-1]
+    assert "only headers were read" in report.notes[-1]
     assert report.inputs[0].digest == ""
     assert {each.hash for each in report.stored} == {""}
     whole = lora_tools.inspect(files / name)
@@ -186,7 +186,7 @@ def test_what_looks_takes_addresses(files: Path, server: Server) -> None:
 
 
 def test_what_is_loaded_is_to_lie_here(files: Path, server: Server) -> None:
-    said = r"^s3://bucket/base: .*takes the files themselves; fetch it first \(aws s3"
+    said = r"^s3://bucket/base: .*needs local files; download it first \(aws s3"
     with stand_ins.standing_in(is_plan=False):
         made = stand_ins.stand_ins()
         assert made is not None
@@ -224,7 +224,7 @@ def test_a_web_server(files: Path, server: Server) -> None:
 
 def test_a_server_without_ranges(server: Server, files: Path) -> None:
     server.ranges = False
-    said = r"^http://127\.0\.0\.1:\d+/bucket/\w+.*does not serve ranges\); download it first"
+    said = r"^http://127\.0\.0\.1:\d+/bucket/\w+.*does not serve ranges of bytes; download it first"
     with pytest.raises(CheckpointError, match=said):
         lora_tools.merge(f"{server.address}/bucket/base", files / "adapter", "out")
     with pytest.raises(CheckpointError, match="does not serve ranges"):
@@ -258,11 +258,11 @@ def test_what_an_ended_run_did_is_not_read_again(
         patch.setattr(output._Staging, "commit", fails)
         with pytest.raises(OutputError, match="Input/output"):
             lora_tools.merge(*words)
-    with pytest.raises(UsageError, match="a run that was ended has left"):
+    with pytest.raises(UsageError, match="an interrupted run has left"):
         lora_tools.merge(*words)
     server.clear()
     report = lora_tools.merge(*words, resume=True)
-    assert "were found done" in report.notes[-1]
+    assert "were already done" in report.notes[-1]
     data, headers = data_bytes(files / "base", files / "adapter")
     assert server.read() < headers + data / 2, "the adapter, for its digest, and headers"
     lora_tools.merge(files / "base", files / "adapter", "own")
@@ -517,7 +517,7 @@ def test_a_store_whose_answers_do_not_tell(
     server.fault = on_weights(
         lambda _: servers.system().rm("bucket/moving/model.safetensors"), times=1
     )
-    with pytest.raises(CheckpointError, match=r"gone since it was opened|nothing is there"):
+    with pytest.raises(CheckpointError, match=r"was deleted since it was opened|nothing is there"):
         lora_tools.merge("s3://bucket/moving", files / "adapter", "again")
     stores.opened.cache_clear()
 
@@ -527,8 +527,8 @@ def test_a_store_whose_answers_do_not_tell(
     [
         (b"", "truncated or not safetensors"),
         (b"\xff" * 8 + b"{}", "truncated or not safetensors"),
-        (iotools.container({"a": iotools.entry()}, bytes(4)), "is it truncated"),
-        (b"version https://git-lfs.github.com/spec/v1\noid", "a pointer of git-LFS"),
+        (iotools.container({"a": iotools.entry()}, bytes(4)), "may be truncated"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "a git-LFS pointer"),
         (iotools.container({"../a": iotools.entry()}, bytes(8)), None),
     ],
 )
@@ -545,11 +545,19 @@ def test_a_header_that_is_none(data: bytes, said: str | None, server: Server) ->
 @pytest.mark.parametrize(
     ("names", "error", "said"),
     [
-        ({}, CheckpointError, "nothing is there, or it may not be seen"),
-        ({"model.gguf": b"GGUF"}, CheckpointError, r"not \(model\.gguf\); fetch it first \(aws s3"),
-        ({"pytorch_model.bin": b"x"}, CheckpointError, r"not \(pytorch_model\.bin\); fetch it"),
-        ({"config.json": b"{}"}, CheckpointError, "there are none; fetch it first"),
-        ({"a/../../b.safetensors": b""}, UnsafeInput, "is no name of a file"),
+        ({}, CheckpointError, "nothing is there, or access is not allowed"),
+        (
+            {"model.gguf": b"GGUF"},
+            CheckpointError,
+            r"other files \(model\.gguf\); download it first \(aws s3",
+        ),
+        (
+            {"pytorch_model.bin": b"x"},
+            CheckpointError,
+            r"other files \(pytorch_model\.bin\); download it",
+        ),
+        ({"config.json": b"{}"}, CheckpointError, "there are none; download it first"),
+        ({"a/../../b.safetensors": b""}, UnsafeInput, "is not the name of a file"),
     ],
 )
 def test_what_is_not_read_by_address(
@@ -658,7 +666,7 @@ def test_an_upload_that_fails_leaves_no_index(force: bool, files: Path, server: 
             raise PermissionError
 
     server.put = put
-    said = r"^s3://bucket/torn: not uploaded .*the result lies in (\S+); upload it \(aws s3 sync"
+    said = r"^s3://bucket/torn: not uploaded .*the result is in (\S+); upload it \(aws s3 sync"
     with pytest.raises(OutputError, match=said) as caught:
         lora_tools.merge("s3://bucket/base", files / "adapter", "s3://bucket/torn", force=force)
     there = {name.rpartition("/")[2] for name in servers.system().find("bucket/torn")}
@@ -674,11 +682,11 @@ def test_what_is_not_put_there(
     files: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cases: list[tuple[str, dict[str, Any], str]] = [
-        ("https://host/x", {}, r"nothing is written there.*curl -T"),
-        ("hf://org/name", {}, r"nothing is written there.*hf upload"),
+        ("https://host/x", {}, r"cannot write to such an address.*curl -T"),
+        ("hf://org/name", {}, r"cannot write to such an address.*hf upload"),
         ("s3://bucket", {}, "is a bucket"),
-        ("s3://bucket/new", {"resume": True}, "go with an output on a disk"),
-        ("s3://bucket/new", {"shard": "1/2"}, "go with an output on a disk"),
+        ("s3://bucket/new", {"resume": True}, "need a local output"),
+        ("s3://bucket/new", {"shard": "1/2"}, "need a local output"),
         ("s3://bucket/base", {"force": True}, "is the input s3://bucket/base"),
         ("s3://bucket/base/in", {}, "is the input s3://bucket/base, or one contains the other"),
     ]
@@ -688,10 +696,12 @@ def test_what_is_not_put_there(
     for flag in ("--report", "--spectrum-cache", "--activations"):
         words = ["extract", str(files / "base"), str(files / "tuned"), "-o", "out", "--rank", "2"]
         assert run([*words, flag, "s3://key:secret@bucket/file"]) == 2
-    with pytest.raises(UsageError, match=r"^TEXT s3://bucket/text: this file lies on a disk"):
+    with pytest.raises(UsageError, match=r"^TEXT s3://bucket/text: this must be a local file"):
         lora_tools.collect_stats(files / "base", "s3://bucket/text", "out")
     monkeypatch.setattr(output, "free_bytes", lambda _: 10)
-    with pytest.raises(OutputError, match=r"has 10 free; .*temporary first; TMPDIR names another"):
+    with pytest.raises(
+        OutputError, match=r"has only 10 free; .*temporary first; choose another folder"
+    ):
         lora_tools.merge("s3://bucket/base", files / "adapter", "s3://bucket/new")
     assert [path.name for path in Path().iterdir()] == ["temporary"]
     with pytest.raises(AdapterError):

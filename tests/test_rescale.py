@@ -271,7 +271,7 @@ def test_parts_that_a_consumer_does_not_read(
 
 def test_a_rank_that_vllm_does_not_have(tmp_path: Path) -> None:
     given = models.write_adapter(tmp_path / "a", torch.randn(600, 700), torch.randn(700, 600), 1)
-    with pytest.raises(UnsupportedAdapter, match="reads ranks up to 512 and this adapter has 600"):
+    with pytest.raises(UnsupportedAdapter, match=r"reads ranks up to 512.*600"):
         lora_tools.rescale(given, tmp_path / "out", consumer="vllm")
     lora_tools.rescale(given, tmp_path / "out", consumer="vllm", rank=300)
     assert config(tmp_path / "out")["r"] == 320
@@ -388,7 +388,7 @@ def test_magnitudes_are_checked(verb: str, tmp_path: Path) -> None:
             lora_tools.convert(given, tmp_path / "out", to="kohya")
 
     few = models.write_adapter(tmp_path / "few", A, B, 4, m=torch.ones(5))
-    with pytest.raises(AdapterError, match=r"w: 6 magnitudes are wanted.* \[5\]"):
+    with pytest.raises(AdapterError, match="numbers, one for each row of"):
         run(few)
     nan = models.write_adapter(tmp_path / "nan", A, B, 4, m=torch.full((6,), torch.nan))
     with pytest.raises(NonFiniteError, match="w: "):

@@ -33,7 +33,7 @@ from .campaign.lines import VERBS, command, inputs, left_over
 
 SOME = 1e-9  # seconds: whatever was done is worth it
 _ALL_COUNTS = f"import lora_tools.formats.ledger as ledger; ledger.WORTH = {SOME}\n"
-WAYS = "--resume goes on with it, --clean removes it and begins anew"
+WAYS = "--resume continues it, --clean deletes it and starts again"
 BY_NAME = WAYS.replace("--resume", "resume=True").replace("--clean", "clean=True")
 RESUMED = sorted(VERBS.keys() - {"export"})
 
@@ -117,11 +117,11 @@ def test_work_that_was_left_is_neither_lost_nor_kept_unasked(
     merge: Merge, ended: list[str], tmp_path: Path
 ) -> None:
     left = iotools.tree(tmp_path)
-    with pytest.raises(UsageError, match=rf"out: a run that was ended has left .*; {BY_NAME}"):
+    with pytest.raises(UsageError, match=rf"out: an interrupted run has left .*; {BY_NAME}"):
         merge()
     assert iotools.tree(tmp_path) == left
     assert merge(dry_run=True).dry_run
-    with pytest.raises(UsageError, match="give one of them"):
+    with pytest.raises(UsageError, match="give only one of them"):
         merge(resume=True, clean=True)
     report = merge(clean=True)
     assert ended
@@ -132,7 +132,7 @@ def test_work_that_was_left_is_neither_lost_nor_kept_unasked(
 def test_what_was_found_done_is_said(merge: Merge, ended: list[str]) -> None:
     report = merge(resume=True)
     assert not ended
-    assert "pieces of work were found done" in report.notes[-1]
+    assert "tasks were already done" in report.notes[-1]
 
 
 def test_with_nothing_to_go_on_with_it_begins(

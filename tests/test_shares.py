@@ -81,7 +81,7 @@ def test_a_policy_in_two_steps_takes_the_array_twice(
             report = extract(to / "out", shard=each)
             assert report.output == ""
     assert len(counted) == done
-    assert extract(to / "out", shard="2/3").notes[-1].startswith("all of the work is done")
+    assert extract(to / "out", shard="2/3").notes[-1].startswith("all work is done")
     extract(to / "out", finish=True)
     assert len(counted) == done
     assert iotools.tree(to / "out") == iotools.tree(tmp_path / "whole")
@@ -154,14 +154,14 @@ def test_a_share_that_is_killed_is_done_again(verb: str, small: Path, tmp_path: 
 
 
 def test_what_is_missing_is_named(rescale: Callable[..., Any], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"needs what .*1/N to N/N make, and there is nothing of"):
+    with pytest.raises(UsageError, match=r"needs the work of .*1/N to N/N, and there is none"):
         rescale(finish=True)
     assert list(tmp_path.iterdir()) == []
     rescale(shard="2/4")
-    with pytest.raises(UsageError, match=r"shards 1/4, 3/4, 4/4 3 of 4 pieces.* as model\.l"):
+    with pytest.raises(UsageError, match=r"3 of 4 tasks .* as model\.l.* \(shards 1/4, 3/4, 4/4\)"):
         rescale(finish=True)
     rescale(shard="4/4")
-    assert "2 pieces of work were found done" in rescale(resume=True).notes[-1]
+    assert "2 tasks were already done" in rescale(resume=True).notes[-1]
     assert left_over(tmp_path, tmp_path / "out") == []
 
 
@@ -174,20 +174,20 @@ def test_shards_of_something_else_are_refused(
         lora_tools.rescale(adapter, tmp_path / "out", **{"rank": 1, **options})
 
     rescale(shard="1/2")
-    with pytest.raises(UsageError, match=r"/3: the shards in .* are 2; give shard I/2, or"):
+    with pytest.raises(UsageError, match="delete it to start again"):
         rescale(shard="1/3")
     for how in ({"finish": True}, {"shard": "2/2"}):
         with pytest.raises(UsageError, match=r"the command was .*rank=1, and is .*rank=2"):
             rescale(rank=2, **how)
         with monkeypatch.context() as patch:
             patch.setattr("lora_tools.verbs.writing.tool_version", lambda: "9.9")
-            with pytest.raises(UsageError, match=r"the version was .*, and is 9\.9 .*; give the"):
+            with pytest.raises(UsageError, match=r"the version was .*, and is 9\.9 .*; use the"):
                 rescale(**how)
-    with pytest.raises(UsageError, match=r"shards of it are in .*; shard and finish=True go"):
+    with pytest.raises(UsageError, match=r"shards of it are in .*; shard and finish=True continue"):
         rescale()
     os.utime(adapter / "adapter_model.safetensors", ns=(1, 1))
     for how in ({"finish": True}, {"shard": "2/2"}):
-        with pytest.raises(UsageError, match=r"model\.safetensors is not as it was for the"):
+        with pytest.raises(UsageError, match=r"model\.safetensors has changed since the"):
             rescale(**how)
 
 
@@ -197,7 +197,7 @@ def test_one_share_is_done_by_one_process(rescale: Callable[..., Any], tmp_path:
     job = shared_staging.Job(*said_of(out))
     with shared_staging.joined(out, 2, job):
         for way in ({"shard": "2/2"}, {"finish": True}, {"resume": True}, {"clean": True}):
-            with pytest.raises(OutputError, match="another process is at work on shard 2/2"):
+            with pytest.raises(OutputError, match=r"another process.*on shard 2/2"):
                 rescale(**way)
         rescale(shard="1/2")
     rescale(shard="2/2")
@@ -213,7 +213,7 @@ def said_of(out: Path) -> tuple[dict[str, str], int]:
 def test_statistics_are_collected_once(small: Path, tmp_path: Path) -> None:
     (text := tmp_path / "text.txt").write_text("a b c")
     for way in ({"shard": "1/2"}, {"finish": True}):
-        with pytest.raises(UsageError, match="calibrate: each shard would collect statistics of"):
+        with pytest.raises(UsageError, match="calibrate: each shard would collect"):
             lora_tools.quantize(small / "base", tmp_path / "out", calibrate=text, **way)
 
 
@@ -236,7 +236,7 @@ def test_who_completes_is_not_disturbed(
     monkeypatch.setattr(threads, "_run", meanwhile)
     rescale(resume=True)
     assert len(said) == 1
-    assert "at work on shard 2/2, or completes or removes what" in said[0]
+    assert "works on shard 2/2, or completes or deletes the shards" in said[0]
 
 
 def test_a_gate_that_fails_leaves_what_the_shards_made(small: Path, tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_only_one_way_can_be_given(rescale: Callable[..., Any], tmp_path: Path) 
         {"shard": "1/2", "resume": True},
         {"shard": "1/2", "finish": True},
     ):
-        with pytest.raises(UsageError, match="give one of them"):
+        with pytest.raises(UsageError, match=r"give.*of them"):
             rescale(**ways)
     for wrong in ("", "1", "0/2", "3/2", "1/2/3", "-1/2", "a/b", "1/", "²/3"):
         with pytest.raises(UsageError, match="I/N is needed"):

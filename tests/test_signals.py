@@ -221,7 +221,7 @@ output._Staging.commit = together
             texts.append(each.read())
             each.close()
         assert sorted(codes) == [0, 1, 1]
-        loser = f"Error: {out} appeared while this ran, and stays as it is; choose another output"
+        loser = f"Error: {out} appeared during this run and was not replaced; choose another output"
         assert sorted(texts) == ["", *[f"{loser} or pass --force\n"] * 2]
         assert [path.name for path in top.iterdir()] == ["out"]
         (alone := tmp_path / f"alone{attempt}").mkdir()

@@ -113,7 +113,7 @@ def test_what_was_planted_is_found(pair: tuple[Path, Path], tmp_path: Path) -> N
         done = lora_tools.extract(base, tuned, tmp_path / f"to {tuned.name}", rank=2, rest="skip")
         [module] = [m for m in done.modules if m.module == UP.removesuffix(".weight")]
         assert module.energy > 0.9999
-        assert any("seen as the numbers it stands for" in note for note in done.notes)
+        assert any("its dequantized numbers are used" in note for note in done.notes)
 
 
 def test_inspect_names_it(pair: tuple[Path, Path]) -> None:

@@ -42,7 +42,7 @@ def test_the_other_side_has_the_weight(how: str, side: str, plain: Path, tmp_pat
     base = weights(layers=1)
     odd = stored(tmp_path / "odd", how, base if side == "base" else moved(base))
     pair = (odd, plain / "tuned") if side == "base" else (plain / "base", odd)
-    says = rf"^{UP}.weight: .*odd has {UP}\.\S+ .* in its place: it is stored in a way"
+    says = rf"^{UP}.weight: .*odd has {UP}\.\S+ .* instead, so it is stored in an unknown way"
     with pytest.raises(MismatchError, match=says):
         lora_tools.extract(*pair, tmp_path / "out", rank=1)
     with pytest.raises(MismatchError, match=says):
@@ -61,11 +61,16 @@ def test_codes_on_both_sides(plain: Path, tmp_path: Path) -> None:
         stored(tmp_path / name, "codes alone", tensors)
         for name, tensors in (("one", base), ("two", moved(base)))
     ]
-    with pytest.raises(MismatchError, match=rf"{UP}.codes: I8 \[32, 16\] changed, and is no float"):
+    with pytest.raises(
+        MismatchError, match=rf"{UP}.codes: I8 \[32, 16\] changed, but does not hold floats"
+    ):
         lora_tools.extract(*pair, tmp_path / "out", rank=1)
     lora_tools.extract(*pair, tmp_path / "out", rank=1, exclude=["up_proj"])
     report = lora_tools.diff(*pair)
-    assert f"changed, and in no figure, being no floats: {UP}.codes" in report.notes
+    assert (
+        f"changed, and the figures do not cover them, because they are not floats: {UP}.codes"
+        in report.notes
+    )
 
 
 def test_another_head_and_a_counter_are_as_they_were(plain: Path, tmp_path: Path) -> None:

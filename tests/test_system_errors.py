@@ -78,7 +78,7 @@ def test_a_folder_that_was_deleted_is_no_place_to_work_in(work: Path) -> None:
     code = "import os, sys; os.rmdir(os.getcwd())\nfrom lora_tools.cli import entry\nentry()"
     done = forks.run("merge", work / "base", work / "adapter", "-o", "out", code=code, cwd=gone)
     assert done.stderr == (
-        "Error: the current folder does not exist any more; change to one that does (cd)\n"
+        "Error: the current folder does not exist any more; change to another one (cd)\n"
     )
     assert done.returncode == 2
 

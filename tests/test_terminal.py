@@ -100,7 +100,7 @@ def test_an_error_is_json_as_well(pair: Path, tmp_path: Path) -> None:
     said = json.loads(done.stdout)["error"]
     assert said["kind"] == "AdapterError"
     assert done.stderr == f"Error: {said['message']}\n"
-    assert said["next"] == "neither a file nor a folder is there"
+    assert said["next"] == "there is no such file or folder"
     assert said["tensor"] is None
     done = loratools("merge", pair / "base", "--json", "--nosuch")
     assert done.returncode == 2
@@ -431,4 +431,4 @@ def test_a_recommendation_where_no_rank_is_low(capsys: pytest.CaptureFixture[str
         written=True,
         answer=True,
     )
-    assert "no adapter of low rank: 1 of 1 module" in capsys.readouterr().out
+    assert "no low-rank adapter: 1 of 1 module" in capsys.readouterr().out

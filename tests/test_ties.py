@@ -267,7 +267,7 @@ def test_what_nobody_knows_is_not_parted(
 ) -> None:
     train(kind, bases(kind), tmp_path / "a", ACTS["embedding"](*KINDS[kind][3]))
     monkeypatch.setattr(transformers_names, "find_spec", lambda _: None)
-    with pytest.raises(UnsupportedAdapter, match="not known: transformers is not installed"):
+    with pytest.raises(UnsupportedAdapter, match=r"not.*transformers is not installed"):
         lora_tools.merge(bases(kind), [tmp_path / "a"], tmp_path / "m")
     assert not (tmp_path / "m").exists()
 
@@ -295,6 +295,6 @@ def test_what_could_not_be_loaded_is_not_written(
     assert found == Loading(frozenset({norm.name}), frozenset({"strange"}))
     answers = iter([Loading(frozenset(), frozenset()), found])
     monkeypatch.setattr(loadable, "loading_of", lambda *_: next(answers))
-    with pytest.raises(UnsupportedAdapter, match="would find no model"):
+    with pytest.raises(UnsupportedAdapter, match="would not find"):
         lora_tools.merge(base, [tmp_path / "a"], tmp_path / "m")
     assert not (tmp_path / "m").exists()

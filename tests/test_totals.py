@@ -109,7 +109,7 @@ def test_extract_and_verify_count_all_that_changed(
         changed(tuned, change)
     report = lora_tools.extract(base, tuned, tmp_path / "a", **{"rank": 2, **options})
     missing = share_missing(base, tuned, tmp_path / "a", tmp_path)
-    if case != "a new head saved":  # merge has no place for it
+    if case != "a new head saved":  # merge cannot store it
         assert 1 - report.totals["energy"] == pytest.approx(missing, rel=1e-4)
     assert report.totals["relative_error"] == pytest.approx((1 - report.totals["energy"]) ** 0.5)
     assert report.totals["left_out"] == left_out
@@ -171,7 +171,7 @@ def test_what_is_not_finite_and_left_out_outweighs_all(
     """There is a way to leave it out, and none past a gate; saved whole it is an error."""
     base, tuned = pair
     changed(tuned, lambda tensors: tensors[NORM].__setitem__(3, value))
-    with pytest.raises(NonFiniteError, match=f"{NORM}: is to be saved whole"):
+    with pytest.raises(NonFiniteError, match=f"{NORM}: cannot be saved whole"):
         lora_tools.extract(base, tuned, tmp_path / "a")
     report = lora_tools.extract(base, tuned, tmp_path / "a", exclude=["norm"])
     assert report.totals["relative_error"] == 1
@@ -192,14 +192,14 @@ def test_what_is_no_float_has_no_energy_and_is_named(
     report = lora_tools.extract(base, tuned, tmp_path / "b", rank=2, rest="skip")
     assert report.totals["energy"] == plain["energy"]
     assert report.totals["left_out"] == plain["left_out"] + 1
-    assert any("in no figure" in note and name in note for note in report.notes)
+    assert any("the figures do not cover" in note and name in note for note in report.notes)
     found = lora_tools.verify(tmp_path / "b", base=base, tuned=tuned)
     assert {f.tensor: f.action for f in found.plan}[name] == "left out"
     assert found.totals["left_out"] == report.totals["left_out"]
     seen = lora_tools.diff(base, tuned)
-    assert all(f"in no figure, being no floats: {name}" in "".join(r.notes) for r in (found, seen))
+    assert all(f"because they are not floats: {name}" in "".join(r.notes) for r in (found, seen))
     kept = lora_tools.extract(base, tuned, tmp_path / "c", rank=2)
-    assert not any("in no figure" in note for note in kept.notes)
+    assert not any("the figures do not cover" in note for note in kept.notes)
     found = lora_tools.verify(tmp_path / "c", base=base, tuned=tuned)
     assert {f.tensor: f.action for f in found.plan}[name] == "compared"
 
@@ -282,9 +282,11 @@ def test_tensors_saved_whole_are_said_to_be_in_no_figure(
         lora_tools.combine([given], tmp_path / "c", rank=2),
         lora_tools.convert(given, tmp_path / "p", to="peft", rank=2),
     ):
-        assert any("in no figure: 2 tensors" in note for note in report.notes), report.verb
+        assert any("the figures do not cover 2 tensors" in note for note in report.notes), (
+            report.verb
+        )
     plain = lora_tools.rescale(given, tmp_path / "s", alpha=3)
-    assert not any("in no figure" in note for note in plain.notes)
+    assert not any("the figures do not cover" in note for note in plain.notes)
 
 
 @pytest.mark.parametrize(

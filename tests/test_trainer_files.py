@@ -96,7 +96,7 @@ def test_an_alpha_that_nobody_says_is_asked_for(tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.q_proj"
     save_file({f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}, tmp_path / "l.safetensors")
     save_file({f"{name}.weight": torch.zeros(6, 8)}, tmp_path / "base.safetensors")
-    with pytest.raises(AdapterError, match="does not keep lora_alpha"):
+    with pytest.raises(AdapterError, match=r"does not.*lora_alpha"):
         lora_tools.merge(
             tmp_path / "base.safetensors", [tmp_path / "l.safetensors"], tmp_path / "m.safetensors"
         )
@@ -115,7 +115,7 @@ def test_an_alpha_that_nobody_says_is_asked_for(tmp_path: Path) -> None:
 def test_other_keys_are_refused(key: str, tmp_path: Path) -> None:
     given = file(tmp_path / "l.safetensors", "diffusion_model.", PARTS[0], None)
     save_file({**load_file(given), key: torch.ones(2, 2)}, given)
-    with pytest.raises(AdapterError, match=f"key '{key}' is none"):
+    with pytest.raises(AdapterError, match=f"key '{key}' is unknown"):
         open_adapter(given)
 
 
@@ -184,7 +184,7 @@ def test_a_pickle_is_told_by_its_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", [".pt", ".ckpt", ".bin"])
 def test_no_name_of_a_pickle_is_written(suffix: str, tmp_path: Path) -> None:
     given = file(tmp_path / "l.safetensors", "unet.", PARTS[2], 1.0)
-    with pytest.raises(UsageError, match="pickles are read and not written"):
+    with pytest.raises(UsageError, match=r"pickles.*written"):
         lora_tools.convert(given, tmp_path / f"o{suffix}", to="loralib")
     assert not (tmp_path / f"o{suffix}").exists()
 
@@ -211,7 +211,9 @@ def test_onetrainers_flat_names(wrapper: str, alpha: float | None, tmp_path: Pat
 
 def test_a_weight_where_none_is_taken_is_named(tmp_path: Path) -> None:
     given = file(tmp_path / "l.safetensors", "unet.", PARTS[2], 1.0)
-    with pytest.raises(AdapterError, match=r"takes no weight here; .*loratools rescale .* 0\.5"):
+    with pytest.raises(
+        AdapterError, match=r"make an adapter of another strength first:.*loratools rescale .* 0\.5"
+    ):
         lora_tools.convert(f"{given}=0.5", tmp_path / "o", to="peft")
 
 
@@ -229,7 +231,7 @@ def test_flat_names_of_another_part_are_left_out_where_that_is_asked(
     save_file(flat, tmp_path / "l.safetensors")
     save_file({"net.to_q.weight": torch.zeros(6, 8)}, tmp_path / "b.safetensors")
     given = (tmp_path / "b.safetensors", [tmp_path / "l.safetensors"], tmp_path / "m.safetensors")
-    with pytest.raises(AdapterError, match=r"lora_te_\w+: .* is no module of .*allow_unmatched"):
+    with pytest.raises(AdapterError, match=r"lora_te_\w+: .* is not a module of .*allow_unmatched"):
         lora_tools.merge(*given)
     report = lora_tools.merge(*given, allow_unmatched=True)
     assert [fate.tensor for fate in report.plan if fate.action == "unmatched"] == [

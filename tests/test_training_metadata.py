@@ -58,9 +58,9 @@ def test_kept_and_brought_up_to_date(desk: Path) -> None:
         assert {key: found.get(key) for key in said} == said, name
         assert not HASHES.keys() & found.keys(), name
     for report in (half, small):
-        assert any("sshs_model_hash" in note and "left out" in note for note in report.notes)
+        assert any("sshs_model_hash" in note and "not copied" in note for note in report.notes)
     assert not any("sshs" in note for note in back.notes)
-    assert not any("nothing tells which part" in note for note in half.notes)  # names stay
+    assert not any("nothing shows to which part" in note for note in half.notes)  # names stay
     merged = lora_tools.merge(base, [given], desk / "m.safetensors")
     assert merged.plan
     assert not SAID.keys() & (metadata(desk / "m.safetensors") or {}).keys(), "it is the base's"

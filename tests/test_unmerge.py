@@ -251,15 +251,15 @@ def refuse(merged: Path, adapters: list[Any], reason: str, **options: Any) -> No
 
 def test_other_adapters_are_refused(merged: tuple[Path, list[Any]]) -> None:
     path, adapters = merged
-    refuse(path, [adapters[2]], "made with 2 other adapter")
-    refuse(path, [adapters[0], adapters[2]], "made with 2 other adapter")
-    refuse(path, [adapters[0]], "made with 2 other adapter")
-    refuse(path, [*adapters[:2], adapters[2]], "made with 2 other adapter")
+    refuse(path, [adapters[2]], r"made with 2.*adapter")
+    refuse(path, [adapters[0], adapters[2]], r"made with 2.*adapter")
+    refuse(path, [adapters[0]], r"made with 2.*adapter")
+    refuse(path, [*adapters[:2], adapters[2]], r"made with 2.*adapter")
 
 
 def test_other_weights_and_orders_are_refused(merged: tuple[Path, list[Any]]) -> None:
     path, adapters = merged
-    refuse(path, [a for a, _ in adapters[:2]], "merged with weights 0.5, -0.25")
+    refuse(path, [a for a, _ in adapters[:2]], r"merged with.*0.5, -0.25")
     refuse(path, adapters[1::-1], "in another order")
 
 
@@ -328,10 +328,10 @@ def test_a_damaged_sidecar_never_gives_a_wrong_base(
 
 def test_a_sidecar_can_be_demanded_or_ignored(merged: tuple[Path, list[Any]]) -> None:
     path, adapters = merged
-    with pytest.raises(UnsupportedAdapter, match="DoRA's norms are those of the base"):
+    with pytest.raises(UnsupportedAdapter, match="DoRA needs the norms of the base"):
         lora_tools.unmerge(path, adapters[:2], path.parent / "back", sidecar=False)
     (path / SIDECAR).unlink()
-    refuse(path, adapters[:2], "no sidecar there", sidecar=True)
+    refuse(path, adapters[:2], "there is no sidecar", sidecar=True)
 
 
 @pytest.mark.sweep(4)
@@ -357,7 +357,7 @@ def test_without_the_sidecar_the_bound_holds(case: str, dtype: str, tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("case", "reason"),
-    [("dora", "DoRA's norms"), ("saved", "replaced it whole"), ("tokens", "replaced rows")],
+    [("dora", "DoRA needs the norms"), ("saved", "replaced it whole"), ("tokens", "replaced rows")],
 )
 def test_without_the_sidecar_some_merges_cannot_be_undone(
     case: str, reason: str, tmp_path: Path
@@ -398,7 +398,7 @@ def test_without_the_sidecar_an_untied_head_stays_untied(tmp_path: Path) -> None
 def test_one_side_of_a_tied_pair_that_was_never_parted(tmp_path: Path) -> None:
     """As PEFT's merge_and_unload leaves it: the delta went into both, or into neither."""
     base, adapters, _ = prepare("untied", torch.float32, tmp_path)
-    with pytest.raises(UnsupportedAdapter, match=r"lm_head.*merged by something else"):
+    with pytest.raises(UnsupportedAdapter, match=r"lm_head.*but the adapter changes only one of"):
         lora_tools.unmerge(base, adapters, tmp_path / "back")
 
 

@@ -93,7 +93,7 @@ def test_diffsynths_rows_lie_head_by_head(
 def test_a_peft_adapter_does_not_tell_its_order(tmp_path: Path) -> None:
     base = saved(tmp_path / "b.safetensors", DIFFUSERS)
     given, out = peft(tmp_path / "l"), tmp_path / "o"
-    said = rf"{IS_MINIMAX}.*a PEFT adapter does not tell which"
+    said = rf"{IS_MINIMAX}.*a PEFT adapter does not show which"
     with pytest.raises(UnsupportedAdapter, match=said):
         lora_tools.merge(base, [given], out)
     for of in (None, base):
@@ -107,7 +107,7 @@ def test_a_peft_adapter_does_not_tell_its_order(tmp_path: Path) -> None:
 def test_what_is_extracted_for_a_program_would_tell_the_order(to: str, tmp_path: Path) -> None:
     base = saved(tmp_path / "b.safetensors", ORIGINAL)
     tuned = saved(tmp_path / "t.safetensors", {k: v + 1 for k, v in ORIGINAL.items()})
-    with pytest.raises(UnsupportedAdapter, match=rf"{IS_MINIMAX}.*what is to be written would"):
+    with pytest.raises(UnsupportedAdapter, match=rf"{IS_MINIMAX}.*but the output needs to"):
         lora_tools.extract(base, tuned, tmp_path / "o", to=to)
 
 

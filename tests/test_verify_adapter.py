@@ -45,12 +45,9 @@ def test_what_one_side_only_has_is_named_and_counted(pair: Path, tmp_path: Path)
             "the adapter leaves it as it is",
         )
     for name in ("model.new.weight", "model.zero.bias"):
-        assert (found[name].action, found[name].reason) == (
-            "left out",
-            "only the tuned side has it",
-        )
+        assert (found[name].action, found[name].reason) == ("left out", "only on the tuned side")
     assert report.totals["one_sided"] == 4
-    assert "only the base has, and in no figure: model.layers.0.norm.weight and 1 more" in (
+    assert "only in the base, and not in the figures: model.layers.0.norm.weight and 1 more" in (
         report.notes
     )
     assert report.totals["left_out_energy"] == pytest.approx(
@@ -103,7 +100,7 @@ def test_nothing_changed(pair: Path, tmp_path: Path, capfd: pytest.CaptureFixtur
     assert "nothing changed from base to tuned, and the adapter moves it by " in said.out + said.err
     assert "inf" not in said.out + said.err
     assert "no change" in said.out + said.err
-    with pytest.raises(MismatchError, match=r"^nothing changed from BASE to TUNED: no module has"):
+    with pytest.raises(MismatchError, match=r"^nothing changed from BASE to"):
         lora_tools.extract(pair / "base", pair / "base", tmp_path / "a", rank=1)
 
 

@@ -72,7 +72,9 @@ def test_every_part_of_an_adapter(root: Path, tmp_path: Path, kind: str) -> None
     report = holds(root, tmp_path / "m", root / kind)
     assert report.totals["bit_for_bit_once"] == report.totals["tensors_acted_on"] > 0
     assert "another base" in refused(root, tmp_path / "m", root / kind, base="other")
-    assert "the base's, without the adapter" in refused(root, root / "base", root / kind)
+    assert "the same as in the base, without the adapter" in refused(
+        root, root / "base", root / kind
+    )
     base = models.tensors(root / "base")
     for name in [fate.tensor for fate in made.plan if fate.action == "merge"]:
         folder = iotools.checkpoint(
@@ -80,7 +82,7 @@ def test_every_part_of_an_adapter(root: Path, tmp_path: Path, kind: str) -> None
         )
         said = refused(root, folder, root / kind)
         assert "1 different" in said
-        assert f"{name}: the base's, without the adapter" in said
+        assert f"{name}: the same as in the base, without the adapter" in said
 
 
 def test_tied_weights(tmp_path: Path) -> None:
@@ -95,7 +97,7 @@ def test_tied_weights(tmp_path: Path) -> None:
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
     for name, change, tied, says in (
         ("told", {}, True, "config.json still ties it"),
-        ("lost", {head: None}, False, f"{head}: the base has it"),
+        ("lost", {head: None}, False, f"{head}: it is in the base"),
         ("both", {head: tensors[embedding]}, False, f"worst is {head}"),
         ("neither", {embedding: tensors[head]}, False, f"worst is {embedding}"),
     ):

@@ -152,7 +152,7 @@ FAULTS: dict[str, tuple[Callable[[Tensors], object], str, str]] = {
     "a norm": (
         lambda t: t["model.norm.weight"].__setitem__(3, 9.0),
         "model.norm.weight",
-        "not the base's in 1 of its 64 numbers",
+        "differs from the base in 1 of its 64 numbers",
     ),
     "a lost tensor": (lambda t: t.pop("model.norm.weight"), "model.norm.weight", "1 missing"),
     "a stranger": (lambda t: t.update(stranger=torch.ones(2)), "stranger", "1 extra"),
@@ -192,7 +192,7 @@ def test_a_weight_left_plain_is_compared_as_it_is(work: Path, tmp_path: Path) ->
     assert lora_tools.verify(path, against=work / "base").totals["bit_for_bit"] == 13
     config["quantization_config"]["bnb_4bit_quant_type"] = "fp4"
     (path / "config.json").write_text(json.dumps(config))
-    assert "says fp4, and the weights are nf4" in refused(path, against=work / "base")
+    assert "says fp4, but the weights are nf4" in refused(path, against=work / "base")
 
 
 def test_rounding_is_no_fault(work: Path, tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_rounding_is_no_fault(work: Path, tmp_path: Path) -> None:
 def test_other_ways_of_quantizing_have_a_figure(work: Path, tmp_path: Path) -> None:
     made = lora_tools.quantize(work / "base", tmp_path / "q", compensate=4, compensate_iterations=3)
     said = refused(tmp_path / "q", against=work / "base")
-    assert "quantized otherwise" in said
+    assert "quantized differently" in said
     errors = {t.tensor: t.relative_error for t in made.tensors}
     worst = max(errors.values())
     report = lora_tools.verify(tmp_path / "q", against=work / "base", max_error=worst * 1.001)
@@ -316,5 +316,7 @@ def test_inspect_finds_what_keeps_it_from_loading(work: Path, tmp_path: Path) ->
     }
     (tmp_path / "q" / "config.json").write_text(json.dumps(config))
     notes = lora_tools.inspect(tmp_path / "q").notes
-    assert any("leaves model.layers.0.self_attn.q_proj out" in note for note in notes)
+    assert any(
+        "says that model.layers.0.self_attn.q_proj is not in four bits" in note for note in notes
+    )
     assert iotools.tree(work / "plain")  # and nothing is written

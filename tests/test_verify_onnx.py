@@ -239,24 +239,27 @@ def apart(model: Model, folder: Path) -> None:
 
 
 FAULTS: dict[str, tuple[Callable[[Model, Path], object], str]] = {
-    "a byte": (a_byte, f"{Q}: no adapter acts on it, and it is not the base's in 1 of its 1,024"),
+    "a byte": (
+        a_byte,
+        f"{Q}: no adapter acts on it, but it differs from the base in 1 of its 1,024",
+    ),
     "another's place": (taken_for_another, f"worst is {Q}"),
     "cut short": (lambda m, f: os.truncate(f / "model.onnx_data", 90_000), "broken"),
     "no data": (lambda m, f: (f / "model.onnx_data").unlink(), "missing or empty"),
     "another length": (lambda m, f: said(m, "length", "4092"), f"{Q}: 4092 bytes"),
     "past the end": (lambda m, f: said(m, "offset", "99999999"), f"{Q}: bytes 99999999"),
-    "out of the folder": (
+    "outside the folder": (
         lambda m, f: said(m, "location", "../base/model.safetensors"),
-        "out of the folder",
+        "outside the folder",
     ),
-    "another shape": (lambda m, f: weight(m, Q).dims.__setitem__(0, 16), "are needed"),
+    "another shape": (lambda m, f: weight(m, Q).dims.__setitem__(0, 16), "instead of"),
     "turned": (
         lambda m, f: weight(m, "model.layers.1.mlp.up_proj.weight").dims.reverse(),
-        "is [32, 48], and should be [48, 32]",
+        "is [32, 48], but should be [48, 32]",
     ),
     "a layer less": (
         without_a_layer,
-        "model.layers.3.input_layernorm.weight: the graph has others of its kind",
+        "model.layers.3.input_layernorm.weight: the graph has others of this kind",
     ),
     "a head apart": (apart, "lm_head.weight"),
 }
@@ -306,7 +309,7 @@ def test_names_that_say_nothing(work: Path, tmp_path: Path) -> None:
             file.write(bytes(4))
 
     path = spoilt(work, tmp_path / "f", both)
-    with pytest.raises(MismatchError, match=r"1 weight, such as onnx::MatMul_1 .* running the"):
+    with pytest.raises(MismatchError, match=r"1 weight, such as onnx::MatMul_1 .* must be run"):
         lora_tools.verify(path, against=work / "base", weights_only=True)
     assert "differs from torch by" in refused(path, work)
 
@@ -335,10 +338,10 @@ def test_what_is_no_model(work: Path, tmp_path: Path) -> None:
         lora_tools.verify(tmp_path, against=work / "base")
     with pytest.raises(UsageError, match="max_error is for quantized weights"):
         lora_tools.verify(work / "shared", against=work / "base", max_error=0.1)
-    with pytest.raises(UsageError, match=r"encoder_model.onnx.* are needed"):
+    with pytest.raises(UsageError, match=r"encoder_model.onnx"):
         lora_tools.verify(work / "shared", against=work / "base", task="seq2seq")
     bare = work / "base" / "model.safetensors"
-    with pytest.raises(UsageError, match="weights_only=True does without"):
+    with pytest.raises(UsageError, match="use weights_only=True"):
         lora_tools.verify(work / "shared", against=bare)
     lora_tools.verify(work / "shared", against=bare, weights_only=True)
 
@@ -394,7 +397,7 @@ def test_inspect_finds_what_is_odd(work: Path, tmp_path: Path) -> None:
     report = lora_tools.inspect(spoilt(work, tmp_path / "e", odd))
     assert any(note.startswith(f"{Q}: bytes 99999999") for note in report.notes)
     assert "model.onnx: extra is used by no node" in report.notes
-    assert "old.onnx_data: no graph here refers to it" in report.notes
+    assert "old.onnx_data: no graph uses it" in report.notes
     facts = report.totals["graphs"]["model.onnx"]
     assert facts["custom_domains"] == ["mine"]
     assert facts["operators"]["mine.Gelu"] == 1

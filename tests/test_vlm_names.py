@@ -197,7 +197,7 @@ def test_other_verbs(vlm: Vlm, tmp_path: Path) -> None:
     lora_tools.convert(adapter, out, to="kohya", base=vlm.top / "base")
     lora_tools.merge(vlm.top / "base", [out], tmp_path / "n")
     models.assert_same(models.tensors(tmp_path / "n"), models.tensors(vlm.top / "merged"), 1e-6)
-    with pytest.raises(MismatchError, match="one model by two names"):
+    with pytest.raises(MismatchError, match=r"one.*two names"):
         lora_tools.combine([vlm.top / "5", adapter], tmp_path / "c")
 
 
@@ -307,7 +307,7 @@ def test_which_name_one_becomes(theirs: str, ours: list[str], wanted: str) -> No
     ],
 )
 def test_two_ways_are_refused(theirs: str, ours: list[str]) -> None:
-    with pytest.raises(MismatchError, match="agree in more than one way"):
+    with pytest.raises(MismatchError, match="in more than one way"):
         align([theirs], ours)
 
 

@@ -139,11 +139,15 @@ def test_every_form_of_it(
 ) -> None:
     trained = train(bases[kind], rows, tmp_path / "a", **FORMS[form])
     if (form, kind, rows) in UNKNOWN:
-        with pytest.raises(MismatchError, match=r"whose other rows.*save_embedding_layers=True"):
+        with pytest.raises(
+            MismatchError, match=r"but does not hold the new rows.*save_embedding_layers=True"
+        ):
             lora_tools.merge(bases[kind], [tmp_path / "a"], tmp_path / "m")
         return
     report = lora_tools.merge(bases[kind], [tmp_path / "a"], tmp_path / "m")
-    assert any(f"the vocabulary has {rows} rows, of {models.VOCAB}" in n for n in report.notes)
+    assert any(
+        f"the vocabulary has {rows} rows ({models.VOCAB} in the base)" in n for n in report.notes
+    )
     fresh = models.quietly(
         lambda: peft.PeftModel.from_pretrained(resized(bases[kind], rows), tmp_path / "a")
     )
@@ -218,7 +222,7 @@ def test_two_vocabularies_are_refused(bases: dict[str, Path], tmp_path: Path) ->
     train(bases["llama"], SMALLER, tmp_path / "b")
     only(tmp_path / "a", lambda key: HEAD not in key)
     only(tmp_path / "b", lambda key: EMBED not in key)
-    with pytest.raises(MismatchError, match=r"its vocabulary of 96 cannot become all of 104.*88"):
+    with pytest.raises(MismatchError, match=r"its vocabulary of 96 cannot.*104.*88"):
         lora_tools.merge(bases["llama"], [tmp_path / "a", tmp_path / "b"], tmp_path / "m")
 
 
@@ -229,12 +233,12 @@ def test_the_tokenizer_beside_the_adapter_goes_with_it(
     (tmp_path / "a" / "added_tokens.json").write_text('{"<new>": 96}')
     report = lora_tools.merge(bases["llama"], [tmp_path / "a"], tmp_path / "m")
     assert (tmp_path / "m" / "added_tokens.json").read_text() == '{"<new>": 96}'
-    assert any("goes with it (added_tokens.json)" in note for note in report.notes)
+    assert any("is copied (added_tokens.json)" in note for note in report.notes)
 
 
 def test_it_cannot_be_taken_away_again(bases: dict[str, Path], tmp_path: Path) -> None:
     train(bases["llama"], LARGER, tmp_path / "a", **FORMS["tokens"])
-    with pytest.raises(UsageError, match="added, or replaced by one of another shape"):
+    with pytest.raises(UsageError, match="another shape"):
         lora_tools.merge(bases["llama"], [tmp_path / "a"], tmp_path / "m", reversible=True)
     lora_tools.merge(bases["llama"], [tmp_path / "a"], tmp_path / "m")
     with pytest.raises(LoraToolsError, match="cannot be undone without a sidecar"):
@@ -280,7 +284,7 @@ def test_the_merged_model_is_verified_and_quantized(bases: dict[str, Path], tmp_
 def test_a_base_in_four_bits(bases: dict[str, Path], tmp_path: Path) -> None:
     trained = train(bases["llama"], LARGER, tmp_path / "a", **FORMS["both saved"])
     lora_tools.quantize(bases["llama"], tmp_path / "q")
-    with pytest.raises(UsageError, match=r"brings another vocabulary or head.*dequantize"):
+    with pytest.raises(UsageError, match=r"another vocabulary or head.*dequantize"):
         lora_tools.merge(tmp_path / "q", [tmp_path / "a"], tmp_path / "r", requantize=True)
     lora_tools.merge(tmp_path / "q", [tmp_path / "a"], tmp_path / "m")
     found = loaded(tmp_path / "m", LARGER).get_output_embeddings().weight

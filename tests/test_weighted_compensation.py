@@ -159,4 +159,4 @@ def test_the_command_says_what_it_gained(
     assert run([*args, "--activations", str(work / "llama.st")]) == 0
     said = capsys.readouterr().err
     [line] = [each for each in said.splitlines() if "error-fed layers" in each]
-    assert "with the adapter, where plain rounding has" in line
+    assert "with the adapter; with plain rounding" in line

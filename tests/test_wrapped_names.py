@@ -88,7 +88,7 @@ def test_an_adapter(form: str, root: Path, tmp_path: Path) -> None:
     given = wrapped(root / "adapter", tmp_path / "a", OF_ADAPTERS[form], WEIGHTS)
     report = lora_tools.merge(root / "base", [given], tmp_path / "out")
     assert_as_merged(tmp_path / "out", root)
-    said = [n for n in report.notes if "without what wrappers put there" in n]
+    said = [n for n in report.notes if "without the parts that wrappers added" in n]
     assert bool(said) == (form != "default")
     lora_tools.rescale(given, tmp_path / "rescaled", dtype="float32")
     assert load_file(tmp_path / "rescaled" / WEIGHTS).keys() == (
@@ -151,9 +151,9 @@ def test_two_keys_that_become_one(root: Path, tmp_path: Path) -> None:
         tensors = load_file(file)
         name = min(tensors)
         save_file({**tensors, inside("_orig_mod.", "model.")(name): tensors[name].clone()}, file)
-    with pytest.raises(AdapterError, match=r"repeats .* both are .*; rename or remove one"):
+    with pytest.raises(AdapterError, match=r"are both .*; rename or remove one"):
         lora_tools.merge(root / "base", [tmp_path / "a"], tmp_path / "out")
-    with pytest.raises(CheckpointError, match=r"repeats .* both are .*; rename or remove one"):
+    with pytest.raises(CheckpointError, match=r"are both .*; rename or remove one"):
         lora_tools.merge(tmp_path / "b", [root / "adapter"], tmp_path / "out")
 
 
@@ -167,7 +167,7 @@ def test_a_tuned_side(form: str, root: Path, tmp_path: Path) -> None:
     seen = lora_tools.diff(root / "base", tuned)
     assert (seen.totals["changed"], seen.totals["one_sided"]) == (4, 0)
     for said in (report, seen):
-        assert any("without what wrappers put there" in note for note in said.notes)
+        assert any("without the parts that wrappers added" in note for note in said.notes)
     found = lora_tools.verify(root / "adapter", base=root / "base", tuned=tuned)
     assert found.totals["relative_error"] < 1e-5
     merged = wrapped(root / "merged", tmp_path / "merged", BOTH[form])
@@ -178,7 +178,7 @@ def test_a_tuned_side(form: str, root: Path, tmp_path: Path) -> None:
 def test_a_base(form: str, root: Path, tmp_path: Path) -> None:
     base = wrapped(root / "base", tmp_path / "base", BOTH[form])
     report = lora_tools.merge(base, [root / "adapter"], tmp_path / "out", reversible=True)
-    assert any("without what wrappers put there" in note for note in report.notes)
+    assert any("without the parts that wrappers added" in note for note in report.notes)
     assert_as_merged(tmp_path / "out", root)
     lora_tools.unmerge(tmp_path / "out", [root / "adapter"], tmp_path / "back")
     models.assert_same(models.tensors(tmp_path / "back"), models.tensors(root / "base"), 0)
@@ -221,5 +221,5 @@ def test_a_model_saved_with_its_adapter(root: Path, tmp_path: Path) -> None:
         lambda: lora_tools.merge(base, [root / "adapter"], tmp_path / "out"),
         lambda: lora_tools.quantize(base, tmp_path / "out"),
     ):
-        with pytest.raises(CheckpointError, match="a model saved with its adapter in it"):
+        with pytest.raises(CheckpointError, match=r"a model saved.*it"):
             work()

@@ -79,19 +79,19 @@ def plan_lora(given: Adapter, base: Checkpoint | None, to: str) -> list[ToLora]:
     title = next(iter(given.changes.values())).kind.title
     if to != "peft":
         raise UsageError(
-            f"{given.path} is an adapter of {title}: make it a LoRA of PEFT first (--to peft), and "
+            f"{given.path} is an adapter of {title}; make it a LoRA of PEFT first (--to peft), and "
             f"convert that with --to {to}"
         )
     if given.modules or given.differences:
         raise UnsupportedAdapter(
-            f"{given.path}: holds {title} ({min(given.changes)}) beside "
-            f"{min([*given.modules, *given.differences])}, which has it not; such a mixture is not "
-            "converted: merge the adapter into the base instead"
+            f"{given.path}: some modules are {title} ({min(given.changes)}) and others are not "
+            f"({min([*given.modules, *given.differences])}), and such a mixture cannot be "
+            "converted; merge the adapter into the base instead"
         )
     if base is None:
         raise UsageError(
-            f"{given.path} is an adapter of {title}, which does not say of which layers its "
-            "modules are: give the checkpoint it was trained on with --base"
+            f"{given.path} is an adapter of {title}, which does not say what kind of layer each "
+            "module is; give the checkpoint it was trained on with --base"
         )
     found = []
     for target in plan_merge(base, [Weighted(given, 1.0, str(given.path))]).targets:
@@ -101,8 +101,8 @@ def plan_lora(given: Adapter, base: Checkpoint | None, to: str) -> list[ToLora]:
         weight = base.weights.of(target.spec)
         if target.spec.name.endswith(".bias") or weight.layout is None:
             raise UnsupportedAdapter(
-                f"{target.spec.name}: {title} changes it, and a LoRA has no place for that; merge "
-                "the adapter, and `loratools extract --rest save` what came out"
+                f"{target.spec.name}: {title} changes it, and a LoRA cannot hold such a change; "
+                "merge the adapter, then run `loratools extract --rest save` on the result"
             )
         turned = changes[0].layout is not None and changes[0].layout.transposed
         kind = "conv1d" if turned else weight.layout

@@ -138,8 +138,9 @@ def _nonzero(module: LoraModule, scale: float) -> float:
     """The scaling, by which a difference of a bias is divided. Raises UnsupportedAdapter."""
     if not scale:
         raise UnsupportedAdapter(
-            f"{module.module}: lora_alpha is 0, and so would be the effect of its difference of a "
-            "bias; --drop bias leaves that out, and merging the adapter into the base keeps it"
+            f"{module.module}: lora_alpha is 0, so the change of its bias would have no effect in "
+            "this format; leave it out with --drop bias, or merge the adapter into the base to "
+            "keep it"
         )
     return scale
 
@@ -248,6 +249,6 @@ def check_finite(module: LoraModule, *tensors: torch.Tensor | None) -> None:
     """Raises NonFiniteError for an inf or a NaN."""
     if not all(x.isfinite().all() for x in tensors if x is not None):
         raise NonFiniteError(
-            f"{module.module}: the factors hold an inf or a NaN; were they so before? Otherwise "
-            "choose a wider --dtype"
+            f"{module.module}: the factors hold an inf or a NaN; if the input does not, choose a "
+            "wider --dtype"
         )

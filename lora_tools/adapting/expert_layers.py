@@ -60,7 +60,7 @@ def one_by_one(layer: Layer) -> list[NewModule]:
             name = layer.single(own.projections[0])[0].of(own.number).module
             made = [_as_it_is(layer, module, name)]
         else:
-            raise layer.refuse("gate and up of an expert are in one")
+            raise layer.refuse("gate and up of an expert are one tensor")
         found |= {new.name: new for new in made}
     first = layer.modules[0]
     for projection in layer.experts.names:
@@ -127,7 +127,7 @@ def all_in_one(layer: Layer) -> list[NewModule]:
                 mine[own] = module
         whole = [module for own, module in mine.items() if own.number is None]
         if len(whole) > 1 or (whole and len(mine) > 1):
-            raise layer.refuse("has factors of single experts and of all in one")
+            raise layer.refuse("it has factors of single experts and of all experts in one")
         if whole:
             parts, r, alpha = _turned(layer, whole[0]), whole[0].r, whole[0].alpha
         else:
@@ -163,14 +163,14 @@ def _joined(
         raise layer.refuse("experts differ in rank or lora_alpha, or have DoRA or lora_bias")
     forms = {own.projections for own in mine} or {projections}
     if len(forms) > 1 and projections in forms:
-        raise layer.refuse("gate and up are in one for some experts only")
+        raise layer.refuse("gate and up are one tensor for some experts only")
     halves = [projections] if projections in forms else [(p,) for p in projections]
     by_place = {(own.number, own.projections): module for own, module in mine.items()}
     places = [by_place.get((n, half)) for n in range(count) for half in halves]
     there = tuple(int(module is not None) for module in places)
     interleaved = alternate(first.weight, layer.experts, layer.base, layer.specs)
     if interleaved is None and len(halves) > 1:
-        raise layer.refuse("whether gate and up alternate is not known of this architecture")
+        raise layer.refuse("it is not known whether gate and up alternate in this architecture")
     out, inside = layer.single(projections[0])[1]
     out, r = out * len(projections), first.r * len(halves)
     spec = given.file.specs[first.A]

@@ -27,7 +27,9 @@ def in_terms_of(
     weighted = Weighted(given, 1.0, path)
     names, sentence = names_in_base(weighted, base) if base is not None else ({}, "")
     if consumer.loads:
-        return given, [f"names match the base where {sentence}; they stay"] if sentence else []
+        return given, [
+            f"names match the base if {sentence}; they were not changed"
+        ] if sentence else []
     _refuse_experts(given, base, consumer)
     if base is None:
         return given, []
@@ -49,14 +51,15 @@ def in_terms_of(
         module.name not in new for module in given.modules.values() if id(module) not in made
     )
     if moved:
-        notes.append(f"{sentence}: {moved} modules have the base's names")
+        notes.append(f"{sentence}: {moved} modules now have the base's names")
     if made:
         form = "of all experts in one" if stacks else "of each expert"
         ranks = sorted({m.r for m in modules if m.target not in old} or set(new.values()))
         notes.append(
-            f"{consumer.name} reads factors {form}: {len(made)} pairs are "
-            f"{len(modules) - len(given.modules) + len(made)} now, of rank "
-            f"{', '.join(map(str, ranks))}, exactly; zeros where an expert had none"
+            f"{consumer.name} reads factors {form}: {len(made)} pairs became "
+            f"{len(modules) - len(given.modules) + len(made)}, of rank "
+            f"{', '.join(map(str, ranks))}. The effect is exactly the same; experts without "
+            "factors got zeros"
         )
     from lora_tools.linalg.recipes import compute
 
@@ -69,8 +72,7 @@ def _refuse_experts(given: Adapter, base: Checkpoint | None, consumer: Consumer)
     if stacked and (base is None or not consumer.stacked):
         raise consumer.refuse(
             f"factors of all experts in one ({stacked[0].name})",
-            "give the base they were trained on with --base, which tells what of them is of which "
-            "expert"
+            "give the base they were trained on with --base, which shows the part of each expert"
             if consumer.stacked
             else "merge the adapter into the base instead",
         )

@@ -42,7 +42,7 @@ class _Job:
         """The error for what cannot be stacked."""
         module = min(self.there)
         return UnsupportedAdapter(
-            f"{self.given.path}: {module}: in the layout that is wanted, {self.pair.original} is "
+            f"{self.given.path}: {module}: in the layout to write, {self.pair.original} is "
             f"{', '.join(self.pair.diffusers)}, and {why}; merge the adapter into the base instead"
         )
 
@@ -77,14 +77,14 @@ def in_layout(
         given.differences = {k: key for k, key in given.differences.items() if k in beside}
     if given.differences:
         raise UnsupportedAdapter(
-            f"{given.path}: {min(given.differences)}: a difference, which is not brought into the "
-            "layout that is wanted; merge the adapter into the base instead"
+            f"{given.path}: {min(given.differences)}: a whole difference, which cannot be "
+            "converted to the layout to write; merge the adapter into the base instead"
         )
     inputs = [module.name for module in given.modules.values() if module.on_inputs]
     if inputs:
         raise UnsupportedAdapter(
-            f"{given.path}: {min(inputs)}: DoRA over the inputs, which is not brought into the "
-            "layout that is wanted; merge the adapter into the base instead"
+            f"{given.path}: {min(inputs)}: DoRA over the inputs, which cannot be converted to the "
+            "layout to write; merge the adapter into the base instead"
         )
     modules = []
     for name, module in given.modules.items():
@@ -110,10 +110,10 @@ def _jobs(given: Adapter, target: Format, names: BaseNames) -> Iterator[tuple[_J
 
 def _sentence(given: Adapter, made: Mapping[str, Sequence[NewModule]]) -> str:
     new = [module for each in made.values() for module in each]
-    said = f"{len(made)} modules are {len(new)} in the layout that its readers have"
+    said = f"{len(made)} modules became {len(new)} in the layout that programs read"
     old, ranks = {given.modules[name].r for name in made}, {module.r for module in new}
     if max(ranks) > max(old):
-        said += f", those of several stacked, with ranks up to {max(ranks)}"
+        said += f". Modules made of several have ranks up to {max(ranks)}"
     return said
 
 
@@ -134,7 +134,7 @@ def _made(job: _Job, wanted: Layout) -> Iterator[NewModule]:
         return
     first, sizes = 0, shares(job.pair, (rows, columns))
     if not sizes:
-        raise job.refuse(f"which of its {rows} rows are which is not known")
+        raise job.refuse(f"the order of its {rows} rows is not known")
     for name, count in zip(names, sizes, strict=True):
         yield _with_rows(new, name, (first, first + count))
         first += count

@@ -94,9 +94,8 @@ def refuse_unstackable(weighted: Weighted) -> None:
     weighted.adapter.need_lora("low-rank change to add to another's")
     if weighted.adapter.use_dora:
         raise UnsupportedAdapter(
-            f"{weighted.path}: a DoRA adapter cannot be combined: its magnitudes fix the norm of "
-            "each output, so that its change is no sum of changes; merge the adapters into the "
-            "base one by one instead"
+            f"{weighted.path}: a DoRA adapter cannot be combined, because its magnitudes fix the "
+            "norm of each output; merge the adapters into the base one by one instead"
         )
 
 
@@ -107,8 +106,9 @@ def _refuse_other_names(first: Weighted, other: Weighted) -> None:
     _, sentence = align(list(theirs), list(mine)) if mine.keys().isdisjoint(theirs) else ({}, "")
     if sentence:
         raise MismatchError(
-            f"{first.path} has {min(mine)} and {other.path} {min(theirs)}: one model by two names? "
-            f"({sentence}, they would agree.) Merge them into the base instead, which sees to that"
+            f"{first.path} has {min(mine)} and {other.path} has {min(theirs)}, which may be two "
+            f"names of one module (if {sentence}, they agree); merge the adapters into the base "
+            "instead, which finds the right names"
         )
 
 
@@ -127,8 +127,8 @@ def _by_module(weighted: Sequence[Weighted]) -> dict[str, list[Term]]:
             if not (alike and a[1:] == mine[1:] and b[0] == yours[0]):
                 raise MismatchError(
                     f"{name}: {first.weighted.path} has lora_A {list(a)} and lora_B {list(b)}, "
-                    f"{each.path} has {list(mine)} and {list(yours)}; were they trained on one "
-                    "base?"
+                    f"{each.path} has {list(mine)} and {list(yours)}; were they trained on the "
+                    "same base?"
                 )
     if not terms:
         raise UnsupportedAdapter("the adapters have no low-rank factors to combine")
@@ -146,8 +146,8 @@ def _saved(weighted: Sequence[Weighted]) -> dict[str, tuple[Weighted, str]]:
                 raise UnsupportedAdapter(
                     f"{name}: {each.path} replaces it whole"
                     + (f", and so does {found[name][0].path}" if name in found else "")
-                    + "; that is no change which could be weighted or added without the base. "
-                    "Merge the adapters into the base instead"
+                    + "; without the base, such a change cannot be weighted or added. Merge the "
+                    "adapters into the base instead"
                 )
             found[name] = each, key
         before = set(each.adapter.saved_keys) - set(each.adapter.whole.values())

@@ -140,9 +140,9 @@ def choose_conversion(
     without = sorted({m.module for m in given.modules.values()} - {*dora})
     if dora and without and not target.mixes_dora:
         raise UnsupportedAdapter(
-            f"{given.path}: {min(dora)} has DoRA's magnitudes and {without[0]} has none: "
-            f"{target.title} has them of all modules or of none; --to kohya holds such a file, and "
-            "merging it into the base keeps it"
+            f"{given.path}: {min(dora)} has DoRA's magnitudes and {without[0]} has none, and "
+            f"{target.title} needs them for all modules or for none; use --to kohya, or merge the "
+            "adapter into the base"
         )
     alpha, pad_to = None, None
     if target.alpha == "one":
@@ -166,7 +166,7 @@ def kept_modules(
     if "differences" in options.to.keeps - options.dropped:
         alone = alone or bool(without_factors(given))
     if not kept and not alone:
-        raise UnsupportedAdapter(f"{given.path}: nothing would be left of it")
+        raise UnsupportedAdapter(f"{given.path}: nothing would be left of the adapter")
     return kept
 
 
@@ -184,31 +184,31 @@ def conversion_notes(
     lost = [f for f in found if f in options.dropped]
     if lost:
         what = " and ".join(FEATURES[f] for f in lost)
-        notes.append(f"left out: {what}; the effect is not that of the adapter given")
+        notes.append(f"left out: {what}; the effect is no longer that of the given adapter")
     idle = [m for m in kept.values() if not strength_of(m, given)]
     if idle:
         notes.append(no_effect(idle, given))
         if options.rule is not None or options.to.name != "peft":
-            notes[-1] += "; lora_B is written as zeros, since readers differ on an alpha of 0"
+            notes[-1] += "; lora_B is written as zeros, because programs differ on an alpha of 0"
     folded = sum(fold_of(m, m.r, given, options) != 1 for m in kept.values() if m not in idle)
     if options.rule is None and folded:
-        place = "no place for lora_alpha" if options.to.alpha == "folded" else "one alpha for all"
+        place = "no field for lora_alpha" if options.to.alpha == "folded" else "one alpha for all"
         notes.append(
             f"{options.to.title} has {place}: the scale went into lora_B of {folded} of "
-            f"{len(kept)} modules, rounded once"
+            f"{len(kept)} modules, which was rounded once"
         )
     if options.rule is not None:
         notes += uncovered([*given.whole, *given.tokens, *without_factors(given)])
     if options.pad_to is not None and any(m.r != options.pad_to for m in kept.values()):
-        notes.append(f"every module has rank {options.pad_to}, with zeros where it had less")
+        notes.append(f"every module has rank {options.pad_to}, padded with zeros")
     return notes
 
 
 def no_effect(idle: Sequence[LoraModule], given: Adapter) -> str:
     """A note on modules whose scaling is 0, before and after."""
     return (
-        f"{len(idle)} of {len(given.modules)} modules have lora_alpha 0, and so no effect, before "
-        f"and after: {idle[0].name}{', …' if idle[1:] else ''}"
+        f"{len(idle)} of {len(given.modules)} modules have lora_alpha 0, so they have no effect: "
+        f"{idle[0].name}{(', …' if idle[1:] else '')}"
     )
 
 
@@ -218,7 +218,8 @@ def uncovered(names: Collection[str]) -> list[str]:
     if not names:
         return []
     return [
-        f"in no figure: {len(names)} tensors saved whole or trained tokens, such as {min(names)}"
+        f"the figures do not cover {len(names)} tensors saved whole or trained tokens, such as "
+        f"{min(names)}"
     ]
 
 

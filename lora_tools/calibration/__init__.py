@@ -44,15 +44,15 @@ def tokens_of(folder: Path, text: str, trusted: bool | None = None) -> list[int]
         raise
     except Exception as error:  # transformers raises what it likes
         raise CheckpointError(
-            f"{folder}: no tokenizer to be loaded ({kind_and_line(error)}); put the files of the "
-            "model's own tokenizer there"
+            f"{folder}: its tokenizer cannot be loaded ({kind_and_line(error)}); put the files of "
+            "the model's tokenizer there"
         ) from None
     _refuse_empty(folder, tokenizer)
     unknown = tokens.count(tokenizer.unk_token_id) if tokenizer.unk_token_id is not None else 0
     if unknown > 0.9 * len(tokens):
         raise CheckpointError(
             f"{folder}: its tokenizer does not know {unknown:,} of the text's {len(tokens):,} "
-            "tokens; is it the model's own, and all of its files there?"
+            "tokens; is it the tokenizer of this model, and are all of its files there?"
         )
     return tokens
 
@@ -64,8 +64,8 @@ def _refuse_empty(folder: Path, tokenizer: Any) -> None:
     needed = bool(tokenizer.vocab_files_names)  # one that goes by bytes has none
     if needed and not any((folder / file).is_file() for file in files):
         raise CheckpointError(
-            f"{folder}: no tokenizer there: none of {', '.join(files)}; put the files of the "
-            "model's own tokenizer there"
+            f"{folder}: it has no tokenizer (none of {', '.join(files)}); put the files of the "
+            "model's tokenizer there"
         )
 
 
@@ -82,7 +82,7 @@ def sequences(folder: Path, text: str, length: int) -> torch.Tensor:
     tokens = tokens_of(folder, text)
     if len(tokens) < length:
         raise UsageError(
-            f"the text has {len(tokens)} tokens, and one sequence takes {length}; give more text "
+            f"the text has {len(tokens)} tokens, and one sequence needs {length}; give more text "
             "or a smaller --length"
         )
     return torch.tensor(tokens[: len(tokens) // length * length]).view(-1, length)
@@ -226,7 +226,7 @@ def run(model: Any, folder: Path, row: torch.Tensor) -> Any:
         raise
     except Exception as error:  # transformers raises what it likes
         raise CheckpointError(
-            f"{folder}: transformers loads it and cannot run it ({kind_and_line(error)}); does its "
+            f"{folder}: transformers loads it but cannot run it ({kind_and_line(error)}); does its "
             "config.json fit its weights?"
         ) from None
 

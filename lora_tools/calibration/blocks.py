@@ -73,7 +73,7 @@ class InBlocks:
         unread = {id(each) for each in self._head.parameters()} if self._head is not None else ()
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             if id(parameter) not in unread and stored.shape(name) != tuple(parameter.shape):
-                raise NotInBlocksError(f"{name} is not stored as the model has it")
+                raise NotInBlocksError(f"{name} is stored in another form than the model has")
 
     @property
     def steps(self) -> int:
@@ -294,7 +294,7 @@ def _row(given: Any, i: int, size: int) -> Any:
         if size == 1 or not by_row:
             return given
         if by_row != [0] or given.shape[0] != size:
-            raise NotInBlocksError(f"a block is given a tensor of shape {tuple(given.shape)}")
+            raise NotInBlocksError(f"a block gets a tensor of shape {tuple(given.shape)}")
         return given[i : i + 1]
     if isinstance(given, dict):
         return {key: _row(each, i, size) for key, each in given.items()}
@@ -302,7 +302,7 @@ def _row(given: Any, i: int, size: int) -> Any:
         return type(given)(_row(each, i, size) for each in given)
     if given is None or isinstance(given, bool | int | float | str | torch.dtype):
         return given
-    raise NotInBlocksError(f"a block is given a {type(given).__name__}")
+    raise NotInBlocksError(f"a block gets a {type(given).__name__}")
 
 
 def _room(made: Any, size: int) -> Any:
@@ -315,7 +315,7 @@ def _room(made: Any, size: int) -> Any:
         return tuple(_room(each, size) for each in made)
     if made is None:
         return None
-    raise NotInBlocksError("a block makes something else than a row of each sequence")
+    raise NotInBlocksError("a block does not return one row for each sequence")
 
 
 def _put(room: Any, made: Any, i: int) -> None:

@@ -79,7 +79,7 @@ class Sum:
         """The sum of those that were not given the last input, for themselves from now on."""
         rows, version = self._last
         if rows[0]._version != version:
-            raise CheckpointError("layers are given the same at first, and then something else")
+            raise CheckpointError("layers get the same input at first, and then another")
         other = Sum(0, "full", self.total.device, "")
         other.total, other.count, other.inputs = self.total.clone(), self.count, self.inputs - 1
         for each in rows:
@@ -179,7 +179,9 @@ class Moments:
             return [x]
         rows, counted = self.batch
         if x.shape[0] not in (1, rows):
-            raise NotInBlocksError("a layer outside of blocks is not given sequence by sequence")
+            raise NotInBlocksError(
+                "a layer outside the blocks does not get one sequence after the other"
+            )
         return [x] * counted if x.shape[0] == 1 else [x[i : i + 1] for i in range(counted)]
 
     def done(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:

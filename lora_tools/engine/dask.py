@@ -75,7 +75,7 @@ def cluster(
     logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what matters is raised
     place = address_of(engine)
     if place and workers is not None:
-        raise UsageError(f"--workers {workers}: {place} has workers of its own; leave it out")
+        raise UsageError(f"--workers {workers}: {place} has its own workers; leave --workers out")
     with contextlib.ExitStack() as stack:
         if not place:
             place = stack.enter_context(_local(workers or default_jobs()))
@@ -84,8 +84,8 @@ def cluster(
             client.wait_for_workers(1, timeout=_PATIENCE)
         except (OSError, TimeoutError, ValueError) as error:
             raise ClusterError(
-                f"{place}: no Dask cluster with a worker answers there ({first_line(error)}); "
-                "start a scheduler and workers, or leave the address out"
+                f"{place}: no Dask cluster with workers answers there ({first_line(error)}); start "
+                "a scheduler and workers, or leave the address out"
             ) from None
         found = Cluster(client, setting)
         found.check(versions)
@@ -126,8 +126,8 @@ class Cluster:
             if found != list(versions):
                 have, need = (", ".join(map(str, each)) for each in (found, versions))
                 raise ClusterError(
-                    f"the worker {worker} has loratools and torch in {have}, and {need} are "
-                    "needed; install the same there"
+                    f"the worker {worker} has loratools and torch in {have}, but needs {need}; "
+                    "install the same versions there"
                 )
 
     def check_sees(self, paths: Sequence[Path]) -> None:
@@ -139,8 +139,8 @@ class Cluster:
                 where = "inputs and output must lie where all machines find them by the same paths"
                 if (said := said_of(Path(missing[0]))) != missing[0]:
                     where = (
-                        "its small files and headers lie in the folder for temporary files here: "
-                        "let TMPDIR name one that all machines find by the same path"
+                        "its small files and headers are in the folder for temporary files here; "
+                        "set TMPDIR to a folder that all machines find by the same path"
                     )
                 raise ClusterError(f"the worker {worker} does not see {said}; {where}")
 
@@ -247,9 +247,9 @@ class _Batch:
             pairs = zip(self.tasks, self.found, strict=True)
             first, *others = [task.label for task, known in pairs if known is None]
             raise ClusterError(
-                f"{first}{f' to {others[-1]}' if others else ''}: the workers that it was sent to "
-                f"died or are gone ({first_line(error):.200}); give each more memory, or have "
-                "fewer of them on a machine"
+                f"{first}{(f' to {others[-1]}' if others else '')}: the workers that it was sent "
+                f"to died or are gone ({first_line(error):.200}); give each worker more memory, or "
+                "run fewer of them on a machine"
             ) from None
         self.future.release()
         return made

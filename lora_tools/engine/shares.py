@@ -61,8 +61,8 @@ def share_of(tasks: Sequence[Task[Any, Any, Any]], sources: Any, sink: Any) -> l
         who = [f"{each}/{share.count}" for each in sorted({owner[i] for i in lacking})]
         more = ", …" if len(who) > _NAMED else ""
         raise UsageError(
-            f"--finish: of the shards {', '.join(who[:_NAMED])}{more} {len(lacking)} of "
-            f"{len(tasks)} pieces of work are not done, such as {tasks[lacking[0]].label}; start "
-            "those shards again, or give --resume instead, which does the rest here"
+            f"--finish: {len(lacking)} of {len(tasks)} tasks are not done, such as "
+            f"{tasks[lacking[0]].label} (shards {', '.join(who[:_NAMED])}{more}); start those "
+            "shards again, or use --resume instead, which does the rest here"
         )
     return None

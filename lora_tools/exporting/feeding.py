@@ -62,9 +62,11 @@ def statistics_for(source: Checkpoint, known: Activations | None) -> Statistics 
 def refuse_unfed(scheme: str | None, stored: bool) -> None:
     """Raises UsageError where nothing is rounded that statistics would help."""
     if scheme is None:
-        raise UsageError("--activations goes with --int4, --int8 or --nf4: plain numbers stay")
+        raise UsageError(
+            "--activations needs --int4, --int8 or --nf4: without them nothing is rounded"
+        )
     if stored:
         raise UsageError(
-            "--activations: the checkpoint is in four bits already, and its bytes stay; give it to "
-            "`loratools quantize` instead"
+            "--activations: the checkpoint is in four bits already, and its bytes are kept; use "
+            "--activations with `loratools quantize` instead"
         )

@@ -186,8 +186,8 @@ class Export:
         if not left:
             return report
         said = (
-            f"stays, and is not of this export: {', '.join(left)}; it may not fit this graph: "
-            "remove it, or export it again with --runtime-adapters"
+            f"{', '.join(left)} is from an earlier export and may not fit this graph; remove it, "
+            "or export it again with --runtime-adapters"
         )
         return dataclasses.replace(report, notes=(*report.notes, said))
 
@@ -344,12 +344,13 @@ def gate(report: Report[ExportTotals]) -> None:
         return
     if t.get("base_exact") is False:
         raise QualityGateError(
-            "without an adapter the graph does not give the bits that it gives without inputs for "
-            "adapters; please report this. --keep-failed leaves the output for a look at it",
+            "without an adapter, the graph gives other bits than the graph without inputs for "
+            "adapters; please report this. --keep-failed keeps the output, so that you can look "
+            "at it",
             report,
         )
     raise QualityGateError(
-        f"{offence(t)}. --keep-failed leaves the output for a look at it", report
+        f"{offence(t)}. --keep-failed keeps the output, so that you can look at it", report
     )
 
 

@@ -114,7 +114,7 @@ class Quantization:
         rows, cols = spec.shape[::-1] if turned else spec.shape
         nbytes = sum(each.nbytes for each in scheme.specs(spec.name, rows, cols))
         bits = 8 * nbytes / spec.numel
-        said = f"{scheme.name} in blocks of {scheme.block}, {bits:.3f} bits a parameter"
+        said = f"{scheme.name} in blocks of {scheme.block}, {bits:.3f} bits per parameter"
         if self.statistics is not None:
             fed = self.statistics.has(spec.name, cols)
             said += ", error-fed" if fed else ", rounded by itself: no statistics of its inputs"
@@ -137,7 +137,11 @@ class Quantization:
         fates = [self._settled(fate, built, bundled) for fate in report.plan]
         known = {fate.tensor for fate in fates}
         fates += [
-            Fate(name, Action.QUANTIZE, f"{self.scheme}, formed of the checkpoint's tensors")
+            Fate(
+                name,
+                Action.QUANTIZE,
+                f"{self.scheme}, made from several of the checkpoint's tensors",
+            )
             for name in sorted(built.quantized - known)
         ]
         return dataclasses.replace(report, plan=tuple(fates), totals=totals)
@@ -148,13 +152,15 @@ class Quantization:
         if fate.reason == OUTSIDE:
             return fate
         if fate.tensor not in built.used and built.formed:
-            return Fate(fate.tensor, Action.FORM, "goes into a weight that transformers forms")
+            return Fate(
+                fate.tensor,
+                Action.FORM,
+                "goes into a weight that transformers makes from several tensors",
+            )
         if fate.tensor not in built.used and bundled:
             return Fate(fate.tensor, Action.LEAVE_OUT, "no graph uses it")
         if fate.action == Action.QUANTIZE:
-            return Fate(
-                fate.tensor, Action.COPY, "the graph uses it in no linear layer, or not only"
-            )
+            return Fate(fate.tensor, Action.COPY, "the graph does not use it in linear layers only")
         return fate
 
 
@@ -200,13 +206,13 @@ def plan_quantization(
         )
     if stored and merging:
         raise UsageError(
-            f"{source.path}: its weights are in four bits, into which nothing is merged here; use "
+            f"{source.path}: its weights are in four bits, and export cannot merge into them; use "
             "`loratools merge --requantize`, or `loratools dequantize`, first"
         )
     if runtime and scheme:
         raise UsageError(
-            f"--runtime-adapters and --{scheme} exclude each other: the branches of adapters are "
-            "put beside layers that are not quantized"
+            f"--runtime-adapters and --{scheme} exclude each other: runtime adapters need layers "
+            "that are not quantized"
         )
     if wanted.activations is not None:
         refuse_unfed(scheme, stored)
@@ -215,10 +221,10 @@ def plan_quantization(
     if eval_text is not None:
         if task.kind != DECODER:
             raise UsageError(
-                f"--eval-text: perplexity is that of a decoder (causal-lm), not of {task.name}"
+                f"--eval-text: only a decoder (causal-lm) has a perplexity, not {task.name}"
             )
         if not verify:
-            raise UsageError("--eval-text is part of the check: leave --no-verify out")
+            raise UsageError("--eval-text is part of the check; leave --no-verify out")
         if runtime:
             raise UsageError("--eval-text does not go with --runtime-adapters")
         text = read_text(Path(eval_text))

@@ -197,7 +197,8 @@ class RuntimeAdapters:
         if built.unused:
             notes = (
                 *notes,
-                f"in no graph of this task, so without an effect: {', '.join(built.unused)}",
+                "no graph of this task uses these, so they have no effect: "
+                f"{', '.join(built.unused)}",
             )
         return self.planned(dataclasses.replace(report, totals=totals, notes=notes), digests=True)
 
@@ -216,9 +217,7 @@ def plan_runtime_adapters(
         UsageError: no adapter, or two that would be one file.
     """
     if not adapters:
-        raise UsageError(
-            "--runtime-adapters: at least one --adapter is needed, whose modules get inputs"
-        )
+        raise UsageError("--runtime-adapters: at least one --adapter is needed")
     names = base_names(base)
     each: list[RuntimeAdapter] = []
     unmatched: list[Fate] = []
@@ -254,16 +253,17 @@ def _refuse(weighted: Weighted, names: BaseNames) -> None:
         parts = " or ".join(f"{FEATURES[f]} ({min(where)})" for f, where in lacks.items())
         drop = " ".join(f"--drop {feature}" for feature in lacks)
         raise UnsupportedAdapter(
-            f"{path}: a runtime adapter cannot carry {parts}. Merge it (leave --runtime-adapters "
-            f"out), or leave them out: loratools convert {path} -o OUT --to peft {drop}"
+            f"{path}: a runtime adapter cannot hold {parts}; merge the adapter (leave "
+            f"--runtime-adapters out), or leave them out: loratools convert {path} -o OUT --to "
+            f"peft {drop}"
         )
     embeddings = [m.name for m in adapter.modules.values() if m.form == "embedding"]
     if names.tied and embeddings and adapter.config.get("ensure_weight_tying"):
         known, _ = align(list(adapter.modules), list(names.weights))
         if names.tied not in known.values():
             raise UnsupportedAdapter(
-                f"{path}: ensure_weight_tying, but no factors for {names.tied}, which is to follow "
-                f"{embeddings[0]}; merge it: leave --runtime-adapters out"
+                f"{path}: has ensure_weight_tying, but no factors for {names.tied}, which should "
+                f"follow {embeddings[0]}; merge the adapter: leave --runtime-adapters out"
             )
 
 
@@ -280,13 +280,13 @@ def _refuse_saved(weighted: Weighted, saved: Mapping[str, str], base: Checkpoint
         elif spec is None or found != spec.shape:
             why = f"{list(found)}, and the base's is {list(spec.shape) if spec else 'not there'}"
         elif weighted.weight != 1:
-            why = f"saved whole, which the weight {weighted.weight:g} cannot be given to"
+            why = f"saved whole, so the weight {weighted.weight:g} cannot be applied"
         else:
             continue
         raise UnsupportedAdapter(
-            f"{path}: a runtime adapter cannot carry {tensor}: it is {why}. Merge it (leave "
-            "--runtime-adapters out), or leave all tensors saved whole out: loratools convert "
-            f"{path} -o OUT --to peft --drop saved"
+            f"{path}: a runtime adapter cannot hold {tensor}: it is {why}; merge the adapter "
+            "(leave --runtime-adapters out), or leave out all tensors saved whole: loratools "
+            f"convert {path} -o OUT --to peft --drop saved"
         )
 
 

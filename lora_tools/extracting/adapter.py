@@ -73,11 +73,12 @@ def extract_adapter(
         if not writer.ranks:
             same = all(outcome.action == Action.UNCHANGED for outcome in outcomes)
             raise MismatchError(
-                "nothing changed from BASE to TUNED: no module has a low-rank change, and PEFT "
-                "loads no adapter without one; is TUNED the model that was meant?"
+                "nothing changed from BASE to TUNED, and PEFT does not load an adapter without "
+                "factors; is TUNED the right model?"
                 if same
-                else "no module has a low-rank change, and PEFT loads no adapter without one; is "
-                "all that changed left out, or does the rank policy leave nothing?"
+                else "no module has a low-rank change, and PEFT does not load an adapter without "
+                "factors; do the options leave out everything that changed, or does the rank "
+                "policy choose rank 0?"
             )
         notes = list(plan.notes)
         if options.consumer.loads:
@@ -127,9 +128,9 @@ def _unweighted(outcomes: Sequence[Outcome], options: Decomposition) -> list[str
         return []
     kinds = ", ".join(sorted({r.layout for r in left}))
     return [
-        f"not weighed by activations: {len(left)} of {len(results)} modules ({kinds}; "
-        f"{left[0].module}{', …' if left[1:] else ''}): the file does not know them, or their "
-        "kind has no one input"
+        f"--activations was not used for {len(left)} of {len(results)} modules ({kinds}; "
+        f"{left[0].module}{(', …' if left[1:] else '')}): the file does not have them, or layers "
+        "of their kind have no single input"
     ]
 
 
@@ -150,7 +151,7 @@ def _add(outcome: Outcome, tuned: Checkpoint, options: Decomposition, writer: Pe
         )
         if pair.followed_by and not options.consumer.head:
             raise options.consumer.refuse(
-                f"factors of an embedding that is the output head, too ({pair.name} changed)",
+                f"factors of an embedding that is also the output head ({pair.name} changed)",
                 "leave it out with --embeddings skip, or extract for peft",
             )
         for module in pair.followed_by:

@@ -188,8 +188,8 @@ def _measure(pair: Pair, sides: Sides, found: Sequence[Found]) -> _Measure | Non
     if all(f.svd is None for f in found):
         if left_out:
             raise MismatchError(
-                f"{pair.name}: changed, and only in blocks that --layout leaves out; name the "
-                "blocks that changed"
+                f"{pair.name}: changed only in blocks that --layout leaves out; name the blocks "
+                "that changed"
             )
         return None
     base = math.fsum(f.base for f in found) + math.fsum(energies.base for energies in rest)

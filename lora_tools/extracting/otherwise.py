@@ -32,8 +32,8 @@ def refuse_stored_otherwise(
                 continue
             if chosen(module):
                 raise MismatchError(
-                    f"{name}: {path} has {theirs[found]} in its place: it is stored in a way that "
-                    f"is not known here; give the plain checkpoint{next_step}"
+                    f"{name}: {path} has {theirs[found]} instead, so it is stored in an unknown "
+                    f"way; give the plain checkpoint{next_step}"
                 )
 
 

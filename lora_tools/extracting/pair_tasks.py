@@ -128,9 +128,9 @@ class ExtractPair(PairTask):
             return
         if pair.action == "refuse" and pair.outside:
             raise MismatchError(
-                f"{pair.name}: changed, and lies outside the transformer, where PEFT puts no "
-                "adapter: --rest skip leaves it out (and counts it); copy its folder from TUNED "
-                "into what the adapter is merged into"
+                f"{pair.name}: changed, but is outside the transformer, where PEFT has no "
+                "adapters; --rest skip leaves it out (and counts it). Copy its folder from TUNED "
+                "into the merged model"
             )
         if pair.action == "refuse":
             raise MismatchError(
@@ -140,13 +140,13 @@ class ExtractPair(PairTask):
         outcome.action = Action.SKIPPED if pair.action == "skip" else Action.SAVED_WHOLE
         if outcome.action == Action.SAVED_WHOLE and _is_codes(pair):
             raise MismatchError(
-                f"{pair.name}: {pair.spec.dtype} {list(pair.spec.shape)} changed, and is no float: "
-                "are they codes, in a scheme that is not known here? Give the plain checkpoint; "
-                "--exclude leaves it out"
+                f"{pair.name}: {pair.spec.dtype} {list(pair.spec.shape)} changed, but does not "
+                "hold floats (it may hold codes of an unknown format); give the plain checkpoint, "
+                "or leave it out with --exclude"
             )
         if outcome.action == Action.SAVED_WHOLE and math.isinf(outcome.change):
             raise NonFiniteError(
-                f"{pair.name}: is to be saved whole, and one side holds an inf or a NaN; "
+                f"{pair.name}: cannot be saved whole, because one side holds an inf or a NaN; "
                 "--exclude leaves it out"
             )
 
@@ -253,7 +253,7 @@ def _refuse_other(spectra: Spectra, name: str, key: str) -> None:
         return
     why = "was decomposed from other weights than these"
     if len(_weights_of(other)) != len(_weights_of(key)):  # a hash of another length
-        why = "was kept under a digest of another kind, and is found with that --digest alone"
+        why = "was kept under another kind of digest, and is found only with that --digest"
     raise CheckpointError(
         f"{spectra.earlier}: {name} {why}; give --spectrum-cache another file, or remove this one"
     )
@@ -267,9 +267,9 @@ def _check_kept(spectra: Spectra, pair: Pair, sides: Sides, found: Sequence[Foun
         both = ((energies.delta, one.total), (energies.base, one.base))
         if not all(math.isclose(now, kept, rel_tol=_SAME) for now, kept in both):
             raise CheckpointError(
-                f"{spectra.earlier}: {name} was kept with a change of energy {one.total:.6g}, and "
-                f"that of the weights is {energies.delta:.6g}; remove the file, and the "
-                "decompositions are made anew"
+                f"{spectra.earlier}: {name} is there with a change of energy {one.total:.6g}, but "
+                f"the weights' change has {energies.delta:.6g}; remove the file, and the "
+                "decompositions are made again"
             )
 
 

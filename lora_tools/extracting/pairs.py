@@ -185,7 +185,7 @@ def make_plan(
     own_names = bool(added) and rest == "save"
     if own_names and sentence:
         notes.append(
-            "the adapter carries the tuned side's names, since some tensors are only there"
+            "the adapter has the names of the tuned side, because some tensors are only there"
         )
     treat = _Treat(embeddings, rest, chosen, unread, outside)
     to_tuned = {name: own for own, name in to_base.items()}
@@ -229,16 +229,16 @@ def few_partners(
     if 2 * both >= max(len(ours), len(theirs)):
         return ""
     counted = (
-        f"only {both} of {len(ours)} tensors of {base.path} and of {len(theirs)} of {tuned.path} "
-        f"have a partner on the other side (alone are {min(ours - theirs, default='none')} and "
-        f"{min(theirs - ours, default='none')})"
+        f"only {both} of the {len(ours)} tensors of {base.path} and the {len(theirs)} of "
+        f"{tuned.path} are on both sides (on one side only: {min(ours - theirs, default='none')} "
+        f"and {min(theirs - ours, default='none')})"
     )
     if 2 * both < min(len(ours), len(theirs)):
         raise MismatchError(
-            f"{counted}; if they are one model by two names, rename one side"
+            f"{counted}; if both have the same modules under other names, rename one side"
             + ("" if chosen is None else "; if only a part is meant, name it with --include")
         )
-    return f"{counted}: figures are of what has one"
+    return f"{counted}: the figures cover only these"
 
 
 def _settle_ties(
@@ -273,7 +273,9 @@ def _settle_ties(
         for name, source in ties.items():
             if split_tensor(name)[0] not in followed.get(source, ()) and name in others:
                 specs[name] = specs[source]
-                notes.append(f"{name} is tied to {source} on one side only: they are parted")
+                notes.append(
+                    f"{name} is tied to {source} on one side only: they are separate tensors now"
+                )
     return followed
 
 
@@ -283,8 +285,8 @@ def _refuse_read_past(name: str, followers: Sequence[str], base: Checkpoint) -> 
     for module in followers:
         if is_read_past(module, base.config):
             raise MismatchError(
-                f"{name} is tied to {module}, whose weight the model reads past PEFT's layer "
-                "around it; --embeddings skip leaves it out"
+                f"{name} is tied to {module}, and the model would use that weight without PEFT's "
+                "change; --embeddings skip leaves it out"
             )
 
 
@@ -309,7 +311,7 @@ def _refuse_idle(
 ) -> None:
     for pattern, _ in kinds:
         if not any(pattern.search(pair.module) for pair in pairs):
-            raise UsageError(f"--layout {pattern.pattern}=…: found in no module's name")
+            raise UsageError(f"--layout {pattern.pattern}=…: matches no module name")
 
 
 def _pair(
@@ -345,7 +347,11 @@ def _pair(
     if parameter == "bias" and treat.rest == "save":
         return Pair(name, base, tuned, "bias", reason="a bias has no low-rank form")
     action = _OF_REST[treat.rest]
-    why = "its readers take no factors of it" if form is not None else "no low-rank form"
+    why = (
+        "programs that read the format do not take factors of it"
+        if form is not None
+        else "no low-rank form"
+    )
     return Pair(name, base, tuned, action, reason=f"{why} (--rest {treat.rest})")
 
 
@@ -362,8 +368,8 @@ def _one_sided(spec: TensorSpec, treat: _Treat) -> Pair:
         return _outside(spec.name, (None, spec), rest)
     if rest == "error":
         raise MismatchError(
-            f"{spec.name}: only the tuned side has it; --rest save keeps it whole, --rest skip "
+            f"{spec.name}: is only on the tuned side; --rest save keeps it whole, --rest skip "
             "leaves it out"
         )
-    reason = f"only the tuned side has it (--rest {rest})"
+    reason = f"only on the tuned side (--rest {rest})"
     return Pair(spec.name, None, spec, "save" if rest == "save" else "skip", reason=reason)

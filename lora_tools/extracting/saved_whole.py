@@ -52,8 +52,8 @@ def complete_saved(
     clash = taken_in & targeted
     if clash:
         raise UnsupportedAdapter(
-            f"{min(clash)} is decomposed, and PEFT would also save it whole, because its name ends "
-            "like that of a module saved whole; leave one out with --exclude"
+            f"{min(clash)} is decomposed, but PEFT would also save it whole, because its name ends "
+            "like that of a module saved whole; leave one of the two out with --exclude"
         )
     for module, name, tensor in bare:
         if module not in modules | taken_in:  # PEFT loads it by its name
@@ -68,7 +68,10 @@ def complete_saved(
             if outcome.action == Action.UNCHANGED:
                 outcome.action = Action.SAVED_WHOLE
     if taken_in:
-        return [f"saved whole though unchanged, since PEFT matches endings: {sorted(taken_in)}"]
+        return [
+            "saved whole although unchanged, because PEFT matches the ends of names: "
+            f"{sorted(taken_in)}"
+        ]
     return []
 
 

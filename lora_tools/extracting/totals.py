@@ -56,8 +56,8 @@ def noise_note(totals: ExtractTotals, sides: Sequence[Checkpoint]) -> list[str]:
         return []
     schemes = " and ".join(dict.fromkeys(s.scheme.title for s in sides if s.scheme is not None))
     return [
-        f"{min(share, 1):.1%} of the change's energy is what rounding to {schemes} is expected to "
-        "have cost, and no learning: ranks that hold it are wasted (--noise-floor keeps none)"
+        f"about {min(share, 1):.1%} of the change's energy comes from rounding to {schemes}, not "
+        "from training; --noise-floor leaves it out"
     ]
 
 
@@ -67,7 +67,7 @@ def unknown_noise(side: Checkpoint) -> str:
     if not names:
         return ""
     more = f" and {len(names) - 1:,} more" if names[1:] else ""
-    return f"; what rounding to it has cost is not known of {names[0]}{more}"
+    return f"; the error of its rounding is not known for {names[0]}{more}"
 
 
 def left_out(outcomes: Sequence[Outcome]) -> list[Outcome]:

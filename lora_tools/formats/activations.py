@@ -29,12 +29,13 @@ class Activations:
         self._path, self._file = path, SafetensorsFile(path)
         if self._file.metadata.get(MARK) != VERSION:
             raise CheckpointError(
-                f"{path}: holds no activation statistics; loratools collect-stats writes them"
+                f"{path}: does not hold activation statistics; make them with loratools "
+                "collect-stats"
             )
         for spec in self._file.specs.values():
             square = len(spec.shape) == 2 and spec.shape[0] == spec.shape[1]
             if spec.dtype != "F32" or not (square or len(spec.shape) == 1):
-                raise CheckpointError(f"{path}: {spec} is no second moment of activations")
+                raise CheckpointError(f"{path}: {spec} is not a second moment of activations")
         hashes = {name: hashing.tensor_hash(self._file.raw(name)) for name in self._file.specs}
         self.digest = hashing.digest(self._file.specs.values(), hashes)
         self._own = {name: name for name in self._file.specs}
@@ -49,7 +50,7 @@ class Activations:
         self._own = {ours: theirs for theirs, ours in mapping.items()}
         if not any(module in self._own for module in modules):
             raise MismatchError(
-                f"{self._path}: names none of the modules ({next(iter(modules), '-')}, …); was it "
+                f"{self._path}: has none of the modules ({next(iter(modules), '-')}, …); was it "
                 "collected on this model?"
             )
 

@@ -37,7 +37,7 @@ class _Way(NamedTuple):
         if not self.ours:
             return f"the prefix {self.theirs!r} was left out"
         if not self.theirs:
-            return f"the prefix {self.ours!r} was put before"
+            return f"the prefix {self.ours!r} was added"
         return f"the prefix {self.theirs!r} became {self.ours!r}"
 
 
@@ -79,7 +79,7 @@ class _Aligning:
                 if not (apart and _akin(way) and _akin(other)):
                     said = f"{other.said} or {way.said}"
                     raise MismatchError(
-                        f"the names agree in more than one way ({said}); rename one side"
+                        f"the names can be matched in more than one way ({said}); rename one side"
                     )
         if not found or (_crosses(found[0][0]) and any(map(_is_of_tokens, self.ours))):
             return None

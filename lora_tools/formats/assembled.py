@@ -151,7 +151,7 @@ def check_parts(name: str, shape: Sequence[int], parts: Iterable[Part]) -> tuple
         if not inside:
             raise CheckpointError(
                 f"{name}: a part of {list(part.sizes)} at {list(part.offsets)}, in "
-                f"{part.file.name}, and the tensor is {list(shape)}"
+                f"{part.file.name}, is outside the tensor of {list(shape)}"
             )
         if math.prod(part.sizes):
             kept.setdefault((part.offsets, part.sizes), part)
@@ -159,8 +159,8 @@ def check_parts(name: str, shape: Sequence[int], parts: Iterable[Part]) -> tuple
     held = sum(math.prod(part.sizes) for part in kept.values())
     if held != math.prod(shape):
         raise CheckpointError(
-            f"{name}: its parts hold {held} of the {math.prod(shape)} numbers of a tensor of "
-            f"{list(shape)}; are all files there?"
+            f"{name}: its parts hold {held} of the {math.prod(shape)} numbers of {list(shape)}; "
+            "are all files there?"
         )
     return tuple(kept.values())
 

@@ -45,13 +45,15 @@ def folders_of(folder: Path) -> list[str]:
         if not (isinstance(said, list) and len(said) == 2 and all(map(bool, said))):
             continue
         if not is_plain_name(name):
-            raise CheckpointError(f"{folder / INDEX}: {name!r} is no name of a folder beside it")
+            raise CheckpointError(
+                f"{folder / INDEX}: {name!r} is not the name of a folder beside it"
+            )
         part = folder / name
         if part.is_dir() and any(path.suffix in _WEIGHTS for path in part.iterdir()):
             found.append(name)
     if not found:
         raise CheckpointError(
-            f"{folder}: a diffusers pipeline, and none of the folders that its {INDEX} names holds "
+            f"{folder}: a diffusers pipeline, but none of the folders in its {INDEX} holds "
             "weights; is the download complete?"
         )
     return sorted(found)

@@ -91,8 +91,8 @@ def kind_of(recorded: str) -> Kind:
             return kind
     known = " and ".join(form.prefix for form in _FORMS.values())
     raise MismatchError(
-        f"the digest {recorded!r} is of a kind that this version cannot form ({known}); it may be "
-        "a newer loratools' or another tool's"
+        f"the digest {recorded!r} is of an unknown kind (known: {known}); it may come from a newer "
+        "loratools or from another tool"
     )
 
 

@@ -96,7 +96,7 @@ class DistributedCheckpoint(Assembled):
         try:
             found = saved_tensor(read_saved(data))
             if found is None:
-                raise CheckpointError("no plain, dense tensor is stored there")
+                raise CheckpointError("a plain, dense tensor is expected there")
         except CheckpointError as error:
             raise CheckpointError(
                 f"{self.path}: {name}: at byte {part.begin} of {part.file.name}: {error}"
@@ -119,7 +119,7 @@ def _fields(value: Any, kind: str) -> dict[str, Any]:
     """What an object of torch's package is set to. Raises CheckpointError for any other."""
     if not isinstance(value, Record) or value.kind != _PACKAGE + kind:
         found = kind_of(value) or type(value).__name__
-        raise CheckpointError(f"not what torch writes: a {found} where a {kind} is expected")
+        raise CheckpointError(f"not written by torch: a {found} is there instead of a {kind}")
     return value.fields
 
 
@@ -149,7 +149,7 @@ def _spec(name: str, said: Mapping[str, Any]) -> TensorSpec:
     properties = said.get("properties")
     state = properties.state if isinstance(properties, Record) else None
     if type(state) is not tuple or not state:
-        raise CheckpointError(f"{name}: its metadata gives no dtype")
+        raise CheckpointError(f"{name}: its metadata does not give a dtype")
     try:
         dtype = dtype_name(kind_of(state[0]))
     except CheckpointError as error:
@@ -166,13 +166,15 @@ def _parts(folder: Path, name: str, said: Mapping[str, Any], places: _Places) ->
         sizes = _numbers(fields.get("sizes"), f"{name}: the sizes of a part")
         info = places.get((name, offsets))
         if info is None:
-            raise CheckpointError(f"{name}: nothing says where its part at {list(offsets)} lies")
+            raise CheckpointError(
+                f"{name}: its metadata does not say where the part at {list(offsets)} is"
+            )
         file, begin, length = (info.get(key) for key in ("relative_path", "offset", "length"))
         begin, length = _numbers((begin, length), f"{name}: the place of a part")
         if info.get("transform_descriptors"):
             raise CheckpointError(
-                f"{name}: stored through {info['transform_descriptors']}, which is not read here; "
-                "load it with torch.distributed.checkpoint, and save it without"
+                f"{name}: stored with {info['transform_descriptors']}, which cannot be read; load "
+                "it with torch.distributed.checkpoint, and save it without"
             )
         if type(file) is not str or not is_plain_name(file):
             raise UnsafeInput(f"{name}: lies in a file outside the folder: {file!r}")
@@ -202,20 +204,20 @@ def model_names(names: Iterable[str], planner_data: Any) -> tuple[dict[str, str]
             break
         if nested != "model" and (len(heads) > 1 or nested not in _WRAPPERS):
             raise CheckpointError(
-                f"holds {', '.join(sorted(heads)[:8])}, and which of them is the model is not "
-                'said; save {"model": model.state_dict()}'
+                f"holds {', '.join(sorted(heads)[:8])}, and it is not clear which of them is the "
+                'model; save {"model": model.state_dict()}'
             )
         inside = {own: p for own, p in kept.items() if len(p) > 1 and p[0] == nested}
         kept = {own: path[1:] for own, path in inside.items()}
     deeper = [own for own, path in kept.items() if len(path) > 1]
     if deeper:
         raise CheckpointError(
-            f"{deeper[0]}: nested beside the model's own tensors, and whether it is one of them is "
-            'not said; save {"model": model.state_dict()}'
+            f"{deeper[0]}: nested beside the model's tensors, and it is not clear whether it is "
+            'one of them; save {"model": model.state_dict()}'
         )
     if not kept:
         raise CheckpointError(
-            "holds no tensors of a model, only what training keeps; is the model in a folder "
+            "holds no tensors of a model, only the state of a training; is the model in a folder "
             "beside it?"
         )
     return {own: path[0] for own, path in kept.items()}, [n for n in paths if n not in kept]
@@ -232,6 +234,6 @@ def left_out(names: list[str]) -> tuple[str, ...]:
         return ()
     more = ", …" if names[3:] else ""
     return (
-        f"beside the model's tensors, and not read: {counted(len(names), 'value')} "
+        f"not part of the model, and not read: {counted(len(names), 'value')} "
         f"({', '.join(names[:3])}{more})",
     )

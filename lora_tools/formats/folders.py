@@ -84,8 +84,8 @@ def _snapshots(repository: Path, fail: type[LoraToolsError]) -> list[Path]:
     if not found:
         name = repository.name.removeprefix("models--").replace("--", "/")
         raise fail(
-            f"{repository}: a folder of the hub's cache without a snapshot; is the download "
-            f"complete? Fetch it with `hf download {name}`"
+            f"{repository}: a folder of the hub's cache without a snapshot; download it with `hf "
+            f"download {name}`"
         )
     return found
 
@@ -94,6 +94,6 @@ def _choice(folder: Path, found: list[Path]) -> str:
     names = ", ".join(path.name for path in found[:8]) + (", …" if found[8:] else "")
     last = " (the last)" if all(_CHECKPOINT.fullmatch(path.name) for path in found) else ""
     return (
-        f"{folder}: holds no weights itself, and {len(found)} folders that do: {names}; pass one "
-        f"of them, such as {found[-1]}{last}"
+        f"{folder}: has no weights itself, but {len(found)} folders in it do: {names}; give one of "
+        f"them, such as {found[-1]}{last}"
     )

@@ -77,7 +77,7 @@ class Fields:
         if isinstance(value, list) and value and len(set(value)) == 1:
             [value] = set(value)  # one for each layer, all the same
         if type(value) not in (int, float) or not math.isfinite(value):
-            raise Unsure(f"{self.architecture}.{name} is {value!r}, and a number is needed")
+            raise Unsure(f"{self.architecture}.{name} is {value!r}, but must be a number")
         return value if type(value) is int else _short(value)
 
     def named(self, start: str) -> list[str]:
@@ -121,7 +121,7 @@ def config_of(
     kind, embedding = model.model_type, specs.get("model.embed_tokens.weight")
     unknown = [name for name in fields.named("") if name not in _KNOWN | _KNOWN_OF.get(kind, set())]
     if unknown:
-        raise Unsure(f"what {fields.architecture}.{unknown[0]} means there is not known here")
+        raise Unsure(f"the field {fields.architecture}.{unknown[0]} is unknown")
     config: dict[str, Any] = {"architectures": [model.classes], "model_type": kind}
     config |= {key: fields.number(name) for key, name in _FIELDS.items()}
     heads, width = config["num_attention_heads"], config["hidden_size"]
@@ -130,11 +130,11 @@ def config_of(
         raise Unsure("its heads, embedding and width do not fit")
     head = fields.number("attention.key_length", width // heads)
     if fields.number("attention.value_length", head) != head:
-        raise Unsure("heads of keys and of values are not of one size")
+        raise Unsure("heads of keys and of values differ in size")
     if kind not in _NARROW:
         config["head_dim"] = head
     elif head * heads != width:
-        raise Unsure(f"heads of {head} are no {kind} model's")
+        raise Unsure(f"heads of {head} do not fit a {kind} model")
     config["vocab_size"] = embedding.shape[0]
     config["tie_word_embeddings"] = "lm_head.weight" not in specs
     config["rope_theta"] = float(fields.number("rope.freq_base", 10000.0))

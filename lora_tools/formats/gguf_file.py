@@ -121,7 +121,7 @@ class GgufFile(Reopened):
             head = _Header(self._map.view)
         except CheckpointError as error:
             raise CheckpointError(
-                f"{path}: not a whole GGUF file, or none that is read ({error})"
+                f"{path}: not a complete GGUF file, or not one that can be read ({error})"
             ) from None
         except OSError as error:
             raise CheckpointError(f"{path}: {error.strerror or error}") from None
@@ -161,20 +161,22 @@ class _Header:
             raise CheckpointError("it does not begin with GGUF")
         version = self._number("I")
         if version not in _VERSIONS:
-            raise CheckpointError(f"version {version:#x}; 2 and 3 are read, of little-endian files")
+            raise CheckpointError(
+                f"version {version:#x}; only versions 2 and 3 can be read, in little-endian files"
+            )
         count, fields = self._number("Q"), self._number("Q")
         self.fields: dict[str, Any] = {}
         for _ in range(fields):
             name = self._string()
             if name in self.fields:
-                raise CheckpointError(f"field {name!r} stands there twice")
+                raise CheckpointError(f"field {name!r} is there twice")
             self.fields[name] = self._value(self._number("I"))
         self._sizes = _sizes()
         self.tensors: dict[str, Stored] = {}
         for _ in range(count):
             name, stored = self._tensor()
             if name in self.tensors:
-                raise CheckpointError(f"tensor {name!r} stands there twice")
+                raise CheckpointError(f"tensor {name!r} is there twice")
             self.tensors[name] = stored
         self._place()
 
@@ -182,14 +184,14 @@ class _Header:
         """Offsets count from where the data begins, which is aligned."""
         step = self.fields.get("general.alignment", 32)
         if type(step) is not int or step < 1 or step & (step - 1):
-            raise CheckpointError(f"general.alignment is {step!r}, and no power of two")
+            raise CheckpointError(f"general.alignment is {step!r}, but must be a power of two")
         begin = -(-self._at // step) * step
         for name, given in self.tensors.items():
             placed = dataclasses.replace(given, start=begin + given.start)
             if placed.start + placed.size > len(self._view):
                 raise CheckpointError(
-                    f"tensor {name!r} ends at byte {placed.start + placed.size} and the file has "
-                    f"{len(self._view)}; is it truncated? Fetch it again"
+                    f"tensor {name!r} ends at byte {placed.start + placed.size}, but the file has "
+                    f"{len(self._view)}; it may be truncated: download it again"
                 )
             self.tensors[name] = placed
 
@@ -199,7 +201,9 @@ class _Header:
             raise CheckpointError(f"tensor {name!r} has {dims} dimensions")
         shape = tuple(self._number("Q") for _ in range(dims))[::-1]
         if max(shape, default=0) > _MAX_SIZE:
-            raise CheckpointError(f"tensor {name!r} is {list(shape)}, which no file can hold")
+            raise CheckpointError(
+                f"tensor {name!r} is {list(shape)}, which is too large for any file"
+            )
         kind, offset = self._number("I"), self._number("Q")
         if kind not in self._sizes:
             raise CheckpointError(
@@ -232,7 +236,7 @@ class _Header:
     def _string(self) -> str:
         size = self._number("Q")
         if size > MOST:
-            raise CheckpointError(f"a string of {size:,} bytes, and at most {MOST:,} are read")
+            raise CheckpointError(f"a string of {size:,} bytes; at most {MOST:,} are read")
         return self._take(size).decode(errors="replace")
 
     def _value(self, kind: int) -> Any:
@@ -245,7 +249,7 @@ class _Header:
     def _list(self, kind: int, count: int) -> list[Any] | None:
         """A list of numbers that is short; else None, with nothing of it kept."""
         if count > _MOST_LISTED:
-            raise CheckpointError(f"a list of {count:,}, and at most {_MOST_LISTED:,} are read")
+            raise CheckpointError(f"a list of {count:,}; at most {_MOST_LISTED:,} are read")
         if kind == _STRING:
             for _ in range(count):
                 self._skip(self._number("Q"))
@@ -260,7 +264,7 @@ def _letter(kind: int) -> str:
         return _LONG_SCALARS[kind]
     if kind < len(_SCALARS):
         return _SCALARS[kind]
-    raise CheckpointError(f"a field of type {kind}, which there is not")
+    raise CheckpointError(f"a field of the unknown type {kind}")
 
 
 def _sizes() -> dict[int, tuple[str, int, int]]:

@@ -91,15 +91,17 @@ class GgufCheckpoint(Checkpoint):
         ends = [f"-{i:05}-of-{len(files):05}" * bool(files[1:]) for i in range(1, 1 + len(files))]
         self.file_names = tuple(f"model{end}.safetensors" for end in ends)
         lead = (
-            f"{path}: a GGUF model, whose tokenizer stays in it: a folder made of it needs the "
-            "original model's tokenizer files"
+            f"{path}: a GGUF model. Its tokenizer is not copied: add the tokenizer files of the "
+            "original model to the output"
         )
         try:
             self.config = _config(files, model)
             text = json.dumps(self.config, indent=2) + "\n"
             self.made_files = {"config.json": text.encode()}
         except Unsure as unsure:
-            lead += f", and its config.json, which the GGUF does not give for certain ({unsure})"
+            lead += (
+                f", and its config.json, which cannot be made from the GGUF for certain ({unsure})"
+            )
         self.notes = (lead,)
 
     def companions(self) -> tuple[list[Path], list[Path]]:
@@ -122,7 +124,9 @@ def open_gguf(path: Path) -> Checkpoint:
             f"loratools merge BASE {path} -o OUT"
         )
     if kind != "model":
-        raise CheckpointError(f"{path}: a GGUF file of the type {kind!r}; a model is wanted here")
+        raise CheckpointError(
+            f"{path}: a GGUF file of the type {kind!r}, but a model is needed here"
+        )
     fields = Fields(first.fields)
     experts = fields.get("expert_count", 0)
     try:
@@ -143,13 +147,15 @@ def _files(path: Path) -> list[GgufFile]:
     shards = shards_named(path.parent, named[1], path.suffix) if named else None
     if shards is None or len(shards[1]) != count:
         raise CheckpointError(
-            f"{path}: one of {count} files of a GGUF model, and the others do not lie beside it as "
-            f"NAME-00001-of-{count:05}.gguf; put all of them into one folder"
+            f"{path}: one of {count:05} files of a GGUF model, but the others "
+            f"(NAME-00001-of-{count:05}.gguf) are not beside it; put all of them into one folder"
         )
     files = [GgufFile(shard) for shard in shards[1]]
     total, there = files[0].fields.get("split.tensors.count"), sum(len(f.specs) for f in files)
     if total not in (None, there):
-        raise CheckpointError(f"{path}: {there} tensors in its {count} files, and not {total}")
+        raise CheckpointError(
+            f"{path}: its {count} files have {there} tensors, but should have {total}"
+        )
     return files
 
 
@@ -175,7 +181,7 @@ def _weights(
         _expect(own, shape, 2 if is_matrix else 1)
         if stored.kind not in PLAIN and not (is_matrix and is_decoded(stored.kind)):
             raise CheckpointError(
-                f"{own}: is stored as {stored.kind}, which is not read here of such a tensor: "
+                f"{own}: is stored as {stored.kind}, which cannot be read for such a tensor; run "
                 "pip install -U gguf, or give the original checkpoint in safetensors"
             )
         heads = _heads(own, shape, named, model, fields)
@@ -191,7 +197,7 @@ def _weights(
 
 def _expect(name: str, shape: tuple[int, ...], dims: int) -> None:
     if len(shape) != dims:
-        raise CheckpointError(f"{name}: is {list(shape)}, and {dims} dimensions are wanted there")
+        raise CheckpointError(f"{name}: is {list(shape)}, but must have {dims} dimensions")
 
 
 def _heads(own: str, shape: tuple[int, ...], named: str, model: Model, fields: Fields) -> int:
@@ -203,10 +209,10 @@ def _heads(own: str, shape: tuple[int, ...], named: str, model: Model, fields: F
         if ".k_proj." in named:
             heads = fields.number("attention.head_count_kv", heads)
     except Unsure as unsure:
-        raise CheckpointError(f"{own}: its rows cannot be put into order: {unsure}") from None
+        raise CheckpointError(f"{own}: the order of its rows is not known: {unsure}") from None
     if type(heads) is not int or heads < 1 or shape[0] % (2 * heads):
         raise CheckpointError(
-            f"{own}: has {shape[0]} rows, which are no {heads} heads of pairs "
+            f"{own}: its {shape[0]} rows cannot be divided into {heads} heads of pairs "
             f"({fields.architecture}.attention.head_count)"
         )
     return heads

@@ -115,8 +115,8 @@ def model_of(architecture: str, experts: bool) -> Model:
     if row is None:
         known = ", ".join(name for name in MODELS if " " not in name)
         raise CheckpointError(
-            f"a GGUF model of the architecture {architecture!r}, whose names and order of rows "
-            f"are not known here (known: {known}); give the original checkpoint in safetensors"
+            f"a GGUF model of the architecture {architecture!r}, for which the names and the order "
+            f"of rows are not known (known: {known}); give the original checkpoint in safetensors"
         )
     return row
 
@@ -130,7 +130,7 @@ def plain_name(model: Model, name: str) -> str:
     plain = f"model.layers.{int(found[1])}.{inner}" if found and inner else _GLOBAL.get(module)
     if plain is None or end not in ("weight", "bias"):
         raise CheckpointError(
-            f"{name}: not known in a GGUF model of {model.model_type}; give the original "
-            "checkpoint in safetensors"
+            f"{name}: unknown in a GGUF model of {model.model_type}; give the original checkpoint "
+            "in safetensors"
         )
     return f"{plain}.{end}"

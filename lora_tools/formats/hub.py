@@ -123,7 +123,7 @@ def here(source: str | Path, allow_pickle: bool = False, *, by_headers: bool = F
     if address and made is not None and store_of(address) is not None:
         return made.at(address)
     if address:
-        how = f"fetch it first ({urls.fetcher(address)}), or mount it, and give what lies here"
+        how = f"download it first ({urls.fetcher(address)}) or mount it, and give the local path"
         if address.startswith("hf:"):
             how = "hf://org/name[@revision][/folder] names a model of the hub"
         raise CheckpointError(
@@ -152,7 +152,7 @@ def fetch(source: str, allow_pickle: bool = False, *, by_headers: bool = False) 
 
     wanted = parse(source)
     if wanted is None:
-        raise CheckpointError(f"{source}: no id of the hub")
+        raise CheckpointError(f"{source}: not a hub id")
     with _plainly(source, wanted), without_bars():
         names, trouble = _listed(wanted)
         # Of what is in the cache the reader sees itself whether it is complete.
@@ -179,7 +179,9 @@ def fetch(source: str, allow_pickle: bool = False, *, by_headers: bool = False) 
             folder = made.snapshot(folder, wanted.repository, small, remote)
     path = folder / wanted.subfolder
     if not path.exists():
-        raise CheckpointError(f"{source}: no {wanted.subfolder} in the hub's local cache of it")
+        raise CheckpointError(
+            f"{source}: the local cache of the hub has no {wanted.subfolder} of it"
+        )
     return path
 
 
@@ -236,7 +238,7 @@ def _chosen(wanted: HubId, names: list[str], allow_pickle: bool) -> list[str]:
         weights = {"": weights[""]}
     elif len(weights) > 1 and not parts:
         raise CheckpointError(
-            f"{wanted}: holds no weights itself, and {len(weights)} folders that do: "
+            f"{wanted}: has no weights itself, but {len(weights)} folders in it do: "
             f"{_some(sorted(weights))}; give {wanted.repository}/{root}{min(weights)}"
         )
     found = [root + os.path.join(f, name) for f, each in weights.items() for name in each]  # noqa: PTH118
@@ -257,8 +259,8 @@ def _refuse_others(wanted: HubId, names: list[str]) -> None:
     ]
     if pickles:
         raise UnsafeInput(
-            f"{wanted}: its weights are pickles, which can hold code ({_some(pickles)}): pass "
-            "--allow-pickle to fetch them, and read them with weights_only=True"
+            f"{wanted}: its weights are pickles, which can hold code ({_some(pickles)}); pass "
+            "--allow-pickle to download them and to read them with weights_only=True"
         )
     models = [name for name in names if name.endswith(".gguf")]
     if models:
@@ -326,19 +328,22 @@ def _plainly(source: str, wanted: HubId) -> Iterator[None]:
         raise
     except LocalEntryNotFoundError:
         said = (
-            "no such file or folder, and not in the hub's local cache; the hub could not be "
-            f"reached or HF_HUB_OFFLINE is set. Fetch it first with `hf download {name}`"
+            "no such file or folder, and not in the hub's local cache (the hub could not be "
+            f"reached, or HF_HUB_OFFLINE is set); download it first with `hf download {name}`"
         )
     except GatedRepoError:
-        said = f"gated on the hub: ask for access at {page}, then `hf auth login` (or set HF_TOKEN)"
+        said = (
+            f"the model is gated; ask for access at {page}, then run `hf auth login` (or set "
+            "HF_TOKEN)"
+        )
     except RevisionNotFoundError:
         said = (
-            f"the hub has {name}, and no revision {wanted.revision!r} of it; see {page}/tree/main"
+            f"the hub has {name}, but no revision {wanted.revision!r} of it; see {page}/tree/main"
         )
     except RepositoryNotFoundError:
         said = (
-            f"no such file or folder, and the hub shows no model {name}: is the name right? A "
-            "private one needs `hf auth login` (or HF_TOKEN) by an account that may read it"
+            f"no such file or folder, and the hub shows no model {name}; is the name right? For a "
+            "private model, log in with `hf auth login` (or set HF_TOKEN)"
         )
     except EntryNotFoundError as error:
         said = first_line(error)
@@ -354,9 +359,12 @@ def _plainly(source: str, wanted: HubId) -> Iterator[None]:
 def _of_status(error: HfHubHTTPError, page: str) -> str:
     status = error.response.status_code if error.response is not None else 0
     if status in (401, 403):
-        return f"the hub refuses it ({status}): `hf auth login` (or HF_TOKEN), and access at {page}"
+        return (
+            f"the hub refused access ({status}); log in with `hf auth login` (or set HF_TOKEN), "
+            f"and see whether you have access at {page}"
+        )
     if status == 429:
-        return "the hub allows no more requests for now (429): wait, or `hf auth login`"
+        return "the hub allows no more requests for now (429); wait, or log in with `hf auth login`"
     return first_line(error)
 
 

@@ -77,7 +77,7 @@ class _Unpickler(pickle.Unpickler):
             kind = f"{module}.{name}"
             if module.partition(".")[0] not in ("torch", *_OTHERS) and kind not in _GETATTR:
                 raise CheckpointError(
-                    f"names {kind}, which no file of tensors needs; nothing of it was run"
+                    f"refers to {kind}, which a file of tensors does not need; nothing was run"
                 )
             self._known[module, name] = _named(kind)
         return self._known[module, name]

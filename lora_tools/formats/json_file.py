@@ -75,12 +75,7 @@ _KINDS: Mapping[str, type] = {
     "compression_config": dict,
     "_name_or_path": str,
 }
-_SAID = {
-    str: "a string",
-    bool: "true or false",
-    int: "a number without a fraction",
-    dict: "a table",
-}
+_SAID = {str: "a string", bool: "true or false", int: "a whole number", dict: "a table"}
 
 
 def check_config(path: Path, said: Mapping[str, Any]) -> None:
@@ -90,7 +85,9 @@ def check_config(path: Path, said: Mapping[str, Any]) -> None:
     for key, kind in _KINDS.items():
         found = said.get(key)
         if found is not None and type(found) is not kind:
-            raise CheckpointError(f"{path}: {key} is {str(found)[:60]!r}, and not {_SAID[kind]}")
+            raise CheckpointError(
+                f"{path}: {key} is {str(found)[:60]!r}, but must be {_SAID[kind]}"
+            )
     inner = said.get("text_config")
     if inner:
         check_config(path, inner)
@@ -103,4 +100,4 @@ def check_names(
     for key in keys:
         found = said.get(key) or []
         if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
-            raise fail(f"{path}: {key} is {str(found)[:60]!r}, and no list of names")
+            raise fail(f"{path}: {key} is {str(found)[:60]!r}, but must be a list of names")

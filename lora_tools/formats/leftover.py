@@ -17,7 +17,7 @@ from lora_tools.formats.journal import forget_journal, read_journal, stands
 from lora_tools.formats.staging import PLAN, Adopted, discard, is_ours, put_back, remove_all, stale
 
 Way = Literal["refuse", "resume", "clean", "share", "finish"]
-_WAYS = "--resume goes on with it, --clean removes it and begins anew"
+_WAYS = "--resume continues it, --clean deletes it and starts again"
 
 
 def clear(destination: Path, way: Way) -> None:
@@ -36,9 +36,7 @@ def clear(destination: Path, way: Way) -> None:
         put_back(folder, destination)
         forget_journal(folder)
         if way != "resume":
-            raise UsageError(
-                f"{destination}: a run that was ended has left {said(folder)}; {_WAYS}"
-            )
+            raise UsageError(f"{destination}: an interrupted run has left {said(folder)}; {_WAYS}")
 
 
 _ANY = 1e-9  # seconds

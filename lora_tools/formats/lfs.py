@@ -19,6 +19,6 @@ def refuse_pointer(path: Path, head: bytes, fail: type[LoraToolsError] = Checkpo
     """Raises ``fail`` for a pointer, told by its first bytes."""
     if is_pointer(head):
         raise fail(
-            f"{path}: a pointer of git-LFS, not the file itself, which was never fetched; get it "
+            f"{path}: a git-LFS pointer, not the file itself, which was not downloaded; get it "
             f"with `git lfs pull` in {path.parent}, or `hf download`"
         )

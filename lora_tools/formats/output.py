@@ -109,7 +109,9 @@ def check_destination(destination: Path, force: bool, way: Way = "refuse") -> No
         UsageError: there is work in what was left, and ``way`` does not say what becomes of it.
     """
     if destination.name in ("", ".."):
-        raise OutputError(f"{destination} is no name for something new; choose another output")
+        raise OutputError(
+            f"{destination} is not the name of a new file or folder; choose another output"
+        )
     if not destination.parent.is_dir():
         raise OutputError(f"{destination.parent} is not a folder; create it first")
     try:
@@ -123,8 +125,8 @@ def check_destination(destination: Path, force: bool, way: Way = "refuse") -> No
         raise OutputError(f"{destination} already exists; choose another output or pass --force")
     if there and _is_mounted(destination):
         raise OutputError(
-            f"{destination}: another file system is mounted there, and nothing takes its place; "
-            "name a new folder inside it"
+            f"{destination}: another file system is mounted there, so it cannot be replaced; name "
+            "a new folder inside it"
         )
 
 
@@ -151,8 +153,8 @@ def check_space(destination: Path, nbytes: int, held: int = 0) -> None:
     free, nbytes = free_bytes(destination), max(nbytes - held, 0)
     if free is not None and free < nbytes:
         raise OutputError(
-            f"{destination}: needs {nbytes:,} bytes and {destination.parent} has {free:,} free; "
-            "free some space or choose another disk"
+            f"{destination}: needs {nbytes:,} bytes, but {destination.parent} has only {free:,} "
+            "free; free some space or choose another disk"
         )
 
 
@@ -239,7 +241,7 @@ class _Staging:
             if self._is_held():
                 return
             self.folder = some_name(self._destination)
-        raise OutputError(f"{self._destination}: another command clears away what is begun there")
+        raise OutputError(f"{self._destination}: another command is cleaning up there; try again")
 
     def _is_held(self) -> bool:
         """Lock and mark it. False where another command took it for a dead one's before that."""
@@ -278,7 +280,7 @@ class _Staging:
                 put(made, place, force or made.parent.name == "parts")
             except FileExistsError:
                 raise OutputError(
-                    f"{place} appeared while this ran, and stays as it is; choose another output "
+                    f"{place} appeared during this run and was not replaced; choose another output "
                     "or pass --force"
                 ) from None
         _sync(self._destination.parent)

@@ -45,7 +45,7 @@ def ends_with(key: str, module: str) -> bool:
 @functools.lru_cache(maxsize=1 << 14)
 def _pattern(pattern: str) -> _Pattern:
     if len(pattern) > LONGEST:
-        raise re.error(f"has {len(pattern):,} characters, and {LONGEST:,} are read")
+        raise re.error(f"has {len(pattern):,} characters; at most {LONGEST:,} are read")
     try:
         return _Pattern(re.compile(pattern), _parser.parse(pattern))
     except (RecursionError, OverflowError) as error:

@@ -85,7 +85,7 @@ class PickleFile(Reopened):
             raise CheckpointError(f"{self.path}: tensor {name!r}: {error}") from None
         if spec.nbytes > tensor.untyped_storage().nbytes():  # one number, repeated endlessly
             raise CheckpointError(
-                f"{self.path}: tensor {name!r} promises {spec.nbytes} bytes and the file holds "
+                f"{self.path}: tensor {name!r} should have {spec.nbytes} bytes, but the file holds "
                 f"{tensor.untyped_storage().nbytes()}"
             )
         return spec
@@ -113,8 +113,8 @@ def refuse_compressed(paths: Iterable[Path]) -> None:
         members = _members(path) if path.suffix in (".bin", ".pt", ".pth") else None
         if members is not None and _is_compressed(members):
             raise CheckpointError(
-                f"{path}: compressed, which transformers does not load right; make safetensors of "
-                f"it first: loratools dequantize {path.parent} -o OUT --allow-pickle"
+                f"{path}: compressed, and transformers does not load that correctly; convert it to "
+                f"safetensors first: loratools dequantize {path.parent} -o OUT --allow-pickle"
             )
 
 
@@ -138,7 +138,7 @@ def _refuse_bomb(path: Path, members: list[zipfile.ZipInfo], nbytes: int) -> Non
     unfolded = sum(member.file_size for member in members)
     if unfolded > max(_UNFOLDED, _RATIO * nbytes):
         raise CheckpointError(
-            f"{path}: {nbytes:,} bytes, compressed, that unfold to {unfolded:,}; such a file is "
-            f"read up to {_UNFOLDED:,} bytes, or {_RATIO} times its size: unpack it, and zip it "
-            "anew without compression (zip -0 -r)"
+            f"{path}: {nbytes:,} bytes, which decompress to {unfolded:,} (at most {_UNFOLDED:,} "
+            f"bytes, or {_RATIO} times the file's size, are read); unpack it, and zip it again "
+            "without compression (zip -0 -r)"
         )

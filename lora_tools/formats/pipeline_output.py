@@ -28,7 +28,7 @@ def write_whole(prepared: Prepared, out: Path) -> Report[Any]:
     made.rename(main)
     if not left:
         return report
-    said = f"left behind, since they hold other weights: {', '.join(map(str, left))}"
+    said = f"not copied, because they hold other weights: {', '.join(map(str, left))}"
     return dataclasses.replace(report, notes=(*report.notes, said))
 
 

@@ -59,7 +59,7 @@ def blocks(values: Sequence[Any]) -> tuple[list[list[Block]], bool]:
     if plain:
         kinds = {(each.dtype, each.shape) for each in plain}
         if len(kinds) > 1:
-            raise CheckpointError("of one shape in one file, and of another in another")
+            raise CheckpointError("has different shapes in different files")
         return [[Block(each, each.shape, (0,) * len(each.shape))] for each in plain], True
     locals_ = [each for each in found if isinstance(each, _Local)]
     if locals_:
@@ -85,7 +85,7 @@ def _read(value: Any) -> SavedTensor | _Local | list[Block]:
             return _read(value.args[0](*arguments))
     except (KeyError, TypeError, AttributeError, IndexError, ValueError):
         raise CheckpointError(f"a {name} that torch does not write so") from None
-    raise CheckpointError(f"a {name or 'tensor'}, which is not read; save plain tensors")
+    raise CheckpointError(f"a {name or 'tensor'}, which cannot be read; save plain tensors")
 
 
 def _tuple(value: Any) -> tuple[Any, ...]:
@@ -115,7 +115,7 @@ def _dtensor(local: Any, spec: dict[str, Any]) -> _Local:
             raise CheckpointError("cut along the mesh in another order than its own")
     place = mesh.get("_coordinate_on_dim")
     if place is None:
-        raise CheckpointError("does not say which of the processes it is of")
+        raise CheckpointError("does not say which process it is from")
     place = _sizes(place)
     if len(place) != len(cuts):
         raise ValueError
@@ -129,7 +129,7 @@ def _cut(placement: Record, dims: int) -> int | None:
     dim = placement.fields.get("dim")
     if name != "Shard" or type(dim) is not int or not 0 <= dim < dims:
         raise CheckpointError(
-            f"placed by {name}, which is not read here; gather it (full_tensor()), and save that"
+            f"placed by {name}, which cannot be read; gather it (full_tensor()), and save that"
         )
     return dim
 
@@ -138,7 +138,7 @@ def _of_mesh(parts: Sequence[_Local]) -> list[Block]:
     """Each process's block. Raises CheckpointError where one holds another than it should."""
     first = parts[0]
     if any((p.shape, p.cuts) != (first.shape, first.cuts) for p in parts):
-        raise CheckpointError("of one shape or placement in one file, and of another in another")
+        raise CheckpointError("has different shapes or placements in different files")
     mesh = [1 + max(places) for places in zip(*(p.place for p in parts), strict=True)]
     if len({p.place for p in parts}) != math.prod(mesh):
         raise CheckpointError(
@@ -158,8 +158,8 @@ def _block(part: _Local, mesh: Sequence[int]) -> Block:
     held = part.saved.shape
     if held != tuple(sizes) and (0 not in held or 0 not in sizes):
         raise CheckpointError(
-            f"the process at {list(part.place)} holds {list(held)} of {list(part.shape)}, and "
-            f"{sizes} is expected; are all files there?"
+            f"the process at {list(part.place)} holds {list(held)} of {list(part.shape)}, but "
+            f"should hold {sizes}; are all files there?"
         )
     return Block(part.saved, part.shape, tuple(offsets))
 

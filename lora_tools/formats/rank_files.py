@@ -54,13 +54,13 @@ def rank_files(folder: Path) -> list[Path]:
             counts[match["stem"]] = int(match.groupdict().get("count") or max(ranks) + 1)
     if len(found) > 1:
         raise CheckpointError(
-            f"{folder}: parts of several sharded models: {', '.join(f'{s}*' for s in found)}; keep "
-            "one of them there"
+            f"{folder}: holds parts of several sharded models "
+            f"({', '.join(f'{s}*' for s in found)}); keep one of them there"
         )
     for stem, ranks in found.items():
         missing = [rank for rank in range(counts[stem]) if rank not in ranks]
         if missing or len(ranks) != counts[stem]:
-            said = f"that of rank {missing[0]} is missing" if missing else "there are more"
+            said = f"the file of rank {missing[0]} is missing" if missing else "there are more"
             raise CheckpointError(
                 f"{folder}: {len(ranks)} files {stem}* of a model sharded over {counts[stem]} "
                 f"processes; {said}"
@@ -110,8 +110,8 @@ class RankFiles(Assembled):
                 raise CheckpointError(f"{file.name} lacks it; other files have it")
         if name.endswith("flat_param"):
             raise CheckpointError(
-                "several tensors in one, as FSDP's LOCAL_STATE_DICT saves them; save "
-                "SHARDED_STATE_DICT or FULL_STATE_DICT"
+                "one tensor holds several, as in FSDP's LOCAL_STATE_DICT; save SHARDED_STATE_DICT "
+                "or FULL_STATE_DICT"
             )
         held, is_plain = blocks(values)
         parts = []
@@ -123,7 +123,7 @@ class RankFiles(Assembled):
                 parts.append(part)
         every = [block for mine in held for block in mine]
         if len({(block.shape, block.saved.dtype) for block in every}) != 1:
-            raise CheckpointError("of one shape or dtype in one file, and of another in another")
+            raise CheckpointError("has different shapes or dtypes in different files")
         spec = TensorSpec(name, every[0].saved.dtype, every[0].shape)
         if is_plain:
             self._copies[name] = parts[1:]
@@ -143,8 +143,9 @@ class RankFiles(Assembled):
         for copy in self._copies.get(name, ()):
             if as_bytes(self.part(name, copy)) != as_bytes(tensor):
                 raise CheckpointError(
-                    f"{self.path.parent}: {name}: a plain tensor, and another in {copy.file.name} "
-                    f"than in {self.path.name}: which part of it each process has is not said"
+                    f"{self.path.parent}: {name}: a plain tensor that differs between "
+                    f"{copy.file.name} and {self.path.name}, and the files do not say which part "
+                    "each process has"
                 )
             self.mapped(copy.file).release(copy.begin, copy.end)
         return tensor

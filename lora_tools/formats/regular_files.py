@@ -47,7 +47,8 @@ def refuse_dangling(path: Path, fail: type[LoraToolsError] = CheckpointError) ->
     """Raises ``fail`` for a link that leads to where nothing is."""
     if os.path.islink(path) and not os.path.exists(path):  # noqa: PTH110, PTH114 - Path's raise on an overlong name
         raise fail(
-            f"{path}: a link to {os.readlink(path)}, where nothing is; put the file itself there"  # noqa: PTH115
+            f"{path}: a link to {os.readlink(path)}, "  # noqa: PTH115
+            "which does not exist; put the file itself there"
         ) from None
 
 
@@ -119,11 +120,11 @@ def refuse_outside(path: Path, folder: Path) -> None:
     ]
     if not any(place in target.parents for place in (root, *blobs)):
         raise UnsafeInput(
-            f"{path}: a link that leads out of its folder, to {target}, whose contents would be "
-            "copied; put the file itself there (cp -L), or remove the link"
+            f"{path}: a link out of its folder, to {target}, so that file would be copied; put the "
+            "file itself there (cp -L), or remove the link"
         )
 
 
 def _refuse_kind(path: Path, mode: int, fail: type[LoraToolsError]) -> None:
     if not stat.S_ISREG(mode):
-        raise fail(f"{path}: {_KINDS.get(stat.S_IFMT(mode), 'something')}, and not a file")
+        raise fail(f"{path}: {_KINDS.get(stat.S_IFMT(mode), 'something')}, not a file")

@@ -77,8 +77,8 @@ def _parse_entry(name: str, entry: Any) -> tuple[TensorSpec, int, int]:
     spec = TensorSpec(name, dtype, tuple(shape))
     if spec.nbytes != end - begin:
         raise CheckpointError(
-            f"tensor {name!r}: {dtype} {shape} takes {spec.nbytes} bytes, "
-            f"but the header gives it {end - begin}"
+            f"tensor {name!r}: {dtype} {shape} needs {spec.nbytes} bytes, but the header says "
+            f"{end - begin}"
         )
     return spec, begin, end
 
@@ -113,8 +113,8 @@ def parse_header(
         expected = end
     if data_size is not None and expected != data_size:
         raise CheckpointError(
-            f"the header promises {expected} bytes of data and the file holds {data_size}; "
-            "is it truncated? Fetch it again"
+            f"the header says {expected} bytes of data, but the file holds {data_size}; it may be "
+            "truncated: download it again"
         )
     return specs, offsets, metadata
 
@@ -145,7 +145,7 @@ class SafetensorsFile(Reopened):
         length = int.from_bytes(head[:8], "little")
         if size < 8 or not 1 <= length <= min(size - 8, MAX_HEADER):
             raise CheckpointError(
-                f"the first 8 bytes promise a header of {length} bytes and the file has "
+                f"the first 8 bytes say that the header has {length} bytes, but the file has "
                 f"{size}; it is truncated or not safetensors"
             )
         file.seek(8)

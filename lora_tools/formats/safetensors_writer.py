@@ -134,7 +134,7 @@ class SafetensorsWriter:
                     reserve(first.number, self.size, path)
                 write_all(first.number, header, 0)
             elif os.pread(first.number, len(header), 0) != header:
-                raise OutputError(f"{path}: changed while it was written; write it anew")
+                raise OutputError(f"{path}: changed while it was written; write it again")
         except BaseException:
             self.abandon()
             raise
@@ -259,7 +259,9 @@ def reserve(fd: int, size: int, path: Path) -> None:
     except OSError as error:
         if error.errno in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             return  # a file system without it: the check of free space has to do
-        raise OSError(error.errno, f"no room for {size:,} bytes ({error.strerror})", path) from None
+        raise OSError(
+            error.errno, f"there is no space for {size:,} bytes ({error.strerror})", path
+        ) from None
 
 
 def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:

@@ -68,26 +68,26 @@ def empty_weights(names: Sequence[str]) -> str:
     """What to say of weights of shape [0]."""
     more = f" and {len(names) - 1} more" if names[1:] else ""
     return (
-        f"{names[0]}{more}: empty, of shape [0], as DeepSpeed's ZeRO-3 leaves weights whose "
-        "partitions are not gathered for saving; run zero_to_fp32.py on its own checkpoint, or "
-        "save with stage3_gather_16bit_weights_on_model_save"
+        f"{names[0]}{more}: empty, of shape [0], because DeepSpeed's ZeRO-3 did not gather the "
+        "weights when it saved; run zero_to_fp32.py on its checkpoint, or save with "
+        "stage3_gather_16bit_weights_on_model_save"
     )
 
 
 def _of_deepspeed(folder: Path, what: str) -> CheckpointError:
     return CheckpointError(
-        f"{folder}: a checkpoint of DeepSpeed's ZeRO ({what}), in partitions that only DeepSpeed "
-        "puts together: run the zero_to_fp32.py that lies beside it (python zero_to_fp32.py . "
-        "OUT --safe_serialization), and give OUT"
+        f"{folder}: a checkpoint of DeepSpeed's ZeRO ({what}), which only DeepSpeed can put "
+        "together; run the zero_to_fp32.py beside it (python zero_to_fp32.py . OUT "
+        "--safe_serialization), and give OUT"
     )
 
 
 def _unmerged(path: Path) -> CheckpointError:
     return CheckpointError(
-        f"{path}: one process' slices of tensors, as torch's HuggingFaceStorageWriter saves them; "
-        "how many processes there were is not said, so put them together with torch: "
-        "torch.distributed.checkpoint._consolidate_hf_safetensors.consolidate_safetensors_files("
-        "FOLDER, OUT, …), or save with enable_consolidation=True"
+        f"{path}: the slices of tensors of one process, as torch's HuggingFaceStorageWriter saves "
+        "them. They do not say how many processes there were; put them together with torch "
+        "(torch.distributed.checkpoint._consolidate_hf_safetensors"
+        ".consolidate_safetensors_files(FOLDER, OUT, …)), or save with enable_consolidation=True"
     )
 
 
@@ -105,9 +105,9 @@ def open_parts(folder: Path, allow_pickle: bool) -> Assembled | None:
     title = rank_files.TITLE if files else distributed_checkpoint.TITLE
     if not allow_pickle:
         raise UnsafeInput(
-            f"{folder}: {title}, which is made of pickles; pass --allow-pickle to read it (nothing "
-            f"in them is run), or make safetensors of it first: loratools dequantize {folder} -o "
-            "OUT --allow-pickle"
+            f"{folder}: {title}, which consists of pickles; pass --allow-pickle to read it (no "
+            "code in it is run), or convert it to safetensors first: loratools dequantize "
+            f"{folder} -o OUT --allow-pickle"
         )
     if files:
         return rank_files.RankFiles(files[0])

@@ -40,7 +40,7 @@ class Shards:
             for name, spec in file.specs.items():
                 if name in self.home:
                     raise CheckpointError(
-                        f"{path}: tensor {name!r} is in {self.home[name].path.name} and again in "
+                        f"{path}: tensor {name!r} is in {self.home[name].path.name} and in "
                         f"{file.path.name}"
                     )
                 self.home[name], self.specs[name] = file, spec
@@ -105,7 +105,7 @@ def read_index(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{path}: not a shard index (no weight_map of names to files)")
     for file in set(names.values()):
         if not is_plain_name(file):
-            raise UnsafeInput(f"{path}: names a file outside its folder: {file!r}")
+            raise UnsafeInput(f"{path}: refers to a file outside its folder: {file!r}")
         if not is_there(path.parent / file):
             raise CheckpointError(f"{path}: shard {file} is missing; is the download complete?")
     return dict(names)
@@ -120,10 +120,12 @@ def check_index(home: Mapping[str, TensorFile], index: Path, names: Mapping[str,
     """
     for name, file in names.items():
         if name not in home:
-            raise CheckpointError(f"{index}: says tensor {name!r} is in {file}, which lacks it")
+            raise CheckpointError(f"{index}: says that tensor {name!r} is in {file}, but it is not")
         actual = home[name].path.name
         if actual != file:
-            raise CheckpointError(f"{index}: says tensor {name!r} is in {file}; it is in {actual}")
+            raise CheckpointError(
+                f"{index}: says that tensor {name!r} is in {file}, but it is in {actual}"
+            )
     extra = [name for name in home if name not in names]
     if extra:
         where = home[extra[0]].path.name

@@ -30,7 +30,7 @@ from lora_tools.watch.places import said_of
 _SHARD, _OWN = "shard.", "own-"
 _READ = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".json", ".sidecar"}
 _WORDS = ("the command", "the version")
-_REMOVE = "remove it to begin anew"
+_REMOVE = "delete it to start again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +83,8 @@ def check(destination: Path, job: Job) -> int:
         there = json.loads((folder / PLAN).read_bytes())
     except FileNotFoundError:
         raise UsageError(
-            f"{destination}: --finish needs what --shard 1/N to N/N make, and there is nothing of "
-            "that; start them first"
+            f"{destination}: --finish needs the work of --shard 1/N to N/N, and there is none; "
+            "start them first"
         ) from None
     _compare(folder, there, job)
     count: int = there["shards"]
@@ -95,8 +95,8 @@ def _compare(folder: Path, there: Mapping[str, object], job: Job) -> None:
     """Raises UsageError where the shares that are there are others than these."""
     if job.count is not None and there["shards"] != job.count:
         raise UsageError(
-            f"--shard …/{job.count}: the shards in {folder} are {there['shards']}; give "
-            f"--shard I/{there['shards']}, or {_REMOVE}"
+            f"--shard …/{job.count}: {folder} has {there['shards']} shards; give --shard "
+            f"I/{there['shards']}, or {_REMOVE}"
         )
     said = there["said"]
     assert isinstance(said, dict)
@@ -104,18 +104,20 @@ def _compare(folder: Path, there: Mapping[str, object], job: Job) -> None:
         before, now = said.get(what), job.said.get(what)
         if before != now:
             if before is None or now is None or what not in _WORDS:
-                raise UsageError(f"{what} is not as it was for the shards in {folder}; {_REMOVE}")
+                raise UsageError(
+                    f"{what} has changed since the shards in {folder} were made; {_REMOVE}"
+                )
             raise UsageError(
-                f"the shards in {folder} are of other work: {what} was {before}, and is {now}; "
-                f"give the same, or {_REMOVE}"
+                f"the shards in {folder} are of other work: {what} was {before}, and is {now}; use "
+                f"the same, or {_REMOVE}"
             )
 
 
 def refuse(destination: Path) -> NoReturn:
     """Raises UsageError, for a command that does nothing with the shares that are there."""
     raise UsageError(
-        f"{destination}: shards of it are in {place(destination)}; --shard and --finish go on with "
-        "them, --resume does the rest here, --clean removes them and begins anew"
+        f"{destination}: shards of it are in {place(destination)}; --shard and --finish continue "
+        "with them, --resume does the rest here, --clean deletes them and starts again"
     )
 
 
@@ -134,7 +136,7 @@ def take_over(destination: Path) -> Adopted | None:
             return None
         stack.callback(os.close, lock)
         if not is_ours(lock):
-            raise OutputError(f"{folder}: was not made by this user, or is no folder of shards")
+            raise OutputError(f"{folder}: was made by another user, or is not a folder of shards")
         for each in _shards(folder):
             stack.callback(os.close, _hold(folder / each, destination))
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -173,8 +175,8 @@ def _hold(path: Path, destination: Path) -> int:
     os.close(lock)
     shard = path.name.removeprefix(_SHARD).replace("-of-", "/")
     raise OutputError(
-        f"{destination}: another process is at work on --shard {shard}, or completes or removes "
-        "what the shards have made; wait for it"
+        f"{destination}: another process works on --shard {shard}, or completes or deletes the "
+        "shards; wait for it"
     )
 
 
@@ -191,7 +193,7 @@ def joined(destination: Path, number: int, job: Job) -> Iterator[tuple[Path, Pat
     loose = [path.relative_to(folder).parts[0] for path in kept.loose(folder)]
     if not all(name.startswith(_OWN) for name in loose):  # where other shares are at work
         raise UsageError(
-            f"{destination}: a --finish was killed there; give it again, which has all as it was"
+            f"{destination}: a --finish was killed there; run it again to restore everything"
         )
     folder.mkdir(mode=0o700, exist_ok=True)
     lock = os.open(folder, OPENED)

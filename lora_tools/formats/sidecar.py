@@ -144,7 +144,7 @@ class Sidecar:
         self.path, self.file = path, SafetensorsFile(path)
         version = self.file.metadata.get("loratools_sidecar", "")
         if version not in _VERSIONS:
-            raise CheckpointError(f"{path}: not a sidecar this version can read")
+            raise CheckpointError(f"{path}: not a sidecar that this version can read")
         self._parts = _VERSIONS[version]
         self.is_first = version == "1"
         try:
@@ -157,7 +157,7 @@ class Sidecar:
         except (KeyError, TypeError, ValueError, RecursionError):
             whole = False
         if not whole:
-            raise CheckpointError(f"{path}: the sidecar is damaged; fetch it again")
+            raise CheckpointError(f"{path}: the sidecar is damaged; copy or download it again")
 
     def _digest(self, recorded: str) -> str:
         """Of the file, of the kind of the recorded one. Raises CheckpointError for an unknown."""
@@ -178,8 +178,9 @@ class Sidecar:
         try:
             if zstandard.frame_content_size(raw) > most:
                 raise CheckpointError(
-                    f"{self.path}: {name} would unfold to {zstandard.frame_content_size(raw):,} "
-                    f"bytes, and at most {most:,} are read; the sidecar is damaged, or hostile"
+                    f"{self.path}: {name} would decompress to "
+                    f"{zstandard.frame_content_size(raw):,} bytes, but at most {most:,} are read; "
+                    "the sidecar is damaged, or hostile"
                 )
             return zstandard.ZstdDecompressor().decompress(raw, max_output_size=max(most, 1))
         except zstandard.ZstdError as error:
@@ -224,7 +225,7 @@ class Sidecar:
         is_table = spec.dtype == "I64" and spec.shape[1:] == (len(self._parts),)
         if numel and not (is_table and all(n >= 0 for run in lengths for n in run)):
             raise CheckpointError(
-                f"{self.path}: lengths/{tensor} does not say where its listing is; the sidecar is "
+                f"{self.path}: lengths/{tensor} does not say where its data is; the sidecar is "
                 "damaged, or hostile"
             )
         parts = []

@@ -175,7 +175,7 @@ def _open(path: Path) -> tuple[SafetensorsFile, dict[str, dict[str, Any]], dict[
         file.specs.values(), hashes, file.metadata["modules"]
     ):
         raise CheckpointError(
-            f"{path}: the spectrum cache is damaged: it is not what was written; remove it, and "
-            "the decompositions are made anew"
+            f"{path}: the spectrum cache is damaged; delete it, and the decompositions are made "
+            "again"
         )
     return file, modules, hashes

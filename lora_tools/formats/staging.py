@@ -1,4 +1,11 @@
-"""Staging folders: how they are called, by what they are known, and how they are cleared away."""
+"""Staging folders: how they are called, by what they are known, and how they are cleared away.
+
+A command holds ``flock`` on its own staging folder while it lives, and the kernel lets go of it
+when it dies. The package filelock would need a file beside each output for that, which stays there
+or is removed while another command waits for it. Where a file system has no ``flock``, it takes the
+mere existence of that file for a lock, which a killed command would leave behind. No two commands
+share a staging folder: each has a name of its own.
+"""
 
 from __future__ import annotations
 

@@ -208,7 +208,7 @@ def _of_the_model(held: Mapping[str, stores.Stored]) -> dict[str, stores.Stored]
     weights itself. Raises UnsafeInput for a name that is none of a file below it."""
     for name, each in held.items():
         if not all(is_plain_name(part) for part in name.split("/")):
-            raise UnsafeInput(f"{each.shown}: {name!r} is no name of a file")
+            raise UnsafeInput(f"{each.shown}: {name!r} is not the name of a file")
     is_whole = any(name.endswith(_SUFFIX) and "/" not in name for name in held)
     return {
         name: each
@@ -221,17 +221,19 @@ def _of_the_model(held: Mapping[str, stores.Stored]) -> dict[str, stores.Stored]
 def _refuse_others(address: str, there: Mapping[str, stores.Stored]) -> None:
     """Raises CheckpointError where not all that would be read is safetensors and small files."""
     shown = urls.shown(address)
-    how = f"fetch it first ({urls.fetcher(address)}), and give what lies here"
+    how = f"download it first ({urls.fetcher(address)}), and give the local path"
     if not any(name.endswith(_SUFFIX) for name in there):
         others = [name for name in there if _is_weights(name)]
-        said = f"what is there is not ({', '.join(others[:4])})" if others else "there are none"
-        raise CheckpointError(f"{shown}: of addresses, safetensors are read, and {said}; {how}")
+        said = f"this has other files ({', '.join(others[:4])})" if others else "there are none"
+        raise CheckpointError(
+            f"{shown}: only safetensors can be read by address, and {said}; {how}"
+        )
     for name, each in there.items():
         size = each.size or 0
         if not _is_weights(name) and size > MOST:
             raise CheckpointError(
-                f"{shown}/{name}: {size:,} bytes, and no weights; at most {MOST:,} are copied; "
-                f"{how}"
+                f"{shown}/{name}: {size:,} bytes, though it holds no weights (at most {MOST:,} are "
+                f"copied); {how}"
             )
 
 
@@ -260,8 +262,8 @@ def refuse_loading(folder: Path) -> None:
     if made is not None and made.holds(folder):
         shown = made.said(str(folder.absolute()))
         raise CheckpointError(
-            f"{shown}: transformers is to load it, which takes the files themselves; fetch it "
-            f"first ({urls.fetcher(shown)}), and give what lies here"
+            f"{shown}: transformers has to load it, and needs local files; download it first "
+            f"({urls.fetcher(shown)}), and give the local path"
         )
 
 

@@ -137,14 +137,14 @@ def _bytes(data: memoryview, info: zipfile.ZipInfo) -> bytes:
 def _extent(data: memoryview, info: zipfile.ZipInfo | None) -> tuple[int, int]:
     """Where a member's bytes lie. Raises CheckpointError."""
     if info is None:
-        raise CheckpointError("lacks the data of a storage; is it truncated?")
+        raise CheckpointError("the data of a storage is missing; is the file truncated?")
     head = bytes(data[info.header_offset : info.header_offset + _LOCAL])
     if len(head) != _LOCAL or head[:4] != b"PK\x03\x04" or info.compress_type or info.flag_bits & 1:
         raise CheckpointError(f"{info.filename}: not stored as torch.save does")
     begin = info.header_offset + _LOCAL + sum(head[26:30:2]) + 256 * sum(head[27:30:2])
     end = begin + info.file_size
     if end > data.nbytes:
-        raise CheckpointError(f"{info.filename}: ends behind the file; is it truncated?")
+        raise CheckpointError(f"{info.filename}: ends after the end of the file; is it truncated?")
     return begin, end
 
 
@@ -176,9 +176,11 @@ def saved_tensor(value: Any) -> SavedTensor | None:
     end = begin + (last + 1) * size
     if end > storage.end:
         raise CheckpointError(
-            f"a tensor of shape {list(shape)} promises more than its storage of "
-            f"{storage.end - storage.begin} bytes holds"
+            f"a tensor of shape {list(shape)} needs more than its storage of "
+            f"{storage.end - storage.begin} bytes"
         )
     if size * math.prod(shape) > storage.end - storage.begin:  # one number, repeated endlessly
-        raise CheckpointError(f"a tensor of shape {list(shape)} repeats what is stored once")
+        raise CheckpointError(
+            f"a tensor of shape {list(shape)} uses the same stored numbers several times"
+        )
     return SavedTensor(dtype, shape, stride, begin, end)

@@ -88,8 +88,8 @@ def _one_to_one(plain: dict[str, str]) -> dict[str, str]:
     for own, name in plain.items():
         if first.setdefault(name, own) != own:
             raise TwoNamesError(
-                f"{own!r} repeats {first[name]!r}: both are {name} without what wrappers (FSDP, "
-                "compile, …) put into names; rename or remove one of them"
+                f"{own!r} and {first[name]!r} are both {name} without the parts that wrappers "
+                "(FSDP, compile, …) add to names; rename or remove one of them"
             )
     return plain
 
@@ -113,8 +113,8 @@ def of_wrapped_layers(names: Collection[str], always: bool) -> list[str]:
 def saved_whole(path: Path, layers: Sequence[str]) -> str:
     """What to say of a model that was saved with its adapter in it, by such tensors' names."""
     return (
-        f"{path}: a model saved with its adapter in it ({layers[0]}), which transformers does not "
-        "load; save it merged (model.merge_and_unload()), or the adapter by itself "
+        f"{path}: a model saved together with its adapter ({layers[0]}), which transformers does "
+        "not load; save it merged (model.merge_and_unload()), or save the adapter alone "
         "(model.save_pretrained(OUT))"
     )
 
@@ -135,16 +135,16 @@ def adapter_file(path: Path, file: TensorFile) -> tuple[TensorFile, tuple[str, .
         raise AdapterError(f"{path}: {error}") from None
     if len(adapters) > 1:
         raise AdapterError(
-            f"{path}: its keys are of several adapters ({', '.join(adapters[:8])}); save each by "
-            f"itself: model.save_pretrained(OUT, selected_adapters=[{adapters[0]!r}])"
+            f"{path}: holds several adapters ({', '.join(adapters[:8])}); save each one alone: "
+            f"model.save_pretrained(OUT, selected_adapters=[{adapters[0]!r}])"
         )
     said = [said] if (said := note(plain)) else []
     bundled = [key for key in file.specs if key.startswith(BUNDLED)]
     if bundled:
         names = ", ".join(dict.fromkeys(key.split(".")[1] for key in bundled))
         said.append(
-            f"left out: {len(bundled)} tensors of textual inversions bundled with it ({names}), "
-            "which change no weight; they go on being loaded from the file itself"
+            f"left out: {len(bundled)} tensors of textual inversions in the file ({names}), which "
+            "change no weight; load them from the original file"
         )
     kept = {own: name for own, name in plain.items() if own not in bundled}
     return (Renamed(file, kept), tuple(said)) if said else (file, ())
@@ -159,7 +159,10 @@ def note(plain: Mapping[str, str]) -> str:
     if not changed:
         return ""
     own, name = changed[0]
-    return f"{len(changed)} names are read without what wrappers put there, as {name} for {own}"
+    return (
+        f"{len(changed)} names are read without the parts that wrappers added, such as {name} for "
+        f"{own}"
+    )
 
 
 class Renamed:

@@ -61,7 +61,7 @@ def _missing(folder: Path, found: HubTotals, of_adapter: bool) -> list[str]:
         (of_adapter and not found["base_model"], "base_model"),
         (
             of_adapter and bool(base_of(folder)) and named_base(folder) is None,
-            "the Hub id of the base in adapter_config.json, which names a path (--base-name)",
+            "the Hub id of the base in adapter_config.json, which has a path instead (--base-name)",
         ),
         (
             any(True for kind in _PICKLES for _ in folder.glob(kind))

@@ -38,12 +38,12 @@ def open_model(paths: list[Path]) -> Model:
     facts = {graph.path.name: described(graph) for graph in weights.graphs}
     notes = [f"{name}: {said}" for name, said in weights.problems.items()]
     notes += [
-        f"{new}: {name} is other bytes in another graph" for new, name in weights.renamed.items()
+        f"{new}: {name} has other bytes in another graph" for new, name in weights.renamed.items()
     ]
     for graph in weights.graphs:
         notes += [f"{graph.path.name}: {name} is used by no node" for name in unused(graph)]
     used = {place for fact in facts.values() for place in fact["data"]} | facts.keys()
     beside = sorted(p.name for p in paths[0].parent.iterdir() if p.name.endswith(_DATA))
-    notes += [f"{name}: no graph here refers to it" for name in beside if name not in used]
+    notes += [f"{name}: no graph uses it" for name in beside if name not in used]
     places = {name: weights.place(name).name for name in weights.specs}
     return Model(tuple(weights.graphs), facts, places, tuple(notes))

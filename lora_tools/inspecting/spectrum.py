@@ -125,7 +125,9 @@ def drawn(report: Report[T], title: str, note: str, path: Path) -> Report[T]:
     from lora_tools.plots import draw
 
     if not any(s.norm for s in report.spectra):
-        note = f"no module has a low-rank change: nothing to draw, {path} is not written"
+        note = (
+            f"no module has a low-rank change: there is nothing to draw, and {path} is not written"
+        )
         return dataclasses.replace(report, notes=(*report.notes, note))
     content = draw(picture(report, title, note), path.suffix)
     with staged(path, force=True) as staging:

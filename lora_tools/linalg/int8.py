@@ -1,4 +1,4 @@
-"""Eight bits a number and a scale a row, LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339), to
+"""Eight bits per number and a scale a row, LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339), to
 the bit what bitsandbytes 0.50 computes on a CPU."""
 
 from __future__ import annotations

@@ -89,9 +89,9 @@ class Conv(Layout):
             own = A[:, i * at.cols : (i + 1) * at.cols]
             if self.groups > 1 and own.count_nonzero() != A.count_nonzero():
                 raise UnsupportedAdapter(
-                    f"its {self.groups} groups each see their own input channels, and the "
-                    "adapter's lora_A reads all of them: that is no change of the weight (PEFT "
-                    "does not merge it either)"
+                    f"each of its {self.groups} groups has its own input channels, but the "
+                    "adapter's lora_A reads all of them, so it is not a change of the weight "
+                    "(PEFT does not merge it either)"
                 )
             blocks.append(Block(at.row, 0, B, own))
         return blocks
@@ -357,8 +357,8 @@ def named(text: str) -> Layout | None:
     if layout is None or given:
         kinds = ", ".join(sorted({*LAYOUTS, "none"} - {"reshaped-conv"}))
         raise UsageError(
-            f"{text!r} is no layer kind: one of {kinds} is needed, with conv:GROUPS, "
-            "merged:BLOCKS[*HEADS][/101] and merged:SIZE,SIZE[*HEADS][/10] for those with parts"
+            f"{text!r} is not a layer kind; use one of {kinds}, with parts as in conv:GROUPS, "
+            "merged:BLOCKS[*HEADS][/101] and merged:SIZE,SIZE[*HEADS][/10]"
         )
     return layout
 

@@ -117,8 +117,8 @@ def _check_same(made: torch.Tensor, given: torch.Tensor) -> None:
     rest[:rows, :cols] -= made
     if rest.any():
         raise MismatchError(
-            "the factors are not those that the file's metadata describes; were they changed "
-            "since it was written? Without the metadata they are read as loralib's own"
+            "the factors do not fit the file's metadata; were they changed later? Without the "
+            "metadata, they are read as loralib's own"
         )
 
 
@@ -227,12 +227,12 @@ def merged(lora_A: torch.Tensor, lora_B: torch.Tensor, enabled: Sequence[bool]) 
     numbers = [int(on) for on in enabled]
     if lora_B.shape[0] % len(numbers):
         raise UnsupportedAdapter(
-            f"{lora_B.shape[0]} outputs are no {len(numbers)} equal blocks, as loralib's "
-            "MergedLinear has them"
+            f"{lora_B.shape[0]} outputs cannot be divided into the {len(numbers)} equal blocks of "
+            "loralib's MergedLinear"
         )
     parts = list(lora_B.chunk(len(numbers)))
     if any(part.any() for part, on in zip(parts, enabled, strict=True) if not on):
-        raise UnsupportedAdapter("the outputs of a block that is off change")
+        raise UnsupportedAdapter("outputs of a disabled block change")
     parts = [part for part, on in zip(parts, enabled, strict=True) if on]
     rank, rest = divmod(lora_B.shape[1], len(parts))
     if not rest and len(parts) > 1:

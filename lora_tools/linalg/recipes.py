@@ -30,7 +30,7 @@ def block_diagonal(tensors: Sequence[torch.Tensor], numbers: Sequence[int]) -> t
 
     [blocks] = tensors
     if blocks.shape[0] % numbers[0]:
-        raise ValueError("the blocks are not of one size")
+        raise ValueError("the blocks differ in size")
     whole: torch.Tensor = torch.block_diag(*blocks.chunk(numbers[0]))  # type: ignore[no-untyped-call]
     return whole
 
@@ -253,4 +253,6 @@ def compute(
         return RECIPES[recipe](tensors, numbers)
     except (RuntimeError, ValueError, IndexError, ZeroDivisionError):
         shapes = " and ".join(str(list(t.shape)) for t in tensors)
-        raise MismatchError(f"shapes {shapes} do not go together ({recipe}{numbers})") from None
+        raise MismatchError(
+            f"the shapes {shapes} do not fit together ({recipe}{numbers})"
+        ) from None

@@ -57,8 +57,8 @@ def note_on_no_head(config: Mapping[str, Any], weighted: Weighted) -> list[str]:
     if weights or not _is_other_task(config, weighted):
         return []
     return [
-        f"{weighted.path}: its task_type is {adapter.config['task_type']}, and it holds no head "
-        f"for that: the output is a {class_name(config)} as the base is"
+        f"{weighted.path}: its task_type is {adapter.config['task_type']}, but it holds no head "
+        f"for that. The output is a {class_name(config)}, like the base"
     ]
 
 
@@ -113,22 +113,22 @@ def class_with(
     refused = f"{each.weighted.path}: {first} matches no tensor of {path}"
     if first.startswith(_VALUE_HEAD):
         raise AdapterError(
-            f"{refused}: it is the value head of TRL, which no class of transformers loads; "
+            f"{refused}: it is TRL's value head, which no class of transformers loads; "
             "--allow-unmatched leaves it out"
         )
     found, near, reasons = _fitting(heads, config, specs, task)
     if not found and not (task in TASKS or any(map(_part, heads))):
         return None
     if not found:
-        why = reasons[0] if reasons else f"no class for it is known of {config.get('model_type')!r}"
+        why = reasons[0] if reasons else f"{config.get('model_type')!r} has no known class for it"
         raise AdapterError(
-            f"{refused}, and as a head it cannot be added: {why}. Give the base of the class that "
+            f"{refused}, and it cannot be added as a head: {why}. Give a base of the class that "
             "the adapter was trained on; --allow-unmatched leaves such keys out"
         )
     names = [new.fit.name for new in found] + (near if task not in TASKS else [])
     if len(names) > 1:  # one that lacks another part may be meant all the same
         raise AdapterError(
-            f"{refused}; as a head it fits {' and '.join(names)} alike: set task_type in the "
+            f"{refused}, and as a head it fits {' and '.join(names)}; set task_type in the "
             f"adapter's adapter_config.json to one of {', '.join(TASKS)}"
         )
     return found[0]
@@ -179,14 +179,14 @@ def _fault(fit: ClassFit, heads: Mapping[str, Brought]) -> str:
     lacking = [name for name in fit.missing if name not in heads]
     if lacking:
         return (
-            f"{fit.name} also has {lacking[0]}, which neither the base nor the adapter holds and "
-            "which it would make at random"
+            f"{fit.name} also has {lacking[0]}, which neither the base nor the adapter holds, so "
+            "it would be random"
         )
     for name, each in heads.items():
         if name not in fit.tensors:
             return f"{fit.name} has no {name}"
         if name in fit.wanted:
-            return f"{fit.name} has {name} of {fit.wanted[name]}, and here it is {each.shape}"
+            return f"{name} is {each.shape}, but must be {fit.wanted[name]} in {fit.name}"
     return ""
 
 
@@ -195,7 +195,7 @@ def notes_on(new: NewClass, left_out: Sequence[str]) -> list[str]:
     number = new.config["num_labels"]
     notes = [f"the output is a {new.fit.name} with {number} label{'s' * (number != 1)}"]
     if left_out:
-        notes.append(f"left out, since it has none of them: {', '.join(left_out)}")
+        notes.append(f"left out, because this class does not have them: {', '.join(left_out)}")
     if "ForSequenceClassification" in new.fit.name and new.config.get("pad_token_id") is None:
         notes.append("config.json has no pad_token_id: set it for batches of more than one")
     return notes

@@ -83,11 +83,11 @@ def refuse_in_part(each: Brought, spec: TensorSpec) -> None:
     """Raises MismatchError where a tensor of another shape is to be merged with a weight."""
     if each.weighted.weight != 1 and spec.shape == each.shape:
         raise MismatchError(
-            f"{spec.name}: the base has none, and {each.weighted.path} brings it whole, which "
-            "cannot be merged in part: give the adapter the weight 1"
+            f"{spec.name}: {each.weighted.path} adds it as a whole, so it cannot be merged in "
+            "part; give the adapter the weight 1"
         )
     if each.weighted.weight != 1:
         raise MismatchError(
-            f"{spec.name}: base is {spec.shape}, {each.weighted.path} brings {each.shape} (saved), "
-            f"which cannot be merged in part: give the adapter the weight 1"
+            f"{spec.name}: base is {spec.shape}, and {each.weighted.path} replaces it by "
+            f"{each.shape}, so it cannot be merged in part; give the adapter the weight 1"
         )

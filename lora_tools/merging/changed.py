@@ -75,8 +75,8 @@ def refuse_mixtures(name: str, parts: Sequence[Part]) -> None:
     of_base = [kind for kind in kinds if kind is not None and kind.of_base]
     if of_base and any(kind is not of_base[0] for kind in kinds):
         raise UnsupportedAdapter(
-            f"{name}: {of_base[0].title} changes what is there, and another adapter acts on it, "
-            "too: merge one of them, and the other into the result"
+            f"{name}: the change of {of_base[0].title} depends on the weight, and another adapter "
+            "changes it too; merge one of them first, and the other into the result"
         )
 
 

@@ -36,8 +36,8 @@ def refuse_fitted(base: Checkpoint) -> None:
     for name, each in base.made.items():
         if not base.is_same(name) or name != each.source:
             raise UsageError(
-                f"--reversible: {name} is added, or replaced by one of another shape, which cannot "
-                "be undone from a sidecar; keep the base instead"
+                f"--reversible: {name} is new or has another shape than in the base, which a "
+                "sidecar cannot undo; keep the base instead"
             )
 
 
@@ -110,12 +110,12 @@ def _unmoved(
     same = [t.spec.name for t in acted_on if base.get(t.base_name) == out[t.spec.name]]
     if not same:
         return []
-    why = "lora_B or lora_alpha is 0, or the change is less than the dtype rounds away"
+    why = "lora_B or lora_alpha is 0, or the change is smaller than the rounding of the dtype"
     if len(same) == len(acted_on):
         return [f"the adapters change nothing: the result is the base, bit for bit ({why})"]
     return [
-        f"{len(same)} of {len(acted_on)} tensors that adapters act on did not change: {why}; "
-        f"such as {same[0]}"
+        f"{len(same)} of the {len(acted_on)} tensors that adapters act on did not change, such as "
+        f"{same[0]}: {why}"
     ]
 
 

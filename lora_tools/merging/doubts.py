@@ -54,8 +54,8 @@ def _idle(adapter: Adapter) -> str:
     if not idle:
         return ""
     return (
-        f"{len(idle)} of {len(modules)} modules have lora_alpha 0, and so no effect, such as "
-        f"{idle[0]}; some trainers write 0 whatever they trained with: then set lora_alpha in "
+        f"{len(idle)} of {len(modules)} modules have lora_alpha 0, so they have no effect, such as "
+        f"{idle[0]}; some trainers always write 0, and then you have to set lora_alpha in "
         "adapter_config.json"
     )
 
@@ -68,7 +68,7 @@ def _other_base(adapter: Adapter, path: Path, config: Mapping[str, Any]) -> str:
     known = {_plain(own), *map(_plain, path.absolute().parts[-1:]), _hub_name(path)} - {""}
     if not known or _plain(said) in known or _hub_name(Path(said)) in known:
         return ""
-    return f"was trained on {said}, as its config says; the base given is {own or path.name}"
+    return f"its config says that it was trained on {said}, but the base is {own or path.name}"
 
 
 def _plain(name: str) -> str:
@@ -94,8 +94,8 @@ def _missing_layers(adapter: Adapter, acted_on: Collection[str], base: Collectio
     whole = [t for t in listed if modules_matched(t, there) and not modules_matched(t, acted)]
     if whole:
         return (
-            f"target_modules in its config name {', '.join(whole)}, and it has no factors for any "
-            "such module; was it saved whole?"
+            f"target_modules in its config select {', '.join(whole)}, but it has no factors for "
+            "any such module; was the adapter saved completely?"
         )
     layers = {_layer(name) for name in acted_on}
     modules = {split_tensor(n)[0]: n for n in base if _layer(n) in layers and n not in acted_on}
@@ -103,9 +103,9 @@ def _missing_layers(adapter: Adapter, acted_on: Collection[str], base: Collectio
     if not missing:
         return ""
     return (
-        f"target_modules in its config name {counted(len(missing), 'more module')} than it has "
-        f"factors for, such as {missing[0]}; was it saved whole? (layers_to_transform says which "
-        "are meant)"
+        f"target_modules in its config select {counted(len(missing), 'more module')} than it has "
+        f"factors for, such as {missing[0]}; was the adapter saved completely? "
+        "(layers_to_transform would select fewer)"
     )
 
 
@@ -118,9 +118,9 @@ def _own_modules(adapter: Adapter, base: Pipeline | None) -> str:
     if not own:
         return ""
     return (
-        f"lies with modules that are to run after the transformer and are not the base's "
-        f"({', '.join(own)}): they are not merged; copy their folders and modules.json from there "
-        "into what is written"
+        "its folder has modules that run after the transformer and differ from the base's "
+        f"({', '.join(own)}). They are not merged; copy their folders and modules.json into the "
+        "output"
     )
 
 

@@ -113,9 +113,9 @@ def alternate(
 
 def _order_unknown(weighted: Weighted, own: ExpertName, form: ExpertName) -> UnsupportedAdapter:
     return UnsupportedAdapter(
-        f"{weighted.path}: {own.tensor}: whether gate and up of {form.holder} are one above the "
-        "other or alternate is not known of this architecture; merge in the form that the adapter "
-        "has"
+        f"{weighted.path}: {own.tensor}: it is not known whether gate and up of {form.holder} are "
+        "stacked or alternate in this architecture; merge into a base in the form that the "
+        "adapter has"
     )
 
 
@@ -132,7 +132,7 @@ def one_by_one_shares(weighted: Weighted, module: LoraModule, base: Checkpoint) 
     experts = found.get(own.layer) if own is not None else None
     if own is None or experts is None or not experts.names.keys() >= set(own.projections):
         raise UnsupportedAdapter(
-            f"{weighted.path}: {module.weight} is of no experts that are known in {base.path}; "
+            f"{weighted.path}: {module.weight} does not belong to known experts of {base.path}; "
             "merge the adapter into the base instead"
         )
     alternates = alternate(own.tensor, experts, base, specs)
@@ -176,9 +176,9 @@ def _refuse_kind(part: Part, own: ExpertName) -> None:
         what = "lora_bias"
     if what:
         raise UnsupportedAdapter(
-            f"{part.weighted.path}: has {what} for {own.tensor}, which the base stores in another "
-            "form, in one tensor with others or in parts; that is not merged. Merge into the base "
-            "as it was when the adapter was trained on it"
+            f"{part.weighted.path}: has {what} for {own.tensor}, which the base stores in one "
+            "tensor with others or in parts, and this cannot be merged; give the base in the form "
+            "that the adapter was trained on"
         )
 
 
@@ -199,8 +199,8 @@ def fit_share(part: Part, name: str, spec: TensorSpec, base: Checkpoint | BaseOu
     given = count if share.own.number is None else share.own.number + 1
     if given > share.count or (share.own.number is None and given < share.count):
         raise MismatchError(
-            f"{share.own.tensor}: {base.path} has {share.count} experts there, "
-            f"{part.weighted.path} has {given}"
+            f"{share.own.tensor}: {base.path} has {share.count} experts, {part.weighted.path} has "
+            f"{given}"
         )
     told = _stored_transposed(name, base.specs)
     ways = [
@@ -227,7 +227,7 @@ def fit_share(part: Part, name: str, spec: TensorSpec, base: Checkpoint | BaseOu
     if part.kind == "saved" and share.interleaved and apart:
         raise UnsupportedAdapter(
             f"{part.weighted.path}: {share.own.tensor} is saved whole, and its rows alternate with "
-            f"others in {name}; that is not merged"
+            f"others in {name}, so it cannot be merged"
         )
     layout = LAYOUTS["linear" if share.stored.number is not None else "experts"]
     return dataclasses.replace(part, expert=ways[0], layout=layout, shape=spec.shape)

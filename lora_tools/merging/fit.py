@@ -129,7 +129,9 @@ class _Fitting:
         numbers = {self.specs[name].shape[0] for name in self.labelled}
         if len(numbers) > 1:
             names = ", ".join(f"{name} {self.specs[name].shape}" for name in sorted(self.labelled))
-            raise MismatchError(f"{self.base.path}: the adapters bring {names}: how many labels?")
+            raise MismatchError(
+                f"{self.base.path}: the adapters add {names}, which differ in the number of labels"
+            )
         if numbers and self.config:
             self.config = with_labels(self.config, numbers.pop())
 
@@ -197,8 +199,8 @@ class _Fitting:
             if spec is not None and self._grows(spec):
                 raise MismatchError(
                     f"{stored}: base is {self.base.specs[stored].shape}, "
-                    f"{self.brought[stored].weighted.path} brings {spec.shape} (saved), and "
-                    f"{fit.name} makes it {shape}"
+                    f"{self.brought[stored].weighted.path} has {spec.shape} (saved whole), and "
+                    f"{fit.name} needs {shape}"
                 )
 
     def _made(self, spec: TensorSpec, follows: bool) -> Made:

@@ -29,12 +29,12 @@ def refuse_unloadable(base: Checkpoint, plan: MergePlan, specs: Mapping[str, Ten
         return
     missing, strange = after.missing - before.missing, after.unexpected - before.unexpected
     if missing or strange:
-        said = [f"would find no {name}" for name in sorted(missing)[:4]]
-        said += [f"has no use for {name}" for name in sorted(strange)[:4]]
+        said = [f"would not find {name}" for name in sorted(missing)[:4]]
+        said += [f"would not use {name}" for name in sorted(strange)[:4]]
         raise UnsupportedAdapter(
-            f"{base.path}: merged, it could not be loaded: transformers {'; '.join(said)}. Let the "
-            "adapter act on all of the tied weights alike (ensure_weight_tying), or keep it apart "
-            "from its base"
+            f"{base.path}: the merged model could not be loaded: transformers {'; '.join(said)}; "
+            "train the adapter on all of the tied weights (ensure_weight_tying), or use it "
+            "without merging"
         )
 
 
@@ -48,10 +48,10 @@ def notes_on_loading(base: Checkpoint) -> tuple[str, ...]:
     if loading is None or not (loading.missing or loading.unexpected):
         return ()
     missing, others = sorted(loading.missing), sorted(loading.unexpected)
-    said = [f"would find no {missing[0]}"] if missing else []
-    said += [f"has no use for {others[0]}"] if others else []
+    said = [f"would not find {missing[0]}"] if missing else []
+    said += [f"would not use {others[0]}"] if others else []
     return (
-        f"{base.path}: names of tensors are {scheme.title}'s, and so are those of what is made of "
-        f"it: transformers {' and '.join(said)} ({len(missing)} and {len(others)} such). Load it "
+        f"{base.path}: its tensors have {scheme.title}'s names, so the output has them too: "
+        f"transformers {' and '.join(said)} ({len(missing)} and {len(others)} tensors); load it "
         f"with {scheme.title}, or give the model that it was made from",
     )

@@ -54,8 +54,8 @@ def by_own_names(
         tensor, row = made[name], 0
         if part.expert is not None and len(tensor.pieces) > 1:
             raise UnsupportedAdapter(
-                f"{part.weighted.path}: {part.expert.own.tensor} acts on a part of {name}, which "
-                f"{base.path} stores in {len(tensor.pieces)} pieces; that is not merged"
+                f"{part.weighted.path}: {part.expert.own.tensor} changes a part of {name}, which "
+                f"{base.path} stores in {len(tensor.pieces)} pieces, and this cannot be merged"
             )
         for piece in tensor.pieces:
             if len(tensor.pieces) > 1 or piece.rows < rows_of(base.specs[piece.stored]):
@@ -92,8 +92,8 @@ def refuse_overlaps(name: str, parts: Sequence[Part], spec: TensorSpec) -> None:
             if one_adapter and alike and not cut and _called(part) != _called(other):
                 raise UnsupportedAdapter(
                     f"{part.weighted.path}: {_called(other)} and {_called(part)} both change "
-                    f"{name}, whose names they are, most likely the same change twice; take the "
-                    "keys of one of them out"
+                    f"{name}, and are probably the same change twice; remove the keys of one of "
+                    "them"
                 )
             if part.weighted is not other.weighted or len(cut) != 1:
                 continue
@@ -101,9 +101,9 @@ def refuse_overlaps(name: str, parts: Sequence[Part], spec: TensorSpec) -> None:
             held = math.prod(inner.shape[:-1]) if len(inner.shape) > 1 else inner.shape[0]
             if max(-inner.start, 0) < min(held - inner.start, rows_of(spec)):
                 raise UnsupportedAdapter(
-                    f"{part.weighted.path}: {_called(other)} and {_called(part)} both change "
-                    f"{name}, one as it is stored and one by its name in the model's other "
-                    "layout, most likely the same change twice; take the keys of one of them out"
+                    f"{part.weighted.path}: {_called(other)} and {_called(part)} are the names of "
+                    f"{name} in two layouts, and probably the same change twice; remove the keys "
+                    "of one of them"
                 )
 
 

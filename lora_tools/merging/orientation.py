@@ -55,8 +55,8 @@ def contradicted(spec: TensorSpec, adapter: Adapter, transposed: bool) -> Mismat
     """The error for a weight whose shape fits the other way only than it is said to be stored."""
     way = "(in, out)" if transposed else "(out, in)"
     return MismatchError(
-        f"{spec.name}: base is {spec.shape}, which the adapter {adapter.path} fits only if it is "
-        f"not stored as {way}, and {FLAG}: {str(adapter.fan_in_fan_out).lower()} in "
+        f"{spec.name}: base is {spec.shape}, and the adapter {adapter.path} fits only if it is not "
+        f"stored as {way}, but {FLAG}: {str(adapter.fan_in_fan_out).lower()} in "
         "adapter_config.json and the base's config.json say that it is; give the base's folder "
-        f"with the config.json of its model, or set {FLAG} as the model stores its linear layers"
+        f"with the right config.json, or set {FLAG} to the way the model stores its linear layers"
     )

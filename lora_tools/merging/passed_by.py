@@ -32,13 +32,14 @@ def part_passed_by(
         if not _is_passed_by(target, part, base):
             kept.append((name, target, part))
             continue
-        said = f"{part.weighted.path}: the model reads this weight past PEFT's layer around it"
+        said = f"{part.weighted.path}: the model uses this weight without PEFT's layer around it"
         if not allow_unmatched:
-            hint = "" if allow_unmatched is None else ". --allow-unmatched leaves them out"
+            hint = "" if allow_unmatched is None else "; --allow-unmatched leaves them out"
             if calls_in_four_bits(base.config):
-                hint += ". If they were trained on a base in four bits, merge them into that one"
+                hint += "; if they were trained on a base in four bits, merge them into that base"
             raise UnsupportedAdapter(
-                f"{said}, so that factors of {name} have no effect; merged, they would{hint}"
+                f"{said}, so the factors of {name} have no effect in PEFT, but would have one once "
+                f"merged{hint}"
             )
         left_out.append(Fate(name, Action.UNMATCHED, said))
     return kept, left_out

@@ -223,8 +223,8 @@ def _fit(part: Part, name: str, spec: TensorSpec, base: Checkpoint | BaseOutline
         what = part.source.kind.title if isinstance(part.source, ChangedModule) else part.kind
         raise UnsupportedAdapter(
             f"{part.weighted.path}: has {what} for a tensor of {part.shape} that {base.path} "
-            f"stores in parts or in one with others ({name}); that is not merged: take a base "
-            "that stores it as the adapter has it (a diffusion model's other layout)"
+            f"stores in parts or in one tensor with others ({name}), and this cannot be merged; "
+            "take a base that stores it as the adapter has it (a diffusion model's other layout)"
         )
     if isinstance(part.source, LoraModule) and part.kind != "bias":
         whole = dataclasses.replace(spec, shape=part.shape or spec.shape)
@@ -234,8 +234,8 @@ def _fit(part: Part, name: str, spec: TensorSpec, base: Checkpoint | BaseOutline
             found, wanted = adapter.shape(part.source.magnitude), layout.magnitudes(whole.shape)
             if math.prod(found) != wanted:
                 raise MismatchError(
-                    f"{name}: {wanted} magnitudes are wanted for {whole.shape}, "
-                    f"{part.weighted.path} brings {found}"
+                    f"{name}: {whole.shape} needs {wanted} magnitudes, {part.weighted.path} has "
+                    f"{found}"
                 )
         return dataclasses.replace(part, layout=layout, shape=whole.shape)
     if isinstance(part.source, ChangedModule):
@@ -255,7 +255,7 @@ def _fit(part: Part, name: str, spec: TensorSpec, base: Checkpoint | BaseOutline
     if not fits:
         of_a_model = isinstance(base, BaseOutline) and base.renamed is not None
         raise MismatchError(
-            f"{name}: base is {spec.shape}, {part.weighted.path} brings {shape} ({part.kind})"
+            f"{name}: base is {spec.shape}, {part.weighted.path} has {shape} ({part.kind})"
             + ("; resize the model's vocabulary first" if of_a_model else "")
         )
     return part
@@ -300,7 +300,7 @@ def _refuse_two_replacements(parts: Mapping[str, Sequence[Part]]) -> None:
 def _both_replace(one: Part, other: Part) -> str:
     """What of a tensor both put something else in the place of, or ""."""
     if not (isinstance(one.source, TokenRows) and isinstance(other.source, TokenRows)):
-        return "it whole" if one.kind == other.kind else "rows of it, one of them all"
+        return "it whole" if one.kind == other.kind else "rows of it, or all of it"
     both = sorted({*one.source.indices} & {*other.source.indices})
     return f"its row of token {both[0]}" if both else ""
 

@@ -51,9 +51,9 @@ def limit_of(storage: Storage, source: Checkpoint) -> int | None:
     if storage.shard_size is None:
         return None
     if not source.is_folder:
-        raise UsageError("--shard-size needs a folder: a bare file stays one file")
+        raise UsageError("--shard-size needs a folder; a bare file stays one file")
     if source.models:
-        raise UsageError("--shard-size: the models of a pipeline stay in the files they are in")
+        raise UsageError("--shard-size: the models of a pipeline keep their files")
     return parse_size(storage.shard_size)
 
 
@@ -133,7 +133,7 @@ def plan_merging(
         LoraToolsError: they cannot be read, or do not fit.
     """
     if needs_adapters and not adapters:
-        raise UsageError("no ADAPTER: give at least one, or --dtype to change the numbers alone")
+        raise UsageError("no ADAPTER; give at least one, or --dtype to change only the dtype")
     source = open_checkpoint(base, running.allow_pickle, pipelines=pipelines)
     weighted: list[Weighted] = []
     if adapters:
@@ -206,7 +206,7 @@ def merge_for_now(
 def refuse_quantized_undo(base: Checkpoint) -> None:
     """Raises UsageError for a base whose stored numbers no sidecar gives back."""
     if base.scheme is not None:
-        raise UsageError(f"--reversible cannot give back a BASE in {base.scheme.title}")
+        raise UsageError(f"--reversible: a BASE in {base.scheme.title} cannot be restored")
 
 
 def _refuse_irreversible(planned: Planned, wanted: str | None) -> None:
@@ -214,8 +214,8 @@ def _refuse_irreversible(planned: Planned, wanted: str | None) -> None:
     refuse_quantized_undo(base)
     if base.models:
         raise UsageError(
-            f"--reversible: {base.path} is a pipeline, and a sidecar is of one model; merge into "
-            f"the folder of that, such as {base.path / next(iter(base.models))}"
+            f"--reversible: {base.path} is a pipeline, and a sidecar is for one model; merge into "
+            f"the folder of one model, such as {base.path / next(iter(base.models))}"
         )
     if wanted and any(s.is_float and s.dtype != wanted for s in base.specs.values()):
         raise UsageError("--reversible keeps the base's dtypes: leave --dtype out")

@@ -104,7 +104,9 @@ class Rewrite:
         left = writer.finish(self.source, index, changed, leave)
         notes = list(self.report.notes)
         if left:
-            notes.append(f"left behind, since they hold other weights: {', '.join(map(str, left))}")
+            notes.append(
+                f"not copied, because they hold other weights: {', '.join(map(str, left))}"
+            )
         notes += self._twice()
         pairs = zip(self.report.inputs, self.digests, strict=True)
         inputs = tuple(dataclasses.replace(given, digest=digest) for given, digest in pairs)
@@ -114,7 +116,7 @@ class Rewrite:
         """A note where two of the adapters hold the same tensors."""
         first: dict[str, str] = {}
         return [
-            f"{first[digest]} and {w.path} hold the same tensors: both are added"
+            f"{first[digest]} and {w.path} hold the same tensors; both are added"
             for w, digest in zip(self.adapters, self.digests[1:], strict=True)
             if first.setdefault(digest, w.path) != w.path
         ]

@@ -87,7 +87,9 @@ def part_tied(
     if not loose:
         for name, source in ties.sources.items():
             if name not in base.specs and parts.pop(name, []):
-                notes.append(f"{name} stays tied to {source}: the adapters act on both alike")
+                notes.append(
+                    f"{name} stays tied to {source}: the adapters change both in the same way"
+                )
         return Parted()
     mine = {group[0]: group for group in ties.groups}
     every = [mine.get(group[0], group) for group in base.weights.groups]
@@ -98,15 +100,15 @@ def part_tied(
     if isinstance(base, Checkpoint) and base.models:
         folder = loose[0][0].partition(".")[0]
         raise UnsupportedAdapter(
-            f"{', '.join(loose[0])} are one tensor, and the adapter acts on some of them only, "
-            f"which changes its model's config; merge into {base.path / folder} by itself"
+            f"{', '.join(loose[0])} are one tensor, and the adapter changes only some of them, "
+            f"which needs another config; merge into {base.path / folder} alone"
         )
     after = untie(base.config, base.specs)
     if after.computes_otherwise:
         raise UnsupportedAdapter(
-            f"{', '.join(loose[0][1:])} and {loose[0][0]} are tied, the adapter acts on some of "
-            f"them only, and {after.computes_otherwise} computes otherwise where they are not "
-            "tied, so that they cannot be parted"
+            f"{', '.join(loose[0][1:])} and {loose[0][0]} are tied, and the adapter changes only "
+            f"some of them, but they cannot be separated, because {after.computes_otherwise} "
+            "computes differently when they are not tied"
         )
     names = {}
     for group in every:
@@ -123,8 +125,8 @@ def _said_of(group: Sequence[str]) -> str:
     two = len(group) == 2
     return (
         f"{', '.join(group[1:])} and {group[0]} were one tensor and are "
-        f"{'two' if two else len(group)} now, since the adapters do not act on "
-        f"{'both' if two else 'all'} alike; tie_word_embeddings is set to false in config.json"
+        f"{('two' if two else len(group))} now, because the adapters change them differently; "
+        "tie_word_embeddings is set to false in config.json"
     )
 
 
@@ -232,18 +234,18 @@ def _refuse_to_part(
         f"acts on {'one' if len(others) == 1 else 'some'} of them only, "
     )
     follow = (
-        "set ensure_weight_tying to true in the adapter's adapter_config.json, with lm_head or "
-        "embed_tokens among its target_modules, by which PEFT knows it"
+        "set ensure_weight_tying to true in the adapter's adapter_config.json, and have lm_head "
+        "or embed_tokens in its target_modules"
     )
     biases = any(not group[0].endswith(".weight") for group in every)
     if biases or others[0].startswith(("cls.", "lm_head.decoder")):
         raise UnsupportedAdapter(
-            f"{tied}and this architecture ties a bias with them, so that they cannot be parted. If "
-            f"the head is to follow, {follow}"
+            f"{tied}and this architecture ties a bias with them, so they cannot be separated; if "
+            f"the head should follow, {follow}"
         )
     if not ties.known or (base.weights.model is None and base.config.get("is_encoder_decoder")):
         raise UnsupportedAdapter(
-            f"{tied}and under which names a loader looks for them once they are parted is not "
-            f"known: {why_unknown(base.config, base.specs) or 'config.json names no class'}. "
-            f"Install transformers 5 with this class, or, if all are to follow, {follow}"
+            f"{tied}and it is not known under which names a program would look for separate "
+            f"tensors ({why_unknown(base.config, base.specs) or 'config.json names no class'}); "
+            f"install transformers 5 with this class, or, if all should follow, {follow}"
         )

@@ -72,14 +72,14 @@ def check_recorded(merged: Checkpoint, weighted: Sequence[Weighted]) -> None:
             if settings_of([each]) not in known:
                 raise MismatchError(
                     f"{each.path}: its config has other numbers (alpha, …) than when it was merged "
-                    f"into {merged.path}; give it as it was, or pass --allow-other-base to "
-                    "subtract it all the same"
+                    f"into {merged.path}; give the adapter as it was, or pass --allow-other-base "
+                    "to subtract it anyway"
                 )
         if mine not in recorded:
             raise MismatchError(
-                f"{each.path}: is not what was merged with that weight, by the metadata of "
-                f"{merged.path} ({', '.join(recorded)}); pass --allow-other-base to subtract it "
-                "all the same"
+                f"{each.path}: the metadata of {merged.path} says that other adapters or weights "
+                f"were merged ({', '.join(recorded)}); pass --allow-other-base to subtract it "
+                "anyway"
             )
 
 
@@ -91,13 +91,15 @@ def check_adapters(memory: Sidecar, weighted: Sequence[Weighted]) -> None:
     if given == used:
         return
     if sorted(given) == sorted(used):
-        raise MismatchError("the adapters are those merged, in another order; give them in that")
+        raise MismatchError("the adapters were merged in another order; give them in that order")
     if [d for d, _ in given] == [d for d, _ in used]:
         weights = ", ".join(f"{w:g}" for _, w in used)
-        raise MismatchError(f"the adapters were merged with weights {weights}: give ADAPTER=WEIGHT")
+        raise MismatchError(
+            f"the adapters were merged with the weights {weights}; give ADAPTER=WEIGHT"
+        )
     raise MismatchError(
-        f"{memory.path}: made with {len(used)} other adapter(s) than given here; an adapter that "
-        "was changed since does not undo the merge"
+        f"{memory.path}: made with {len(used)} adapter(s) that differ from those given; if an "
+        "adapter was changed since, it cannot undo the merge"
     )
 
 
@@ -122,13 +124,13 @@ def _check_files(memory: Sidecar, shards: Sequence[Shard]) -> None:
     index that the sidecar holds."""
     where = {spec.name: shard.name for shard in shards for spec in shard.specs}
     if strange := [shard.name for shard in shards if not shard.name.endswith(".safetensors")]:
-        raise CheckpointError(f"{memory.path}: {strange[0]!r} is no name of a file of weights")
+        raise CheckpointError(f"{memory.path}: {strange[0]!r} is not the name of a weight file")
     indexes = [name for name in memory.files() if name.endswith(".safetensors.index.json")]
     for name in indexes:
         index = strict_json(memory.files()[name])
         said = index.get("weight_map") if isinstance(index, dict) else None
         if said != where:
-            raise CheckpointError(f"{memory.path}: its {name} says other than its headers")
+            raise CheckpointError(f"{memory.path}: its {name} contradicts its headers")
     if len(indexes) > 1:
         raise CheckpointError(f"{memory.path}: holds several indexes: {', '.join(indexes)}")
 
@@ -139,7 +141,7 @@ def check_merged(merged: Checkpoint, plan: MergePlan) -> None:
         found = merged.specs.get(target.spec.name)
         if found != target.spec:
             raise MismatchError(
-                f"{merged.path}: {target.spec} was merged, and {found or 'nothing'} is there now: "
+                f"{merged.path}: {target.spec} was merged, but now {found or 'nothing'} is there: "
                 "the checkpoint was changed after the merge"
             )
 
@@ -151,24 +153,25 @@ def refuse_lossy(plan: MergePlan) -> None:
             if isinstance(part.source, ChangedModule) and part.source.kind.of_base:
                 raise UnsupportedAdapter(
                     f"{target.spec.name}: cannot be undone without a sidecar "
-                    f"({part.source.kind.title} changed what was there, which is lost); "
-                    "`loratools merge --reversible` makes one that can be"
+                    f"({part.source.kind.title} depends on the old weight, which is lost); "
+                    "`loratools merge --reversible` writes one"
                 )
             if part.kind in ("dora", "saved", "rows", "ia3"):
                 why = {
-                    "dora": "DoRA's norms are those of the base, which is lost",
-                    "ia3": "IA³ multiplied it, and rounding was multiplied with it",
+                    "dora": "DoRA needs the norms of the base, which are lost",
+                    "ia3": "IA³ multiplied it, and dividing again would multiply the rounding",
                     "saved": "the adapter replaced it whole",
                     "rows": "the adapter replaced rows of it",
                 }[part.kind]
                 raise UnsupportedAdapter(
-                    f"{target.spec.name}: cannot be undone without a sidecar ({why}); "
-                    "`loratools merge --reversible` makes one that can be"
+                    f"{target.spec.name}: cannot be undone without a sidecar ({why}); `loratools "
+                    "merge --reversible` writes one"
                 )
         if target in plan.untied:
             raise UnsupportedAdapter(
-                f"{target.spec.name}: tied to {target.base_name} here, and the adapter acts on one "
-                "of them only; merge parts them then, so this was merged by something else"
+                f"{target.spec.name}: is tied to {target.base_name}, but the adapter changes only "
+                "one of them, and merge would have separated them; another program made this "
+                "checkpoint"
             )
 
 
@@ -264,7 +267,8 @@ def _damage_named(memory: Sidecar | None, tensor: str) -> Iterator[None]:
             raise
         text = " ".join(str(error).split())
         raise CheckpointError(
-            f"{memory.path}: what it holds of {tensor} is damaged ({text:.100}); fetch it again"
+            f"{memory.path}: its data for {tensor} is damaged ({text:.100}); copy or download it "
+            "again"
         ) from None
 
 

@@ -48,10 +48,13 @@ class Vocabulary:
     def sentence(self, files: Collection[str]) -> str:
         """What a user should know of it."""
         if files:
-            tokenizer = f"the adapter's tokenizer goes with it ({', '.join(sorted(files))})"
+            tokenizer = f"the adapter's tokenizer is copied ({', '.join(sorted(files))})"
         else:
-            tokenizer = "no tokenizer lies beside the adapter: put the one that knows it there"
-        return f"the vocabulary has {self.new} rows, of {self.old} in the base; {tokenizer}"
+            tokenizer = (
+                "there is no tokenizer beside the adapter: add the tokenizer of that vocabulary "
+                "to the output"
+            )
+        return f"the vocabulary has {self.new} rows ({self.old} in the base); {tokenizer}"
 
 
 def new_vocabulary(base: Checkpoint, brought: Mapping[str, Brought]) -> Vocabulary | None:
@@ -71,7 +74,9 @@ def new_vocabulary(base: Checkpoint, brought: Mapping[str, Brought]) -> Vocabula
             adapter = adapter or each.weighted.adapter
     if len(found) > 1:
         said = ", ".join(f"{rows} ({name})" for rows, name in found.items())
-        raise MismatchError(f"{base.path}: its vocabulary of {old} cannot become all of {said}")
+        raise MismatchError(
+            f"{base.path}: its vocabulary of {old} cannot grow to several sizes: {said}"
+        )
     return Vocabulary(old, next(iter(found)), adapter) if adapter is not None else None
 
 
@@ -150,12 +155,11 @@ def resized(
     lacking = min(same - {n for n in same if n in brought}, default=name)
     raise MismatchError(
         f"{lacking}: base has {vocabulary.old} rows, and the adapter was trained with a vocabulary "
-        f"of {new}, whose other rows it does not bring for this one. Save it again with "
-        "model.save_pretrained(…, save_embedding_layers=True), or merge into a base whose "
-        "vocabulary was resized"
+        f"of {new}, but does not hold the new rows; save it again with model.save_pretrained(…, "
+        "save_embedding_layers=True), or merge into a base whose vocabulary was resized"
         + (
-            "; or, if the output head is to follow the embedding, set ensure_weight_tying to true "
-            "in the adapter's adapter_config.json"
+            "; or, if the output head should follow the embedding, set ensure_weight_tying to "
+            "true in the adapter's adapter_config.json"
             if len(same) > 1
             else ""
         )
@@ -178,9 +182,9 @@ def is_left_behind(spec: TensorSpec, base: Checkpoint, vocabulary: Vocabulary) -
     if weight.parameter == "bias" and split_tensor(weight.module)[1] in ("predictions", "decoder"):
         return True
     raise MismatchError(
-        f"{spec.name}: has {vocabulary.old} rows as the vocabulary has, which becomes "
-        f"{vocabulary.new}; whether it is a part of that cannot be told without transformers: "
-        "install it, or merge into a base whose vocabulary was resized"
+        f"{spec.name}: has {vocabulary.old} rows like the vocabulary, which grows to "
+        f"{vocabulary.new}. Without transformers it is not known whether it must grow too; install "
+        "transformers, or merge into a base whose vocabulary was resized"
     )
 
 

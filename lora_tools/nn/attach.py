@@ -101,7 +101,7 @@ def _put_on(
 ) -> M:
     if _RECORD in model.__dict__:
         raise UsageError(
-            "this model has adapters attached: detach them first, or give all of them in one call"
+            "this model has adapters attached; detach them first, or give all of them in one call"
         )
     if isinstance(adapters, Mapping):
         raise TypeError("adapters are given by their paths; save_pretrained writes one to a folder")
@@ -112,8 +112,8 @@ def _put_on(
     if sign is not None:
         raise UnsupportedAdapter(
             f"{outline.path}: this model is quantized as {sign.title} (by {sign.where}), and "
-            "nothing can be added to its codes; load what `loratools dequantize` makes of its "
-            "folder"
+            "nothing can be added to its codes; run `loratools dequantize` on its folder, and "
+            "load the result"
         )
     names = names_of(outline.path, outline.weights, outline.config)
     weighted = open_weighted(given, allow_pickle, names, allow_unmatched)
@@ -182,7 +182,7 @@ def _refuse_coded(name: str, tensor: torch.Tensor) -> None:
     dtype it says (torchao, quanto, bitsandbytes)."""
     if type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer):
         raise UnsupportedAdapter(
-            f"{name}: a {type(tensor).__module__}.{type(tensor).__name__} and no plain tensor; "
+            f"{name}: a {type(tensor).__module__}.{type(tensor).__name__}, not a plain tensor; "
             "load the model in bfloat16, and attach to that"
         )
 

@@ -61,6 +61,6 @@ def _by_config(model: Any, kept: Mapping[int, int]) -> list[tuple[Side, Side]]:
 
 def _stateful(kind: str) -> CheckpointError:
     return CheckpointError(
-        f"{kind}: keeps no keys and values of its layers, but a state of another kind, for which "
-        "no graph is written; --no-cache writes one without it, where the model traces so"
+        f"{kind}: keeps another kind of state than keys and values, which a graph cannot have; try "
+        "--no-cache, which exports it without a state"
     )

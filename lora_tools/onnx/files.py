@@ -43,5 +43,5 @@ def graphs_at(path: str | Path) -> list[Path]:
         if names[0] in found:
             return [found[name] for name in names if name in found]
     if len(found) > 1:
-        raise UsageError(f"{path}: several models: {', '.join(found)}; give one of them")
+        raise UsageError(f"{path}: holds several models ({', '.join(found)}); give one of them")
     return list(found.values())

@@ -18,12 +18,13 @@ from lora_tools.errors import CheckpointError, LoraToolsError
 
 # What torch.export says at length and of names that it made, by its beginning.
 _PLAINLY = {
-    "Constraints violated": "its code takes inputs of certain sizes only, and a graph's may be of "
-    "any",
-    "Could not guard on data-dependent": "its code goes by sizes or numbers that are known only "
-    "when it runs",
-    "Could not extract specialized integer from data-dependent": "its code takes numbers of a "
-    "tensor for sizes, which are known only when it runs",
+    "Constraints violated": "its code needs inputs of certain sizes, but a graph must accept any",
+    "Could not guard on data-dependent": (
+        "its code depends on sizes or numbers that are known only when it runs"
+    ),
+    "Could not extract specialized integer from data-dependent": (
+        "its code uses numbers from a tensor as sizes, which are known only when it runs"
+    ),
 }
 INNER = "inner."  # before the names of a model's modules, where it is an attribute
 

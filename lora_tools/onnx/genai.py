@@ -41,7 +41,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, CheckpointError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from None
     if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: holds no JSON object")
+        raise CheckpointError(f"{path}: does not hold a JSON object")
     return found
 
 

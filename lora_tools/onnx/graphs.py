@@ -179,7 +179,8 @@ class Build:
             self._refuse_other_precision(models)
             if not self.fuse and fused(models.values()):
                 raise MismatchError(
-                    f"{self.graph}: is fused; --no-fuse takes a graph exported with --no-fuse"
+                    f"{self.graph}: is fused; leave --no-fuse out, or give a graph that was "
+                    "exported with it"
                 )
             return models, set(), f"not in {self.graph}"
         from lora_tools.onnx.trace import trace  # torch and transformers, which --graph needs not
@@ -196,7 +197,7 @@ class Build:
         opset = self.opset or (FUSED_OPSET if self.fuse else OPSET)
         fuse = self.fuse and opset >= FUSED_OPSET
         traced = trace_with(fuse=fuse, opset=opset)
-        why = "" if fuse else f"its operator is of opset {FUSED_OPSET}"
+        why = "" if fuse else f"its operator needs opset {FUSED_OPSET}"
         why = next((each.unfused for each in traced if each.unfused), why)
         if fuse and not self.opset and not fused(each.model for each in traced):
             traced = trace_with(fuse=False, opset=OPSET)  # which more runtimes know
@@ -216,8 +217,8 @@ class Build:
             found = computed_in(model)
             if found != self.dtype:
                 raise MismatchError(
-                    f"{file} of {self.graph} computes in {found}, and {self.dtype} is asked for; "
-                    f"pass --compute-dtype {found}, or export without --graph"
+                    f"{file} of {self.graph} computes in {found}, not in {self.dtype}; pass "
+                    f"--compute-dtype {found}, or export without --graph"
                 )
         if self.dtype != FLOAT32 and any(map(has_half_inputs, models.values())) != self.half_io:
             raise MismatchError(
@@ -315,14 +316,14 @@ def _again(graph: Path, checkpoint: Checkpoint, task: Task) -> dict[str, onnx.Mo
             raise MismatchError(f"{folder / file}: made by {model.producer_name or 'another tool'}")
         if is_quantized(model):
             raise MismatchError(
-                f"{folder / file}: its linear layers are quantized; --graph takes one exported "
-                "without --nf4, --int8 and --int4, and can be given together with these"
+                f"{folder / file}: its linear layers are quantized; export a graph without --nf4, "
+                "--int8 and --int4, and give it with --graph together with these options"
             )
         said = {p.key: p.value for p in model.metadata_props if p.key == _MODULES}
         if said != modules:
             raise MismatchError(
-                f"{folder / file}: made with other modules of sentence-transformers after the "
-                f"model ({said.get(_MODULES, 'none')}) than the checkpoint's "
+                f"{folder / file}: made with other modules of sentence-transformers "
+                f"({said.get(_MODULES, 'none')}) than the checkpoint has "
                 f"({modules.get(_MODULES, 'none')}); export without --graph"
             )
         models[file] = model
@@ -336,13 +337,13 @@ def _again(graph: Path, checkpoint: Checkpoint, task: Task) -> dict[str, onnx.Mo
 
 def _same_config(path: Path, checkpoint: Checkpoint) -> None:
     if not is_there(path):
-        raise CheckpointError(f"{path}: is needed to tell whether the graph fits")
+        raise CheckpointError(f"{path}: is needed to check whether the graph fits")
     config = genai.read_json(path)
     old, new = with_theta(config), with_theta(checkpoint.config)
     for key in sorted({*old, *new} - _ABOUT_FILES):
         if old.get(key) != new.get(key):
             raise MismatchError(
-                f"{path.parent}: its graph is for {key} {old.get(key)!r}, and the checkpoint has "
+                f"{path.parent}: its graph is for {key} {old.get(key)!r}, but the checkpoint has "
                 f"{new.get(key)!r}; export without --graph"
             )
 

@@ -61,7 +61,8 @@ def add_half(
         runtime = InRuntime(place, task, graphs)
     except CheckpointError as error:
         check.note = (
-            f"checked with float32 in the place of {dtype}, and not run as it is: {_last(error)}"
+            f"checked with float32 instead of {dtype}, because the graph itself could not be run: "
+            f"{_last(error)}"
         )
         return
     own = _differences(folder, task, runs, wanted, dtype, trust_remote_code)

@@ -85,7 +85,7 @@ class GraphFile:
             else f"type {tensor.data_type}"
         )
         if tensor.data_type not in _DTYPES:
-            raise CheckpointError(f"{kind}, which is not looked into")
+            raise CheckpointError(f"{kind}, which cannot be read")
         dims = tuple(tensor.dims)
         if len(dims) > _MOST_DIMS or any(n < 0 for n in dims):
             raise CheckpointError(f"its shape is {list(dims)[:8]}")
@@ -104,16 +104,16 @@ class GraphFile:
         said = {entry.key: entry.value for entry in tensor.external_data}
         where = PurePosixPath(said.get("location", ""))
         if not where.parts or where.is_absolute() or ".." in where.parts or "\\" in str(where):
-            raise CheckpointError(f"its data is said to be in {str(where)!r}, out of the folder")
+            raise CheckpointError(f"its data is in {str(where)!r}, outside the folder")
         path = self.path.parent / where
         file = self._mapped(path)
         try:
             begin = int(said.get("offset", 0))
             length = int(said.get("length", file.size - begin))
         except ValueError:
-            raise CheckpointError(f"its place in {where} is no number") from None
+            raise CheckpointError(f"its place in {where} is not a number") from None
         if length != spec.nbytes:
-            raise CheckpointError(f"{length} bytes in {where}, and {spec.nbytes} are needed")
+            raise CheckpointError(f"{length} bytes in {where} instead of {spec.nbytes}")
         if begin < 0 or begin + length > file.size:
             raise CheckpointError(
                 f"bytes {begin} to {begin + length} of {where}, which has {file.size}"
@@ -220,7 +220,7 @@ def load(path: Path) -> onnx.ModelProto:
         text = " ".join(str(error).split())
         raise CheckpointError(f"{path}: not an ONNX model ({text:.200})") from None
     if not (model.HasField("graph") and model.graph.output):
-        raise CheckpointError(f"{path}: not an ONNX model (it holds no graph with an output)")
+        raise CheckpointError(f"{path}: not an ONNX model (it has no graph with an output)")
     if odd is not None:
         raise CheckpointError(f"{path}: {odd[:60]!r} in it is not UTF-8 text")
     return model
@@ -266,7 +266,7 @@ def _inside(tensor: onnx.TensorProto, spec: TensorSpec) -> bytearray:
         except Exception as error:  # whatever a proto that lies makes of numpy
             raise CheckpointError(f"cannot be read ({error!s:.100})") from None
     if len(data) != spec.nbytes:
-        raise CheckpointError(f"{len(data)} bytes in the graph, and {spec.nbytes} are needed")
+        raise CheckpointError(f"{len(data)} bytes in the graph instead of {spec.nbytes}")
     return bytearray(data)
 
 

@@ -105,7 +105,7 @@ def _refuse_inputs(model: Any, task: Task) -> None:
     wanted = _MAIN.get(task.kind, ("input_ids", "input_features"))
     if isinstance(main, str) and main not in wanted:
         raise CheckpointError(
-            f"{type(model).__name__}: takes {main}, and the graphs of the task {task.name} take "
+            f"{type(model).__name__}: takes {main}, but the graphs of the task {task.name} take "
             f"{wanted[0]}; choose another --task"
         )
 

@@ -105,7 +105,7 @@ def put_in(model: torch.nn.Module, folder: Path, plain: Path, task: Task) -> Non
                 turned = values.T.contiguous() if isinstance(module, Conv1D) else values
                 assert turned.shape == parameters[name].shape
                 parameters[name].data = turned
-            assert names, f"{weight} is no parameter of the model"
+            assert names, f"{weight} is not a parameter of the model"
 
 
 def _difference(side: InTorch, shipped: InRuntime, runs: list[Run]) -> LossTotals:

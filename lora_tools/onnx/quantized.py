@@ -79,12 +79,13 @@ class Bnb4:
             state = tensor.state
             if state.blocksize not in _BNB4_BLOCKS:
                 raise MismatchError(
-                    f"{name}: blocks of {state.blocksize}, and ONNX Runtime's MatMulBnb4 takes up "
-                    f"to {_BNB4_BLOCKS[-1]}; `loratools quantize --blocksize 64` makes such"
+                    f"{name}: has blocks of {state.blocksize}, but ONNX Runtime's MatMulBnb4 takes "
+                    f"at most {_BNB4_BLOCKS[-1]}; quantize it again with `loratools quantize "
+                    "--blocksize 64`"
                 )
             if state.quant_type not in BNB4_TYPES:
                 raise MismatchError(
-                    f"{name}: in {state.quant_type}, and ONNX Runtime's MatMulBnb4 takes "
+                    f"{name}: is in {state.quant_type}, but ONNX Runtime's MatMulBnb4 takes "
                     f"{' and '.join(BNB4_TYPES)}; make it plain with `loratools dequantize`"
                 )
             parts = stored_parts(stored, tensor)
@@ -195,7 +196,7 @@ class NBits:
         weight = turned.to(torch.float32).contiguous().numpy()
         if not np.isfinite(weight).all():
             raise NonFiniteError(
-                f"{linear.weight}: holds an inf or a NaN, which has no whole number"
+                f"{linear.weight}: holds an inf or a NaN, which cannot be quantized"
             )
         made = quantizer.qbits_block_quant(weight)
         by = self._factor(linear.weight, linear.in_features) if self._factor else None
@@ -260,14 +261,15 @@ def quantize_linears(
         for linear in chosen:
             if linear.weight in others:
                 raise MismatchError(
-                    f"{linear.weight}: quantized, and the graph uses it in more than linear layers"
+                    f"{linear.weight}: is quantized, but the graph does not use it in linear "
+                    "layers only"
                 )
             made[linear.weight] = how.specs(linear)
         _put_in(model, {each.output: each for each in chosen}, how)
     if not made:
         raise MismatchError(
-            "the graph has no linear layer whose weight is quantized; --nf4 finds those that the "
-            "checkpoint stores under the names transformers gives them, --int8 and --int4 all"
+            "the graph has no linear layer to quantize; --nf4 finds only layers that have the "
+            "same names in the checkpoint and in transformers, --int8 and --int4 find all"
         )
     return made
 

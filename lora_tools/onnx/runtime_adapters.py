@@ -192,8 +192,8 @@ def plain_graphs(paths: Sequence[Path]) -> list[bytes]:
 
 def _unreached(name: str, weight: str) -> UnsupportedAdapter:
     return UnsupportedAdapter(
-        f"{name}: the graph does not use {weight} as it is stored, or not as such a layer, so that "
-        "no runtime adapter can act on it; merge the adapter: leave --runtime-adapters out"
+        f"{name}: the graph does not use {weight} as it is stored, so a runtime adapter cannot "
+        "change it; merge the adapter: leave --runtime-adapters out"
     )
 
 
@@ -219,9 +219,8 @@ def _refuse_other_uses(
                 continue
             if node.op_type != "Transpose":
                 raise UnsupportedAdapter(
-                    f"{file}: {node.op_type} uses {made[value]} besides a linear layer or an "
-                    "embedding, where a runtime adapter cannot act; merge the adapter: leave "
-                    "--runtime-adapters out"
+                    f"{file}: {node.op_type} also uses {made[value]}, where a runtime adapter "
+                    "cannot act; merge the adapter: leave --runtime-adapters out"
                 )
             made[node.output[0]] = made[value]
 

@@ -47,7 +47,7 @@ def sentence_task(
         return task, _notes(steps)
     task = task_of(config, asked)
     left = ", ".join(f"{each.path} ({each.kind})" for each in pipeline.others)
-    return task, (f"not in the graph: {left}: {why or f'it is that of {task.name}'}",)
+    return task, (f"not in the graph: {left}: {why or f'its task is {task.name}'}",)
 
 
 def plain(task: Task) -> Task:
@@ -97,7 +97,7 @@ def _unlike(main: Module) -> str:
             text.get("method_output_name", "last_hidden_state"),
             config.get("module_output_name", TOKENS),
         ) != ("forward", "last_hidden_state", TOKENS):
-            return f"{path.name} asks for another output of the transformer"
+            return f"{path.name} needs another output of the transformer"
     return ""
 
 
@@ -111,7 +111,7 @@ def _steps(pipeline: Pipeline) -> tuple[tuple[Step, ...], str]:
         step = Step(module.folder, module.name, module.kind, module.config())
         takes, gives = reads_and_writes(step)
         if takes not in made:
-            return (), f"{module.path} reads {takes}, which nothing before it makes"
+            return (), f"{module.path} reads {takes}, which no module before it makes"
         made.add(gives)
         steps.append(step)
     return tuple(steps), ""
@@ -124,8 +124,8 @@ def _made(steps: Sequence[Step]) -> set[str]:
 def _notes(steps: Sequence[Step]) -> tuple[str, ...]:
     """What sentence-transformers does around the graph and a user of it has to."""
     return tuple(
-        f"{step.name} leaves out the tokens of a prompt (include_prompt is false), which the graph "
-        "is not told of: it pools them as the others"
+        f"{step.name} leaves out the tokens of a prompt (include_prompt is false), but the graph "
+        "does not know which these are: it includes them"
         for step in steps
         if step.kind == "Pooling" and step.config.get("include_prompt") is False
     )

@@ -74,7 +74,7 @@ class Pooling(nn.Module):
         self._modes = pooling_modes(step.config)
         unknown = [mode for mode in self._modes if mode not in _POOLED]
         if unknown:
-            raise CheckpointError(f"{step.folder}: {unknown[0]!r} is no mode of pooling")
+            raise CheckpointError(f"{step.folder}: {unknown[0]!r} is not a mode of pooling")
 
     def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Of (batch, length, width) and (batch, length)."""
@@ -179,7 +179,7 @@ def _activation(step: Step) -> nn.Module:
     kind = getattr(nn, name.rpartition(".")[2], None) if name.startswith("torch.nn.") else None
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise CheckpointError(
-            f"{step.folder}: its activation function {name!r} is no module of torch.nn, so the "
+            f"{step.folder}: its activation function {name!r} is not a module of torch.nn, so the "
             "graph of the whole pipeline cannot be made"
         )
     module: nn.Module = kind()

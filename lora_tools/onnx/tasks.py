@@ -171,8 +171,8 @@ def task_of(config: Mapping[str, Any], asked: str) -> Task:
             speech = task.kind == ENCODER_DECODER and config.get("model_type") in _SPEECH
             return TASKS["speech-seq2seq" if speech else _sensed(config).get(task.name, task.name)]
     raise CheckpointError(
-        f"config.json names the architecture {name or 'nowhere'!r}, from which the task cannot be "
-        f"told; pass --task ({', '.join(TASKS)})"
+        f"config.json does not show the task (its architecture is {name or 'missing'!r}); pass "
+        f"--task ({', '.join(TASKS)})"
     )
 
 
@@ -199,19 +199,19 @@ def refuse_kind(config: Mapping[str, Any], task: Task) -> None:
     beside = [key for key in _ENCODERS if isinstance(config.get(key), Mapping)]
     if beside and task.kind != IMAGE_AND_TEXT:
         raise CheckpointError(
-            f"{name}: a model of several parts ({', '.join(beside)} in config.json), which takes "
-            "images or sound beside text; only models of one input are exported: give a checkpoint "
-            "of its language model or of its encoder alone"
+            f"{name}: a model of several parts ({', '.join(beside)} in config.json) that takes "
+            "images or sound together with text, and only models with one kind of input can be "
+            "exported; give a checkpoint of its language model or of its encoder"
         )
     if config.get("model_type") in _PAIRS:
         raise CheckpointError(
-            f"{name}: two models joined (model_type {config['model_type']}), of which no graph is "
-            "written; export the checkpoints that it was made of"
+            f"{name}: consists of two models (model_type {config['model_type']}), which cannot be "
+            "exported together; export the checkpoints that it was made from"
         )
     if task.name == "speech-seq2seq" and "num_mel_bins" not in config:
         raise CheckpointError(
-            f"{name}: hears sound of any length; of speech only models that take a fixed number of "
-            "mel frames, as Whisper does, are exported"
+            f"{name}: takes sound of any length; only speech models with a fixed number of mel "
+            "frames, such as Whisper, can be exported"
         )
     told = {**config, **inner} if isinstance(inner := config.get("text_config"), dict) else config
     states = [key for key in _STATES if isinstance(told.get(key), int)]
@@ -219,7 +219,7 @@ def refuse_kind(config: Mapping[str, Any], task: Task) -> None:
         states.append("layer_types")
     if task.kind == DECODER and states:
         raise CheckpointError(
-            f"{name}: a model with a state of its own ({', '.join(states)} in config.json) beside "
-            "or in place of keys and values, which torch does not export for any length; only "
-            "models that keep keys and values are exported as decoders"
+            f"{name}: keeps another state than keys and values ({', '.join(states)} in "
+            "config.json), which torch does not export for any length; only models with keys and "
+            "values can be exported as decoders"
         )

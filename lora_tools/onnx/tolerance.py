@@ -64,7 +64,7 @@ def tolerance(
         found = conditioning(side, runs, played)
     except CheckpointError as error:  # an operator that torch has not in float64
         said = str(error).partition(";")[0]
-        note = f"torch does not run it in float64 ({said}), so that {UNMEASURED:g} was taken for"
+        note = f"torch does not run it in float64 ({said}), so {UNMEASURED:g} was used for"
         return Tolerance(atol, None, note=f"{note} --rtol")
     shares = {name: min(FLOOR + MULTIPLE * off, LIMIT) for name, off in found.items()}
     return Tolerance(atol, None, shares, max(found.values(), default=0.0))

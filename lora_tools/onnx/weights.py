@@ -72,7 +72,7 @@ def places(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Place]:
         stored, own = (file.file, file.own) if isinstance(file, Renamed) else (file, {})
         if not isinstance(stored, SafetensorsFile):
             raise CheckpointError(
-                f"{file.path}: a pickle, into which no graph can point; use --weights bundled"
+                f"{file.path}: a pickle, which a graph cannot refer to; use --weights bundled"
             )
         for name in wanted & file.specs.keys():
             start = stored.extent(own.get(name, name))[0]
@@ -194,10 +194,12 @@ def check_shapes(
             continue
         spec = stored.get(name)
         if spec is None:
-            raise MismatchError(f"{name}: a weight of {source}, which the checkpoint does not hold")
+            raise MismatchError(f"{name}: a weight of {source} that the checkpoint does not have")
         if spec.shape != shape:
             raise MismatchError(
                 f"{name}: {list(shape)} in {source}, the checkpoint's is {list(spec.shape)}"
             )
         if spec.dtype not in _TYPES:
-            raise MismatchError(f"{name}: stored as {spec.dtype}, which no graph computes with")
+            raise MismatchError(
+                f"{name}: stored as {spec.dtype}, which a graph cannot compute with"
+            )

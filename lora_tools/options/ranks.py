@@ -33,7 +33,7 @@ def rank_rule(ranks: Ranks, default: int | None = None) -> RankRule | None:
     if not chosen:
         if default is None:
             if ranks.max_rank is not None:
-                raise UsageError("--max-rank goes with an option that chooses a rank")
+                raise UsageError("--max-rank needs an option that chooses ranks, such as --energy")
             return None
         return RankRule("rank", default, ranks.max_rank)
     [(name, value)] = chosen.items()
@@ -48,8 +48,8 @@ def refuse_shared(rule: RankRule | None, consumer: Consumer) -> None:
     """Raises UsageError where ranks differ by module and the consumer reads one for all."""
     if rule is not None and rule.shared and not consumer.patterns:
         raise UsageError(
-            f"--{rule.policy} gives each module its own rank, and {consumer.name} "
-            "reads one for all: use --rank"
+            f"--{rule.policy} gives each module its own rank, but {consumer.name} reads one rank "
+            "for all; use --rank"
         )
 
 
@@ -58,8 +58,8 @@ def refuse_bytes(ranks: Ranks, form: Format) -> None:
     size = size_of(ranks)
     if size is not None and size.in_bytes and form.name != "peft":
         raise UsageError(
-            f"--budget {ranks.budget}: a size in bytes is for PEFT's file; for {form.title} "
-            "give numbers, such as 10M"
+            f"--budget {ranks.budget}: a size in bytes is only for PEFT's file; for {form.title} "
+            "give a count of numbers, such as 10M"
         )
 
 
@@ -106,7 +106,7 @@ class Size:
         left -= sum(len(name) + _HEADER_ENTRY for name in names) + 1024
         if left <= 0:
             raise UsageError(
-                f"--budget {self.most} bytes: tensors saved whole and the file's header take more; "
+                f"--budget {self.most} bytes: tensors saved whole and the file's header need more; "
                 "allow more, or leave such tensors out"
             )
         return left

@@ -121,9 +121,7 @@ def hub_id(text: str) -> str:
 
     found = parse(text)
     if found is None or found.subfolder:
-        raise UsageError(
-            f"{text[:80]!r} is no id of the hub, such as org/name or org/name@revision"
-        )
+        raise UsageError(f"{text[:80]!r} is not a hub id, such as org/name or org/name@revision")
     return text
 
 

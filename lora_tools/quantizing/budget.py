@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from lora_tools.engine.buffers import Buffers
 
 _HEADER_GROWS = 64  # bytes, by other sizes and places of one layer's tensors
-_STAYS = "stays, as four bits would cost it most for its bytes (--budget)"
+_STAYS = "not quantized: four bits cost most here for each byte (--budget)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +57,13 @@ class Budget:
         if spare < 0:
             more = f"{-8 * spare / numbers:.3f} bits" if self.in_bits else counted(-spare, "byte")
             raise UsageError(
-                f"--budget {self.text}: {more} more are needed with every layer in four bits; "
-                "allow that, or give a larger --blocksize"
+                f"--budget {self.text}: even with every layer in four bits, {more} more are "
+                "needed; allow them, or give a larger --blocksize"
             )
         if spare >= sum(item.spec.nbytes for item in items) - taken:
             raise UsageError(
-                f"--budget {self.text}: holds the model as it is: nothing is to be quantized"
+                f"--budget {self.text}: the model fits without quantization, so there is nothing "
+                "to do"
             )
         sizes = {b: sum(_in_blocks(item, b).nbytes for item in items) for b in sorted(BLOCKSIZES)}
         block = next(b for b, size in sizes.items() if size - taken <= spare)
@@ -132,8 +133,8 @@ def plan_within(
         four = shares.quantized.get(item.name)
         if four and item.packed is None:
             raise CheckpointError(
-                f"--budget: {item.name} would have to stay with a layer of a like name, which a "
-                "loader's list of names does not tell apart; leave both out by --exclude"
+                f"--budget: {item.name} and another layer have such similar names that a config "
+                "cannot list only one of them; leave both out with --exclude"
             )
         return item if four is not False else dataclasses.replace(item, reason=_STAYS)
 
@@ -160,9 +161,9 @@ def share_out(
     known = any(item.feeding is not None for item in items)
     if not known and any(item.rounding for item in items):
         raise UsageError(
-            "--budget: the statistics hold no layer's second moment in full, only diagonals; "
-            "`loratools collect-stats --kind full` collects it, or leave --activations out, to go "
-            "by the errors of the weights"
+            "--budget: the statistics hold only diagonals; collect them with `loratools "
+            "collect-stats --kind full`, or leave --activations out to use the errors of the "
+            "weights"
         )
     free = [item for item in items if item.feeding is not None or not known]
     tasks = [Measure(item, source.decoded_bytes(item.target.base_name)) for item in free]
@@ -176,8 +177,8 @@ def share_out(
     of_what = "layers' outputs" if known else "weights (no statistics of inputs are given)"
     note = (
         f"--budget {budget.text}: blocks of {room.blocksize}, and {sum(stays)} of "
-        f"{counted(len(items), 'layer')} as they are; that leaves {left:.1%} of the squared error "
-        f"of the {of_what}"
+        f"{counted(len(items), 'layer')} not quantized; the squared error of the {of_what} is "
+        f"{left:.1%} of what it would be"
     )
     return Shares(quantized, room.blocksize, note)
 
@@ -186,7 +187,8 @@ def note_on(budget: Budget, room: Room) -> str:
     """What a plan says that was made before anything is measured."""
     return (
         f"--budget {budget.text}: blocks of {room.blocksize}, and {room.spare:,} bytes for layers "
-        "that stay as they are; which ones is found by measuring, and here none does yet"
+        "that are not quantized; which layers these are depends on the weights, so this plan has "
+        "none of them"
     )
 
 

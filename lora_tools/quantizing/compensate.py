@@ -89,7 +89,7 @@ def plan_compensation(
     """
     if rank is None:
         if iterations is not None:
-            raise UsageError("--compensate-iterations goes with --compensate")
+            raise UsageError("--compensate-iterations needs --compensate")
         return None
     iterations = 1 if iterations is None else iterations
     if rank < 1:
@@ -97,7 +97,7 @@ def plan_compensation(
     if iterations < 1:
         raise UsageError(f"--compensate-iterations {iterations}: at least 1 is needed")
     if not base.is_folder:
-        raise UsageError("--compensate needs a folder: a bare file has no room for an adapter")
+        raise UsageError("--compensate needs a folder; a bare file cannot hold an adapter")
     if adapters:
         stackable(adapters)
         for target in plan_merge(base, adapters).targets:
@@ -111,8 +111,8 @@ def _refuse_other_names(part: Part, name: str) -> None:
     theirs = getattr(part.source, "module", None)
     if theirs is not None and theirs != split_tensor(name)[0]:
         raise MismatchError(
-            f"{part.weighted.path}: calls {theirs} what the base calls {name}, so that both cannot "
-            "go into one adapter; leave --adapter out and load the two adapters one by one"
+            f"{part.weighted.path}: calls {theirs} what the base calls {name}, so one adapter "
+            "cannot hold both; leave --adapter out, and load the two adapters one by one"
         )
 
 
@@ -242,7 +242,7 @@ def finish(
     into ``out``; returns its bytes. Raises MismatchError where there is nothing to write."""
     if not writer.ranks:
         raise MismatchError(
-            "four bits hold every weight exactly, so that there is nothing to compensate; leave "
+            "four bits hold every weight exactly, so there is nothing to compensate; leave "
             "--compensate out"
         )
     task = next((w.adapter.config.get("task_type") for w in how.adapters), None)

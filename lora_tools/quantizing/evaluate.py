@@ -26,7 +26,7 @@ class Evaluator:
 
     Attributes:
         given: the checkpoint as it was named; path: that of the text.
-        most: the loss, in nats a token, that may be added.
+        most: the loss, in nats per token, that may be added.
     """
 
     given: str | Path
@@ -63,9 +63,9 @@ class Evaluator:
         added = found["loss_increase"]
         if self.most is not None and not added <= self.most:
             raise QualityGateError(
-                f"the loss on {self.path} increases by {added:.4g} nats a token, and "
-                f"{self.most:g} are allowed (--max-loss-increase); nothing was written. "
-                "--activations lowers it, and with it --compensate or --scale-search",
+                f"the loss on {self.path} increases by {added:.4g} nats per token, more than "
+                f"{self.most:g} (--max-loss-increase); nothing was written. --activations lowers "
+                "it, and also --compensate or --scale-search together with it",
                 report,
             )
         return report
@@ -113,7 +113,7 @@ def plan_evaluation(
     """
     if wanted.eval_text is None:
         if wanted.max_loss_increase is not None:
-            raise UsageError("--max-loss-increase goes with --eval-text")
+            raise UsageError("--max-loss-increase needs --eval-text")
         return None
     from lora_tools.calibration import check_library
 
@@ -126,7 +126,7 @@ def plan_evaluation(
     task = task_of(base.config, "auto")
     if task.kind != DECODER:
         raise UsageError(
-            f"--eval-text: the loss is that of a decoder (causal-lm), and {base.path} is for "
+            f"--eval-text: only a decoder (causal-lm) has a loss on text, and {base.path} is for "
             f"{task.name}"
         )
     text = read_text(path)

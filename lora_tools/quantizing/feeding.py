@@ -80,10 +80,10 @@ def _fed(item: Item, known: Activations) -> Item:
     known.check(module, width)
     if not _has_grid(item):
         assert item.scheme is not None
-        why = f"{_BY_ITSELF}no errors are fed in {item.scheme.title}"
+        why = f"{_BY_ITSELF}{item.scheme.title} has no error feedback"
         return dataclasses.replace(item, rounding=why)
     if not known.is_full(module):
-        why = f"{_BY_ITSELF}of its inputs a diagonal is known only"
+        why = f"{_BY_ITSELF}only a diagonal of its inputs is known"
         return dataclasses.replace(item, rounding=why)
     return dataclasses.replace(item, feeding=Feeding(known, module), rounding=", error-fed")
 
@@ -106,15 +106,15 @@ def _notes(packed: Sequence[Item], known: Activations) -> list[str]:
     if left:
         whys = sorted({item.rounding.removeprefix(_BY_ITSELF) for item in left})
         notes.append(
-            f"rounded by themselves: {len(left)} of {counted(len(packed), 'weight')} "
-            f"({left[0].name}{', …' if left[1:] else ''}): {' or '.join(whys)}; collect-stats "
-            "--kind full has what it takes"
+            f"--activations was not used for {len(left)} of {counted(len(packed), 'weight')} "
+            f"({left[0].name}{(', …' if left[1:] else '')}): {' or '.join(whys)}; collect-stats "
+            "--kind full collects what is needed"
         )
     widest = max((width_of(item) for item in packed if item.feeding), default=0)
     if known.tokens is not None and known.tokens < widest:
         notes.append(
-            f"{known.path}: of {counted(known.tokens, 'token')}, and there are layers with "
-            f"{widest} inputs: more text gives better codes"
+            f"{known.path}: made from {counted(known.tokens, 'token')}, but some layers have "
+            f"{widest} inputs: more text gives better results"
         )
     return notes
 
@@ -141,7 +141,7 @@ def factor_of(feeding: Feeding, width: int) -> Factor | None:
     by = factor(moment)
     if by is None:
         raise CheckpointError(
-            f"{feeding.activations.path}: {feeding.module}: no second moment of inputs: it has "
+            f"{feeding.activations.path}: {feeding.module}: not a second moment, because it has "
             "negative eigenvalues; collect the statistics again"
         )
     return by

@@ -68,8 +68,8 @@ def pack(
             made = nf4.quantize_whole(*given)
         if not made.is_finite:
             raise NonFiniteError(
-                f"{name}: holds an inf or a NaN, which has no four-bit form, or its scales are so "
-                "large that double quantization, which takes their mean, overflows"
+                f"{name}: holds an inf or a NaN, or numbers so large that their scales overflow in "
+                "double quantization"
             )
         if item.feeding is not None:
             errors = feed(item.feeding, x, made, state, buffers)

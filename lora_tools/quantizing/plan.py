@@ -123,11 +123,11 @@ class QuantizePlan:
             nbytes = item.nbytes
             if item.packed is not None:
                 bits = 8 * nbytes / item.spec.numel
-                reason = f"{item.packed.label}, {bits:.3f} bits a parameter{item.rounding}"
+                reason = f"{item.packed.label}, {bits:.3f} bits per parameter{item.rounding}"
                 action = Action.QUANTIZE
             else:
                 bits = DTYPE_BITS[item.spec.dtype]
-                reason, action = f"{item.reason}, {bits} bits a parameter", merged.action
+                reason, action = f"{item.reason}, {bits} bits per parameter", merged.action
             if merged.reason:
                 reason += f"; {merged.reason}"
             fates.append(Fate(item.name, action, reason, nbytes))
@@ -208,7 +208,7 @@ def plan_quantize(
     if not any(item.packed for item in items):
         loader = "" if layers is None else " that transformers' loader quantizes"
         why = _commonest(reasons, [w for w in weights if w.layout in ("linear", "conv1d")])
-        raise MismatchError(f"{base.path}: holds no linear layer to quantize{loader}{why}")
+        raise MismatchError(f"{base.path}: has no linear layer to quantize{loader}{why}")
     return QuantizePlan(joined(items) if form.joins else items, tuple(sorted(skip)), merge)
 
 
@@ -232,7 +232,7 @@ def _commonest(reasons: Mapping[str, str], linears: Sequence[Weight]) -> str:
         return ""
     [(why, _)] = Counter(reasons[w.spec.name] for w in linears).most_common(1)
     first = next(w.spec.name for w in linears if reasons[w.spec.name] == why)
-    stay = f"all {len(linears)} stay, such as" if len(linears) > 1 else "one stays,"
+    stay = f"all {len(linears)} are left out, such as" if len(linears) > 1 else "one stays,"
     return f"; {stay} {first}: {why}"
 
 
@@ -258,9 +258,8 @@ def joined(items: Sequence[Item]) -> tuple[Item, ...]:
 def _refuse_parted(base: Checkpoint, experts: Sequence[str]) -> None:
     if experts:
         raise CheckpointError(
-            f"{base.path}: {experts[0]}: fused experts, which transformers does not find in such a "
-            "checkpoint: it looks for each of them by a name of its own there, and makes them at "
-            "random. Keep this model plain"
+            f"{base.path}: {experts[0]}: in a quantized checkpoint, transformers does not find "
+            "these fused experts and would make them at random; keep this model plain"
         )
 
 
@@ -283,19 +282,19 @@ def _reason(
     if form.experts is not False and is_expert(weight, form):
         return form.unfit(weight.spec), told
     if form.only_fused:
-        return reason or f"only experts are in {form.name} in such a model", False
+        return reason or f"in such a model only experts can be in {form.name}", False
     if layers is None:
         if not reason and named and not is_surely_linear(name, base.config, base.specs):
-            reason = "not known to be a linear layer's"
+            reason = "not known to be a linear layer"
     elif name not in layers.modules:
-        return reason or "not of a layer that transformers quantizes", told
+        return reason or "not in a layer that transformers quantizes", told
     else:
         linear = True
         reason = reason or layers.kept.get(name, "")
         if not reason and (weight.layout == "conv1d") != (name in layers.transposed):
-            reason = "stored transposed, or not, against its architecture"
+            reason = "stored in another orientation than in its architecture"
     if not reason and weight.layout == "conv1d" and not form.turns:
-        return f"a Conv1D, which no loader of {form.name} takes", False
+        return f"a Conv1D, which programs do not load in {form.name}", False
     return reason or form.unfit(weight.spec), linear or told
 
 
@@ -331,12 +330,14 @@ def _all_experts_or_none(
     if staying and form.experts is not True:
         name = staying[0].spec.name
         raise CheckpointError(
-            f"{base.path}: {name} stays ({reasons[name]}), and loaders do not take plain experts "
-            f"beside layers in {form.name}; fp8-block and fp8-channel are loaded so"
+            f"{base.path}: {name} is not quantized ({reasons[name]}), and programs do not load "
+            f"plain experts beside layers in {form.name}; use fp8-block or fp8-channel"
         )
     others = [weight for weight in experts if not reasons[weight.spec.name]] if staying else []
     for weight in others:
-        reasons[weight.spec.name] = "another expert stays, and loaders take all or none"
+        reasons[weight.spec.name] = (
+            "another expert is not quantized, and programs load all experts in one format"
+        )
     return others
 
 
@@ -357,7 +358,7 @@ def _follow_the_loader(
         for name, reason in reasons.items():
             modules = _modules(name, layers)
             if not reason and any(form.skips(module, skip) for module in modules):
-                reasons[name] = "its name is like that of a layer that stays"
+                reasons[name] = "its name is too similar to that of a layer that is not quantized"
                 skip.update(map(form.entry, modules))
                 again = True
 
@@ -367,7 +368,7 @@ def _item(target: Target, weight: Weight, reason: str, form: Form, search: bool)
     if reason:
         return Item(target, spec, None, reason=reason)
     if spec.dtype == "F64":
-        raise UsageError(f"{spec.name}: float64, which is not quantized; pass --dtype float32")
+        raise UsageError(f"{spec.name}: float64 cannot be quantized; pass --dtype float32")
     packed = form.lay_out(spec, weight.layout == "conv1d")
     scheme = next(scheme for scheme in SCHEMES if scheme.name == form.scheme)
     return Item(target, spec, packed, scheme, searched=search)

@@ -170,8 +170,8 @@ def _open(
     how = plan_compensation(base, numbers.compensate, numbers.compensate_iterations, weighted)
     if form.needs_config and not base.stored.config:
         raise UsageError(
-            f"{base.path}: no config.json, which says what numbers in {form.name} stand for; give "
-            "a folder with one, or quantize to nf4"
+            f"{base.path}: has no config.json, which {form.name} needs; give a folder with one, or "
+            "quantize to nf4"
         )
     merge = plan_merge(base, [] if how else weighted, lenient)
     other = matching.allow_other_base
@@ -200,13 +200,14 @@ def _stored_so(base: Checkpoint, plan: QuantizePlan) -> list[str]:
     label = known[same[0]].label
     if len(same) == len(packed):
         raise CheckpointError(
-            f"{base.path}: quantized already, in {base.scheme.title}: every weight that would be "
-            f"is stored as {label}. An adapter goes into it by `loratools merge --requantize`; to "
-            "round it anew, `loratools dequantize` it first"
+            f"{base.path}: is already quantized, in {base.scheme.title}: every weight is stored as "
+            f"{label}; to add an adapter, use `loratools merge --requantize`, and to quantize it "
+            "again, run `loratools dequantize` first"
         )
     return [
-        f"{base.path}: {counted(len(same), 'weight')} ({same[0]}{', …' if same[1:] else ''}) of "
-        f"{len(packed)} {'are' if same[1:] else 'is'} stored as {label} already, and rounded again"
+        f"{base.path}: {counted(len(same), 'weight')} ({same[0]}{(', …' if same[1:] else '')}) of "
+        f"{len(packed)} {('are' if same[1:] else 'is')} stored as {label} already, and will be "
+        "rounded again"
     ]
 
 
@@ -221,7 +222,7 @@ def prepare_dequantize(
     view = open_checkpoint(checkpoint, running.allow_pickle)
     quantized = view.quantized if isinstance(view, Dequantized) else {}
     if not quantized and all(file.path.suffix == ".safetensors" for file in view.files):
-        raise MismatchError(f"{view.path}: its numbers are plain already: no weight is quantized")
+        raise MismatchError(f"{view.path}: is plain already: no weight is quantized")
     planned = Planned(str(checkpoint), "checkpoint", view, (), plan_merge(view, []))
     specs = out_specs(planned.plan, dtype_of(storage))
     shards = signed(lay_out(view, specs, limit_of(storage, view)), command, [])
@@ -258,7 +259,7 @@ def form_of(numbers: NumberFormat) -> Form:
     if numbers.scheme and numbers.quant_type and numbers.scheme != numbers.quant_type:
         raise UsageError(
             f"--scheme {numbers.scheme} and --quant-type {numbers.quant_type} exclude each other: "
-            "the latter is the older name of the former"
+            "--quant-type is the old name of --scheme"
         )
     form = FORMS[numbers.scheme or numbers.quant_type or QUANT_TYPES[0]]
     if form.name in QUANT_TYPES:
@@ -274,8 +275,8 @@ def form_of(numbers: NumberFormat) -> Form:
         if given != field.default and field.name not in _OF_ALL_FORMS:
             option = "--" + "no-" * (given is False) + field.name.replace("_", "-")
             raise UsageError(
-                f"{option} goes with {' and '.join(QUANT_TYPES)}, which bitsandbytes makes: "
-                f"--scheme {form.name} has no such setting"
+                f"{option} is for {' and '.join(QUANT_TYPES)}: --scheme {form.name} has no such "
+                "setting"
             )
     return form
 
@@ -302,13 +303,17 @@ def _notes(
     notes = []
     if base.scheme is not None:
         notes.append(
-            f"{base.path}: in {base.scheme.title}; errors are those against what it dequantizes to"
+            f"{base.path}: is in {base.scheme.title}; errors are measured against its dequantized "
+            "numbers"
         )
     if tensors.lm_head and base.weights.head and not plan.merge.unties:
-        notes.append("the output head is the input embedding and stays: --lm-head has no effect")
+        notes.append(
+            "the output head is also the input embedding, which is not quantized: --lm-head has "
+            "no effect"
+        )
     if not base.config:
         notes.append(
-            "no config.json to write quantization_config into; a loader needs "
+            "there is no config.json for quantization_config; a program that loads this needs "
             + json.dumps(entries["quantization_config"])
         )
     return notes

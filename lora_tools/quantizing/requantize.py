@@ -80,18 +80,18 @@ def prepare_requantize(
     """
     view = planned.source
     if view.scheme is None:
-        raise UsageError("--requantize needs a BASE that is quantized, and its numbers are plain")
+        raise UsageError("--requantize needs a quantized BASE, but this one is plain; leave it out")
     if isinstance(view, FittedBase):
         raise UsageError(
-            "--requantize keeps the tensors of BASE, and the adapter brings another vocabulary or "
-            "head: `loratools dequantize` it, merge, and quantize again"
+            "--requantize keeps the tensors of BASE, but the adapter needs another vocabulary or "
+            "head; run `loratools dequantize`, merge, and quantize again"
         )
     assert isinstance(view, Dequantized)
     way = way_of(view.scheme)
     if way is None:
         raise UsageError(
-            f"--requantize: {view.scheme.title} is read here and not written; leave it out, and "
-            "the merged checkpoint is plain"
+            f"--requantize: {view.scheme.title} can be read but not written; leave it out, and the "
+            "merged checkpoint is plain"
         )
     _refuse_shared_tensors(view)
     if merging.reversible:
@@ -140,8 +140,8 @@ def _refuse_shared_tensors(view: Dequantized[Any]) -> None:
         mine = {spec.name for spec in weight.specs.values()}
         for tensor in sorted(mine & seen):
             raise UsageError(
-                f"--requantize: {tensor} is of {name} and of other weights, and is not written "
-                "anew here; leave it out, and the merged checkpoint is plain"
+                f"--requantize: {tensor} belongs to {name} and to other weights, and cannot be "
+                "written again; leave --requantize out, and the merged checkpoint is plain"
             )
         seen |= mine
 
@@ -187,8 +187,8 @@ def _lost(totals: MergeTotals, view: Dequantized[Any]) -> list[str]:
         return []
     return [
         f"{view.scheme.title} keep{'s' * (not view.scheme.title.endswith('s'))} {kept:.0%} of the "
-        "adapters' change: most of it is smaller than their rounding. Leave --requantize out for a "
-        "plain checkpoint, or load the adapter beside BASE"
+        "adapters' change, because most of it is smaller than the rounding. For a plain "
+        "checkpoint leave --requantize out, or load the adapter beside BASE"
     ]
 
 

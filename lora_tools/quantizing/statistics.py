@@ -92,7 +92,9 @@ def collect(
             return Collected(frozenset(spec.name for spec in file.specs))
         except NotInBlocksError as error:
             out.unlink(missing_ok=True)
-            note = f"the whole model was in memory, since it is not run in blocks: {error}"
+            note = (
+                f"the whole model was in memory, because it cannot be run block by block: {error}"
+            )
         model, moments = load(folder, running.allow_pickle).to(device), Moments(kind)
         done = counting(running.progress, len(rows), "sequences")
         with _file(out, model, kind, metadata) as file:
@@ -212,21 +214,21 @@ def plan_calibration(
     if numbers.calibrate is None:
         for field in ("calibration_tokens", "calibration_seed"):
             if getattr(numbers, field) is not None:
-                raise UsageError(f"--{field.replace('_', '-')} goes with --calibrate")
+                raise UsageError(f"--{field.replace('_', '-')} needs --calibrate")
         return None
     if numbers.activations is not None:
-        raise UsageError("--calibrate and --activations exclude each other: one set of statistics")
+        raise UsageError("--calibrate and --activations exclude each other: both are statistics")
     from lora_tools.calibration import check_library, window
 
     checkpoint = open_checkpoint(given, running.allow_pickle)
     length = window(checkpoint.config)
     if numbers.calibration_tokens is not None and numbers.calibration_tokens < length:
-        raise UsageError(f"--calibration-tokens: at least {length} are needed, one sequence")
+        raise UsageError(f"--calibration-tokens: at least {length} are needed, for one sequence")
     check_library("--calibrate")
     if not checkpoint.is_folder or not checkpoint.config or checkpoint.scheme is not None:
         raise UsageError(
             f"--calibrate: {checkpoint.path}: a folder with a config.json, a tokenizer and plain "
-            "weights is needed; `loratools dequantize` makes quantized ones plain"
+            "weights is needed; for quantized weights, run `loratools dequantize` first"
         )
     path = Path(numbers.calibrate)
     text, seed = read_text(path), numbers.calibration_seed or 0

@@ -41,6 +41,6 @@ class HubFile(Source):
         size = total(response.headers.get("content-range", ""))
         if size is None:  # all of it, whatever was asked for
             if len(data) > end:
-                raise LastingError("the hub gives all of it where a part is asked for")
+                raise LastingError("the hub sends all of it instead of a part")
             return Answer(data[begin:end], len(data), revision)
         return Answer(data, size, revision)

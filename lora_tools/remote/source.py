@@ -106,7 +106,7 @@ class Source:
             said = f"{len(answer.data):,} bytes came of {wanted:,}"
         raise CheckpointError(
             f"{self.shown}: bytes {begin:,} to {end:,} could not be read in {TRIES} tries "
-            f"({said}); run the command again once the connection is better"
+            f"({said}); run the command again when the connection is better"
         )
 
     def _check(self, answer: Answer) -> None:
@@ -127,13 +127,14 @@ class Source:
             now = self.now()
         except FileNotFoundError:
             raise CheckpointError(
-                f"{self.shown}: gone since it was opened; put it back, and run the command again"
+                f"{self.shown}: was deleted since it was opened; put it back, and run the command "
+                "again"
             ) from None
         if now != self.tag:
             raise self._changed()
 
     def _changed(self) -> CheckpointError:
         return CheckpointError(
-            f"{self.shown}: changed since it was opened; run the command again once nothing writes "
+            f"{self.shown}: changed since it was opened; run the command again when nothing writes "
             "to it"
         )

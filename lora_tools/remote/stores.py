@@ -100,10 +100,7 @@ async def _over_http(system: Any, path: str, begin: int, end: int) -> Answer:
         return Answer(bytes(data), size, _tag_of_answer(answer.headers, size))
 
 
-_NO_RANGES = (
-    "the server gives all of it, or more, where some of its bytes are asked for (it does not "
-    "serve ranges); download it first, and give what lies here"
-)
+_NO_RANGES = "the server does not serve ranges of bytes; download it first, and give the local path"
 
 
 def _tag_of_answer(headers: Mapping[str, str], size: int | None) -> str:
@@ -213,7 +210,7 @@ def said_of_error(error: BaseException, address: str) -> str:
     """The first line of an error, without the address as it was given."""
     said = first_line(error)
     if isinstance(error, FileNotFoundError):
-        return "nothing is there, or it may not be seen; is the address right?"
+        return "nothing is there, or access is not allowed; is the address right?"
     if type(error).__name__ == "NoCredentialsError":
         return f"{said}; set the credentials that fsspec's packages look for (docs/tasks/remote.md)"
     query = urlsplit(address).query

@@ -33,8 +33,8 @@ class Destination:
         store = store_of(address)
         if store is None or not store.is_written:
             raise UsageError(
-                f"--out {self.shown}: nothing is written there; name a folder, and upload it once "
-                f"it is complete ({urls.uploader(address)})"
+                f"--out {self.shown}: cannot write to such an address; name a local folder, and "
+                f"upload it when it is complete ({urls.uploader(address)})"
             )
         self._put = store.put
         self._system, self._path = opened(self.address)
@@ -88,7 +88,9 @@ class Destination:
         self._try(functools.partial(self._system.put_file, **self._put), str(path), name)
         size, there = path.stat().st_size, self._try(self._system.info, name)["size"]
         if size != there:
-            raise OutputError(f"{self.shown}: {path.name} has {there:,} bytes there, {size:,} here")
+            raise OutputError(
+                f"{self.shown}: {path.name} has {there:,} bytes there, but {size:,} here"
+            )
 
     def _old(self) -> set[str]:
         """What lies there, and is replaced."""

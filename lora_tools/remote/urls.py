@@ -11,8 +11,8 @@ _TOOLS = {
     "gs": ("gcloud storage cp -r", "gcloud storage cp -r"),
     "az": ("azcopy copy", "azcopy sync"),
     "abfs": ("azcopy copy", "azcopy sync"),
-    "http": ("curl -LO", "curl -T, a file at a time"),
-    "https": ("curl -LO", "curl -T, a file at a time"),
+    "http": ("curl -LO", "curl -T, one file at a time"),
+    "https": ("curl -LO", "curl -T, one file at a time"),
     "hf": ("hf download", "hf upload"),
 }
 # A ``Path`` of an address has one slash.

@@ -114,8 +114,8 @@ def _beside(folder: Path) -> tuple[str, ...]:
     if not names:
         return ()
     return (
-        f"other adapters lie in its folder and are not read: {', '.join(names)}; give "
-        f"{folder / names[0]} for that one",
+        f"its folder has other adapters, which are not read: {', '.join(names)}; to use one, give "
+        f"{folder / names[0]}",
     )
 
 
@@ -193,11 +193,11 @@ def _weights(source: str | Path, path: Path) -> Path:
         return path
     if not path.is_dir():
         before, equals, weight = str(source).rpartition("=")
-        hint = "neither a file nor a folder is there"
+        hint = "there is no such file or folder"
         if equals and Path(before).exists():
             hint = (
-                f"{before} is there, and takes no weight here; an adapter with another strength "
-                f"makes: loratools rescale {before} -o OUT --scale {weight}"
+                f"{before} is there, but a weight is not allowed here; make an adapter of another "
+                f"strength first: loratools rescale {before} -o OUT --scale {weight}"
             )
         raise AdapterError(f"{source}: no such adapter; {hint}")
     named = [path / name for name in _NAMES if is_there(path / name, AdapterError)]
@@ -205,11 +205,11 @@ def _weights(source: str | Path, path: Path) -> Path:
     safe = [p for p in found if p.suffix not in PICKLE_SUFFIXES] or found
     if not safe:
         raise AdapterError(
-            f"{source}: no {peft.CONFIG} there, and no file of tensors; is it an adapter folder?"
+            f"{source}: has no {peft.CONFIG} and no file of tensors; is it an adapter folder?"
         )
     if len(safe) > 1:
         raise AdapterError(
-            f"{source}: no {peft.CONFIG} there, and several files: "
-            f"{', '.join(p.name for p in safe[:5])}; pass one of them"
+            f"{source}: has no {peft.CONFIG} and several files "
+            f"({', '.join(p.name for p in safe[:5])}); give one of them"
         )
     return safe[0]

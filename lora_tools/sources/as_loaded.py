@@ -66,21 +66,21 @@ def notes_on_names(side: Checkpoint) -> list[str]:
         reason = why_unknown(side.config, side.specs)
         if reason:
             notes.append(
-                "modules have the names that the files give them, which need not be those in "
-                f"memory that PEFT goes by: {reason}"
+                "modules have their names in the files, which may differ from the names in memory "
+                f"that PEFT needs: {reason}"
             )
     if isinstance(side, LoadedView) and side.others:
         first = side.others[0]
         notes.append(
-            f"{len(side.others)} tensors have the names that {side.how.by} gives them on loading, "
-            f"such as {first.spec.name} for {first.pieces[0].stored}; --names stored keeps those "
-            "of the files"
+            f"{len(side.others)} tensors have the names that {side.how.by} uses in memory, such as "
+            f"{first.spec.name} for {first.pieces[0].stored}; --names stored keeps the names in "
+            "the files"
         )
     other = side.how.other if isinstance(side, LoadedView) else ()
     other = tuple(name for name in other if name not in side.outside)
     if isinstance(side, LoadedView) and other:
         notes.append(
-            f"{side.how.by} does not load {len(other)} tensors as they are, such as {other[0]}: "
-            "what changed in them is not loaded by PEFT either"
+            f"{side.how.by} does not load {len(other)} tensors, such as {other[0]}, so PEFT does "
+            "not load their changes either"
         )
     return notes

@@ -77,7 +77,7 @@ def identify(given: Adapter, form: Format, base: Base | None, wanted: str | None
 def refuse_base_name(form: Format, wanted: str | None) -> None:
     """Raises UsageError where a name is wanted, and the format has no config to put it in."""
     if form.name != "peft" and wanted is not None:
-        raise UsageError(f"--base-name: {form.title} has no place for it")
+        raise UsageError(f"--base-name: {form.title} cannot store it")
 
 
 def class_fields(

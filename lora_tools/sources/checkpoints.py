@@ -72,8 +72,8 @@ def open_checkpoint(
         beside = checkpoint.scheme
         where = f"beside weights in {beside.title}" if beside is not None else "here"
         raise CheckpointError(
-            f"{stored.path}: quantized as {sign.title} (by {sign.where}), which is not read "
-            f"{where}: {sign.advice}"
+            f"{stored.path}: quantized as {sign.title} (by {sign.where}), which cannot be read "
+            f"{where}; {sign.advice}"
         )
     return checkpoint
 
@@ -85,16 +85,16 @@ def _open_pipeline(
     names = folders_of(folder)
     if not wanted:
         raise CheckpointError(
-            f"{folder}: a diffusers pipeline, and one model is wanted here; give the folder of one "
-            f"of its parts ({', '.join(names)}): {folder / names[0]}"
+            f"{folder}: is a diffusers pipeline, but one model is needed here; give the folder of "
+            f"one of its parts ({', '.join(names)}): {folder / names[0]}"
         )
     parts = {}
     variant = variants.wanted()
     held = {name: variants.there(path.name for path in (folder / name).iterdir()) for name in names}
     if variant is not None and not any(variant in each for each in held.values()):
         raise CheckpointError(
-            f"{folder}: none of its parts has files of the variant {variant}; "
-            f"there are {', '.join(sorted({v for each in held.values() for v in each})) or 'none'}"
+            f"{folder}: none of its parts has files of the variant {variant}; its variants: "
+            f"{', '.join(sorted({v for each in held.values() for v in each})) or 'none'}"
         )
     for name in names:
         known = variant if variant is not None and variant in held[name] else None
@@ -107,7 +107,7 @@ def from_file(checkpoint: Checkpoint) -> str:
     """What to do where a folder is needed, and this is a file that one can be made of; or ""."""
     if not checkpoint.is_folder or checkpoint.path.is_dir():
         return ""
-    return f"; make one of it: loratools dequantize {checkpoint.path} -o FOLDER"
+    return f"; make one: loratools dequantize {checkpoint.path} -o FOLDER"
 
 
 def by_plain_names(stored: Checkpoint) -> Checkpoint:
@@ -176,7 +176,7 @@ def _found(source: str | Path, allow_pickle: bool) -> Path:
     path = hub.here(source, allow_pickle, by_headers=True)
     if not os.path.exists(path):  # noqa: PTH110 - Path.exists raises on an overlong name
         refuse_dangling(path)
-        raise CheckpointError(f"{source}: no such file or folder, nor an org/name of the hub")
+        raise CheckpointError(f"{source}: no such file or folder, and not a hub id (org/name)")
     if not (path.is_file() or path.is_dir()):
         raise CheckpointError(f"{path}: neither a file nor a folder")
     return meant(path, CheckpointError)
@@ -205,7 +205,7 @@ def _open_modules(folder: Path, allow_pickle: bool) -> Checkpoint:
     if pipeline.is_deeper and not weight_files(main.folder):
         raise CheckpointError(
             f"{folder}: a sentence-transformers folder whose first module, {main.path} "
-            f"({main.kind}), holds no weights itself; give the folder of one of its transformers"
+            f"({main.kind}), has no weights itself; give the folder of one of its transformers"
         )
     checkpoint = _open_folder(main.folder, allow_pickle)
     checkpoint.pipeline = pipeline
@@ -240,8 +240,8 @@ def _open_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
         refuse_steps(folder)
         models = sorted(folder.glob("*.gguf"))
         if models:
-            raise CheckpointError(f"{folder}: GGUF files: {_names(models)}; pass one of them")
-        raise CheckpointError(f"{folder}: no .safetensors file in it; is the download complete?")
+            raise CheckpointError(f"{folder}: has GGUF files: {_names(models)}; give one of them")
+        raise CheckpointError(f"{folder}: has no .safetensors file; is the download complete?")
     return found
 
 
@@ -264,7 +264,9 @@ def _open_files(folder: Path, suffixes: Iterable[str], allow_pickle: bool) -> Ch
         indexes = [path for path in found if path.suffix == ".json"]
         files = [path for path in found if path.suffix != ".json"]
         if len(indexes) > 1:
-            raise CheckpointError(f"{folder}: several indexes: {_names(indexes)}; pass one file")
+            raise CheckpointError(
+                f"{folder}: has several indexes: {_names(indexes)}; give one file"
+            )
         if indexes:
             names = read_index(indexes[0])
             checkpoint = Checkpoint(
@@ -285,7 +287,8 @@ def _open_files(folder: Path, suffixes: Iterable[str], allow_pickle: bool) -> Ch
             _refuse_titled(folder, FORMATS["peft"].title)
         if len(files) > 1:
             raise CheckpointError(
-                f"{folder}: several weight files and no index: {_names(files)}; pass one of them"
+                f"{folder}: has several weight files and no index: {_names(files)}; give one of "
+                "them"
             )
         if files:
             return Checkpoint(folder, [open_weights(files[0], allow_pickle)], True, None)
@@ -300,13 +303,13 @@ def _of_variant(folder: Path, suffix: str) -> list[Path]:
     others = variants.there(names)
     if names and not found:
         raise CheckpointError(
-            f"{folder}: holds only files of the variant {' or '.join(others)}: --variant "
-            f"{others[0]} reads them"
+            f"{folder}: has only files of the variant {' or '.join(others)}; read them with "
+            f"--variant {others[0]}"
         )
     if wanted is not None and names and wanted not in others:
         raise CheckpointError(
-            f"{folder}: no files of the variant {wanted}; there are "
-            f"{', '.join(others) or 'none of any variant'}"
+            f"{folder}: no files of the variant {wanted}; its variants: "
+            f"{', '.join(others) or 'none'}"
         )
     return [path for path in paths if path.name in found]
 

@@ -104,8 +104,8 @@ class Dequantized(View, Generic[P]):
             self.scheme.decode(self.quantized[name], parts or self.parts(name), out, start)
             if not is_finite(out):
                 raise NonFiniteError(
-                    f"{name}: decodes to an inf or a NaN in {out.dtype}: a code is one, or its "
-                    f"scales are too large for its codes; {AGAIN}"
+                    f"{name}: decodes to an inf or a NaN in {out.dtype}, because of a code or of a "
+                    f"scale that is too large; {AGAIN}"
                 )
         return out
 

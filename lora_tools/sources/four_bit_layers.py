@@ -67,9 +67,9 @@ def four_bit_layers(
         if loader_skips(module, how.facts.kept):
             kept[name] = "kept in full precision by transformers"
         elif module in how.facts.read:
-            kept[name] = "read by another layer, which would take codes for numbers"
+            kept[name] = "read by another layer, which would use the codes as numbers"
         elif module in how.facts.rescaled:
-            kept[name] = "rescaled in place by its model, which would round codes again"
+            kept[name] = "rescaled by its model, which would round the codes again"
     return FourBitLayers(
         modules,
         frozenset(name for name, module in modules.items() if linears[module]),

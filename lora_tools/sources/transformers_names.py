@@ -170,7 +170,7 @@ def model_of(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> tupl
     if find_spec("transformers") is None:
         return None, NO_TRANSFORMERS
     if _most_layers(config) > max(len(specs), 1000):
-        return None, "config.json claims more layers than there are tensors"
+        return None, "config.json has more layers than there are tensors"
     try:
         return weightless(name, config), ""
     except Exception as error:  # an older transformers, a class that it does not know, …
@@ -227,7 +227,7 @@ def _weightless(name: str, config: str) -> Any:
     with quietly(), torch.device("meta"):
         kind = getattr(transformers, name)
         if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-            raise TypeError(f"{name} is no model of transformers")
+            raise TypeError(f"{name} is not a model of transformers")
         settings = json.loads(config, object_hook=without_kernels)
         config_class = CONFIG_MAPPING[settings["model_type"]]
         # Infinity is {"__float__": "Infinity"} in a file.

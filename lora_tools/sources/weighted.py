@@ -101,8 +101,8 @@ def _refuse_twice(weighted: Sequence[Weighted]) -> None:
     for each in weighted:
         if each.weight == 1 and first.setdefault(each.adapter.path.resolve(), each) is not each:
             raise UsageError(
-                f"{each.path}: given twice, which adds it twice; if that is meant, give it once "
-                f"with a weight of 2: {each.path}=2"
+                f"{each.path}: given twice, so it would be added twice; if you want that, give it "
+                f"once with the weight 2: {each.path}=2"
             )
 
 

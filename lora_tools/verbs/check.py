@@ -79,10 +79,10 @@ def _totals(
     ]
     left = list(consumer.unsure)
     if side is None:
-        left.insert(0, "whether its modules are those of the base, which --base tells")
+        left.insert(0, "whether its modules fit the base (give --base)")
     elif side.unknown:
         left.insert(0, f"names in memory: {side.unknown}")
-    reads = "does not read all of it as it is meant" if found else "reads all of it"
+    reads = "does not read all of it correctly" if found else "reads all of it"
     return {
         "consumer": consumer.name,
         "as_of": consumer.version,
@@ -102,7 +102,7 @@ def _said(totals: CheckTotals) -> str:
     text += f" (and {more} more)" if more else ""
     if totals["next"]:
         return f"{text}. Next: `{totals['next']}`"
-    return f"{text}. No command here makes it so, nor does merge find a place for all of it"
+    return f"{text}. No command can change that, and merge cannot apply all of it either"
 
 
 def _notes(given: Adapter, consumer: Consumer, side: Base | None) -> list[str]:
@@ -110,15 +110,13 @@ def _notes(given: Adapter, consumer: Consumer, side: Base | None) -> list[str]:
     heads = heads_to_add(given, consumer, side)
     if heads:
         notes.append(
-            f"saved whole, and not in the base: {', '.join(heads[:_EXAMPLES])}; it is read where "
-            "the model is loaded with such a head"
+            f"saved whole, but not in the base: {', '.join(heads[:_EXAMPLES])}; it is read if the "
+            "model is loaded with such a head"
         )
     top = max((module.r for module in given.modules.values()), default=0)
     if consumer.rank_option and top and (not consumer.ranks or top <= consumer.ranks[-1]):
         room = consumer.rank_for(top)
-        notes.append(
-            f"{consumer.name} has to be started with {consumer.rank_option} {room} or more"
-        )
+        notes.append(f"start {consumer.name} with {consumer.rank_option} {room} or more")
     return notes
 
 

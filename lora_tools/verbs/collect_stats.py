@@ -47,13 +47,13 @@ def collect_stats(
 
     length, most = sampling.length, sampling.max_tokens
     if length < 1 or (most is not None and most < length):
-        raise UsageError("--length: at least 1 is needed, and --max-tokens at least one sequence")
+        raise UsageError("--length must be at least 1, and --max-tokens at least one sequence")
     calibration.check_library()
     checkpoint = open_checkpoint(model, call.running.allow_pickle)
     if not checkpoint.path.is_dir():
         raise CheckpointError(
-            f"{model}: a bare file; a folder that transformers loads is needed"
-            f"{from_file(checkpoint)}"
+            f"{model}: is a file, but a folder that transformers loads is "
+            f"needed{from_file(checkpoint)}"
         )
     refuse_compressed(file.path for file in checkpoint.files)
     content = read_text(Path(text))
@@ -63,7 +63,9 @@ def collect_stats(
     notes: tuple[str, ...] = ()
     if checkpoint.scheme is not None:
         plain = prepare_dequantize(model, Storage(), call.running, command_of("dequantize"))
-        notes = (f"{checkpoint.path}: in {checkpoint.scheme.title}; run as what it dequantizes to",)
+        notes = (
+            f"{checkpoint.path}: is in {checkpoint.scheme.title}; its dequantized numbers are used",
+        )
     report = call.report(
         (Input("model", str(model)), Input("text", str(text))),
         fates,

@@ -128,8 +128,8 @@ def _form(weighted: Sequence[Weighted], to: str | None) -> Format:
     for each in weighted:
         if each.adapter.unresolved and not form.keeps_names:
             raise AdapterError(
-                f"{each.path}: {each.adapter.unresolved}; give the model it was trained on with "
-                f"--base, to write {form.title}"
+                f"{each.path}: {each.adapter.unresolved}; to write {form.title}, give the model it "
+                "was trained on with --base"
             )
     return form
 
@@ -146,7 +146,10 @@ def _blocks(weighted: Sequence[Weighted]) -> dict[str, tuple[bool, ...]]:
     for each in weighted:
         for module, blocks in each.adapter.blocks.items():
             if found.setdefault(module, blocks) != blocks:
-                raise MismatchError(f"{module}: {each.path} changes other blocks of it; --to peft")
+                raise MismatchError(
+                    f"{module}: {each.path} changes other blocks of it than the others do; use "
+                    "--to peft"
+                )
     return found
 
 
@@ -164,9 +167,9 @@ def _options(combining: Combining, ranks: Ranks, dtype: str | None) -> Combinati
     """How to combine. Raises UsageError for options that contradict each other."""
     method, density = combining.method, combining.density
     if method in LOW_RANK and density is not None:
-        raise UsageError(f"--density goes with a method that prunes, and {method} does not")
+        raise UsageError(f"--density is for methods that prune, and {method} does not")
     if method not in LOW_RANK and density is None:
-        raise UsageError(f"--method {method} needs --density, the share of elements it keeps")
+        raise UsageError(f"--method {method} needs --density, the share of elements to keep")
     return Combination(
         method,
         rank_rule(ranks),
@@ -183,12 +186,12 @@ def _check_bases(weighted: Sequence[Weighted]) -> None:
     bases = bases_named(weighted)
     if len(bases) > 1:
         (one, first), (other, second) = list(bases.items())[:2]
-        why = "their changes do not add up on either"
+        why = "their changes do not add up on either base"
         if one.partition(":")[0] != other.partition(":")[0]:
-            why = "whether these are digests of one base cannot be told, as they are of two kinds"
+            why = "the digests are of two kinds, so they cannot be compared"
         raise MismatchError(
             f"{first} was made for the base with the digest {one}, and {second} for {other}: "
-            f"{why}; pass --allow-other-base to add them all the same"
+            f"{why}; pass --allow-other-base to add them anyway"
         )
 
 
@@ -209,11 +212,11 @@ def _fate(name: str, terms: Sequence[Term]) -> Fate:
 def _notes(options: Combination, weighted: Sequence[Weighted], form: Format) -> list[str]:
     notes = [note for w in weighted for note in w.adapter.notes]
     if {form.name, *(w.adapter.format for w in weighted)} != {"peft"}:
-        notes.append(f"written in the format {form.title}; --to names another")
+        notes.append(f"written in the format {form.title}; choose another with --to")
     if options.method not in LOW_RANK:
         assert options.rule is not None
         notes.append(
-            "pruning leaves no low rank behind: the errors are those of decomposing the result"
+            "after pruning the change is not low-rank: the errors come from decomposing the result"
         )
     names = {str(w.adapter.config.get("base_model_name_or_path") or "") for w in weighted} - {""}
     if len(names) > 1:

@@ -139,8 +139,8 @@ def _made_lora(
     dtype = parse_float_dtype(adapter_form.dtype) if adapter_form.dtype else None
     if rule is None:
         raise UsageError(
-            f"{path} is an adapter of {works[0].source.kind.title}, and no product of two factors: "
-            "how close a LoRA is to come, --rank or --energy says"
+            f"{path} is an adapter of {works[0].source.kind.title}, which is not a product of two "
+            "factors; say how close a LoRA should come, with --rank or --energy"
         )
     fates = [
         *(Fate(w.source.module, Action.CONVERT, w.source.kind.title) for w in works),
@@ -198,9 +198,9 @@ def _refuse_tied(
     where = found.get("embedding", [])
     if where and not target.tied_embedding and "embedding" not in drop:
         raise UnsupportedAdapter(
-            f"{given.path}: {min(where)} is the output head of {names.path}, too: {target.library} "
-            "has one tensor for both and aborts on factors of it; --drop embedding leaves them "
-            "out, and merging the adapter into the base keeps them"
+            f"{given.path}: {min(where)} is also the output head of {names.path}: {target.library} "
+            "has one tensor for both, and aborts if there are factors of it; leave them out with "
+            "--drop embedding, or merge the adapter into the base to keep them"
         )
 
 
@@ -209,17 +209,17 @@ def _blocks(
 ) -> dict[str, tuple[bool, ...]]:
     """The modules that are to be MergedLinears, and their blocks. Raises UsageError."""
     if kinds and not target.own_forms:
-        raise UsageError(f"--layout goes with --to loralib; {target.title} has plain factors only")
+        raise UsageError(f"--layout is for --to loralib; {target.title} has plain factors only")
     found: dict[str, tuple[bool, ...]] = dict(given.blocks)
     for pattern, kind in kinds:
         matching = [m for m in given.modules if pattern.search(m)]
         if not isinstance(kind, Merged) or len(set(kind.sizes)) > 1:
             raise UsageError(
-                "--layout: merged:BLOCKS, such as merged:3/101, is what loralib needs to be told; "
-                "its blocks are of one size"
+                "--layout: loralib needs merged:BLOCKS, such as merged:3/101, with blocks of "
+                "equal size"
             )
         if not matching:
-            raise UsageError(f"--layout {pattern.pattern!r}: is found in no module's name")
+            raise UsageError(f"--layout {pattern.pattern!r}: matches no module name")
         found |= dict.fromkeys(matching, kind.enabled)
     return found
 

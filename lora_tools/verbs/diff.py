@@ -42,7 +42,7 @@ class _Seen:
     base: float = 0.0  # ‖W_base‖²
 
 
-_RELATIVE = "relative change: ‖tuned − base‖ / ‖base‖, in the title over all tensors of floats"
+_RELATIVE = "relative change: ‖tuned − base‖ / ‖base‖; in the title over all float tensors"
 
 
 @verb
@@ -114,7 +114,7 @@ def _found(
     fates = (*(s.fate for s in seen), *plan.settled)
     counts = [fate.action for fate in fates]
     notes = [
-        f"{side.path}: in {side.scheme.title}; seen as the numbers it stands for"
+        f"{side.path}: is in {side.scheme.title}; its dequantized numbers are used"
         + unknown_noise(side)
         for side in sides
         if side.scheme is not None

@@ -38,7 +38,9 @@ def refuse_files(
         named["TEXT"] = given["text"]
     for flag, value in named.items():
         if value is not None and (address := urls.url(value)):
-            raise UsageError(f"{flag} {urls.shown(address)}: this file lies on a disk; name one")
+            raise UsageError(
+                f"{flag} {urls.shown(address)}: this must be a local file; give a local path"
+            )
 
 
 @contextlib.contextmanager
@@ -87,8 +89,8 @@ class Upload:
         shown = self._destination.shown
         if writing.resume or writing.clean or writing.finish or writing.shard is not None:
             raise UsageError(
-                f"--out {shown}: --resume, --clean, --shard and --finish go with an output on a "
-                "disk; name a folder, and upload it once it is complete"
+                f"--out {shown}: --resume, --clean, --shard and --finish need a local output; name "
+                "a folder, and upload it when it is complete"
             )
         for place in _places(row, given):
             if f"{shown}/".startswith(f"{place}/") or f"{place}/".startswith(f"{shown}/"):
@@ -112,7 +114,10 @@ class Upload:
         except BaseException as error:
             shutil.rmtree(home, ignore_errors=True)
             if isinstance(error, OutputError):  # such as a full disk: this one is meant
-                here = f"it is made in {tempfile.gettempdir()} first; TMPDIR names another folder"
+                here = (
+                    f"it is made in {tempfile.gettempdir()} first; choose another folder with "
+                    "TMPDIR"
+                )
                 error.args = (f"{error}; {here}",)
             raise
         if self._writing.dry_run:
@@ -135,7 +140,9 @@ class Upload:
             if made is not None:
                 made.folders.pop(out.parent, None)  # that very place is meant
             how = urls.uploader(self._destination.address)
-            said = f"the result lies in {out.parent}; upload it ({how}), its index or config last"
+            said = (
+                f"the result is in {out.parent}; upload it ({how}), with its index or config last"
+            )
             if isinstance(error, OutputError):
                 raise OutputError(f"{error}; {said}") from None
             interruption.current().kept.append(f"{self._destination.shown}: {said}")

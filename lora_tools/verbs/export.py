@@ -79,7 +79,7 @@ def export(
     if in_place and weights.change:
         why = "--adapter, --dtype and --nf4 change the weights"
         if source.scheme is not None and quantization.decoded:
-            why = f"{source.path} is in {source.scheme.title}, which no graph reads"
+            why = f"{source.path} is in {source.scheme.title}, which a graph cannot read"
         raise UsageError(f"{why}: choose another output")
     work = Export(
         source,
@@ -117,7 +117,7 @@ def _refuse_half(graphs: Graphs, quantized: Quantized, check: Check, runtime: bo
         "--eval-text": check.eval_text is not None,
     }
     for option in (name for name, given in asked.items() if given):
-        raise UsageError(f"{option} goes with --compute-dtype float32; leave one of the two out")
+        raise UsageError(f"{option} needs --compute-dtype float32; leave one of the two out")
 
 
 def _runtime(

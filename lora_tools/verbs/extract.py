@@ -138,10 +138,10 @@ def _refuse_rounded(to: Format, form: AdapterForm) -> None:
     if to.alpha == "module" or not (form.alpha is not None or form.rslora):
         return
     if to.alpha == "folded" or to.one_rank or form.rslora:
-        why = {"folded": "has no place for lora_alpha"}.get(to.alpha, "has one scale for all ranks")
+        why = {"folded": "cannot store lora_alpha"}.get(to.alpha, "has one scale for all ranks")
         given = "--rslora" if to.alpha == "one" and not to.one_rank else "--alpha and --rslora"
         raise UsageError(
-            f"{given}: {to.title} {why}; leave them out, the effect is the same with any"
+            f"{given}: {to.title} {why}; leave them out, because the effect does not depend on them"
         )
 
 
@@ -152,7 +152,10 @@ def _options(ranks: Ranks, form: AdapterForm, search: Search, to: Format) -> Dec
     target = consumer_named(form.consumer)
     if to.name != "peft":
         if not target.loads:
-            raise UsageError(f"--for {target.name} is of PEFT's folders, and --to is {to.name}")
+            raise UsageError(
+                f"--for {target.name} needs the format of PEFT, but --to is {to.name}; leave one "
+                "of the two out"
+            )
         target = readers_of(to)
         refuse_base_name(to, form.base_name)
         refuse_bytes(ranks, to)
@@ -160,8 +163,8 @@ def _options(ranks: Ranks, form: AdapterForm, search: Search, to: Format) -> Dec
     refuse_shared(rule, target)
     if search.activations is not None and (ranks.noise_floor or ranks.gavish_donoho):
         raise UsageError(
-            "--activations weighs the rounding noise as well, and --noise-floor and "
-            "--gavish-donoho judge it unweighed: choose ranks by --rank, --energy or --budget"
+            "--activations also weighs the rounding noise, but --noise-floor and --gavish-donoho "
+            "need it unweighted; choose ranks with --rank, --energy or --budget"
         )
     cached = search.spectrum_cache is not None
     # One alpha of the whole file is that of each module from the start, whatever their ranks.
@@ -190,8 +193,9 @@ def _refuse_several(base: Checkpoint, form: Format) -> None:
     if base.models and not form.by_component:
         able = " or ".join(name for name, row in FORMATS.items() if row.by_component)
         raise UsageError(
-            f"{base.path}: a pipeline of several models, and {form.title} is for one: give --to "
-            f"{able}, or the folder of one of its parts, such as {base.path / min(base.models)}"
+            f"{base.path}: is a pipeline of several models, and {form.title} is for one model; "
+            f"give --to {able}, or the folder of one of its parts, such as "
+            f"{base.path / min(base.models)}"
         )
 
 
@@ -226,7 +230,7 @@ def _sides(
     for side in sides:
         if side.scheme is None:
             continue
-        said.append(f"{side.path}: in {side.scheme.title}; seen as the numbers it stands for")
+        said.append(f"{side.path}: is in {side.scheme.title}; its dequantized numbers are used")
         _refuse_noise(side, side.scheme, options.rule.policy)
         said[-1] += unknown_noise(side)
     if form.name != "peft":
@@ -246,8 +250,8 @@ def _refuse_noise(side: Checkpoint, scheme: StoredFormat, policy: str) -> None:
         instead = "" if side.noise_unknown() else "--noise-floor, "
         of = f" ({unknown[0]})" if unknown else ""
         raise UsageError(
-            f"{side.path}: in {scheme.title}{of}, whose rounding --{policy.replace('_', '-')} does "
-            f"not know: choose ranks by {instead}--rank, --energy or --budget"
+            f"{side.path}: is in {scheme.title}{of}, and --{policy.replace('_', '-')} does not "
+            f"know its rounding; choose ranks with {instead}--rank, --energy or --budget"
         )
 
 

@@ -197,7 +197,7 @@ def _refuse_no_place() -> None:
         Path.cwd()
     except FileNotFoundError:
         raise UsageError(
-            "the current folder does not exist any more; change to one that does (cd)"
+            "the current folder does not exist any more; change to another one (cd)"
         ) from None
 
 
@@ -217,17 +217,16 @@ def _refuse_name(row: Verb, out: str) -> None:
     GGUF model of a checkpoint, or a pickle."""
     if row.writes and out == "-":
         raise UsageError(
-            "--out -: nothing is written to stdout; name a folder or a file (./- for one of that "
-            "name)"
+            "--out -: cannot write to stdout; name a folder or a file (./- for a file called -)"
         )
     if row.writes and Path(out).suffix in PICKLE_SUFFIXES:
         raise UsageError(
-            f"--out {out}: pickles are read and not written; give a name that ends in .safetensors"
+            f"--out {out}: pickles cannot be written; give a name that ends in .safetensors"
         )
     if row.writes and Storage in row.records.values() and Path(out).suffix == ".gguf":
         raise UsageError(
-            f"--out {out}: GGUF models are read and not written; name a folder, which is written "
-            "in safetensors, and make a GGUF of that with llama.cpp's convert_hf_to_gguf.py"
+            f"--out {out}: GGUF models cannot be written; name a folder, and convert it with "
+            "llama.cpp's convert_hf_to_gguf.py"
         )
 
 

@@ -60,10 +60,8 @@ class _Thing:
     folder: Path | None = None
 
 
-_BY_HEADERS = (
-    "looked at by its headers alone, since it lies elsewhere: no digest, and no tensor was read"
-)
-_STABLE_RANK = "stable rank: ‖s·B·A‖² / σ₁², over how many directions a change is spread"
+_BY_HEADERS = "only headers were read, because the file is remote: there is no digest"
+_STABLE_RANK = "stable rank: ‖s·B·A‖² / σ₁², roughly how many directions a change has"
 
 
 @verb
@@ -85,7 +83,9 @@ def inspect(call: Call, path: str | Path, view: View) -> Look:
     if given.is_dir():
         thing = dataclasses.replace(thing, folder=given)
     if target is not None and (thing.adapter is None or not thing.adapter.modules):
-        raise UsageError(f"--plot: {path} is no adapter with factors; diff draws two checkpoints")
+        raise UsageError(
+            f"--plot: {path} is not an adapter with factors; for two checkpoints, use diff --plot"
+        )
 
     def run() -> Report[InspectTotals]:
         report = _described(call, path, thing)
@@ -182,7 +182,7 @@ def _open_adapter(path: Path, allow_pickle: bool) -> _Thing:
     }
     notes = [*adapter.notes]
     if adapter.unresolved:
-        notes.append(f"{adapter.unresolved}: modules are named as in the file")
+        notes.append(f"{adapter.unresolved}: modules have their names in the file")
     files = getattr(adapter.stored, "files", (adapter.stored,))
     return _Thing("adapter", files, facts, tuple(notes), adapter)
 
@@ -206,7 +206,7 @@ def _open_weights(checkpoint: Checkpoint) -> _Thing:
         view, sign = as_plain(checkpoint)
     except CheckpointError as error:  # broken, or in a variant that is not read: still looked at
         kind, view, sign = "quantized checkpoint", checkpoint, None
-        notes.append(f"quantized, and no other verb reads it: {error}")
+        notes.append(f"quantized, and the other commands cannot read it: {error}")
     if isinstance(view, Dequantized):
         kind = f"checkpoint in {view.scheme.title}"
         facts["quantized"] = view.scheme.facts(view.quantized)
@@ -216,15 +216,17 @@ def _open_weights(checkpoint: Checkpoint) -> _Thing:
     elif sign is not None:
         kind = f"quantized checkpoint ({sign.title})"
     if sign is not None:
-        notes.append(f"quantized (by {sign.where}), which no other verb reads: {sign.advice}")
+        notes.append(
+            f"quantized (by {sign.where}), and the other commands cannot read it; {sign.advice}"
+        )
     if checkpoint.pipeline is not None:
         root = checkpoint.pipeline.root
         apart = [path.relative_to(root).as_posix() for path in checkpoint.pipeline.files()]
         if apart:
-            notes.append(f"outside the transformer, and in no figure here: {', '.join(apart)}")
+            notes.append(f"outside the transformer, and not in these figures: {', '.join(apart)}")
     head, embedding = checkpoint.weights.tied_pair
     if head:
-        stored = "stored all the same" if head in checkpoint.specs else "not stored"
+        stored = "is stored anyway" if head in checkpoint.specs else "not stored"
         notes.append(f"{head} is tied to {embedding}, and {stored}")
     return _Thing(kind, checkpoint.files, facts, tuple(notes))
 

@@ -45,5 +45,5 @@ def merge(
 
         return prepare_requantize(planned, storage, running, call.command, merging)
     if merging.activations is not None:
-        raise UsageError("--activations goes with --requantize: plain numbers are rounded once")
+        raise UsageError("--activations needs --requantize")
     return prepare_merge(planned, storage, running, call.command, merging.reversible)

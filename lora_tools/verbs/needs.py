@@ -17,7 +17,7 @@ from lora_tools.watch.places import said_of
 
 _WORTH = 1 << 30  # bytes read and written, below which a run takes seconds anyway
 
-_BY_NETWORK = "the time is without that of the network, by which the inputs are read"
+_BY_NETWORK = "the time does not include the network, over which the inputs are read"
 
 
 def with_needs(prepared: Prepared, out: Path, nbytes: int, running: Running) -> Report[Any]:

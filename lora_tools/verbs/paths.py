@@ -92,8 +92,8 @@ class Paths:
         for (name, path), (other, place) in itertools.combinations(outputs.items(), 2):
             if overlap(path, place):
                 raise UsageError(
-                    f"{name} {path} and {other} {place} are one, or one lies in the other; choose "
-                    "another place for one of them"
+                    f"{name} {path} and {other} {place} are the same, or one is inside the other; "
+                    "choose another place for one of them"
                 )
 
     @staticmethod
@@ -111,10 +111,16 @@ class Paths:
     def _check_report(self, report: Path) -> None:
         for source in self.inputs:
             if overlap(report, source):
-                raise UsageError(f"--report {report}: is the input {source}, or lies in it")
+                raise UsageError(
+                    f"--report {report}: is the input {source}, or is inside it; choose another "
+                    "file"
+                )
         for name, path in self.outputs.items():
             if overlap(report, path):
-                raise UsageError(f"--report {report}: is what {name} writes, or lies in it")
+                raise UsageError(
+                    f"--report {report}: is the output of {name}, or is inside it; choose another "
+                    "file"
+                )
 
 
 def exists(path: str | Path) -> bool:

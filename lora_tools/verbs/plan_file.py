@@ -34,8 +34,8 @@ def write_or_compare(prepared: Prepared, writing: Writing, out: str) -> None:
     path = Path(writing.plan)
     if prepared.jobs is None:
         raise UsageError(
-            f"--plan {path}: with --budget, --calibrate or --eval-text the jobs are not known "
-            "beforehand; leave those out, or --plan"
+            f"--plan {path}: with --budget, --calibrate or --eval-text, the jobs are not known in "
+            "advance; leave those out, or --plan"
         )
     lines = _lines(prepared, out)
     is_shared = writing.shard is not None or writing.finish
@@ -101,13 +101,13 @@ def _compare(path: Path, lines: Iterable[str]) -> None:
             for mine, there in itertools.zip_longest(lines, file):
                 if mine != there:
                     raise UsageError(
-                        f"--plan {path}: is a plan of other work: it has {_shown(there)}, and what "
-                        f"is asked for here has {_shown(mine)}; give the same options and inputs, "
-                        "or write the plan anew with --dry-run"
+                        f"--plan {path}: is a plan of other work: it has {_shown(there)}, but this "
+                        f"command has {_shown(mine)}; give the same options and inputs, or write "
+                        "the plan again with --dry-run"
                     )
     except FileNotFoundError:
         raise UsageError(
-            f"--plan {path}: no such file; write it first, by the same command with --dry-run "
+            f"--plan {path}: no such file; write it first, with the same command and --dry-run "
             "instead of --shard or --finish"
         ) from None
     except (OSError, UnicodeDecodeError) as error:

@@ -58,8 +58,8 @@ def quantize(
     calibration = plan_calibration(checkpoint, number_format, call.running)
     if calibration is not None and (call.writing.shard is not None or call.writing.finish):
         raise UsageError(
-            "--calibrate: each shard would collect statistics of its own; make them once by "
-            "loratools collect-stats, and give them to all by --activations"
+            "--calibrate: each shard would collect its own statistics; collect them once with "
+            "loratools collect-stats, and give them to all shards with --activations"
         )
     prepared = prepare(number_format.activations)
     if calibration is not None:
@@ -90,7 +90,7 @@ def _calibrated(
             report, inputs=(*inputs, calibration.input), notes=(*report.notes, *collected.notes)
         )
 
-    note = f"error-fed where the text reaches them: by statistics collected on {calibration.path}"
+    note = f"statistics for error feedback were collected on {calibration.path}"
     report = dataclasses.replace(plan.report, notes=(*plan.report.notes, note))
     return dataclasses.replace(
         plan, report=report, write=write, nbytes=plan.nbytes + calibration.space, jobs=None
@@ -109,8 +109,8 @@ def _gated(report: Report[QuantizeTotals], max_error: float | None) -> Report[Qu
     said = exceeded(max_error, [(worst.tensor, error(worst), "")], total)
     if said:
         raise QualityGateError(
-            f"{said}; nothing was written. More bits lower it; of four (nf4, fp4), a smaller "
-            "--blocksize, --scale-search or --compensate, too",
+            f"{said}; nothing was written. Use more bits, or for nf4 and fp4 a smaller "
+            "--blocksize, --scale-search or --compensate",
             report,
         )
     return report

@@ -101,7 +101,7 @@ def _options(strength: Strength, ranks: Ranks, form: AdapterForm) -> Rescaling:
             "choose one, --rslora, --dtype, --base-name or --for"
         )
     if strength.effect == "change" and (strength.alpha is None or rule is not None):
-        raise UsageError("--effect change goes with --alpha, and not with --rank or --energy")
+        raise UsageError("--effect change needs --alpha, and excludes --rank and --energy")
     return Rescaling(
         1.0 if strength.scale is None else strength.scale,
         strength.alpha,
@@ -134,8 +134,8 @@ def _refuse(given: Adapter, form: Format, strength: Strength, ranks: Ranks) -> N
     refuse_bytes(ranks, form)
     if given.use_dora and (strength.scale is not None or strength.effect == "change"):
         raise UnsupportedAdapter(
-            f"{given.path}: a DoRA adapter cannot be scaled: its magnitudes fix the norm of each "
-            "output; merge it with a weight instead (ADAPTER=0.5)"
+            f"{given.path}: a DoRA adapter cannot be scaled, because its magnitudes fix the norm "
+            "of each output; merge it with a weight instead (ADAPTER=0.5)"
         )
 
 
@@ -155,7 +155,7 @@ def _notes(given: Adapter, options: Rescaling, scale: float | None, form: Format
     notes = list(given.notes)
     if given.format != "peft":
         notes.append(
-            f"written in the format that it came in, {form.title}"
+            f"written in the same format, {form.title}"
             if form.name == given.format
             else "written in PEFT's format"
         )
@@ -171,17 +171,17 @@ def _notes(given: Adapter, options: Rescaling, scale: float | None, form: Format
     if idle and options.keep_effect:
         notes.append(no_effect(idle, given))
         if options.alpha is not None:
-            notes[-1] += "; lora_B is zero now, since lora_alpha no longer is"
+            notes[-1] += "; lora_B is zero now, because lora_alpha no longer is"
     elif idle:
         notes.append(
-            f"{len(idle)} modules had lora_alpha 0 and no effect, and have one now, such as "
+            f"{len(idle)} modules had lora_alpha 0 and no effect, and now have one, such as "
             f"{idle[0].name}"
         )
     if options.rule is not None:
         notes += uncovered([*given.whole, *given.tokens])
     if options.pad_to is not None:
         notes.append(
-            f"for {options.consumer.name}: every module has rank {options.pad_to}, "
-            "alpha the same, zeros where it had less"
+            f"for {options.consumer.name}: every module has rank {options.pad_to} now, padded with "
+            "zeros, and the same alpha"
         )
     return notes

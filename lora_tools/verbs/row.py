@@ -153,7 +153,7 @@ class Keyword:
         if self.option.allowed is not None and number and not self.option.allowed[0](value):
             raise UsageError(f"{self.flag} {value}: {self.option.allowed[1]}")
         if not self._suits(value):
-            raise TypeError(f"{self.name} is to be {self.written}: {value!r}")
+            raise TypeError(f"{self.name} must be {self.written}, not {value!r}")
         if self.option.parse is not None:
             self.option.parse(value)
 
@@ -277,7 +277,7 @@ class Verb:
         bound |= given
         missing = [name for name in names if name not in bound]
         if missing:
-            raise TypeError(f"{self.name}() misses the argument {missing[0]!r}")
+            raise TypeError(f"{self.name}() needs the argument {missing[0]!r}")
         for name in {a.name for a in self.arguments if a.several} & bound.keys():
             bound[name] = several(self.name, name, bound[name])
         for argument in self.arguments:
@@ -317,12 +317,14 @@ class Verb:
         if whole is None:
             for field in mine:
                 if self.by_name[field].required and field not in single:
-                    raise TypeError(f"{self.name}() misses the keyword argument {field!r}")
+                    raise TypeError(f"{self.name}() needs the keyword argument {field!r}")
             return _plain(record(**single), self.by_name)
         if not isinstance(whole, record):
-            raise TypeError(f"{self.name}() wants {name} to be of {record.__name__}: {whole!r}")
+            raise TypeError(f"{self.name}() wants {name} to be a {record.__name__}, not {whole!r}")
         if single:
-            raise UsageError(f"{name} holds {', '.join(single)}: give the record or its fields")
+            raise UsageError(
+                f"{name} already has {', '.join(single)}; give the record or its fields, not both"
+            )
         for other in dataclasses.fields(record):
             if other.name not in mine and getattr(whole, other.name) != other.default:
                 raise UsageError(f"{self.command} does not take {other.name} ({name})")

@@ -58,9 +58,9 @@ def unmerge(
     checkpoint = open_checkpoint(merged, allow_pickle, pipelines=True)
     if checkpoint.scheme is not None:
         raise CheckpointError(
-            f"{checkpoint.path}: in {checkpoint.scheme.title}, whose rounding cannot be undone; "
-            "unmerge the checkpoint that it was quantized from, or what `loratools dequantize` "
-            "makes of it"
+            f"{checkpoint.path}: is in {checkpoint.scheme.title}, and its rounding cannot be "
+            "undone; unmerge the checkpoint that it was quantized from, or run `loratools "
+            "dequantize` first"
         )
     weighted = open_weighted(adapters, allow_pickle, checkpoint, matching.allow_unmatched)
     memory = _memory(checkpoint, undoing.sidecar)
@@ -116,7 +116,9 @@ def _memory(merged: Checkpoint, wanted: bool | None) -> Sidecar | None:
         return None
     there = is_there(lies_at)
     if wanted and not there:
-        raise MismatchError(f"{lies_at}: no sidecar there; `loratools merge --reversible` makes it")
+        raise MismatchError(
+            f"{lies_at}: there is no sidecar; `loratools merge --reversible` makes one"
+        )
     return Sidecar(lies_at) if there else None
 
 
@@ -133,8 +135,8 @@ def _weaker(memory: Sidecar | None) -> list[str]:
     if memory is None or hashing.used() == "xxh3" or hashing.kind_of(memory.base_digest) != "xxh3":
         return []
     return [
-        f"{memory.path} holds an XXH3 digest of the base, and the result is checked by that: it "
-        "tells accidents, not attacks; `merge --reversible --digest sha256` writes the stronger"
+        f"{memory.path} holds an XXH3 digest of the base. It detects accidents, not attacks; "
+        "`loratools merge --reversible --digest sha256` writes a stronger one"
     ]
 
 

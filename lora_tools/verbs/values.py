@@ -35,7 +35,7 @@ def several(verb: str, name: str, value: Any) -> Sequence[Any]:
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
         hint = _next(value)
         found = type(value).__name__ if hint else repr(value)
-        raise TypeError(f"{verb}() wants a list of {name}: {found}{hint}")
+        raise TypeError(f"{verb}() wants a list of {name}, not {found}{hint}")
     return tuple(value)
 
 

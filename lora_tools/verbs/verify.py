@@ -116,8 +116,8 @@ def _checkpoint(
             instead = (
                 "give --against instead of --base"
                 if isinstance(merged, Dequantized) and way_of(merged.scheme) is not None
-                else "what it was rounded from is not known; compare what `loratools dequantize` "
-                "makes of it"
+                else "it is not known what it was rounded from; run `loratools dequantize` on it, "
+                "and verify the result"
             )
             raise UsageError(f"{path}: is in {merged.scheme.title}; {instead}")
         read.append(merged.path)
@@ -143,14 +143,14 @@ def _check_call(asked: Comparison) -> None:
             "adapter), or --against (a quantized checkpoint or ONNX)"
         )
     if asked.against is not None and asked.tuned is not None:
-        raise UsageError("--tuned goes with --base")
+        raise UsageError("--tuned needs --base")
     if asked.base is not None and bool(asked.adapters) == (asked.tuned is not None):
         raise UsageError(
             "with --base give --adapter to verify a merged checkpoint, or --tuned to "
             "verify an adapter"
         )
     if asked.max_error is not None and asked.tuned is None and asked.against is None:
-        raise UsageError("--max-error goes with --tuned, or with --against")
+        raise UsageError("--max-error needs --tuned or --against")
 
 
 def _against(
@@ -172,12 +172,13 @@ def _against(
     view = open_checkpoint(path, allow_pickle)
     if not isinstance(view, Dequantized):
         raise UsageError(
-            f"{path}: is neither quantized nor an ONNX model; give --base and --adapter for a "
-            "merged checkpoint"
+            f"{path}: is neither quantized nor an ONNX model; for a merged checkpoint give --base "
+            "and --adapter"
         )
     if way_of(view.scheme) is None:
         raise UsageError(
-            f"{path}: is in {view.scheme.title}, which is read here and not written, so that it "
-            "is not known what quantizing gives; `loratools diff` says how far it is from another"
+            f"{path}: is in {view.scheme.title}, which can be read but not written, so it cannot "
+            "be quantized again for comparison; use `loratools diff` to see how far it is from "
+            "another checkpoint"
         )
     return verify_quantized(view, source, weighted, max_error, allow_pickle, jobs, progress)

@@ -69,7 +69,7 @@ def write(
             if folder.is_dir():
                 _put_card(row, asked, prepared, report, folder)
     if account.recalled and way == "resume":
-        said = f"{account.recalled} pieces of work were found done, and not done again (--resume)"
+        said = f"{account.recalled} tasks were already done and not repeated (--resume)"
         report = dataclasses.replace(report, notes=(*report.notes, said))
     for suffix in prepared.dropped if writing.force else ():
         out.with_name(out.name + suffix).unlink(missing_ok=True)
@@ -88,8 +88,8 @@ def _way_of(writing: Writing) -> tuple[Way, int | None, int | None]:
     ways = [way for way, is_given in given.items() if is_given]
     if len(ways) > 1:
         raise UsageError(
-            "--resume goes on with what was left, --clean removes it, --shard does a share and "
-            "--finish completes what all have done: give one of them"
+            "--resume continues an interrupted run, --clean deletes it, --shard does one share "
+            "and --finish writes --out from all shares; give only one of them"
         )
     number, count = part(writing.shard) if writing.shard is not None else (None, None)
     return ways[0] if ways else "refuse", number, count
@@ -130,7 +130,7 @@ class _Work:
         """
         assert job.count is not None
         shares = memo.Shares(job.count, number)
-        said = "all of the work is done; --finish puts it into its place"
+        said = "all work is done; run --finish to write --out"
         hidden = shared_staging.place(self.destination)
         try:
             with (
@@ -142,8 +142,8 @@ class _Work:
                 write_whole(self.prepared, own / "out")
         except ShareDone as done:
             said = (
-                f"shard {number} of {job.count}: {done.done} of {done.total} pieces of work are "
-                "done; once the others are, --finish puts all into its place"
+                f"shard {number} of {job.count}: {done.done} of {done.total} tasks are done in "
+                "all; when the other shards are done, run --finish"
             )
         except UsageError:  # one that names the folder means it
             raise
@@ -174,7 +174,7 @@ def _engine(running: Running) -> Iterator[Cluster | None]:
     """The cluster that does the work within; None where that is done here."""
     if running.engine == "threads":
         if running.workers is not None:
-            raise UsageError(f"--workers {running.workers}: goes with --engine dask; see --jobs")
+            raise UsageError(f"--workers {running.workers}: needs --engine dask; see --jobs")
         yield None
         return
     from lora_tools.engine import remote

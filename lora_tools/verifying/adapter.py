@@ -99,7 +99,7 @@ def verify_adapter(
         if fate.tensor not in there
     ]
     notes += _one_sided(settled)
-    notes += no_floats("not as in tuned", [p.name for p, d in both if not d.known])
+    notes += no_floats("not the same as in tuned", [p.name for p, d in both if not d.known])
     inputs = (
         Input("adapter", "", adapter_digest(weighted.adapter)),
         *(Input("", "", digest) for digest in _digests(both, base, tuned)),
@@ -188,10 +188,10 @@ def _verdict(both: Sequence[tuple[_Compared, _Distance]], totals: VerifyTotals) 
 
 def _fate(pair: _Compared, d: _Distance) -> Fate:
     if pair.brings:
-        said = f"relative error {d.relative:.4g}" if d.known else "no float, and another"
+        said = f"relative error {d.relative:.4g}" if d.known else "not a float, and different"
         return Fate(pair.name, Action.COMPARED, said)
     if pair.target is None:
-        return Fate(pair.name, Action.LEFT_OUT, "only the tuned side has it")
+        return Fate(pair.name, Action.LEFT_OUT, "only on the tuned side")
     action = Action.LEFT_OUT if d.change else Action.UNCHANGED
     return Fate(pair.name, action, "the adapter does not act on it")
 
@@ -225,7 +225,7 @@ def _alone(pair: _Compared, adapter: Adapter, tuned: Checkpoint) -> _Distance:
     ours = adapter.tensor(adapter.whole[pair.own]) if pair.brings else None
     if ours is not None and ours.shape != theirs.shape:
         raise MismatchError(
-            f"{pair.name}: the adapter's is {list(ours.shape)}, tuned {list(theirs.shape)}"
+            f"{pair.name}: is {list(ours.shape)} in the adapter, {list(theirs.shape)} in tuned"
         )
     if not tuned.specs[pair.own].is_float:
         unlike = 0.0 if ours is not None and ours.equal(theirs) else math.nan
@@ -258,7 +258,7 @@ def _from_base(target: Target, base: Checkpoint, tuned: Checkpoint, own: str) ->
         if not target.parts:
             return _Distance(change, change, energy, hashes)
     raise MismatchError(
-        f"{target.spec.name}: base is {list(old.shape)}, tuned {list(new.shape)}, and with the "
+        f"{target.spec.name}: base is {list(old.shape)}, tuned is {list(new.shape)}, and with the "
         f"adapter it is {list(target.spec.shape)}"
     )
 
@@ -343,7 +343,7 @@ def _one_sided(settled: Sequence[Fate]) -> list[str]:
     if not names:
         return []
     more = f" and {len(names) - 1} more" if names[1:] else ""
-    return [f"only the base has, and in no figure: {names[0]}{more}"]
+    return [f"only in the base, and not in the figures: {names[0]}{more}"]
 
 
 def _digests(

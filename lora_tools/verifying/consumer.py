@@ -142,7 +142,7 @@ def findings(given: Adapter, consumer: Consumer, base: Base | None) -> list[Find
     ]
     if strange:
         found.append(
-            Finding("unknown", "factors of modules that it has no place for", strange, False)
+            Finding("unknown", "factors of modules that it does not support", strange, False)
         )
     modules = _modules(given)
     if base is not None:
@@ -169,10 +169,10 @@ def _file(given: Adapter, consumer: Consumer) -> Iterator[Finding]:
         yield Finding("format", f"the format of {given.form}; it reads {titles}", [])
     elif isinstance(given.stored, Shards) and not consumer.shards:
         files = [file.path.name for file in given.stored.files]
-        yield Finding("shards", "tensors in several files, where it opens one", files)
+        yield Finding("shards", "tensors in several files, but it opens only one", files)
     odd = [key for key in given.stored.specs if ".lora_" in key and not _KEY.fullmatch(key)]
     if given.format == "peft" and odd:
-        yield Finding("keys", "keys that are not spelled as PEFT writes them", odd)
+        yield Finding("keys", "keys that are not spelled as in PEFT", odd)
 
 
 def _parts(given: Adapter, consumer: Consumer, base: Base | None) -> Iterator[Finding]:
@@ -184,7 +184,7 @@ def _parts(given: Adapter, consumer: Consumer, base: Base | None) -> Iterator[Fi
         return
     if given.changes and consumer.name != "peft":
         titles = " and ".join(sorted({c.kind.title for c in given.changes.values()}))
-        yield Finding("type", f"{titles}, which is no LoRA", list(given.changes), mended=False)
+        yield Finding("type", f"{titles}, which is not a LoRA", list(given.changes), mended=False)
     found = features(given, base.names if base is not None else None)
     head = found.pop("head", [])
     named = given.config.get("modules_to_save")
@@ -227,7 +227,7 @@ def _strengths(given: Adapter, consumer: Consumer) -> Iterator[Finding]:
         why = "rank_pattern or alpha_pattern gives"
         if given.use_rslora and not consumer.rslora:
             why = "use_rslora gives"
-        yield Finding("strength", f"a scale that {why} and that it does not read", others)
+        yield Finding("strength", f"a scale that {why}, which it does not read", others)
 
 
 def _names(
@@ -246,12 +246,17 @@ def _names(
             yield Finding(code, what, [modules[module] for module in chosen], mended)
     config = base.names.config
     if consumer.pipelines and "model_type" in config and "_class_name" not in config:
-        what = f"{base.names.path} is a {config['model_type']} model, and it loads pipelines"
+        what = (
+            f"{base.names.path} is a {config['model_type']} model, but this program loads pipelines"
+        )
         yield Finding("model", what, [], mended=False)
     if not consumer.towers and any(config.get(name) is not None for name in _TOWERS):
         towers = [key for module, key in modules.items() if _TOWER.fullmatch(module)]
         if towers:
-            what = "factors of what reads pictures or sound; it adapts the language model only"
+            what = (
+                "factors outside the language model (of image or sound encoders), which it does "
+                "not adapt"
+            )
             yield Finding("towers", what, towers, mended=False)
 
 
@@ -265,8 +270,9 @@ def _shapes(given: Adapter, consumer: Consumer, base: Base) -> Iterator[Finding]
     ]
     if other and consumer.saved:
         what = (
-            f"{other[0]} has {given.shape(given.whole[other[0]])[0]} rows and the base's has "
-            f"{specs[other[0]].shape[0]}: it has to be resized before the adapter is loaded"
+            f"{other[0]} has {given.shape(given.whole[other[0]])[0]} rows, but "
+            f"{specs[other[0]].shape[0]} in the base, which must be resized before the adapter is "
+            "loaded"
         )
         yield Finding("vocabulary", what, other, mended=False)
     elif base.misfit:

@@ -108,15 +108,15 @@ def _compared(target: Target, merged: Checkpoint, base: Checkpoint) -> Checked:
     name, stored = target.spec.name, merged.specs.get(target.spec.name)
     base_hash = hashing.tensor_hash(base.raw(target.base_name))
     if stored is None:
-        return Checked(target, Fate(name, Action.MISSING, "the base has it"), (base_hash, ""))
+        return Checked(target, Fate(name, Action.MISSING, "it is in the base"), (base_hash, ""))
     hashes = base_hash, hashing.tensor_hash(merged.raw(name))
     if stored.shape != target.spec.shape:
-        why = f"is {list(stored.shape)}, and should be {list(target.spec.shape)}"
+        why = f"is {list(stored.shape)}, but should be {list(target.spec.shape)}"
         return Checked(target, Fate(name, Action.DIFFERENT, why), hashes)
     if not target.parts and stored.dtype == base.specs[target.base_name].dtype:
         if hashes[0] == hashes[1]:
             return Checked(target, Fate(name, Action.COPIED), hashes)
-        why = "no adapter acts on it, and it is not the base's"
+        why = "no adapter acts on it, but it differs from the base"
         match = _match(target, merged, base) if stored.is_float else None
         if match is not None:
             why += f" in {match.outside:,} of its {match.numel:,} numbers"
@@ -152,7 +152,7 @@ def _count(target: Target, merged: Checkpoint, base: Checkpoint) -> Fate:
     matrix = target.matrix(target.spec.shape)
     if merged_whole(before, build_effects(target, base.tensor), matrix).equal(found):
         return Fate(name, Action.SAME, "the adapter's")
-    return Fate(name, Action.DIFFERENT, "is not the adapter's")
+    return Fate(name, Action.DIFFERENT, "differs from the adapter")
 
 
 def _judge(name: str, match: Match) -> Fate:
@@ -175,9 +175,9 @@ def _judge(name: str, match: Match) -> Fate:
 
 def _reason(match: Match) -> str:
     if not match.moved:
-        return "the base's, without the adapter"
+        return "the same as in the base, without the adapter"
     if match.unexplained > NEAR:
-        share = f"{match.unexplained:.0%} of the change is not the adapter's"
+        share = f"{match.unexplained:.0%} of the change is not from the adapter"
         return f"another base or adapter: {share}"
     return f"the adapter is {applied(match.coefficient)}"
 
@@ -186,7 +186,9 @@ def left_over(merged: Checkpoint, targets: Sequence[Target]) -> list[Fate]:
     """Tensors that the base lacks."""
     known = {target.spec.name for target in targets}
     return [
-        Fate(name, Action.EXTRA, "the base lacks it") for name in merged.specs if name not in known
+        Fate(name, Action.EXTRA, "it is not in the base")
+        for name in merged.specs
+        if name not in known
     ]
 
 
@@ -202,12 +204,12 @@ def tied_astray(merged: Checkpoint, plan: MergePlan) -> list[Fate]:
             Fate(
                 head,
                 Action.TIED,
-                "the adapter acts on one of the two only, and config.json still "
-                f"ties it to {embedding}: a loader drops one",
+                "the adapter changes only one of the two, but config.json still ties it to "
+                f"{embedding}: a program would drop one",
             )
         ]
     if head in merged.specs and bytes(merged.raw(head)) != bytes(merged.raw(embedding)):
-        return [Fate(head, Action.TIED, f"differs from {embedding}, and config.json ties the two")]
+        return [Fate(head, Action.TIED, f"differs from {embedding}, but config.json ties the two")]
     return []
 
 
@@ -230,7 +232,7 @@ def diagnosis(checked: Sequence[Checked], wrong: Sequence[Fate], said: str) -> s
     every = bool(low_rank) and low_rank <= {fate.tensor for fate, _ in off}
     if every and counts.get(Action.CHANGED):
         first = next(fate for fate in wrong if fate.action == Action.CHANGED)
-        what = f"another base: {first.tensor} is not the base's, though no adapter acts on it"
+        what = f"another base: {first.tensor} differs from the base, though no adapter acts on it"
     elif every and whole.unexplained > NEAR:
         what = "another base, or another adapter"
     elif every and one <= NEAR * max(abs(whole.coefficient), 1):
@@ -244,9 +246,9 @@ def verdict_of(totals: AgreementTotals, name: str) -> str:
     """One sentence where nothing is wrong."""
     n = totals["tensors_acted_on"]
     if totals["bit_for_bit_once"] == n:
-        return f"{name}, bit for bit, rounded once (as merge does, and PEFT in float32)"
+        return f"{name}, bit for bit, rounded once (as merge does)"
     if totals["bit_for_bit_twice"] == n:
         return f"{name}, bit for bit, rounded twice (PEFT's safe_merge)"
     near = "twice" if totals["share_twice"] > totals["share_once"] else "once"
     share = max(totals["share_twice"], totals["share_once"])
-    return f"{name}, to rounding: {share:.4%} of the elements are those rounded {near}"
+    return f"{name}, within rounding: {share:.4%} of the elements equal those rounded {near}"

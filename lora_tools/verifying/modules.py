@@ -18,13 +18,13 @@ def compare_modules(found: Checkpoint, wanted: Checkpoint, allow_pickle: bool) -
     fates = []
     for name in (*theirs.specs, *(name for name in mine.specs if name not in theirs.specs)):
         if name not in mine.specs:
-            fate = Fate(name, Action.MISSING, "the base has it")
+            fate = Fate(name, Action.MISSING, "it is in the base")
         elif name not in theirs.specs:
-            fate = Fate(name, Action.EXTRA, "the base lacks it")
+            fate = Fate(name, Action.EXTRA, "it is not in the base")
         elif mine.specs[name] != theirs.specs[name] or (
             hashing.tensor_hash(mine.raw(name)) != hashing.tensor_hash(theirs.raw(name))
         ):
-            fate = Fate(name, Action.CHANGED, "no adapter acts on it, and it is not the base's")
+            fate = Fate(name, Action.CHANGED, "no adapter acts on it, but it differs from the base")
         else:
             fate = Fate(name, Action.COPIED)
         fates.append(fate)

@@ -81,13 +81,13 @@ def verify_onnx(
     if found.strangers and run is None:
         raise MismatchError(
             f"{paths[0]}: {counted(len(found.strangers), 'weight')}, such as {found.strangers[0]} "
-            f"{found.weights.specs[found.strangers[0]].dtype}, without the name and the "
-            "numbers of any tensor of the checkpoint (are they quantized, or formed of several?): "
-            "only running the model can compare them; leave --weights-only out"
+            f"{found.weights.specs[found.strangers[0]].dtype}, match no tensor of the checkpoint "
+            "by name or numbers (they may be quantized or made from several tensors), so the "
+            "model must be run to compare them; leave --weights-only out"
         )
     verdict = _verdict(found.checked, found.packed, found.weights, source, name)
     if found.strangers:
-        verdict += f", as far as they have names ({len(found.strangers)} have not)"
+        verdict += f", for those that have names ({len(found.strangers)} do not)"
     if run is None:
         notes = (*found.notes, "the model was not run")
         return Findings(inputs, found.fates, verdict, "", found.totals(), notes)
@@ -252,9 +252,9 @@ def _absent(
         if strangers:
             yield Fate(name, Action.LEFT_OUT, "no initializer has its name")
         elif _kind(name) in kinds and not beyond:
-            yield Fate(name, Action.MISSING, "the graph has others of its kind")
+            yield Fate(name, Action.MISSING, "the graph has others of this kind")
         else:
-            yield Fate(name, Action.LEFT_OUT, "the graph has none of its kind")
+            yield Fate(name, Action.LEFT_OUT, "the graph has none of this kind")
 
 
 def _kind(name: str) -> str:
@@ -329,17 +329,14 @@ def _compare(
 
     if not (source.is_folder and source.config):
         raise UsageError(
-            f"{source.path}: a folder with a config.json is needed to run it; --weights-only does "
-            "without"
+            f"{source.path}: a folder with a config.json is needed to run it; or use --weights-only"
         )
     task, _ = sentence_task(source.pipeline, source.config, run.task)
     outputs = {value.name for value in load(paths[0]).graph.output}
     if task.steps and not outputs.issuperset(task.outputs):  # made of the transformer alone
         task = plain(task)
     if len(paths) != len(task.files()):
-        raise UsageError(
-            f"{paths[0].parent}: {', '.join(task.files())} are needed for --task {task.name}"
-        )
+        raise UsageError(f"{paths[0].parent}: --task {task.name} needs {', '.join(task.files())}")
     if dtype is None and source.scheme is not None:
         dtype = next(s.dtype for name, s in source.specs.items() if source.decoded_bytes(name))
     with tempfile.TemporaryDirectory(prefix="loratools-") as scratch, one_torch_thread():

@@ -65,7 +65,7 @@ def _check(stored: StoredWeight, folder: Path, target: Target, source: Checkpoin
     turned = source.weights.of(target.spec).layout == "conv1d"
     W = (wanted.T if turned else wanted).float()
     if values.shape != W.shape:
-        why = f"is of {list(values.shape)}, and should be of {list(W.shape)}"
+        why = f"is {list(values.shape)}, but should be {list(W.shape)}"
         return Packed(target, Fate(stored.name, Action.DIFFERENT, why), source_hash, 0.0, 0.0)
     step = values - W
     error, energy = (float(x.double().square().sum()) for x in (step, W))

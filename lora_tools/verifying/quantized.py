@@ -164,8 +164,9 @@ def _diagnosis(
         what = "another checkpoint, or another adapter merged in or left out"
     elif every:
         what = (
-            f"quantized otherwise: relative error {totals['quantization_error']:.4g} in all, "
-            f"{totals['expected_error']:.4g} from quantizing; --max-error X allows one of X"
+            f"quantized differently: relative error {totals['quantization_error']:.4g} in all, "
+            f"{totals['expected_error']:.4g} when quantized again; --max-error X allows an error "
+            "of X"
         )
     return f"{said}: {what}; worst is {worst.tensor}: {worst.reason}"
 
@@ -202,7 +203,7 @@ def _provenance(
         if recorded != digest_like(recorded, inputs[1].digest, source):
             notes.append(f"its metadata names another checkpoint: {recorded}")
     except MismatchError as error:
-        notes.append(f"whether its metadata names this checkpoint cannot be told: {error}")
+        notes.append(f"its metadata cannot be compared with this checkpoint: {error}")
     made_with = len(said.get("adapter_digests", "").split())
     if "base_digest" in said and made_with != len(weighted):
         notes.append(f"its metadata says that {made_with} adapters were merged")

@@ -115,7 +115,7 @@ class _Comparison:
             plain = check_tensor(target, self.view, self.source)
             return Checked(item, plain.fate, plain.hashes[0], hashes)
         if item.spec.shape != target.spec.shape or not target.spec.is_float:
-            why = f"is of {item.spec}, and should be of {target.spec}"
+            why = f"is {item.spec}, but should be {target.spec}"
             return self._said(Fate(item.name, Action.DIFFERENT, why), hashes)
         if self._is_copied(packed):
             return self._said(Fate(item.name, Action.COPIED, "its codes and scales"), hashes)
@@ -246,7 +246,9 @@ def _how(packed: PackedWeight) -> dict[str, object]:
 def _judge(
     item: Item, packed: PackedWeight, differing: set[str], coded: Coded, max_error: float | None
 ) -> Fate:
-    errors = f"relative error {coded.relative_error:.4g}, {coded.own_error:.4g} from quantizing"
+    errors = (
+        f"relative error {coded.relative_error:.4g}, {coded.own_error:.4g} when quantized again"
+    )
     if max_error is not None and coded.relative_error <= max_error:
         return Fate(item.name, Action.ROUNDED, errors)
     if not coded.off and max_error is None:

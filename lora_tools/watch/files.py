@@ -72,29 +72,30 @@ class Watched:
             now, was = os.stat(self.path), self._found  # noqa: PTH116 - Path.stat says as much
         except FileNotFoundError:
             raise CheckpointError(
-                f"{self.path}: gone since it was opened; put it back, and run the command again"
+                f"{self.path}: was deleted since it was opened; put it back, and run the command "
+                "again"
             ) from None
         except OSError as error:
             raise CheckpointError(f"{self.path}: {reason(error)}") from None
         if os.path.samestat(now, was) and now.st_size < was.st_size:
             raise CheckpointError(
-                f"{self.path}: cut short while it was read, from {was.st_size:,} bytes to "
-                f"{now.st_size:,}; fetch it again, and run the command once that is done"
+                f"{self.path}: became shorter while it was read ({was.st_size:,} bytes before, "
+                f"{now.st_size:,} now); run the command again when the file is complete"
             )
         is_same = os.path.samestat(now, was) and now.st_size == was.st_size
         if not is_same or now.st_mtime_ns != was.st_mtime_ns:
             raise changed(self.path)
         if self.torn:
             raise CheckpointError(
-                f"{self.path}: its disk, or the network to it, failed while it was read; copy it "
-                "to another one, and give the copy"
+                f"{self.path}: its disk, or the network to it, failed during reading; copy it to "
+                "another disk, and give the copy"
             )
 
 
 def changed(path: Path) -> CheckpointError:
     """The error that says that a file is not the one that was opened."""
     return CheckpointError(
-        f"{path}: changed since it was opened; run the command again once nothing writes to it"
+        f"{path}: changed since it was opened; run the command again when nothing writes to it"
     )
 
 

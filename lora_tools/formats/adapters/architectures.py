@@ -47,8 +47,8 @@ def architecture(base: BaseNames, path: Path, form: str) -> Architecture:
     if row is None or (form == "torchtune" and not row.torchtune):
         known = ", ".join(k for k, a in ARCHITECTURES.items() if form != "torchtune" or a.torchtune)
         raise UnsupportedAdapter(
-            f"{path}: how {form} names and orders the weights of a {kind or 'nameless'} model is "
-            f"not known here (known: {known})"
+            f"{path}: it is not known how {form} names and orders the weights of a "
+            f"{kind or 'nameless'} model (known: {known})"
         )
     return row
 

@@ -91,7 +91,7 @@ class Flattened:
         asked = "is this the right base?"
         if components and {*components} <= {*ENCODERS} and not {*components} & {*own}:
             asked += f" It has no {components[0]}: give one that has, such as the whole pipeline."
-        raise AdapterError(f"{flat!r} is no module of {self.base.path}; {asked}{hint}")
+        raise AdapterError(f"{flat!r} is not a module of {self.base.path}; {asked}{hint}")
 
 
 def flattened(base: BaseNames) -> Flattened:
@@ -157,9 +157,9 @@ class BaseNames:
         if not taken:
             return []
         return [
-            f"its keys do not say which of the pipeline's two transformers they are of, and are "
-            f"taken for the transformer's; if they are the transformer_2's (Wan 2.2's low noise), "
-            f"give {self.path}/transformer_2 as the base"
+            "its keys do not say which of the pipeline's two transformers they belong to; "
+            "transformer is used. If it should be transformer_2 (Wan 2.2's low noise), give "
+            f"{self.path}/transformer_2 as the base"
         ]
 
     @functools.cached_property

@@ -36,7 +36,7 @@ def seen_whole(
         sides = _sides(match["last"], said) if match else ""
         if match and len(sides) != 1 and (sides or said.get("match_strict", True)):
             raise UnsupportedAdapter(
-                f"{path}: {key}: {_FIELD} does not say which of its factors is block-diagonal"
+                f"{path}: {key}: {_FIELD} does not say which factor is block-diagonal"
             )
         if match and match["side"] in sides and len(spec.shape) == 2:
             whole = dataclasses.replace(spec, shape=(spec.shape[0], spec.shape[1] * blocks))

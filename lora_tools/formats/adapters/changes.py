@@ -304,7 +304,9 @@ class ChangedModules:
         if shared is None and match is None:
             return False
         if not (spec.is_float or spec.dtype in ("I16", "I32", "I64", "U8")) or 0 in spec.shape:
-            raise self._fail(f"{key}: {spec.dtype} {list(spec.shape)} is no part of {self._title}")
+            raise self._fail(
+                f"{key}: {spec.dtype} {list(spec.shape)} is not a part of {self._title}"
+            )
         if shared is not None:
             self._shared[shared[1]] = key
         elif match is not None:
@@ -338,8 +340,8 @@ class ChangedModules:
         part, how = self.kind.lacks
         if part and part not in keys:
             raise self._fail(
-                f"{module}: the file lacks its {part}, which PEFT makes anew from a seed and the "
-                f"whole model; save the adapter with {how} in its config"
+                f"{module}: the file does not have its {part}, which PEFT makes from a seed and "
+                f"the whole model; save the adapter with {how} in its config"
             )
 
     def _number(self, name: str, module: str) -> Any:
@@ -354,7 +356,7 @@ class ChangedModules:
             wanted = wanted[0]
         if not (is_finite(given) if wanted is float else type(given) is wanted):
             raise self._fail(
-                f"{module}: {name} is {given!r} in {_CONFIG}, and {_TYPES[wanted]} is needed"
+                f"{module}: {name} is {given!r} in {_CONFIG}, but must be {_TYPES[wanted]}"
             )
         return given
 

@@ -65,13 +65,13 @@ def name_of(place: Place) -> str:
     component, rest = place.component, place.rest
     if component in DENOISERS:
         if place.named_by_diffusers:
-            raise place.refusal_of_diffusers("ComfyUI's model has its makers' names")
+            raise place.refusal_of_diffusers("ComfyUI uses the original names of this model")
         return MODEL + _EMBEDDERS.get(rest, rest)
     if component in ENCODERS and rest.startswith("text_model."):
         return f"{component}.{rest}"
     if component in ENCODERS and is_t5(rest):
         return _T5 + rest
-    raise place.refusal(f"it is not known what ComfyUI calls a layer of a {component}")
+    raise place.refusal(f"it is not known how ComfyUI names the layers of a {component}")
 
 
 class ComfyuiWriter(Keyed):
@@ -88,8 +88,8 @@ class ComfyuiWriter(Keyed):
         name = name_of(place)
         if self._names.setdefault(name, module) != module:
             raise UnsupportedAdapter(
-                f"{self._names[name]} and {module} both become {name}: a file of ComfyUI's is "
-                "of one model, so make one of each; --to diffusers has both in one"
+                f"{self._names[name]} and {module} both become {name}, because a ComfyUI file is "
+                "for one model; make one file for each, or use --to diffusers, which holds both"
             )
         if name.startswith((MODEL, _TEXT)) or name.endswith(_ADAPTED):
             return name
@@ -97,7 +97,7 @@ class ComfyuiWriter(Keyed):
         if clip is None:
             raise place.refusal(
                 f"of width {width}, which none of ComfyUI's CLIPs has as {place.component}, so "
-                "that nothing would read it"
+                "nothing would read it"
             )
         return f"{_TEXT}{clip}.transformer.{place.rest}"
 
@@ -131,8 +131,8 @@ class ComfyuiWriter(Keyed):
         module, parameter = split_tensor(name)
         if parameter != "weight":
             raise UnsupportedAdapter(
-                f"{name}: ComfyUI puts whole tensors in place of weights alone; --drop saved "
-                "leaves it out, and merging the adapter into the base keeps it"
+                f"{name}: ComfyUI can replace weights only; leave it out with --drop saved, or "
+                "merge the adapter into the base to keep it"
             )
         self.add_key(f"{self.name(module, tensor.shape[-1])}.set_weight", tensor)
 

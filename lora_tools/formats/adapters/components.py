@@ -165,8 +165,8 @@ def aligned(
         return align(theirs, mine)
     except MismatchError as error:
         raise MismatchError(
-            f"{error}, or give the pipeline's folder of the part that is meant ("
-            f"{' or '.join(sorted({*pipeline} & {*NAMES}))}) in the pipeline's place"
+            f"{error}, or give the folder of the right part "
+            f"({' or '.join(sorted({*pipeline} & {*NAMES}))}) instead of the pipeline"
         ) from None
 
 

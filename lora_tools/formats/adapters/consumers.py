@@ -87,8 +87,8 @@ class Consumer:
         fitting = [r for r in self.ranks if r >= rank] if self.ranks else [rank]
         if not fitting:
             raise UnsupportedAdapter(
-                f"{self.name} reads ranks up to {self.ranks[-1]} and this adapter has {rank}; "
-                "lower it with --rank or --max-rank"
+                f"{self.name} reads ranks up to {self.ranks[-1]}, and this adapter has rank "
+                f"{rank}; lower it with --rank or --max-rank"
             )
         return fitting[0]
 

@@ -148,7 +148,9 @@ def _add_cut(outline: Outline, a: str, b: str, modules: Sequence[str]) -> None:
     rows, *rest = outline.shape(b)
     count, left = divmod(rows, len(modules))
     if left:
-        raise outline.fail(f"{b}: its {rows} rows are not those of {len(modules)} modules alike")
+        raise outline.fail(
+            f"{b}: its {rows} rows cannot be divided among {len(modules)} equal modules"
+        )
     for i, module in enumerate(modules):
         B = outline.recipe(outline.same(b), "rows", (i * count, (i + 1) * count))
         outline.add_lora(module, outline.same(a), reshaped(B, (count, *rest)), None)
@@ -159,9 +161,9 @@ def _refuse_control(path: Path, keys: Collection[str]) -> None:
     norms = [key for key in keys if _CONTROL.fullmatch(key)]
     if norms and any(key.startswith("img_in.lora_A") for key in keys):
         raise UnsupportedAdapter(
-            f"{path}: a control LoRA of FLUX.1 Tools: besides factors it replaces norms "
-            f"({min(norms)}), and it widens img_in for a second image, which FLUX.1 has no input "
-            "for; load it in diffusers' FluxControlPipeline or in ComfyUI"
+            f"{path}: a control LoRA of FLUX.1 Tools. It also replaces norms ({min(norms)}) and "
+            "widens img_in for a second image, and FLUX.1 has no input for that; load it in "
+            "diffusers' FluxControlPipeline or in ComfyUI"
         )
 
 
@@ -195,7 +197,7 @@ def _note_on_second(outline: Outline, in_base: Mapping[str, str]) -> None:
     heads = (name.partition(".")[0] for name, own in in_base.items() if name != own)
     for head in sorted({each for each in heads if each in NAMES and each[-1].isdigit()}):
         outline.notes.append(
-            f"its keys are of a pipeline's {head}, and nothing tells whether {base.path} is that "
+            f"its keys are of a pipeline's {head}, and nothing shows whether {base.path} is that "
             f"or the {head.rpartition('_')[0]}"
         )
 
@@ -225,7 +227,7 @@ def _metadata(outline: Outline) -> dict[str, Any]:
     except CheckpointError as error:
         raise outline.fail(f"its metadata {METADATA}: {error}") from None
     if not isinstance(said, dict):
-        raise outline.fail(f"its metadata {METADATA} is no JSON object")
+        raise outline.fail(f"its metadata {METADATA} is not a JSON object")
     return said
 
 
@@ -244,7 +246,7 @@ def _configured(
                 alpha = value
                 break
         except re.error as error:
-            raise outline.fail(f"{METADATA}: {pattern!r} is no pattern ({error})") from None
+            raise outline.fail(f"{METADATA}: {pattern!r} is not a pattern ({error})") from None
     if not isinstance(alpha, int | float) or isinstance(alpha, bool):
         raise outline.fail(f"{METADATA}: {component}.lora_alpha is {alpha!r}")
     return float(alpha), bool(said.get(f"{component}.use_rslora"))
@@ -253,13 +255,13 @@ def _configured(
 def name_of(place: Place) -> str:
     """The module with its component. Raises UnsupportedAdapter where it has no name."""
     if place.component not in NAMES:
-        raise place.refusal(f"diffusers takes no factors of a {place.component}")
+        raise place.refusal(f"diffusers does not take factors of a {place.component}")
     if is_of_first_layout(place.rest):
-        base = "; give the model that it was trained on with --base, which brings it into that"
+        base = "; give the model that it was trained on with --base, and the layout is converted"
         raise place.refusal(
-            "diffusers has it under another name and would pass it by"
-            f"{base if place.unlooked else ''}; of kohya's files (--to kohya) it reads some with "
-            "such names"
+            "diffusers has it under another name and would ignore "
+            f"it{(base if place.unlooked else '')}; try --to kohya, because diffusers reads some "
+            "of kohya's files with such names"
         )
     if place.guessed and is_t5(place.rest):
         raise place.refusal(

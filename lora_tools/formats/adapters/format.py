@@ -25,7 +25,7 @@ FEATURES = {
     "differences": "differences of norms and the like",
     "tokens": "trained tokens",
     # llama.cpp, MLX and torchtune have one module for it and the embedding.
-    "head": "factors of an output head that is the embedding",
+    "head": "factors of an output head that is also the embedding",
 }
 _FILES = (".safetensors", ".onnx", ".json")  # pickles have an error of their own
 READ, READ_AND_WRITTEN = "to read", "to read and write"  # when a base is needed
@@ -35,8 +35,8 @@ def refuse_file_name(out: str, is_folder: bool) -> None:
     """Raises UsageError for the name of a file where a folder is written."""
     if is_folder and Path(out).suffix in _FILES:
         raise UsageError(
-            f"--out {out}: a folder is written, and this is a file's name; leave "
-            f"out {Path(out).suffix}"
+            f"--out {out}: the output is a folder, and this is the name of a file; leave out "
+            f"{Path(out).suffix}"
         )
 
 

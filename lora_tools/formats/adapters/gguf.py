@@ -38,10 +38,10 @@ def open_file(path: Path) -> GgufFile:
     package()
     file = GgufFile(path)
     if file.fields.get("general.type") != "adapter":
-        raise UnsupportedAdapter(f"{path}: a GGUF model; an adapter is wanted here")
+        raise UnsupportedAdapter(f"{path}: is a GGUF model, but an adapter is needed here")
     if file.fields.get("adapter.type") != "lora":
         raise UnsupportedAdapter(
-            f"{path}: adapter.type is {file.fields.get('adapter.type')!r}, and only lora is read"
+            f"{path}: adapter.type is {file.fields.get('adapter.type')!r}; only lora can be read"
         )
     for name, stored in file.stored.items():
         if stored.kind not in PLAIN:
@@ -73,7 +73,7 @@ def read(path: Path, file: GgufFile, context: Context) -> Outline:
     modules = {name: module for module, name in _names(base, path).items()} if base else {}
     for tensor, keys in group_parts(outline, _PARTS, _split).items():
         if base is not None and tensor not in modules:
-            raise outline.fail(f"{tensor} is no tensor of {base.path}; is this the right base?")
+            raise outline.fail(f"{tensor} is not a tensor of {base.path}; is this the right base?")
         module = modules.get(tensor, tensor.removesuffix(".weight"))
         a, b = pair(outline, module, keys, *_PARTS)
         if tensor == _EMBEDDING:
@@ -109,7 +109,7 @@ class GgufWriter(Writer):
         name = self._names.get(factors.module)
         if name is None:
             raise UnsupportedAdapter(
-                f"{factors.module}: GGUF has no tensor for it in a {self._row.gguf} model"
+                f"{factors.module}: a {self._row.gguf} model in GGUF has no tensor for it"
             )
         A, B = factors.lora_A, factors.lora_B
         if name == _EMBEDDING:

@@ -48,7 +48,7 @@ def knows(key: str) -> bool:
 
 def resolve_all(outline: Outline, names: Collection[str], context: Context) -> dict[str, str]:
     """Every flattened name → the base's module, or itself where the file's own are wanted."""
-    base = context.base_for(outline, "its names have underscores for dots")
+    base = context.base_for(outline, "its names have underscores instead of dots")
     if base is None:
         return {name: name for name in names}
     index = flattened(base)
@@ -78,8 +78,9 @@ def read(path: Path, file: TensorFile, context: Context) -> Outline:
     ]
     if idle:
         outline.notes.append(
-            f"{len(idle)} of {len(modules)} modules have an alpha of 0, and so no effect: {idle[0]}"
-            f"{', …' if idle[1:] else ''} (sd-scripts takes it for the rank where it trains on)"
+            f"{len(idle)} of {len(modules)} modules have an alpha of 0, so they have no effect: "
+            f"{idle[0]}{(', …' if idle[1:] else '')} (sd-scripts uses the rank instead when it "
+            "continues training)"
         )
     return outline
 
@@ -107,7 +108,7 @@ def magnitude(outline: Outline, module: str, keys: Mapping[str, str]) -> str:
     """The key of DoRA's magnitudes, or ""."""
     found = [keys[part] for part in _MAGNITUDES if part in keys]
     if len(found) > 1:
-        raise outline.fail(f"{module}: has {' and '.join(found)}, and one of them is meant")
+        raise outline.fail(f"{module}: has both {' and '.join(found)}; remove the wrong one")
     return found[0] if found else ""
 
 
@@ -125,15 +126,15 @@ def flat_name(module: str, place: Place | None) -> str:
     fitting = [p for p, meant in KOHYA.items() if place.component in meant]
     if not fitting:
         raise place.refusal(
-            f"kohya's files have no prefix for a {place.component}, so that nothing would read it"
+            f"kohya's files have no prefix for a {place.component}, so nothing would read it"
         )
     if is_open_clip(place.rest):
         raise place.refusal(
-            "kohya's files have transformers' names of text encoders, and this is OpenCLIP's, so "
-            "that nothing would read it"
+            "kohya's files name text encoders as transformers does, and this is OpenCLIP's, so "
+            "nothing would read it"
         )
     if place.component != "unet" and place.named_by_diffusers:
-        raise place.refusal_of_diffusers("kohya's files have the names of this model's makers")
+        raise place.refusal_of_diffusers("kohya's files have the original names of this model")
     # T5 is te3 wherever it stands beside others. Of two text encoders the first is te1, and of one
     # alone it is te.
     if is_t5(place.rest) and _OF_T5 in fitting:

@@ -60,7 +60,7 @@ def read(path: Path, file: TensorFile, context: Context) -> Outline:
         if alpha is None:
             alpha = context.need_alpha(outline)
         if len(outline.shape(a)) != 2 or len(outline.shape(b)) != 2:
-            raise outline.fail(f"{module}: lora_A and lora_B are no matrices")
+            raise outline.fail(f"{module}: lora_A and lora_B are not matrices")
         _add(outline, module, a, b, alpha, context, layers.get(module, {}))
     return outline
 
@@ -98,7 +98,10 @@ def _add(
     if weight is not None and len(weight.shape) > 2:
         _add_conv(outline, module, a, b, alpha, weight.shape, rank)
     elif rank and not blocks and not context.guess:
-        context.need_base(outline.path, f"{module} is a convolution, whose kernel is not in it")
+        context.need_base(
+            outline.path,
+            f"{module} is a convolution, and the file does not have the size of its kernel",
+        )
     elif "enable_lora" in said or (
         blocks and (inner_a != inner or (weight and sum(blocks) == 1 and rows not in weight.shape))
     ):
@@ -108,7 +111,7 @@ def _add(
     elif inner_a != inner:
         raise outline.fail(
             f"{module}: lora_A {[inner_a, cols]} and lora_B {[rows, inner]} are those of a "
-            "MergedLinear; say which of its blocks are on: loratools convert … --enable-lora 1,0,1"
+            "MergedLinear; give its enable_lora: loratools convert … --enable-lora 1,0,1"
         )
     else:
         embedding = (
@@ -126,8 +129,8 @@ def _add_merged(
     (inner_a, cols), (rows, inner), on = outline.shape(a), outline.shape(b), sum(blocks)
     if not on or inner_a != on * inner or rows % on or rank not in (0, inner):
         raise outline.fail(
-            f"{module}: lora_A {[inner_a, cols]} and lora_B {[rows, inner]} are not those of a "
-            f"MergedLinear with {on} blocks on"
+            f"{module}: lora_A {[inner_a, cols]} and lora_B {[rows, inner]} do not fit a "
+            f"MergedLinear with {on} enabled blocks"
         )
     out = rows // on * len(blocks)
     outline.blocks[module] = tuple(map(bool, blocks))

@@ -54,7 +54,7 @@ PARTS = (*LORA_PARTS, *OWN_PARTS, *CHANGE_PARTS, *_IA3)
 _TLORA = "T-LoRA, which adds to directions of the base's own weight"
 # What LyCORIS has besides: parts of a key, and what they are refused as.
 _OTHER = {
-    "reshape_weight": "another shape of a weight, which a model of this size has not",
+    "reshape_weight": "a weight of another shape than a model of this size has",
     **dict.fromkeys(("q_layer.weight", "p_layer.weight", "lambda_layer"), _TLORA),
     "scalar": "a trained scalar; save it with lycoris' own state_dict, which folds it in",
 }
@@ -72,7 +72,9 @@ def read(path: Path, file: TensorFile, context: Context) -> Outline:
     for key in file.specs:
         found = split(key)
         if found is not None and found[1] in _OTHER:
-            raise UnsupportedAdapter(f"{path}: {key}: holds {_OTHER[found[1]]}, which is not read")
+            raise UnsupportedAdapter(
+                f"{path}: {key}: holds {_OTHER[found[1]]}, which cannot be read"
+            )
     modules = group_parts(outline, PARTS, split)
     names = resolve_all(outline, modules, context)
     for flat, keys in modules.items():
@@ -132,14 +134,14 @@ def add_notes(outline: Outline) -> None:
     exact, zero = outline.exact, outline.zero
     if zero:
         outline.notes.append(
-            f"{len(zero)} modules have an alpha of 0, such as {zero[0]}: it is taken for the rank, "
-            "as LyCORIS does (in ComfyUI they have no effect)"
+            f"{len(zero)} modules have an alpha of 0, such as {zero[0]}: the rank is used instead, "
+            "as in LyCORIS (in ComfyUI they have no effect)"
         )
     if exact:
         ranks = f"{min(exact)} to {max(exact)}" if min(exact) < max(exact) else str(exact[0])
         outline.notes.append(
-            f"{len(exact)} modules are LoHa, LoKr or whole differences, and are read as the exact "
-            f"LoRA that they are, of rank {ranks}; --rank or --energy makes it smaller"
+            f"{len(exact)} modules are LoHa, LoKr or whole differences. They become an exact LoRA "
+            f"of rank {ranks}; --rank or --energy makes it smaller"
         )
 
 
@@ -164,7 +166,8 @@ def _without_whole_tensors(
     is_whole = _SET in keys or f"{module}.weight" in outline.differences
     if is_whole and rest.keys() - {"alpha"}:
         raise outline.fail(
-            f"{module}: has {', '.join(sorted(keys))}, of which each says what its weight becomes"
+            f"{module}: has {', '.join(sorted(keys))}, and each of them defines the whole change; "
+            "remove the wrong one"
         )
     return rest
 
@@ -177,8 +180,8 @@ def _add_full(
     shape = outline.shape(diff)
     if set(keys) - {"diff", "alpha"}:
         raise UnsupportedAdapter(
-            f"{outline.path}: {diff}: holds a whole difference beside {', '.join(sorted(keys))}, "
-            "which is not read"
+            f"{outline.path}: {diff}: a whole difference beside {', '.join(sorted(keys))} cannot "
+            "be read"
         )
     size = shape[0], math.prod(shape[1:])
     _add_exact(
@@ -216,7 +219,7 @@ def _add_loha(
 ) -> None:
     missing = [part for part in _HADA[:4] if part not in keys]
     if missing or ("hada_t1" in keys) != ("hada_t2" in keys):
-        raise outline.fail(f"{module}: has {sorted(keys)}, which is no whole LoHa")
+        raise outline.fail(f"{module}: has {sorted(keys)}, which is not a complete LoHa")
     w1a, w1b, w2a, w2b = (keys[part] for part in _HADA[:4])
     tucker, lower = "", [w1b, w2b]
     out, cols = outline.shape(w1a)[0], outline.shape(w1b)[1]
@@ -260,7 +263,7 @@ def _add_lokr(
             inner *= rank
             file_rank = file_rank or rank
         else:
-            raise outline.fail(f"{module}: has {sorted(keys)}, which is no whole LoKr")
+            raise outline.fail(f"{module}: has {sorted(keys)}, which is not a complete LoKr")
         sides.append(used)
         sizes = [sizes[0] * rows, sizes[1] * cols]
     given = (*sides[0], *sides[1])
@@ -326,7 +329,7 @@ class LycorisWriter(KohyaWriter):
         part = {"weight": "w_norm", "bias": "b_norm"}.get(parameter)
         if part is None:
             raise UnsupportedAdapter(
-                f"{name}: LyCORIS has no key for its difference; --drop differences leaves it out"
+                f"{name}: LyCORIS has no key for its change; --drop differences leaves it out"
             )
         self._norms.setdefault(module, set()).add(parameter)
         self.add_key(f"{flat_name(module, None)}.{part}", tensor)
@@ -336,8 +339,8 @@ class LycorisWriter(KohyaWriter):
         for module, parameters in self._norms.items():
             if parameters == {"bias"}:
                 raise UnsupportedAdapter(
-                    f"{module}.bias: LyCORIS reads a difference of a norm's bias beside one of its "
-                    "weight only; --drop differences leaves it out"
+                    f"{module}.bias: LyCORIS reads the change of a norm's bias only together with "
+                    "that of its weight; --drop differences leaves it out"
                 )
         super().finish()
 

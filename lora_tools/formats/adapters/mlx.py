@@ -48,7 +48,7 @@ def read(path: Path, file: TensorFile, context: Context) -> Outline:
         )
     scale = numbers.get("scale") if isinstance(numbers, dict) else None
     if not isinstance(scale, int | float) or isinstance(scale, bool):
-        raise outline.fail(f"{CONFIG}: lora_parameters gives no scale")
+        raise outline.fail(f"{CONFIG}: lora_parameters does not give a scale")
     for module, keys in group_parts(outline, _PARTS, split).items():
         a, b = pair(outline, module, keys, "lora_a", "lora_b")
         embedding = named_embedding(module)

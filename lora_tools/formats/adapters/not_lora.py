@@ -34,22 +34,22 @@ _BOTTLENECK = {"reduction_factor", "mh_adapter", "output_adapter", "bottleneck_s
 # The first that matches is meant.
 KINDS = (
     NotLora(
-        "soft prompts (prompt tuning, prefix tuning or p-tuning): vectors put before the sequence "
-        "or its keys and values; no weight of the model changes",
+        "soft prompts (prompt tuning, prefix tuning or p-tuning): vectors before the sequence or "
+        "its keys and values; they change no weight of the model",
         r"prompt_embeddings|prompt_encoder\..*|base_model\.prompt_encoder\..*",
     ),
     NotLora(
-        "LLaMA-Adapter: prompts inside attention; no weight of the model changes",
+        "LLaMA-Adapter: prompts inside attention; they change no weight of the model",
         r".*\.adaption_(prompt|gate)",
     ),
     NotLora(
-        "a bottleneck adapter: layers of its own with a nonlinearity between, put into the model; "
-        "no change of weights does the same",
+        "a bottleneck adapter: it adds layers with a nonlinearity to the model; no change of "
+        "weights does the same",
         r".*\.(adapters?|parallel_mlp)\.(.*\.)?(adapter_down|adapter_up|down_proj|up_proj)\..*"
         r"|.*\.(adapter_down|adapter_up)\..*",
     ),
     NotLora(
-        "OFT of sd-scripts: rotations of weights, which are no low-rank change",
+        "OFT of sd-scripts: rotations of weights, which are not a low-rank change",
         r"oft_unet_\w+\.(oft_blocks|alpha)",
     ),
     NotLora(
@@ -57,16 +57,16 @@ KINDS = (
         r"emb_params|string_to_param|clip_[lg]|<[^>]+>|t5",
     ),
     NotLora(
-        "a bottleneck adapter of AdapterHub: layers of its own with a nonlinearity between, put "
-        "into the model; no change of weights does the same",
+        "a bottleneck adapter of AdapterHub: it adds layers with a nonlinearity to the model; no "
+        "change of weights does the same",
         config=lambda own, _: bool(own.keys() & _BOTTLENECK) and own.get("architecture") != "lora",
     ),
     NotLora(
-        "{kind} of AdapterHub: vectors put before the sequence; no weight of the model changes",
+        "{kind} of AdapterHub: vectors before the sequence; they change no weight of the model",
         config=lambda own, _: own.get("architecture") in ("prefix_tuning", "prompt_tuning"),
     ),
     NotLora(
-        "an adapter of AdapterHub ({kind}), whose names are not PEFT's; save it with PEFT",
+        "an adapter of AdapterHub ({kind}), which has other names than PEFT's; save it with PEFT",
         config=lambda own, whole: bool(own.get("architecture")) and "version" in whole,
     ),
 )

@@ -54,7 +54,9 @@ class OrtFile(Reopened):
         try:
             self.stamp = Stamp.of(path)
             if held_bytes(path) < self.stamp.nbytes // 2:  # which onnxruntime would read whole
-                raise ValueError(f"more than half of its {self.stamp.nbytes:,} bytes is a hole")
+                raise ValueError(
+                    f"more than half of its {self.stamp.nbytes:,} bytes are a hole in the file"
+                )
             self._adapter = package.AdapterFormat.read_adapter(str(path))
             self._values = dict(self._adapter.get_parameters())
             arrays = {name: value.numpy() for name, value in self._values.items()}
@@ -176,7 +178,7 @@ class OrtWriter(Writer):
         for module, name in names.items():
             if name not in self.base.weights:
                 raise AdapterError(
-                    f"{module} is no module of {self.base.path}; is this the right base?"
+                    f"{module} is not a module of {self.base.path}; is this the right base?"
                 )
         return names
 

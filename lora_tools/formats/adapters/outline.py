@@ -71,8 +71,8 @@ class Context:
         """The base. Raises AdapterError where none is at hand."""
         if self.base is None:
             raise AdapterError(
-                f"{path}: {why}; give the model it was trained on with --base, or convert it with "
-                f"that first: loratools convert {path} -o OUT --to peft --base CHECKPOINT"
+                f"{path}: {why}; give the model it was trained on with --base, or convert it "
+                f"first: loratools convert {path} -o OUT --to peft --base CHECKPOINT"
             )
         return self.base
 
@@ -87,12 +87,12 @@ class Context:
         """lora_alpha, or None for the rank. Raises AdapterError where it is wanted and unknown."""
         path, form = outline.path, outline.form
         if self.alpha is None and self.guess:
-            note = f"{form} does not keep lora_alpha in the file: the rank is taken for it"
+            note = f"{form} does not store lora_alpha: the rank is used instead"
             outline.notes += [] if note in outline.notes else [note]
         elif self.alpha is None:
             raise AdapterError(
-                f"{path}: {form} does not keep lora_alpha in the file; give the one it was trained "
-                f"with: loratools convert {path} -o OUT --to peft --alpha ALPHA"
+                f"{path}: {form} does not store lora_alpha; give the alpha of the training: "
+                f"loratools convert {path} -o OUT --to peft --alpha ALPHA"
             )
         return self.alpha
 
@@ -119,8 +119,8 @@ class View:
             raise MismatchError(f"{self.path}: {', '.join(made.keys)}: {error}") from None
         if result.numel() != made.spec.numel:
             raise MismatchError(
-                f"{self.path}: {', '.join(made.keys)}: shapes do not go together: they make "
-                f"{list(result.shape)}, and {list(made.spec.shape)} is wanted"
+                f"{self.path}: {', '.join(made.keys)}: the shapes make {list(result.shape)}, but "
+                f"must make {list(made.spec.shape)}"
             )
         return result.reshape(made.spec.shape)
 
@@ -156,7 +156,7 @@ class Foreign(Adapter):
         self.differences, self.changes = outline.differences, outline.changes
         unused = set(file.specs) - outline.used
         if unused:
-            raise AdapterError(f"{path}: key {min(unused)!r} is none that {outline.form} writes")
+            raise AdapterError(f"{path}: key {min(unused)!r} is unknown in {outline.form}")
         config = {
             "peft_type": "LORA",
             "target_modules": sorted(outline.ranks),
@@ -218,7 +218,7 @@ class Outline:
         that of ``alpha`` at ``of_rank`` (by default lora_A's own rank) with ``rslora`` or without.
         """
         if module in self.ranks or module in self.changes:
-            raise self.fail(f"{module} is there twice: {', '.join(lora_A.keys)} is the second")
+            raise self.fail(f"{module} is there twice; the second is {', '.join(lora_A.keys)}")
         lora_A, lora_B = self._as_weight(module, lora_A, lora_B)
         if magnitude and self._is_of_inputs(magnitude, lora_A):
             self._add_input_dora(module, lora_A, lora_B, alpha, magnitude, of_rank)
@@ -327,7 +327,7 @@ class Outline:
         """A matrix of the file, transposed."""
         shape = self.shape(key)
         if len(shape) != 2:
-            raise self.fail(f"{key}: has shape {list(shape)}, and a matrix is wanted")
+            raise self.fail(f"{key}: has shape {list(shape)}, but must be a matrix")
         return Made(
             dataclasses.replace(self.file.specs[key], shape=shape[::-1]), (key,), "transposed"
         )
@@ -347,7 +347,7 @@ class Outline:
         """The one number that a tensor of the file holds."""
         spec = self.file.specs[key]
         if spec.numel != 1 or not (spec.is_float or spec.dtype.startswith(("I", "U"))):
-            raise self.fail(f"{key}: {spec.dtype} {list(spec.shape)}, and one number is wanted")
+            raise self.fail(f"{key}: is {spec.dtype} {list(spec.shape)}, but must be one number")
         self.used.add(key)
         return float(self.file.tensor(key).double().item())
 
@@ -375,7 +375,7 @@ def group_parts(
             continue
         found = split(key)
         if found is None or found[1] not in parts:
-            raise outline.fail(f"key {key!r} is none that {outline.form} writes")
+            raise outline.fail(f"key {key!r} is unknown in {outline.form}")
         module, part = found
         if part in modules.setdefault(module, {}):
             raise outline.fail(f"{key!r} repeats {modules[module][part]!r}")
@@ -395,12 +395,12 @@ def stored_alphas(outline: Outline) -> dict[str, float]:
     if not isinstance(said, dict) or not all(
         isinstance(v, int | float) and not isinstance(v, bool) for v in said.values()
     ):
-        raise outline.fail(f"its metadata {ALPHA_METADATA} is no mapping of modules to numbers")
+        raise outline.fail(f"its metadata {ALPHA_METADATA} is not a mapping of modules to numbers")
     return {module: float(alpha) for module, alpha in said.items()}
 
 
 def pair(outline: Outline, module: str, keys: Mapping[str, str], a: str, b: str) -> tuple[str, str]:
     """The keys of both factors of a module. Raises AdapterError where one is missing."""
     if a not in keys or b not in keys:
-        raise outline.fail(f"{module}: has {sorted(keys)} and lacks one of {a}, {b}")
+        raise outline.fail(f"{module}: has {sorted(keys)}, but needs both {a} and {b}")
     return keys[a], keys[b]

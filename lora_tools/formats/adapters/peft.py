@@ -202,19 +202,19 @@ class Adapter:
                 self._add_multiplier(match["module"], key)
             elif match := _FACTOR.fullmatch(name):
                 if self.kind != "LORA":
-                    raise self._fail(f"key {key!r} is none that PEFT's {self.kind} writes")
+                    raise self._fail(f"key {key!r} is unknown in PEFT's {self.kind}")
                 module, part = match["module"], match["part"]
                 leaf = "bias" if match["leaf"] == "bias" else part
                 if leaf in parts.setdefault(module, {}):
                     raise self._fail(f"{key!r} repeats {parts[module][leaf]!r}")
                 parts[module][leaf] = key
             elif _IDLE.fullmatch(name) and any(map(self.config.get, IDLE_FIELDS)):
-                self.notes = ("what VeLoRA or MonteCLoRA keeps for training has no part in it",)
+                self.notes = ("ignored: tensors that VeLoRA or MonteCLoRA keep for training only",)
             elif match := _TOKENS.fullmatch(name):
                 module = match["module"]
                 self.tokens[module] = TokenRows(module, key, self._token_indices(module))
             elif ".lora_" in name or "." not in key or not _is_kept(self.file.specs[key]):
-                raise self._fail(f"key {key!r} is none that PEFT's {written} writes")
+                raise self._fail(f"key {key!r} is unknown in PEFT's {written}")
             else:
                 self._add_whole(name, key)
         for nested, keys in sorted(parts.items()):
@@ -254,14 +254,17 @@ class Adapter:
             try:
                 on_input = matches(given, module, whole=True)
             except re.error as error:
-                raise self._fail(f"{CONFIG}: feedforward_modules is no pattern ({error})") from None
+                raise self._fail(
+                    f"{CONFIG}: feedforward_modules is not a pattern ({error})"
+                ) from None
         else:
             on_input = any(module.endswith(str(name)) for name in given)
         along = 1 if on_input or len(spec.shape) > 2 else 0
         if not spec.is_float or len(spec.shape) < 2 or spec.shape[along] != spec.numel:
             raise self._fail(
-                f"{key}: {spec.dtype} {list(spec.shape)} is no vector over the module's "
-                f"{'in' if on_input else 'out'}puts, as feedforward_modules in {CONFIG} has it"
+                f"{key}: {spec.dtype} {list(spec.shape)} is not a vector over the module's "
+                f"{('in' if on_input else 'out')}puts, which feedforward_modules in {CONFIG} asks "
+                "for"
             )
         self.multipliers[module] = Multiplier(module, key, on_input)
 
@@ -279,12 +282,12 @@ class Adapter:
         embedding = "lora_embedding_A" in keys or "lora_embedding_B" in keys
         a, b = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
         if a not in keys or b not in keys:
-            raise self._fail(f"{module}: has {sorted(keys)} and lacks one of {a}, {b}")
+            raise self._fail(f"{module}: has {sorted(keys)}, but needs both {a} and {b}")
         for key in keys.values():
             if not self.file.specs[key].is_float:
                 raise self._fail(
-                    f"{key}: stored as {self.file.specs[key].dtype}, which is not read of factors; "
-                    "write them in bfloat16 with what made the file"
+                    f"{key}: stored as {self.file.specs[key].dtype}, which factors cannot have; "
+                    "save them in bfloat16 with the program that made the file"
                 )
         A, B = self.shape(keys[a]), self.shape(keys[b])
         # A convolution's lora_B is grouped as its layer is: each group takes its share of the rank.
@@ -295,13 +298,14 @@ class Adapter:
         has_dora = "lora_magnitude_vector" in keys
         if self.use_dora != has_dora and not self.mixes_dora:
             raise self._fail(
-                f"{module}: use_dora is {self.use_dora} in {CONFIG}, and the file "
-                f"{'has' if not self.use_dora else 'lacks'} its lora_magnitude_vector"
+                f"{module}: use_dora is {self.use_dora} in {CONFIG}, but the file "
+                f"{('has' if not self.use_dora else 'lacks')} its lora_magnitude_vector"
             )
         if has_dora and math.prod(self.shape(keys["lora_magnitude_vector"])) != B[0]:
             raise self._fail(
-                f"{module}: {B[0]} magnitudes are wanted, one for each of {b}'s rows, and its "
-                f"lora_magnitude_vector is {list(self.shape(keys['lora_magnitude_vector']))}"
+                f"{module}: lora_magnitude_vector is "
+                f"{list(self.shape(keys['lora_magnitude_vector']))}, but must have {B[0]} numbers, "
+                f"one for each row of {b}"
             )
         form = "embedding" if embedding else "matrix" if len(A) == 2 else "conv"
         name = f"{module}.{parameter}" if parameter else module
@@ -311,7 +315,7 @@ class Adapter:
         if name != module and type(r) is int and r > 0 and A[0] % r == 0:
             form, experts = "experts", A[0] // r
         if r != A[0] and not experts:
-            raise self._fail(f"{module}: {CONFIG} says rank {r}, its factors have rank {A[0]}")
+            raise self._fail(f"{module}: {CONFIG} says rank {r}, but its factors have rank {A[0]}")
         if not is_finite(alpha):
             raise self._fail(f"{module}: lora_alpha is {alpha!r} in {CONFIG}")
         alpha = float(alpha) * (2 if asked and not parameter else 1)  # see ``attention_of``
@@ -332,7 +336,7 @@ class Adapter:
         """The first entry of rank_pattern or alpha_pattern that matches, else ``default``."""
         patterns = self.config.get(which) or {}
         if not isinstance(patterns, dict):
-            raise self._fail(f"{CONFIG}: {which} is no mapping of names to numbers")
+            raise self._fail(f"{CONFIG}: {which} is not a mapping of names to numbers")
         fitting = (value for key, value in patterns.items() if self._fits(which, key, module))
         return next(fitting, default)
 
@@ -340,7 +344,7 @@ class Adapter:
         try:
             return ends_with(key, module)
         except re.error as error:
-            said = f"{CONFIG}: {which}: {key[:200]!r} is no pattern that is read ({error})"
+            said = f"{CONFIG}: {which}: {key[:200]!r} is a pattern that cannot be read ({error})"
             raise self._fail(said) from None
 
     def _token_indices(self, module: str) -> tuple[int, ...]:
@@ -350,7 +354,7 @@ class Adapter:
                 (v for k, v in given.items() if module == k or module.endswith("." + k)), None
             )
         if not isinstance(given, list) or not all(type(i) is int for i in given):
-            raise self._fail(f"{module}: {CONFIG} gives no trainable_token_indices for it")
+            raise self._fail(f"{module}: {CONFIG} has no trainable_token_indices for it")
         return tuple(given)
 
 

@@ -41,7 +41,7 @@ def open_peft(
         AdapterError, UnsupportedAdapter, UnsafeInput, CheckpointError (a truncated file).
     """
     if not is_there(folder / CONFIG, AdapterError):
-        raise AdapterError(f"{source}: no {CONFIG} there; is it a PEFT adapter folder?")
+        raise AdapterError(f"{source}: has no {CONFIG}; is it a PEFT adapter folder?")
     config = read_config(folder / CONFIG)
     refuse_unmergeable(folder, config)
     file = _weights(folder, allow_pickle)
@@ -64,4 +64,4 @@ def _weights(folder: Path, allow_pickle: bool) -> TensorFile:
             if index not in files:
                 check_index(shards.home, index, read_index(index))
             return shards
-    raise AdapterError(f"{folder}: no {WEIGHTS} in it")
+    raise AdapterError(f"{folder}: has no {WEIGHTS}")

@@ -53,7 +53,7 @@ class Place:
         """The error for such a module. ``whose``: what the makers' names are wanted by."""
         return self.refusal(
             f"{whose}, and this is diffusers'; give the model that it was trained on with --base, "
-            "by which it is brought into the other layout"
+            "and the layout is converted"
         )
 
     def refusal(self, why: str) -> UnsupportedAdapter:
@@ -149,7 +149,7 @@ class Places:
         if not guessed:
             return []
         return [
-            f"nothing tells which part of a pipeline {len(guessed)} of {len(modules)} modules are "
-            f"of, such as {guessed[0].module}: it is written as one of the {guessed[0].component}; "
-            f"if it is not, {_BY_BASE}"
+            f"nothing shows to which part of a pipeline {len(guessed)} of {len(modules)} modules "
+            f"belong, such as {guessed[0].module}. They are written as modules of the "
+            f"{guessed[0].component}; if that is wrong, {_BY_BASE}"
         ]

@@ -80,7 +80,7 @@ def by_keys(path: Path, keys: Collection[str]) -> Format:
     if 2 * known[best] > len(keys):  # a key that is none of its own is refused by name later
         return FORMATS[best]
     raise AdapterError(
-        f"{path}: no {peft.CONFIG} there, and its tensors are not named as an adapter's "
-        f"({', '.join(f.title for f in FORMATS.values())}); is it an adapter? "
-        "`loratools convert --from` says which"
+        f"{path}: has no {peft.CONFIG}, and its tensors do not have the names of an adapter "
+        f"({', '.join(f.title for f in FORMATS.values())}); is it an adapter? If so, give its "
+        "format with `loratools convert --from`"
     )

@@ -40,7 +40,7 @@ class TargetParameters:
     def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
         given = config.get("target_parameters") or []
         if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
-            raise AdapterError(f"{path}: {_CONFIG}: target_parameters is no list of names")
+            raise AdapterError(f"{path}: {_CONFIG}: target_parameters is not a list of names")
         self._path, self._names = path, [split_tensor(name) for name in given]
         self._modules = config.get("target_modules") or []
 
@@ -72,13 +72,13 @@ class TargetParameters:
         listed = ", ".join(named)
         if deepest + 1 != len(named):
             raise self._fail(
-                f"{module}: target_parameters name {listed}, and the file has factors for "
+                f"{module}: target_parameters name {listed}, but the file has factors for "
                 f"{deepest + 1}"
             )
         if len(named) > 2 or (len(named) == 2 and named[1] != "down_proj"):
             raise UnsupportedAdapter(
-                f"{self._path}: {module}: target_parameters name {listed} of one module, "
-                "and the file does not say which of its factors are for which"
+                f"{self._path}: {module}: target_parameters name {listed} of one module, and the "
+                "file does not show which factors are for which"
             )
         return named[deepest - depth]
 
@@ -98,5 +98,7 @@ class TargetParameters:
             try:
                 return every or matches(self._modules, module, whole=True)
             except re.error as error:
-                raise self._fail(f"target_modules is no pattern that is read ({error})") from None
+                raise self._fail(
+                    f"target_modules is a pattern that cannot be read ({error})"
+                ) from None
         return any(modules_matched(str(name), [module]) for name in self._modules)

@@ -72,7 +72,7 @@ def read(path: Path, file: TensorFile, context: Context) -> Outline:
     for theirs, keys in group_parts(outline, set(_PARTS.values()), split).items():
         module = to_peft(theirs) if base is not None else theirs
         if not module:
-            raise outline.fail(f"{theirs} is no module that torchtune adapts in such a model")
+            raise outline.fail(f"{theirs} is not a module that torchtune adapts in such a model")
         a, b = pair(outline, module, keys, "A", "B")
         alpha = alphas.get(theirs)
         if alpha is None:
@@ -104,7 +104,7 @@ class TorchtuneWriter(Keyed):
         row = architecture(self.base, self.base.path, "torchtune")
         name = from_peft(factors.module)
         if not name:
-            raise UnsupportedAdapter(f"{factors.module}: torchtune adapts no such module")
+            raise UnsupportedAdapter(f"{factors.module}: torchtune does not adapt this module")
         B, magnitude = factors.lora_B, factors.magnitude
         if is_rotated(row, factors.module):
             numbers = (heads(self.base.config, factors.module),)

@@ -38,4 +38,6 @@ def note_on_hashes(metadata: Mapping[str, str]) -> list[str]:
     hashes = sorted(key for key in metadata if key.startswith(_HASHES))
     if not hashes:
         return []
-    return [f"left out of the metadata, since it is of the file given: {', '.join(hashes)}"]
+    return [
+        f"not copied from the metadata, because it describes the input file: {', '.join(hashes)}"
+    ]

@@ -21,9 +21,9 @@ _NOT_LORA = {
     "POLY": "Poly weighs its modules by the task of every input",
     "SHADOW": "ShadowPEFT runs a second model beside the first",
     "CARTRIDGE": "a cartridge is keys and values put before the sequence",
-    "PSOFT": "PSOFT turns singular vectors of the base, whose signs the file does not say",
-    "ADAMSS": "AdaMSS groups rows by a clustering of the base that the file does not hold",
-    "OSF": "OSF replaces singular vectors of the base, which the file does not hold",
+    "PSOFT": "PSOFT rotates singular vectors of the base, and the file does not have their signs",
+    "ADAMSS": "AdaMSS groups rows by a clustering of the base, which is not in the file",
+    "OSF": "OSF replaces singular vectors of the base, which are not in the file",
 }
 _READ = ("LORA", "IA3", "LN_TUNING", "TRAINABLE_TOKENS")
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -55,23 +55,23 @@ def refuse_merge_only(
     """
     if is_ia3:
         raise UnsupportedAdapter(
-            f"{path}: an IA³ adapter: it multiplies activations by vectors and has no {what}; it "
-            "can be merged into weights (loratools merge)"
+            f"{path}: an IA³ adapter multiplies activations by vectors and has no {what}; merge it "
+            "into the weights (loratools merge)"
         )
     if titles:
         raise UnsupportedAdapter(
-            f"{path}: an adapter of {titles[0]} has no {what}; it can be merged (loratools merge), "
-            f"or made a LoRA first: loratools convert {path} -o OUT --to peft --rank 16 --base BASE"
+            f"{path}: an adapter of {titles[0]} has no {what}; merge it (loratools merge), or make "
+            f"it a LoRA first: loratools convert {path} -o OUT --to peft --rank 16 --base BASE"
         )
     if differences:
         raise UnsupportedAdapter(
-            f"{path}: holds differences of norms or biases ({min(differences)}), which have no "
-            f"{what}; it can be merged (loratools merge)"
+            f"{path}: holds changes of norms or biases ({min(differences)}), which have no {what}; "
+            "merge it (loratools merge)"
         )
     if of_attention:
         raise UnsupportedAdapter(
-            f"{path}: a LoRA of an nn.MultiheadAttention, which PEFT alone runs: it has no {what} "
-            "that others would read; it can be merged (loratools merge)"
+            f"{path}: a LoRA of an nn.MultiheadAttention, which only PEFT can run: it has no "
+            f"{what} that other programs read; merge it (loratools merge)"
         )
 
 
@@ -79,23 +79,23 @@ def refuse_unmergeable(path: Path, config: Mapping[str, Any]) -> None:
     """Raises UnsupportedAdapter, with the reason, for what cannot be added to weights soundly."""
     kind = str(config.get("peft_type", "LORA"))
     if kind not in _READ and change_of(config) is None:
-        reason = _NOT_LORA.get(kind, "it is a type of PEFT that is not known here")
+        reason = _NOT_LORA.get(kind, "this type is unknown")
         raise UnsupportedAdapter(
             f"{path}: an adapter of PEFT's {kind} cannot be merged here: {reason}"
         )
     if config.get("alora_invocation_tokens"):
         raise UnsupportedAdapter(
-            f"{path}: an activated LoRA (aLoRA) acts only after its invocation tokens; weights "
-            "cannot tell tokens apart, so it cannot be merged"
+            f"{path}: an activated LoRA (aLoRA) acts only after its invocation tokens, and merged "
+            "weights would always act, so it cannot be merged"
         )
     for field, why in (
         ("arrow_config", "Arrow routes every token to other experts"),
         (
             "use_bdlora",
-            "its factors are block-diagonal (BD-LoRA), and of which modules is not said",
+            "its factors are block-diagonal (BD-LoRA), and it does not say for which modules",
         ),
         ("use_qalora", "QA-LoRA pools its inputs"),
-        ("layer_replication", "it replicates layers, so its modules are not the checkpoint's"),
+        ("layer_replication", "it repeats layers, so its modules are not the checkpoint's"),
         ("kasa_config", "KaSA changed the base"),
         ("megatron_config", "Megatron's parallel layers are not the checkpoint's"),
     ):
@@ -104,8 +104,8 @@ def refuse_unmergeable(path: Path, config: Mapping[str, Any]) -> None:
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_CHANGED_BASE):
         raise UnsupportedAdapter(
-            f"{path}: initialised with {init!r}, which changed the base before training, so adding "
-            "it to the pristine base is wrong. Save it with "
+            f"{path}: was initialized with {init!r}, which changed the base before training, so "
+            "adding it to the original base is wrong; save it with "
             "path_initial_model_for_weight_conversion to make it a plain LoRA, or, if BASE is the "
             "changed base itself, set init_lora_weights to true in its adapter_config.json"
         )

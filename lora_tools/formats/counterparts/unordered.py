@@ -43,15 +43,15 @@ def refuse_unordered(
     layouts = {part.layout for part, _ in _unordered(parts)}
     if "original" in layouts:
         raise UnsupportedAdapter(
-            f"{adapter}: {found[0]}: attn.qkv_proj {_ORDERS}, and nothing in {base} tells which; "
-            f"{_USE} as the base, which has them apart"
+            f"{adapter}: {found[0]}: attn.qkv_proj {_ORDERS}, and nothing in {base} shows which; "
+            f"{_USE} as the base, where they are separate"
         )
     fused = next(filter(_FUSED.fullmatch, found), "")
     if layouts and by_peft and fused:
         raise UnsupportedAdapter(
-            f"{adapter}: {fused}: attn.qkv_proj {_ORDERS}, and a PEFT adapter does not tell "
-            "which; train or extract it on the model in the layout of diffusers, or give the "
-            "file as its trainer wrote it"
+            f"{adapter}: {fused}: attn.qkv_proj {_ORDERS}, and a PEFT adapter does not show which; "
+            "train or extract it on the model in the layout of diffusers, or give the file that "
+            "the trainer wrote"
         )
 
 
@@ -61,8 +61,8 @@ def refuse_untold(adapter: Path, modules: Iterable[str]) -> None:
     found = min(filter(_FUSED.fullmatch, modules), default="")
     if found:
         raise UnsupportedAdapter(
-            f"{adapter}: {found}: attn.qkv_proj {_ORDERS}, and a PEFT adapter does not tell which, "
-            "as the file that is to be written would; give the model it was trained on with --base"
+            f"{adapter}: {found}: attn.qkv_proj {_ORDERS}, and a PEFT adapter does not show which, "
+            "but the output needs to; give the model it was trained on with --base"
         )
 
 
@@ -72,8 +72,8 @@ def refuse_fused(base: Path, parts: Iterable[Part]) -> None:
     for part, pair in _unordered(parts):
         if part.layout == "original":
             raise UnsupportedAdapter(
-                f"{base}: {part.wrapper}{pair.original}: attn.qkv_proj {_ORDERS}, nothing in the "
-                f"file tells which, and what is to be written would; {_USE}"
+                f"{base}: {part.wrapper}{pair.original}: attn.qkv_proj {_ORDERS}, and nothing in "
+                f"the file shows which, but the output needs to; {_USE}"
             )
 
 
@@ -90,10 +90,10 @@ def refuse_interleaved(
     spelt = any(".lora_A.default." in key or ".lora_B.default." in key for key in keys)
     if found and spelt and (parts is None or any(_unordered(parts))):
         raise UnsupportedAdapter(
-            f"{adapter}: {found}: attn.qkv_proj {_ORDERS}; DiffSynth-Studio's files (.default. in "
-            "their keys) have it head by head, which is not read here; load it with diffusers' "
+            f"{adapter}: {found}: attn.qkv_proj {_ORDERS}. DiffSynth-Studio's files (.default. in "
+            "their keys) have it head by head, which cannot be read; load it with diffusers' "
             "load_lora_weights and give the file that its save_lora_adapter writes"
-            + ("; where another model is meant, give it with --base" if parts is None else "")
+            + ("; if it is for another model, give that with --base" if parts is None else "")
         )
 
 

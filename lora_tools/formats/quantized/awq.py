@@ -58,8 +58,8 @@ def find_awq(
         plain = TensorSpec(f"{module}.weight", plain_dtype(config), (out, inputs))
         if layout_name(plain, config) != "linear":
             raise CheckpointError(
-                f"{module}.{QWEIGHT}: AWQ of what is no linear layer (an embedding, a Conv1D), "
-                f"which is not read here; {ORIGINAL}"
+                f"{module}.{QWEIGHT}: AWQ can be read for linear layers only, not for embeddings "
+                f"or Conv1D; {ORIGINAL}"
             )
         symmetric = settings.get("zero_point") is False
         found[plain.name] = QWeight(plain, parts, "AWQ of 4 bits", _BITS, size, symmetric=symmetric)
@@ -78,7 +78,7 @@ def _refuse_unknown(
         raise CheckpointError(
             f"{module}.{QWEIGHT}: AWQ of {bits!r} bits in the layout {form}"
             + (f", with {G_IDX}" if G_IDX in parts else "")
-            + f", and only four bits in the layout gemm are read here; {ORIGINAL}"
+            + f", but only four bits in the layout gemm can be read; {ORIGINAL}"
         )
 
 
@@ -87,7 +87,7 @@ def _group_size(module: str, inputs: int, settings: Mapping[str, Any]) -> int:
     size = inputs if said == -1 else said
     if type(size) is not int or size < 1 or inputs % size:
         raise CheckpointError(
-            f"{module}.{QWEIGHT}: {inputs} inputs are no whole number of groups of {said!r} "
+            f"{module}.{QWEIGHT}: {inputs} inputs cannot be divided into groups of {said!r} "
             f"(group_size); {FETCH}"
         )
     return size

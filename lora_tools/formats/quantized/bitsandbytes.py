@@ -176,8 +176,8 @@ def quantized_tensor(name: str, state: QuantState, storage: str = "U8") -> Quant
     packed, size = -(state.numel // -2), DTYPE_BITS[storage] // 8
     if packed % size:
         raise CheckpointError(
-            f"{name}: its {packed} packed bytes are no whole number of {storage} elements; "
-            "leave it out with --exclude, or choose another --quant-storage"
+            f"{name}: its {packed} packed bytes cannot be divided into {storage} elements; leave "
+            "it out with --exclude, or choose another --quant-storage"
         )
     shapes = _shapes(state, (packed // size, 1), storage).items()
     specs = {end: TensorSpec(name + end, dtype, shape) for end, (dtype, shape) in shapes}
@@ -219,7 +219,9 @@ def find_quantized(
         if not mark:
             continue
         if spec.dtype != "U8" or spec.nbytes > 1 << 16:
-            raise CheckpointError(f"{key}: {spec.dtype} {list(spec.shape)} holds no quant_state")
+            raise CheckpointError(
+                f"{key}: {spec.dtype} {list(spec.shape)} does not hold a quant_state"
+            )
         try:
             state = QuantState.from_json(bytes(read(key)))
         except CheckpointError as error:
@@ -233,7 +235,9 @@ def find_quantized(
     ends = (ABSMAX, QUANT_MAP, NESTED_ABSMAX, NESTED_MAP)
     for key in specs:
         if key.endswith(ends) and key.rpartition(".")[0] in specs and key not in taken:
-            raise CheckpointError(f"{key}: belongs to no quantized weight; is its state missing?")
+            raise CheckpointError(
+                f"{key}: does not belong to a quantized weight; is its state missing?"
+            )
     return found
 
 
@@ -256,7 +260,7 @@ def _checked(
 ) -> QuantizedTensor:
     stored = specs.get(name)
     if stored is None or stored.dtype not in STORAGES.values():
-        raise CheckpointError(f"{key}: no packed weight {name!r} goes with it")
+        raise CheckpointError(f"{key}: the packed weight {name!r} is missing beside it")
     expected = quantized_tensor(name, state, stored.dtype).specs
     expected[STATE + state.quant_type] = specs[key]
     for spec in expected.values():
@@ -314,14 +318,14 @@ def reason_to_keep(weight: Weight, config: Mapping[str, Any], head: bool) -> tup
     if weight.layout == "embedding":
         return "embedding", False
     if weight.layout not in ("linear", "conv1d"):
-        return "no weight of a linear layer", False
+        return "not the weight of a linear layer", False
     last = module.rpartition(".")[2]
     if weight.is_head or module == "cls.predictions.decoder":
         return ("" if head else "output head"), True
     if _CLASSIFIERS.fullmatch(last):
         return "classification head", True
     if ".experts." in module:
-        return "expert, which transformers fuses", True
+        return "an expert, which transformers fuses", True
     if _ROUTERS.fullmatch(last):
         return "router", True
     if _KEPT.fullmatch(module) or (last == "wo" and config.get("model_type") in _KEPT_WO):
@@ -372,12 +376,15 @@ def config_faults(
     """
     settings = config.get("quantization_config")
     if not (isinstance(settings, Mapping) and settings.get("load_in_4bit")):
-        return ["has no quantization_config with load_in_4bit: a loader takes codes for weights"]
+        return [
+            "has no quantization_config with load_in_4bit, so a loader would use the codes as "
+            "weights"
+        ]
     kinds = sorted({q.state.quant_type for q in quantized.values()})
     faults = []
     if [settings.get("bnb_4bit_quant_type", "fp4")] != kinds:
         faults.append(
-            f"says {settings.get('bnb_4bit_quant_type')}, and the weights are {' and '.join(kinds)}"
+            f"says {settings.get('bnb_4bit_quant_type')}, but the weights are {' and '.join(kinds)}"
         )
     listed = settings.get("llm_int8_skip_modules")
     if not isinstance(listed, list):
@@ -389,12 +396,14 @@ def config_faults(
             module = layers.get(name, module)
         if name in quantized:
             if loader_skips(module, skip):
-                faults.append(f"leaves {module} out of the four-bit layers, and it is one")
+                faults.append(f"says that {module} is not in four bits, but it is")
             elif layers is not None and name not in layers:
-                faults.append(f"cannot say that {module} is in four bits: it is no linear layer")
+                faults.append(f"cannot say that {module} is in four bits: it is not a linear layer")
             continue
         reason, linear = reason_to_keep(weight_of(spec, config), config, False)
         wanted = linear and reason in _NAMED_IF_KEPT if layers is None else name in layers
         if wanted and not loader_skips(module, skip):
-            faults.append(f"does not list {module}, which is not in four bits, as one to skip")
+            faults.append(
+                f"does not list {module}, which is not in four bits, among the modules to skip"
+            )
     return faults

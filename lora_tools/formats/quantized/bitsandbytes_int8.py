@@ -63,7 +63,7 @@ def find_int8(
             if layout.dtype != "U8" or layout.numel != 1 or bytes(read(layout.name)) != b"\0":
                 raise CheckpointError(
                     f"{layout.name}: U8 0 (row) is expected; load it with the bitsandbytes that "
-                    "made it, and save it anew"
+                    "made it, and save it again"
                 )
             parts[FORMAT] = layout
         plain = TensorSpec(name, plain_dtype(config), codes.shape)

@@ -90,7 +90,7 @@ def _layers(
         text = strict_json(metadata[METADATA])
         layers = text.get("layers") if isinstance(text, dict) else None
         if not isinstance(layers, dict):
-            raise CheckpointError(f"{METADATA} of the file's metadata names no layers")
+            raise CheckpointError(f"{METADATA} in the file's metadata does not name layers")
         said.update(layers)
     for mark in marks:
         if mark.name.endswith(MARK):
@@ -120,8 +120,8 @@ def _check(
         unknown = set(text) - _HARMLESS
         if unknown:
             raise CheckpointError(
-                f"{name}: {sorted(unknown)[0]!r} of its format is not known here, and may change "
-                f"what its codes stand for; {ORIGINAL}"
+                f"{name}: {sorted(unknown)[0]!r} in its format is unknown, and may change the "
+                f"meaning of its codes; {ORIGINAL}"
             )
         weight = found.get(name)
         if weight is None or len(weight.specs) < 2:

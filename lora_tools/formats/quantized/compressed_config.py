@@ -80,7 +80,7 @@ class Groups:
         if len(classes) == 1:
             return classes.pop()
         raise CheckpointError(
-            f"{module}.weight: stored by {METHOD}, and no config group of config.json is for it "
+            f"{module}.weight: stored by {METHOD}, but no config group in config.json covers it "
             f"({', '.join(group.name for group in self.groups)}); {_NEXT}"
         )
 
@@ -91,7 +91,7 @@ def _matches(module: str, target: str) -> bool:
     try:
         return matches(target.removeprefix("re:"), module)
     except re.error as error:
-        raise CheckpointError(f"config.json: {target!r} is no pattern ({error})") from None
+        raise CheckpointError(f"config.json: {target!r} is not a pattern ({error})") from None
 
 
 def groups_of(config: Mapping[str, Any]) -> Groups | None:
@@ -113,12 +113,12 @@ def groups_of(config: Mapping[str, Any]) -> Groups | None:
         groups = [g for name, body in listed.items() if (g := _group(name, body, form))]
     else:
         raise CheckpointError(
-            f"config.json: quantization_config of {METHOD} has no config_groups, which say how "
-            f"many bits a weight is of; {_NEXT}"
+            f"config.json: quantization_config of {METHOD} has no config_groups, which give the "
+            f"bits of each weight; {_NEXT}"
         )
     ignore = entry.get("ignore") or []
     if not isinstance(ignore, list):
-        raise CheckpointError(f"config.json: ignore is no list of modules; {_NEXT}")
+        raise CheckpointError(f"config.json: ignore is not a list of modules; {_NEXT}")
     return Groups(tuple(groups), tuple(str(name) for name in ignore)) if groups else None
 
 
@@ -147,14 +147,14 @@ def _refuse_otherwise(entry: Mapping[str, Any], config: Mapping[str, Any]) -> No
         form = sparsity.get("format", "dense") if isinstance(sparsity, Mapping) else "dense"
         if form != "dense":
             raise CheckpointError(
-                f"config.json: sparsity_config says {form!r}: weights without their zeros, which "
-                "are not read here; give the model that it was compressed from"
+                f"config.json: sparsity_config says {form!r}: weights stored without their zeros "
+                "cannot be read; give the model that it was compressed from"
             )
     transform = entry.get("transform_config")
     if isinstance(transform, Mapping) and transform.get("config_groups"):
         raise CheckpointError(
-            "config.json: transform_config: weights rotated for transforms of their inputs, which "
-            f"are not undone here; {ORIGINAL}"
+            "config.json: transform_config: the weights are rotated to fit transforms of their "
+            f"inputs, and this cannot be undone; {ORIGINAL}"
         )
 
 
@@ -167,7 +167,7 @@ def _group(name: str, body: Any, form: str) -> Group | None:
     if weights is None or form in _PLAIN:
         return None
     if not isinstance(weights, Mapping):
-        raise CheckpointError(f"{place}: its weights' settings are no object; {_NEXT}")
+        raise CheckpointError(f"{place}: its settings of weights are not an object; {_NEXT}")
     return Group(name, tuple(map(str, body["targets"])), _settings(place, weights, form))
 
 
@@ -188,9 +188,9 @@ def _settings(place: str, weights: Mapping[str, Any], form: str) -> Settings:
         and structure is not None
     )
     if not sound or structure is None:
-        raise CheckpointError(f"{place}: {dict(weights)} is no way to store weights; {_NEXT}")
+        raise CheckpointError(f"{place}: {dict(weights)} is not a way to store weights; {_NEXT}")
     if weights.get("dynamic"):
-        raise CheckpointError(f"{place}: weights are not stored where dynamic is set; {_NEXT}")
+        raise CheckpointError(f"{place}: dynamic is set, which stored weights cannot have; {_NEXT}")
     of = int(size or 0) if grouped else 0
     settings = Settings(form, kind, bits, strategy, of, structure, symmetric)
     if form in _ALONE:
@@ -202,8 +202,8 @@ def _settings(place: str, weights: Mapping[str, Any], form: str) -> Settings:
     if not known:
         zeros = "" if symmetric else " with zero points"
         raise CheckpointError(
-            f"{place}: {form!r} of {kind}{bits} by {strategy}{zeros} is not read here; load it "
-            "with the library that made it, save it in bfloat16, and give that"
+            f"{place}: {form!r} of {kind}{bits} by {strategy}{zeros} cannot be read; load it with "
+            "the library that made it, save it in bfloat16, and give that"
         )
     return settings
 

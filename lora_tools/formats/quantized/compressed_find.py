@@ -88,7 +88,7 @@ def _weight(
     codes = own[PACKED if PACKED in own else WEIGHT]
     if groups.ignores(module):
         raise CheckpointError(
-            f"{codes.name}: stored as codes, and config.json says that {module} is not quantized "
+            f"{codes.name}: stored as codes, but config.json says that {module} is not quantized "
             f"(ignore); {AGAIN}"
         )
     settings = groups.settings_of(module)
@@ -111,7 +111,7 @@ def _shape(codes: TensorSpec, own: Own, settings: Settings, read: Read) -> tuple
     elif settings.form.endswith(_PACK) and shape:
         shape = (*shape[:-1], shape[-1] * 8 // settings.bits)
     if len(shape) < 2 or min(shape) < 1 or (settings.strategy == "block" and len(shape) > 2):
-        raise CheckpointError(f"{codes}: a weight of the shape {list(shape)} is not read here")
+        raise CheckpointError(f"{codes}: a weight of the shape {list(shape)} cannot be read")
     return shape
 
 
@@ -132,9 +132,9 @@ def _packing(weights: Iterable[CompressedWeight]) -> str:
             raise CheckpointError(f"{name}: not packed as the weights before it; {AGAIN}")
     if unsure is not None and len(possible) > 1:
         raise CheckpointError(
-            f"{unsure}: packed as versions of {METHOD} before or after dense packing, which cannot "
-            "be told by its shape; load it with the version that made it, save it in bfloat16, and "
-            "give that"
+            f"{unsure}: packed by a version of {METHOD} before or after dense packing, and its "
+            "shape does not show which; load it with the version that made it, save it in "
+            "bfloat16, and give that"
         )
     return DENSE if DENSE in possible else ALIGNED
 
@@ -161,8 +161,8 @@ def _checked(weight: CompressedWeight) -> CompressedWeight:
     size, cols = settings.group_size, plain.shape[-1]
     if size and cols % size:
         raise CheckpointError(
-            f"{plain.name}: rows of {cols} numbers are no multiple of groups of {size}, as "
-            f"config.json gives them; {AGAIN}"
+            f"{plain.name}: rows of {cols} numbers cannot be divided into groups of {size}, as "
+            f"config.json says; {AGAIN}"
         )
     expected = stored_shapes(plain, settings, weight.packing)
     if ZERO_POINT in own and ZERO_POINT not in expected:  # older versions stored those that are 0
@@ -183,7 +183,7 @@ def _checked(weight: CompressedWeight) -> CompressedWeight:
         parts[part] = spec
     for part, spec in own.items():
         if part not in parts and part not in ACTIVATIONS:
-            raise CheckpointError(f"{spec}: not known beside a weight of {weight.label}; {AGAIN}")
+            raise CheckpointError(f"{spec}: unknown beside a weight of {weight.label}; {AGAIN}")
     return dataclasses.replace(weight, specs=parts)
 
 

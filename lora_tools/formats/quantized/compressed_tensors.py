@@ -146,11 +146,11 @@ def settings_for(scheme: str, group_size: int | None = None) -> Settings:
 def why_not(plain: TensorSpec, settings: Settings) -> str:
     """Why a weight cannot be stored so, in a few words; "" where it can."""
     if len(plain.shape) < 2 or not plain.numel or not plain.is_float:
-        return "no matrix of floats"
+        return "not a matrix of floats"
     if len(plain.shape) > 2 and settings.strategy == "block":
-        return "blocks of matrices only"
+        return "only matrices have blocks"
     if settings.group_size and plain.shape[-1] % settings.group_size:
-        return f"{plain.shape[-1]} columns are no multiple of {settings.group_size}"
+        return f"{plain.shape[-1]} columns are not a multiple of {settings.group_size}"
     return ""
 
 

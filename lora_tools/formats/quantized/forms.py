@@ -135,7 +135,7 @@ def _partial_block(spec: TensorSpec) -> str:
     whole ones where layers are split or joined."""
     high, wide = fp8.BLOCK
     if spec.shape[0] % high or spec.shape[1] % wide:
-        return f"{list(spec.shape)} is not of whole blocks of {high} x {wide}"
+        return f"{list(spec.shape)} cannot be divided into blocks of {high} x {wide}"
     return ""
 
 
@@ -173,8 +173,8 @@ def _of_gpt_oss() -> Form:
 
 # transformers' ``CompressedTensorsDequantize`` takes codes and scales of an expert for all of it.
 _NO_GLOBAL_SCALE = (
-    "experts in NVFP4 are read by vLLM; transformers 5.23 leaves their global scales out, so that "
-    "its numbers are wrong"
+    "vLLM reads experts in NVFP4; transformers 5.23 ignores their global scales, so its numbers "
+    "are wrong"
 )
 
 

@@ -138,8 +138,8 @@ def find_fp8(
             continue
         if scale is None and is_scaled and len(spec.shape) > 1:
             raise CheckpointError(
-                f"{spec}: {spec.name}_scale_inv or {spec.name}_scale is expected beside it, found "
-                "none, and its codes alone are not its numbers; is the download complete?"
+                f"{spec}: its scales ({spec.name}_scale_inv or {spec.name}_scale) are missing; is "
+                "the download complete?"
             )
         found[spec.name] = fp8_weight(spec, scale, dtype, config)
     found = with_activations(found, specs)
@@ -162,17 +162,19 @@ def scale_of(
         for part in _OTHER_PARTS:
             if module + dot + part in specs:
                 raise CheckpointError(
-                    f"{codes}: {module + dot + part} lies beside it, which is not read here with "
-                    f"eight-bit floats; {ORIGINAL}"
+                    f"{codes}: {module + dot + part} is beside it, which is unknown for eight-bit "
+                    f"floats; {ORIGINAL}"
                 )
     found = [specs[name] for name in names if name in specs]
     if found and found[0].name == f"{module}.scale" and method(config) != "fp8":
         raise CheckpointError(
-            f"{found[0]}: beside eight-bit floats ({codes.name}), and no quantization_config with "
-            f"quant_method fp8 says that they are multiplied by it; {ORIGINAL}"
+            f"{found[0]}: is beside eight-bit floats ({codes.name}), but no quantization_config "
+            f"with quant_method fp8 says that they are multiplied by it; {ORIGINAL}"
         )
     if len(found) > 1:
-        raise CheckpointError(f"{codes}: two scales, {found[0]} and {found[1]}; one is expected")
+        raise CheckpointError(
+            f"{codes}: has two scales, {found[0]} and {found[1]}; remove the wrong one"
+        )
     return found[0] if found else None
 
 
@@ -214,8 +216,8 @@ def _one_of_all(
 
 def _unfit(codes: TensorSpec, scale: TensorSpec, wanted: str) -> CheckpointError:
     return CheckpointError(
-        f"{scale}: the scales of {codes} are expected {wanted}; is it of another weight, or are "
-        "this file and config.json not of one checkpoint?"
+        f"{scale}: the scales of {codes} must be {wanted}; does it belong to another weight, or "
+        "are this file and config.json of different checkpoints?"
     )
 
 
@@ -273,8 +275,8 @@ def _blocks(
         half = _side(rows // 2, down // 2, stated and stated[0])
         if high and half and rows // 2 % high:
             raise CheckpointError(
-                f"{codes}: blocks of {high}x{wide} numbers may go on over its two projections, or "
-                f"start anew in the second; {ORIGINAL}"
+                f"{codes}: it is not clear whether blocks of {high}x{wide} numbers continue over "
+                f"its two projections or start again in the second; {ORIGINAL}"
             )
         if not high:
             stacked, down, high = 2 * stacked, down // 2, half
@@ -291,8 +293,8 @@ def _stated(config: Mapping[str, Any]) -> tuple[int, int] | None:
     whole = isinstance(said, list) and all(type(n) is int and n > 0 for n in said)
     if not whole or len(said) != 2:
         raise CheckpointError(
-            f"config.json: weight_block_size is {said!r:.80}; two positive whole numbers are "
-            "expected"
+            f"config.json: weight_block_size is {said!r:.80}, but must be two positive whole "
+            "numbers"
         )
     return said[0], said[1]
 
@@ -328,6 +330,6 @@ def refuse_orphans(found: Mapping[str, FP8], specs: Mapping[str, TensorSpec]) ->
         if module not in others:
             lies = specs.get(f"{module}.weight") if module else None
             raise CheckpointError(
-                f"{spec}: a scale, and no eight-bit weight goes with it; "
+                f"{spec}: a scale without an eight-bit weight; "
                 + (f"found {lies}" if lies else "is the download complete?")
             )

@@ -42,15 +42,15 @@ def per_expert(
     if given == (experts, 2, 1) and is_gate_up(codes) and rows % 2 == 0 and rows > 2:
         if not is_whole and _are_blocks(rows, cols):
             raise CheckpointError(
-                f"{codes}: its scales {list(given)} may be of its two projections or of blocks of "
-                f"128x128 numbers (weight_block_size, null where there are none, would tell in "
-                f"config.json); {ORIGINAL}"
+                f"{codes}: its scales {list(given)} may be for its two projections or for blocks "
+                "of 128x128 numbers (weight_block_size in config.json, or null there, would show "
+                f"it); {ORIGINAL}"
             )
         return (2 * experts, 1, 1), (rows // 2, cols), "per projection"
     if given == (experts, rows) and rows == cols:
         raise CheckpointError(
-            f"{codes}: its scales {list(given)} may be of each expert's rows or of its columns "
-            f"([{experts}, {rows}, 1] or [{experts}, 1, {cols}] would tell); {ORIGINAL}"
+            f"{codes}: its scales {list(given)} may be for each expert's rows or columns "
+            f"([{experts}, {rows}, 1] or [{experts}, 1, {cols}] would show it); {ORIGINAL}"
         )
     turned = (experts, cols, 1) if is_turned else (experts, 1, cols)
     if given in (turned, (experts, 1, cols)):

@@ -78,13 +78,13 @@ def _offset(module: str, settings: Mapping[str, Any]) -> int:
     if form not in _OFFSETS or settings.get("pack_dtype", "int32") != "int32":
         packs = settings.get("pack_dtype", "int32")
         raise CheckpointError(
-            f"{module}.{QWEIGHT}: GPTQ in the layout {form} (packed in {packs}), which is not read "
-            f"here; save it as gptq or gptq_v2, or {ORIGINAL}"
+            f"{module}.{QWEIGHT}: GPTQ in the layout {form} (packed in {packs}) cannot be read; "
+            f"save it as gptq or gptq_v2, or {ORIGINAL}"
         )
     if settings.get("rotation"):
         raise CheckpointError(
             f"{module}.{QWEIGHT}: rotated ({settings['rotation']}) before it was quantized, and a "
-            f"plain model does not turn its inputs back; {ORIGINAL}"
+            f"plain model does not rotate its inputs back; {ORIGINAL}"
         )
     return _OFFSETS[form]
 
@@ -130,11 +130,11 @@ def _group(parts: Mapping[str, TensorSpec], inputs: int, settings: Mapping[str, 
     if G_IDX in parts and (said is None or settings.get("dynamic")):
         return inputs  # g_idx says
     if type(said) is not int or not (said > 0 or said == -1):
-        raise CheckpointError(f"{scales.name}: group_size {said!r} is no size; {FETCH}")
+        raise CheckpointError(f"{scales.name}: group_size {said!r} is not a size; {FETCH}")
     size = inputs if said == -1 else said
     if G_IDX not in parts and ordered and scales.shape[0] > 1:
         name = scales.name.removesuffix(SCALES) + G_IDX
-        raise CheckpointError(f"{name}: missing, and desc_act says that it is needed; {FETCH}")
+        raise CheckpointError(f"{name}: is missing, but desc_act needs it; {FETCH}")
     if scales.shape[0] != -(inputs // -size):
         raise CheckpointError(
             f"{scales.name}: {-(inputs // -size)} groups of {size} inputs (group_size {said}) are "

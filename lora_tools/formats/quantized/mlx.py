@@ -82,8 +82,8 @@ def _refuse_unknown_names(specs: Mapping[str, TensorSpec], settings: Mapping[str
         is_layer = isinstance(own, Mapping) and own.keys() & _DEFAULTS.keys()
         if is_layer and f"{module}.{CODES}" not in specs:
             raise CheckpointError(
-                f"config.json: quantization names {module}, which is not among the tensors; were "
-                f"they renamed? {FETCH}"
+                f"config.json: quantization names {module}, which is not in the files; were "
+                f"tensors renamed? {FETCH}"
             )
 
 
@@ -92,8 +92,8 @@ def _shape(codes: TensorSpec, scales: TensorSpec, bits: int, group: int) -> tupl
     width = codes.shape[-1] * 32 if len(codes.shape) > 1 else 0
     if not width or 0 in codes.shape or width % bits or width // bits % group:
         raise CheckpointError(
-            f"{codes.name}: {codes.dtype} {list(codes.shape)} holds no whole groups of {group} "
-            f"numbers of {bits} bits; {FETCH}"
+            f"{codes.name}: {codes.dtype} {list(codes.shape)} cannot be divided into groups of "
+            f"{group} numbers of {bits} bits; {FETCH}"
         )
     return *codes.shape[:-1], width // bits
 
@@ -102,13 +102,14 @@ def _said(module: str, name: str, settings: Mapping[str, Any]) -> tuple[int, int
     """(bits, group_size) of a module. Raises CheckpointError."""
     own = settings.get(module, True)
     if own is False:
-        raise CheckpointError(f"{name}: holds codes, and config.json says that it is plain")
+        raise CheckpointError(f"{name}: holds codes, but config.json says that it is plain")
     said = {**_DEFAULTS, **(own if isinstance(own, Mapping) else settings)}
     bits, group, mode = said["bits"], said["group_size"], said["mode"]
     if mode != "affine":
-        raise CheckpointError(f"{name}: MLX's mode {mode} is not read here; {_ADVICE}")
+        raise CheckpointError(f"{name}: MLX's mode {mode} cannot be read; {_ADVICE}")
     if type(bits) is not int or bits not in BITS or type(group) is not int or group < 1:
         raise CheckpointError(
-            f"{name}: {bits!r} bits in groups of {group!r} are said, which MLX has not; {FETCH}"
+            f"{name}: MLX does not have {bits!r} bits in groups of {group!r}, as config.json says; "
+            f"{FETCH}"
         )
     return bits, group

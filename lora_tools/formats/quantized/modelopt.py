@@ -103,12 +103,12 @@ def _check_said(said: Mapping[str, Any], modules: Collection[str]) -> None:
         algorithm, size = mine.get("quant_algo"), mine.get("group_size")
         if algorithm not in _ALGORITHMS:
             raise CheckpointError(
-                f"{module}.{CODES}: stored as {LABEL}, and quant_algo says {algorithm!r:.40}; "
+                f"{module}.{CODES}: stored as {LABEL}, but quant_algo says {algorithm!r:.40}; "
                 f"{ORIGINAL}"
             )
         if size not in (None, GROUP):
             raise CheckpointError(
-                f"{module}.{CODES}: {LABEL} in groups of {size!r:.40} is not read here; {ORIGINAL}"
+                f"{module}.{CODES}: {LABEL} in groups of {size!r:.40} cannot be read; {ORIGINAL}"
             )
 
 
@@ -122,6 +122,5 @@ def _check_beside(found: Mapping[str, Packed], specs: Mapping[str, TensorSpec]) 
         inside = next((m for m in (module, module.rpartition(".")[0]) if m in modules), None)
         if inside is not None and (inside != module or leaf not in known):
             raise CheckpointError(
-                f"{name}: beside a weight in {LABEL}, and what it does to it is not known; "
-                f"{ORIGINAL}"
+                f"{name}: is beside a weight in {LABEL}, and its effect is not known; {ORIGINAL}"
             )

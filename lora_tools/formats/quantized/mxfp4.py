@@ -48,8 +48,8 @@ def _weight(name: str, dtype: str, parts: Mapping[str, TensorSpec | None]) -> Pa
     if blocks is None or scales is None:
         missing = SCALES if scales is None else BLOCKS
         raise CheckpointError(
-            f"{name}_{missing}: expected beside the other part of {name} in MXFP4, found none; is "
-            "the download complete?"
+            f"{name}_{missing}: is missing beside the other part of {name} in MXFP4; is the "
+            "download complete?"
         )
     shape = blocks.shape
     if blocks.dtype != "U8" or len(shape) != 4 or shape[3] != GROUP // 2 or not blocks.numel:
@@ -69,7 +69,7 @@ def why_not(plain: TensorSpec) -> str:
     if not _EXPERTS.fullmatch(plain.name) or len(plain.shape) != 3 or not plain.is_float:
         return "no fused experts"
     if plain.shape[1] % GROUP or not plain.numel:
-        return f"{plain.shape[1]} inputs are no multiple of {GROUP}"
+        return f"{plain.shape[1]} inputs are not a multiple of {GROUP}"
     return ""
 
 

@@ -11,9 +11,9 @@ from lora_tools.formats.dtypes import FLOAT_NAMES, parse_float_dtype
 from lora_tools.records import TensorSpec
 
 # What to do about a file that is broken, or in a variant that is not read.
-AGAIN = "get the file again, or quantize the original model anew"
+AGAIN = "download the file again, or quantize the original model again"
 ORIGINAL = "give the model that it was quantized from"
-FETCH = f"get the file again, or {ORIGINAL}"
+FETCH = f"download the file again, or {ORIGINAL}"
 # Where a config.json says how numbers are stored.
 ENTRIES = ("quantization_config", "compression_config")
 # What the names of parts begin with that are of no use to a weight's numbers (scales of

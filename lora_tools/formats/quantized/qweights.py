@@ -51,13 +51,14 @@ def layers(
             raise CheckpointError(f"{name}: {stem}.{QWEIGHT} is missing beside it; {FETCH}")
         if last == SCALES and modules and f"{stem}.{QWEIGHT}" not in specs:
             raise CheckpointError(
-                f"{name}: scales, and no {stem}.{QWEIGHT} beside them: if they are of activations "
-                "(AWQ's of mlp.act), a plain model has no place for them, and its numbers would be "
-                f"others; {FETCH}"
+                f"{name}: scales without {stem}.{QWEIGHT}; if they are for activations (AWQ's of "
+                f"mlp.act), a plain model cannot have them and would compute other numbers; {FETCH}"
             )
     for module in modules:
         if f"{module}.weight" in specs:
-            raise CheckpointError(f"{module}: has a weight and a {QWEIGHT}, and one is wanted")
+            raise CheckpointError(
+                f"{module}: has both a weight and a {QWEIGHT}; remove the wrong one"
+            )
         parts = {p: specs[f"{module}.{p}"] for p in known if f"{module}.{p}" in specs}
         for part in needed:
             if part not in parts:

@@ -37,8 +37,8 @@ def settings_of(
     for key in _OF_CODES:
         if key in entry and beside.get(key, entry[key]) != entry[key]:
             raise CheckpointError(
-                f"{path}: says {key} {beside[key]!r}, and config.json says {entry[key]!r}; keep "
-                "the one that goes with the weights"
+                f"{path}: says {key} {beside[key]!r}, but config.json says {entry[key]!r}; keep "
+                "the one that fits the weights"
             )
     return {**beside, **entry}
 

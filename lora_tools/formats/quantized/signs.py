@@ -25,7 +25,7 @@ _SAVE = "save it in bfloat16, and give that"
 _AGAIN = f"load it with the library that made it, {_SAVE}"
 _ORIGINAL = f"{ORIGINAL}, which its model card names"
 _WITH_CONFIG = (
-    "it is read with the config.json that was saved with it (quant_method, bits, group_size); else "
+    "put the config.json beside it that was saved with it (quant_method, bits, group_size), or "
     f"{_ORIGINAL}"
 )
 
@@ -67,7 +67,7 @@ SIGNS = (
     Sign("GPTQ", (".qweight", ".g_idx"), advice=_WITH_CONFIG, methods=("gptq",)),
     Sign("AWQ or GPTQ", (".qweight", ".qzeros", ".scales"), advice=_WITH_CONFIG,
          methods=("awq",)),
-    Sign("GPTQ, AWQ or one of their kin", (".qweight",), _NARROW, _ORIGINAL),
+    Sign("GPTQ, AWQ or a similar format", (".qweight",), _NARROW, _ORIGINAL),
     Sign("bitsandbytes int8", (".SCB",), advice=_load("call its dequantize()"),
          methods=("bitsandbytes",)),
     Sign("NVFP4", (".weight", ".weight_scale_2"), _NARROW, _ORIGINAL, ("nvfp4", "modelopt")),
@@ -81,8 +81,8 @@ SIGNS = (
     Sign("MXFP4 by OpenAI's own names", (".blocks", ".scales"), ("U8",),
          f"give the checkpoint beside it that transformers loads, or {_ORIGINAL[5:]}"),
     Sign("MLX", (".weight", ".scales"), ("U32",),
-         "it is read with the config.json that was saved with it (quantization); else make it "
-         "plain with `mlx_lm.convert --dequantize`, and give that"),
+         "put the config.json beside it that was saved with it (quantization), or make it plain "
+         "with `mlx_lm.convert --dequantize`, and give that"),
     Sign("scaled FP8 of ComfyUI", (".scaled_fp8",)),
     Sign("scaled FP8 of ComfyUI", (".weight", ".scale_weight"), _NARROW),
     Sign("ComfyUI's quantized form", (".comfy_quant",)),
@@ -111,7 +111,7 @@ SIGNS = (
     Sign("whole numbers with scales", ("", "_scale"), _WHOLE),
     Sign("whole numbers with scales", ("", "_scales"), _WHOLE),
     Sign("whole numbers with scales", ("", "_weight_scale"), _WHOLE),
-    Sign("whole numbers in a weight's place", (".weight",), (*_WHOLE, "I64", "U64")),
+    Sign("whole numbers instead of a weight", (".weight",), (*_WHOLE, "I64", "U64")),
 )  # fmt: skip
 # Entries of a config.json, at whatever depth, and files beside it.
 _ENTRIES = (*ENTRIES, "quantization")
@@ -170,7 +170,7 @@ def _unknown(specs: Mapping[str, TensorSpec]) -> Found | None:
             module = module.rpartition(".")[0]
     for module, spec in candidates.items():
         if module in floats:
-            return Found("a scheme that is not known", f"{spec.name} ({spec.dtype})", _ORIGINAL)
+            return Found("an unknown format", f"{spec.name} ({spec.dtype})", _ORIGINAL)
     return None
 
 
@@ -181,9 +181,9 @@ def _said(config: Mapping[str, Any], files: Collection[str]) -> Found | None:
         sign = next((s for s in SIGNS if method.lower() in s.methods), None)
         title = sign.title if sign else method or "a quantized form"
         advice = sign.advice if sign else _AGAIN
-        return Found(title, where, f"{advice}; if its numbers are plain, take that entry out")
+        return Found(title, where, f"{advice}; if its numbers are plain, remove that entry")
     for file in files:
-        advice = f"{_ORIGINAL}; if its numbers are plain, take that file out"
+        advice = f"{_ORIGINAL}; if its numbers are plain, remove that file"
         return Found(FILES[file], file, advice)
     return None
 

@@ -108,7 +108,7 @@ def peanut(t: Tensors, n: Numbers, on: On) -> torch.Tensor:
         ValueError: an activation that is not known here.
     """
     if n["act_fn"] not in _NONLINEAR:
-        raise ValueError(f"act_fn {n['act_fn']!r} is none of {', '.join(sorted(_NONLINEAR))}")
+        raise ValueError(f"act_fn {n['act_fn']!r} is not one of {', '.join(sorted(_NONLINEAR))}")
     f = _NONLINEAR[n["act_fn"]]
     x = f(on.matrix.T @ t["peanut_A.weight"].T)
     before = []

@@ -30,10 +30,10 @@ def unfused(model: onnx.ModelProto, why: str = "") -> Iterator[str]:
     graph, found = model.graph, fused([model])
     kinds = {node.op_type for node in graph.node}
     if "attention" not in found and "Softmax" in kinds:
-        yield f"attention ({why or 'of the model class’s own code, which no rule knows'})"
+        yield f"attention ({why or 'the code of this class is unknown'})"
     elif any(value.name.startswith("past_key_values.") for value in graph.input):
         apart = sum(node.op_type == "Attention" and len(node.input) < 6 for node in graph.node)
         if apart:
             yield f"the cache of {apart} of {found['attention']} layers"
     if "Sin" in kinds and "rotary_embeddings" not in found:
-        yield "rotary embeddings (of a form that no rule knows)"
+        yield "rotary embeddings (an unknown form)"

@@ -31,9 +31,9 @@ def _decode(weight: QWeight, parts: Parts, out: torch.Tensor, first: int) -> Non
     codes, zeros = (awq_stream(parts[part], first, last) for part in (QWEIGHT, QZEROS))
     if weight.symmetric and bool((zeros != 8).any()):
         raise CheckpointError(
-            f"{weight.specs[QZEROS].name}: holds zero points other than 8, and config.json says "
-            "zero_point false: libraries read it in two ways; give the model that it was quantized "
-            "from"
+            f"{weight.specs[QZEROS].name}: holds zero points other than 8, but config.json says "
+            "zero_point false, and libraries read this in two ways; give the model that it was "
+            "quantized from"
         )
     scales = parts[SCALES][:, first:last].T
     times_scales(codes, scales, (1, weight.group), out, 0, zeros)

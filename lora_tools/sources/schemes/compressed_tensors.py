@@ -201,8 +201,8 @@ def _encode(weight: CompressedWeight, x: torch.Tensor) -> dict[str, torch.Tensor
 
     if G_IDX in weight.specs:
         raise CheckpointError(
-            f"{weight.plain.name}: its groups of columns are listed ({G_IDX}), and are not found "
-            "anew here; run loratools dequantize first"
+            f"{weight.plain.name}: its groups of columns are listed ({G_IDX}), which cannot be "
+            "written again; run loratools dequantize first"
         )
     is_whole = x.numel() == weight.plain.numel
     x = x.float().reshape(-1, weight.matrix[1])

@@ -157,7 +157,7 @@ def _faults(
 ) -> Sequence[str]:
     if entry_of(config) or not any(weight.grid for weight in weights.values()):
         return ()
-    return ("has no quantization_config: a loader takes codes for weights",)
+    return ("has no quantization_config, so a program would use the codes as weights",)
 
 
 def _unscaled(weights: Mapping[str, FP8]) -> Sequence[str]:
@@ -167,7 +167,7 @@ def _unscaled(weights: Mapping[str, FP8]) -> Sequence[str]:
         return ()
     of = f"{counted(len(names), 'weight')} of {len(weights)}"
     listed = ", ".join(names[:3]) + ", …" * (len(names) > 3)
-    return (f"no scale beside {of} in FP8 ({listed}): taken for 1, as ComfyUI takes it",)
+    return (f"no scale beside {of} in FP8 ({listed}): the scale is 1, as in ComfyUI",)
 
 
 FLOATS = Scheme(

@@ -60,8 +60,8 @@ def _zeros(weight: QWeight, stored: torch.Tensor) -> torch.Tensor:
     if weight.offset and bool((stored == largest).any()):
         raise CheckpointError(
             f"{weight.specs[QZEROS].name}: holds the zero point {largest} + 1, which GPTQ's first "
-            f"format cannot say (some libraries take it for 0, others for {largest + 1}); save it "
-            f"as gptq_v2 with the library that made it, or {ORIGINAL}"
+            f"format cannot store (some libraries read 0, others {largest + 1}); save it as "
+            f"gptq_v2 with the library that made it, or {ORIGINAL}"
         )
     return stored.to(torch.int16) + weight.offset
 
@@ -76,11 +76,11 @@ def _groups(weight: QWeight, parts: Parts) -> torch.Tensor:
     groups, count, name = parts[G_IDX].long(), len(parts[SCALES]), weight.specs[G_IDX].name
     low, high = int(groups.min()), int(groups.max())
     if low < 0 or high >= count:
-        raise CheckpointError(f"{name}: names the groups {low} to {high}, and there are {count}")
+        raise CheckpointError(f"{name}: has groups {low} to {high}, but there are only {count}")
     if count > 1 and high == 0:
         raise CheckpointError(
-            f"{name}: puts all inputs into the first of {count} groups, as files do in which it "
-            f"is not meant; {ORIGINAL}"
+            f"{name}: puts all inputs into the first of {count} groups, which is probably wrong; "
+            f"{ORIGINAL}"
         )
     return groups
 

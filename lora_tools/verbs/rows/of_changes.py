@@ -43,7 +43,7 @@ OF_CHANGES = (
 
         BASE and TUNED are Hugging Face folders, .safetensors files, hub ids
         (org/name[@revision]) or addresses (s3://…, https://…, hf://…). The output is a folder
-        that PEFT loads; --to selects another format. The default rank is 32.""",
+        that PEFT loads; --to selects another format. Without an option for the rank, it is 32.""",
         "loratools extract org/base ./tuned -o adapter --rank 32",
         "rank energy dtype to consumer max_error dry_run",
         "rank energy error ratio cumulative threshold noise_floor gavish_donoho budget "
