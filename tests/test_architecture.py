@@ -208,6 +208,7 @@ NUMERIC = {
     "onnx/model.py",
     "onnx/parts.py",
     "onnx/precise.py",
+    "onnx/rounding.py",
     "onnx/sentence_modules.py",
     "onnx/tolerance.py",
     "onnx/trace.py",

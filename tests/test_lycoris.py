@@ -329,7 +329,7 @@ def test_dora_in_some_modules_only(tmp_path: Path) -> None:
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
     assert len(loaded.loras) == 2
     for to in ("peft", "diffusers"):
-        with pytest.raises(UnsupportedAdapter, match="of all modules or of none"):
+        with pytest.raises(UnsupportedAdapter, match="for all modules or for none"):
             lora_tools.convert(given, tmp_path / to, to=to, base=tmp_path / "base")
 
 
@@ -405,7 +405,7 @@ def test_what_is_made_of_the_weight_under_other_names(tmp_path: Path) -> None:
 
 def test_t_lora_is_refused_by_name(base: Path, tmp_path: Path) -> None:
     save_file(network("lora_unet", algo="tlora"), tmp_path / "a.safetensors")
-    with pytest.raises(UnsupportedAdapter, match=r"holds T-LoRA.*, which is not read"):
+    with pytest.raises(UnsupportedAdapter, match=r"holds T-LoRA.*, which cannot be read"):
         lora_tools.merge(base, [tmp_path / "a.safetensors"], tmp_path / "m")
 
 

@@ -113,7 +113,7 @@ def test_two_transformers_alike(tmp_path: Path) -> None:
     assert not lora_tools.merge(base / "transformer_2", [given], tmp_path / "m", dry_run=True).notes
     save_file(factors([f"transformer.{module}", f"transformer_2.{module}"]), given)
     assert not lora_tools.merge(base, [given], tmp_path / "m", dry_run=True).notes
-    for to, says in (("comfyui", "a file of ComfyUI's is of one model"), ("kohya", "make one of")):
+    for to, says in (("comfyui", "a ComfyUI file is for one model"), ("kohya", "make one of")):
         with pytest.raises(AdapterError, match=says):
             lora_tools.convert(given, tmp_path / "c.safetensors", to=to, base=base)
 
