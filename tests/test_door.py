@@ -283,7 +283,7 @@ def test_a_bare_file_has_no_config_and_is_known(
         ("marlin", "Marlin", "q_proj.B (I32)"),
         ("qqq", "QQQ", "q_proj.B (I32)"),
         ("quanto of four bits", "quanto", "q_proj.weight._data._data (U8)"),
-        ("of next year", "a scheme that is not known", "q_proj.codes8 (I8)"),
+        ("of next year", "an unknown format", "q_proj.codes8 (I8)"),
         ("config", "FP8 with block scales", "quantization_config in config.json (fp8)"),
         ("config of the text", "AWQ", "text_config.quantization_config in config.json (awq)"),
         ("modelopt", "ModelOpt", "hf_quant_config.json"),

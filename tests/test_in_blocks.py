@@ -120,7 +120,7 @@ def _mpt() -> Any:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("Bloom", "a block is given a tensor of shape"),  # a row for each sequence and head
+        ("Bloom", "a block gets a tensor of shape"),  # a row for each sequence and head
         ("DeBERTa-v2", "device"),  # an embedding's weight is read past its layer
         ("ALBERT", "through a block twice"),
     ],

@@ -361,7 +361,7 @@ def test_a_stale_dense_layer_in_a_graph_is_found(
         ("custom_st.Spread", "auto", "2_Dense is custom_st.Spread"),
         ("pylate.models.Dense.Dense", "auto", "2_Dense is pylate.models.Dense.Dense"),
         (PACKAGE + "LSTM", "auto", "2_Dense is sentence_transformers.models.LSTM"),
-        (PACKAGE + "Dense", "masked-lm", "it is that of masked-lm"),
+        (PACKAGE + "Dense", "masked-lm", "its task is masked-lm"),
     ],
 )
 def test_what_is_not_in_the_graph_is_said(

@@ -244,7 +244,7 @@ def test_flat_names_of_another_part_are_left_out_where_that_is_asked(
     back = (tmp_path / "m.safetensors", given[1], tmp_path / "back.safetensors")
     lora_tools.unmerge(*back, allow_unmatched=True)
     assert load_file(back[2])["net.to_q.weight"].abs().max() < 1e-6
-    with pytest.raises(AdapterError, match=r"is this the right base\?$"):  # where it is no option
+    with pytest.raises(AdapterError, match=r"such as the whole pipeline\.$"):  # no option for it
         lora_tools.convert(given[1][0], tmp_path / "c", to="peft", base=given[0])
 
 
