@@ -290,7 +290,7 @@ def test_what_is_not_known_is_rounded_by_itself(work: Path, tmp_path: Path) -> N
     assert results[f"{q}.weight"].output_error is None
     assert results[f"{v}.weight"].output_error == 0
     assert [
-        n for n in report.notes if n.startswith("--activations was not used for 2 of 14 weights")
+        n for n in report.notes if n.startswith("rounded without error feedback: 2 of 14 weights")
     ]
 
 

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_tools.formats.quantized import bitsandbytes
-from lora_tools.formats.quantized.bitsandbytes import BLOCKSIZES, QUANT_TYPES, loader_skips
+from lora_tools.formats.quantized.bitsandbytes import BLOCKSIZES, QUANT_TYPES
+from lora_tools.formats.quantized.loaded_in_four_bits import loader_skips
 from lora_tools.linalg import codebooks, nf4, nf4_search
 
 from . import forks

@@ -411,7 +411,7 @@ HOSTILE: dict[str, tuple[str, dict[str, Any], str]] = {
     "alpha NaN": ("loha", {"alpha": float("nan")}, "adapter_config.json"),
     "rank a fraction": ("lokr", {"r": 1.5}, "a whole number"),
     "rank zero": ("lokr", {"r": 0}, "make no lokr"),
-    "a flag": ("oft", {"coft": "no"}, "true or false is needed"),
+    "a flag": ("oft", {"coft": "no"}, "but must be true or false"),
     "an older OFT": ("oft", {"use_cayley_neumann": None}, "use_cayley_neumann is None"),
     "top of more": ("vblora", {"topk": 10**9}, "make no vblora"),
     "a wavelet": ("waveft", {"wavelet_family": "nothing"}, "make no waveft"),

@@ -22,7 +22,7 @@ from lora_tools.formats.dtypes import torch_dtype
 from lora_tools.jobs import Job, job
 from lora_tools.linalg.layouts import LAYOUTS, Layout
 from lora_tools.linalg.ranks import RankRule
-from lora_tools.merging.changed import change_of, layer_of, product_of, working_bytes
+from lora_tools.merging.changed import change_of, is_turned, layer_of, product_of, working_bytes
 from lora_tools.merging.jobs import lying_in
 from lora_tools.merging.plan import plan_merge
 from lora_tools.merging.targets import Part, Target
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 
     from lora_tools.formats.adapters.writer import Factors
     from lora_tools.linalg.changes.on import Product
+    from lora_tools.linalg.factors import BestProduct
 
 _SEED = 0
-_EXACT = "resize"
 # Fields of a config that mean the same of a LoRA.
 _KEPT = (
     "base_model_name_or_path",
@@ -104,40 +104,17 @@ def plan_lora(given: Adapter, base: Checkpoint | None, to: str) -> list[ToLora]:
                 f"{target.spec.name}: {title} changes it, and a LoRA cannot hold such a change; "
                 "merge the adapter, then run `loratools extract --rest save` on the result"
             )
-        turned = changes[0].layout is not None and changes[0].layout.transposed
-        kind = "conv1d" if turned else weight.layout
+        kind = "conv1d" if is_turned(changes[0]) else weight.layout
         layout = LAYOUTS[kind].having(groups=weight.groups) if kind == "conv" else LAYOUTS[kind]
         found.append(ToLora(target, layout))
     return found
 
 
-@dataclasses.dataclass(frozen=True)
-class _Fitted:
-    """The product of one region, in the dtype it is written in, ‖Δ‖²_F of the region, the square of
-    the error as written, and how much a better decomposition could have gained."""
-
-    left: torch.Tensor
-    right: torch.Tensor
-    total: float
-    error: float
-    gain: float
-    method: str
-
-    @classmethod
-    def nothing(
-        cls, shape: Sequence[int], dtype: torch.dtype, total: float, method: str
-    ) -> _Fitted:
-        """Of zeros, of rank 1, which readers need."""
-        import torch
-
-        left, right = torch.zeros(shape[0], 1, dtype=dtype), torch.zeros(1, shape[1], dtype=dtype)
-        return cls(left, right, total, total, 0.0, method)
-
-
-def _fitted(name: str, values: torch.Tensor, rule: RankRule, dtype: torch.dtype) -> _Fitted:
+def _best_of(name: str, values: torch.Tensor, rule: RankRule, dtype: torch.dtype) -> BestProduct:
     """The best product for a matrix at the rank that the rule chooses. Raises NonFiniteError."""
     from lora_tools.linalg import lora
     from lora_tools.linalg.delta import Delta
+    from lora_tools.linalg.factors import BestProduct
     from lora_tools.linalg.svd import truncated
 
     delta = Delta(values, values.new_zeros(()).expand(values.shape))
@@ -147,45 +124,45 @@ def _fitted(name: str, values: torch.Tensor, rule: RankRule, dtype: torch.dtype)
         raise NonFiniteError(f"{name}: its change holds an inf or a NaN; check the adapter")
     svd = truncated(values, rule, total=total, noise=energies.noise, seed=_SEED)
     if not svd.rank:
-        return _Fitted.nothing(values.shape, dtype, total, svd.method)
+        return BestProduct.nothing(values.shape, dtype, total, svd.method)
     left, right, fit = lora.balanced_factors(svd, delta, 1.0, dtype)
     if not math.isfinite(fit.error):
         raise NonFiniteError(f"{name}: its factors overflow {dtype}; choose a wider --dtype")
     gain = max(svd.captured + svd.gain - fit.captured, 0.0)
-    return _Fitted(left, right, total, max(fit.error, 0.0), gain, svd.method)
+    return BestProduct(left, right, total, max(fit.error, 0.0), gain, svd.method)
 
 
-def _fitted_product(name: str, product: Product, rule: RankRule, dtype: torch.dtype) -> _Fitted:
-    """The same of a matrix that is a product of small factors, without forming it: by the exact
-    SVD of the product. Raises NonFiniteError."""
+def _best_of_product(
+    name: str, product: Product, rule: RankRule, dtype: torch.dtype
+) -> BestProduct:
+    """The same of a matrix that is a product of small factors, which is never formed. Raises
+    NonFiniteError."""
     from lora_tools.linalg.factors import best_of_product
 
     left, right = product.left.double() * product.scale, product.right
     if not (left.isfinite().all() and right.isfinite().all()):
         raise NonFiniteError(f"{name}: its change holds an inf or a NaN; check the adapter")
     best = best_of_product(left, right, rule, dtype)
-    if not best.r:
-        return _Fitted.nothing((left.shape[0], right.shape[1]), dtype, best.total, _EXACT)
     if not math.isfinite(best.error):
         raise NonFiniteError(f"{name}: its factors overflow {dtype}; choose a wider --dtype")
-    return _Fitted(best.lora_B, best.lora_A, best.total, best.error, best.gain, _EXACT)
+    return best
 
 
 def _of_regions(
     work: ToLora, base: Checkpoint, rule: RankRule, dtype: torch.dtype
-) -> list[_Fitted]:
+) -> list[BestProduct]:
     """The products of the layer's regions."""
     spec, layout = work.target.spec, work.layout
     regions = layout.regions(spec.shape)
     if len(regions) == 1 and (product := product_of(work.part, spec)) is not None:
-        return [_fitted_product(spec.name, product, rule, dtype)]
+        return [_best_of_product(spec.name, product, rule, dtype)]
     weight = None
     if work.source.kind.of_base:
         weight = layer_of(work.target, work.part, base.tensor).float()
     change = change_of(work.part, spec, weight).reshape(layout.matrix(spec.shape))
     base.release(work.target.base_name)
     return [
-        _fitted(
+        _best_of(
             spec.name,
             change[at.row : at.row + at.rows, at.col : at.col + at.cols].contiguous(),
             rule,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from lora_tools.errors import UsageError
 from lora_tools.exporting.feeding import Statistics, refuse_unfed, statistics_for
 from lora_tools.formats.checkpoint import Checkpoint
-from lora_tools.formats.quantized.bitsandbytes import reason_to_keep
+from lora_tools.formats.quantized.loaded_in_four_bits import reason_to_keep
 from lora_tools.merging.prepare import OUTSIDE
 from lora_tools.onnx.schemes import AFFINE, NF4, SCHEMES
 from lora_tools.onnx.tasks import DECODER, Task

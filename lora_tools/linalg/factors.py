@@ -15,6 +15,8 @@ from lora_tools.linalg.ranks import RankRule, Spectrum
 from lora_tools.linalg.svd import top_directions
 from lora_tools.linalg.truncation import Wanted
 
+_EXACT = "resize"  # the method: QR of both factors and an SVD of the small core
+
 
 @overload
 def scaled(
@@ -54,29 +56,45 @@ class Resized:
 
 
 @dataclasses.dataclass(frozen=True)
-class Best:
-    """The best product of rank ``r`` in a dtype, and ``gain``: how much more of ``total``, ‖Δ‖²_F,
-    it could hold but for rounding."""
+class BestProduct:
+    """The best product left (m, r) @ right (r, n) for a matrix Δ, in the dtype it is written in.
 
-    lora_A: torch.Tensor
-    lora_B: torch.Tensor
-    r: int
+    Attributes:
+        total: ‖Δ‖²_F.
+        error: ‖Δ − left @ right‖²_F, as written.
+        gain: how much more of ``total`` a better decomposition could hold.
+        method: of the decomposition.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
     total: float
     error: float
     gain: float
+    method: str
+
+    @classmethod
+    def nothing(
+        cls, shape: Sequence[int], dtype: torch.dtype, total: float, method: str
+    ) -> BestProduct:
+        """Zeros of rank 1, which readers need."""
+        left, right = torch.zeros(shape[0], 1, dtype=dtype), torch.zeros(1, shape[1], dtype=dtype)
+        return cls(left, right, total, total, 0.0, method)
 
 
 def best_of_product(
     left: torch.Tensor, right: torch.Tensor, rule: RankRule, dtype: torch.dtype
-) -> Best:
+) -> BestProduct:
     """The best approximation of left (m, k) @ right (k, n), which is never formed, at the rank
-    that the rule chooses: as ``lora.balanced_factors``, after an exact SVD. 0 of zeros."""
+    that the rule chooses: as ``lora.balanced_factors``, after an exact SVD."""
     U, S, Vh = resize(left, right)
     squared = S.square()
     total = float(squared.sum())
-    about = Spectrum(squared[:0], total, True, (left.shape[0], right.shape[1]))
-    wanted = Wanted(rule, about)
+    shape = (left.shape[0], right.shape[1])
+    wanted = Wanted(rule, Spectrum(squared[:0], total, True, shape))
     r = wanted.decide(wanted.spectrum(squared, complete=True)) if total else 0
+    if not r:
+        return BestProduct.nothing(shape, dtype, total, _EXACT)
     lora_A = (S[:r].sqrt()[:, None] * Vh[:r]).to(dtype)
     wide = lora_A.double()
     P = (U * S) @ (Vh @ wide.T)
@@ -84,7 +102,7 @@ def best_of_product(
     lora_B = best.to(dtype)
     error = difference_energy((U * S, Vh, 1.0), (lora_B, lora_A, 1.0))
     gain = max(float(squared[:r].sum()) - float((best * P).sum()), 0.0)
-    return Best(lora_A, lora_B, r, total, error, gain)
+    return BestProduct(lora_B, lora_A, total, error, gain, _EXACT)
 
 
 def cut_factors(

@@ -97,7 +97,7 @@ def change_of(
     from lora_tools.linalg.changes.table import change
 
     delta = _made(change, part, spec, weight, bias)
-    return delta.T if _is_turned(part) else delta
+    return delta.T if is_turned(part) else delta
 
 
 def product_of(part: Part, spec: TensorSpec) -> Product | None:
@@ -106,10 +106,11 @@ def product_of(part: Part, spec: TensorSpec) -> Product | None:
 
     assert isinstance(part.source, ChangedModule)
     found = None if part.source.kind.of_base else _made(product, part, spec)
-    return found.T if found is not None and _is_turned(part) else found
+    return found.T if found is not None and is_turned(part) else found
 
 
-def _is_turned(part: Part) -> bool:
+def is_turned(part: Part) -> bool:
+    """Whether the weight is stored as (in, out)."""
     return part.layout is not None and part.layout.transposed
 
 
@@ -125,7 +126,7 @@ def _made(
 
     source, adapter = part.source, part.weighted.adapter
     assert isinstance(source, ChangedModule)
-    turned = _is_turned(part)
+    turned = is_turned(part)
     on = On(spec.shape[::-1] if turned else spec.shape, weight, bias)
     if weight is not None and turned:
         on = dataclasses.replace(on, given=weight.T)

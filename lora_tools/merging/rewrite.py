@@ -135,12 +135,14 @@ class Rewrite:
     def _is_of_its_part(self, weighted: Weighted) -> bool:
         """Whether an adapter was made for the one part of a pipeline that it acts on."""
         recorded = weighted.adapter.file.metadata.get("base_digest")
+        if recorded is None or not self.source.models:
+            return False
         acted = {
             target.base_name.partition(".")[0]
             for target in self.plan.targets
             if any(part.weighted is weighted for part in target.parts)
         }
-        if recorded is None or len(acted) != 1 or not acted <= self.source.models.keys():
+        if len(acted) != 1 or not acted <= self.source.models.keys():
             return False
         [name] = acted
         part, prefix = self.source.models[name], f"{name}."

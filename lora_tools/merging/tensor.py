@@ -225,5 +225,5 @@ def check_finite(exact: torch.Tensor, rounded: torch.Tensor, name: str) -> None:
     if not (float(low) >= -limit and float(high) <= limit) and not rounded.isfinite().all():
         raise NonFiniteError(
             f"{name}: the merged tensor holds an inf or a NaN in {rounded.dtype}; check the base "
-            "and the adapter, or choose a wider --dtype"
+            "and the adapter; a wider dtype holds more"
         )

@@ -53,13 +53,9 @@ def shorten(model: nn.Module) -> list[Stack]:
             prefix.startswith(f"{stack.prefix}.") for stack in stacks
         ):
             continue
-        found = [
-            Stack(prefix, len(module), free, period)
-            for free in _FREE
-            if (period := _period(module, free, getattr(model, "config", None)))
-        ]
-        if found:
-            stacks.append(min(found, key=lambda stack: stack.kept))
+        stack = _stack(prefix, module, getattr(model, "config", None))
+        if stack is not None:
+            stacks.append(stack)
     for stack in stacks:
         module = model.get_submodule(stack.prefix)
         assert isinstance(module, nn.ModuleList)
@@ -67,16 +63,26 @@ def shorten(model: nn.Module) -> list[Stack]:
     return stacks
 
 
-def _period(layers: nn.ModuleList, free: int, config: Any) -> int:
-    """The smallest p by which layers i and i − p are alike after so many of them; 0: none."""
+def _stack(prefix: str, layers: nn.ModuleList, config: Any) -> Stack | None:
+    """How the layers repeat, with the fewest of them kept; None: they do not."""
     kinds = [_kind(layer) for layer in layers]
     lists = [
         value
         for value in getattr(config, "__dict__", {}).values()
         if isinstance(value, list | tuple) and len(value) == len(layers)
     ]
-    for period in range(1, (len(layers) - free + 1) // 2):  # so that some are left out
-        pairs = [(i, i - period) for i in range(free + period, len(layers))]
+    found = [
+        Stack(prefix, len(layers), free, period)
+        for free in _FREE
+        if (period := _period(kinds, lists, free))
+    ]
+    return min(found, key=lambda stack: stack.kept, default=None)
+
+
+def _period(kinds: list[dict[tuple[str, str], Any]], lists: list[Any], free: int) -> int:
+    """The smallest p by which layers i and i − p are alike after so many of them; 0: none."""
+    for period in range(1, (len(kinds) - free + 1) // 2):  # so that some are left out
+        pairs = [(i, i - period) for i in range(free + period, len(kinds))]
         if all(_like(kinds, i, j) and all(v[i] == v[j] for v in lists) for i, j in pairs):
             return period
     return 0

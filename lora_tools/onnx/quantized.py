@@ -19,12 +19,8 @@ import torch
 
 from lora_tools.errors import MismatchError, NonFiniteError
 from lora_tools.formats.checkpoint import Checkpoint
-from lora_tools.formats.quantized.bitsandbytes import (
-    ABSMAX,
-    QUANT_MAP,
-    find_quantized,
-    reason_to_keep,
-)
+from lora_tools.formats.quantized.bitsandbytes import ABSMAX, QUANT_MAP, find_quantized
+from lora_tools.formats.quantized.loaded_in_four_bits import reason_to_keep
 from lora_tools.formats.tensors import as_bytes
 from lora_tools.formats.weights import weight_of
 from lora_tools.linalg import nf4

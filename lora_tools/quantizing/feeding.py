@@ -106,8 +106,8 @@ def _notes(packed: Sequence[Item], known: Activations) -> list[str]:
     if left:
         whys = sorted({item.rounding.removeprefix(_BY_ITSELF) for item in left})
         notes.append(
-            f"--activations was not used for {len(left)} of {counted(len(packed), 'weight')} "
-            f"({left[0].name}{(', …' if left[1:] else '')}): {' or '.join(whys)}; collect-stats "
+            f"rounded without error feedback: {len(left)} of {counted(len(packed), 'weight')} "
+            f"({left[0].name}{', …' if left[1:] else ''}): {' or '.join(whys)}; collect-stats "
             "--kind full collects what is needed"
         )
     widest = max((width_of(item) for item in packed if item.feeding), default=0)

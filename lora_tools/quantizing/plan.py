@@ -14,13 +14,9 @@ from lora_tools.formats.activations import Activations
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.checkpoint_writer import Shard, lay_out_units
 from lora_tools.formats.names import split_tensor
-from lora_tools.formats.quantized.bitsandbytes import (
-    ADDED_HEADS,
-    STATE,
-    QuantizedTensor,
-    reason_to_keep,
-)
+from lora_tools.formats.quantized.bitsandbytes import STATE, QuantizedTensor
 from lora_tools.formats.quantized.forms import Form
+from lora_tools.formats.quantized.loaded_in_four_bits import ADDED_HEADS, reason_to_keep
 from lora_tools.formats.quantized.packed import ASIDE, PackedWeight
 from lora_tools.formats.weights import Weight
 from lora_tools.merging.plan import MergePlan

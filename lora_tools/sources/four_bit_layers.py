@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_tools.formats.names import split_tensor
-from lora_tools.formats.quantized.bitsandbytes import loader_skips
+from lora_tools.formats.quantized.loaded_in_four_bits import loader_skips
 from lora_tools.records import TensorSpec
 from lora_tools.sources.transformers_names import keeps_names, look
 

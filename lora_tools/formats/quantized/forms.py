@@ -17,11 +17,10 @@ from lora_tools.formats.quantized.bitsandbytes import (
     STORAGES,
     QuantizedTensor,
     QuantState,
-    loader_skips,
     quantization_config,
     quantized_tensor,
-    skip_entry,
 )
+from lora_tools.formats.quantized.loaded_in_four_bits import loader_skips, skip_entry
 from lora_tools.formats.quantized.packed import PackedWeight
 from lora_tools.records import TensorSpec
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_tools.formats.checkpoint import Checkpoint
 from lora_tools.formats.quantized import bitsandbytes
+from lora_tools.formats.quantized.loaded_in_four_bits import config_faults
 from lora_tools.records import TensorSpec
 from lora_tools.sources.four_bit_layers import four_bit_layers
 from lora_tools.sources.schemes.row import Parts, Scheme
@@ -73,7 +74,7 @@ def _four_bit_faults(
     layers = None
     if found is not None:
         layers = {n: m for n, m in found.modules.items() if n not in found.kept or n in weights}
-    return bitsandbytes.config_faults(config, specs, weights, layers)
+    return config_faults(config, specs, weights, layers)
 
 
 BITSANDBYTES = Scheme(
