@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_tools.formats.quantized import bitsandbytes
+from lora_tools.formats.quantized import loaded_in_four_bits
 from lora_tools.formats.quantized.bitsandbytes import BLOCKSIZES, QUANT_TYPES
 from lora_tools.formats.quantized.loaded_in_four_bits import loader_skips
 from lora_tools.linalg import codebooks, nf4, nf4_search
@@ -263,5 +263,5 @@ _NAMES = st.text("ab.", max_size=6)
 def test_few_modules_to_skip_are_as_many_are(module: str, skip: set[str]) -> None:
     few = loader_skips(module, skip)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bitsandbytes, "_FEW", 0)
+        patch.setattr(loaded_in_four_bits, "_FEW", 0)
         assert loader_skips(module, skip) is few

@@ -38,7 +38,7 @@ def shared_ranks(
     if left < 0:
         raise UsageError(
             f"--budget: rank 1 for each of {len(modules)} modules already needs more; allow "
-            f"{-left:,} {('bytes' if size.in_bytes else 'numbers')} more"
+            f"{-left:,} {'bytes' if size.in_bytes else 'numbers'} more"
         )
     rest = [Spectrum(s.squared[1:], s.total, True, s.shape) for s in spectra]
     ranks = SHARED[rule.policy](rest, costs, left)

@@ -208,7 +208,7 @@ def no_effect(idle: Sequence[LoraModule], given: Adapter) -> str:
     """A note on modules whose scaling is 0, before and after."""
     return (
         f"{len(idle)} of {len(given.modules)} modules have lora_alpha 0, so they have no effect: "
-        f"{idle[0].name}{(', …' if idle[1:] else '')}"
+        f"{idle[0].name}{', …' if idle[1:] else ''}"
     )
 
 

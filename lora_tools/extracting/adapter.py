@@ -129,7 +129,7 @@ def _unweighted(outcomes: Sequence[Outcome], options: Decomposition) -> list[str
     kinds = ", ".join(sorted({r.layout for r in left}))
     return [
         f"--activations was not used for {len(left)} of {len(results)} modules ({kinds}; "
-        f"{left[0].module}{(', …' if left[1:] else '')}): the file does not have them, or layers "
+        f"{left[0].module}{', …' if left[1:] else ''}): the file does not have them, or layers "
         "of their kind have no single input"
     ]
 

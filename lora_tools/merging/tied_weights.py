@@ -125,7 +125,7 @@ def _said_of(group: Sequence[str]) -> str:
     two = len(group) == 2
     return (
         f"{', '.join(group[1:])} and {group[0]} were one tensor and are "
-        f"{('two' if two else len(group))} now, because the adapters change them differently; "
+        f"{'two' if two else len(group)} now, because the adapters change them differently; "
         "tie_word_embeddings is set to false in config.json"
     )
 

@@ -205,8 +205,8 @@ def _stored_so(base: Checkpoint, plan: QuantizePlan) -> list[str]:
             "again, run `loratools dequantize` first"
         )
     return [
-        f"{base.path}: {counted(len(same), 'weight')} ({same[0]}{(', …' if same[1:] else '')}) of "
-        f"{len(packed)} {('are' if same[1:] else 'is')} stored as {label} already, and will be "
+        f"{base.path}: {counted(len(same), 'weight')} ({same[0]}{', …' if same[1:] else ''}) of "
+        f"{len(packed)} {'are' if same[1:] else 'is'} stored as {label} already, and will be "
         "rounded again"
     ]
 

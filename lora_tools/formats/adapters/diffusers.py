@@ -260,7 +260,7 @@ def name_of(place: Place) -> str:
         base = "; give the model that it was trained on with --base, and the layout is converted"
         raise place.refusal(
             "diffusers has it under another name and would ignore "
-            f"it{(base if place.unlooked else '')}; try --to kohya, because diffusers reads some "
+            f"it{base if place.unlooked else ''}; try --to kohya, because diffusers reads some "
             "of kohya's files with such names"
         )
     if place.guessed and is_t5(place.rest):

@@ -79,7 +79,7 @@ def read(path: Path, file: TensorFile, context: Context) -> Outline:
     if idle:
         outline.notes.append(
             f"{len(idle)} of {len(modules)} modules have an alpha of 0, so they have no effect: "
-            f"{idle[0]}{(', …' if idle[1:] else '')} (sd-scripts uses the rank instead when it "
+            f"{idle[0]}{', …' if idle[1:] else ''} (sd-scripts uses the rank instead when it "
             "continues training)"
         )
     return outline

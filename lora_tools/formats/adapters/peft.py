@@ -263,7 +263,7 @@ class Adapter:
         if not spec.is_float or len(spec.shape) < 2 or spec.shape[along] != spec.numel:
             raise self._fail(
                 f"{key}: {spec.dtype} {list(spec.shape)} is not a vector over the module's "
-                f"{('in' if on_input else 'out')}puts, which feedforward_modules in {CONFIG} asks "
+                f"{'in' if on_input else 'out'}puts, which feedforward_modules in {CONFIG} asks "
                 "for"
             )
         self.multipliers[module] = Multiplier(module, key, on_input)
@@ -299,7 +299,7 @@ class Adapter:
         if self.use_dora != has_dora and not self.mixes_dora:
             raise self._fail(
                 f"{module}: use_dora is {self.use_dora} in {CONFIG}, but the file "
-                f"{('has' if not self.use_dora else 'lacks')} its lora_magnitude_vector"
+                f"{'has' if not self.use_dora else 'lacks'} its lora_magnitude_vector"
             )
         if has_dora and math.prod(self.shape(keys["lora_magnitude_vector"])) != B[0]:
             raise self._fail(
