@@ -153,7 +153,7 @@ def test_either_engine_goes_on_with_what_the_other_did(
 def test_a_cluster_that_is_not_there(small: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(engine, "_PATIENCE", 0.2)
     before = time.monotonic()
-    with pytest.raises(ClusterError, match=r"tcp://127\.0\.0\.1:1: no Dask cluster with.*worker"):
+    with pytest.raises(ClusterError, match=r"tcp://127\.0\.0\.1:1: no Dask cluster with worker"):
         lora_tools.rescale(small / "adapter", tmp_path / "out", rank=1, engine="dask://127.0.0.1:1")
     assert list(tmp_path.iterdir()) == []
     assert time.monotonic() - before < 60
@@ -163,7 +163,7 @@ def test_a_cluster_without_workers(small: Path, tmp_path: Path, monkeypatch) -> 
     monkeypatch.setattr(engine, "_PATIENCE", 0.2)
     with (
         distributed.LocalCluster(n_workers=0, dashboard_address=":0") as here,
-        pytest.raises(ClusterError, match=r"no Dask cluster with.*answers there"),
+        pytest.raises(ClusterError, match="no Dask cluster with workers answers there"),
     ):
         lora_tools.rescale(
             small / "adapter", tmp_path / "out", rank=1, engine=f"dask://{here.scheduler_address}"

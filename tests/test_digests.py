@@ -169,7 +169,7 @@ def test_a_decomposition_is_found_by_its_kind(work: Path, tmp_path: Path) -> Non
         lora_tools.extract(work / "base", work / "tuned", first, digest=kind, **cache)
         lora_tools.extract(work / "base", work / "tuned", again, digest=kind, **cache)
         assert iotools.tree(first) == iotools.tree(again)
-        with pytest.raises(CheckpointError, match=r"under a.*kind.* digest"):
+        with pytest.raises(CheckpointError, match="under another kind of digest"):
             lora_tools.extract(
                 work / "base", work / "tuned", tmp_path / "x", digest=OTHER[kind], **cache
             )

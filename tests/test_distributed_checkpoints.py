@@ -579,12 +579,12 @@ def test_pointers_in_a_distributed_checkpoint(stored: Path, tmp_path: Path) -> N
 def test_empty_weights_are_named(suffix: str, tmp_path: Path) -> None:
     path, state = tmp_path / f"m{suffix}", {name: torch.zeros(0) for name in weights(layers=1)}
     save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
-    with pytest.raises(CheckpointError, match=r"empty, of shape \[0\],.*DeepSpeed's ZeRO-3"):
+    with pytest.raises(CheckpointError, match=r"empty, of shape \[0\], because DeepSpeed's ZeRO-3"):
         opened(path)
     factors = adapter(tmp_path / "x", linear_shapes(weights(layers=1)))
     names = load_file(factors / "adapter_model.safetensors")
     save_file({name: torch.zeros(0) for name in names}, factors / "adapter_model.safetensors")
-    with pytest.raises(LoraToolsError, match=r"empty, of shape \[0\],.*DeepSpeed's ZeRO-3"):
+    with pytest.raises(LoraToolsError, match=r"empty, of shape \[0\], because DeepSpeed's ZeRO-3"):
         open_adapter(factors)
 
 
@@ -603,5 +603,5 @@ def test_a_model_with_its_adapter_is_named(layer: str, prefix: str, tmp_path: Pa
     torch.save(state, tmp_path / "m.bin")
     for path in (tmp_path / "m.safetensors", tmp_path / "m.bin"):
         for door in (opened, lambda path: open_adapter(path, True)):
-            with pytest.raises(LoraToolsError, match=r"a model saved.*it"):
+            with pytest.raises(LoraToolsError, match="a model saved together with"):
                 door(path)

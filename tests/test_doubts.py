@@ -142,7 +142,7 @@ def test_a_base_in_a_cache_of_the_hub(root: Path, tmp_path: Path) -> None:
 
 def test_an_adapter_given_twice(root: Path, tmp_path: Path) -> None:
     adapter = root / "adapter"
-    with pytest.raises(UsageError, match=r"given twice.*with.*2: .*=2"):
+    with pytest.raises(UsageError, match=r"given twice.*with the weight 2: .*=2"):
         lora_tools.merge(root / "base", [adapter, str(adapter) + "/"], tmp_path / "out")
     weighed = [(adapter, 0.5), (adapter, 1.5)]
     lora_tools.merge(root / "base", weighed, tmp_path / "out")

@@ -164,7 +164,7 @@ def test_transformers_loads_it(work: Path, tmp_path: Path) -> None:
 
 def test_what_statistics_do_nothing_for_is_refused(work: Path, tmp_path: Path) -> None:
     given: dict[str, Any] = {"activations": work / "stats", "dry_run": True}
-    with pytest.raises(UsageError, match=r"activations.* needs"):
+    with pytest.raises(UsageError, match="activations needs"):
         lora_tools.export(work / "base", tmp_path / "onnx", **given)
     lora_tools.quantize(work / "base", tmp_path / "q")
     with pytest.raises(UsageError, match="in four bits already"):

@@ -154,7 +154,7 @@ def test_scales_that_may_be_of_rows_or_of_columns(tmp_path: Path) -> None:
     scales = torch.rand(3, 8) + 0.5
     config = json.loads('{"quantization_config": {"quant_method": "fp8"}}')
     folder = made(tmp_path / "q", {name: codes, f"{name}_scale": scales}, config)
-    with pytest.raises(CheckpointError, match=r"rows or.*columns"):
+    with pytest.raises(CheckpointError, match="rows or columns"):
         lora_tools.dequantize(folder, tmp_path / "out")
     for told in (scales[:, :, None], scales[:, None, :]):
         view = opened(tmp_path / str(told.shape), {name: codes, f"{name}_scale": told}, config)

@@ -198,7 +198,7 @@ def test_gptq_by_its_own_file_and_with_rules(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     said["checkpoint_format"] = "gptq"
     (folder / "quantize_config.json").write_text(json.dumps(said))
-    with pytest.raises(CheckpointError, match=r"says checkpoint_format 'gptq',.*config"):
+    with pytest.raises(CheckpointError, match="says checkpoint_format 'gptq', but config"):
         open_checkpoint(folder)
 
 

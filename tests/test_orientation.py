@@ -148,5 +148,5 @@ def test_two_adapters_of_one_token_are_refused(tmp_path: Path) -> None:
     lora_tools.merge(tmp_path / "base", [tmp_path / "a", tmp_path / "c"], tmp_path / "m")
     whole = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}
     models.train(tmp_path / "base", tmp_path / "d", whole)
-    with pytest.raises(AdapterError, match=r"each replace rows of it,.*all"):
+    with pytest.raises(AdapterError, match="each replace rows of it, or all"):
         lora_tools.merge(tmp_path / "base", [tmp_path / "a", tmp_path / "d"], tmp_path / "n")

@@ -215,7 +215,7 @@ def test_an_index_that_leads_away(name: str, tmp_path: Path) -> None:
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, name: ["diffusers", "UNet"]}))
     shutil.copytree(folder / "vae", tmp_path / "outside")
-    with pytest.raises(CheckpointError, match=r"no.*of a folder"):
+    with pytest.raises(CheckpointError, match="not the name of a folder"):
         lora_tools.inspect(folder)
 
 

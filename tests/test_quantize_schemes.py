@@ -247,7 +247,7 @@ def test_into_another_form_of_the_same_library(
     assert configs[0] == configs[1]
     assert lora_tools.verify(tmp_path / "q", against=base).totals["bit_for_bit"] == 14
     for again in (base, stored), (tmp_path / "q", scheme):
-        with pytest.raises(CheckpointError, match=r"every weight.*is stored as"):
+        with pytest.raises(CheckpointError, match="every weight is stored as"):
             lora_tools.quantize(again[0], tmp_path / "x", scheme=again[1])
 
 

@@ -352,7 +352,7 @@ def test_a_hundred_megabytes_that_are_there_are_still_refused(tmp_path):
     path = tmp_path / "sparse.safetensors"
     path.write_bytes(struct.pack("<Q", 100_000_001))
     os.truncate(path, 200_000_000)
-    with pytest.raises(CheckpointError, match=r"header.*100000001 bytes"):
+    with pytest.raises(CheckpointError, match="header has 100000001 bytes"):
         SafetensorsFile(path)
 
 

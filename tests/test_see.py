@@ -245,7 +245,7 @@ def test_pictures_are_refused_before_the_work(work, tmp_path, monkeypatch):
     for name, says in (("x.gif", "must end in"), ("no/x.png", "folder does not exist")):
         with pytest.raises(UsageError, match=says):
             lora_tools.diff(work / "base", work / "tuned", plot=tmp_path / name)
-    with pytest.raises(UsageError, match=r"no.*with factors"):
+    with pytest.raises(UsageError, match="not an adapter with factors"):
         lora_tools.inspect(work / "base", plot=tmp_path / "x.png")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for name, library in (("x.png", "matplotlib"), ("x.svg", "matplotlib"), ("x.html", "plotly")):

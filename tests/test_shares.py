@@ -154,7 +154,7 @@ def test_a_share_that_is_killed_is_done_again(verb: str, small: Path, tmp_path: 
 
 
 def test_what_is_missing_is_named(rescale: Callable[..., Any], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"needs the work of .*1/N to N/N, and there is none"):
+    with pytest.raises(UsageError, match="needs the work of shard 1/N to N/N, and there is none"):
         rescale(finish=True)
     assert list(tmp_path.iterdir()) == []
     rescale(shard="2/4")
@@ -197,7 +197,7 @@ def test_one_share_is_done_by_one_process(rescale: Callable[..., Any], tmp_path:
     job = shared_staging.Job(*said_of(out))
     with shared_staging.joined(out, 2, job):
         for way in ({"shard": "2/2"}, {"finish": True}, {"resume": True}, {"clean": True}):
-            with pytest.raises(OutputError, match=r"another process.*on shard 2/2"):
+            with pytest.raises(OutputError, match="another process works on shard 2/2"):
                 rescale(**way)
         rescale(shard="1/2")
     rescale(shard="2/2")
@@ -267,7 +267,7 @@ def test_only_one_way_can_be_given(rescale: Callable[..., Any], tmp_path: Path) 
         {"shard": "1/2", "resume": True},
         {"shard": "1/2", "finish": True},
     ):
-        with pytest.raises(UsageError, match=r"give.*of them"):
+        with pytest.raises(UsageError, match="give only one of them"):
             rescale(**ways)
     for wrong in ("", "1", "0/2", "3/2", "1/2/3", "-1/2", "a/b", "1/", "²/3"):
         with pytest.raises(UsageError, match="I/N is needed"):

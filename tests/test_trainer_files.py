@@ -96,7 +96,7 @@ def test_an_alpha_that_nobody_says_is_asked_for(tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.q_proj"
     save_file({f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}, tmp_path / "l.safetensors")
     save_file({f"{name}.weight": torch.zeros(6, 8)}, tmp_path / "base.safetensors")
-    with pytest.raises(AdapterError, match=r"does not.*lora_alpha"):
+    with pytest.raises(AdapterError, match="does not store lora_alpha"):
         lora_tools.merge(
             tmp_path / "base.safetensors", [tmp_path / "l.safetensors"], tmp_path / "m.safetensors"
         )
@@ -184,7 +184,7 @@ def test_a_pickle_is_told_by_its_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", [".pt", ".ckpt", ".bin"])
 def test_no_name_of_a_pickle_is_written(suffix: str, tmp_path: Path) -> None:
     given = file(tmp_path / "l.safetensors", "unet.", PARTS[2], 1.0)
-    with pytest.raises(UsageError, match=r"pickles.*written"):
+    with pytest.raises(UsageError, match="pickles cannot be written"):
         lora_tools.convert(given, tmp_path / f"o{suffix}", to="loralib")
     assert not (tmp_path / f"o{suffix}").exists()
 
@@ -212,7 +212,7 @@ def test_onetrainers_flat_names(wrapper: str, alpha: float | None, tmp_path: Pat
 def test_a_weight_where_none_is_taken_is_named(tmp_path: Path) -> None:
     given = file(tmp_path / "l.safetensors", "unet.", PARTS[2], 1.0)
     with pytest.raises(
-        AdapterError, match=r"make an adapter of another strength first:.*loratools rescale .* 0\.5"
+        AdapterError, match=r"make an adapter of another strength first: loratools rescale .* 0\.5"
     ):
         lora_tools.convert(f"{given}=0.5", tmp_path / "o", to="peft")
 
